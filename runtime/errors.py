@@ -1,0 +1,59 @@
+"""The errors that ditc raises on purpose. Everything else that escapes is a bug.
+
+    DitcError                 one line of what, where, with which values; .hint says what to do
+    |-- UsageError            an argument or option that cannot be served
+    |-- BundleError           a bundle that is missing, damaged, foreign or too new
+    |-- CheckpointError       a checkpoint that cannot be read or does not fit its family
+    |-- BuildError            an export or an engine build that failed
+    |-- SessionError          a backend that cannot run a stage here
+    |-- NumericsError         a value that must not be: NaN, Inf, a uniform picture
+    `-- MissingExtra          an optional dependency that is not installed
+"""
+
+from __future__ import annotations
+
+
+class DitcError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: what happened and where, with the values.
+        hint: what the user can do about it; printed on a line of its own.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(DitcError):
+    """An argument or option that cannot be served."""
+
+
+class BundleError(DitcError):
+    """A bundle that is missing, damaged, foreign or too new."""
+
+
+class CheckpointError(DitcError):
+    """A checkpoint that cannot be read or does not fit its family."""
+
+
+class BuildError(DitcError):
+    """An export or an engine build that failed."""
+
+
+class SessionError(DitcError):
+    """A backend that cannot run a stage on this machine."""
+
+
+class NumericsError(DitcError):
+    """A value that must not be: NaN or Inf in a stage, or a uniform picture."""
+
+
+class MissingExtra(DitcError):
+    """An optional dependency that is not installed; the hint is the pip line."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed", hint=f'pip install "ditc[{extra}]"'
+        )

@@ -1,0 +1,53 @@
+"""What the pipeline knows of a backend: a Session runs one stage, and exchanges opaque tensors.
+
+A session holds no request state, so one session serves any number of interleaved requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.runtime.spec import StageSpec
+
+Array = NDArray[Any]
+
+
+@runtime_checkable
+class DeviceTensor(Protocol):
+    """A buffer that lives on a device. `numpy()` copies it to the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def numpy(self) -> Array: ...
+
+
+Tensor = Array | DeviceTensor
+
+
+class Session(Protocol):
+    """Runs one stage. Feeds are named as in `spec.inputs`, results as in `spec.outputs`."""
+
+    @property
+    def spec(self) -> StageSpec: ...
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the stage once.
+
+        Raises:
+            SessionError: a feed is missing, or its type or shape is outside the spec.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release everything that the session owns. Idempotent."""
+        ...
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The tensor on the host: itself if it is an array, else a copy."""
+    return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
