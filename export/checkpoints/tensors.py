@@ -1,0 +1,114 @@
+"""Named tensors that stay on disk until they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ditc.runtime.errors import CheckpointError
+
+# The names of the safetensors format (its README, "Format"; F8_* since 0.4).
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Shape and dtype of one tensor, and how to get its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the values in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorSource(Mapping[str, torch.Tensor]):
+    """Tensors by name. Looking one up maps its bytes from the file: nothing is cached, nothing is held twice.
+
+    The tensors of a file are private memory maps: treat them as read-only, `.clone()` before writing.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._entries[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Facts of one tensor, without its values. Raises KeyError."""
+        return self._entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, from the file's header. Raises KeyError."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Element type of one tensor, from the file's header. Raises KeyError."""
+        return self._entries[name].dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of all tensors' sizes in bytes."""
+        return sum(entry.size_bytes for entry in self._entries.values())
+
+
+def read_safetensors(path: Path) -> dict[str, TensorEntry]:
+    """The entries of one safetensors file; the header is read and checked, the values are not.
+
+    Raises:
+        CheckpointError: not a file, truncated, not safetensors, or an element type that torch lacks.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", hint="fetch the file again, or check the path")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}", hint=_hint(path)) from error
+    return {name: _entry(path, file, name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def _entry(path: Path, file: safe_open, name: str) -> TensorEntry:
+    view = file.get_slice(name)
+    dtype = TORCH_DTYPES.get(view.get_dtype())
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: {name} has element type {view.get_dtype()}",
+            hint=f"known types: {', '.join(TORCH_DTYPES)}",
+        )
+    return TensorEntry(tuple(view.get_shape()), dtype, lambda: file.get_tensor(name))
+
+
+def _hint(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            return "this is a Git LFS pointer: run `git lfs pull` in the checkpoint's directory"
+    size_bytes = path.stat().st_size
+    return (
+        f"the file has {size_bytes} bytes: the download was cut off or it is another format; fetch it again"
+    )
