@@ -1,0 +1,203 @@
+"""The coefficient table against diffusers' own schedulers, stepped over the same deterministic network."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from ditc.export.scheduler_config import scheduler_params
+from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.schedulers import CoefficientTable, coefficient_table
+
+STEPS = (1, 2, 3, 14, 15, 20, 50)
+SHAPE = (2, 4, 8, 8)
+# Both sides keep the latents in float32 (6e-8 a step) and diffusers its coefficients too. The second-order
+# update multiplies the rounding of x0 by the ratio of two steps in lambda, about 4 in the last ones, before
+# the steps shrink it again. Measured over all cases below: at most 6e-7.
+BOUND = 2e-6
+
+
+def network(x: np.ndarray, timestep: float) -> np.ndarray:
+    """A smooth velocity field that depends on the latents, their neighbours and the timestep."""
+    return (np.tanh(0.8 * np.roll(x, 1, axis=-1)) + 0.5 * x - 0.2 * np.cos(timestep / 250)).astype(np.float32)
+
+
+def start() -> np.ndarray:
+    return np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32)
+
+
+def run_table(table: CoefficientTable) -> np.ndarray:
+    """The engine's arithmetic in numpy float32."""
+    x, history = start(), [np.zeros(SHAPE, np.float32)] * (table.coefficients.shape[1] - 5)
+    for t, (c_in, a, b, cx, c0, *past) in zip(table.timesteps, table.coefficients, strict=True):
+        x0 = a * x + b * network(c_in * x, t)
+        x = cx * x + c0 * x0
+        for h, old in zip(past, history, strict=True):
+            x = x + h * old
+        history = [x0, *history][: len(history)]
+    return x
+
+
+def run_diffusers(scheduler: Any, steps: int, *, begin_index: int = 0) -> np.ndarray:
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(begin_index)
+    x = torch.from_numpy(start())
+    for t in scheduler.timesteps[begin_index:]:
+        x = scheduler.step(torch.from_numpy(network(x.numpy(), float(t))), t, x, return_dict=False)[0]
+    return x.numpy()
+
+
+def relative_l2(ours: np.ndarray, reference: np.ndarray) -> float:
+    difference = np.linalg.norm(ours.astype(np.float64) - reference)
+    return float(difference / np.linalg.norm(reference.astype(np.float64)))
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """The scheduler_config.json that diffusers writes."""
+    return dict(json.loads(scheduler.to_json_string()))
+
+
+def dpmsolver(**settings: Any) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
+
+
+def check_against_diffusers(scheduler: Any, steps: int) -> None:
+    table = coefficient_table(scheduler_params(config_of(scheduler)), steps)
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.float().numpy())
+    np.testing.assert_array_equal(table.sigmas[:-1], scheduler.sigmas[:-1].numpy())
+    # sigma_min is a float32 square root, and torch's is not always the nearest float.
+    np.testing.assert_array_max_ulp(table.sigmas[-1], scheduler.sigmas[-1].numpy(), maxulp=1)
+    assert table.init_noise_sigma == getattr(scheduler, "init_noise_sigma", 1.0)
+    assert relative_l2(run_table(table), run_diffusers(scheduler, steps)) <= BOUND
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_dpmsolver_table_computes_what_diffusers_computes(steps: int, shift: float, final: str) -> None:
+    for solver_type, order, euler_at_final, lower_order_final in product(
+        ("midpoint", "heun"), (1, 2), (False, True), (False, True)
+    ):
+        scheduler = dpmsolver(
+            flow_shift=shift,
+            final_sigmas_type=final,
+            solver_type=solver_type,
+            solver_order=order,
+            euler_at_final=euler_at_final,
+            lower_order_final=lower_order_final,
+        )
+        check_against_diffusers(scheduler, steps)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_euler_table_computes_what_diffusers_computes_with_its_double_shift(steps: int, shift: float) -> None:
+    check_against_diffusers(FlowMatchEulerDiscreteScheduler(shift=shift), steps)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("beta_start", [0.0001, 0.00085])
+def test_sigma_min_comes_from_the_training_betas(schedule: str, beta_start: float) -> None:
+    settings = {"final_sigmas_type": "sigma_min", "beta_schedule": schedule, "beta_start": beta_start}
+    check_against_diffusers(dpmsolver(flow_shift=3.0, **settings), 20)
+
+
+@pytest.mark.parametrize("begin_index", [1, 6, 19])
+@pytest.mark.parametrize("make", [dpmsolver, FlowMatchEulerDiscreteScheduler])
+def test_a_late_start_begins_with_a_first_order_step(make: Any, begin_index: int) -> None:
+    scheduler = make()
+    table = coefficient_table(scheduler_params(config_of(scheduler)), 20, begin_index)
+    assert len(table) == 20 - begin_index
+    assert not table.coefficients[0, 5:].any()
+    reference = run_diffusers(scheduler, 20, begin_index=begin_index)
+    assert relative_l2(run_table(table), reference) <= BOUND
+
+
+def test_euler_on_an_engine_with_history_gives_the_same_latents() -> None:
+    params = scheduler_params({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    padded = coefficient_table(params, 8, history_length=1)
+    assert padded.coefficients.shape == (8, 6)
+    np.testing.assert_array_equal(run_table(padded), run_table(coefficient_table(params, 8)))
+
+
+def test_timestep_scale_is_applied_to_what_the_network_sees() -> None:
+    scheduler = dpmsolver(flow_shift=3.0)
+    table = coefficient_table(scheduler_params(config_of(scheduler), timestep_scale=0.001), 20)
+    scheduler.set_timesteps(20)
+    np.testing.assert_array_equal(table.timesteps, (scheduler.timesteps * 0.001).numpy())
+
+
+REFUSED_BY_DPMSOLVER = {
+    "solver_order": 3,
+    "thresholding": True,
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": True,
+    "use_beta_sigmas": True,
+    "use_lu_lambdas": True,
+    "use_dynamic_shifting": True,
+    "algorithm_type": "sde-dpmsolver++",
+    "prediction_type": "v_prediction",
+    "use_flow_sigmas": False,
+    "solver_type": "bh2",
+    "final_sigmas_type": "one",
+    "flow_shift": -1.0,
+    "num_train_timesteps": 0,
+    "a_setting_of_next_year": True,
+}
+REFUSED_BY_EULER = {
+    "use_dynamic_shifting": True,
+    "invert_sigmas": True,
+    "shift_terminal": 0.1,
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": True,
+    "use_beta_sigmas": True,
+    "stochastic_sampling": True,
+    "shift": "3.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "setting", "value"),
+    [
+        *((dpmsolver(), setting, value) for setting, value in REFUSED_BY_DPMSOLVER.items()),
+        *((FlowMatchEulerDiscreteScheduler(), setting, value) for setting, value in REFUSED_BY_EULER.items()),
+    ],
+)
+def test_a_setting_that_changes_the_numbers_is_refused_by_name(
+    scheduler: Any, setting: str, value: Any
+) -> None:
+    with pytest.raises(CheckpointError, match=setting):
+        scheduler_params({**config_of(scheduler), setting: value})
+
+
+def test_every_switch_of_diffusers_is_either_served_or_refused() -> None:
+    """A switch that a newer diffusers adds is seen here, and not silently ignored."""
+    served = {"use_flow_sigmas", "euler_at_final", "variance_type"}
+    for scheduler in (dpmsolver(final_sigmas_type="sigma_min"), FlowMatchEulerDiscreteScheduler()):
+        config = config_of(scheduler)
+        for setting in {key for key, value in config.items() if value is None or value is False} - served:
+            with pytest.raises(CheckpointError, match=setting):
+                scheduler_params({**config, setting: True})
+
+
+def test_another_scheduler_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match="SCMScheduler"):
+        scheduler_params({"_class_name": "SCMScheduler"})
+
+
+@pytest.mark.parametrize(("steps", "begin_index"), [(0, 0), (-1, 0), (4, 4), (4, -1)])
+def test_a_schedule_without_steps_is_refused(steps: int, begin_index: int) -> None:
+    with pytest.raises(UsageError):
+        coefficient_table(scheduler_params(config_of(dpmsolver())), steps, begin_index)
+
+
+def test_an_engine_with_too_little_history_is_refused() -> None:
+    with pytest.raises(UsageError, match="past predictions"):
+        coefficient_table(scheduler_params(config_of(dpmsolver())), 4, history_length=0)
