@@ -1,0 +1,35 @@
+"""Custom ops, one folder each: a reference, a PyTorch op, an ONNX function.
+
+An export is two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
+into the graph, add_functions(program.model) then gives each its body. In that order, because torch's exporter
+inlines every function that a model holds, when it optimises (optimize=True) and when it changes the opset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch.onnx.export takes as custom_translation_table: PyTorch op -> its ONNX node."""
+    import torch
+
+    from ditc.export.ops.relu_linear_attention import onnx_function, torch_op  # noqa: F401  registers the op
+
+    return {torch.ops.ditc.relu_linear_attention.default: onnx_function.translate}
+
+
+def add_functions(model: ir.Model) -> None:
+    """Add to the model, in place, the function of every ditc op that it calls."""
+    from ditc.export.ops.relu_linear_attention.onnx_function import function_proto
+
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for proto in (function_proto(),):
+        function = ir.from_proto(proto)
+        if function.identifier() in used:
+            function.opset_imports[""] = model.opset_imports[""]
+            model.functions[function.identifier()] = function
+            model.opset_imports[function.domain] = 1
