@@ -1,0 +1,90 @@
+"""Layers that Sana and DC-AE share: token-major, with their norm statistics in fp32.
+
+A 1x1 convolution is a Linear on tokens: it fuses, quantizes and shares scales like any other GEMM; only the
+3x3 depthwise convolution needs NCHW.
+"""
+
+# B batch, N tokens, C channels, F expanded channels
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvAsLinear(nn.Linear):
+    """A convolution whose stride is its kernel, as a Linear over flattened patches.
+
+    Args:
+        kernel_size: side of the patch; the input has in_channels * kernel_size**2 features, channel first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels * kernel_size**2, out_channels, bias=bias)
+        self.conv_shape = (out_channels, in_channels, kernel_size, kernel_size)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, computed in fp32 and cast back to the input's type."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = False) -> None:
+        super().__init__()
+        self.shape = (dim,)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """diffusers' RMSNorm: statistics and scaling in fp32, weight and bias in the weight's type."""
+
+    def __init__(self, dim: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_fp32 = x.float()
+        # A division, not rsqrt and a product: ONNX Runtime's fusion knows this pattern (SimplifiedLayerNormFusion).
+        x_fp32 = x_fp32 / torch.sqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        x = x_fp32.to(self.weight.dtype) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class GLUMBConv(nn.Module):
+    """Sana's Mix-FFN: expand, 3x3 depthwise convolution, gate, project. diffusers' GLUMBConv without the residual.
+
+    The zero padding of the depthwise convolution is what tells Sana where a token is.
+    """
+
+    def __init__(self, dim: int, expand_ratio: float, norm: bool = False) -> None:
+        super().__init__()
+        hidden = int(expand_ratio * dim)
+        self.conv_inverted = ConvAsLinear(dim, 2 * hidden)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = ConvAsLinear(hidden, dim, bias=False)
+        self.norm = RMSNorm(dim, eps=1e-5, bias=True) if norm else None
+
+    def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
+        x_BNF = F.silu(self.conv_inverted(x_BNC))
+        x_BFHW = self.conv_depth(to_nchw(x_BNF, height, width))
+        x_BFHW, gate_BFHW = x_BFHW.chunk(2, dim=1)
+        x_BNC = self.conv_point(to_tokens(x_BFHW * F.silu(gate_BFHW)))
+        return x_BNC if self.norm is None else self.norm(x_BNC)
+
+
+def to_nchw(x_BNC: Tensor, height: int, width: int) -> Tensor:
+    """(B,H*W,C) -> (B,C,H,W)."""
+    return x_BNC.transpose(1, 2).unflatten(2, (height, width))
+
+
+def to_tokens(x_BCHW: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H*W,C)."""
+    return x_BCHW.flatten(2).transpose(1, 2)
