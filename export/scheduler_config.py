@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ditc.runtime.errors import CheckpointError
-from ditc.runtime.schedulers import DPMSOLVER, EULER, SchedulerParams
+from ditc.runtime.schedulers import FinalSigmas, SchedulerKind, SchedulerParams, SolverType
 
 _DPMSOLVER_CLASS = "DPMSolverMultistepScheduler"
 _EULER_CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -92,22 +92,22 @@ def scheduler_params(config: Mapping[str, Any], *, timestep_scale: float = 1.0) 
         shift = _number(config, "shift", 1.0)
         sigma_min, sigma_max = _euler_sigma_range(train, shift)
         return SchedulerParams(
-            kind=EULER,
+            kind=SchedulerKind.EULER,
             num_train_timesteps=train,
             shift=shift,
             timestep_scale=timestep_scale,
             sigma_min=sigma_min,
             sigma_max=sigma_max,
         )
-    final: Literal["zero", "sigma_min"] = config.get("final_sigmas_type", "zero")
+    final = FinalSigmas(config.get("final_sigmas_type", "zero"))
     return SchedulerParams(
-        kind=DPMSOLVER,
+        kind=SchedulerKind.DPMSOLVER,
         num_train_timesteps=train,
         shift=_number(config, "flow_shift", 1.0),
         timestep_scale=timestep_scale,
-        sigma_min=_vp_sigma_min(config) if final == "sigma_min" else 0.0,
+        sigma_min=_vp_sigma_min(config) if final is FinalSigmas.SIGMA_MIN else 0.0,
         solver_order=config.get("solver_order", 2),
-        solver_type=config.get("solver_type", "midpoint"),
+        solver_type=SolverType(config.get("solver_type", "midpoint")),
         final_sigmas_type=final,
         lower_order_final=bool(config.get("lower_order_final", True)),
         euler_at_final=bool(config.get("euler_at_final", False)),

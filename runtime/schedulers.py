@@ -19,17 +19,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditc.runtime.errors import UsageError
 
-DPMSOLVER: Final = "flow_dpmsolver_multistep"
-EULER: Final = "flow_match_euler"
 # c_in, a, b, cx, c0: the columns before the history's.
 FIXED_COLUMNS = 5
+
+
+class SchedulerKind(StrEnum):
+    """The solvers."""
+
+    DPMSOLVER = "flow_dpmsolver_multistep"
+    EULER = "flow_match_euler"
+
+
+class SolverType(StrEnum):
+    """How DPM-Solver++ 2M weighs the difference of two predictions."""
+
+    MIDPOINT = "midpoint"
+    HEUN = "heun"
+
+
+class FinalSigmas(StrEnum):
+    """Where DPM-Solver++ ends: without noise, or at the smallest noise level of the training betas."""
+
+    ZERO = "zero"
+    SIGMA_MIN = "sigma_min"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +67,22 @@ class SchedulerParams:
         solver_order, solver_type, final_sigmas_type, lower_order_final, euler_at_final: DPM-Solver++ only.
     """
 
-    kind: Literal["flow_dpmsolver_multistep", "flow_match_euler"]
+    kind: SchedulerKind
     num_train_timesteps: int = 1000
     shift: float = 1.0
     timestep_scale: float = 1.0
     sigma_min: float = 0.0
     sigma_max: float = 1.0
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
     solver_order: int = 2
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    solver_type: SolverType = SolverType.MIDPOINT
+    final_sigmas_type: FinalSigmas = FinalSigmas.ZERO
     lower_order_final: bool = True
     euler_at_final: bool = False
 
     @property
     def history_length(self) -> int:
         """How many past x0 the update reads."""
-        return self.solver_order - 1 if self.kind == DPMSOLVER else 0
+        return self.solver_order - 1 if self.kind == SchedulerKind.DPMSOLVER else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +122,7 @@ def coefficient_table(
             whose update is not finite.
     """
     _check_request(params, num_inference_steps, begin_index, history_length)
-    if params.kind == DPMSOLVER:
+    if params.kind == SchedulerKind.DPMSOLVER:
         timesteps, sigmas = _dpmsolver_schedule(params, num_inference_steps)
     else:
         timesteps, sigmas = _euler_schedule(params, num_inference_steps)
@@ -167,7 +185,7 @@ def _dpmsolver_schedule(
     alphas = np.linspace(1, 1 / params.num_train_timesteps, num_inference_steps + 1)
     sigmas = _shifted(1.0 - alphas, params.shift)[:0:-1]
     timesteps = np.trunc(sigmas * params.num_train_timesteps)
-    last = params.sigma_min if params.final_sigmas_type == "sigma_min" else 0.0
+    last = params.sigma_min if params.final_sigmas_type == FinalSigmas.SIGMA_MIN else 0.0
     return timesteps.astype(np.float32), np.append(sigmas, last).astype(np.float32)
 
 
@@ -190,7 +208,7 @@ def _is_second_order(params: SchedulerParams, step: int, num_inference_steps: in
         params.euler_at_final
         # 15: below it diffusers holds that a high-order last step is unstable.
         or (params.lower_order_final and num_inference_steps < 15)
-        or params.final_sigmas_type == "zero"
+        or params.final_sigmas_type == FinalSigmas.ZERO
     )
     return not (is_last and falls_back)
 
@@ -214,7 +232,7 @@ def _second_order_update(
     h_before = _half_log_snr(sigma) - _half_log_snr(sigma_before)
     if h == 0 or h_before == 0:
         return cx, math.nan, math.nan
-    d1 = 0.5 * c0 if params.solver_type == "midpoint" else (1.0 - sigma_next) - c0 / h
+    d1 = 0.5 * c0 if params.solver_type == SolverType.MIDPOINT else (1.0 - sigma_next) - c0 / h
     slope = d1 * h / h_before
     return cx, c0 + slope, -slope
 

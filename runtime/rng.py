@@ -1,0 +1,110 @@
+"""The noise that torch's CPU generator draws, in numpy: the same seed starts from the same latents.
+
+What torch 2.13 does (aten/src/ATen/core/MT19937RNGEngine.h, DistributionsHelper.h and
+native/cpu/DistributionTemplates.h): a Mersenne Twister seeded with the low 32 bits of the seed, and
+Box-Muller in one of two ways. From 16 values on, float32 uniforms of 24 bits fill the tensor and are
+transformed in place in groups of 16 (cosines of 8 pairs, then their sines); when the size is no multiple of
+16, the last 16 values are drawn again. Below 16, float64 pairs, whose second normal is kept for the next such
+draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.runtime.errors import UsageError
+
+_GROUP = 16
+_TWO_PI = np.float32(2 * math.pi)
+
+
+class Generator:
+    """A stream of normal values, torch.Generator("cpu").manual_seed(seed)'s; it remembers how far it is.
+
+    Args:
+        seed: from -2**63 to 2**64 - 1, as torch takes it.
+
+    Raises:
+        UsageError: a seed outside that range.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if not -(2**63) <= seed < 2**64:
+            raise UsageError(f"seed is {seed}", hint="pass a seed from -2**63 to 2**64 - 1")
+        self.seed = seed
+        self._engine = np.random.MT19937()
+        # RandomState seeds with init_genrand of the reference Mersenne Twister, as torch does; MT19937(seed)
+        # hashes the seed first.
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._engine.state = state
+        self._second_normal: float | None = None
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """torch.randn(shape, generator=...) within 1e-6: torch's log, sin and cos are an ulp off numpy's."""
+        size = math.prod(shape)
+        values = self._fill(size) if size >= _GROUP else self._one_by_one(size)
+        return values.reshape(tuple(shape))
+
+    def _fill(self, size: int) -> NDArray[np.float32]:
+        whole = size - size % _GROUP
+        values = np.empty(size, np.float32)
+        uniforms = self._uniforms(size)
+        values[:whole] = _box_muller(uniforms[:whole])
+        if whole < size:
+            values[-_GROUP:] = _box_muller(self._uniforms(_GROUP))
+        return values
+
+    def _uniforms(self, count: int) -> NDArray[np.float32]:
+        bits = self._engine.random_raw(count) & np.uint64(0xFFFFFF)
+        return bits.astype(np.float32) * np.float32(2**-24)
+
+    def _one_by_one(self, count: int) -> NDArray[np.float32]:
+        return np.array([self._normal() for _ in range(count)], np.float32)
+
+    def _normal(self) -> float:
+        if self._second_normal is not None:
+            second, self._second_normal = self._second_normal, None
+            return second
+        angle = 2 * math.pi * self._uniform64()
+        radius = math.sqrt(-2 * math.log1p(-self._uniform64()))
+        self._second_normal = radius * math.sin(angle)
+        return radius * math.cos(angle)
+
+    def _uniform64(self) -> float:
+        high, low = self._engine.random_raw(2)
+        return float(((int(high) << 32) | int(low)) & (2**53 - 1)) * 2**-53
+
+
+def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normals from (16 n,) uniforms, each step rounded to float32 as in torch."""
+    pairs = uniforms.reshape(-1, 2, _GROUP // 2)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - pairs[:, 0]))
+    angle = _TWO_PI * pairs[:, 1]
+    normals = np.empty_like(pairs)
+    normals[:, 0] = radius * np.cos(angle)
+    normals[:, 1] = radius * np.sin(angle)
+    return normals.reshape(-1)
+
+
+def randn_latents(shape: Sequence[int], generator: Generator | Sequence[Generator]) -> NDArray[np.float32]:
+    """Starting latents (B, ...), as diffusers' randn_tensor draws them.
+
+    Args:
+        generator: one for the whole batch, or a sequence of B, one a picture.
+
+    Raises:
+        UsageError: a sequence whose length is not B.
+    """
+    if isinstance(generator, Generator):
+        return generator.randn(shape)
+    if len(generator) != shape[0]:
+        raise UsageError(
+            f"{len(generator)} generators for {shape[0]} pictures",
+            hint="pass one generator, or one for each picture",
+        )
+    return np.concatenate([one.randn((1, *shape[1:])) for one in generator])
