@@ -42,20 +42,28 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """diffusers' RMSNorm: statistics and scaling in fp32, weight and bias in the weight's type."""
+    """diffusers' RMSNorm: statistics and scaling in fp32, weight and bias in the weight's type.
 
-    def __init__(self, dim: int, eps: float, bias: bool = False) -> None:
+    Args:
+        dim_of_channels: -1 for tokens; 1 for (B,C,H,W), which spares the two transposes that diffusers makes.
+    """
+
+    def __init__(self, dim: int, eps: float, bias: bool = False, dim_of_channels: int = -1) -> None:
         super().__init__()
         self.eps = eps
+        self.dim = dim_of_channels
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         x_fp32 = x.float()
         # A division, not rsqrt and a product: ONNX Runtime's fusion knows this pattern (SimplifiedLayerNormFusion).
-        x_fp32 = x_fp32 / torch.sqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
-        x = x_fp32.to(self.weight.dtype) * self.weight
-        return x if self.bias is None else x + self.bias
+        x_fp32 = x_fp32 / torch.sqrt(x_fp32.pow(2).mean(self.dim, keepdim=True) + self.eps)
+        x = x_fp32.to(self.weight.dtype) * self._along(self.weight)
+        return x if self.bias is None else x + self._along(self.bias)
+
+    def _along(self, parameter: Tensor) -> Tensor:
+        return parameter if self.dim == -1 else parameter[:, None, None]
 
 
 class GLUMBConv(nn.Module):

@@ -6,7 +6,7 @@ changes is the shape of a convolution that a network holds as a Linear (`layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -45,47 +45,70 @@ def build_empty(make: Callable[[], M]) -> M:
         return make().eval().requires_grad_(False)
 
 
-def load_strict(stages: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def load_strict(
+    stages: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    unread: Collection[str] = (),
+) -> None:
     """Give every parameter and buffer of the stages its tensor, cast to dtype where it is floating-point.
+
+    Args:
+        unread: stages that only claim their tensors' names, and stay empty.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape, or an integer where a float belongs.
     """
     sources = weight_map(stages)
     _check_names({source.checkpoint for source in sources}, set(tensors))
-    states: dict[str, dict[str, Tensor]] = {stage: {} for stage in stages}
+    states: dict[str, dict[str, Tensor]] = {stage: {} for stage in stages if stage not in unread}
     for source in sources:
-        states[source.stage][source.parameter] = _fitted(source, stages[source.stage], tensors, dtype)
-    for stage, module in stages.items():
-        module.load_state_dict(states[stage], assign=True)
-        module.requires_grad_(False)
+        if source.stage in states:
+            states[source.stage][source.parameter] = _fitted(source, stages[source.stage], tensors, dtype)
+    for stage, state in states.items():
+        stages[stage].load_state_dict(state, assign=True)
+        stages[stage].requires_grad_(False)
 
 
 def weight_map(stages: Mapping[str, nn.Module]) -> list[WeightSource]:
     """Where each checkpoint tensor lies in the stages, in the stages' own order.
+
+    A stage may wrap its network: the network says with `weights_below` under which of its own paths the names are
+    the checkpoint's ("" if all are).
 
     Raises:
         CheckpointError: two stages claim one tensor.
     """
     sources: dict[str, WeightSource] = {}
     for stage, module in stages.items():
+        root = _root(module)
         conv_shapes = {
             f"{path}.weight": submodule.conv_shape
             for path, submodule in module.named_modules()
             if isinstance(submodule, ConvAsLinear)
         }
-        for name, value in module.state_dict().items():
+        for parameter, value in module.state_dict().items():
+            name = parameter.removeprefix(root)
             if name in sources:
                 raise CheckpointError(f"{name} belongs to both {sources[name].stage} and {stage}")
-            shape = conv_shapes.get(name, tuple(value.shape))
             sources[name] = WeightSource(
                 checkpoint=name,
                 stage=stage,
-                parameter=name,
-                transform="reshape" if name in conv_shapes else "identity",
-                shape=shape,
+                parameter=parameter,
+                transform="reshape" if parameter in conv_shapes else "identity",
+                shape=conv_shapes.get(parameter, tuple(value.shape)),
             )
     return list(sources.values())
+
+
+def _root(module: nn.Module) -> str:
+    """The dotted prefix of the names that are the checkpoint's."""
+    for path, submodule in module.named_modules():
+        below = getattr(submodule, "weights_below", None)
+        if below is not None:
+            return "".join(f"{part}." for part in (path, below) if part)
+    return ""
 
 
 def _fitted(

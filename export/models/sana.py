@@ -48,6 +48,8 @@ def load_sana(
 class SanaConditioner(nn.Module):
     """Everything that depends on the text and not on the step: K and V of every cross-attention."""
 
+    weights_below = ""
+
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
         self.caption_projection = CaptionProjection(config.caption_channels, config.width)
@@ -70,6 +72,8 @@ class SanaConditioner(nn.Module):
 
 class SanaDenoiser(nn.Module):
     """Predicts the velocity of the latents from the timestep and a conditioner's outputs."""
+
+    weights_below = ""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
