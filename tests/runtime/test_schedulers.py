@@ -13,7 +13,8 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from ditc.export.scheduler_config import scheduler_params
 from ditc.runtime.errors import CheckpointError, UsageError
-from ditc.runtime.schedulers import CoefficientTable, coefficient_table
+from ditc.runtime.jsondata import from_json, to_json
+from ditc.runtime.schedulers import CoefficientTable, SchedulerParams, coefficient_table
 
 STEPS = (1, 2, 3, 14, 15, 20, 50)
 SHAPE = (2, 4, 8, 8)
@@ -201,3 +202,22 @@ def test_a_schedule_without_steps_is_refused(steps: int, begin_index: int) -> No
 def test_an_engine_with_too_little_history_is_refused() -> None:
     with pytest.raises(UsageError, match="past predictions"):
         coefficient_table(scheduler_params(config_of(dpmsolver())), 4, history_length=0)
+
+
+@pytest.mark.parametrize("scheduler", [dpmsolver(solver_type="heun"), FlowMatchEulerDiscreteScheduler()])
+def test_parameters_survive_the_manifest(scheduler: Any) -> None:
+    params = scheduler_params(config_of(scheduler), timestep_scale=0.5)
+    assert from_json(SchedulerParams, json.loads(json.dumps(to_json(params)))) == params
+
+
+def test_a_schedule_with_equal_timesteps_has_all_its_steps() -> None:
+    """diffusers 0.42.1 takes the second of two equal timesteps for the first step, and runs out of sigmas."""
+    scheduler = dpmsolver(flow_shift=6.0)
+    table = coefficient_table(scheduler_params(config_of(scheduler)), 1000)
+    assert table.timesteps[0] == table.timesteps[1]
+    assert np.isfinite(run_table(table)).all()
+    with pytest.raises(IndexError):
+        scheduler.set_timesteps(1000)
+        x = torch.zeros(1)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x, t, x, return_dict=False)[0]

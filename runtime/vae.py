@@ -1,0 +1,130 @@
+"""Tiled decoding and encoding: large pictures through a VAE in overlapping tiles whose seams are blended.
+
+Computes what diffusers' AutoencoderDC does after enable_tiling (tiled_decode, tiled_encode, 0.42.1) with the
+same tile and stride, holding one row of tiles at a time instead of all of them.
+"""
+
+# B pictures, C channels, h/w in latent cells, H/W in pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.session import Array
+
+Span = tuple[int, int]
+
+
+def decode_tiled(
+    decode: Callable[[Array], Array], latents: Array, *, tile: int, stride: int, scale: int
+) -> Array:
+    """decode((B,C,h,w)) -> (B,3,H,W), tile by tile; in one piece when the picture is no larger than a tile.
+
+    Args:
+        tile: side of a tile in pixels (diffusers: tile_sample_min_height and _width).
+        stride: distance of two tiles in pixels; neighbours blend over tile - stride.
+        scale: pixels per latent cell.
+
+    Raises:
+        UsageError: a tile or stride that is not made of whole cells, or a stride longer than the tile.
+    """
+    check_tiling(tile, stride, scale)
+    if max(latents.shape[2:]) <= tile // scale:
+        return decode(latents)
+    return _blend_tiles(
+        decode, latents, tile=tile // scale, stride=stride // scale, out_tile=tile, out_stride=stride
+    )
+
+
+def encode_tiled(
+    encode: Callable[[Array], Array], images: Array, *, tile: int, stride: int, scale: int
+) -> Array:
+    """encode((B,3,H,W)) -> (B,C,h,w), tile by tile; arguments as in decode_tiled.
+
+    Raises:
+        UsageError: as decode_tiled, or a picture whose sides are not multiples of `scale`.
+    """
+    check_tiling(tile, stride, scale)
+    if images.shape[2] % scale or images.shape[3] % scale:
+        raise UsageError(
+            f"the picture is {images.shape[2]}x{images.shape[3]}, not made of {scale}x{scale} cells",
+            hint=f"resize it to multiples of {scale}",
+        )
+    if max(images.shape[2:]) <= tile:
+        return encode(images)
+    return _blend_tiles(
+        encode, images, tile=tile, stride=stride, out_tile=tile // scale, out_stride=stride // scale
+    )
+
+
+def check_tiling(tile: int, stride: int, scale: int) -> None:
+    """Raises UsageError for a tile or stride that decode_tiled cannot use."""
+    if tile % scale or stride % scale or not 0 < stride <= tile:
+        raise UsageError(
+            f"tile {tile} and stride {stride} do not fit cells of {scale} pixels",
+            hint=f"take multiples of {scale}, with 0 < stride <= tile",
+        )
+
+
+def tile_sizes(height: int, width: int, *, tile: int, stride: int) -> set[tuple[int, int]]:
+    """The sizes of tile that height x width is cut into: the last row and column are smaller.
+
+    For a check against a stage's profile before any work is done. All arguments in one unit, pixels or cells.
+    """
+    if max(height, width) <= tile:
+        return {(height, width)}
+    rows, columns = _spans(height, tile, stride), _spans(width, tile, stride)
+    return {(bottom - top, right - left) for top, bottom in rows for left, right in columns}
+
+
+def _spans(length: int, tile: int, stride: int) -> list[Span]:
+    return [(start, min(start + tile, length)) for start in range(0, length, stride)]
+
+
+def _blend_tiles(
+    run: Callable[[Array], Array], source: Array, *, tile: int, stride: int, out_tile: int, out_stride: int
+) -> Array:
+    overlap = out_tile - out_stride
+    rows: list[Array] = []
+    above: list[Array] = []
+    for top, bottom in _spans(source.shape[2], tile, stride):
+        strip = source[:, :, top:bottom]
+        row = list(_blended_row(run, strip, above, tile=tile, stride=stride, overlap=overlap))
+        rows.append(np.concatenate([piece[:, :, :out_stride, :out_stride] for piece in row], axis=3))
+        above = row
+    return np.concatenate(rows, axis=2)
+
+
+def _blended_row(
+    run: Callable[[Array], Array], strip: Array, above: list[Array], *, tile: int, stride: int, overlap: int
+) -> Iterator[Array]:
+    """The tiles of one row, each blended with its already blended neighbours: first above, then left."""
+    left: Array | None = None
+    for column, (start, stop) in enumerate(_spans(strip.shape[3], tile, stride)):
+        # A copy: the result of a session may be a buffer that its next run overwrites.
+        piece = np.array(run(np.ascontiguousarray(strip[:, :, :, start:stop])))
+        if above:
+            _blend(above[column], piece, overlap, axis=2)
+        if left is not None:
+            _blend(left, piece, overlap, axis=3)
+        yield piece
+        left = piece
+
+
+def _blend(before: Array, piece: Array, overlap: int, axis: int) -> None:
+    """Fade in place from the end of `before` to the start of `piece` (AutoencoderDC.blend_v, blend_h)."""
+    extent = min(before.shape[axis], piece.shape[axis], overlap)
+    if extent == 0:
+        return
+    shape = [1] * piece.ndim
+    shape[axis] = extent
+    # Fractions of two integers, rounded once to the picture's type, as torch rounds a Python scalar.
+    fade: NDArray[np.float64] = np.arange(extent) / extent
+    fade_in, fade_out = (w.astype(piece.dtype).reshape(shape) for w in (fade, 1 - fade))
+    end = before.take(range(before.shape[axis] - extent, before.shape[axis]), axis)
+    start = (slice(None),) * axis + (slice(extent),)
+    piece[start] = end * fade_out + piece[start] * fade_in
