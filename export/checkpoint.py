@@ -2,7 +2,7 @@
 
 A diffusers directory is a model_index.json that names components, one folder each:
 
-    model_index.json    {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    model_index.json    {"_class_name": "SanaPipeline", "transformer": ["diffusers", "Sana..."]}
     transformer/        config.json + diffusion_pytorch_model[.variant].safetensors, single or sharded
     scheduler/          scheduler_config.json
     tokenizer/          tokenizer.json
@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from ditc.export.checkpoints.defaults import read_defaults
+from ditc.export.checkpoints.hub import fetch_snapshot, is_hub_id
 from ditc.export.checkpoints.json_files import read_json
 from ditc.export.checkpoints.tensors import TensorSource
 from ditc.export.checkpoints.weights import read_weights
 from ditc.runtime.errors import CheckpointError
+
+NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".safetensors"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +59,25 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkpoint:
-    """Open a diffusers directory without reading its weights.
+    """Open a diffusers checkpoint without reading its weights.
 
     Args:
-        source: the directory.
+        source: the directory, or a hub id: "org/name" or "org/name@revision".
         variant: "fp16" or "bf16" to read files of that variant. As in diffusers, a component that has none
             gives its default files; at least one must have it.
 
     Raises:
         CheckpointError: missing or foreign directory, missing component, pickles, damaged or misfit weights.
     """
-    path = Path(source)
+    path = (
+        fetch_snapshot(source, variant=variant)
+        if isinstance(source, str) and is_hub_id(source)
+        else Path(source)
+    )
+    if path.suffix in NATIVE_SUFFIXES and path.is_file():
+        raise CheckpointError(
+            f"{path} is a native checkpoint: one file of weights", hint="run `ditc convert` on it first"
+        )
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory", hint="give the folder that holds model_index.json"

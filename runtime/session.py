@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.spec import DType, StageSpec
 
 Array = NDArray[Any]
 
@@ -51,3 +51,16 @@ class Session(Protocol):
 def to_numpy(tensor: Tensor) -> Array:
     """The tensor on the host: itself if it is an array, else a copy."""
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+
+_NUMPY = {DType.BFLOAT16: np.dtype(np.uint16), DType.BOOL: np.dtype(np.bool_)}
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[np.generic]:
+    """The numpy type that carries a stage tensor on the host; bf16 travels as its bits."""
+    return _NUMPY.get(dtype) or np.dtype(dtype.value)
+
+
+def zeros(shape: tuple[int, ...], dtype: DType) -> Array:
+    """A host tensor of zeros in a stage's element type."""
+    return np.zeros(shape, numpy_dtype(dtype))

@@ -1,0 +1,315 @@
+"""Checkpoint to bundle: every stage content-addressed, finished ones reused, the manifest switched last.
+
+    bundle/.build/KEY.json    journal: one finished artifact and what it was made from; a killed build resumes here
+    bundle/.build/lock        held while building; the operating system frees it when the owner dies
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+
+from ditc.export.adapters import find_adapter
+from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export.keys import FileHashes, digest, explain, source_hash, tool_versions
+from ditc.export.latent_rgb import fit_latent_rgb
+from ditc.export.onnx import to_onnx
+from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.runtime.errors import BuildError, BundleError
+from ditc.runtime.integrity import file_ref
+from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.manifest import (
+    SCHEMA_VERSION,
+    Artifact,
+    FileRef,
+    GoldenTable,
+    LatentSpec,
+    Manifest,
+    Stage,
+    load_manifest,
+    save_manifest,
+)
+from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.spec import VAE_ENCODER, Backend
+
+log = logging.getLogger(__name__)
+
+Status = Literal["reused", "building", "built"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildEvent:
+    """What happened to one stage, for progress and for the summary."""
+
+    stage: str
+    status: Status
+    why: str
+    seconds: float = 0.0
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """The finished bundle and what each stage cost."""
+
+    bundle: Path
+    manifest: Manifest
+    events: tuple[BuildEvent, ...]
+    seconds: float
+
+
+def build_bundle(
+    source: str | Path,
+    out: Path,
+    options: BuildOptions,
+    *,
+    on_event: Callable[[BuildEvent], None] = lambda event: None,
+) -> BuildReport:
+    """Build, or bring up to date, the bundle in `out`.
+
+    Raises:
+        CheckpointError, BuildError, BundleError: each before anything of an existing bundle is replaced.
+    """
+    started = perf_counter()
+    checkpoint = open_checkpoint(source)
+    adapter = find_adapter(checkpoint)
+    plan = adapter.plan(checkpoint, options)
+    _check_writable(out)
+    with _locked(out):
+        builder = _Builder(checkpoint, adapter, plan, options, out, on_event)
+        manifest = builder.build()
+    return BuildReport(
+        bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
+    )
+
+
+class _Builder:
+    """One build: owns the journal and the list of events."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter,
+        plan: ModelPlan,
+        options: BuildOptions,
+        out: Path,
+        on_event: Callable[[BuildEvent], None],
+    ) -> None:
+        self.checkpoint, self.adapter, self.plan, self.options, self.out = checkpoint, adapter, plan, options, out
+        self.events: list[BuildEvent] = []
+        self._on_event = on_event
+        self._journal = out / ".build"
+        self._hashes = FileHashes(self._journal / "inputs.json")
+        self._old = _existing(out)
+
+    def build(self) -> Manifest:
+        """All stages, then the small files, then the manifest in one move, then the sweep of what is left over."""
+        artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
+        self._hashes.save()
+        manifest = self._manifest(artifacts)
+        if self._old is None or digest(manifest) != digest(_unsealed(self._old)):
+            save_manifest(manifest, self.out)
+        manifest = load_manifest(self.out)
+        self._sweep(manifest)
+        return manifest
+
+    def _artifact(self, name: str, stage: StagePlan) -> Artifact:
+        inputs = self._inputs(name, stage)
+        key = digest(inputs)
+        journal = self._journal / f"{name}-{key[:16]}.json"
+        finished = self._finished(journal)
+        if finished is not None:
+            self._report(name, "reused", "nothing changed", size=sum(f.size_bytes for f in finished.files))
+            return finished
+        why = self._why(name, inputs)
+        self._report(name, "building", why)
+        started = perf_counter()
+        module = self.adapter.load(self.checkpoint, self.plan, name, self.options)
+        files = to_onnx(module, self.out / "onnx" / f"{name}-{stage.precision.value}-{key[:8]}.onnx")
+        refs = [file_ref(path, self.out) for path in files.paths]
+        artifact = Artifact(
+            spec=module.spec,
+            precision=stage.precision,
+            backend=Backend.ONNXRUNTIME,
+            file=refs[0],
+            data=tuple(refs[1:]),
+            key=key,
+        )
+        extra = {"weights": [to_json(weight) for weight in module.weights], **self._extras(name, module)}
+        _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **extra})
+        seconds = perf_counter() - started
+        self._report(name, "built", why, seconds, sum(ref.size_bytes for ref in refs))
+        return artifact
+
+    def _inputs(self, name: str, stage: StagePlan) -> dict[str, Any]:
+        """Everything that the artifact depends on, by the words that the user reads when it changes."""
+        components = [self.checkpoint.component(component) for component in stage.components]
+        return {
+            "stage": name,
+            "weights": {c.name: self._hashes.of_all(c.files) for c in components},
+            "config": {c.name: c.config for c in components},
+            "shapes": to_json(stage.spec),
+            "precision": stage.precision.value,
+            "backend": Backend.ONNXRUNTIME.value,
+            "export_source": source_hash(),
+            "tool_versions": tool_versions(),
+        }
+
+    def _finished(self, journal: Path) -> Artifact | None:
+        """The artifact that the journal speaks of, if all of its files are there in the recorded size and time."""
+        record = _read_json(journal)
+        try:
+            artifact = from_json(Artifact, record["artifact"]) if record else None
+        except (Mismatch, KeyError):
+            return None
+        if artifact is None or not all(self._intact(ref) for ref in artifact.files):
+            return None
+        return artifact
+
+    def _intact(self, ref: FileRef) -> bool:
+        path = self.out / ref.path
+        return path.is_file() and path.stat().st_size == ref.size_bytes and self._hashes.of(path) == ref.sha256
+
+    def _why(self, name: str, inputs: dict[str, Any]) -> str:
+        earlier = sorted(self._journal.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
+        record = _read_json(earlier[-1]) if earlier else None
+        if record is None:
+            return "not built yet"
+        reason = explain(record.get("inputs", {}), inputs)
+        return "its files are missing or damaged" if reason == "nothing changed" else reason
+
+    def _extras(self, name: str, module: StageModule) -> dict[str, Any]:
+        if name == VAE_ENCODER:
+            return {"latent_rgb": fit_latent_rgb(module.module, self.plan.latents).tolist()}
+        return {}
+
+    def _manifest(self, artifacts: dict[str, Artifact]) -> Manifest:
+        records = {name: self._record(name, artifact) for name, artifact in artifacts.items()}
+        latents = self.plan.latents
+        rgb = records.get(VAE_ENCODER, {}).get("latent_rgb")
+        if rgb:
+            latents = LatentSpec(
+                latents.channels, latents.scale_factor, latents.patch_size, tuple(tuple(row) for row in rgb)
+            )
+        weights = [weight for record in records.values() for weight in record["weights"]]
+        _write_json(self.out / "weights.json", weights)
+        table = coefficient_table(self.plan.scheduler, self.plan.defaults.num_inference_steps)
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            family=self.plan.family,
+            checkpoint=self.checkpoint.path.name,
+            stages={name: Stage(artifacts=self._merged(name, artifact)) for name, artifact in artifacts.items()},
+            text=self.plan.text,
+            scheduler=self.plan.scheduler,
+            latents=latents,
+            defaults=self.plan.defaults,
+            golden_table=GoldenTable(
+                num_inference_steps=self.plan.defaults.num_inference_steps,
+                timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
+                coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
+            ),
+            files=(file_ref(self.out / "weights.json", self.out), *self._tokenizers()),
+            tools=tool_versions(),
+        )
+
+    def _record(self, name: str, artifact: Artifact) -> dict[str, Any]:
+        record = _read_json(self._journal / f"{name}-{artifact.key[:16]}.json")
+        if record is None:
+            raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
+        return record
+
+    def _merged(self, name: str, artifact: Artifact) -> tuple[Artifact, ...]:
+        """The new artifact beside those of other precisions and backends that an earlier build left intact."""
+        if self._old is None or self._old.checkpoint != self.checkpoint.path.name or name not in self._old.stages:
+            return (artifact,)
+        slot = (artifact.precision, artifact.backend, artifact.targets)
+        others = [
+            a
+            for a in self._old.stages[name].artifacts
+            if (a.precision, a.backend, a.targets) != slot and all(self._intact(ref) for ref in a.files)
+        ]
+        return (artifact, *others)
+
+    def _tokenizers(self) -> Iterator[FileRef]:
+        for spec in self.plan.text:
+            source = self.checkpoint.tokenizers[Path(spec.tokenizer).parent.name] / "tokenizer.json"
+            target = self.out / spec.tokenizer
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            shutil.copyfile(source, partial)
+            os.replace(partial, target)
+            yield file_ref(target, self.out)
+
+    def _sweep(self, manifest: Manifest) -> None:
+        """Remove graphs that no manifest names any more; the journal of what is kept stays."""
+        kept = {ref.path for ref in manifest.all_files()}
+        for path in (self.out / "onnx").iterdir():
+            if path.relative_to(self.out).as_posix() not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _report(self, stage: str, status: Status, why: str, seconds: float = 0.0, size: int = 0) -> None:
+        event = BuildEvent(stage=stage, status=status, why=why, seconds=seconds, size_bytes=size)
+        if status != "building":
+            self.events.append(event)
+        self._on_event(event)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = filelock.FileLock(out / ".build" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as e:
+        raise BuildError(
+            f"another build is working in {out}", hint="wait for it; a killed build frees its lock by itself"
+        ) from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        (out / ".build").mkdir(parents=True, exist_ok=True)
+        probe = out / ".build" / f"probe.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise BuildError(f"cannot write into {out}: {e.strerror}", hint="choose another -o directory") from e
+
+
+def _existing(out: Path) -> Manifest | None:
+    try:
+        return load_manifest(out)
+    except BundleError:
+        return None
+
+
+def _unsealed(manifest: Manifest) -> dict[str, Any]:
+    return {**to_json(manifest), "digest": ""}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,62 @@
+"""`ditc build CHECKPOINT -o BUNDLE`: export every stage that is not up to date."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ditc.runtime.spec import Backend, Precision
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The user's choices; everything else comes from the checkpoint."""
+    parser.add_argument("checkpoint", help="a diffusers directory")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument(
+        "--precision", default=Precision.FP32.value, choices=[p.value for p in Precision], help="of the denoiser"
+    )
+    parser.add_argument("--backend", default=Backend.ONNXRUNTIME.value, choices=["onnxruntime"])
+    parser.add_argument("--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)")
+    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build and print one line a stage to stderr and one summary line to stdout."""
+    from rich.console import Console
+
+    from ditc.export.bundle import BuildEvent, build_bundle
+    from ditc.export.stages import BuildOptions
+
+    console = Console(stderr=True, highlight=False)
+    options = BuildOptions(
+        precision=Precision(arguments.precision),
+        backend=Backend(arguments.backend),
+        resolution=arguments.resolution,
+        max_batch=arguments.max_batch,
+    )
+    with console.status("reading the checkpoint") as status:
+
+        def on_event(event: BuildEvent) -> None:
+            if event.status == "building":
+                status.update(f"{event.stage}: exporting ({event.why})")
+                return
+            took = f"{event.seconds:.1f} s" if event.status == "built" else ""
+            console.print(
+                f"  {event.stage:<14}{event.status:<8}{event.size_bytes / 1e6:>9.1f} MB {took:>8}  {event.why}"
+            )
+
+        report = build_bundle(arguments.checkpoint, arguments.output, options, on_event=on_event)
+    built = sum(event.status == "built" for event in report.events)
+    if arguments.json:
+        stages = {e.stage: {"status": e.status, "why": e.why, "seconds": round(e.seconds, 3)} for e in report.events}
+        result = {"bundle": str(report.bundle), "digest": report.manifest.digest, "stages": stages}
+        sys.stdout.write(json.dumps({**result, "seconds": round(report.seconds, 3)}) + "\n")
+    else:
+        sys.stdout.write(
+            f"{report.bundle}: {built} of {len(report.events)} stages built in {report.seconds:.1f} s, "
+            f"digest {report.manifest.digest[:12]}\n"
+        )
+    return 0

@@ -1,0 +1,203 @@
+"""`ditc convert`: a native Sana checkpoint as a diffusers directory, and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export.checkpoints.native_file import read_native
+from ditc.export.checkpoints.sana_keys import SanaKeys, to_diffusers, to_native
+from ditc.export.checkpoints.sana_native import (
+    DTYPES,
+    POSITION_EMBEDDINGS,
+    NativeOptions,
+    detect_keys,
+    transformer_config,
+)
+from ditc.export.checkpoints.tensors import TensorSource
+from ditc.export.checkpoints.writer import MAX_SHARD_BYTES, write_weights
+from ditc.runtime.errors import CheckpointError, UsageError
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    options: NativeOptions,
+    base: str | Path | None = None,
+    ema: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a native Sana checkpoint as a diffusers directory.
+
+    Args:
+        source: a .pth or .safetensors file with native names.
+        out: the directory to make; it appears whole or not at all.
+        options: what the checkpoint's keys cannot tell.
+        base: a diffusers checkpoint whose other parts (text encoder, tokenizer, VAE) are copied; without it
+            only the transformer and the scheduler are written.
+        ema: take the averaged weights of a training file.
+
+    Raises:
+        UsageError: a missing option, or an output that is there already.
+        CheckpointError: a foreign, damaged or misshapen checkpoint, or a value that dtype cannot hold.
+    """
+    _check_free(out)
+    native = read_native(source, ema=ema)
+    keys = detect_keys(native)
+    config = transformer_config(native, keys, options)
+    tensors = to_diffusers(native, keys)
+    _check_shapes(config, tensors, keys)
+    others = open_checkpoint(base) if base is not None else None
+    assert options.dtype is not None  # transformer_config asked for it
+    with _whole_directory(out) as directory:
+        write_weights(
+            tensors, directory / "transformer", dtype=DTYPES[options.dtype], max_shard_bytes=max_shard_bytes
+        )
+        _write_json(directory / "transformer" / "config.json", config)
+        scheduler = _write_scheduler(directory / "scheduler", keys, options)
+        index = {
+            "_class_name": "SanaSprintPipeline" if keys.guidance_embeds else "SanaPipeline",
+            **_copy_others(others, directory),
+            "scheduler": ["diffusers", scheduler],
+            "transformer": ["diffusers", "SanaTransformer2DModel"],
+        }
+        _write_json(directory / "model_index.json", index)
+    return out
+
+
+def convert_to_native(source: str | Path, out: Path, *, variant: str | None = None) -> Path:
+    """Write the transformer of a diffusers Sana checkpoint as one .safetensors file with native names.
+
+    Training-only tensors do not come back: load it into the native network with strict=False.
+
+    Raises:
+        UsageError: an output that is there already or has another suffix.
+        CheckpointError: a checkpoint that is no Sana's.
+    """
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out} must end in .safetensors")
+    _check_free(out)
+    transformer = open_checkpoint(source, variant=variant).component("transformer")
+    keys = SanaKeys(
+        num_layers=sum(name.endswith(".attn1.to_q.weight") for name in transformer.tensors),
+        qk_norm=any(name.endswith(".norm_q.weight") for name in transformer.tensors),
+        guidance_embeds=any(".guidance_embedder." in name for name in transformer.tensors),
+    )
+    native = to_native(transformer.tensors, keys)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in native.items()}, partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ditc convert`."""
+    parser.add_argument(
+        "source", help="native .pth or .safetensors file; with --to-native a diffusers directory"
+    )
+    parser.add_argument("out", type=Path, help="directory to make; with --to-native a .safetensors file")
+    parser.add_argument("--to-native", action="store_true", help="write diffusers weights under native names")
+    parser.add_argument("--base", help="diffusers checkpoint to copy text encoder, tokenizer and VAE from")
+    parser.add_argument("--ema", action="store_true", help="take state_dict_ema of a training file")
+    group = parser.add_argument_group("what a native checkpoint's keys cannot tell")
+    group.add_argument("--resolution", type=int, help="pixels of a side it was trained for, say 1024")
+    group.add_argument("--flow-shift", type=float, help="of the sampler; Sprint has none")
+    group.add_argument("--position-embedding", choices=POSITION_EMBEDDINGS)
+    group.add_argument("--interpolation-scale", type=float, help="of the sincos position embedding")
+    group.add_argument("--dtype", choices=tuple(DTYPES), help="element type to write")
+    group.add_argument("--attention-head-dim", type=int, help="for a hidden size that no release has")
+    group.add_argument("--cross-attention-head-dim", type=int, help="for a hidden size that no release has")
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Do what `add_arguments` parsed; returns what was written. Raises as `convert` does."""
+    if args.to_native:
+        return convert_to_native(args.source, args.out)
+    options = NativeOptions(**{field.name: getattr(args, field.name) for field in fields(NativeOptions)})
+    return convert(Path(args.source), args.out, options=options, base=args.base, ema=args.ema)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="give a new name, or delete it first")
+
+
+def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys) -> None:
+    """Hold every tensor's shape against diffusers' own network, built without memory for its weights."""
+    from diffusers import SanaTransformer2DModel
+
+    with torch.device("meta"):
+        network = SanaTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    native_names = {part: name for name, parts in keys.rows().items() for part in parts}
+    for name, parameter in network.state_dict().items():
+        if tensors.shape(name) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{native_names[name]} gives {name} the shape {list(tensors.shape(name))}, "
+                f"the network needs {list(parameter.shape)}",
+                hint="the file is damaged, or --attention-head-dim is not the network's",
+            )
+
+
+def _write_scheduler(directory: Path, keys: SanaKeys, options: NativeOptions) -> str:
+    """diffusers' scheduler of the family, as both converters choose it. Returns its class name."""
+    from diffusers import DPMSolverMultistepScheduler, SCMScheduler
+
+    if keys.guidance_embeds:
+        scheduler = SCMScheduler(num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            flow_shift=options.flow_shift, use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
+    scheduler.save_pretrained(directory)
+    return type(scheduler).__name__
+
+
+def _copy_others(base: Checkpoint | None, directory: Path) -> dict[str, Any]:
+    """Copy every part but transformer and scheduler. Returns their entries of model_index.json."""
+    if base is None:
+        return {}
+    names = (set(base.components) | set(base.tokenizers)) - {"transformer", "scheduler"}
+    for name in sorted(names):
+        shutil.copytree(base.path / name, directory / name)
+    return {name: base.model_index[name] for name in sorted(names)}
+
+
+@contextmanager
+def _whole_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory beside out, renamed to out if the block succeeds and removed if it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,187 @@
+"""One stage to one ONNX file: torch.export, our passes, external weights, and a second run at another shape."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ditc.export import ops
+from ditc.export.passes import run_passes
+from ditc.export.stages import StageModule, example_feeds, example_sizes
+from ditc.export.torch_session import TorchSession, to_torch
+from ditc.runtime.errors import BuildError
+from ditc.runtime.session import Array
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+from ditc.runtime.spec import DType, Precision, StageSpec
+
+log = logging.getLogger(__name__)
+
+# 20: Gelu and GroupNormalization as single nodes; Q/DQ of every type that we write (INT8 13, FP8 19).
+OPSET = 20
+# Same graph, other kernels: fp32 rounding of a few hundred dependent GEMMs. Measured 1e-7 to 4e-6.
+FP32_RELATIVE_L2 = 2e-5
+# ONNX Runtime's CPU provider widens fp16 to fp32, torch rounds after every op: this finds wrong graphs, not
+# rounding (rounding is parity's matter, through the round_to graph).
+FP16_RELATIVE_L2 = 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFiles:
+    """A written graph and its external weights."""
+
+    model: Path
+    weights: Path
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.model, self.weights) if self.weights.exists() else (self.model,)
+
+
+def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
+    """Export the stage to `path` (weights to `path`.data), replacing both only when complete and checked.
+
+    Raises:
+        BuildError: torch.export refuses the module, a dynamic dimension was specialised, or ONNX Runtime
+            disagrees with PyTorch at either of two shapes.
+    """
+    model = to_model(stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    final = OnnxFiles(path, path.with_name(path.name + ".data"))
+    # The graph names its weights file, so the files get their final names inside a directory of their own.
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    partial.mkdir(exist_ok=True)
+    written = OnnxFiles(partial / final.model.name, partial / final.weights.name)
+    try:
+        ir.save(model, written.model, external_data=written.weights.name)
+        del model
+        if check and stage.precision is not Precision.BF16:
+            check_export(stage, written.model)
+        for source, target in ((written.weights, final.weights), (written.model, final.model)):
+            if source.exists():
+                os.replace(source, target)
+    finally:
+        for leftover in partial.iterdir():
+            leftover.unlink()
+        partial.rmdir()
+    return final
+
+
+def to_model(stage: StageModule) -> ir.Model:
+    """The stage as an ONNX graph in memory, after all passes."""
+    spec = stage.spec
+    feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
+    arguments = tuple(to_torch(feeds[tensor.name], tensor.dtype) for tensor in spec.inputs)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                stage.module.eval(),
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                dynamic_shapes=_dynamic_shapes(stage),
+                custom_translation_table=ops.onnx_translations(),
+                verbose=False,
+            )
+        except Exception as e:  # torch.export raises many classes; each means that this module cannot be built
+            raise BuildError(
+                f"{spec.name}: torch.export failed: {_cause(e)}",
+                hint="the networks in export/models/ export; one that was changed must keep shapes symbolic",
+            ) from e
+    assert program is not None
+    model: ir.Model = program.model
+    ops.add_functions(model)
+    return run_passes(model, spec)
+
+
+def check_export(stage: StageModule, model: Path) -> float:
+    """Run the written graph and the module at two shapes; returns the largest relative L2 error of any output.
+
+    Raises:
+        BuildError: with stage, output, sizes and error, when a bound is passed.
+    """
+    bound = FP16_RELATIVE_L2 if stage.precision is Precision.FP16 else FP32_RELATIVE_L2
+    reference = TorchSession(stage.module, stage.spec)
+    candidate = OnnxRuntimeSession(model, stage.spec, provider=CPU)
+    worst = 0.0
+    for second in (False, True):
+        sizes = example_sizes(stage.spec, second=second)
+        feeds = example_feeds(stage.spec, sizes, seed=1 + second, integers=stage.integers)
+        expected, got = reference.run(feeds), candidate.run(feeds)
+        for name in expected:
+            error = relative_l2(np.asarray(got[name]), np.asarray(expected[name]))
+            worst = max(worst, error)
+            if not error <= bound:
+                raise BuildError(
+                    f"{stage.spec.name}: output {name} of the exported graph differs from PyTorch at {sizes}: "
+                    f"relative L2 {error:.3g}, bound {bound:.1g}",
+                    hint="compare module by module: ditc parity BUNDLE --against CHECKPOINT --level module",
+                )
+    candidate.close()
+    log.debug("%s: exported graph equals PyTorch within %.2g", stage.spec.name, worst)
+    return worst
+
+
+def relative_l2(value: Array, reference: Array) -> float:
+    """|value - reference| / |reference| in fp64; NaN anywhere gives NaN, and a zero reference compares absolutely."""
+    difference = np.linalg.norm(value.astype(np.float64).ravel() - reference.astype(np.float64).ravel())
+    scale = np.linalg.norm(reference.astype(np.float64).ravel())
+    return float(difference / scale) if scale else float(difference)
+
+
+def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:
+    """Named dimensions become symbols; equal names share one, so torch.export proves that they agree."""
+    spec = stage.spec
+    dims = {name: _dim(name, spec) for name in spec.profile}
+    shapes = [
+        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in spec.inputs
+    ]
+    parameters = inspect.signature(stage.module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # *rest is one argument, a tuple, to torch.export
+        named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        return (*shapes[:named], tuple(shapes[named:]))
+    return tuple(shapes)
+
+
+def _dim(name: str, spec: StageSpec) -> Any:
+    bounds = spec.profile[name]
+    if bounds.multiple_of > 1:
+        step = bounds.multiple_of
+        return step * torch.export.Dim(f"{name}_by_{step}", min=max(1, bounds.min // step), max=bounds.max // step)
+    return torch.export.Dim(name, min=max(1, bounds.min), max=max(2, bounds.max))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns about opset conversion and prints progress; both are noise in a build."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error: torch wraps the reason in several pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

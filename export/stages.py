@@ -1,0 +1,154 @@
+"""What an adapter hands to the exporter: a plan without weights, and a stage with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from ditc.export.checkpoint import Checkpoint
+from ditc.export.models.loading import WeightSource
+from ditc.runtime import denoise
+from ditc.runtime.manifest import Defaults, LatentSpec
+from ditc.runtime.schedulers import SchedulerParams
+from ditc.runtime.session import Array, numpy_dtype
+from ditc.runtime.spec import Backend, DType, Precision, Range, StageSpec, TensorSpec
+from ditc.runtime.text import TextSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What the user may choose. Sizes in pixels; None leaves the choice to the adapter.
+
+    Attributes:
+        precision: of the denoiser; the other stages follow by the adapter's rule.
+        resolution: nominal square size, for checkpoints that serve several.
+        max_batch: most samples in one run of the denoiser.
+        raw: export the network alone, without the step around it.
+    """
+
+    precision: Precision = Precision.FP32
+    backend: Backend = Backend.ONNXRUNTIME
+    resolution: int | None = None
+    max_batch: int = 4
+    raw: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage before its weights are read.
+
+    Attributes:
+        components: names of the checkpoint's components whose weights and config it is made from.
+    """
+
+    spec: StageSpec
+    precision: Precision
+    components: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """Everything about a bundle that is known from configs alone."""
+
+    family: str
+    stages: dict[str, StagePlan]
+    text: tuple[TextSpec, ...]
+    scheduler: SchedulerParams
+    latents: LatentSpec
+    defaults: Defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageModule:
+    """A stage ready for export: `module(*inputs in the order of spec.inputs) -> outputs in order`.
+
+    Attributes:
+        weights: where each parameter of the module comes from.
+        integers: exclusive upper bounds of integer inputs, for example values (input_ids: the vocabulary).
+    """
+
+    spec: StageSpec
+    precision: Precision
+    module: nn.Module
+    weights: tuple[WeightSource, ...]
+    integers: Mapping[str, int] = field(default_factory=dict)
+
+
+class Adapter(Protocol):
+    """The only place that knows a model family."""
+
+    family: str
+
+    def accepts(self, checkpoint: Checkpoint) -> bool:
+        """Whether this family's networks are in the checkpoint, told from configs alone."""
+        ...
+
+    def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
+        """Everything that can be said, and refused, before weights are read."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
+        """The stage's module with its weights, in the deployment dtype."""
+        ...
+
+
+def example_sizes(spec: StageSpec, *, second: bool = False) -> dict[str, int]:
+    """A size for every named dimension inside its range; `second` differs from the first wherever the range allows.
+
+    Dynamic dimensions start at 2 where they can: torch.export specialises sizes 0 and 1.
+    """
+    sizes = {}
+    for index, (name, bounds) in enumerate(spec.profile.items()):
+        step = bounds.multiple_of
+        wanted = bounds.opt if not second else bounds.opt + step * (index + 1)
+        wanted = min(max(wanted, bounds.min, 2 * step), bounds.max)
+        sizes[name] = wanted - wanted % step if wanted % step else wanted
+    return _rows_unlike_batch(sizes, spec)
+
+
+def example_feeds(
+    spec: StageSpec, sizes: Mapping[str, int], *, seed: int = 0, integers: Mapping[str, int] | None = None
+) -> dict[str, Array]:
+    """Seeded inputs with plausible values: masks of ones with a padded tail, rows spread over the samples."""
+    rng = np.random.default_rng(seed)
+    return {tensor.name: _example(tensor, sizes, rng, integers or {}) for tensor in spec.inputs}
+
+
+def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The tensor's shape with every named dimension replaced by its size."""
+    return tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
+
+
+def _example(
+    tensor: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator, integers: Mapping[str, int]
+) -> Array:
+    shape = shape_of(tensor, sizes)
+    if tensor.name == denoise.ROW_OF:
+        return np.arange(shape[0], dtype=np.int64) % sizes["batch"]
+    if tensor.name == denoise.TIMESTEP:
+        return rng.uniform(1, 999, shape).astype(np.float32)
+    if "mask" in tensor.name:
+        mask = np.ones(shape, np.int64)
+        mask[..., -max(1, shape[-1] // 4) :] = 0
+        return mask.astype(numpy_dtype(tensor.dtype))
+    if tensor.dtype is DType.INT64:
+        return rng.integers(0, integers.get(tensor.name, 2), shape)
+    values = rng.standard_normal(shape, np.float32)
+    return _as_bits(values) if tensor.dtype is DType.BFLOAT16 else values.astype(numpy_dtype(tensor.dtype))
+
+
+def _as_bits(values: Array) -> Array:
+    """fp32 to bf16 bits, rounding to nearest even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _rows_unlike_batch(sizes: dict[str, int], spec: StageSpec) -> dict[str, int]:
+    if "rows" in sizes and sizes["rows"] == sizes.get("batch"):
+        bounds: Range = spec.profile["rows"]
+        sizes["rows"] = min(sizes["rows"] + 1, bounds.max)
+    return sizes

@@ -1,0 +1,101 @@
+"""A denoiser engine is a whole step: row gather, network, guidance and solver update in one graph.
+
+`wrap(network, ...)` is family-independent. Everything that belongs to one request is per sample, so a server can
+batch requests that differ in prompt, guidance, step and schedule.
+"""
+
+# B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ditc.runtime.denoise import coefficient_columns
+
+STATS = 2  # non-finite count of x0, amax of x0
+
+
+class DenoiserStep(nn.Module):
+    """One solver step around a network that predicts from (rows, timestep, *conditioning).
+
+    Args:
+        network: called as network(latents_RCHW, timestep_R, *conditioning) -> prediction_RCHW, any float dtype.
+        dtype: what the network's latents are cast to; everything outside the network stays fp32.
+        history_length: how many earlier x0 the update reads.
+        noise: whether the update adds fresh noise (stochastic samplers).
+    """
+
+    def __init__(
+        self, network: nn.Module, *, dtype: torch.dtype, history_length: int, noise: bool = False
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        self.history_length = history_length
+        self.noise = noise
+        self.columns = coefficient_columns(history_length, noise)
+
+    def forward(
+        self,
+        latents: Tensor,
+        row_of: Tensor,
+        timestep: Tensor,
+        guidance_weights: Tensor,
+        coefficients: Tensor,
+        history: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Advance every sample by one step.
+
+        Args:
+            latents: (B,C,H,W) fp32. row_of: (R,) int64, the sample each row belongs to. timestep: (B,) fp32.
+            guidance_weights: (B,R) fp32; pred[b] = sum_r w[b,r] * out[r].
+            coefficients: (B,K) fp32, columns as `runtime.denoise.coefficient_columns` names them.
+            history: (B,P,C,H,W) fp32, newest x0 first. rest: the noise (B,C,H,W) if any, then the conditioning.
+
+        Returns:
+            next_latents (B,C,H,W), x0 (B,C,H,W), next_history (B,P,C,H,W), stats (B,2), all fp32.
+        """
+        noise, conditioning = (rest[0], rest[1:]) if self.noise else (None, rest)
+
+        def column(name: str) -> Tensor:
+            index = self.columns.index(name)
+            return coefficients[:, index].reshape(-1, 1, 1, 1)
+
+        scaled = column("c_in") * latents
+        rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *conditioning)
+        pred = guide(guidance_weights, rows.float())
+        x0 = column("a") * latents + column("b") * pred
+        following = column("cx") * latents + column("c0") * x0
+        for k in range(self.history_length):
+            following = following + column(f"h{k + 1}") * history[:, k]
+        if noise is not None:
+            following = following + column("cn") * noise
+        next_history = torch.cat([x0[:, None], history[:, :-1]], dim=1) if self.history_length > 1 else x0[:, None]
+        return following, x0, next_history, statistics(x0)
+
+
+def guide(weights_BR: Tensor, rows_RCHW: Tensor) -> Tensor:
+    """sum_r weights[b,r] * rows[r] in fp32, where a weight of zero also silences a NaN.
+
+    Written as a selected sum, not a matrix product: 0 * NaN is NaN, and one request that overflows must not
+    spoil the strangers that share its batch; nor may TF32 or 16-bit GEMMs touch the guidance.
+    """
+    weights = weights_BR[:, :, None, None, None]
+    terms = torch.where(weights == 0, torch.zeros((), dtype=rows_RCHW.dtype), weights * rows_RCHW[None])
+    return terms.sum(dim=1)
+
+
+def statistics(x0_BCHW: Tensor) -> Tensor:
+    """(B,2) fp32: count of non-finite values, largest finite magnitude."""
+    flat = x0_BCHW.flatten(1)
+    finite = flat.abs() <= torch.finfo(torch.float32).max  # False for NaN and Inf; exports as one LessOrEqual
+    bad = (~finite).float().sum(dim=1)
+    amax = torch.where(finite, flat.abs(), torch.zeros((), dtype=flat.dtype)).amax(dim=1)
+    return torch.stack([bad, amax], dim=1)
+
+
+def wrap(network: nn.Module, *, dtype: torch.dtype, history_length: int, noise: bool = False) -> DenoiserStep:
+    """The network as a whole-step denoiser in evaluation mode."""
+    return DenoiserStep(network, dtype=dtype, history_length=history_length, noise=noise).eval()

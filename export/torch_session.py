@@ -1,0 +1,56 @@
+"""Runs a stage with PyTorch: the reference is the same pipeline with these sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from ditc.runtime.session import Array, Tensor, to_numpy
+from ditc.runtime.spec import DType, StageSpec
+
+TORCH_DTYPES = {
+    DType.FLOAT32: torch.float32,
+    DType.FLOAT16: torch.float16,
+    DType.BFLOAT16: torch.bfloat16,
+    DType.INT64: torch.int64,
+    DType.BOOL: torch.bool,
+}
+
+
+class TorchSession:
+    """One stage as an eager module whose forward takes and gives tensors in the order of the spec."""
+
+    def __init__(self, module: nn.Module, spec: StageSpec, *, device: str = "cpu") -> None:
+        self.spec = spec
+        self.module = module.to(device).eval()
+        self._device = device
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the stage once; host arrays in, host arrays out."""
+        arguments = [self._to_torch(to_numpy(feeds[spec.name]), spec.dtype) for spec in self.spec.inputs]
+        with torch.inference_mode():
+            results = self.module(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        return {spec.name: from_torch(out) for spec, out in zip(self.spec.outputs, results, strict=True)}
+
+    def close(self) -> None:
+        """Nothing to release: the module belongs to the caller."""
+
+    def _to_torch(self, array: Array, dtype: DType) -> torch.Tensor:
+        return to_torch(array, dtype).to(self._device)
+
+
+def to_torch(array: Array, dtype: DType) -> torch.Tensor:
+    """A host array as a tensor; bf16 arrives as its uint16 bits."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if dtype is DType.BFLOAT16 else tensor
+
+
+def from_torch(tensor: torch.Tensor) -> Array:
+    """A tensor as a host array; bf16 leaves as its uint16 bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array

@@ -1,0 +1,122 @@
+"""The `ditc` command: a table of verbs, resolved when one is typed.
+
+Progress and errors go to stderr, results to stdout. Exit codes: 0 done, 1 a check failed, 2 usage or bad input,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from ditc.runtime.errors import DitcError, MissingExtra
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """Where a verb lives, what it does, and the extra that installs what it needs."""
+
+    module: str
+    help: str
+    extra: str | None = None
+
+
+# Strings, so that the runtime imports no part that may be absent.
+VERBS = {
+    "build": Verb("ditc.export.commands.build", "checkpoint -> bundle (ONNX graphs, optionally engines)", "export"),
+    "run": Verb("ditc.runtime.commands.run", "draw pictures with a bundle"),
+    "inspect": Verb("ditc.runtime.commands.inspect", "what a bundle holds"),
+    "verify": Verb("ditc.runtime.commands.verify", "check every hash of a bundle"),
+    "doctor": Verb("ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"),
+    "convert": Verb("ditc.export.convert", "native or hub checkpoint -> diffusers layout", "export"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        if verb not in VERBS:
+            options = parser.parse_args(arguments)  # --help, --version, or an error that lists the verbs
+            parser.print_help()
+            return USAGE
+        module = _resolve(VERBS[verb])
+        module.add_arguments(parser.verbs[verb])
+        options = parser.parse_args(arguments)
+        _configure_logging(options.verbose)
+        code: int = module.run(options)
+        return code
+    except DitcError as error:
+        report(error, as_json="--json" in arguments)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED
+
+
+def report(error: DitcError, *, as_json: bool = False) -> None:
+    """One line of what happened, one of what to do, to stderr; as JSON to stdout where a program reads."""
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error), "hint": error.hint}))  # noqa: T201
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
+
+
+class _Parser(argparse.ArgumentParser):
+    """The top-level parser, with its verbs' parsers at hand so that only the typed one is filled."""
+
+    verbs: dict[str, argparse.ArgumentParser]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="ditc", description="Compile diffusion transformers, run them, prove them.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    parser.verbs = {}
+    for name, verb in VERBS.items():
+        parser.verbs[name] = verbs.add_parser(name, help=verb.help, description=verb.help)
+        parser.verbs[name].add_argument("-v", "--verbose", action="count", default=0, help="more log; twice for all")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"ditc {version('ditc')}")  # noqa: T201
+        parser.exit()
+
+
+def _resolve(verb: Verb) -> ModuleType:
+    try:
+        return importlib.import_module(verb.module)
+    except ModuleNotFoundError as e:
+        missing = e.name or verb.module
+        if verb.extra is None:
+            raise
+        raise MissingExtra(missing.split(".")[0] if not missing.startswith("ditc") else missing, verb.extra) from e
+
+
+def _configure_logging(verbosity: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("ditc").setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

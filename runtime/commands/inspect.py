@@ -1,0 +1,47 @@
+"""`ditc inspect BUNDLE`: what a bundle holds, without loading any of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The bundle, and the form of the answer."""
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table of stages, or the manifest itself."""
+    from ditc.runtime.jsondata import to_json
+    from ditc.runtime.manifest import load_manifest
+
+    manifest = load_manifest(arguments.bundle)
+    if arguments.json:
+        sys.stdout.write(json.dumps(to_json(manifest)) + "\n")
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    defaults, scheduler = manifest.defaults, manifest.scheduler
+    sizes = f"{len(defaults.bins)} resolution bins" if defaults.bins else "no resolution bins"
+    console.print(f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}")
+    console.print(
+        f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
+        f"{scheduler.kind}, guidance_scale {defaults.guidance_scale}"
+    )
+    table = Table("stage", "precision", "backend", "targets", "MB", "inputs", box=None, padding=(0, 2, 0, 0))
+    for name, stage in manifest.stages.items():
+        for artifact in stage.artifacts:
+            size = sum(ref.size_bytes for ref in artifact.files) / 1e6
+            inputs = ", ".join(f"{t.name}({','.join(map(str, t.shape))})" for t in artifact.spec.inputs)
+            targets = " ".join(artifact.targets) or "-"
+            table.add_row(
+                name, artifact.precision.value, artifact.backend.value, targets, f"{size:.1f}", inputs
+            )
+    console.print(table)
+    return 0

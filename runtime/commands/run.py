@@ -1,0 +1,158 @@
+"""`ditc run BUNDLE PROMPT -o out.png`: draw pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditc.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ditc.runtime.pipeline import Output, Pipeline, Step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Names are diffusers' where it has one; every default is the bundle's."""
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("out.png"), help="PNG; several get -0, -1, ... (default: %(default)s)"
+    )
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT")
+    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
+    parser.add_argument("--guidance-scale", type=float, metavar="G")
+    parser.add_argument("--height", type=int, metavar="PX")
+    parser.add_argument("--width", type=int, metavar="PX")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
+    parser.add_argument("-n", "--num-images-per-prompt", type=int, default=1, metavar="N")
+    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
+    parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--preview", type=Path, metavar="DIR", help="write a rough picture after every step")
+    parser.add_argument("--allow-uniform", action="store_true", help="keep a picture of one colour")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, draw, save; every PNG is complete or absent."""
+    prompts = _prompts(arguments)
+    if arguments.output.suffix.lower() != ".png":
+        raise UsageError(f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text")
+    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime.request import Request
+
+    with Pipeline.load(
+        arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
+    ) as pipeline:
+        request = Request(
+            prompt=prompts,
+            negative_prompt=arguments.negative_prompt,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+            height=arguments.height,
+            width=arguments.width,
+            seed=arguments.seed,
+            num_images_per_prompt=arguments.num_images_per_prompt,
+            allow_uniform=arguments.allow_uniform,
+        )
+        output = _draw(pipeline, request, arguments.preview)
+        files = [
+            _save(picture, path, _metadata(pipeline, output, prompts[i // arguments.num_images_per_prompt]))
+            for i, (picture, path) in enumerate(zip(output.images, _paths(arguments, len(output.images)), strict=True))
+        ]
+    _print(arguments, output, files, pipeline.chosen)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UsageError("give a PROMPT or --prompts FILE, one of them", hint='ditc run BUNDLE "a red heart" -o out.png')
+    if arguments.prompts is None:
+        return [arguments.prompt]
+    try:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read prompts from {arguments.prompts}: {e}", hint="one prompt a line, UTF-8") from e
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{arguments.prompts} holds no prompts", hint="write one prompt a line")
+    return prompts
+
+
+def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if preview is not None:
+        preview.mkdir(parents=True, exist_ok=True)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("text", total=None)
+
+        def on_step(step: Step) -> None:
+            progress.update(task, description="denoising", total=step.total, completed=step.index + 1)
+            if preview is not None:
+                for i, picture in enumerate(pipeline.preview(step.state)):
+                    _save(picture, preview / f"step-{step.index:03d}-{step.chunk}-{i}.png", {})
+
+        return pipeline.draw(request, on_step=on_step)
+
+
+def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:
+    output: Path = arguments.output
+    return [output] if count == 1 else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]:
+    plan = output.plan
+    settings = {
+        "num_inference_steps": plan.num_inference_steps,
+        "guidance_scale": plan.guidance_scale,
+        "height": plan.height,
+        "width": plan.width,
+        "backend": pipeline.chosen,
+    }
+    return {
+        "prompt": prompt,
+        "negative_prompt": str(plan.request.negative_prompt),
+        "seed": str(plan.seed),
+        "settings": json.dumps(settings),
+        "bundle": pipeline.manifest.digest,
+        "software": f"ditc {pipeline.manifest.tools.get('ditc', '')}",
+    }
+
+
+def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in metadata.items():
+        info.add_itxt(name, text)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another -o") from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _print(arguments: argparse.Namespace, output: Output, files: list[Path], chosen: str) -> None:
+    seconds = {name: round(value, 3) for name, value in output.seconds.items()}
+    if arguments.json:
+        result = {"files": [str(f) for f in files], "seed": output.seed, "seconds": seconds, "backend": chosen}
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    names = ", ".join(str(f) for f in files)
+    sys.stdout.write(f"{names}  seed {output.seed}  ({times})\n")

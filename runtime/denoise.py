@@ -1,0 +1,179 @@
+"""The denoising loop's primitive: `step(session, states) -> states`, over any number of requests at once.
+
+A DenoiseState is one request's position in its own schedule. Nothing of it lives in the session, so states may be
+interleaved, stacked, replaced from outside (teacher forcing, img2img, inpainting) or dropped at any moment.
+"""
+
+# B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from ditc.runtime.errors import NumericsError
+from ditc.runtime.rng import Generator, randn_latents
+from ditc.runtime.session import Array, Session, Tensor, to_numpy
+
+LATENTS = "latents"
+NOISE = "noise"
+HISTORY = "history"
+ROW_OF = "row_of"
+TIMESTEP = "timestep"
+GUIDANCE_WEIGHTS = "guidance_weights"
+COEFFICIENTS = "coefficients"
+NEXT_LATENTS = "next_latents"
+X0 = "x0"
+NEXT_HISTORY = "next_history"
+STATS = "stats"
+
+
+def coefficient_columns(history_length: int, noise: bool) -> tuple[str, ...]:
+    """Names of the K columns: input = c_in*x, x0 = a*x + b*pred, next = cx*x + c0*x0 + sum hk*history_k + cn*noise."""
+    history = tuple(f"h{k + 1}" for k in range(history_length))
+    return ("c_in", "a", "b", "cx", "c0", *history, *(("cn",) if noise else ()))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the network's rows are conditioned on; constant over a request. Compared by identity.
+
+    Attributes:
+        row_of: (R,) int64, the sample each row belongs to.
+        conditioning: named tensors with R rows.
+    """
+
+    row_of: Array
+    conditioning: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseState:
+    """One request between two steps.
+
+    Attributes:
+        latents: (B,C,H,W) fp32. history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
+        schedule: per step, the small host feeds: timestep (B,), guidance_weights (B,R), coefficients (B,K) and
+            whatever extra per-row inputs the stage's spec declares.
+        rows: the conditioning. step_index: steps done. x0, stats: of the step just done.
+        generator: the random stream for samplers that draw noise on every step.
+    """
+
+    latents: Tensor
+    history: Tensor
+    schedule: tuple[Mapping[str, Array], ...]
+    rows: Rows
+    step_index: int = 0
+    x0: Tensor | None = None
+    stats: Tensor | None = None
+    generator: Generator | Sequence[Generator] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.step_index >= len(self.schedule)
+
+
+def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]:
+    """Advance every state by one step in one run of the denoiser.
+
+    The states may differ in prompt, guidance, schedule and step index; their latents agree in size.
+
+    Raises:
+        ValueError: a state is done already, or latents differ in size.
+    """
+    if any(state.done for state in states):
+        raise ValueError("a finished state cannot be stepped")
+    if len(states) == 1:
+        feeds = _feeds(states[0])
+    else:
+        feeds = _stack([_feeds(state) for state in states], stack_rows(tuple(state.rows for state in states)))
+    if any(spec.name == NOISE for spec in session.spec.inputs):
+        feeds[NOISE] = np.concatenate([_noise(state) for state in states])
+    return _unstack(session.run(feeds), states)
+
+
+def check_stats(state: DenoiseState, stage: str) -> None:
+    """Raise NumericsError if the last step left NaN or Inf in the predicted x0, naming stage, step and sample."""
+    if state.stats is None:
+        return
+    stats = to_numpy(state.stats)
+    bad = np.flatnonzero((stats[:, 0] > 0) | ~np.isfinite(stats[:, 0]))
+    if bad.size:
+        sample = int(bad[0])
+        raise NumericsError(
+            f"{stage}: step {state.step_index} of {len(state.schedule)} left {int(stats[sample, 0])} NaN or Inf values"
+            f" in x0 of sample {sample}; largest finite magnitude {stats[sample, 1]:.4g}",
+            hint="fp16 overflows on some checkpoints: rebuild with --precision bf16 or fp32, "
+            "or find the first bad module with ditc parity",
+        )
+
+
+def _feeds(state: DenoiseState) -> dict[str, Tensor]:
+    return {
+        LATENTS: state.latents,
+        HISTORY: state.history,
+        ROW_OF: state.rows.row_of,
+        **state.schedule[state.step_index],
+        **state.rows.conditioning,
+    }
+
+
+def _noise(state: DenoiseState) -> Array:
+    if state.generator is None:
+        raise ValueError("this sampler draws noise on every step: the state needs a generator")
+    return randn_latents(tuple(state.latents.shape), state.generator)
+
+
+@lru_cache(maxsize=4)
+def stack_rows(rows: tuple[Rows, ...]) -> Rows:
+    """The rows of several requests as one; kept for the few combinations in use, for a loop re-stacks every step."""
+    names = rows[0].conditioning.keys()
+    stacked = {name: np.concatenate([to_numpy(r.conditioning[name]) for r in rows]) for name in names}
+    offsets = np.cumsum([0, *(int(r.row_of.max()) + 1 for r in rows[:-1])])
+    row_of = np.concatenate([r.row_of + offset for r, offset in zip(rows, offsets, strict=True)])
+    return Rows(row_of=row_of, conditioning=stacked)
+
+
+def _stack(feeds: Sequence[Mapping[str, Tensor]], rows: Rows) -> dict[str, Tensor]:
+    stacked: dict[str, Tensor] = {ROW_OF: rows.row_of, **rows.conditioning}
+    for name in feeds[0]:
+        if name in stacked:
+            continue
+        parts = [to_numpy(feed[name]) for feed in feeds]
+        stacked[name] = _block_diagonal(parts) if name == GUIDANCE_WEIGHTS else np.concatenate(parts)
+    return stacked
+
+
+def _block_diagonal(blocks: Sequence[Array]) -> Array:
+    out = np.zeros((sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)), blocks[0].dtype)
+    row = column = 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out
+
+
+def _unstack(outputs: Mapping[str, Tensor], states: Sequence[DenoiseState]) -> list[DenoiseState]:
+    if len(states) == 1:
+        return [_advanced(states[0], outputs)]
+    results, start = [], 0
+    host = {name: to_numpy(tensor) for name, tensor in outputs.items()}
+    for state in states:
+        stop = start + state.latents.shape[0]
+        results.append(_advanced(state, {name: tensor[start:stop] for name, tensor in host.items()}))
+        start = stop
+    return results
+
+
+def _advanced(state: DenoiseState, outputs: Mapping[str, Tensor]) -> DenoiseState:
+    return replace(
+        state,
+        latents=outputs[NEXT_LATENTS],
+        history=outputs[NEXT_HISTORY],
+        x0=outputs[X0],
+        stats=outputs[STATS],
+        step_index=state.step_index + 1,
+    )

@@ -1,0 +1,113 @@
+"""Frozen dataclasses to JSON and back, strictly: unknown, missing and mistyped fields are refused by path."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from enum import StrEnum
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class Mismatch(ValueError):
+    """The data does not have the form of the class; the message starts with the path of the field."""
+
+
+def to_json(value: Any) -> Any:
+    """Plain dicts, lists, strings and numbers, in field order."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def from_json(kind: type[T], data: Any, path: str = "$") -> T:
+    """An instance of the dataclass `kind` from parsed JSON.
+
+    Raises:
+        Mismatch: a field is unknown, missing or of another type; names its path.
+    """
+    return typing.cast(T, _decode(kind, data, path))
+
+
+def _decode(kind: Any, data: Any, path: str) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, types.UnionType):
+        return _decode_union(kind, data, path)
+    if origin is tuple:
+        return _decode_tuple(kind, data, path)
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise Mismatch(f"{path}: expected an object, got {data!r:.60}")
+        value_kind = typing.get_args(kind)[1]
+        return {key: _decode(value_kind, item, f"{path}.{key}") for key, item in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, path)
+    return _decode_scalar(kind, data, path)
+
+
+def _decode_union(kind: Any, data: Any, path: str) -> Any:
+    problems = []
+    for option in typing.get_args(kind):
+        try:
+            return _decode(option, data, path)
+        except Mismatch as problem:
+            problems.append(problem)
+    raise problems[0]
+
+
+def _decode_tuple(kind: Any, data: Any, path: str) -> tuple[Any, ...]:
+    arguments = typing.get_args(kind)
+    if not isinstance(data, list):
+        raise Mismatch(f"{path}: expected a list, got {data!r:.60}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(data))
+    if len(data) != len(arguments):
+        raise Mismatch(f"{path}: expected {len(arguments)} items, got {len(data)}")
+    return tuple(_decode(k, item, f"{path}[{i}]") for i, (k, item) in enumerate(zip(arguments, data, strict=True)))
+
+
+def _decode_dataclass(kind: Any, data: Any, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise Mismatch(f"{path}: expected an object, got {data!r:.60}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(data.keys() - fields.keys()):
+        raise Mismatch(f"{path}: unknown field {unknown[0]!r}")
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - data.keys()):
+        raise Mismatch(f"{path}: field {missing[0]!r} is missing")
+    try:
+        return kind(**{name: _decode(hints[name], item, f"{path}.{name}") for name, item in data.items()})
+    except Mismatch:
+        raise
+    except (TypeError, ValueError) as e:
+        raise Mismatch(f"{path}: {e}") from e
+
+
+def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
+    if kind is type(None) or kind is None:
+        if data is not None:
+            raise Mismatch(f"{path}: expected null, got {data!r:.60}")
+        return None
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        try:
+            return kind(data)
+        except ValueError as e:
+            raise Mismatch(f"{path}: {data!r:.60} is none of {[m.value for m in kind]}") from e
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise Mismatch(f"{path}: expected {kind.__name__}, got {data!r:.60}")
+    return data

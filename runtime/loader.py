@@ -1,0 +1,128 @@
+"""A bundle to sessions: choose one artifact a stage, check the files, open them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ditc.runtime.conditioning import Conditioning, TextEncoder
+from ditc.runtime.errors import BundleError, UsageError
+from ditc.runtime.integrity import check_files
+from ditc.runtime.manifest import Artifact, FileRef, Manifest, load_manifest
+from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.session import Session
+from ditc.runtime.sessions import available_backends, open_session
+from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
+from ditc.runtime.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Parts = tuple[Manifest, dict[str, Session], Conditioning, str]
+
+
+def load_parts(bundle: Path, *, backend: str, precision: str | None, threads: int) -> Parts:
+    """Everything that a Pipeline is made of.
+
+    Raises:
+        BundleError: damaged or foreign files. UsageError: nothing in the bundle fits. SessionError: it does not open.
+    """
+    manifest = load_manifest(bundle)
+    _check_golden_table(manifest)
+    chosen, reason = choose(manifest, backend=backend, precision=precision)
+    log.info("%s", reason)
+    check_files(bundle, _files(manifest, chosen.values()))
+    sessions: dict[str, Session] = {
+        name: open_session(bundle / artifact.file.path, artifact, threads=threads)
+        for name, artifact in chosen.items()
+    }
+    encoders = [
+        TextEncoder(spec, Tokenizer(bundle / spec.tokenizer), sessions[spec.stage]) for spec in manifest.text
+    ]
+    key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
+    return manifest, sessions, Conditioning(encoders, sessions[CONDITIONER], key=key), reason
+
+
+def choose(
+    manifest: Manifest, *, backend: str = "auto", precision: str | None = None
+) -> tuple[dict[str, Artifact], str]:
+    """One artifact for each stage that a picture needs, and a sentence that says why.
+
+    The denoiser decides: of the backends that can run here, in their order of preference, the first for which the
+    bundle has a denoiser (in the asked precision). The other stages take the same backend, else ONNX Runtime.
+
+    Raises:
+        UsageError: an unknown backend or precision, or none that the bundle and this machine share.
+    """
+    runnable = available_backends()
+    wanted = [Backend(backend)] if backend != "auto" and backend in set(Backend) else list(runnable)
+    if backend != "auto" and backend not in set(Backend):
+        raise UsageError(f"backend {backend!r} is unknown", hint=f"take auto or one of {[b.value for b in Backend]}")
+    if precision is not None and precision not in set(Precision):
+        raise UsageError(f"precision {precision!r} is unknown", hint=f"take one of {[p.value for p in Precision]}")
+    denoisers = manifest.stages[DENOISER].artifacts
+    for candidate in wanted:
+        fitting = [a for a in denoisers if a.backend is candidate and (precision is None or a.precision == precision)]
+        if fitting and candidate in runnable:
+            best = min(fitting, key=lambda a: list(Precision).index(a.precision))
+            stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
+            chosen = {name: best if name == DENOISER else _companion(manifest, name, best) for name in stages}
+            return chosen, f"{candidate.value} {best.precision.value}: {runnable[candidate]}"
+    have = sorted({f"{a.backend.value} {a.precision.value}" for a in denoisers})
+    raise UsageError(
+        f"the bundle holds denoisers for {', '.join(have)}; asked for {backend} {precision or 'any precision'}; "
+        f"this machine runs {', '.join(b.value for b in runnable)}",
+        hint="build one that fits: ditc build CHECKPOINT -o BUNDLE --backend ... --precision ...",
+    )
+
+
+def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
+    """The stage's artifact that goes with the denoiser: same backend if there is one; the conditioner's outputs are
+    the denoiser's inputs, so its precision must agree in element types."""
+    needed = {spec.name: spec.dtype for spec in denoiser.spec.inputs}
+
+    def fits(artifact: Artifact) -> bool:
+        return all(needed.get(out.name, out.dtype) == out.dtype for out in artifact.spec.outputs)
+
+    def rank(artifact: Artifact) -> tuple[bool, bool, int]:
+        return (
+            artifact.backend is not denoiser.backend,
+            artifact.precision is not denoiser.precision,
+            list(Precision).index(artifact.precision),
+        )
+
+    runnable = available_backends()
+    if stage not in manifest.stages:
+        raise BundleError(f"the bundle has no {stage}", hint="build it again")
+    usable = [a for a in manifest.stages[stage].artifacts if a.backend in runnable and fits(a)]
+    if not usable:
+        raise BundleError(
+            f"no artifact of {stage} goes with the {denoiser.backend.value} {denoiser.precision.value} denoiser",
+            hint="build all stages together: ditc build CHECKPOINT -o BUNDLE",
+        )
+    return min(usable, key=rank)
+
+
+def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:
+    tokenizers = {spec.tokenizer for spec in manifest.text}
+    return [
+        *(ref for artifact in artifacts for ref in artifact.files),
+        *(ref for ref in manifest.files if ref.path in tokenizers),
+    ]
+
+
+def _check_golden_table(manifest: Manifest) -> None:
+    """Refuse to run a bundle whose schedule this runtime would compute differently."""
+    golden = manifest.golden_table
+    table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
+    same = np.array_equal(table.timesteps, np.float32(golden.timesteps)) and np.allclose(
+        table.coefficients, np.float32(golden.coefficients), rtol=1e-6, atol=1e-7  # last bits of libm's log and exp
+    )
+    if not same:
+        raise BundleError(
+            f"this ditc computes other scheduler coefficients than the one that built the bundle "
+            f"({manifest.tools.get('ditc', 'unknown version')})",
+            hint="build the bundle again with this version",
+        )

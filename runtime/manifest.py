@@ -1,0 +1,197 @@
+"""What a bundle says of itself: `manifest.json`, read strictly and written once.
+
+    bundle/
+      manifest.json       this page; immutable after a build, carries its own digest
+      certificate.json    results of parity, one entry per artifact set and machine
+      onnx/ engines/      one folder a kind of artifact
+      tokenizer/          tokenizer.json files
+      golden/             inputs and fp32 outputs of each stage, for a self-test on the target
+      weights.json        checkpoint tensor -> stage, initializer, transform
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from ditc.runtime.errors import BundleError
+from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.schedulers import SchedulerParams
+from ditc.runtime.spec import Backend, Precision, StageSpec
+from ditc.runtime.text import TextSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """One file of the bundle: path relative to it (POSIX), hash and size."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One executable form of a stage.
+
+    Attributes:
+        spec: what this form takes and gives; forms of one stage differ in element types and in profile only.
+        file: the ONNX graph or the engine. data: external weights that the file refers to.
+        targets: SMs an engine was built for ("sm89"); empty for ONNX.
+        key: hash of everything the artifact was made from.
+        recipe: name of the quantization recipe, for int8 and fp8.
+    """
+
+    spec: StageSpec
+    precision: Precision
+    backend: Backend
+    file: FileRef
+    key: str
+    targets: tuple[str, ...] = ()
+    data: tuple[FileRef, ...] = ()
+    recipe: str | None = None
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        return (self.file, *self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage and the artifacts that execute it."""
+
+    artifacts: tuple[Artifact, ...]
+    golden: FileRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Latent channels, pixels per latent cell, and the cells a network's patch takes.
+
+    rgb is a (3, C+1) matrix (last column the bias) fitted at build, for previews in [-1, 1].
+    """
+
+    channels: int
+    scale_factor: int
+    patch_size: int = 1
+    rgb: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """Default tile and stride of tiled decoding, in pixels."""
+
+    tile: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """Inference defaults: sizes in pixels; bins as (height, width) pairs, empty for none."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    bins: tuple[tuple[int, int], ...] = ()
+    tiling: Tiling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenTable:
+    """The coefficient table at build time: a runtime that computes another one must not run the bundle."""
+
+    num_inference_steps: int
+    timesteps: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The whole of manifest.json. `family` is a label for people; no code reads it."""
+
+    schema_version: int
+    family: str
+    checkpoint: str
+    stages: dict[str, Stage]
+    text: tuple[TextSpec, ...]
+    scheduler: SchedulerParams
+    latents: LatentSpec
+    defaults: Defaults
+    golden_table: GoldenTable
+    files: tuple[FileRef, ...]
+    tools: dict[str, str]
+    digest: str = ""
+
+    def all_files(self) -> Iterator[FileRef]:
+        """Every file that the bundle owns besides the manifest and the certificate, each once."""
+        seen: set[str] = set()
+        artifacts = (a for stage in self.stages.values() for a in stage.artifacts)
+        golden = (stage.golden for stage in self.stages.values() if stage.golden)
+        for ref in (*self.files, *golden, *(ref for a in artifacts for ref in a.files)):
+            if ref.path not in seen:
+                seen.add(ref.path)
+                yield ref
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with the digest of its own content."""
+    return replace(manifest, digest=_digest(to_json(replace(manifest, digest=""))))
+
+
+def save_manifest(manifest: Manifest, bundle: Path) -> Path:
+    """Write manifest.json (sealed) in one move."""
+    path = bundle / MANIFEST
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(to_json(sealed(manifest)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check manifest.json: form, schema version, digest, and that no path leaves the bundle.
+
+    Raises:
+        BundleError: with what is wrong, by field, and what to do.
+    """
+    path = bundle / MANIFEST
+    rebuild = f"rebuild with: ditc build CHECKPOINT -o {bundle}"
+    if not path.is_file():
+        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=rebuild)
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise BundleError(f"{path} is not JSON: {e}", hint=rebuild) from e
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version!r}, this ditc reads {SCHEMA_VERSION}",
+            hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
+        )
+    if data.get("digest") != _digest({**data, "digest": ""}):
+        raise BundleError(f"{path} was changed after the build: its digest does not fit its content", hint=rebuild)
+    try:
+        manifest = from_json(Manifest, data)
+    except Mismatch as e:
+        raise BundleError(f"{path}: {e}", hint=rebuild) from e
+    for ref in manifest.all_files():
+        check_inside(ref.path)
+    return manifest
+
+
+def check_inside(path: str) -> None:
+    """Raise BundleError unless a manifest's path is relative and stays inside the bundle on every platform."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+        raise BundleError(f"manifest names {path!r}, which is not a plain path inside the bundle", hint="do not use it")
+
+
+def _digest(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,86 @@
+"""Runs a stage with ONNX Runtime: the CPU provider anywhere, the CUDA provider where it is present."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.session import Tensor, to_numpy
+from ditc.runtime.spec import Precision, StageSpec
+
+log = logging.getLogger(__name__)
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeSession:
+    """One stage in ONNX Runtime.
+
+    Args:
+        model: the .onnx file; external weights lie beside it.
+        spec: what the stage promises; the graph is held against it.
+        provider: an execution provider's name, or None for CUDA when present, else the CPU.
+        threads: intra-op threads; 0 lets ONNX Runtime choose.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        spec: StageSpec,
+        *,
+        precision: Precision = Precision.FP32,
+        provider: str | None = None,
+        threads: int = 0,
+    ) -> None:
+        import onnxruntime as ort
+
+        self.spec = spec
+        self.provider = provider or (CUDA if CUDA in ort.get_available_providers() else CPU)
+        if precision is Precision.BF16 and self.provider == CPU:
+            raise SessionError(
+                f"{spec.name}: ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)",
+                hint="build this stage with --precision fp32 for a CPU, or run the bundle on a GPU",
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # fp32 means fp32: the CUDA provider uses TF32 unless told otherwise (ONNX Runtime, CUDA provider options).
+        tf32 = "1" if precision is Precision.TF32 else "0"
+        providers = [(CUDA, {"use_tf32": tf32}), CPU] if self.provider == CUDA else [self.provider]
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=providers)
+        except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
+            raise SessionError(f"{spec.name}: ONNX Runtime cannot load {model.name}: {_first_line(e)}") from e
+        self._outputs = [out.name for out in self._session.get_outputs()]
+        self._check_graph()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the stage once on host arrays; extra feeds are refused by ONNX Runtime, missing ones named."""
+        try:
+            results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
+        except Exception as e:  # as above
+            shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
+            raise SessionError(f"{self.spec.name}: {_first_line(e)}; fed {shapes}") from e
+        return dict(zip(self._outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Release the graph and its memory."""
+        if hasattr(self, "_session"):
+            del self._session
+
+    def _check_graph(self) -> None:
+        promised = ([i.name for i in self.spec.inputs], [o.name for o in self.spec.outputs])
+        found = ([i.name for i in self._session.get_inputs()], self._outputs)
+        if sorted(promised[0]) != sorted(found[0]) or sorted(promised[1]) != sorted(found[1]):
+            raise SessionError(
+                f"{self.spec.name}: the graph takes {found[0]} and gives {found[1]}, "
+                f"the manifest promises {promised[0]} and {promised[1]}",
+                hint="the bundle is inconsistent: build it again",
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,93 @@
+"""A seeded Sana checkpoint of a few hundred kilobytes, made with diffusers' own classes and saved as a user's is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+WORDS = ("red", "blue", "green", "heart", "cat", "dog", "a", "an", "with", "apple", ",", "photo", "of")
+
+
+def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads") -> SanaPipeline:
+    """The pipeline in fp32 and eval mode; every call with one seed gives the same weights."""
+    torch.manual_seed(seed)
+    transformer = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=4,
+        qk_norm=qk_norm,
+    )
+    blocks = ("ResBlock", "EfficientViTBlock")
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(16, 32),
+        decoder_block_out_channels=(16, 32),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.7,
+    )
+    # diffusers' encoder halves once between two stages; Sana's height % 32 asks for f32 sizes all the same.
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=512,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,
+            query_pre_attn_scalar=12,
+            sliding_window=16,
+        )
+    )
+    return SanaPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
+        ),
+    )
+
+
+def make_tokenizer() -> GemmaTokenizer:
+    """Bytes and a few merges, with <bos> in front, as Gemma's."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return GemmaTokenizer(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def make_checkpoint(directory: Path, seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads") -> Path:
+    """Save the pipeline in diffusers layout with a ditc.json, and return the directory."""
+    make_pipeline(seed, qk_norm=qk_norm).save_pretrained(directory, safe_serialization=True)
+    (directory / "ditc.json").write_text(
+        '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
+        '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
+    )
+    return directory
