@@ -19,22 +19,23 @@ def _is_number(value: object) -> bool:
 
 
 def _is_bins(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_size, pair)) for pair in value
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_size, pair)) for pair in value)
     )
 
 
 def _is_lines(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(line, str) for line in value)
+    return value is None or (isinstance(value, list) and all(isinstance(line, str) for line in value))
 
 
-# diffusers' argument names; resolution_bins are [height, width] pairs in pixels.
+# diffusers' argument names; resolution_bins are [height, width] pairs in pixels; null says: none.
 CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "height": (_is_size, "a positive integer"),
     "width": (_is_size, "a positive integer"),
-    "resolution_bins": (_is_bins, "a list of [height, width]"),
+    "resolution_bins": (_is_bins, "a list of [height, width] or null"),
     "max_sequence_length": (_is_size, "a positive integer"),
-    "complex_human_instruction": (_is_lines, "a list of strings"),
+    "complex_human_instruction": (_is_lines, "a list of strings or null"),
     "num_inference_steps": (_is_size, "a positive integer"),
     "guidance_scale": (_is_number, "a number >= 0"),
 }

@@ -38,7 +38,10 @@ def refuse_pickles(directory: Path) -> None:
     if any(directory.glob("*.safetensors")):
         hint = "only safetensors are read: delete or move the pickle files"
     else:
-        hint = "pickles can run code and are never read: save the model with safe_serialization=True"
+        hint = (
+            "pickles can run code and are never read: save the model with safe_serialization=True; "
+            "`ditc convert` takes a native .pth file"
+        )
     raise CheckpointError(f"{directory} holds pickle files: {', '.join(found)}", hint=hint)
 
 

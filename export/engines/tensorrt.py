@@ -126,7 +126,7 @@ class Compiler:
         }[targets[0]]
 
     def use_timing_cache(self, data: bytes) -> None:
-        """Start from a saved timing cache; b"" makes a new one. For `tensorrt`: TensorRT-RTX times nothing."""
+        """Start from a saved timing cache; b"" makes a new one. For `tensorrt`: RTX times nothing."""
         self._config.set_timing_cache(self._config.create_timing_cache(data), ignore_mismatch=False)
 
     def timing_cache(self) -> bytes:

@@ -1,0 +1,86 @@
+"""Checkpoints by hub id: safetensors and JSON of a model repository, through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ditc.runtime.errors import CheckpointError, MissingExtra
+
+# org/name or org/name@revision, as huggingface_hub validates them.
+HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+
+# Data only. The .txt files are CLIP's merges; chat templates and code are left where they are.
+DATA_SUFFIXES = (".json", ".safetensors", ".txt")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether the text has the form of a hub id and no such path exists."""
+    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The folder of a hub model in the local cache, fetched if need be. Offline, what is cached is used.
+
+    Raises:
+        CheckpointError: the hub cannot be reached and nothing is cached, no such repository, or no access.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    try:
+        import httpx
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    except ImportError as error:
+        raise MissingExtra("huggingface-hub", "export") from error
+    match = HUB_ID.fullmatch(source)
+    if match is None:
+        raise CheckpointError(f"{source!r} is no hub id", hint="the form is org/name or org/name@revision")
+    repo, revision = match["repo"], match["revision"]
+    try:
+        files = wanted_files(HfApi().list_repo_files(repo, revision=revision), variant)
+        return Path(
+            snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=list(files))
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated", hint="accept its licence on the hub and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the id, or run `hf auth login`"
+        raise CheckpointError(f"the hub has no model {repo}", hint=hint) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:  # offline mode is an OSError
+        return _cached(repo, revision, cache_dir, error)
+
+
+def wanted_files(files: Iterable[str], variant: str | None) -> tuple[str, ...]:
+    """The data files of a diffusers repository: of a component's weights, the variant's if it has any.
+
+    Single-file checkpoints and other layouts at the top of the repository are left out.
+    """
+    data = [name for name in files if name.endswith(DATA_SUFFIXES) and name.count("/") <= 1]
+    weights = [name for name in data if "/" in name and ".safetensors" in name]
+    with_variant = {name.split("/")[0] for name in weights if variant and f".{variant}" in name}
+    others = [name for name in data if name not in weights and not name.endswith(".safetensors")]
+    chosen = [name for name in weights if _is_chosen(*name.split("/"), with_variant, variant)]
+    return tuple(others + chosen)
+
+
+def _is_chosen(component: str, file: str, with_variant: set[str], variant: str | None) -> bool:
+    if component in with_variant:
+        return f".{variant}" in file
+    return re.fullmatch(r"[^.]+\.safetensors(\.index\.json)?", file) is not None
+
+
+def _cached(repo: str, revision: str | None, cache_dir: Path | None, cause: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"cannot fetch {repo}: no such folder here, no such model in the cache, and the hub cannot be "
+            f"reached ({type(cause).__name__})",
+            hint=f"where there is a network: hf download {repo}; then give the folder, or copy the cache here",
+        ) from cause
