@@ -18,7 +18,7 @@ from diffusers import SanaPipeline
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import GemmaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 
 from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.jsondata import from_json, to_json
@@ -26,6 +26,7 @@ from ditc.runtime.text import PaddingSide, Select, TextSpec, Tokenizer
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 MAX_LENGTH = 300
+DEMO = Path(__file__).parents[2] / "demo/checkpoint/tokenizer"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PROMPTS = {
     "empty": "",
@@ -75,11 +76,16 @@ def gemma() -> Any:
     return GemmaTokenizer(vocab=vocab, merges=[("a", "t"), ("c", "at")])
 
 
+def demo() -> Any:
+    if not DEMO.is_dir():
+        pytest.skip("the demo checkpoint is not in this tree")
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
 def ours(reference: Any, folder: Path) -> Tokenizer:
-    """Our tokenizer over what the exporter writes: the object that transformers really runs."""
-    path = folder / "tokenizer.json"
-    path.write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
-    return Tokenizer(path)
+    """Our tokenizer over the file that transformers saves."""
+    reference.save_pretrained(folder)
+    return Tokenizer(folder / "tokenizer.json")
 
 
 def sana_spec(tokenizer: Tokenizer, pad_token_id: int) -> TextSpec:
@@ -119,7 +125,7 @@ def encode_with_diffusers(tokenizer: Any, prompt: list[str], negative_prompt: li
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("make", [gemma_like, gemma], ids=["trained", "GemmaTokenizer"])
+@pytest.mark.parametrize("make", [gemma_like, gemma, demo], ids=["trained", "GemmaTokenizer", "demo"])
 def test_prompts_reach_the_conditioner_as_in_sana_pipeline(
     make: Callable[[], Any], prompt: str, tmp_path: Path
 ) -> None:
@@ -154,8 +160,12 @@ def test_a_cut_keeps_the_end_token_as_transformers_does(prompt: str, side: str, 
         pad_token_id=reference.pad_token_id,
         padding_side=PaddingSide(side),
     )
-    # Saved after the call: the file now carries transformers' truncation and padding, which must not count.
-    batch = ours(reference, tmp_path).encode([prompt], spec)
+    # Saved after the call: the file carries transformers' truncation and padding, which must not count.
+    path = tmp_path / "tokenizer.json"
+    reference.backend_tokenizer.enable_truncation(5)
+    reference.backend_tokenizer.enable_padding(length=9, pad_id=3)
+    reference.backend_tokenizer.save(str(path))
+    batch = Tokenizer(path).encode([prompt], spec)
     np.testing.assert_array_equal(batch.input_ids, expected.input_ids)
     np.testing.assert_array_equal(batch.attention_mask, expected.attention_mask)
 
