@@ -28,7 +28,6 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
         MissingExtra: huggingface_hub is not installed.
     """
     try:
-        import httpx
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     except ImportError as error:
@@ -49,7 +48,7 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
     except RepositoryNotFoundError as error:
         hint = "check the id, or run `hf auth login`"
         raise CheckpointError(f"the hub has no model {repo}", hint=hint) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:  # offline mode is an OSError
+    except HfHubHTTPError.__bases__ as error:  # OSError, and the HTTP library's: httpx or httpx2, by version
         return _cached(repo, revision, cache_dir, error)
 
 
@@ -77,10 +76,18 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None, cause: Exce
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        # One file finds the folder; open_checkpoint names whatever else is missing from it.
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=["model_index.json"],
+            local_files_only=True,
+        )
+        return Path(folder)
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"cannot fetch {repo}: no such folder here, no such model in the cache, and the hub cannot be "
             f"reached ({type(cause).__name__})",
-            hint=f"where there is a network: hf download {repo}; then give the folder, or copy the cache here",
+            hint=f"where there is a network: hf download {repo}; then copy the folder or the cache here",
         ) from cause

@@ -111,7 +111,7 @@ def to_diffusers(native: TensorSource, keys: SanaKeys) -> TensorSource:
 def to_native(diffusers: TensorSource, keys: SanaKeys) -> TensorSource:
     """The same weights under the native names, concatenated where the native network fuses.
 
-    Training-only tensors (DROPPED) cannot come back: load the result into the native network with strict=False.
+    Training-only tensors (DROPPED) cannot come back: the native network loads the result with strict=False.
 
     Raises:
         CheckpointError: a tensor is missing or unknown.
