@@ -61,11 +61,12 @@ def wanted_files(files: Iterable[str], variant: str | None) -> tuple[str, ...]:
     weights = [name for name in data if "/" in name and ".safetensors" in name]
     with_variant = {name.split("/")[0] for name in weights if variant and f".{variant}" in name}
     others = [name for name in data if name not in weights and not name.endswith(".safetensors")]
-    chosen = [name for name in weights if _is_chosen(*name.split("/"), with_variant, variant)]
+    chosen = [name for name in weights if _is_chosen(name, with_variant, variant)]
     return tuple(others + chosen)
 
 
-def _is_chosen(component: str, file: str, with_variant: set[str], variant: str | None) -> bool:
+def _is_chosen(name: str, with_variant: set[str], variant: str | None) -> bool:
+    component, file = name.split("/")
     if component in with_variant:
         return f".{variant}" in file
     return re.fullmatch(r"[^.]+\.safetensors(\.index\.json)?", file) is not None

@@ -75,7 +75,7 @@ class SanaKeys:
         }
         if self.guidance_embeds:
             layers |= _GUIDANCE_LAYERS
-        rows = {native: (diffusers,) for native, diffusers in _TENSORS.items()}
+        rows: dict[str, tuple[str, ...]] = {native: (diffusers,) for native, diffusers in _TENSORS.items()}
         for native, diffusers in layers.items():
             for kind in ("weight", "bias"):
                 rows[f"{native}.{kind}"] = (f"{diffusers}.{kind}",)

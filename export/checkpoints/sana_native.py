@@ -109,7 +109,7 @@ def transformer_config(tensors: TensorSource, keys: SanaKeys, options: NativeOpt
 
 
 def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
-    needed = {
+    needed: dict[str, object] = {
         "resolution": options.resolution,
         "position-embedding": options.position_embedding,
         "dtype": options.dtype,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +41,7 @@ class TensorEntry:
     @property
     def size_bytes(self) -> int:
         """Size of the values in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class TensorSource(Mapping[str, torch.Tensor]):
@@ -87,13 +89,13 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", hint="fetch the file again, or check the path")
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")  # untyped in safetensors 0.8
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}", hint=_hint(path)) from error
     return {name: _entry(path, file, name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
-def _entry(path: Path, file: safe_open, name: str) -> TensorEntry:
+def _entry(path: Path, file: Any, name: str) -> TensorEntry:
     view = file.get_slice(name)
     dtype = TORCH_DTYPES.get(view.get_dtype())
     if dtype is None:

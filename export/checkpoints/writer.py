@@ -76,7 +76,7 @@ def _size_bytes(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> 
     entry = tensors.entry(name)
     if dtype is None or not entry.dtype.is_floating_point:
         return entry.size_bytes
-    return entry.size_bytes // entry.dtype.itemsize * dtype.itemsize
+    return entry.size_bytes // int(entry.dtype.itemsize) * int(dtype.itemsize)
 
 
 def _total_bytes(tensors: TensorSource, dtype: torch.dtype | None) -> int:
