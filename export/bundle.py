@@ -26,6 +26,7 @@ from ditc.export.keys import FileHashes, digest, explain, source_hash, tool_vers
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime.errors import BuildError, BundleError
 from ditc.runtime.integrity import file_ref
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
@@ -146,7 +147,7 @@ class _Builder:
             data=tuple(refs[1:]),
             key=key,
         )
-        extra = {"weights": [to_json(weight) for weight in module.weights], **self._extras(name, module)}
+        extra = {"weights": [to_json(weight) for weight in files.weight_map], **self._extras(name, module)}
         _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **extra})
         seconds = perf_counter() - started
         self._report(name, "built", why, seconds, sum(ref.size_bytes for ref in refs))
@@ -243,12 +244,8 @@ class _Builder:
 
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:
-            source = self.checkpoint.tokenizers[Path(spec.tokenizer).parent.name] / "tokenizer.json"
             target = self.out / spec.tokenizer
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-            shutil.copyfile(source, partial)
-            os.replace(partial, target)
+            _write(target, tokenizer_json(self.checkpoint.tokenizers[target.parent.name]))
             yield file_ref(target, self.out)
 
     def _sweep(self, manifest: Manifest) -> None:
@@ -309,7 +306,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, data: Any) -> None:
+    _write(path, json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

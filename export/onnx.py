@@ -20,6 +20,7 @@ from ditc.export import ops
 from ditc.export.passes import run_passes
 from ditc.export.stages import StageModule, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, to_torch
+from ditc.export.weights import Weight, weights_of
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
@@ -38,10 +39,11 @@ FP16_RELATIVE_L2 = 2e-2
 
 @dataclass(frozen=True, slots=True)
 class OnnxFiles:
-    """A written graph and its external weights."""
+    """A written graph, its external weights, and where in it each tensor of the checkpoint lies."""
 
     model: Path
     weights: Path
+    weight_map: tuple[Weight, ...] = ()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -57,7 +59,7 @@ def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
     """
     model = to_model(stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    final = OnnxFiles(path, path.with_name(path.name + ".data"))
+    final = OnnxFiles(path, path.with_name(path.name + ".data"), weights_of(stage.weights, model))
     # The graph names its weights file, so the files get their final names inside a directory of their own.
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     partial.mkdir(exist_ok=True)
@@ -93,6 +95,7 @@ def to_model(stage: StageModule) -> ir.Model:
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=_dynamic_shapes(stage),
                 custom_translation_table=ops.onnx_translations(),
+                optimize=False,  # our passes do it, and keep the names of the weights
                 verbose=False,
             )
         except Exception as e:  # torch.export raises many classes; each means that this module cannot be built
@@ -102,8 +105,10 @@ def to_model(stage: StageModule) -> ir.Model:
             ) from e
     assert program is not None
     model: ir.Model = program.model
-    ops.add_functions(model)
-    return run_passes(model, spec)
+    with _quiet():
+        run_passes(model, spec)
+    ops.add_functions(model)  # last: the passes inline every function that they see
+    return model
 
 
 def check_export(stage: StageModule, model: Path) -> float:

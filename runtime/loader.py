@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,14 @@ from ditc.runtime.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Parts = tuple[Manifest, dict[str, Session], Conditioning, str]
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a Pipeline is made of. chosen: backend and precision, and why."""
+
+    manifest: Manifest
+    sessions: dict[str, Session]
+    conditioning: Conditioning
+    chosen: str
 
 
 def load_parts(bundle: Path, *, backend: str, precision: str | None, threads: int) -> Parts:
@@ -42,7 +50,7 @@ def load_parts(bundle: Path, *, backend: str, precision: str | None, threads: in
         TextEncoder(spec, Tokenizer(bundle / spec.tokenizer), sessions[spec.stage]) for spec in manifest.text
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
-    return manifest, sessions, Conditioning(encoders, sessions[CONDITIONER], key=key), reason
+    return Parts(manifest, sessions, Conditioning(encoders, sessions[CONDITIONER], key=key), reason)
 
 
 def choose(

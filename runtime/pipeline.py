@@ -106,7 +106,8 @@ class Pipeline:
         """
         from ditc.runtime.loader import load_parts
 
-        return cls(*load_parts(Path(bundle), backend=backend, precision=precision, threads=threads))
+        parts = load_parts(Path(bundle), backend=backend, precision=precision, threads=threads)
+        return cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
 
     def __call__(
         self,

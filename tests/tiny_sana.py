@@ -74,7 +74,7 @@ def make_tokenizer() -> GemmaTokenizer:
     """Bytes and a few merges, with <bos> in front, as Gemma's."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    vocabulary = {token: i for i, token in enumerate([*special, "\u2581", *letters])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])

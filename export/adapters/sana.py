@@ -20,6 +20,7 @@ from ditc.export.resolution_bins import resolution_bins
 from ditc.export.scheduler_config import scheduler_params
 from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.step import STATS, wrap
+from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime import denoise
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.manifest import Defaults, LatentSpec, Tiling
@@ -126,7 +127,8 @@ class SanaAdapter:
             load = load_decoder if stage == VAE_DECODER else load_encoder
             module = load(config, component.tensors, dtype)
         return StageModule(
-            spec=spec, precision=precision, module=module, weights=tuple(weight_map({stage: module})), integers=integers
+            spec=spec, precision=precision, module=module, weights=tuple(weight_map({stage: module}, component.tensors)),
+            integers=integers,
         )
 
 
@@ -258,7 +260,7 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
     prefix = "\n".join(lines) if lines else ""
-    tokenizer = RustTokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer = RustTokenizer.from_str(tokenizer_json(directory))
     # The instruction is counted with its <bos>, hence 2 less: <bos> and one token of slack, as upstream has it.
     longest = len(tokenizer.encode(prefix).ids) + length - 2 if prefix else length
     return TextSpec(
