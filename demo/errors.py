@@ -1,0 +1,19 @@
+"""The one exception of the demo scripts: a line that says what happened, and a hint that says what to do."""
+
+from __future__ import annotations
+
+
+class DemoError(Exception):
+    """A failure that the reader can act on; printed without a traceback by the command lines.
+
+    Args:
+        message: what happened, with the values.
+        hint: what to do about it.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} hint: {self.hint}"

@@ -1,0 +1,1 @@
+"""The recipe: data, text encoder, autoencoder, transformer, and the assembled checkpoint, one file a step."""

@@ -1,0 +1,95 @@
+"""Assemble the trained parts into the directory that ``SanaPipeline.from_pretrained`` loads, in one move."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from demo.concepts import CHECKPOINT_DIR
+from demo.errors import DemoError
+from demo.train import art, autoencoder, decoder, text, transformer
+from demo.train.loop import load_averaged
+
+MAX_BYTES = 24_000_000
+INFERENCE_DEFAULTS = {
+    "height": art.SIZE,
+    "width": art.SIZE,
+    "resolution_bins": None,
+    "max_sequence_length": text.MAX_LENGTH,
+    "complex_human_instruction": None,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+}
+_FLOW_SHIFT = 1.0  # 64 tokens: a shift towards noise, as for large pictures, takes steps from the details
+
+
+def run(cache: Path, destination: Path = CHECKPOINT_DIR) -> None:
+    """Write the checkpoint beside its place, check it, and move it there.
+
+    Raises:
+        DemoError: a part is not trained yet, the disk is full, or the result is over the size limit.
+    """
+    pipeline = assemble(cache)
+    partial = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=destination.parent))
+    try:
+        save(pipeline, partial)
+        size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+        if size > MAX_BYTES:
+            raise DemoError(
+                f"the checkpoint has {size} bytes, over {MAX_BYTES}.", "narrow one of the networks."
+            )
+        partial.chmod(0o755)
+        _swap(partial, destination)
+    except OSError as e:
+        raise DemoError(f"writing the checkpoint failed: {e}.", "free some disk space.") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def assemble(cache: Path) -> SanaPipeline:
+    """The pipeline of the averaged weights that the cache holds, in fp32."""
+    student = load_averaged(cache, text.NAME, text.Student(text.build_model()))
+    return SanaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(cache / "tokenizer"),
+        text_encoder=text.trained_encoder(student),
+        vae=trained_autoencoder(cache),
+        transformer=load_averaged(cache, transformer.NAME, transformer.build_model()),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT
+        ),
+    )
+
+
+def trained_autoencoder(cache: Path) -> AutoencoderDC:
+    """The autoencoder, with the decoder that was trained on when there is one."""
+    vae = autoencoder.build_model()
+    load_averaged(cache, autoencoder.NAME, vae)
+    if (cache / f"{decoder.NAME}.pt").is_file():
+        load_averaged(cache, decoder.NAME, vae.decoder)
+    return vae
+
+
+def save(pipeline: SanaPipeline, folder: Path) -> None:
+    """diffusers' layout, fp16 weights, and ``ditc.json`` for what that layout cannot say."""
+    pipeline.save_pretrained(folder)
+    for weights in folder.rglob("*.safetensors"):
+        halved = {name: t.to(torch.float16).contiguous() for name, t in load_file(weights).items()}
+        save_file(halved, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)
+    (folder / "ditc.json").write_text(json.dumps(INFERENCE_DEFAULTS, indent=2) + "\n", encoding="utf-8")
+
+
+def _swap(new: Path, place: Path) -> None:
+    old = place.with_name(f".{place.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

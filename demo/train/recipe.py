@@ -1,0 +1,41 @@
+"""The steps of the recipe in order, with the lengths that the shipped weights were trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from demo.concepts import CHECKPOINT_DIR
+from demo.train import autoencoder, checkpoint, data, decoder, restore, sheet, text, transformer
+
+TRAINING = {  # name: (the step, its length in optimizer steps)
+    "text": (text.run, 4000),
+    "autoencoder": (autoencoder.run, 2200),
+    "decoder": (decoder.run, 2500),
+    "transformer": (transformer.run, 5000),
+}
+
+
+def run_step(step: str, cache: Path, log: Path, steps: int | None) -> None:
+    """Run one step; each reads what the ones before it left in the cache."""
+    if step in TRAINING:
+        run, length = TRAINING[step]
+        run(cache, log, steps or length)
+    else:
+        OTHER[step](cache)
+
+
+def _evaluate(cache: Path) -> None:
+    from demo.evaluate import as_text, evaluate
+
+    print(as_text(evaluate(CHECKPOINT_DIR, cache, quick=False)))
+
+
+OTHER: dict[str, Callable[[Path], None]] = {
+    "data": data.run,
+    "checkpoint": checkpoint.run,
+    "sheet": sheet.run,
+    "evaluate": _evaluate,
+    "restore": restore.run,
+}
+STEPS = ("data", *TRAINING, "checkpoint", "sheet", "evaluate")

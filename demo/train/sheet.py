@@ -1,0 +1,132 @@
+"""The contact sheet: what the shipped checkpoint draws beside the reference pictures, and free prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from demo.concepts import CHECKPOINT_DIR, DEMO_DIR, WHITE, Pair, caption, load_split
+from demo.errors import DemoError
+from demo.evaluate import defaults, draw, load_pipeline, quick_pairs
+from demo.train import art
+
+if TYPE_CHECKING:
+    from diffusers import SanaPipeline
+
+SHEET_FILE = DEMO_DIR / "contact_sheet.png"
+MAX_BYTES = 600_000
+SAMPLE_FILE = DEMO_DIR / "sample.png"
+SAMPLE_PROMPT = "red heart, 3d style"
+_COLUMNS, _CELL, _TEXT = 16, 80, 14
+_COLOURS = 128  # of the palette: enough for soft gradients at this size, and a third of the bytes
+_TRAINED = [
+    Pair("red heart", "classic"),
+    Pair("blue heart", "flat"),
+    Pair("green heart", "3d"),
+    Pair("grinning face", "3d"),
+    Pair("crying face", "flat"),
+    Pair("nerd face", "classic"),
+    Pair("lion", "classic"),
+    Pair("penguin", "flat"),
+    Pair("elephant", "3d"),
+    Pair("butterfly", "classic"),
+    Pair("frog", "3d"),
+    Pair("pig face", "flat"),
+    Pair("hamburger", "classic"),
+    Pair("strawberry", "flat"),
+    Pair("banana", "3d"),
+    Pair("birthday cake", "3d"),
+    Pair("ambulance", "classic"),
+    Pair("fire engine", "3d"),
+    Pair("bicycle", "flat"),
+    Pair("airplane", "classic"),
+    Pair("rainbow", "3d"),
+    Pair("guitar", "classic"),
+    Pair("crown", "flat"),
+    Pair("wrapped gift", "classic"),
+]
+FREE_PROMPTS = (
+    "red heart",
+    "blue heart",
+    "green heart",
+    "yellow heart",
+    "a purple square",
+    "an orange circle",
+    "kitty cat, classic style",
+    "a doggy, 3d style",
+    "a slice of pizza, flat style",
+    "burning flame, classic style",
+    "robot, 3d style, on a yellow background",
+    "tulip, flat style, on a blue background",
+    "rocket, classic style, on a purple background",
+    "sunglasses, flat style, on a red background",
+    "ghost, 3d style, on a green background",
+    "frog, classic style, on a grey background",
+)
+
+
+def run(cache: Path, checkpoint: Path = CHECKPOINT_DIR) -> None:
+    """Draw the sheet with the checkpoint's defaults.
+
+    Raises:
+        DemoError: the checkpoint or the art is missing, or the PNG came out over its size limit.
+    """
+    held_out = quick_pairs(load_split())[1][:24]
+    pipeline, arguments = load_pipeline(checkpoint), defaults(checkpoint)
+    rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]] = []
+    for title, pairs in (("trained: reference, drawn", _TRAINED), ("held out: reference, drawn", held_out)):
+        drawn = draw(pipeline, [caption(p) for p in pairs], arguments)
+        references = _references(pairs, cache)
+        triples = zip(pairs, references, drawn, strict=True)
+        cells = [cell for p, r, d in triples for cell in ((p.style, r), (p.concept, d))]
+        rows.append((title, cells))
+    free = draw(pipeline, list(FREE_PROMPTS), arguments)
+    rows.append(("free prompts", list(zip(FREE_PROMPTS, free, strict=True))))
+    _sheet(rows).quantize(_COLOURS, dither=Image.Dither.NONE).save(SHEET_FILE, optimize=True)
+    Image.fromarray(draw_sample(pipeline, checkpoint)).save(SAMPLE_FILE, optimize=True)
+    if (size := SHEET_FILE.stat().st_size) > MAX_BYTES:
+        raise DemoError(f"{SHEET_FILE} has {size} bytes, over {MAX_BYTES}.", "draw smaller cells.")
+
+
+def draw_sample(pipeline: SanaPipeline, checkpoint: Path) -> NDArray[np.uint8]:
+    """The one picture (H, W, 3) by which a loaded checkpoint is recognised."""
+    (picture,) = draw(pipeline, [SAMPLE_PROMPT], defaults(checkpoint))
+    return np.asarray(picture)
+
+
+def _references(pairs: list[Pair], cache: Path) -> list[NDArray[np.uint8]]:
+    rgba, pictures = art.load(cache)
+    row = {Pair(p.concept, p.style): i for i, p in enumerate(pictures)}
+    return [art.on_background(rgba[row[p]], WHITE) for p in pairs]
+
+
+def _sheet(rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Image.Image:
+    lines = [-(-len(cells) // _COLUMNS) for _, cells in rows]
+    height = sum(lines) * (_CELL + 2 * _TEXT) + len(rows) * _TEXT
+    sheet = Image.new("RGB", (_COLUMNS * _CELL, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    top = 0
+    for (title, cells), count in zip(rows, lines, strict=True):
+        pen.text((2, top), title.upper(), fill="black")
+        top += _TEXT
+        for i, (label, rgb) in enumerate(cells):
+            x, y = i % _COLUMNS * _CELL, top + i // _COLUMNS * (_CELL + 2 * _TEXT)
+            small = Image.fromarray(rgb).resize((_CELL - 4, _CELL - 4), Image.Resampling.LANCZOS)
+            sheet.paste(small, (x + 2, y))
+            for j, part in enumerate(_wrapped(label)):
+                pen.text((x + 2, y + _CELL - 4 + j * (_TEXT - 3)), part, fill="black")
+        top += count * (_CELL + 2 * _TEXT)
+    return sheet
+
+
+def _wrapped(label: str, width: int = 13) -> list[str]:
+    """At most two lines of a label."""
+    if len(label) <= width:
+        return [label]
+    cut = label.rfind(" ", 0, width + 1)
+    cut = cut if cut > 0 else width
+    return [label[:cut], label[cut:].strip()[:width]]

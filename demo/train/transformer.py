@@ -1,0 +1,151 @@
+"""Train the SanaTransformer2DModel by flow matching on cached latents and cached caption states.
+
+``x_t = (1 - t) x_0 + t noise`` and the target is ``noise - x_0``, with logit-normal ``t`` (Esser et al. 2024,
+arXiv 2403.03206), as Sana trains. One caption in ten is emptied, for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Gemma2Model
+
+from demo.concepts import BACKGROUNDS, WHITE, Pair, caption, load_split, paraphrases
+from demo.train import art, autoencoder, text
+from demo.train.loop import Job, load_averaged, train
+from demo.train.muon import optimizers_for
+
+NAME = "transformer"
+_BATCH = 32
+_EMPTY_CAPTIONS = 0.1
+_CAPTION_SHARES = (0.55, 0.12, 0.09)  # plain, with an article, concept alone; the rest on coloured grounds
+_EVALUATED_DRAWS = 4
+_NOT_HIDDEN = {"patch_embed", "proj_out", "time_embed", "caption_proj"}  # first and last layers: AdamW
+
+
+def build_model() -> SanaTransformer2DModel:
+    """Six layers of six 32-wide heads on 8x8 latents, with SANA-1.5's normalised queries and keys."""
+    heads, head_dim = 6, 32
+    return SanaTransformer2DModel(
+        in_channels=32,
+        out_channels=32,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        num_layers=6,
+        num_cross_attention_heads=heads,
+        cross_attention_head_dim=head_dim,
+        cross_attention_dim=heads * head_dim,
+        caption_channels=256,
+        mlp_ratio=2.5,
+        sample_size=8,
+        patch_size=1,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
+def run(cache: Path, log: Path, steps: int, lr: float = 2e-3) -> nn.Module:
+    """Train, or go on training, the transformer on the latents of the trained pairs."""
+    split = load_split()
+    vae = load_averaged(cache, autoencoder.NAME, autoencoder.build_model())
+    student = load_averaged(cache, text.NAME, text.Student(text.build_model()))
+    encoder = text.trained_encoder(student)
+    known = Examples.of(split.trained, vae, encoder, cache)
+    unseen = Examples.of(split.held_out, vae, encoder, cache)
+    torch.manual_seed(0)
+    model = build_model().train()
+
+    def evaluate(averaged: nn.Module) -> dict[str, float]:
+        with torch.inference_mode():
+            losses = {"known_loss": known, "held_out_loss": unseen}
+            return {name: _fixed_loss(averaged, examples) for name, examples in losses.items()}
+
+    return train(
+        Job(
+            name=NAME,
+            cache=cache,
+            log=log,
+            model=model,
+            optimizers=optimizers_for(model, lr, 1e-2, plain=_NOT_HIDDEN),
+            loss=lambda generator: flow_loss(model, known, _BATCH, generator),
+            evaluate=evaluate,
+            steps=steps,
+        )
+    )
+
+
+class Examples:
+    """Latents of pairs on every background, and the states of every caption of each.
+
+    Args:
+        latents: (P, 1 + backgrounds, 32, 8, 8), white first.
+        states: (P * V + 1, L, 256) caption states, the empty caption last; V captions a pair, in the order of
+            ``captions_of``.
+        mask: (P * V + 1, L), 1 where there is a token.
+    """
+
+    def __init__(self, latents: Tensor, states: Tensor, mask: Tensor) -> None:
+        self.latents, self.states, self.mask = latents, states, mask
+        self._captions = (len(states) - 1) // len(latents)
+        plain = torch.tensor(_CAPTION_SHARES)
+        grounds = torch.full((len(BACKGROUNDS),), (1 - float(plain.sum())) / len(BACKGROUNDS))
+        self._shares = torch.cat([plain, grounds])
+
+    @classmethod
+    def of(cls, pairs: list[Pair], vae: nn.Module, encoder: Gemma2Model, cache: Path) -> Examples:
+        """Encode the pictures and captions of the pairs."""
+        captions = [c for p in pairs for c in captions_of(p)] + [""]
+        ids = text.tokenize(AutoTokenizer.from_pretrained(cache / "tokenizer"), captions)
+        mask = (ids != 0).long()
+        width = int(mask.sum(1).max())  # what is cut is masked, so it is never attended to
+        ids, mask = ids[:, :width], mask[:, :width]
+        with torch.inference_mode():
+            parts = zip(ids.split(256), mask.split(256), strict=True)
+            states = torch.cat([encoder(input_ids=i, attention_mask=m).last_hidden_state for i, m in parts])
+        return cls(latents_of(pairs, vae, cache).clone(), states.clone(), mask)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, 32, 8, 8), states (B, L, 256) and mask (B, L) of random pairs and captions."""
+        pair = torch.randint(len(self.latents), (size,), generator=generator)
+        variant = torch.multinomial(self._shares, size, replacement=True, generator=generator)
+        empty = torch.rand(size, generator=generator) < _EMPTY_CAPTIONS
+        row = torch.where(empty, len(self.states) - 1, pair * self._captions + variant)
+        ground = (variant - len(_CAPTION_SHARES) + 1).clamp(min=0)
+        return self.latents[pair, ground], self.states[row], self.mask[row]
+
+
+def captions_of(pair: Pair) -> list[str]:
+    """Captions on white, then one for every background."""
+    return [caption(pair), *paraphrases(pair), *(caption(pair, b) for b in BACKGROUNDS)]
+
+
+@torch.inference_mode()
+def latents_of(pairs: list[Pair], vae: nn.Module, cache: Path) -> Tensor:
+    """Latents (P, 1 + backgrounds, 32, 8, 8) of the pairs' pictures, white first."""
+    rgba, pictures = art.load(cache)
+    index = {Pair(p.concept, p.style): i for i, p in enumerate(pictures)}
+    rows = rgba[[index[p] for p in pairs]]
+    grounds = []
+    for colour in (WHITE, *BACKGROUNDS.values()):
+        x = autoencoder.to_tensor(art.on_background(rows, colour))
+        grounds.append(torch.cat([vae.encode(part).latent for part in x.split(16)]))
+    return torch.stack(grounds, 1)
+
+
+def flow_loss(model: nn.Module, examples: Examples, size: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted flow for a random batch at random times."""
+    x_0, states, mask = examples.batch(size, generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = torch.sigmoid(torch.randn(size, generator=generator))
+    t_b111 = t.view(-1, 1, 1, 1)
+    x_t = (1 - t_b111) * x_0 + t_b111 * noise
+    flow = model(x_t, states, t * 1000, encoder_attention_mask=mask).sample
+    return (flow - (noise - x_0)).square().mean()
+
+
+def _fixed_loss(model: nn.Module, examples: Examples) -> float:
+    generator = torch.Generator().manual_seed(7)
+    losses = [flow_loss(model, examples, 64, generator) for _ in range(_EVALUATED_DRAWS)]
+    return float(torch.stack(losses).mean())
