@@ -1,0 +1,79 @@
+# ditc: every target sets up what it needs. Options: MODEL= OUT= BACKEND= PRECISION= PROMPT=
+PYTHON    ?= python3
+VENV      ?= .venv
+MODEL     ?= demo/checkpoint
+OUT       ?= build/$(notdir $(patsubst %/checkpoint,%,$(MODEL)))/bundle
+BACKEND   ?= onnxruntime
+PRECISION ?= fp32
+PROMPT    ?= a red heart, flat style
+TESTS     ?= tests
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check types export calibrate engines parity bench run serve demo-checkpoint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
+	@echo "Options: MODEL=$(MODEL) OUT=$(OUT) BACKEND=$(BACKEND) PRECISION=$(PRECISION) PROMPT='$(PROMPT)'"
+
+setup: $(READY)  ## a virtual environment with everything that the other targets need
+
+# torch first and alone: with it in place, no later requirement can pull another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
+	@touch $@
+
+demo: $(READY)  ## build the demo model, draw a contact sheet, compare it with diffusers
+	$(BIN)/ditc build $(MODEL) -o $(OUT)
+	$(BIN)/python -m demo.draw $(OUT) --against $(MODEL) --output $(dir $(OUT))
+
+export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
+
+run: $(READY)  ## draw PROMPT with bundle OUT
+	$(BIN)/ditc run $(OUT) "$(PROMPT)" -o build/out.png
+
+test: $(READY)  ## all tests that a CPU runs in minutes
+	$(BIN)/python -m pytest $(TESTS) -q --durations=10
+
+test-slow: $(READY)  ## the long tests: full-width layers, random kills
+	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow
+
+test-gpu: $(READY)  ## tests marked gpu
+	$(BIN)/python -m pytest $(TESTS) -q -m gpu
+
+check: $(READY) types  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .types/ditc
+
+# mypy sees the folders as the package that they are installed as.
+types:
+	@mkdir -p .types/ditc
+	@for part in runtime export parity calib; do ln -sfn ../../$$part .types/ditc/$$part; done
+
+bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
+
+calibrate: $(READY)  ## not there yet: ranges for INT8 and FP8
+	@echo "calibration is not part of this version" >&2; exit 2
+
+engines: $(READY)  ## not there yet: TensorRT engines for the bundle OUT
+	@echo "engines are not part of this version" >&2; exit 2
+
+parity: $(READY)  ## not there yet: prove that the bundle OUT computes what MODEL computes
+	@echo "parity is not part of this version" >&2; exit 2
+
+serve: $(READY)  ## not there yet: an HTTP server over a bundle
+	@echo "serving is not part of this version" >&2; exit 2
+
+demo-checkpoint: $(READY)  ## train demo/checkpoint from scratch (hours on a CPU; resumes)
+	$(BIN)/python -m demo.train all
+
+clean:  ## remove build/ and caches, keep the virtual environment
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
