@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from ditc.export.models.loading import WeightSource
@@ -76,7 +77,7 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
             hint="the network must compute with every tensor that it loads",
         )
     first = () if source.transform == IDENTITY else (source.transform,)
-    dtype = source.dtype or _torch_dtype(value.const_value.dtype)
+    dtype = source.dtype or to_torch_dtype(value.const_value.dtype)
     return Weight(
         checkpoint=source.checkpoint,
         stage=source.stage,
@@ -96,7 +97,3 @@ def _read(weight: Weight, model: ir.Model) -> Tensor:
     if stored.dtype == ir.DataType.BFLOAT16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _torch_dtype(dtype: ir.DataType) -> torch.dtype:
-    return ir.tensor_adapters.to_torch_dtype(dtype)

@@ -8,7 +8,7 @@ values, which torch.export cannot trace), and the attention function, whose soft
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from ditc.runtime.errors import CheckpointError
 
 ATTENTION = "ditc_exportable_eager"
 CAUSAL_LM_PREFIX = "model."
+LM_HEAD = "lm_head.weight"  # tied to the embedding, and not read
 MODEL_TYPE = "gemma2"
 
 
-def load_gemma2(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Gemma2TextEncoder:
+def load_gemma2(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Gemma2TextEncoder:
     """The encoder with the weights of a diffusers text_encoder/ directory.
 
     Args:
@@ -38,11 +41,11 @@ def load_gemma2(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype:
             f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
             hint="Sana checkpoints carry Gemma-2",
         )
-    names = {name: name.removeprefix(CAUSAL_LM_PREFIX) for name in tensors}
-    renamed = _Renamed(tensors, {short: name for name, short in names.items() if short != "lm_head.weight"})
     with init_empty_weights(include_buffers=False):
         encoder = Gemma2TextEncoder(Gemma2Config(**config))
-    load_strict({"text_encoder": encoder}, renamed, dtype)
+    if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
+        encoder.weights_below = ""  # our own paths begin with the same word
+    load_strict({"text_encoder": encoder}, _WithoutHead(tensors), dtype)
     return encoder.eval()
 
 
@@ -109,17 +112,17 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
 
 
-class _Renamed(Mapping[str, Tensor]):
-    """Tensors under other names, still read one at a time."""
+class _WithoutHead(Mapping[str, Tensor]):
+    """Tensors but for a language model's head, still read one at a time."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], original: Mapping[str, str]) -> None:
-        self._tensors, self._original = tensors, original
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._original[name]]
+        return self._tensors[name]
 
-    def __iter__(self) -> Any:
-        return iter(self._original)
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name != LM_HEAD)
 
     def __len__(self) -> int:
-        return len(self._original)
+        return sum(1 for _ in self)

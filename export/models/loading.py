@@ -25,7 +25,7 @@ class WeightSource:
     """Where one checkpoint tensor lies: the parameter of a stage that holds it, and how.
 
     transform "reshape" means that the parameter holds the same values in row-major order under another shape.
-    shape is the tensor's own, in the checkpoint.
+    shape and dtype are the tensor's own, in the checkpoint; dtype is None where the checkpoint was not at hand.
     """
 
     checkpoint: str
@@ -33,6 +33,7 @@ class WeightSource:
     parameter: str
     transform: Transform
     shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
 
     def restore(self, parameter: Tensor) -> Tensor:
         """The checkpoint's tensor from the parameter's value."""
@@ -71,11 +72,16 @@ def load_strict(
         stages[stage].requires_grad_(False)
 
 
-def weight_map(stages: Mapping[str, nn.Module]) -> list[WeightSource]:
+def weight_map(
+    stages: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None = None
+) -> list[WeightSource]:
     """Where each checkpoint tensor lies in the stages, in the stages' own order.
 
     A stage may wrap its network: the network says with `weights_below` under which of its own paths the names are
     the checkpoint's ("" if all are).
+
+    Args:
+        tensors: the checkpoint's, for their types.
 
     Raises:
         CheckpointError: two stages claim one tensor.
@@ -98,6 +104,7 @@ def weight_map(stages: Mapping[str, nn.Module]) -> list[WeightSource]:
                 parameter=parameter,
                 transform="reshape" if parameter in conv_shapes else "identity",
                 shape=conv_shapes.get(parameter, tuple(value.shape)),
+                dtype=None if tensors is None else tensors[name].dtype,
             )
     return list(sources.values())
 

@@ -1,8 +1,8 @@
 """Custom ops, one folder each: a reference, a PyTorch op, an ONNX function.
 
 An export is two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
-into the graph, add_functions(program.model) then gives each its body. In that order, because torch's exporter
-inlines every function that a model holds, when it optimises (optimize=True) and when it changes the opset.
+into the graph, add_functions(program.model) then gives each its body. In that order, because every function that a
+model holds is inlined when it is optimised (torch's exporter, ditc's own passes) and when its opset is changed.
 """
 
 from __future__ import annotations

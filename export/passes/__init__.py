@@ -1,0 +1,37 @@
+"""Graph passes over onnx-ir models, one a file. Each leaves the outputs unchanged, which its test proves.
+
+simplify         fold constants, apply rewrite rules, share subexpressions; parameters stay whole and named
+fold_transposes  a Linear's weight is the direct input of its MatMul
+gather_rows      a row gather is one Gather
+restore_scopes   every node names its PyTorch module
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from ditc.export.passes.gathers import gather_rows
+from ditc.export.passes.names import check_names
+from ditc.export.passes.scopes import restore_scopes
+from ditc.export.passes.simplify import simplify
+from ditc.export.passes.transposes import fold_transposes
+from ditc.runtime.spec import StageSpec
+
+Pass = Callable[[ir.Model], None]
+
+# In this order: simplify shows the Transposes and GatherNDs that the next two look for.
+PASSES: tuple[Pass, ...] = (simplify, fold_transposes, gather_rows, restore_scopes)
+
+
+def run_passes(model: ir.Model, spec: StageSpec) -> ir.Model:
+    """All passes that every exported stage goes through, in order, on the graph as torch.onnx.export leaves it.
+
+    Raises:
+        BuildError: the graph's inputs and outputs are not those of the spec.
+    """
+    for step in PASSES:
+        step(model)
+    check_names(model, spec)
+    return model

@@ -81,6 +81,7 @@ def test_names_of_a_causal_language_model_are_understood_and_its_head_ignored(re
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     encoder = load_gemma2(reference.config.to_dict(), tensors, torch.float32)
     assert torch.equal(encoder.model.embed_tokens.weight, reference.embed_tokens.weight)
+    assert {source.checkpoint for source in weight_map({"text_encoder": encoder})} == tensors.keys() - {"lm_head.weight"}
 
 
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:

@@ -1,0 +1,34 @@
+"""Inputs and outputs keep the spec's names and dynamic axes: the exporter drops unused inputs and freezes axes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ditc.runtime.errors import BuildError
+from ditc.runtime.spec import StageSpec
+
+
+def check_names(model: ir.Model, spec: StageSpec) -> None:
+    """Hold the graph's interface against the spec.
+
+    Raises:
+        BuildError: a name is missing or extra, or an axis that must be dynamic is fixed.
+    """
+    found = {value.name: value for value in model.graph.inputs}
+    wanted = {tensor.name: tensor for tensor in spec.inputs}
+    if found.keys() != wanted.keys():
+        raise BuildError(
+            f"{spec.name}: the exported graph takes {sorted(map(str, found))}, the stage promises {sorted(wanted)}",
+            hint="an input that the network does not use disappears on export: remove it from the spec",
+        )
+    outputs = [value.name for value in model.graph.outputs]
+    if outputs != [tensor.name for tensor in spec.outputs]:
+        raise BuildError(f"{spec.name}: the exported graph gives {outputs}, the stage promises others")
+    for name, tensor in wanted.items():
+        shape = found[name].shape
+        for axis, size in enumerate(tensor.shape):
+            if isinstance(size, str) and shape is not None and isinstance(shape[axis], int):
+                raise BuildError(
+                    f"{spec.name}: axis {axis} of {name} ({size}) was frozen to {shape[axis]} by the export",
+                    hint="the network branches on that size; write it without Python arithmetic on shapes",
+                )

@@ -1,0 +1,61 @@
+"""Constant folding, onnxscript's rewrite rules and common subexpressions, blind to the values of parameters.
+
+This is what torch.onnx.export(optimize=True) runs (onnxscript 0.7.2, optimizer/_optimizer.py), with two differences:
+parameters are neither folded (a Linear's transposed weight would become the anonymous val_62) nor rewritten (a bias
+of zeros would vanish, and with it the place where another checkpoint's bias goes), and equal ones are not merged
+(norm_k.weight would become norm_q.weight, both being ones).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+from ditc.export.passes.parameters import hidden_values
+
+# Larger constants than these stay computed; onnxscript's own limits.
+INPUT_SIZE_LIMIT = 8192
+OUTPUT_SIZE_LIMIT = 512 * 512
+ROUNDS = 2
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold and rewrite in place; every initializer that is there before is a parameter, and stays if it is used."""
+    steps = ir.passes.PassManager(
+        [
+            FoldConstantsPass(
+                shape_inference=True, input_size_limit=INPUT_SIZE_LIMIT, output_size_limit=OUTPUT_SIZE_LIMIT
+            ),
+            rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(),
+        ],
+        steps=ROUNDS,
+        early_stop=True,
+    )
+    with hidden_values(dict(model.graph.initializers)):
+        common.InlinePass()(model)
+        steps(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.LiftSubgraphInitializersToMainGraphPass()(model)
+        _share_constants(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.OutputFixPass()(model)
+        common.NameFixPass()(model)
+
+
+def _share_constants(model: ir.Model) -> None:
+    """One initializer for equal small constants; parameters have no values here, so they keep to themselves."""
+    seen: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.size > INPUT_SIZE_LIMIT:
+            continue
+        kept = seen.setdefault((tensor.dtype, tensor.shape.numpy(), tensor.tobytes()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]
