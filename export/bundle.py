@@ -1,7 +1,7 @@
 """Checkpoint to bundle: every stage content-addressed, finished ones reused, the manifest switched last.
 
-    bundle/.build/KEY.json    journal: one finished artifact and what it was made from; a killed build resumes here
-    bundle/.build/lock        held while building; the operating system frees it when the owner dies
+bundle/.build/KEY.json    journal: one finished artifact and what it was made from; a killed build resumes here
+bundle/.build/lock        held while building; the operating system frees it when the owner dies
 """
 
 from __future__ import annotations
@@ -107,7 +107,13 @@ class _Builder:
         out: Path,
         on_event: Callable[[BuildEvent], None],
     ) -> None:
-        self.checkpoint, self.adapter, self.plan, self.options, self.out = checkpoint, adapter, plan, options, out
+        self.checkpoint, self.adapter, self.plan, self.options, self.out = (
+            checkpoint,
+            adapter,
+            plan,
+            options,
+            out,
+        )
         self.events: list[BuildEvent] = []
         self._on_event = on_event
         self._journal = out / ".build"
@@ -180,7 +186,9 @@ class _Builder:
 
     def _intact(self, ref: FileRef) -> bool:
         path = self.out / ref.path
-        return path.is_file() and path.stat().st_size == ref.size_bytes and self._hashes.of(path) == ref.sha256
+        return (
+            path.is_file() and path.stat().st_size == ref.size_bytes and self._hashes.of(path) == ref.sha256
+        )
 
     def _why(self, name: str, inputs: dict[str, Any]) -> str:
         earlier = sorted(self._journal.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
@@ -210,7 +218,9 @@ class _Builder:
             schema_version=SCHEMA_VERSION,
             family=self.plan.family,
             checkpoint=self.checkpoint.path.name,
-            stages={name: Stage(artifacts=self._merged(name, artifact)) for name, artifact in artifacts.items()},
+            stages={
+                name: Stage(artifacts=self._merged(name, artifact)) for name, artifact in artifacts.items()
+            },
             text=self.plan.text,
             scheduler=self.plan.scheduler,
             latents=latents,
@@ -232,7 +242,11 @@ class _Builder:
 
     def _merged(self, name: str, artifact: Artifact) -> tuple[Artifact, ...]:
         """The new artifact beside those of other precisions and backends that an earlier build left intact."""
-        if self._old is None or self._old.checkpoint != self.checkpoint.path.name or name not in self._old.stages:
+        if (
+            self._old is None
+            or self._old.checkpoint != self.checkpoint.path.name
+            or name not in self._old.stages
+        ):
             return (artifact,)
         slot = (artifact.precision, artifact.backend, artifact.targets)
         others = [

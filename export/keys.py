@@ -13,7 +13,17 @@ from typing import Any
 from ditc.runtime.integrity import sha256
 from ditc.runtime.jsondata import to_json
 
-TOOLS = ("ditc", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx")
+TOOLS = (
+    "ditc",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "tensorrt-rtx",
+)
 
 
 def digest(value: Any) -> str:
@@ -83,4 +93,6 @@ class FileHashes:
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Which inputs of a key differ, in words."""
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(name.replace("_", " ") for name in changed) + " changed" if changed else "nothing changed"
+    return (
+        ", ".join(name.replace("_", " ") for name in changed) + " changed" if changed else "nothing changed"
+    )

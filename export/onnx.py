@@ -6,11 +6,11 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from ditc.export.weights import Weight, weights_of
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
-from ditc.runtime.spec import DType, Precision, StageSpec
+from ditc.runtime.spec import Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ def to_model(stage: StageModule) -> ir.Model:
                 optimize=False,  # our passes do it, and keep the names of the weights
                 verbose=False,
             )
-        except Exception as e:  # torch.export raises many classes; each means that this module cannot be built
+        except (
+            Exception
+        ) as e:  # torch.export raises many classes; each means that this module cannot be built
             raise BuildError(
                 f"{spec.name}: torch.export failed: {_cause(e)}",
                 hint="the networks in export/models/ export; one that was changed must keep shapes symbolic",
@@ -151,7 +153,8 @@ def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:
     spec = stage.spec
     dims = {name: _dim(name, spec) for name in spec.profile}
     shapes = [
-        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in spec.inputs
+        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in spec.inputs
     ]
     parameters = inspect.signature(stage.module.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # *rest is one argument, a tuple, to torch.export
@@ -164,7 +167,9 @@ def _dim(name: str, spec: StageSpec) -> Any:
     bounds = spec.profile[name]
     if bounds.multiple_of > 1:
         step = bounds.multiple_of
-        return step * torch.export.Dim(f"{name}_by_{step}", min=max(1, bounds.min // step), max=bounds.max // step)
+        return step * torch.export.Dim(
+            f"{name}_by_{step}", min=max(1, bounds.min // step), max=bounds.max // step
+        )
     return torch.export.Dim(name, min=max(1, bounds.min), max=max(2, bounds.max))
 
 

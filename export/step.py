@@ -72,7 +72,9 @@ class DenoiserStep(nn.Module):
             following = following + column(f"h{k + 1}") * history[:, k]
         if noise is not None:
             following = following + column("cn") * noise
-        next_history = torch.cat([x0[:, None], history[:, :-1]], dim=1) if self.history_length > 1 else x0[:, None]
+        next_history = (
+            torch.cat([x0[:, None], history[:, :-1]], dim=1) if self.history_length > 1 else x0[:, None]
+        )
         return following, x0, next_history, statistics(x0)
 
 

@@ -19,7 +19,9 @@ def tokenizer_json(directory: Path) -> str:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         backend = tokenizer.backend_tokenizer
     except (OSError, ValueError, AttributeError, KeyError) as e:
         raise CheckpointError(

@@ -33,11 +33,15 @@ class Verb:
 
 # Strings, so that the runtime imports no part that may be absent.
 VERBS = {
-    "build": Verb("ditc.export.commands.build", "checkpoint -> bundle (ONNX graphs, optionally engines)", "export"),
+    "build": Verb(
+        "ditc.export.commands.build", "checkpoint -> bundle (ONNX graphs, optionally engines)", "export"
+    ),
     "run": Verb("ditc.runtime.commands.run", "draw pictures with a bundle"),
     "inspect": Verb("ditc.runtime.commands.inspect", "what a bundle holds"),
     "verify": Verb("ditc.runtime.commands.verify", "check every hash of a bundle"),
-    "doctor": Verb("ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"),
+    "doctor": Verb(
+        "ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"
+    ),
     "convert": Verb("ditc.export.convert", "native or hub checkpoint -> diffusers layout", "export"),
 }
 
@@ -90,7 +94,9 @@ def _parser() -> _Parser:
     parser.verbs = {}
     for name, verb in VERBS.items():
         parser.verbs[name] = verbs.add_parser(name, help=verb.help, description=verb.help)
-        parser.verbs[name].add_argument("-v", "--verbose", action="count", default=0, help="more log; twice for all")
+        parser.verbs[name].add_argument(
+            "-v", "--verbose", action="count", default=0, help="more log; twice for all"
+        )
     return parser
 
 
@@ -109,12 +115,16 @@ def _resolve(verb: Verb) -> ModuleType:
         missing = e.name or verb.module
         if verb.extra is None:
             raise
-        raise MissingExtra(missing.split(".")[0] if not missing.startswith("ditc") else missing, verb.extra) from e
+        raise MissingExtra(
+            missing.split(".")[0] if not missing.startswith("ditc") else missing, verb.extra
+        ) from e
 
 
 def _configure_logging(verbosity: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     logging.getLogger("ditc").setLevel(level)
 
 

@@ -36,7 +36,12 @@ class Conditioning:
     """
 
     def __init__(
-        self, encoders: Sequence[TextEncoder], conditioner: Session, *, key: str, cache: RowCache | None = None
+        self,
+        encoders: Sequence[TextEncoder],
+        conditioner: Session,
+        *,
+        key: str,
+        cache: RowCache | None = None,
     ) -> None:
         self.encoders = tuple(encoders)
         self.conditioner = conditioner
@@ -49,7 +54,9 @@ class Conditioning:
         Raises:
             NumericsError: an encoder left NaN or Inf.
         """
-        tokens = [encoder.tokenizer.encode([text], encoder.spec, negative=negative) for encoder in self.encoders]
+        tokens = [
+            encoder.tokenizer.encode([text], encoder.spec, negative=negative) for encoder in self.encoders
+        ]
         ids = tuple(batch.input_ids.tobytes() for batch in tokens)
         return self.cache.get((self._key, negative, ids), lambda: self._encode(tokens, negative))
 
@@ -79,7 +86,9 @@ class Conditioning:
                         f"{encoder.spec.stage}: {name} has NaN or Inf for this text",
                         hint="text encoders of this kind overflow in fp16: build this stage in bf16 or fp32",
                     )
-            selected, mask = encoder.tokenizer.select(host, batch.attention_mask, encoder.spec, negative=negative)
+            selected, mask = encoder.tokenizer.select(
+                host, batch.attention_mask, encoder.spec, negative=negative
+            )
             named |= selected
             if encoder.spec.mask is not None:
                 named[encoder.spec.mask] = mask

@@ -1,13 +1,13 @@
 """The errors that ditc raises on purpose. Everything else that escapes is a bug.
 
-    DitcError                 one line of what, where, with which values; .hint says what to do
-    |-- UsageError            an argument or option that cannot be served
-    |-- BundleError           a bundle that is missing, damaged, foreign or too new
-    |-- CheckpointError       a checkpoint that cannot be read or does not fit its family
-    |-- BuildError            an export or an engine build that failed
-    |-- SessionError          a backend that cannot run a stage here
-    |-- NumericsError         a value that must not be: NaN, Inf, a uniform picture
-    `-- MissingExtra          an optional dependency that is not installed
+DitcError                 one line of what, where, with which values; .hint says what to do
+|-- UsageError            an argument or option that cannot be served
+|-- BundleError           a bundle that is missing, damaged, foreign or too new
+|-- CheckpointError       a checkpoint that cannot be read or does not fit its family
+|-- BuildError            an export or an engine build that failed
+|-- SessionError          a backend that cannot run a stage here
+|-- NumericsError         a value that must not be: NaN, Inf, a uniform picture
+`-- MissingExtra          an optional dependency that is not installed
 """
 
 from __future__ import annotations
@@ -54,6 +54,4 @@ class MissingExtra(DitcError):
     """An optional dependency that is not installed; the hint is the pip line."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed", hint=f'pip install "ditc[{extra}]"'
-        )
+        super().__init__(f"{package} is not installed", hint=f'pip install "ditc[{extra}]"')

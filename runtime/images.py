@@ -85,5 +85,3 @@ def preview(latents: NDArray[Any], matrix: NDArray[Any], bias: NDArray[Any]) -> 
     cells = latents.reshape(-1, *latents.shape[-2:]).astype(np.float32)
     rgb = np.tensordot(matrix, cells, axes=1) + np.reshape(bias, (3, 1, 1))
     return to_pil(to_uint8(rgb[None].astype(np.float32)))[0]
-
-

@@ -24,7 +24,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_files(bundle: Path, refs: Iterable[FileRef], *, done: Callable[[FileRef], None] | None = None) -> None:
+def check_files(
+    bundle: Path, refs: Iterable[FileRef], *, done: Callable[[FileRef], None] | None = None
+) -> None:
     """Compare size and hash of every file, several at once (hashlib releases the GIL).
 
     Args:
@@ -53,6 +55,10 @@ def check_file(bundle: Path, ref: FileRef) -> None:
         raise BundleError(f"{bundle}: {ref.path} is a link that leaves the bundle", hint=hint)
     size = path.stat().st_size
     if size != ref.size_bytes:
-        raise BundleError(f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint)
+        raise BundleError(
+            f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint
+        )
     if sha256(path) != ref.sha256:
-        raise BundleError(f"{bundle}: {ref.path} has been changed: its sha256 does not fit the manifest", hint=hint)
+        raise BundleError(
+            f"{bundle}: {ref.path} has been changed: its sha256 does not fit the manifest", hint=hint
+        )

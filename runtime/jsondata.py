@@ -71,7 +71,9 @@ def _decode_tuple(kind: Any, data: Any, path: str) -> tuple[Any, ...]:
         return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(data))
     if len(data) != len(arguments):
         raise Mismatch(f"{path}: expected {len(arguments)} items, got {len(data)}")
-    return tuple(_decode(k, item, f"{path}[{i}]") for i, (k, item) in enumerate(zip(arguments, data, strict=True)))
+    return tuple(
+        _decode(k, item, f"{path}[{i}]") for i, (k, item) in enumerate(zip(arguments, data, strict=True))
+    )
 
 
 def _decode_dataclass(kind: Any, data: Any, path: str) -> Any:

@@ -21,6 +21,7 @@ from ditc.runtime.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a Pipeline is made of. chosen: backend and precision, and why."""
@@ -67,12 +68,18 @@ def choose(
     runnable = available_backends()
     wanted = [Backend(backend)] if backend != "auto" and backend in set(Backend) else list(runnable)
     if backend != "auto" and backend not in set(Backend):
-        raise UsageError(f"backend {backend!r} is unknown", hint=f"take auto or one of {[b.value for b in Backend]}")
+        raise UsageError(
+            f"backend {backend!r} is unknown", hint=f"take auto or one of {[b.value for b in Backend]}"
+        )
     if precision is not None and precision not in set(Precision):
-        raise UsageError(f"precision {precision!r} is unknown", hint=f"take one of {[p.value for p in Precision]}")
+        raise UsageError(
+            f"precision {precision!r} is unknown", hint=f"take one of {[p.value for p in Precision]}"
+        )
     denoisers = manifest.stages[DENOISER].artifacts
     for candidate in wanted:
-        fitting = [a for a in denoisers if a.backend is candidate and (precision is None or a.precision == precision)]
+        fitting = [
+            a for a in denoisers if a.backend is candidate and (precision is None or a.precision == precision)
+        ]
         if fitting and candidate in runnable:
             best = min(fitting, key=lambda a: list(Precision).index(a.precision))
             stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
@@ -126,7 +133,10 @@ def _check_golden_table(manifest: Manifest) -> None:
     golden = manifest.golden_table
     table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
     same = np.array_equal(table.timesteps, np.float32(golden.timesteps)) and np.allclose(
-        table.coefficients, np.float32(golden.coefficients), rtol=1e-6, atol=1e-7  # last bits of libm's log and exp
+        table.coefficients,
+        np.float32(golden.coefficients),
+        rtol=1e-6,
+        atol=1e-7,  # last bits of libm's log and exp
     )
     if not same:
         raise BundleError(

@@ -1,12 +1,12 @@
 """What a bundle says of itself: `manifest.json`, read strictly and written once.
 
-    bundle/
-      manifest.json       this page; immutable after a build, carries its own digest
-      certificate.json    results of parity, one entry per artifact set and machine
-      onnx/ engines/      one folder a kind of artifact
-      tokenizer/          tokenizer.json files
-      golden/             inputs and fp32 outputs of each stage, for a self-test on the target
-      weights.json        checkpoint tensor -> stage, initializer, transform
+bundle/
+  manifest.json       this page; immutable after a build, carries its own digest
+  certificate.json    results of parity, one entry per artifact set and machine
+  onnx/ engines/      one folder a kind of artifact
+  tokenizer/          tokenizer.json files
+  golden/             inputs and fp32 outputs of each stage, for a self-test on the target
+  weights.json        checkpoint tensor -> stage, initializer, transform
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def save_manifest(manifest: Manifest, bundle: Path) -> Path:
     """Write manifest.json (sealed) in one move."""
     path = bundle / MANIFEST
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(to_json(sealed(manifest)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(to_json(sealed(manifest)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     os.replace(partial, path)
     return path
 
@@ -176,7 +178,9 @@ def load_manifest(bundle: Path) -> Manifest:
             hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
         )
     if data.get("digest") != _digest({**data, "digest": ""}):
-        raise BundleError(f"{path} was changed after the build: its digest does not fit its content", hint=rebuild)
+        raise BundleError(
+            f"{path} was changed after the build: its digest does not fit its content", hint=rebuild
+        )
     try:
         manifest = from_json(Manifest, data)
     except Mismatch as e:
@@ -190,7 +194,9 @@ def check_inside(path: str) -> None:
     """Raise BundleError unless a manifest's path is relative and stays inside the bundle on every platform."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-        raise BundleError(f"manifest names {path!r}, which is not a plain path inside the bundle", hint="do not use it")
+        raise BundleError(
+            f"manifest names {path!r}, which is not a plain path inside the bundle", hint="do not use it"
+        )
 
 
 def _digest(data: object) -> str:

@@ -82,7 +82,12 @@ class Pipeline:
     """Runs one bundle. Holds sessions and the text cache, no request: any number may be interleaved."""
 
     def __init__(
-        self, manifest: Manifest, sessions: Mapping[str, Session], conditioning: Conditioning, *, chosen: str = ""
+        self,
+        manifest: Manifest,
+        sessions: Mapping[str, Session],
+        conditioning: Conditioning,
+        *,
+        chosen: str = "",
     ) -> None:
         self.manifest = manifest
         self.sessions = dict(sessions)
@@ -168,7 +173,9 @@ class Pipeline:
         return Plan(
             request=request,
             num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
-            guidance_scale=defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            guidance_scale=defaults.guidance_scale
+            if request.guidance_scale is None
+            else request.guidance_scale,
             height=height,
             width=width,
             drawn_height=drawn[0],
@@ -199,12 +206,16 @@ class Pipeline:
                 before = perf_counter()
                 timestep = float(state.schedule[state.step_index][denoise.TIMESTEP][0])
                 (state,) = denoise.step(self.sessions[DENOISER], [state])
-                if isinstance(state.stats, np.ndarray) or state.done:  # on a device, reading stats would wait for it
+                if (
+                    isinstance(state.stats, np.ndarray) or state.done
+                ):  # on a device, reading stats would wait for it
                     check_stats(state, DENOISER)
                 seconds = perf_counter() - before
                 if callback is not None:
                     state = self._called_back(callback, state, timestep)
-                yield Step(index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds)
+                yield Step(
+                    index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds
+                )
                 index += 1
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
@@ -307,7 +318,9 @@ class Pipeline:
         given = {denoise.LATENTS: to_numpy(state.latents)}
         returned = callback(self, state.step_index - 1, timestep, given) or {}
         if unknown := returned.keys() - given.keys():
-            raise UsageError(f"callback_on_step_end returned {sorted(unknown)}", hint='only "latents" can be replaced')
+            raise UsageError(
+                f"callback_on_step_end returned {sorted(unknown)}", hint='only "latents" can be replaced'
+            )
         return replace(state, latents=returned[denoise.LATENTS]) if returned else state
 
     def _picture(self, latents_CHW: Array, plan: Plan) -> Array:
@@ -330,7 +343,9 @@ class Pipeline:
                 scale=self.manifest.latents.scale_factor,
             )
         if not np.isfinite(image).all():
-            raise NumericsError(f"{VAE_DECODER}: the picture has NaN or Inf", hint="rebuild this stage in bf16 or fp32")
+            raise NumericsError(
+                f"{VAE_DECODER}: the picture has NaN or Inf", hint="rebuild this stage in bf16 or fp32"
+            )
         if image.shape[2:] != (plan.height, plan.width):
             image = resize_and_crop(image, plan.height, plan.width)
         return image
@@ -360,5 +375,7 @@ def _stack_rows(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 
 def _complain(message: str, *, allowed: bool) -> None:
     if not allowed:
-        raise NumericsError(message, hint="a picture of one colour is almost always a defect; allow_uniform=True keeps it")
+        raise NumericsError(
+            message, hint="a picture of one colour is almost always a defect; allow_uniform=True keeps it"
+        )
     log.warning("%s", message)

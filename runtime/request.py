@@ -76,7 +76,9 @@ def check_request(request: Request) -> None:
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
     if request.num_prompts == 0:
-        raise UsageError("the list of prompts is empty", hint="pass at least one text; an empty text is allowed")
+        raise UsageError(
+            "the list of prompts is empty", hint="pass at least one text; an empty text is allowed"
+        )
     if not all(isinstance(text, str) for text in request.prompts):
         raise UsageError(f"prompt must be text, got {request.prompt!r:.80}")
     if len(request.negative_prompts) != request.num_prompts:
@@ -107,7 +109,9 @@ def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, de
             *(n * latents.scale_factor for n in (cells.min, cells.opt, cells.max, cells.multiple_of))
         )
         if value not in allowed:
-            nearest = min(max(round(value / allowed.multiple_of) * allowed.multiple_of, allowed.min), allowed.max)
+            nearest = min(
+                max(round(value / allowed.multiple_of) * allowed.multiple_of, allowed.min), allowed.max
+            )
             raise UsageError(
                 f"{name} {value} is not a multiple of {allowed.multiple_of} "
                 f"from {allowed.min} to {allowed.max}, which this bundle was built for",
@@ -122,7 +126,9 @@ def _check_embeds(request: Request) -> None:
     )
     for name, embeds, mask in pairs:
         if (embeds is None) != (mask is None):
-            raise UsageError(f"{name}_embeds and {name}_attention_mask go together", hint="pass both or neither")
+            raise UsageError(
+                f"{name}_embeds and {name}_attention_mask go together", hint="pass both or neither"
+            )
         if embeds is not None and mask is not None and embeds.shape[:2] != mask.shape:
             raise UsageError(
                 f"{name}_embeds is {tuple(embeds.shape)}, {name}_attention_mask is {tuple(mask.shape)}",

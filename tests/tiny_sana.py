@@ -65,7 +65,10 @@ def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads
         vae=vae.eval(),
         transformer=transformer.eval(),
         scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=3.0,
+            algorithm_type="dpmsolver++",
         ),
     )
 

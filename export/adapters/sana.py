@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer as RustTokenizer
 
 from ditc.export.checkpoint import Checkpoint
-from ditc.export.models.dc_ae import DcAeConfig, VaeDecoder, VaeEncoder, load_decoder, load_encoder
-from ditc.export.models.gemma2 import Gemma2TextEncoder, load_gemma2
-from ditc.export.models.loading import WeightSource, weight_map
+from ditc.export.models.dc_ae import DcAeConfig, load_decoder, load_encoder
+from ditc.export.models.gemma2 import load_gemma2
+from ditc.export.models.loading import weight_map
 from ditc.export.models.sana import SanaConfig, load_sana
 from ditc.export.resolution_bins import resolution_bins
 from ditc.export.scheduler_config import scheduler_params
@@ -127,7 +127,10 @@ class SanaAdapter:
             load = load_decoder if stage == VAE_DECODER else load_encoder
             module = load(config, component.tensors, dtype)
         return StageModule(
-            spec=spec, precision=precision, module=module, weights=tuple(weight_map({stage: module}, component.tensors)),
+            spec=spec,
+            precision=precision,
+            module=module,
+            weights=tuple(weight_map({stage: module}, component.tensors)),
             integers=integers,
         )
 
@@ -155,7 +158,9 @@ class _Shapes:
         # has no bf16, so beside a 16-bit ONNX denoiser both stay fp32.
         others = Precision.BF16 if self._engines() and denoiser is not Precision.FP32 else Precision.FP32
         return {
-            TEXT_ENCODER: StagePlan(spec=self._text_encoder(), precision=others, components=("text_encoder",)),
+            TEXT_ENCODER: StagePlan(
+                spec=self._text_encoder(), precision=others, components=("text_encoder",)
+            ),
             CONDITIONER: StagePlan(spec=self._conditioner(), precision=denoiser, components=("transformer",)),
             DENOISER: StagePlan(spec=self._denoiser(), precision=denoiser, components=("transformer",)),
             VAE_DECODER: StagePlan(spec=self._vae_decoder(), precision=others, components=("vae",)),
@@ -174,9 +179,14 @@ class _Shapes:
                 TensorSpec("attention_mask", DType.INT64, ("batch", "length")),
             ),
             outputs=(
-                TensorSpec("text_embeds", DType.FLOAT32, ("batch", "length", self.transformer.caption_channels)),
+                TensorSpec(
+                    "text_embeds", DType.FLOAT32, ("batch", "length", self.transformer.caption_channels)
+                ),
             ),
-            profile={"batch": Range(1, 1, self.options.max_batch), "length": Range(1, self.text.max_length, length)},
+            profile={
+                "batch": Range(1, 1, self.options.max_batch),
+                "length": Range(1, self.text.max_length, length),
+            },
         )
 
     def _conditioner(self) -> StageSpec:

@@ -15,11 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a diffusers directory")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument(
-        "--precision", default=Precision.FP32.value, choices=[p.value for p in Precision], help="of the denoiser"
+        "--precision",
+        default=Precision.FP32.value,
+        choices=[p.value for p in Precision],
+        help="of the denoiser",
     )
     parser.add_argument("--backend", default=Backend.ONNXRUNTIME.value, choices=["onnxruntime"])
-    parser.add_argument("--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)")
-    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run")
+    parser.add_argument(
+        "--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -51,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         report = build_bundle(arguments.checkpoint, arguments.output, options, on_event=on_event)
     built = sum(event.status == "built" for event in report.events)
     if arguments.json:
-        stages = {e.stage: {"status": e.status, "why": e.why, "seconds": round(e.seconds, 3)} for e in report.events}
+        stages = {
+            e.stage: {"status": e.status, "why": e.why, "seconds": round(e.seconds, 3)} for e in report.events
+        }
         result = {"bundle": str(report.bundle), "digest": report.manifest.digest, "stages": stages}
         sys.stdout.write(json.dumps({**result, "seconds": round(report.seconds, 3)}) + "\n")
     else:

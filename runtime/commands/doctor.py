@@ -53,17 +53,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _machine() -> list[Finding]:
     free = shutil.disk_usage(".").free / 1e9
     findings = [
-        Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python "
-                           f"{platform.python_version()}"),
-        Finding("disk", f"{free:.0f} GB free here", free > 5 or None,
-                None if free > 5 else "a full-size checkpoint needs about three times its own size to build"),
+        Finding(
+            "machine",
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python "
+            f"{platform.python_version()}",
+        ),
+        Finding(
+            "disk",
+            f"{free:.0f} GB free here",
+            free > 5 or None,
+            None if free > 5 else "a full-size checkpoint needs about three times its own size to build",
+        ),
     ]
     memory = _memory_gb()
     if memory is not None:
         enough = memory[0] > 4
         findings.append(
-            Finding("memory", f"{memory[0]:.0f} of {memory[1]:.0f} GB free", enough or None,
-                    None if enough else "the demo builds in 2 GB; a 1.6B model needs about 12 GB")
+            Finding(
+                "memory",
+                f"{memory[0]:.0f} of {memory[1]:.0f} GB free",
+                enough or None,
+                None if enough else "the demo builds in 2 GB; a 1.6B model needs about 12 GB",
+            )
         )
     return findings
 
@@ -104,12 +115,18 @@ def _conflicts() -> list[Finding]:
     findings = []
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         findings.append(
-            Finding("conflict", "onnxruntime and onnxruntime-gpu are both installed and overwrite each other", False,
-                    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu")
+            Finding(
+                "conflict",
+                "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
+                False,
+                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+            )
         )
     torch = _installed("torch")
     if torch and tuple(int(part) for part in torch.split("+")[0].split(".")[:2]) < (2, 11):
-        findings.append(Finding("conflict", f"torch {torch} is too old to export", False, "pip install 'torch>=2.11'"))
+        findings.append(
+            Finding("conflict", f"torch {torch} is too old to export", False, "pip install 'torch>=2.11'")
+        )
     return findings
 
 

@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     defaults, scheduler = manifest.defaults, manifest.scheduler
     sizes = f"{len(defaults.bins)} resolution bins" if defaults.bins else "no resolution bins"
-    console.print(f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}")
+    console.print(
+        f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}"
+    )
     console.print(
         f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
         f"{scheduler.kind}, guidance_scale {defaults.guidance_scale}"

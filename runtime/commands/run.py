@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what to draw")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("out.png"), help="PNG; several get -0, -1, ... (default: %(default)s)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help="PNG; several get -0, -1, ... (default: %(default)s)",
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
@@ -44,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, draw, save; every PNG is complete or absent."""
     prompts = _prompts(arguments)
     if arguments.output.suffix.lower() != ".png":
-        raise UsageError(f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text")
+        raise UsageError(
+            f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text"
+        )
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 
@@ -65,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         output = _draw(pipeline, request, arguments.preview)
         files = [
             _save(picture, path, _metadata(pipeline, output, prompts[i // arguments.num_images_per_prompt]))
-            for i, (picture, path) in enumerate(zip(output.images, _paths(arguments, len(output.images)), strict=True))
+            for i, (picture, path) in enumerate(
+                zip(output.images, _paths(arguments, len(output.images)), strict=True)
+            )
         ]
     _print(arguments, output, files, pipeline.chosen)
     return 0
@@ -73,13 +81,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompts is None):
-        raise UsageError("give a PROMPT or --prompts FILE, one of them", hint='ditc run BUNDLE "a red heart" -o out.png')
+        raise UsageError(
+            "give a PROMPT or --prompts FILE, one of them", hint='ditc run BUNDLE "a red heart" -o out.png'
+        )
     if arguments.prompts is None:
         return [arguments.prompt]
     try:
         lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read prompts from {arguments.prompts}: {e}", hint="one prompt a line, UTF-8") from e
+        raise UsageError(
+            f"cannot read prompts from {arguments.prompts}: {e}", hint="one prompt a line, UTF-8"
+        ) from e
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{arguments.prompts} holds no prompts", hint="write one prompt a line")
@@ -107,7 +119,11 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
 
 def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:
     output: Path = arguments.output
-    return [output] if count == 1 else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    return (
+        [output]
+        if count == 1
+        else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    )
 
 
 def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]:
@@ -150,7 +166,12 @@ def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
 def _print(arguments: argparse.Namespace, output: Output, files: list[Path], chosen: str) -> None:
     seconds = {name: round(value, 3) for name, value in output.seconds.items()}
     if arguments.json:
-        result = {"files": [str(f) for f in files], "seed": output.seed, "seconds": seconds, "backend": chosen}
+        result = {
+            "files": [str(f) for f in files],
+            "seed": output.seed,
+            "seconds": seconds,
+            "backend": chosen,
+        }
         sys.stdout.write(json.dumps(result) + "\n")
         return
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())

@@ -30,7 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
         task = progress.add_task("", total=total)
         check_files(arguments.bundle, refs, done=lambda ref: progress.advance(task, ref.size_bytes))
     if arguments.json:
-        result = {"bundle": str(arguments.bundle), "digest": manifest.digest, "files": len(refs), "bytes": total}
+        result = {
+            "bundle": str(arguments.bundle),
+            "digest": manifest.digest,
+            "files": len(refs),
+            "bytes": total,
+        }
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         sys.stdout.write(
