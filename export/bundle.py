@@ -27,10 +27,11 @@ from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime.errors import BuildError, BundleError
+from ditc.runtime.errors import BuildError, BundleError, UsageError
 from ditc.runtime.integrity import file_ref
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.manifest import (
+    MANIFEST,
     SCHEMA_VERSION,
     Artifact,
     FileRef,
@@ -83,6 +84,8 @@ def build_bundle(
         CheckpointError, BuildError, BundleError: each before anything of an existing bundle is replaced.
     """
     started = perf_counter()
+    _check_options(options)
+    _check_ours(out)
     checkpoint = open_checkpoint(source)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
@@ -254,7 +257,31 @@ class _Builder:
             for a in self._old.stages[name].artifacts
             if (a.precision, a.backend, a.targets) != slot and all(self._intact(ref) for ref in a.files)
         ]
-        return (artifact, *others)
+        graphs = [
+            a for a in others if a.backend is Backend.ONNXRUNTIME and self._same_source(name, a, artifact)
+        ]
+        current = {(graph.precision, graph.key) for graph in (artifact, *graphs)}
+        earlier = {
+            a.precision: a.key for a in self._old.stages[name].artifacts if a.backend is Backend.ONNXRUNTIME
+        }
+        engines = [
+            a
+            for a in others
+            # An engine was made from the graph of its precision, and goes when that graph goes.
+            if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
+        ]
+        return (artifact, *graphs, *engines)
+
+    def _same_source(self, name: str, other: Artifact, artifact: Artifact) -> bool:
+        """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
+        old, new = (_read_json(self._journal / f"{name}-{a.key[:16]}.json") for a in (other, artifact))
+        if old is None or new is None:
+            return False
+        return {**old["inputs"], "precision": "", "shapes": _shapes(old)} == {
+            **new["inputs"],
+            "precision": "",
+            "shapes": _shapes(new),
+        }
 
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:
@@ -274,6 +301,35 @@ class _Builder:
         if status != "building":
             self.events.append(event)
         self._on_event(event)
+
+
+def _shapes(record: dict[str, Any]) -> Any:
+    """A stage's shapes and profile without element types, which follow the precision."""
+    spec = record["inputs"]["shapes"]
+    named = {kind: [(t["name"], t["shape"]) for t in spec[kind]] for kind in ("inputs", "outputs")}
+    return {**named, "profile": spec["profile"]}
+
+
+def _check_options(options: BuildOptions) -> None:
+    if options.max_batch < 1:
+        raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
+    if options.resolution is not None and options.resolution < 1:
+        raise UsageError(
+            f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
+        )
+
+
+def _check_ours(out: Path) -> None:
+    """Refuse to build among someone's files: the build removes what its manifest does not name."""
+    if (
+        out.is_dir()
+        and not (out / MANIFEST).exists()
+        and not (out / ".build").exists()
+        and any(out.iterdir())
+    ):
+        raise BuildError(f"{out} is not empty and not a bundle", hint="choose a new directory for -o")
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out} is a file", hint="choose a directory for -o")
 
 
 @contextmanager
@@ -324,6 +380,8 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ def classify(height: int, width: int, bins: Sequence[tuple[int, int]]) -> tuple[
     """The (height, width) of the bin whose aspect ratio is nearest; the size itself where there are no bins.
 
     Bins are compared by their ratio to two decimals, and the first of two equally near ones is taken: that is
-    what diffusers' PixArtImageProcessor.classify_height_width_bin does, whose tables are keyed so.
+    what diffusers' classify_height_width_bin (0.42.1) does, whose tables are keyed so.
     """
     if not bins:
         return height, width

@@ -63,15 +63,22 @@ class Conditioning:
     def of_embeds(self, embeds: Array, mask: Array) -> Mapping[str, Array]:
         """The row for one text that was encoded elsewhere: embeds (S,D) or (1,S,D), mask (S,) or (1,S)."""
         spec = self.conditioner.spec
-        wanted = spec.input(TEXT_EMBEDS).shape[-1]
+        _, length, wanted = spec.input(TEXT_EMBEDS).shape
+        assert isinstance(wanted, int)
+        if isinstance(length, str) and mask.shape[-1] not in spec.profile[length]:
+            raise UsageError(
+                f"prompt_embeds have {mask.shape[-1]} tokens, this bundle takes {spec.profile[length].min} to "
+                f"{spec.profile[length].max}",
+                hint="cut them, or build with a longer max_sequence_length",
+            )
         if embeds.shape[-1] != wanted:
             raise UsageError(
                 f"prompt_embeds have {embeds.shape[-1]} channels, this model takes {wanted}",
                 hint="pass the text encoder's last hidden states",
             )
-        feeds = {
-            TEXT_EMBEDS: embeds.reshape(1, -1, wanted).astype(np.float32),
-            TEXT_MASK: mask.reshape(1, -1).astype(np.int64),
+        feeds: dict[str, Array] = {
+            TEXT_EMBEDS: np.asarray(embeds, np.float32).reshape(1, -1, wanted),
+            TEXT_MASK: np.asarray(mask, np.int64).reshape(1, -1),
         }
         return self._merge(feeds)
 

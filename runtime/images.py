@@ -39,7 +39,7 @@ def is_uniform(pictures: Bytes) -> bool:
 def resize_and_crop(images: Floats, height: int, width: int) -> Floats:
     """(B,3,h,w) scaled to cover height x width, then cropped to it around the centre.
 
-    As diffusers' PixArtImageProcessor.resize_and_crop_tensor (bilinear, no antialiasing), but for one thing:
+    As the resize_and_crop_tensor of diffusers' image processors (bilinear, no antialiasing), but for one thing:
     diffusers 0.42.1 rounds the scaled size down, and where floating point takes it one pixel below the size
     asked for, it returns a picture one pixel wide or high (704x1344 to 256x492). Here the scaled size never
     falls below the size asked for.

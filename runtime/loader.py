@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,11 @@ def load_parts(bundle: Path, *, backend: str, precision: str | None, threads: in
     chosen, reason = choose(manifest, backend=backend, precision=precision)
     log.info("%s", reason)
     check_files(bundle, _files(manifest, chosen.values()))
-    sessions: dict[str, Session] = {
-        name: open_session(bundle / artifact.file.path, artifact, threads=threads)
-        for name, artifact in chosen.items()
-    }
+    tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
+    sessions = _open_all(bundle, chosen, threads)
     encoders = [
-        TextEncoder(spec, Tokenizer(bundle / spec.tokenizer), sessions[spec.stage]) for spec in manifest.text
+        TextEncoder(spec, tokenizer, sessions[spec.stage])
+        for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
     return Parts(manifest, sessions, Conditioning(encoders, sessions[CONDITIONER], key=key), reason)
@@ -75,6 +74,8 @@ def choose(
         raise UsageError(
             f"precision {precision!r} is unknown", hint=f"take one of {[p.value for p in Precision]}"
         )
+    if DENOISER not in manifest.stages:
+        raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
     denoisers = manifest.stages[DENOISER].artifacts
     for candidate in wanted:
         fitting = [
@@ -91,6 +92,19 @@ def choose(
         f"this machine runs {', '.join(b.value for b in runnable)}",
         hint="build one that fits: ditc build CHECKPOINT -o BUNDLE --backend ... --precision ...",
     )
+
+
+def _open_all(bundle: Path, chosen: Mapping[str, Artifact], threads: int) -> dict[str, Session]:
+    """A session for each stage; when one does not open, those before it are closed again."""
+    sessions: dict[str, Session] = {}
+    try:
+        for name, artifact in chosen.items():
+            sessions[name] = open_session(bundle / artifact.file.path, artifact, threads=threads)
+    except BaseException:
+        for session in sessions.values():
+            session.close()
+        raise
+    return sessions
 
 
 def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
@@ -132,13 +146,11 @@ def _check_golden_table(manifest: Manifest) -> None:
     """Refuse to run a bundle whose schedule this runtime would compute differently."""
     golden = manifest.golden_table
     table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
-    same = np.array_equal(table.timesteps, np.float32(golden.timesteps)) and np.allclose(
-        table.coefficients,
-        np.float32(golden.coefficients),
-        rtol=1e-6,
-        atol=1e-7,  # last bits of libm's log and exp
-    )
-    if not same:
+    timesteps = np.asarray(golden.timesteps, np.float32)
+    coefficients = np.asarray(golden.coefficients, np.float32)
+    same = np.array_equal(table.timesteps, timesteps) and table.coefficients.shape == coefficients.shape
+    # The tolerance is the last bits of libm's log and exp.
+    if not same or not np.allclose(table.coefficients, coefficients, rtol=1e-6, atol=1e-7):
         raise BundleError(
             f"this ditc computes other scheduler coefficients than the one that built the bundle "
             f"({manifest.tools.get('ditc', 'unknown version')})",

@@ -187,7 +187,18 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: {e}", hint=rebuild) from e
     for ref in manifest.all_files():
         check_inside(ref.path)
+    _check_tokenizers(manifest, path)
     return manifest
+
+
+def _check_tokenizers(manifest: Manifest, path: Path) -> None:
+    """A tokenizer is opened by its path in `text`: it must be one of the files whose hash is known."""
+    listed = {ref.path for ref in manifest.files}
+    for spec in manifest.text:
+        if spec.tokenizer not in listed:
+            raise BundleError(
+                f"{path}: tokenizer {spec.tokenizer!r} is not among the bundle's files", hint="do not use it"
+            )
 
 
 def check_inside(path: str) -> None:

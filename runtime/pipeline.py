@@ -93,7 +93,8 @@ class Pipeline:
         self.sessions = dict(sessions)
         self.conditioning = conditioning
         self.chosen = chosen
-        self.tiling: Tiling | None = None
+        # Set it to another Tiling, or to None to decode in one piece.
+        self.tiling: Tiling | None = manifest.defaults.tiling
 
     @classmethod
     def load(
@@ -164,7 +165,8 @@ class Pipeline:
         """
         check_request(request)
         defaults, bins = self.manifest.defaults, self.manifest.defaults.bins
-        height, width = request.height or defaults.height, request.width or defaults.width
+        height = defaults.height if request.height is None else request.height
+        width = defaults.width if request.width is None else request.width
         drawn = (height, width)
         if bins and request.use_resolution_binning:
             drawn = classify(height, width, bins)
@@ -187,15 +189,19 @@ class Pipeline:
         """The states before the first step: one, or several where the pictures exceed the denoiser's batch."""
         request, spec = plan.request, self.sessions[DENOISER].spec
         samples = request.num_prompts * request.num_images_per_prompt
-        latents = self._starting_latents(plan, samples)
+        # Samplers that draw noise on every step go on with the stream that drew the starting latents.
+        generator = Generator(plan.seed or 0) if request.generator is None else request.generator
+        latents = self._starting_latents(plan, samples, generator)
         guided = plan.guidance_scale > 1
         positive = self._rows(request, samples, negative=False)
         negative = self._rows(request, samples, negative=True) if guided else []
         largest = spec.profile["batch"].max
-        return tuple(
-            self._state(plan, latents[i : i + largest], positive[i : i + largest], negative[i : i + largest])
-            for i in range(0, samples, largest)
-        )
+        states = []
+        for i in range(0, samples, largest):
+            chunk = slice(i, i + largest)
+            stream = generator if isinstance(generator, Generator) else generator[chunk]
+            states.append(self._state(plan, latents[chunk], positive[chunk], negative[chunk], stream))
+        return tuple(states)
 
     def run(self, states: Sequence[DenoiseState], callback: StepCallback | None = None) -> Iterator[Step]:
         """Step every state to its end, one state after the other, and yield after each step."""
@@ -236,6 +242,10 @@ class Pipeline:
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """What the current x0 looks like, through the matrix fitted at build: quick and rough, one per sample."""
+        if not self.manifest.latents.rgb:
+            raise UsageError(
+                "this bundle has no latent-to-RGB matrix", hint="previews need one built with a vae_encoder"
+            )
         matrix = np.asarray(self.manifest.latents.rgb, np.float32)
         x0 = to_numpy(state.x0 if state.x0 is not None else state.latents)
         return [preview(sample[None], matrix[:, :-1], matrix[:, -1]) for sample in x0]
@@ -251,18 +261,21 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _starting_latents(self, plan: Plan, samples: int) -> Array:
+    def _starting_latents(
+        self, plan: Plan, samples: int, generator: Generator | Sequence[Generator]
+    ) -> Array:
         latent = self.manifest.latents
         cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
         shape = (samples, latent.channels, *cells)
         given = plan.request.latents
         if given is not None:
+            given = np.asarray(given, np.float32)
             if given.shape != shape:
-                raise UsageError(f"latents are {given.shape}, this request needs {shape}")
-            return given.astype(np.float32)
-        generator = plan.request.generator
-        if generator is None:
-            generator = Generator(plan.seed if plan.seed is not None else 0)
+                raise UsageError(
+                    f"latents are {given.shape}, this request needs {shape}",
+                    hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
+                )
+            return given
         return randn_latents(shape, generator)
 
     def _rows(self, request: Request, samples: int, *, negative: bool) -> list[Mapping[str, Array]]:
@@ -282,6 +295,7 @@ class Pipeline:
         latents: Array,
         positive: Sequence[Mapping[str, Array]],
         negative: Sequence[Mapping[str, Array]],
+        generator: Generator | Sequence[Generator],
     ) -> DenoiseState:
         batch, history = latents.shape[0], self._history_length()
         rows = [*negative, *positive]  # diffusers' order
@@ -306,7 +320,7 @@ class Pipeline:
                 row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
                 conditioning=_stack_rows(rows),
             ),
-            generator=plan.request.generator,
+            generator=generator,
         )
 
     def _history_length(self) -> int:
@@ -321,7 +335,15 @@ class Pipeline:
             raise UsageError(
                 f"callback_on_step_end returned {sorted(unknown)}", hint='only "latents" can be replaced'
             )
-        return replace(state, latents=returned[denoise.LATENTS]) if returned else state
+        if not returned:
+            return state
+        latents = np.asarray(returned[denoise.LATENTS], np.float32)
+        if latents.shape != tuple(state.latents.shape):
+            raise UsageError(
+                f"callback_on_step_end returned latents {latents.shape}, the loop's are {state.latents.shape}",
+                hint="return an array of the same shape",
+            )
+        return replace(state, latents=latents)
 
     def _picture(self, latents_CHW: Array, plan: Plan) -> Array:
         """One picture (1,3,H,W), nominal range [-1,1], at the asked size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +32,7 @@ class Request:
     """
 
     prompt: str | Sequence[str] | None = None
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] | None = ""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -61,9 +62,9 @@ class Request:
 
     @property
     def negative_prompts(self) -> list[str]:
-        """One negative text a prompt."""
-        if isinstance(self.negative_prompt, str):
-            return [self.negative_prompt] * self.num_prompts
+        """One negative text a prompt; None is the empty text."""
+        if self.negative_prompt is None or isinstance(self.negative_prompt, str):
+            return [self.negative_prompt or ""] * self.num_prompts
         return list(self.negative_prompt)
 
 
@@ -75,12 +76,12 @@ def check_request(request: Request) -> None:
     """
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
+    _check_texts("prompt", request.prompt)
+    _check_texts("negative_prompt", request.negative_prompt)
     if request.num_prompts == 0:
         raise UsageError(
             "the list of prompts is empty", hint="pass at least one text; an empty text is allowed"
         )
-    if not all(isinstance(text, str) for text in request.prompts):
-        raise UsageError(f"prompt must be text, got {request.prompt!r:.80}")
     if len(request.negative_prompts) != request.num_prompts:
         raise UsageError(
             f"{len(request.negative_prompts)} negative prompts for {request.num_prompts} prompts",
@@ -89,10 +90,21 @@ def check_request(request: Request) -> None:
     _check_embeds(request)
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
         raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="take at least 1 step")
+    if request.guidance_scale is not None and not math.isfinite(request.guidance_scale):
+        raise UsageError(f"guidance_scale is {request.guidance_scale}", hint="1 draws without guidance")
+    for name, pixels in (("height", request.height), ("width", request.width)):
+        if pixels is not None and pixels < 1:
+            raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
     if request.num_images_per_prompt < 1:
         raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="take at least 1")
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass one of them")
+    generators = [request.generator] if isinstance(request.generator, Generator) else request.generator or []
+    if not all(isinstance(generator, Generator) for generator in generators):
+        raise UsageError(
+            f"generator is {request.generator!r:.80}",
+            hint="pass ditc.runtime.rng.Generator(seed): it draws what torch's CPU generator draws",
+        )
     if request.output_type not in ("pil", "np", "latent"):
         raise UsageError(f"output_type is {request.output_type!r}", hint='take "pil", "np" or "latent"')
 
@@ -119,6 +131,13 @@ def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, de
             )
 
 
+def _check_texts(name: str, texts: object) -> None:
+    if texts is None or isinstance(texts, str):
+        return
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} must be text, got {texts!r:.80}", hint="pass a str or a list of str")
+
+
 def _check_embeds(request: Request) -> None:
     pairs = (
         ("prompt", request.prompt_embeds, request.prompt_attention_mask),
@@ -129,7 +148,14 @@ def _check_embeds(request: Request) -> None:
             raise UsageError(
                 f"{name}_embeds and {name}_attention_mask go together", hint="pass both or neither"
             )
-        if embeds is not None and mask is not None and embeds.shape[:2] != mask.shape:
+        if embeds is None or mask is None:
+            continue
+        if embeds.shape[0] != request.num_prompts:
+            raise UsageError(
+                f"{name}_embeds hold {embeds.shape[0]} rows for {request.num_prompts} prompts",
+                hint="pass one row for each prompt",
+            )
+        if embeds.ndim != 3 or embeds.shape[:2] != mask.shape:
             raise UsageError(
                 f"{name}_embeds is {tuple(embeds.shape)}, {name}_attention_mask is {tuple(mask.shape)}",
                 hint="the mask is (prompts, tokens), the embeds (prompts, tokens, channels)",

@@ -59,7 +59,7 @@ class SchedulerParams:
         kind: the solver.
         num_train_timesteps: the timestep that stands for sigma 1.
         shift: diffusers' flow_shift (DPM-Solver++) or shift (Euler).
-        timestep_scale: factor on the timesteps that the network sees (SanaTransformer2DModel.timestep_scale).
+        timestep_scale: factor on the timesteps that the network sees, from the transformer's config.
         sigma_min: DPM-Solver++: the last sigma when final_sigmas_type is "sigma_min". Euler: the smallest
             training sigma after the first shift. diffusers shifts in __init__ and again in set_timesteps: the
             values between the two freeze that into the bundle.

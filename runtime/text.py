@@ -1,6 +1,6 @@
 """Prompts to token ids, as data says: what is done to a text before its encoder, and to the states after it.
 
-Reproduces diffusers' prompt handling (SanaPipeline.encode_prompt, 0.42.1, and its relatives) from a TextSpec:
+Reproduces the prompt handling of diffusers' pipelines (encode_prompt, 0.42.1) from a TextSpec:
 
     lower, strip -> prefix + text -> tokenize, cut on the right at max_length, pad -> text encoder
     -> select positions of states and mask -> conditioner
@@ -37,7 +37,7 @@ class PaddingSide(StrEnum):
 class Select:
     """Positions that reach the conditioner: the first `first` and the last `last` of S.
 
-    Sana keeps 1 and 299: <bos>, and the prompt without the instruction before it (SANA, section 3.1).
+    With an instruction before the prompt: <bos>, and the prompt without the instruction.
     """
 
     first: int
@@ -58,7 +58,7 @@ class TextSpec:
         tokenizer: path of its tokenizer.json inside the bundle.
         length: L, the same for both kinds of prompt.
         max_length, negative_max_length: S for a prompt and a negative prompt, special tokens included.
-        prefix, negative_prefix: text put before every prompt (Sana: the complex human instruction).
+        prefix, negative_prefix: text put before every prompt, such as an instruction to a language model.
         select, negative_select: which states are used; None for all.
         lower, strip: what is done to a prompt, in this order, before its prefix. Prefixes stay as they are.
         mask: the conditioner's input that takes the selected attention mask; None where it takes none.

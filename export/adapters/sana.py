@@ -265,7 +265,11 @@ class _Shapes:
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
-    """SanaPipeline._get_gemma_prompt_embeds as data."""
+    """SanaPipeline.encode_prompt (diffusers 0.42.1) as data.
+
+    With the complex human instruction, 1 and length - 1 positions are kept: <bos>, and the prompt without the
+    instruction before it (SANA, arXiv 2410.10629, section 3.1).
+    """
     directory = checkpoint.tokenizers["tokenizer"]
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.export.bundle import BuildEvent, build_bundle
     from ditc.export.stages import BuildOptions
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     options = BuildOptions(
         precision=Precision(arguments.precision),
         backend=Backend(arguments.backend),

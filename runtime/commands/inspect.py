@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     defaults, scheduler = manifest.defaults, manifest.scheduler
     sizes = f"{len(defaults.bins)} resolution bins" if defaults.bins else "no resolution bins"
     console.print(

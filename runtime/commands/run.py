@@ -104,7 +104,7 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if preview is not None:
-        preview.mkdir(parents=True, exist_ok=True)
+        _make_directory(preview)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("text", total=None)
 
@@ -115,6 +115,13 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
                     _save(picture, preview / f"step-{step.index:03d}-{step.chunk}-{i}.png", {})
 
         return pipeline.draw(request, on_step=on_step)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot make {path}: {e.strerror or e}", hint="choose another directory") from e
 
 
 def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         sys.stdout.write(
-            f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as built, digest {manifest.digest[:12]}\n"
+            f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as built, "
+            f"digest {manifest.digest[:12]}\n"
         )
     return 0
