@@ -22,6 +22,9 @@ import numpy as np
 
 from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export.engine import build_engine, library_version
+from ditc.export.engines.profiles import orientation_profiles
+from ditc.export.engines.targets import check_targets, default_targets
 from ditc.export.keys import FileHashes, digest, explain, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
@@ -43,7 +46,7 @@ from ditc.runtime.manifest import (
     save_manifest,
 )
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.spec import VAE_ENCODER, Backend
+from ditc.runtime.spec import VAE_ENCODER, Backend, Precision
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +92,12 @@ def build_bundle(
     checkpoint = open_checkpoint(source)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
+    if options.backend is not Backend.ONNXRUNTIME:
+        library_version(options.backend)  # a missing library is said before the export, not after it
+        for stage in plan.stages.values():
+            check_targets(
+                options.backend, options.targets or default_targets(options.backend), stage.precision
+            )
     _check_writable(out)
     with _locked(out):
         builder = _Builder(checkpoint, adapter, plan, options, out, on_event)
@@ -122,12 +131,16 @@ class _Builder:
         self._journal = out / ".build"
         self._hashes = FileHashes(self._journal / "inputs.json")
         self._old = _existing(out)
+        self.targets = options.targets or default_targets(options.backend)
 
     def build(self) -> Manifest:
         """All stages, then the small files, then the manifest in one move, then the sweep of what is left over."""
         artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
+        engines: dict[str, Artifact] = {}
+        if self.options.backend is not Backend.ONNXRUNTIME:
+            engines = {name: self._engine(name, artifact) for name, artifact in artifacts.items()}
         self._hashes.save()
-        manifest = self._manifest(artifacts)
+        manifest = self._manifest(artifacts, engines)
         if self._old is None or digest(manifest) != digest(_unsealed(self._old)):
             save_manifest(manifest, self.out)
         manifest = load_manifest(self.out)
@@ -160,6 +173,51 @@ class _Builder:
         _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **extra})
         seconds = perf_counter() - started
         self._report(name, "built", why, seconds, sum(ref.size_bytes for ref in refs))
+        return artifact
+
+    def _engine(self, name: str, graph: Artifact) -> Artifact:
+        """The engine of a finished graph, for all targets."""
+        options, stage = self.options, f"{name} engine"
+        profiles = orientation_profiles(graph.spec, self.plan.defaults)
+        inputs = {
+            "graph": graph.key,
+            "backend": options.backend.value,
+            "targets": list(self.targets),
+            "profiles": to_json(profiles),
+            "library_version": library_version(options.backend),
+        }
+        key = digest(inputs)
+        journal = self._journal / f"engine-{name}-{key[:16]}.json"
+        finished = self._finished(journal)
+        if finished is not None:
+            self._report(stage, "reused", "nothing changed", size=finished.file.size_bytes)
+            return finished
+        why = self._why(f"engine-{name}", inputs)
+        self._report(stage, "building", why)
+        report = build_engine(
+            self.out / graph.file.path,
+            self.out / "engines" / f"{name}-{graph.precision.value}-{key[:8]}.{options.backend.value}",
+            spec=graph.spec,
+            backend=options.backend,
+            targets=self.targets,
+            profiles=profiles,
+            timing_cache=self._journal / "timing.cache",
+            tf32=graph.precision is Precision.TF32,
+            progress=lambda phase, step, steps: self._report(stage, "building", f"{phase} {step}/{steps}"),
+        )
+        artifact = Artifact(
+            spec=graph.spec,
+            precision=graph.precision,
+            backend=options.backend,
+            targets=self.targets,
+            file=file_ref(report.file, self.out),
+            key=key,
+            recipe=graph.recipe,
+        )
+        measured = {"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
+        _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **measured})
+        peak = f"{why}; peak memory {report.peak_memory_bytes / 1e9:.1f} GB"
+        self._report(stage, "built", peak, report.seconds, report.size_bytes)
         return artifact
 
     def _inputs(self, name: str, stage: StagePlan) -> dict[str, Any]:
@@ -206,7 +264,7 @@ class _Builder:
             return {"latent_rgb": fit_latent_rgb(module.module, self.plan.latents).tolist()}
         return {}
 
-    def _manifest(self, artifacts: dict[str, Artifact]) -> Manifest:
+    def _manifest(self, artifacts: dict[str, Artifact], engines: dict[str, Artifact]) -> Manifest:
         records = {name: self._record(name, artifact) for name, artifact in artifacts.items()}
         latents = self.plan.latents
         rgb = records.get(VAE_ENCODER, {}).get("latent_rgb")
@@ -222,7 +280,8 @@ class _Builder:
             family=self.plan.family,
             checkpoint=self.checkpoint.path.name,
             stages={
-                name: Stage(artifacts=self._merged(name, artifact)) for name, artifact in artifacts.items()
+                name: Stage(artifacts=self._merged(name, artifact, engines.get(name)))
+                for name, artifact in artifacts.items()
             },
             text=self.plan.text,
             scheduler=self.plan.scheduler,
@@ -243,19 +302,20 @@ class _Builder:
             raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
         return record
 
-    def _merged(self, name: str, artifact: Artifact) -> tuple[Artifact, ...]:
-        """The new artifact beside those of other precisions and backends that an earlier build left intact."""
+    def _merged(self, name: str, artifact: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
+        """The new artifacts beside those of other precisions and backends that an earlier build left intact."""
+        new = (artifact,) if engine is None else (artifact, engine)
         if (
             self._old is None
             or self._old.checkpoint != self.checkpoint.path.name
             or name not in self._old.stages
         ):
-            return (artifact,)
-        slot = (artifact.precision, artifact.backend, artifact.targets)
+            return new
+        slots = {(a.precision, a.backend) for a in new}
         others = [
             a
             for a in self._old.stages[name].artifacts
-            if (a.precision, a.backend, a.targets) != slot and all(self._intact(ref) for ref in a.files)
+            if (a.precision, a.backend) not in slots and all(self._intact(ref) for ref in a.files)
         ]
         graphs = [
             a for a in others if a.backend is Backend.ONNXRUNTIME and self._same_source(name, a, artifact)
@@ -270,7 +330,7 @@ class _Builder:
             # An engine was made from the graph of its precision, and goes when that graph goes.
             if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
         ]
-        return (artifact, *graphs, *engines)
+        return (*new, *graphs, *engines)
 
     def _same_source(self, name: str, other: Artifact, artifact: Artifact) -> bool:
         """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
@@ -292,7 +352,7 @@ class _Builder:
     def _sweep(self, manifest: Manifest) -> None:
         """Remove graphs that no manifest names any more; the journal of what is kept stays."""
         kept = {ref.path for ref in manifest.all_files()}
-        for path in (self.out / "onnx").iterdir():
+        for path in (*(self.out / "onnx").glob("*"), *(self.out / "engines").glob("*")):
             if path.relative_to(self.out).as_posix() not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

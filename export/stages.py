@@ -27,6 +27,7 @@ class BuildOptions:
         precision: of the denoiser; the other stages follow by the adapter's rule.
         resolution: nominal square size, for checkpoints that serve several.
         max_batch: most samples in one run of the denoiser.
+        targets: SMs to build engines for ("sm89"); empty for the backend's default.
         raw: export the network alone, without the step around it.
     """
 
@@ -34,6 +35,7 @@ class BuildOptions:
     backend: Backend = Backend.ONNXRUNTIME
     resolution: int | None = None
     max_batch: int = 4
+    targets: tuple[str, ...] = ()
     raw: bool = False
 
 

@@ -20,7 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[p.value for p in Precision],
         help="of the denoiser",
     )
-    parser.add_argument("--backend", default=Backend.ONNXRUNTIME.value, choices=["onnxruntime"])
+    parser.add_argument(
+        "--backend",
+        default=Backend.ONNXRUNTIME.value,
+        choices=["onnxruntime", "tensorrt-rtx", "tensorrt"],
+        help="engines are built in addition to the ONNX graphs that they are made from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--targets",
+        default="",
+        metavar="SM,SM",
+        help="engines: comma-separated, such as sm80,sm86,sm89,sm120",
+    )
     parser.add_argument(
         "--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)"
     )
@@ -43,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         backend=Backend(arguments.backend),
         resolution=arguments.resolution,
         max_batch=arguments.max_batch,
+        targets=tuple(filter(None, arguments.targets.split(","))),
     )
     with console.status("reading the checkpoint") as status:
 

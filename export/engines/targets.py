@@ -27,6 +27,13 @@ def engine_targets(backend: Backend) -> tuple[str, ...]:
     return TENSORRT_TARGETS if backend is Backend.TENSORRT else ()
 
 
+def default_targets(backend: Backend) -> tuple[str, ...]:
+    """What a build serves when the user names nothing: every generation that has fp16 and bf16 and an RTX card."""
+    return (
+        ("sm80", "sm86", "sm89", "sm120") if backend is Backend.TENSORRT_RTX else engine_targets(backend)[:1]
+    )
+
+
 def check_targets(backend: Backend, targets: Collection[str], precision: Precision) -> None:
     """Refuse targets that the backend cannot build for in that precision.
 
