@@ -16,13 +16,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ditc.export.engines.graph_files import graph_size_bytes
-from ditc.export.engines.memory import PeakMemory
-from ditc.export.engines.targets import check_targets, check_types, engine_targets
+from ditc.export.engines.memory import PeakMemory, estimate_build_bytes
+from ditc.export.engines.targets import SM75_HINT, check_targets, check_types, engine_targets
 from ditc.export.engines.tensorrt import Compiler, Progress, ShapeRange, load_library
 from ditc.runtime.errors import BuildError
-from ditc.runtime.spec import Backend, Precision, Range, StageSpec
+from ditc.runtime.spec import Backend, Range, StageSpec
 
-__all__ = ["EngineReport", "build_engine", "check_targets", "engine_targets", "library_version"]
+__all__ = [
+    "EngineReport",
+    "build_engine",
+    "check_targets",
+    "engine_targets",
+    "estimate_memory_bytes",
+    "library_version",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,17 @@ class EngineReport:
 def library_version(backend: Backend) -> str:
     """Version of the installed builder. Raises MissingExtra."""
     return str(load_library(backend).__version__)
+
+
+def estimate_memory_bytes(onnx_path: Path) -> int:
+    """About how much memory `build_engine` will take on top of what the process holds.
+
+    Raises:
+        BuildError: the file is missing or not ONNX, or its external data is.
+    """
+    if not onnx_path.is_file():
+        raise BuildError(f"{onnx_path} does not exist", hint="export the stage first")
+    return estimate_build_bytes(graph_size_bytes(onnx_path))
 
 
 def build_engine(
@@ -89,7 +107,7 @@ def build_engine(
         MissingExtra: the backend's library is not installed.
         BuildError: naming the stage, the layer, the library's message and a hint.
     """
-    check_targets(backend, targets, Precision.TF32 if tf32 else Precision.FP32)
+    check_targets(backend, targets)
     if not onnx_path.is_file():
         raise BuildError(f"{spec.name}: {onnx_path} does not exist", hint="export the stage first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,18 +216,14 @@ def _failure(compiler: Compiler, spec: StageSpec) -> BuildError:
 
 # What the libraries say, by substring, and what helps.
 HINTS = (
-    (
-        "HW-specific datatypes",
-        "a target's hardware lacks an element type of the graph: build for fewer targets",
-    ),
-    ("CUDA_SUCCESS", "this build needs a GPU (refit does): leave refit out, or build on a machine with one"),
+    ("for Turing (SM75)", SM75_HINT),
+    ("HW-specific datatypes", "a target lacks an element type of the graph: build for fewer targets"),
+    # TensorRT-RTX 1.7.1 compiles kernels at once where weights stay refittable, so it asks for a device.
+    ("graph_jit.cpp", "this build needs a GPU (refit does): leave refit out, or build on a machine with one"),
     ("CUDA driver version is insufficient", "this build needs a GPU and its driver"),
     ("out of memory", "make the largest sizes of the profile smaller, or decode in tiles"),
     ("OutOfMemory", "make the largest sizes of the profile smaller, or decode in tiles"),
-    (
-        "Could not find any implementation",
-        "split the profile: one a resolution bin, or a smaller largest size",
-    ),
+    ("Could not find any implementation", "split the profile: one a resolution bin, or a smaller maximum"),
     ("optimization profile", "a dynamic input has no range: check the stage's profile"),
 )
 

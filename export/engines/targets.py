@@ -19,6 +19,9 @@ TENSORRT_TARGETS = ("this-gpu", "same-compute-capability", "ampere-plus")
 # fp4: TensorRT-RTX support matrix 1.5.
 FIRST_SM = {"bf16": 80, "fp8": 89, "fp4": 120}
 
+# "Cannot compile operation ... for Turing (SM75): FP32 GEMM is not supported", TensorRT-RTX 1.7.1.
+SM75_HINT = "leave sm75 out: fp32 networks, and the fp32 parts that 16-bit networks keep, need sm80"
+
 
 def engine_targets(backend: Backend) -> tuple[str, ...]:
     """Every target that the backend can build for; () for a backend that builds no engines."""
@@ -34,8 +37,8 @@ def default_targets(backend: Backend) -> tuple[str, ...]:
     )
 
 
-def check_targets(backend: Backend, targets: Collection[str], precision: Precision) -> None:
-    """Refuse targets that the backend cannot build for in that precision.
+def check_targets(backend: Backend, targets: Collection[str], precision: Precision | None = None) -> None:
+    """Refuse targets that the backend cannot build for, in that precision if one is given.
 
     Raises:
         UsageError: no target, an unknown one, several for enterprise TensorRT, or a backend without engines.
@@ -54,7 +57,11 @@ def check_targets(backend: Backend, targets: Collection[str], precision: Precisi
             f"{backend} builds for one target at a time, not {', '.join(targets)}",
             hint="ampere-plus gives one engine for several GPU classes",
         )
+    if precision is None:
+        return
     check_types(targets, {precision.value})
+    if "sm75" in targets and precision in (Precision.FP32, Precision.TF32):
+        raise BuildError("sm75 cannot run fp32: TensorRT-RTX has no fp32 GEMM for it", hint=SM75_HINT)
 
 
 def check_types(targets: Collection[str], types: Collection[str]) -> None:

@@ -151,13 +151,16 @@ class Compiler:
 
     def errors(self) -> list[str]:
         """What the library logged as an error, oldest first."""
-        return [text for severity, text in self.messages if severity in ("ERROR", "INTERNAL_ERROR")]
+        texts = (text for severity, text in self.messages if severity in ("ERROR", "INTERNAL_ERROR"))
+        return [text.split(_NO_DRIVER)[0].rstrip("; \n") for text in texts]
+
+
+# Without a GPU the library appends this to whatever it has to say; the line is about the machine, not the graph.
+_NO_DRIVER = "[checkMacros.cpp::catchCudaError"
 
 
 def _describe(error: Any) -> str:
-    lines = [
-        line for line in error.desc().splitlines() if "catchCudaError" not in line
-    ]  # only "no driver here"
+    lines = [line for line in error.desc().splitlines() if _NO_DRIVER not in line]
     place = error.node_name() or ("an unnamed node" if error.node() >= 0 else "the graph")
     operator = f" ({error.node_operator()})" if error.node_operator() else ""
     return f"{place}{operator}: {' / '.join(lines)}"

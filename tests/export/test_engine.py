@@ -10,11 +10,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, parser
 
 from ditc.export import engine as engine_module
-from ditc.export.engine import build_engine, check_targets, engine_targets
+from ditc.export.engine import build_engine, check_targets, engine_targets, estimate_memory_bytes
 from ditc.export.engines.tensorrt import Compiler
 from ditc.runtime.errors import BuildError, DitcError, MissingExtra, UsageError
 from ditc.runtime.spec import Backend, DType, Precision, Range, StageSpec, TensorSpec
@@ -111,6 +112,18 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path) -> None:
         build_engine(graph, tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86",))
 
 
+def test_a_build_takes_no_more_memory_than_was_estimated(tmp_path: Path) -> None:
+    graph = _mlp(tmp_path, width=1024)
+    before = psutil.Process().memory_info().rss
+    report = build_engine(
+        graph, tmp_path / "net.engine", spec=_spec(width=1024), backend=RTX, targets=("sm86",)
+    )
+    taken = report.peak_memory_bytes - before
+    # Only an upper bound: what earlier builds left resident in this process is not taken again.
+    assert taken < 1.2 * estimate_memory_bytes(graph)
+    assert estimate_memory_bytes(graph) > 2 * report.size_bytes
+
+
 def test_a_custom_op_is_built_from_its_function_body(tmp_path: Path) -> None:
     graph = _save(
         tmp_path,
@@ -185,7 +198,7 @@ def test_an_element_type_that_a_target_lacks_is_found_in_the_graph(tmp_path: Pat
 
 
 def test_fp8_builds_where_the_hardware_has_it_and_is_refused_elsewhere(tmp_path: Path) -> None:
-    graph = _fp8(tmp_path)
+    graph = _quantized(tmp_path, TensorProto.FLOAT8E4M3FN)
     report = build_engine(graph, tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm89", "sm120"))
     assert "fp8" in report.types
     with pytest.raises(BuildError, match=r"sm86 cannot run fp8"):
@@ -193,12 +206,32 @@ def test_fp8_builds_where_the_hardware_has_it_and_is_refused_elsewhere(tmp_path:
     assert not (tmp_path / "e2").exists()
 
 
+def test_int8_builds_from_sm80_on_and_for_sm75_only_what_has_no_fp32_gemm(tmp_path: Path) -> None:
+    graph = _quantized(tmp_path, TensorProto.INT8)
+    targets = tuple(target for target in engine_targets(RTX) if target != "sm75")
+    assert "int8" in build_engine(graph, tmp_path / "e", spec=_spec(), backend=RTX, targets=targets).types
+    with pytest.raises(BuildError, match=r"FP32 GEMM is not supported") as caught:
+        build_engine(_mlp(tmp_path), tmp_path / "e2", spec=_spec(), backend=RTX, targets=("sm75",))
+    assert "leave sm75 out" in str(caught.value.hint)
+    assert "cudaError" not in str(caught.value)
+    half = _mlp(tmp_path, "float16")
+    build_engine(half, tmp_path / "e3", spec=_spec("float16"), backend=RTX, targets=("sm75",))
+    with pytest.raises(BuildError, match=r"sm75 cannot run fp32"):
+        check_targets(RTX, ("sm75", "sm86"), Precision.FP32)
+
+
 def test_what_the_table_of_types_misses_the_library_refuses_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "check_types", lambda targets, types: None)
     with pytest.raises(BuildError, match=r"denoiser: .* HW-specific datatypes: fp8") as caught:
-        build_engine(_fp8(tmp_path), tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86",))
+        build_engine(
+            _quantized(tmp_path, TensorProto.FLOAT8E4M3FN),
+            tmp_path / "e",
+            spec=_spec(),
+            backend=RTX,
+            targets=("sm86",),
+        )
     assert "fewer targets" in str(caught.value.hint)
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
@@ -320,7 +353,7 @@ def _mlp(directory: Path, kind: str = "float", width: int = WIDTH) -> Path:
     return directory / "net.onnx"
 
 
-def _fp8(directory: Path) -> Path:
+def _quantized(directory: Path, kind: int) -> Path:
     model = parser.parse_model(
         """<ir_version: 10, opset_import: ["": 20]>
         net (float[B, N, 64] x) => (float[B, N, 64] y)
@@ -333,7 +366,7 @@ def _fp8(directory: Path) -> Path:
     )
     values = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     model.graph.initializer.append(onnx.helper.make_tensor("w", TensorProto.FLOAT, (64, 64), values.ravel()))
-    model.graph.initializer.append(onnx.helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, (), [0.0]))
+    model.graph.initializer.append(onnx.helper.make_tensor("zero", kind, (), [0]))
     onnx.save(model, directory / "net.onnx")
     return directory / "net.onnx"
 
