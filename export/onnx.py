@@ -18,6 +18,7 @@ import torch
 
 from ditc.export import ops
 from ditc.export.passes import run_passes
+from ditc.export.passes.islands import check_islands
 from ditc.export.stages import StageModule, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, to_torch
 from ditc.export.weights import Weight, weights_of
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # 20: Gelu and GroupNormalization as single nodes; Q/DQ of every type that we write (INT8 13, FP8 19).
 OPSET = 20
+SIXTEEN_BIT = (Precision.FP16, Precision.BF16)
 # Same graph, other kernels: fp32 rounding of a few hundred dependent GEMMs. Measured 1e-7 to 4e-6.
 FP32_RELATIVE_L2 = 2e-5
 # ONNX Runtime's CPU provider widens fp16 to fp32, torch rounds after every op: this finds wrong graphs, not
@@ -110,6 +112,8 @@ def to_model(stage: StageModule) -> ir.Model:
     with _quiet():
         run_passes(model, spec)
     ops.add_functions(model)  # last: the passes inline every function that they see
+    if stage.precision in SIXTEEN_BIT:
+        check_islands(model, spec)
     return model
 
 

@@ -1,18 +1,27 @@
-"""Inputs and outputs keep the spec's names and dynamic axes: the exporter drops unused inputs and freezes axes."""
+"""Inputs and outputs keep the spec's names, types and dynamic axes: exporters drop unused inputs and freeze axes."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from ditc.runtime.errors import BuildError
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.spec import DType, StageSpec
+
+
+ELEMENT_TYPES = {
+    DType.FLOAT32: ir.DataType.FLOAT,
+    DType.FLOAT16: ir.DataType.FLOAT16,
+    DType.BFLOAT16: ir.DataType.BFLOAT16,
+    DType.INT64: ir.DataType.INT64,
+    DType.BOOL: ir.DataType.BOOL,
+}
 
 
 def check_names(model: ir.Model, spec: StageSpec) -> None:
     """Hold the graph's interface against the spec.
 
     Raises:
-        BuildError: a name is missing or extra, or an axis that must be dynamic is fixed.
+        BuildError: a name is missing or extra, an element type differs, or an axis that must be dynamic is fixed.
     """
     found = {value.name: value for value in model.graph.inputs}
     wanted = {tensor.name: tensor for tensor in spec.inputs}
@@ -24,6 +33,14 @@ def check_names(model: ir.Model, spec: StageSpec) -> None:
     outputs = [value.name for value in model.graph.outputs]
     if outputs != [tensor.name for tensor in spec.outputs]:
         raise BuildError(f"{spec.name}: the exported graph gives {outputs}, the stage promises others")
+    for value, tensor in [(found[tensor.name], tensor) for tensor in spec.inputs] + list(
+        zip(model.graph.outputs, spec.outputs, strict=True)
+    ):
+        if value.dtype != ELEMENT_TYPES[tensor.dtype]:
+            raise BuildError(
+                f"{spec.name}: {tensor.name} is {value.dtype.name.lower() if value.dtype else 'of unknown type'} in "
+                f"the exported graph, the stage promises {tensor.dtype.value}"
+            )
     for name, tensor in wanted.items():
         shape = found[name].shape
         for axis, size in enumerate(tensor.shape):

@@ -7,7 +7,7 @@ the islands' check and parity's bisection read it.
 from __future__ import annotations
 
 import ast
-import os
+from itertools import takewhile
 
 import onnx_ir as ir
 
@@ -37,7 +37,7 @@ def restore_scopes(model: ir.Model) -> None:
             continue
         paths = [scopes[:-1] for scopes in map(scopes_of, _neighbours(node)) if scopes]
         if paths:
-            shared = os.path.commonprefix(paths)  # of lists: the leading modules that all have
+            shared = [level[0] for level in takewhile(_agree, zip(*paths, strict=False))]
             node.metadata_props[NAME_SCOPES] = str([*shared, node.name or node.op_type])
 
 
@@ -45,3 +45,7 @@ def _neighbours(node: ir.Node) -> list[ir.Node]:
     producers = [value.producer() for value in node.inputs if value is not None]
     consumers = [use.node for value in node.outputs for use in value.uses()]
     return [neighbour for neighbour in (*producers, *consumers) if neighbour is not None]
+
+
+def _agree(level: tuple[str, ...]) -> bool:
+    return len(set(level)) == 1
