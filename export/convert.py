@@ -1,15 +1,13 @@
-"""`ditc convert`: a native Sana checkpoint as a diffusers directory, and back."""
+"""Convert a native Sana checkpoint to a diffusers directory, and back."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from ditc.export.checkpoints.native_file import read_native
 from ditc.export.checkpoints.sana_keys import SanaKeys, to_diffusers, to_native
 from ditc.export.checkpoints.sana_native import (
     DTYPES,
-    POSITION_EMBEDDINGS,
     NativeOptions,
     detect_keys,
     transformer_config,
@@ -105,33 +102,6 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `ditc convert`."""
-    parser.add_argument(
-        "source", help="native .pth or .safetensors file; with --to-native a diffusers directory"
-    )
-    parser.add_argument("out", type=Path, help="directory to make; with --to-native a .safetensors file")
-    parser.add_argument("--to-native", action="store_true", help="write diffusers weights under native names")
-    parser.add_argument("--base", help="diffusers checkpoint to copy text encoder, tokenizer and VAE from")
-    parser.add_argument("--ema", action="store_true", help="take state_dict_ema of a training file")
-    group = parser.add_argument_group("what a native checkpoint's keys cannot tell")
-    group.add_argument("--resolution", type=int, help="pixels of a side it was trained for, say 1024")
-    group.add_argument("--flow-shift", type=float, help="of the sampler; Sprint has none")
-    group.add_argument("--position-embedding", choices=POSITION_EMBEDDINGS)
-    group.add_argument("--interpolation-scale", type=float, help="of the sincos position embedding")
-    group.add_argument("--dtype", choices=tuple(DTYPES), help="element type to write")
-    group.add_argument("--attention-head-dim", type=int, help="for a hidden size that no release has")
-    group.add_argument("--cross-attention-head-dim", type=int, help="for a hidden size that no release has")
-
-
-def run(args: argparse.Namespace) -> Path:
-    """Do what `add_arguments` parsed; returns what was written. Raises as `convert` does."""
-    if args.to_native:
-        return convert_to_native(args.source, args.out)
-    options = NativeOptions(**{field.name: getattr(args, field.name) for field in fields(NativeOptions)})
-    return convert(Path(args.source), args.out, options=options, base=args.base, ema=args.ema)
 
 
 def _check_free(out: Path) -> None:

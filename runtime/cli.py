@@ -42,7 +42,9 @@ VERBS = {
     "doctor": Verb(
         "ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"
     ),
-    "convert": Verb("ditc.export.convert", "native or hub checkpoint -> diffusers layout", "export"),
+    "convert": Verb(
+        "ditc.export.commands.convert", "native Sana checkpoint -> diffusers layout, and back", "export"
+    ),
 }
 
 

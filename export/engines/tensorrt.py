@@ -171,7 +171,7 @@ def _describe(error: Any) -> str:
 
 
 def _make_logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -183,7 +183,7 @@ def _make_logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
 
 
 def _make_monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.error: BaseException | None = None
@@ -216,7 +216,7 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _make_writer(trt: Any, file: BinaryIO) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    class Writer(trt.IStreamWriter):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.error: BaseException | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from ditc.export.checkpoint import open_checkpoint
 from ditc.export.checkpoints.native_file import read_native
-from ditc.export.checkpoints.sana_native import NativeOptions, detect_keys
-from ditc.export.convert import add_arguments, convert, convert_to_native, run
+from ditc.export.checkpoints.sana_native import DTYPES, NativeOptions, detect_keys
+from ditc.export.convert import convert, convert_to_native
+from ditc.runtime.cli import main
 from ditc.runtime.errors import CheckpointError, UsageError
 
 HIDDEN, CHANNELS, CAPTION, LAYERS = 16, 4, 12, 2
@@ -271,15 +271,17 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
         convert(path, tmp_path / "out", options=OPTIONS)
 
 
-def test_the_command_line_gives_every_option(tmp_path: Path) -> None:
+def test_the_command_line_gives_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    line = f"{path} {tmp_path / 'out'} --resolution 64 --flow-shift 3 --position-embedding none --dtype bf16"
-    args = parser.parse_args([*line.split(), "--attention-head-dim", "8", "--cross-attention-head-dim", "4"])
-    assert run(args) == tmp_path / "out"
-    args = parser.parse_args([str(tmp_path / "out"), str(tmp_path / "back.safetensors"), "--to-native"])
-    assert set(load_file(run(args))) == set(_native_names(_network("sana")))
+    line = f"convert {path} {tmp_path / 'out'} --resolution 64 --flow-shift 3 --position-embedding none"
+    assert main(line.split()) == 2
+    assert "cannot tell --dtype" in capsys.readouterr().err
+    for dtype in DTYPES:
+        heads = ["--attention-head-dim", "8", "--cross-attention-head-dim", "4"]
+        assert main([*line.replace("/out", f"/{dtype}").split(), "--dtype", dtype, *heads]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / dtype}\n"
+    assert main(["convert", "--to-native", str(tmp_path / "fp32"), str(tmp_path / "back.safetensors")]) == 0
+    _assert_same(load_file(tmp_path / "back.safetensors"), _native_names(_network("sana")))
 
 
 def _network(family: str) -> SanaTransformer2DModel:
