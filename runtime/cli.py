@@ -45,6 +45,9 @@ VERBS = {
     "convert": Verb(
         "ditc.export.commands.convert", "native Sana checkpoint -> diffusers layout, and back", "export"
     ),
+    "calibrate": Verb(
+        "ditc.calib.commands.calibrate", "checkpoint -> ranges for 8-bit builds; precision search", "export"
+    ),
 }
 
 

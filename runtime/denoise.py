@@ -104,7 +104,7 @@ def check_stats(state: DenoiseState, stage: str) -> None:
     if bad.size:
         sample = int(bad[0])
         raise NumericsError(
-            f"{stage}: step {state.step_index} of {len(state.schedule)} left {int(stats[sample, 0])} NaN or Inf values"
+            f"{stage}: step {state.step_index} of {len(state.schedule)} left {stats[sample, 0]:g} NaN or Inf values"
             f" in x0 of sample {sample}; largest finite magnitude {stats[sample, 1]:.4g}",
             hint="fp16 overflows on some checkpoints: rebuild with --precision bf16 or fp32, "
             "or find the first bad module with ditc parity",

@@ -99,8 +99,8 @@ def check_request(request: Request) -> None:
         raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="take at least 1")
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass one of them")
-    generators = [request.generator] if isinstance(request.generator, Generator) else request.generator or []
-    if not all(isinstance(generator, Generator) for generator in generators):
+    generators = [request.generator] if isinstance(request.generator, Generator | None) else request.generator
+    if not isinstance(generators, Sequence) or not all(isinstance(g, Generator | None) for g in generators):
         raise UsageError(
             f"generator is {request.generator!r:.80}",
             hint="pass ditc.runtime.rng.Generator(seed): it draws what torch's CPU generator draws",

@@ -15,7 +15,8 @@ from ditc.export.checkpoint import Checkpoint
 from ditc.export.models.dc_ae import DcAeConfig, load_decoder, load_encoder
 from ditc.export.models.gemma2 import load_gemma2
 from ditc.export.models.loading import weight_map
-from ditc.export.models.sana import SanaConfig, load_sana
+from ditc.export.models.sana import load_sana
+from ditc.export.models.sana_config import SanaConfig
 from ditc.export.resolution_bins import resolution_bins
 from ditc.export.scheduler_config import scheduler_params
 from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
@@ -24,6 +25,7 @@ from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime import denoise
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -84,9 +86,9 @@ class SanaAdapter:
         """
         transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
         vae = DcAeConfig.from_json(checkpoint.component("vae").config)
-        if options.precision not in TORCH_DTYPES:
+        if options.base not in TORCH_DTYPES:
             raise UsageError(
-                f"precision {options.precision.value} is not built for Sana",
+                f"precision {options.base.value} is not built for Sana",
                 hint=f"take one of {', '.join(p.value for p in TORCH_DTYPES)}",
             )
         text = _text_spec(checkpoint)
@@ -94,7 +96,15 @@ class SanaAdapter:
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         sizes = _latent_ranges(defaults, latents)
-        shapes = _Shapes(transformer, vae, text, latents, sizes, options, max(1, scheduler.history_length))
+        shapes = _Shapes(
+            transformer,
+            text,
+            latents,
+            sizes,
+            options,
+            history=_history_length(scheduler),
+            tiled=defaults.tiling is not None,
+        )
         return ModelPlan(
             family=self.family,
             stages=shapes.stages(),
@@ -120,12 +130,12 @@ class SanaAdapter:
             conditioner, denoiser = load_sana(config, component.tensors, dtype)
             module = conditioner
             if stage == DENOISER:
-                module = wrap(denoiser, dtype=dtype, history_length=spec.input(denoise.HISTORY).shape[1])
+                module = wrap(denoiser, dtype=dtype, history_length=_history_length(plan.scheduler))
         else:
             component = checkpoint.component("vae")
-            config = DcAeConfig.from_json(component.config)
+            vae = DcAeConfig.from_json(component.config)
             load = load_decoder if stage == VAE_DECODER else load_encoder
-            module = load(config, component.tensors, dtype)
+            module = load(vae, component.tensors, dtype)
         return StageModule(
             spec=spec,
             precision=precision,
@@ -141,19 +151,20 @@ class _Shapes:
     def __init__(
         self,
         transformer: SanaConfig,
-        vae: DcAeConfig,
         text: TextSpec,
         latents: LatentSpec,
         sizes: dict[str, Range],
         options: BuildOptions,
+        *,
         history: int,
+        tiled: bool,
     ) -> None:
-        self.transformer, self.vae, self.text, self.latents = transformer, vae, text, latents
-        self.sizes, self.options, self.history = sizes, options, history
+        self.transformer, self.text, self.latents = transformer, text, latents
+        self.sizes, self.options, self.history, self.tiled = sizes, options, history, tiled
 
     def stages(self) -> dict[str, StagePlan]:
         """All plans, in the order in which a picture needs them."""
-        denoiser = self.options.precision
+        denoiser = self.options.base
         # Gemma overflows in fp16 (NVlabs' README: bf16 or fp32), and so does DC-AE; ONNX Runtime's CPU provider
         # has no bf16, so beside a 16-bit ONNX denoiser both stay fp32.
         others = Precision.BF16 if self._engines() and denoiser is not Precision.FP32 else Precision.FP32
@@ -205,7 +216,7 @@ class _Shapes:
         config = self.transformer
         kv = ("rows", config.num_layers, 2, "text_length", config.cross_width)
         return (
-            TensorSpec("cross_kv", STAGE_DTYPES[self.options.precision], kv),
+            TensorSpec("cross_kv", STAGE_DTYPES[self.options.base], kv),
             TensorSpec("text_bias", DType.FLOAT32, ("rows", "text_length")),
         )
 
@@ -260,8 +271,13 @@ class _Shapes:
         return Range(1, 1, self.options.max_batch)
 
     def _free_sizes(self) -> dict[str, Range]:
-        """The VAE knows no patches: any whole number of cells."""
-        return {name: Range(r.min, r.opt, r.max) for name, r in self.sizes.items()}
+        """The VAE knows no patches: any whole number of cells; of a tiled picture also the smaller last tiles."""
+        return {name: Range(1 if self.tiled else r.min, r.opt, r.max) for name, r in self.sizes.items()}
+
+
+def _history_length(scheduler: SchedulerParams) -> int:
+    """One even for Euler, whose column is zero: every Sana engine then takes both of the family's samplers."""
+    return max(1, scheduler.history_length)
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:

@@ -1,0 +1,184 @@
+"""The step primitive: several requests in one run, and what guards them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ditc.runtime import denoise
+from ditc.runtime.denoise import DenoiseState, Rows, check_stats, coefficient_columns
+from ditc.runtime.errors import NumericsError
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.rng import Generator
+from ditc.runtime.session import Array, Session, Tensor
+from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
+
+# Kernels choose their blocking by batch size: fp32 rounding over at most four steps of two layers.
+FP32_BOUND = 1e-5
+
+
+def states_of(pipeline: Pipeline) -> list[DenoiseState]:
+    """Four strangers: other prompts, seeds, guidance (one without), step counts and step indices."""
+    common = {"height": 32, "width": 32}
+    requests = [
+        Request(prompt="red cat", seed=1, num_inference_steps=4, guidance_scale=3.0, **common),
+        Request(prompt="", seed=2, num_inference_steps=3, guidance_scale=1.0, **common),
+        Request(prompt="a photo of an apple", seed=3, num_inference_steps=6, guidance_scale=7.5, **common),
+        Request(
+            prompt="dog", seed=4, num_inference_steps=2, guidance_scale=2.0, negative_prompt="blue", **common
+        ),
+    ]
+    states = [pipeline.start(pipeline.plan(request))[0] for request in requests]
+    session = pipeline.sessions[DENOISER]
+    for index, steps_ahead in ((0, 1), (2, 3)):
+        for _ in range(steps_ahead):
+            (states[index],) = denoise.step(session, [states[index]])
+    return states
+
+
+def relative_l2(value: Tensor, reference: Tensor) -> float:
+    return float(np.linalg.norm(np.subtract(value, reference)) / np.linalg.norm(np.asarray(reference)))
+
+
+def test_strangers_in_one_batch_get_what_they_get_alone(pipeline: Pipeline) -> None:
+    session, together = pipeline.sessions[DENOISER], states_of(pipeline)
+    alone = list(together)
+    while any(not state.done for state in together):
+        open_ = [index for index, state in enumerate(together) if not state.done]
+        for index, state in zip(open_, denoise.step(session, [together[i] for i in open_]), strict=True):
+            together[index] = state
+            (alone[index],) = denoise.step(session, [alone[index]])
+            assert together[index].step_index == alone[index].step_index
+            assert relative_l2(together[index].latents, alone[index].latents) <= FP32_BOUND, index
+            assert relative_l2(together[index].x0, alone[index].x0) <= FP32_BOUND, index  # type: ignore[arg-type]
+            assert relative_l2(together[index].history, alone[index].history) <= FP32_BOUND, index
+    assert all(state.latents.shape == (1, 8, 16, 16) for state in together)
+
+
+def test_the_order_of_a_batch_does_not_matter(pipeline: Pipeline) -> None:
+    session, states = pipeline.sessions[DENOISER], states_of(pipeline)
+    forward = denoise.step(session, states)
+    backward = denoise.step(session, states[::-1])[::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert relative_l2(a.latents, b.latents) <= FP32_BOUND
+
+
+def test_a_step_leaves_its_input_states_as_they_were(pipeline: Pipeline) -> None:
+    states = states_of(pipeline)
+    before = [(np.array(state.latents), np.array(state.history), state.step_index) for state in states]
+    denoise.step(pipeline.sessions[DENOISER], states)
+    for state, (latents, history, index) in zip(states, before, strict=True):
+        np.testing.assert_array_equal(state.latents, latents)
+        np.testing.assert_array_equal(state.history, history)
+        assert state.step_index == index
+
+
+def test_a_finished_state_cannot_be_stepped(pipeline: Pipeline) -> None:
+    (state,) = pipeline.start(pipeline.plan(Request(prompt="cat", num_inference_steps=1)))
+    (finished,) = denoise.step(pipeline.sessions[DENOISER], [state])
+    assert finished.done
+    with pytest.raises(ValueError, match="finished"):
+        denoise.step(pipeline.sessions[DENOISER], [state, finished])
+
+
+def test_the_newest_x0_is_the_first_of_the_history(pipeline: Pipeline) -> None:
+    (state,) = pipeline.start(pipeline.plan(Request(prompt="cat", num_inference_steps=3)))
+    (after,) = denoise.step(pipeline.sessions[DENOISER], [state])
+    np.testing.assert_array_equal(np.asarray(after.history)[:, 0], after.x0)
+
+
+def test_columns_of_the_coefficients_have_names() -> None:
+    assert coefficient_columns(2, True) == ("c_in", "a", "b", "cx", "c0", "h1", "h2", "cn")
+    assert coefficient_columns(0, False) == ("c_in", "a", "b", "cx", "c0")
+
+
+def test_rows_of_several_requests_point_at_their_own_samples() -> None:
+    def rows(samples: int, per_sample: int, value: float) -> Rows:
+        count = samples * per_sample
+        return Rows(np.tile(np.arange(samples), per_sample), {"kv": np.full((count, 3), value, np.float32)})
+
+    stacked = denoise.stack_rows((rows(2, 2, 1.0), rows(1, 1, 2.0), rows(1, 2, 3.0)))
+    assert stacked.row_of.tolist() == [0, 1, 0, 1, 2, 3, 3]
+    assert np.asarray(stacked.conditioning["kv"])[:, 0].tolist() == [1, 1, 1, 1, 2, 3, 3]
+
+
+def test_non_finite_values_are_named_with_stage_step_and_sample(pipeline: Pipeline) -> None:
+    (state,) = pipeline.start(pipeline.plan(Request(prompt=["cat", "dog"], num_inference_steps=4)))
+    (state,) = denoise.step(pipeline.sessions[DENOISER], [state])
+    check_stats(state, DENOISER)
+    bad = replace(state, stats=np.array([[0, 1.5], [7, 2.5]], np.float32))
+    with pytest.raises(NumericsError, match=r"denoiser: step 1 of 4 left 7 NaN or Inf .* sample 1.* 2\.5"):
+        check_stats(bad, DENOISER)
+    overflowed = replace(state, stats=np.array([[np.nan, np.nan], [0, 1]], np.float32))
+    with pytest.raises(NumericsError, match="sample 0"):
+        check_stats(overflowed, DENOISER)
+
+
+class Recorder(Session):
+    """Gives back the latents, and keeps the noise that it was fed."""
+
+    def __init__(self) -> None:
+        self._spec = StageSpec(
+            DENOISER, (TensorSpec(denoise.NOISE, DType.FLOAT32, ("batch", 4, "height", "width")),), (), {}
+        )
+        self.noise: list[Array] = []
+
+    @property
+    def spec(self) -> StageSpec:
+        return self._spec
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.noise.append(np.asarray(feeds[denoise.NOISE]))
+        latents, history = feeds[denoise.LATENTS], feeds[denoise.HISTORY]
+        stats = np.zeros((latents.shape[0], 2), np.float32)
+        return {
+            denoise.NEXT_LATENTS: latents,
+            denoise.X0: latents,
+            denoise.NEXT_HISTORY: history,
+            denoise.STATS: stats,
+        }
+
+    def close(self) -> None:
+        pass
+
+
+def noisy_state(samples: int, generator: Generator | list[Generator] | None) -> DenoiseState:
+    latents = np.zeros((samples, 4, 8, 8), np.float32)
+    feeds = {denoise.GUIDANCE_WEIGHTS: np.eye(samples, dtype=np.float32)}
+    return DenoiseState(
+        latents=latents,
+        history=latents[:, None],
+        schedule=(feeds, feeds),
+        rows=Rows(np.arange(samples), {}),
+        generator=generator,
+    )
+
+
+def test_each_request_draws_its_noise_from_its_own_stream() -> None:
+    session = Recorder()
+    states = [noisy_state(1, Generator(1)), noisy_state(2, [Generator(2), Generator(3)])]
+    states = denoise.step(session, states)
+    denoise.step(session, states)
+    for index, seed in enumerate((1, 2, 3)):
+        stream = Generator(seed)
+        for noise in session.noise:
+            np.testing.assert_array_equal(noise[index], stream.randn((1, 4, 8, 8))[0])
+
+
+def test_a_sampler_that_draws_noise_needs_a_generator() -> None:
+    with pytest.raises(ValueError, match="generator"):
+        denoise.step(Recorder(), [noisy_state(1, None)])
+
+
+def test_a_started_request_carries_its_stream_chunk_by_chunk(pipeline: Pipeline) -> None:
+    generators = [Generator(seed) for seed in range(6)]
+    request = Request(prompt=["cat"] * 6, generator=generators, num_inference_steps=1, height=32, width=32)
+    first, second = pipeline.start(pipeline.plan(request))
+    assert list(first.generator or ()) == generators[:4]  # type: ignore[arg-type]
+    assert list(second.generator or ()) == generators[4:]  # type: ignore[arg-type]
+    (seeded,) = pipeline.start(pipeline.plan(Request(prompt="cat", seed=11)))
+    assert isinstance(seeded.generator, Generator) and seeded.generator.seed == 11

@@ -1,0 +1,226 @@
+"""Opening a bundle: what is chosen, what is checked first, and what damage is found by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditc.runtime import loader
+from ditc.runtime.errors import BundleError, SessionError, UsageError
+from ditc.runtime.integrity import check_file, check_files, file_ref
+from ditc.runtime.loader import choose, load_parts
+from ditc.runtime.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
+from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, VAE_ENCODER, Backend, Precision
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def load(bundle: Path) -> None:
+    parts = load_parts(bundle, backend="auto", precision=None, threads=1)
+    for session in parts.sessions.values():
+        session.close()
+
+
+def denoiser_of(bundle: Path) -> Artifact:
+    return load_manifest(bundle).stages[DENOISER].artifacts[0]
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def leave_a_link(path: Path) -> None:
+    outside = path.parents[2] / "outside"
+    shutil.copy(path, outside)
+    path.unlink()
+    path.symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_byte, "has been changed"),
+        (truncate, "bytes, the manifest says"),
+        (Path.unlink, "is missing"),
+        (leave_a_link, "leaves the bundle"),
+    ],
+)
+@pytest.mark.parametrize("which", ["graph", "weights", "tokenizer"])
+def test_damaged_files_are_refused_by_name_before_a_session_is_made(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, which: str, damage: Callable[[Path], None], message: str
+) -> None:
+    artifact = denoiser_of(copy)
+    path = {
+        "graph": artifact.file.path,
+        "weights": artifact.data[0].path,
+        "tokenizer": "tokenizer/tokenizer.json",
+    }
+    damage(copy / path[which])
+    opened: list[str] = []
+    monkeypatch.setattr(loader, "open_session", lambda model, *_, **__: opened.append(model))
+    with pytest.raises(BundleError, match=message) as caught:
+        load(copy)
+    assert path[which] in str(caught.value) and "ditc build" in str(caught.value.hint)
+    assert not opened
+
+
+def test_files_that_are_not_read_may_be_missing(copy: Path) -> None:
+    (copy / load_manifest(copy).stages[VAE_ENCODER].artifacts[0].file.path).unlink()
+    load(copy)
+
+
+def test_all_files_are_checked_and_the_bad_one_is_named(tmp_path: Path) -> None:
+    refs = []
+    for name in "abc":
+        (tmp_path / name).write_text(name * 100)
+        refs.append(file_ref(tmp_path / name, tmp_path))
+    seen: list[FileRef] = []
+    check_files(tmp_path, refs, done=seen.append)
+    assert sorted(ref.path for ref in seen) == ["a", "b", "c"]
+    flip_a_byte(tmp_path / "b")
+    with pytest.raises(BundleError, match="b has been changed"):
+        check_files(tmp_path, refs)
+    check_file(tmp_path, refs[0])
+
+
+def test_a_file_that_is_no_graph_is_refused_with_its_stage(copy: Path) -> None:
+    """As a bundle would be whose build wrote nonsense: hash and manifest agree."""
+    manifest, artifact = load_manifest(copy), denoiser_of(copy)
+    (copy / artifact.file.path).write_bytes(b"no graph")
+    broken = replace(artifact, file=file_ref(copy / artifact.file.path, copy))
+    save_manifest(_with(manifest, DENOISER, broken), copy)
+    with pytest.raises(SessionError, match=r"denoiser: ONNX Runtime cannot load denoiser-fp32"):
+        load(copy)
+
+
+def test_sessions_opened_before_a_failure_are_closed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[OnnxRuntimeSession] = []
+    real = loader.open_session
+
+    def open_some(model: Path, artifact: Artifact, *, threads: int = 0) -> OnnxRuntimeSession:
+        if artifact.spec.name == VAE_DECODER:
+            raise SessionError("no")
+        session = real(model, artifact, threads=threads)
+        assert isinstance(session, OnnxRuntimeSession)
+        opened.append(session)
+        return session
+
+    monkeypatch.setattr(loader, "open_session", open_some)
+    with pytest.raises(SessionError):
+        load(copy)
+    assert len(opened) == 3 and not any(hasattr(session, "_session") for session in opened)
+
+
+def test_a_graph_with_other_names_than_promised_is_refused(copy: Path) -> None:
+    manifest, artifact = load_manifest(copy), denoiser_of(copy)
+    spec = artifact.spec
+    renamed = replace(spec, inputs=(replace(spec.inputs[0], name="noise"), *spec.inputs[1:]))
+    save_manifest(_with(manifest, DENOISER, replace(artifact, spec=renamed)), copy)
+    with pytest.raises(SessionError, match="the manifest promises"):
+        load(copy)
+
+
+@pytest.mark.parametrize("change", ["value", "length"])
+def test_another_schedule_than_at_build_time_is_refused(copy: Path, change: str) -> None:
+    manifest = load_manifest(copy)
+    golden = manifest.golden_table
+    first, *rest = golden.coefficients
+    rows = ((*first[:-1], first[-1] + 1e-4), *rest) if change == "value" else tuple(rest)
+    save_manifest(replace(manifest, golden_table=replace(golden, coefficients=rows)), copy)
+    with pytest.raises(BundleError, match="other scheduler coefficients"):
+        load(copy)
+
+
+# Choosing artifacts
+
+
+def _with(manifest: Manifest, stage: str, *artifacts: Artifact) -> Manifest:
+    return replace(manifest, stages={**manifest.stages, stage: Stage(artifacts=artifacts)})
+
+
+def test_auto_takes_what_runs_here_and_says_why(tiny_bundle: Path) -> None:
+    chosen, reason = choose(load_manifest(tiny_bundle))
+    assert {a.backend for a in chosen.values()} == {Backend.ONNXRUNTIME}
+    assert VAE_ENCODER not in chosen, "a picture needs no encoder"
+    assert reason == "onnxruntime fp32: ONNX Runtime is installed"
+
+
+def test_the_named_precision_is_taken_with_a_conditioner_of_its_types(tiny_bundle: Path) -> None:
+    manifest = load_manifest(tiny_bundle)
+    fp32 = {name: manifest.stages[name].artifacts[0] for name in (CONDITIONER, DENOISER)}
+    for name, artifact in fp32.items():
+        spec = artifact.spec
+        half = replace(
+            spec,
+            inputs=tuple(replace(t, dtype="float16") if t.name == "cross_kv" else t for t in spec.inputs),
+            outputs=tuple(replace(t, dtype="float16") if t.name == "cross_kv" else t for t in spec.outputs),
+        )
+        manifest = _with(manifest, name, artifact, replace(artifact, precision=Precision.FP16, spec=half))
+    chosen, reason = choose(manifest, precision="fp16")
+    assert chosen[DENOISER].precision is chosen[CONDITIONER].precision is Precision.FP16
+    assert chosen[VAE_DECODER].precision is Precision.FP32
+    assert reason.startswith("onnxruntime fp16")
+    only_fp16 = _with(manifest, DENOISER, manifest.stages[DENOISER].artifacts[1])
+    mismatched = _with(only_fp16, CONDITIONER, fp32[CONDITIONER])
+    with pytest.raises(BundleError, match="no artifact of conditioner goes with"):
+        choose(mismatched)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "onnx"}, "backend 'onnx' is unknown"),
+        ({"precision": "fp64"}, "precision 'fp64' is unknown"),
+        ({"precision": "bf16"}, "holds denoisers for onnxruntime fp32; asked for auto bf16"),
+        ({"backend": "tensorrt"}, "asked for tensorrt any precision"),
+    ],
+)
+def test_what_the_bundle_does_not_hold_is_refused(
+    tiny_bundle: Path, arguments: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        choose(load_manifest(tiny_bundle), **arguments)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("stage", [DENOISER, VAE_DECODER, CONDITIONER])
+def test_a_bundle_without_a_needed_stage_is_refused(tiny_bundle: Path, stage: str) -> None:
+    manifest = load_manifest(tiny_bundle)
+    stages = {name: value for name, value in manifest.stages.items() if name != stage}
+    with pytest.raises(BundleError, match=f"no {stage}"):
+        choose(replace(manifest, stages=stages))
+
+
+def test_bf16_on_the_cpu_provider_is_refused_before_the_file_is_read(tiny_bundle: Path) -> None:
+    artifact = denoiser_of(tiny_bundle)
+    with pytest.raises(SessionError, match="no bf16 kernels"):
+        OnnxRuntimeSession(
+            tiny_bundle / "missing.onnx",
+            artifact.spec,
+            precision=Precision.BF16,
+            provider="CPUExecutionProvider",
+        )
+
+
+def test_feeds_that_do_not_fit_are_reported_with_stage_and_shapes(tiny_bundle: Path) -> None:
+    artifact = load_manifest(tiny_bundle).stages[VAE_DECODER].artifacts[0]
+    session = OnnxRuntimeSession(tiny_bundle / artifact.file.path, artifact.spec, threads=1)
+    with pytest.raises(SessionError, match=r"vae_decoder: .*fed \{\}"):
+        session.run({})
+    session.close()
+    session.close()

@@ -1,0 +1,120 @@
+"""Requests that no bundle can serve are refused before any work, with the value and a hint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.rng import Generator
+
+EMBEDS = np.zeros((2, 12, 24), np.float32)
+MASK = np.ones((2, 12), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": None}, "exactly one of prompt and prompt_embeds"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK}, "exactly one of prompt and prompt_embeds"),
+        ({"prompt": []}, "list of prompts is empty"),
+        ({"prompt": 5}, "prompt must be text, got 5"),
+        ({"prompt": ["cat", None]}, "prompt must be text"),
+        ({"prompt": b"cat"}, "prompt must be text"),
+        ({"prompt": "caf\udce9"}, "not valid Unicode"),
+        ({"negative_prompt": 5}, "negative_prompt must be text, got 5"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": -3}, "num_inference_steps is -3"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"height": 0}, "height is 0"),
+        ({"width": -64}, "width is -64"),
+        ({"height": 63}, "height 63 is not a multiple of 2 from 32 to 128"),
+        ({"width": 4096}, "width 4096"),
+        ({"seed": 1, "generator": Generator(1)}, "seed and generator are both given"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"generator": object()}, "generator is <object"),
+        ({"generator": []}, "0 generators for 1 pictures"),
+        ({"generator": [Generator(1), Generator(2)]}, "2 generators for 1 pictures"),
+        (
+            {"latents": np.zeros((1, 8, 16, 16), np.float32)},
+            r"latents are \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
+        ),
+        ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(
+    pipeline: Pipeline, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        pipeline(**{"prompt": "cat", "num_inference_steps": 1, **arguments})
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_embeds": EMBEDS}, "prompt_embeds and prompt_attention_mask go together"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[:, :5]}, r"\(2, 12, 24\).*\(2, 5\)"),
+        ({"prompt_embeds": EMBEDS[0], "prompt_attention_mask": MASK[0]}, r"\(12, 24\)"),
+        (
+            {"prompt_embeds": EMBEDS[..., :7], "prompt_attention_mask": MASK},
+            "7 channels, this model takes 24",
+        ),
+        (
+            {
+                "prompt_embeds": np.zeros((2, 40, 24), np.float32),
+                "prompt_attention_mask": np.ones((2, 40), int),
+            },
+            "40 tokens, this bundle takes 1 to 12",
+        ),
+        (
+            {
+                "prompt_embeds": EMBEDS,
+                "prompt_attention_mask": MASK,
+                "negative_prompt_embeds": np.concatenate([EMBEDS, EMBEDS[:1]]),
+                "negative_prompt_attention_mask": np.concatenate([MASK, MASK[:1]]),
+            },
+            "negative_prompt_embeds hold 3 rows for 2 prompts",
+        ),
+        (
+            {
+                "prompt_embeds": EMBEDS,
+                "prompt_attention_mask": MASK,
+                "negative_prompt_embeds": EMBEDS[:, :6],
+                "negative_prompt_attention_mask": MASK[:, :6],
+            },
+            "different lengths",
+        ),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(
+    pipeline: Pipeline, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        pipeline(num_inference_steps=1, **arguments)
+    assert caught.value.hint
+
+
+def test_the_hint_of_a_wrong_size_names_one_that_works(pipeline: Pipeline) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipeline("cat", height=1001)
+    assert caught.value.hint == "take height 128; the default is 64x64"
+    assert pipeline.plan(Request(prompt="cat", height=128)).height == 128
+
+
+def test_left_out_values_come_from_the_bundle(pipeline: Pipeline) -> None:
+    plan = pipeline.plan(Request(prompt="cat"))
+    assert (plan.height, plan.width, plan.num_inference_steps, plan.guidance_scale) == (64, 64, 4, 3.0)
+
+
+def test_one_negative_prompt_serves_all_prompts_and_none_is_the_empty_one() -> None:
+    assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts == ["c", "c"]
+    assert Request(prompt=["a", "b"], negative_prompt=None).negative_prompts == ["", ""]
+    assert Request(prompt=["a", "b"], negative_prompt=["c", "d"]).negative_prompts == ["c", "d"]
