@@ -1,8 +1,8 @@
 """DC-AE, the deep-compression autoencoder (arXiv 2410.10733), as export-grade decoder and encoder.
 
 The reference is diffusers 0.42.1's AutoencoderDC. Two differences in form, none in value: the attention is always
-the linear one (diffusers takes the N x N form for small pictures, which is the same function), and EfficientViT's
-1x1 convolutions are Linears on tokens. Scale and range of the latents are inside: a pipeline does no arithmetic.
+the linear one (diffusers takes the N x N form for small pictures, which is the same function), and norms of
+pictures need no transposes. Scale and range of the latents are inside: a pipeline does no arithmetic.
 """
 
 # B batch, C channels, H/W picture, h/w latents, N = H*W tokens, K heads over all scales, D head dim
@@ -22,13 +22,11 @@ from ditc.export.models.dc_ae_blocks import (
     make_block,
     repeat_channels,
 )
-from ditc.export.models.dc_ae_config import DcAeConfig
+from ditc.export.models.dc_ae_config import DcAeConfig as DcAeConfig
 from ditc.export.models.layers import RMSNorm
 from ditc.export.models.loading import build_empty, load_strict
 
 OUT_NORM_EPS = 1e-5
-
-__all__ = ["DcAeConfig", "DcAeDecoder", "DcAeEncoder", "VaeDecoder", "VaeEncoder", "load_decoder", "load_encoder"]
 
 
 def load_decoder(config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> VaeDecoder:
@@ -91,7 +89,7 @@ class VaeEncoder(nn.Module):
 
 
 class DcAeDecoder(nn.Module):
-    """diffusers' Decoder: convolution with a repeat shortcut, stages from small to large, norm, activation, convolution."""
+    """diffusers' Decoder: a convolution with a repeat shortcut, stages from small to large, norm, activation, out."""
 
     def __init__(self, config: DcAeConfig) -> None:
         super().__init__()

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditc.export.models.layers import GLUMBConv, RMSNorm, to_nchw, to_tokens
+from ditc.export.models.layers import RMSNorm, to_nchw, to_tokens
 from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 
 NORM_EPS = 1e-5
-FFN_RATIO = 4.0  # GLUMBConv's default in diffusers, which DC-AE takes
+FFN_RATIO = 4  # GLUMBConv's default in diffusers, which DC-AE takes
 FACTOR = 2  # every stage doubles or halves the picture
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -60,14 +60,29 @@ class EfficientViTBlock(nn.Module):
     def __init__(self, channels: int, head_dim: int, norm: str, scales: tuple[int, ...]) -> None:
         super().__init__()
         self.attn = MultiscaleLinearAttention(channels, head_dim, norm, scales)
-        self.conv_out = GLUMBConv(channels, FFN_RATIO, norm=True)
+        self.conv_out = ConvolutionalGLUMBConv(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
-        x_BNC = to_tokens(x_BCHW)
-        x_BNC = x_BNC + self.attn(x_BNC, height, width)
-        x_BNC = x_BNC + self.conv_out(x_BNC, height, width)
-        return to_nchw(x_BNC, height, width)
+        x_BCHW = x_BCHW + to_nchw(self.attn(to_tokens(x_BCHW), height, width), height, width)
+        return x_BCHW + self.conv_out(x_BCHW)
+
+
+class ConvolutionalGLUMBConv(nn.Module):
+    """Mix-FFN with a norm, in NCHW: the picture is large and the ratio 4, so tokens would cost big transposes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = FFN_RATIO * channels
+        self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.norm = RMSNorm(channels, NORM_EPS, bias=True, dim_of_channels=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x, gate = self.conv_depth(F.silu(self.conv_inverted(x_BCHW))).chunk(2, dim=1)
+        out: Tensor = self.norm(self.conv_point(x * F.silu(gate)))
+        return out
 
 
 class MultiscaleLinearAttention(nn.Module):
@@ -81,9 +96,13 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(Aggregation(inner, heads, kernel_size) for kernel_size in scales)
+        self.to_qkv_multiscale = nn.ModuleList(
+            Aggregation(inner, heads, kernel_size) for kernel_size in scales
+        )
         self.to_out = nn.Linear(inner * (1 + len(scales)), channels, bias=False)
-        self.norm_out = RMSNorm(channels, NORM_EPS, bias=True) if norm == "rms_norm" else TokenBatchNorm(channels)
+        self.norm_out = (
+            RMSNorm(channels, NORM_EPS, bias=True) if norm == "rms_norm" else TokenBatchNorm(channels)
+        )
 
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
         qkv_BNC = torch.cat([self.to_q(x_BNC), self.to_k(x_BNC), self.to_v(x_BNC)], dim=2)

@@ -12,7 +12,14 @@ from ditc.runtime.errors import CheckpointError
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 NORMS = ("rms_norm", "batch_norm")
 ACTIVATIONS = ("silu", "swish", "relu", "gelu", "mish")
-PER_STAGE = ("encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns")
+DEFAULT_CHANNELS = (128, 256, 512, 512, 1024, 1024)
+# Settings that are one name for all stages or a list, with diffusers' defaults.
+PER_STAGE = {
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +31,8 @@ class DcAeConfig:
     attention_head_dim: int = 32
     encoder_block_types: tuple[str, ...] = ("ResBlock",) * 6
     decoder_block_types: tuple[str, ...] = ("ResBlock",) * 6
-    encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
-    decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_block_out_channels: tuple[int, ...] = DEFAULT_CHANNELS
+    decoder_block_out_channels: tuple[int, ...] = DEFAULT_CHANNELS
     encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
     decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
@@ -52,10 +59,9 @@ class DcAeConfig:
             CheckpointError: an unknown setting, or one that the networks here do not implement.
         """
         values = {**values}
-        for name in PER_STAGE:
-            side = name.partition("_")[0]
-            stages = len(values.get(f"{side}_block_out_channels", cls.__dataclass_fields__[name].default))
-            value = values.get(name, cls.__dataclass_fields__[name].default[0])
+        for name, default in PER_STAGE.items():
+            stages = len(values.get(name.partition("_")[0] + "_block_out_channels", DEFAULT_CHANNELS))
+            value = values.get(name, default)
             values[name] = (value,) * stages if isinstance(value, str) else tuple(value)
         config = read_config(cls, values, ignored=())
         _check_choices(config)

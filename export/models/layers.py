@@ -1,4 +1,4 @@
-"""Layers that Sana and DC-AE share: token-major, with their norm statistics in fp32.
+"""Layers that the networks share: token-major, with their norm statistics in fp32.
 
 A 1x1 convolution is a Linear on tokens: it fuses, quantizes and shares scales like any other GEMM; only the
 3x3 depthwise convolution needs NCHW.
@@ -67,25 +67,24 @@ class RMSNorm(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Sana's Mix-FFN: expand, 3x3 depthwise convolution, gate, project. diffusers' GLUMBConv without the residual.
+    """Sana's Mix-FFN on tokens: expand, 3x3 depthwise convolution, gate, project; diffusers' GLUMBConv, no residual.
 
     The zero padding of the depthwise convolution is what tells Sana where a token is.
     """
 
-    def __init__(self, dim: int, expand_ratio: float, norm: bool = False) -> None:
+    def __init__(self, dim: int, expand_ratio: float) -> None:
         super().__init__()
         hidden = int(expand_ratio * dim)
         self.conv_inverted = ConvAsLinear(dim, 2 * hidden)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.conv_point = ConvAsLinear(hidden, dim, bias=False)
-        self.norm = RMSNorm(dim, eps=1e-5, bias=True) if norm else None
 
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
         x_BNF = F.silu(self.conv_inverted(x_BNC))
         x_BFHW = self.conv_depth(to_nchw(x_BNF, height, width))
         x_BFHW, gate_BFHW = x_BFHW.chunk(2, dim=1)
-        x_BNC = self.conv_point(to_tokens(x_BFHW * F.silu(gate_BFHW)))
-        return x_BNC if self.norm is None else self.norm(x_BNC)
+        out_BNC: Tensor = self.conv_point(to_tokens(x_BFHW * F.silu(gate_BFHW)))
+        return out_BNC
 
 
 def to_nchw(x_BNC: Tensor, height: int, width: int) -> Tensor:

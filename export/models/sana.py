@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ditc.export.models.layers import ConvAsLinear, GLUMBConv, LayerNorm, RMSNorm
 from ditc.export.models.loading import build_empty, load_strict
-from ditc.export.models.sana_config import SanaConfig
+from ditc.export.models.sana_config import SanaConfig as SanaConfig
 from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 
 MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
@@ -110,7 +110,9 @@ class SanaDenoiser(nn.Module):
         modulation_R6D, embedded_RD = self.time_embed(*time, dtype=x_RND.dtype)
         mask_R11S = text_bias[:, None, None, :]
         for i, block in enumerate(self.transformer_blocks):
-            x_RND = block(x_RND, modulation_R6D, cross_kv[:, i, 0], cross_kv[:, i, 1], mask_R11S, height, width)
+            x_RND = block(
+                x_RND, modulation_R6D, cross_kv[:, i, 0], cross_kv[:, i, 1], mask_R11S, height, width
+            )
         shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
         x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
         return self._unpatched(x_RND, height, width)
@@ -229,7 +231,8 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.cross_width, config.width)])
 
     def forward(self, x_RND: Tensor, key_RSD: Tensor, value_RSD: Tensor, mask_R11S: Tensor) -> Tensor:
-        q = self.norm_q(self.to_q(x_RND)) * self.scale  # before the product: unscaled scores can pass fp16's range
+        # Scaled before the product: unscaled scores can pass fp16's range.
+        q = self.norm_q(self.to_q(x_RND)) * self.scale
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, key_RSD, value_RSD))
         # softmax(x.float()), because F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
         weights = torch.softmax((q @ k.transpose(2, 3)).float() + mask_R11S, dim=-1).to(v.dtype)
@@ -305,6 +308,8 @@ class SincosPosition:
         return grid.flatten(0, 1)[None]
 
     def _axis(self, size: int, device: torch.device) -> Tensor:
-        positions = torch.arange(size, device=device).float() / (size / self.base_size) / self.interpolation_scale
+        positions = (
+            torch.arange(size, device=device).float() / (size / self.base_size) / self.interpolation_scale
+        )
         angles = positions[:, None] * self.frequencies.to(device)
         return torch.cat([angles.sin(), angles.cos()], dim=1)

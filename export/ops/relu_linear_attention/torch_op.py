@@ -12,7 +12,7 @@ from torch import Tensor
 DIFFUSERS_EPS = 1e-15
 
 
-@torch.library.custom_op("ditc::relu_linear_attention", mutates_args=())
+@torch.library.custom_op("ditc::relu_linear_attention", mutates_args=())  # type: ignore[untyped-decorator]
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """Linear attention with ReLU feature maps; everything after the ReLU is fp32.
 
@@ -34,6 +34,6 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor
     return out.permute(0, 3, 1, 2).to(q.dtype).contiguous()
 
 
-@relu_linear_attention.register_fake
+@relu_linear_attention.register_fake  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -51,10 +51,11 @@ def reference(seed_weights):
     """Config name -> seeded diffusers module, made once."""
     made: dict[str, AutoencoderDC] = {}
 
-    def get(name: str) -> AutoencoderDC:
-        if name not in made:
-            made[name] = seed_weights(AutoencoderDC(**TINY | CONFIGS[name]))
-        return made[name]
+    def get(name: str, **settings: Any) -> AutoencoderDC:
+        key = f"{name} {settings}"
+        if key not in made:
+            made[key] = seed_weights(AutoencoderDC(**TINY | CONFIGS[name] | settings))
+        return made[key]
 
     return get
 
@@ -76,7 +77,9 @@ def test_the_encoder_is_diffusers_encode_then_scale(name, size, reference, relat
     config = DcAeConfig.from_json(module.config)
     encoder = load_encoder(config, module.state_dict(), torch.float32)
     side = config.scale_factor
-    image = torch.rand(batch, 3, side * height, side * width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    image = (
+        torch.rand(batch, 3, side * height, side * width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    )
     assert relative_l2(encoder(image), module.encode(image).latent * config.scaling_factor) <= FP32_BOUND
 
 
@@ -139,19 +142,27 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) 
         DcAeConfig.from_json(TINY | setting)
 
 
-@pytest.mark.parametrize("name", ["pixel-shuffle", "f32c32"])
+# One block a stage: an export costs 0.1 s a node.
+SHALLOW = {f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")}
+EXPORTS = ["f32c32", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "f32c32")]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
 def test_the_exported_decoder_runs_at_another_size_and_batch(name, reference, relative_l2) -> None:
-    module = reference(name)
+    module = reference(name, **({} if name.endswith("in-and-out") else SHALLOW))
     decoder = load_decoder(DcAeConfig.from_json(module.config), module.state_dict(), torch.float32)
     dims = {0: Dim("batch", min=1, max=8), 2: Dim("height", min=1, max=64), 3: Dim("width", min=1, max=64)}
     run = _export(decoder, torch.randn(2, 8, 3, 4), dims)
     latents = torch.randn(1, 8, 5, 7)
-    assert relative_l2(run(latents), module.decode(latents / module.config.scaling_factor).sample) <= FP32_BOUND
+    assert (
+        relative_l2(run(latents), module.decode(latents / module.config.scaling_factor).sample) <= FP32_BOUND
+    )
 
 
-@pytest.mark.parametrize("name", ["pixel-shuffle", "f32c32"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_exported_encoder_runs_at_another_size_and_batch(name, reference, relative_l2) -> None:
-    module = reference(name)
+    module = reference(name, **({} if name.endswith("in-and-out") else SHALLOW))
     encoder = load_encoder(DcAeConfig.from_json(module.config), module.state_dict(), torch.float32)
     cells = {2: Dim("height", min=1, max=64), 3: Dim("width", min=1, max=64)}
     dims = {0: Dim("batch", min=1, max=8)} | {axis: 4 * dim for axis, dim in cells.items()}

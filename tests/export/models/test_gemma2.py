@@ -15,7 +15,10 @@ from ditc.runtime.errors import CheckpointError
 
 # The same fp32 operations but for the mask's place in the sum, and ONNX Runtime's kernels. Measured 0 and 2e-6.
 FP32_BOUND = 1e-5
-BOUNDS_16_BIT = {torch.float16: 1e-2, torch.bfloat16: 8e-2}  # measured 4e-3 and 3e-2; transformers in bf16: 4e-2
+BOUNDS_16_BIT = {
+    torch.float16: 1e-2,
+    torch.bfloat16: 8e-2,
+}  # measured 4e-3 and 3e-2; transformers in bf16: 4e-2
 
 CONFIG = {
     "vocab_size": 97,
@@ -45,13 +48,17 @@ def reference():
 
 def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
     """Ids and a right-padded mask: full, half, one token, three tokens."""
-    ids = torch.randint(0, CONFIG["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(batch))
+    ids = torch.randint(
+        0, CONFIG["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(batch)
+    )
     lengths = torch.tensor([length, length // 2, 1, 3])[:batch]
     return ids, (torch.arange(length)[None] < lengths[:, None]).long()
 
 
 @pytest.mark.parametrize("size", [(2, 12), (4, 7), (1, 3)])
-def test_the_encoder_is_transformers_model_with_padding_and_a_sliding_window(size, reference, relative_l2) -> None:
+def test_the_encoder_is_transformers_model_with_padding_and_a_sliding_window(
+    size, reference, relative_l2
+) -> None:
     encoder = load_gemma2(reference.config.to_dict(), reference.state_dict(), torch.float32)
     ids, mask = prompts(*size)
     expected = reference(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -65,7 +72,9 @@ def test_the_sliding_window_is_seen(reference, relative_l2) -> None:
         load_gemma2(config, reference.state_dict(), torch.float32)(ids, mask)
         for config in (reference.config.to_dict(), wide)
     )
-    assert relative_l2(narrow, all_of_it) > 1e3 * FP32_BOUND  # so the test above would notice a missing window
+    assert (
+        relative_l2(narrow, all_of_it) > 1e3 * FP32_BOUND
+    )  # so the test above would notice a missing window
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS_16_BIT))
@@ -81,7 +90,8 @@ def test_names_of_a_causal_language_model_are_understood_and_its_head_ignored(re
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     encoder = load_gemma2(reference.config.to_dict(), tensors, torch.float32)
     assert torch.equal(encoder.model.embed_tokens.weight, reference.embed_tokens.weight)
-    assert {source.checkpoint for source in weight_map({"text_encoder": encoder})} == tensors.keys() - {"lm_head.weight"}
+    claimed = {source.checkpoint for source in weight_map({"text_encoder": encoder})}
+    assert claimed == tensors.keys() - {"lm_head.weight"}
 
 
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
@@ -104,7 +114,9 @@ def test_a_missing_tensor_and_another_model_are_refused_by_name(reference) -> No
 def test_the_exported_encoder_runs_at_another_length_and_batch(reference, relative_l2) -> None:
     encoder = load_gemma2(reference.config.to_dict(), reference.state_dict(), torch.float32)
     dims = {0: Dim("batch", min=1, max=8), 1: Dim("length", min=1, max=300)}
-    program = torch.onnx.export(encoder, prompts(2, 6), dynamo=True, dynamic_shapes=(dims, dims), verbose=False)
+    program = torch.onnx.export(
+        encoder, prompts(2, 6), dynamo=True, dynamic_shapes=(dims, dims), verbose=False
+    )
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     names = [value.name for value in session.get_inputs()]
     for size in ((3, 20), (1, 3)):

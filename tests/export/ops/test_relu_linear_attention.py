@@ -72,7 +72,9 @@ def test_sums_beyond_the_range_of_fp16_stay_finite_and_right() -> None:
     scores = q.float().relu().transpose(1, 2) @ k.float().relu().permute(0, 2, 3, 1)
     assert scores.sum(-1).max() > torch.finfo(torch.float16).max  # else this test shows nothing
     out = relu_linear_attention(q, k, v, DIFFUSERS_EPS)
-    assert relative_l2(out, relu_linear_attention_reference(q, k, v, DIFFUSERS_EPS)) <= ROUNDING[torch.float16]
+    assert (
+        relative_l2(out, relu_linear_attention_reference(q, k, v, DIFFUSERS_EPS)) <= ROUNDING[torch.float16]
+    )
 
 
 @pytest.mark.parametrize("dtype", list(ONNX_TYPES))
@@ -116,7 +118,9 @@ def test_the_onnx_function_computes_in_fp32_for_every_input_type(dtype: torch.dt
 def test_the_onnx_function_takes_fp16_through_onnx_runtime() -> None:
     inputs = qkv(torch.float16)
     out = run(onnx_model(torch.float16), *inputs)
-    assert relative_l2(out, relu_linear_attention_reference(*inputs, DIFFUSERS_EPS)) <= ROUNDING[torch.float16]
+    assert (
+        relative_l2(out, relu_linear_attention_reference(*inputs, DIFFUSERS_EPS)) <= ROUNDING[torch.float16]
+    )
 
 
 class Attention(torch.nn.Module):
