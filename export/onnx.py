@@ -83,6 +83,17 @@ def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
 
 def to_model(stage: StageModule) -> ir.Model:
     """The stage as an ONNX graph in memory, after all passes."""
+    model = trace(stage)
+    with _quiet():
+        run_passes(model, stage.spec)
+    ops.add_functions(model)  # last: the passes inline every function that they see
+    if stage.precision in SIXTEEN_BIT:
+        check_islands(model, stage.spec)
+    return model
+
+
+def trace(stage: StageModule) -> ir.Model:
+    """The stage as torch.onnx.export leaves it: no pass has run, and custom ops have no bodies."""
     spec = stage.spec
     feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
     arguments = tuple(to_torch(feeds[tensor.name], tensor.dtype) for tensor in spec.inputs)
@@ -109,11 +120,6 @@ def to_model(stage: StageModule) -> ir.Model:
             ) from e
     assert program is not None
     model: ir.Model = program.model
-    with _quiet():
-        run_passes(model, spec)
-    ops.add_functions(model)  # last: the passes inline every function that they see
-    if stage.precision in SIXTEEN_BIT:
-        check_islands(model, spec)
     return model
 
 
