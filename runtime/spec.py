@@ -45,6 +45,7 @@ CONDITIONER = "conditioner"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
+NETWORK = "network"  # optional: the denoiser without the step around it
 
 Dim = int | str
 

@@ -29,6 +29,7 @@ from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
+    NETWORK,
     TEXT_ENCODER,
     VAE_DECODER,
     VAE_ENCODER,
@@ -124,11 +125,11 @@ class SanaAdapter:
             component = checkpoint.component("text_encoder")
             module = load_gemma2(component.config, component.tensors, dtype)
             integers = {"input_ids": int(component.config["vocab_size"])}
-        elif stage in (CONDITIONER, DENOISER):
+        elif stage in (CONDITIONER, DENOISER, NETWORK):
             component = checkpoint.component("transformer")
             config = SanaConfig.from_json(component.config)
             conditioner, denoiser = load_sana(config, component.tensors, dtype)
-            module = conditioner
+            module = conditioner if stage == CONDITIONER else denoiser
             if stage == DENOISER:
                 module = wrap(denoiser, dtype=dtype, history_length=_history_length(plan.scheduler))
         else:
@@ -168,7 +169,7 @@ class _Shapes:
         # Gemma overflows in fp16 (NVlabs' README: bf16 or fp32), and so does DC-AE; ONNX Runtime's CPU provider
         # has no bf16, so beside a 16-bit ONNX denoiser both stay fp32.
         others = Precision.BF16 if self._engines() and denoiser is not Precision.FP32 else Precision.FP32
-        return {
+        plans = {
             TEXT_ENCODER: StagePlan(
                 spec=self._text_encoder(), precision=others, components=("text_encoder",)
             ),
@@ -177,6 +178,9 @@ class _Shapes:
             VAE_DECODER: StagePlan(spec=self._vae_decoder(), precision=others, components=("vae",)),
             VAE_ENCODER: StagePlan(spec=self._vae_encoder(), precision=others, components=("vae",)),
         }
+        if self.options.raw:
+            plans[NETWORK] = StagePlan(spec=self._network(), precision=denoiser, components=("transformer",))
+        return plans
 
     def _engines(self) -> bool:
         return self.options.backend is not Backend.ONNXRUNTIME
@@ -243,6 +247,24 @@ class _Shapes:
             ),
             profile={
                 "batch": Range(1, 1, self.options.max_batch),
+                "rows": Range(1, 2, 2 * self.options.max_batch),
+                **self.sizes,
+                "text_length": self._text_range(),
+            },
+        )
+
+    def _network(self) -> StageSpec:
+        """The denoiser without the step around it: for parity, and for guidance that is not a weighted sum."""
+        dtype, config = STAGE_DTYPES[self.options.base], self.transformer
+        return StageSpec(
+            NETWORK,
+            inputs=(
+                TensorSpec(denoise.LATENTS, dtype, ("rows", config.in_channels, "height", "width")),
+                TensorSpec(denoise.TIMESTEP, DType.FLOAT32, ("rows",)),
+                *self._conditioning(),
+            ),
+            outputs=(TensorSpec("prediction", dtype, ("rows", config.out_channels, "height", "width")),),
+            profile={
                 "rows": Range(1, 2, 2 * self.options.max_batch),
                 **self.sizes,
                 "text_length": self._text_range(),
