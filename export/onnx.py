@@ -174,13 +174,12 @@ def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:
 
 
 def _dim(name: str, spec: StageSpec) -> Any:
-    bounds = spec.profile[name]
-    if bounds.multiple_of > 1:
-        step = bounds.multiple_of
-        return step * torch.export.Dim(
-            f"{name}_by_{step}", min=max(1, bounds.min // step), max=bounds.max // step
-        )
-    return torch.export.Dim(name, min=max(1, bounds.min), max=max(2, bounds.max))
+    """A symbol that reaches beyond the profile: what example_sizes gives must be inside, and one size is no range."""
+    step = spec.profile[name].multiple_of
+    most = max(spec.profile[name].max // step, 3) + 1
+    if step > 1:
+        return step * torch.export.Dim(f"{name}_by_{step}", min=1, max=most)
+    return torch.export.Dim(name, min=1, max=most)
 
 
 @contextmanager

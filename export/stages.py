@@ -15,7 +15,7 @@ from ditc.runtime import denoise
 from ditc.runtime.manifest import Defaults, LatentSpec
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.session import Array, numpy_dtype
-from ditc.runtime.spec import Backend, DType, Precision, Range, StageSpec, TensorSpec
+from ditc.runtime.spec import Backend, DType, Precision, StageSpec, TensorSpec
 from ditc.runtime.text import TextSpec
 
 
@@ -101,15 +101,16 @@ class Adapter(Protocol):
 def example_sizes(spec: StageSpec, *, second: bool = False) -> dict[str, int]:
     """A size for every named dimension inside its range; `second` differs from the first wherever the range allows.
 
-    Dynamic dimensions start at 2 where they can: torch.export specialises sizes 0 and 1.
+    They start at 2, even where the profile ends at 1: torch.export specialises sizes 0 and 1, and the graph is the
+    same for all sizes.
     """
     sizes = {}
     for index, (name, bounds) in enumerate(spec.profile.items()):
         step = bounds.multiple_of
         wanted = bounds.opt if not second else bounds.opt + step * (index + 1)
-        wanted = min(max(wanted, bounds.min, 2 * step), bounds.max)
+        wanted = max(min(wanted, bounds.max), bounds.min, 2 * step)
         sizes[name] = wanted - wanted % step if wanted % step else wanted
-    return _rows_unlike_batch(sizes, spec)
+    return _rows_unlike_batch(sizes)
 
 
 def example_feeds(
@@ -149,8 +150,7 @@ def _as_bits(values: Array) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _rows_unlike_batch(sizes: dict[str, int], spec: StageSpec) -> dict[str, int]:
+def _rows_unlike_batch(sizes: dict[str, int]) -> dict[str, int]:
     if "rows" in sizes and sizes["rows"] == sizes.get("batch"):
-        bounds: Range = spec.profile["rows"]
-        sizes["rows"] = min(sizes["rows"] + 1, bounds.max)
+        sizes["rows"] += 1
     return sizes

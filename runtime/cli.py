@@ -43,7 +43,7 @@ VERBS = {
         "ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"
     ),
     "convert": Verb(
-        "ditc.export.commands.convert", "native Sana checkpoint -> diffusers layout, and back", "export"
+        "ditc.export.commands.convert", "native checkpoint -> diffusers layout, and back", "export"
     ),
     "calibrate": Verb(
         "ditc.calib.commands.calibrate", "checkpoint -> ranges for 8-bit builds; precision search", "export"

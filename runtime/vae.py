@@ -1,6 +1,6 @@
 """Tiled decoding and encoding: large pictures through a VAE in overlapping tiles whose seams are blended.
 
-Computes what diffusers' AutoencoderDC does after enable_tiling (tiled_decode, tiled_encode, 0.42.1) with the
+Computes what diffusers' autoencoders do after enable_tiling (tiled_decode, tiled_encode, 0.42.1) with the
 same tile and stride, holding one row of tiles at a time instead of all of them.
 """
 
@@ -116,7 +116,7 @@ def _blended_row(
 
 
 def _blend(before: Array, piece: Array, overlap: int, axis: int) -> None:
-    """Fade in place from the end of `before` to the start of `piece` (AutoencoderDC.blend_v, blend_h)."""
+    """Fade in place from the end of `before` to the start of `piece` (diffusers' blend_v, blend_h)."""
     extent = min(before.shape[axis], piece.shape[axis], overlap)
     if extent == 0:
         return

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = {
-    "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich"),
+    "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
     "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors"),
     "parity": ("polygraphy",),
     "rtx": ("tensorrt-rtx",),
@@ -99,6 +99,9 @@ def _packages() -> list[Finding]:
     findings = []
     for extra, names in PACKAGES.items():
         found = {name: _installed(name) for name in names}
+        if extra == "runtime" and found["onnxruntime"] is None and _installed("onnxruntime-gpu"):
+            del found["onnxruntime"]  # the same library, built for CUDA
+            found["onnxruntime-gpu"] = _installed("onnxruntime-gpu")
         missing = [name for name, v in found.items() if v is None]
         text = ", ".join(f"{name} {v}" for name, v in found.items() if v) or "not installed"
         required = extra == "runtime"

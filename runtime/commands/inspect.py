@@ -26,7 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
+    # A file or a pipe gets whole lines.
+    width = None if sys.stdout.isatty() else 240
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
     defaults, scheduler = manifest.defaults, manifest.scheduler
     sizes = f"{len(defaults.bins)} resolution bins" if defaults.bins else "no resolution bins"
     console.print(

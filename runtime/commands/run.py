@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,8 @@ def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another -o") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or its directory never was one
+            partial.unlink()
     return path
 
 

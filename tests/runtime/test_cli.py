@@ -1,0 +1,248 @@
+"""The `ditc` command: exit codes, JSON, files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditc.runtime import cli
+from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
+from ditc.runtime.manifest import load_manifest
+
+FAST = ["--steps", "1", "--threads", "1"]
+
+
+def draw(bundle: Path, *arguments: str) -> int:
+    return main(["run", str(bundle), *arguments, *FAST])
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.strip().splitlines()
+
+
+# Pictures
+
+
+def test_a_picture_carries_what_is_needed_to_draw_it_again(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "deep" / "a.png", tmp_path / "b.png"
+    assert draw(tiny_bundle, "red cat ☃", "--seed", "3", "-o", str(first), "--negative-prompt", "dog") == 0
+    text = Image.open(first).text  # type: ignore[attr-defined]
+    settings = json.loads(text["settings"])
+    assert text["prompt"] == "red cat ☃" and text["negative_prompt"] == "dog" and text["seed"] == "3"
+    assert text["bundle"] == load_manifest(tiny_bundle).digest
+    assert settings["num_inference_steps"] == 1 and settings["height"] == settings["width"] == 64
+    again = ["--seed", text["seed"], "--guidance-scale", str(settings["guidance_scale"]), "-o", str(second)]
+    assert draw(tiny_bundle, text["prompt"], "--negative-prompt", text["negative_prompt"], *again) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+    assert "seed 3" in capsys.readouterr().out
+
+
+def test_a_chosen_seed_is_printed_and_reproduces_the_picture(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(tiny_bundle, "cat", "-o", str(tmp_path / "a.png")) == 0
+    found = re.search(r"seed (\d+)", capsys.readouterr().out)
+    assert found
+    assert draw(tiny_bundle, "cat", "--seed", found[1], "-o", str(tmp_path / "b.png")) == 0
+    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_several_pictures_get_numbered_names(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("cat\n\n  a photo of an apple \n", encoding="utf-8")
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "2", "--json", "--seed", "1"]
+    assert draw(tiny_bundle, *arguments, "-o", str(tmp_path / "x.png")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [Path(f).name for f in result["files"]] == ["x-0.png", "x-1.png", "x-2.png", "x-3.png"]
+    assert result["seed"] == 1 and set(result["seconds"]) == {"text", "denoise", "decode"}
+    prompts = [Image.open(f).text["prompt"] for f in result["files"]]  # type: ignore[attr-defined]
+    assert prompts == ["cat", "cat", "a photo of an apple", "a photo of an apple"]
+
+
+def test_previews_are_written_after_every_step(tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["cat", "-o", str(tmp_path / "x.png"), "--preview", str(tmp_path / "steps"), "--threads", "1"]
+    assert main(["run", str(tiny_bundle), *arguments, "--steps", "3"]) == 0
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == ["step-000-0-0.png", "step-001-0-0.png", "step-002-0-0.png"]
+
+
+def test_the_asked_size_is_the_size_of_the_picture(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert draw(tiny_bundle, "cat", "--height", "32", "--width", "96", "-o", str(tmp_path / "x.png")) == 0
+    assert Image.open(tmp_path / "x.png").size == (96, 32)
+
+
+def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    output, previews = tmp_path / "out" / "x.png", tmp_path / "steps"
+    command = [sys.executable, "-m", "ditc.runtime.cli", "run", str(tiny_bundle), "cat", "-o", str(output)]
+    process = subprocess.Popen(
+        [*command, "--steps", "900", "--threads", "1", "--preview", str(previews)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (previews.is_dir() and any(previews.glob("step-*.png"))):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED
+    assert stderr.strip().splitlines()[-1] == "interrupted" and "Traceback" not in stderr
+    assert not output.parent.exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cat", "--steps", "0"], "num_inference_steps is 0"),
+        (["cat", "--height", "33"], "height 33"),
+        (["cat", "-o", "x.jpg"], "x.jpg is not a .png"),
+        ([], "give a PROMPT or --prompts FILE"),
+        (["cat", "--prompts", "file"], "give a PROMPT or --prompts FILE"),
+        (["--prompts", "missing.txt"], "cannot read prompts from missing.txt"),
+        (["cat", "--backend", "cuda"], "backend 'cuda' is unknown"),
+        (["cat", "--precision", "bf16"], "holds denoisers for onnxruntime fp32"),
+        (["cat", "--seed", "-99999999999999999999"], "seed is -99999999999999999999"),
+        (["cat", "-o", "/dev/null/x.png", "--steps", "1"], "cannot write /dev/null/x.png"),
+        (["cat", "--preview", "/dev/null/x"], "cannot make /dev/null/x"),
+    ],
+)
+def test_wrong_arguments_end_with_2_and_two_lines(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(tiny_bundle), *arguments]) == USAGE
+    error, hint = errors(capsys)
+    assert error.startswith("error: ") and message in error
+    assert hint.startswith("hint: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "nothing"), "cat"]) == USAGE
+    assert "is not a bundle" in errors(capsys)[0]
+
+
+def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path), "--json"]) == USAGE
+    result = json.loads(capsys.readouterr().out)
+    assert result["error"] == "BundleError" and "is not a bundle" in result["message"] and result["hint"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["draw"], ["run"], ["run", "x", "y", "--steps", "many"], ["--nonsense"]]
+)
+def test_what_argparse_refuses_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == USAGE and "usage: ditc" in capsys.readouterr().err
+
+
+def test_no_verb_prints_the_help_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == USAGE
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and re.fullmatch(r"ditc \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_a_missing_library_prints_its_pip_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_torch(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(cli.importlib, "import_module", no_torch)
+    assert main(["build", "x", "-o", "y"]) == USAGE
+    assert errors(capsys) == ["error: torch is not installed", 'hint: pip install "ditc[export]"']
+
+
+def test_a_closed_pipe_is_not_a_traceback(tiny_bundle: Path) -> None:
+    script = f"{sys.executable} -m ditc.runtime.cli inspect {tiny_bundle} --json | head -c 10"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == '{"schema_v' and "Traceback" not in done.stderr
+    assert FAILED == 1
+
+
+# Looking
+
+
+def test_inspect_tells_stages_and_defaults(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in load_manifest(tiny_bundle).stages)
+    assert "64x64 (no resolution bins), 4 steps of flow_dpmsolver_multistep, guidance_scale 3.0" in out
+
+
+def test_inspect_prints_a_path_with_brackets_as_it_is(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bundle, "a[bold]b")
+    assert main(["inspect", "a[bold]b"]) == 0
+    assert capsys.readouterr().out.startswith("a[bold]b ")
+
+
+def test_inspect_as_json_is_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tiny_bundle / "manifest.json").read_text())
+
+
+def test_verify_passes_a_whole_bundle_and_names_a_changed_file(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    assert main(["verify", str(bundle), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["files"] == len(list(load_manifest(bundle).all_files()))
+    assert result["digest"] == load_manifest(bundle).digest
+    weights = bundle / "weights.json"
+    weights.write_bytes(weights.read_bytes().replace(b"red", b"der", 1) + b" ")
+    assert main(["verify", str(bundle)]) == USAGE
+    assert "weights.json" in errors(capsys)[0]
+
+
+def test_doctor_finds_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    topics = {finding["topic"] for finding in findings}
+    assert {"machine", "disk", "runtime", "export", "runs", "providers"} <= topics
+    assert code == int(any(finding["ok"] is False for finding in findings))
+    assert main(["doctor"]) == code
+    assert "onnxruntime: ONNX Runtime is installed" in capsys.readouterr().out
+
+
+def test_doctor_takes_the_gpu_build_of_onnx_runtime_for_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditc.runtime.commands import doctor
+
+    versions = {"onnxruntime": None, "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, "1.0"))
+    (runtime,) = [finding for finding in doctor._packages() if finding.topic == "runtime"]
+    assert runtime.ok and "onnxruntime-gpu 1.31.1" in runtime.text
