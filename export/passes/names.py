@@ -7,7 +7,6 @@ import onnx_ir as ir
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import DType, StageSpec
 
-
 ELEMENT_TYPES = {
     DType.FLOAT32: ir.DataType.FLOAT,
     DType.FLOAT16: ir.DataType.FLOAT16,

@@ -21,11 +21,14 @@ from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
 # Results that are values of an input, or exact in its type: nothing to round.
-EXACT = frozenset(
-    "Abs Clip Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Max MaxPool Min Neg Pad "
-    "ReduceMax ReduceMin Relu Reshape Resize Sign Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze "
-    "Where".split()
-)
+# fmt: off
+EXACT = frozenset((
+    "Abs", "Clip", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND",
+    "Identity", "Max", "MaxPool", "Min", "Neg", "Pad", "ReduceMax", "ReduceMin", "Relu", "Reshape",
+    "Sign", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "Where",
+))
+# fmt: on
 SIXTEEN_BITS = {DType.FLOAT16: ir.DataType.FLOAT16, DType.BFLOAT16: ir.DataType.BFLOAT16}
 
 
@@ -48,7 +51,9 @@ def round_to(model: ir.Model, dtype: DType) -> ir.Model:
             f"the graph has no {dtype.value} tensor to round", hint="export the stage in that precision"
         )
     for value in values:
-        value.dtype = ir.DataType.FLOAT
+        value.type = ir.TensorType(
+            ir.DataType.FLOAT
+        )  # a new one: the original's value shares its type object
     for value in values & set(graph.initializers.values()):
         value.const_value = _widened(value)
     for value in values & set(graph.inputs):

@@ -55,7 +55,16 @@ def step_spec(kv: DType) -> StageSpec:
     inputs = {name: TensorSpec(name, DType.FLOAT32, shape) for name, shape in single.items()}
     inputs["row_of"] = TensorSpec("row_of", DType.INT64, ("rows",))
     inputs["cross_kv"] = TensorSpec("cross_kv", kv, ("rows", 1, 2, "text_length", 32))
-    order = "latents row_of timestep guidance_weights coefficients history cross_kv text_bias".split()
+    order = [
+        "latents",
+        "row_of",
+        "timestep",
+        "guidance_weights",
+        "coefficients",
+        "history",
+        "cross_kv",
+        "text_bias",
+    ]
     outputs = {"next_latents": IMAGE, "x0": IMAGE, "next_history": single["history"], "stats": ("batch", 2)}
     return StageSpec(
         DENOISER,
@@ -135,3 +144,16 @@ def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[
         return after
 
     return prove
+
+
+@pytest.fixture(scope="session")
+def exported(denoiser_stage) -> Callable[[Precision], tuple[StageModule, ir.Model]]:
+    """The step and its finished graph in a precision, exported once."""
+    from ditc.export.onnx import to_model
+
+    @cache
+    def export(precision: Precision) -> tuple[StageModule, ir.Model]:
+        stage = denoiser_stage(precision)
+        return stage, to_model(stage)
+
+    return export

@@ -99,7 +99,10 @@ def test_a_transposed_weight_is_a_view_of_the_parameters_memory() -> None:
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         parameter = torch.arange(6).reshape(3, 2).to(dtype)
-        text = '<ir_version: 10, opset_import: ["": 20]> g (float[2,2] x) => (float[2,3] y) { t = Transpose (w) y = MatMul (x, t) }'
+        text = """
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[2,2] x) => (float[2,3] y) { t = Transpose (w) y = MatMul (x, t) }
+        """
         model = ir.from_onnx_text(text.replace("g (float[2,2] x)", "g (float[2,2] x, float[3,2] w)"))
         weight = model.graph.inputs.pop()
         weight.const_value = TorchTensor(parameter, name="w")
@@ -137,7 +140,10 @@ def test_gather_rows_leaves_other_gathers_alone(unchanged) -> None:
 
 def test_restore_scopes_finds_the_module_that_holds_all_neighbours() -> None:
     model = ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] z) { a = Relu (x) b = Neg (a) z = Abs (b) }'
+        """
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[2] x) => (float[2] z) { a = Relu (x) b = Neg (a) z = Abs (b) }
+        """
     )
     first, middle, last = model.graph
     first.metadata_props[NAME_SCOPES] = str(["", "block", "block.conv", "relu"])
