@@ -28,6 +28,7 @@ from ditc.export.engines.targets import check_targets, default_targets
 from ditc.export.keys import FileHashes, digest, explain, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
+from ditc.export.quant.apply import Quantization, prepare
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime.errors import BuildError, BundleError, UsageError
@@ -46,7 +47,7 @@ from ditc.runtime.manifest import (
     save_manifest,
 )
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.spec import VAE_ENCODER, Backend, Precision
+from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +93,17 @@ def build_bundle(
     checkpoint = open_checkpoint(source)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
+    quantization = prepare(options, checkpoint, plan)
     if options.backend is not Backend.ONNXRUNTIME:
         library_version(options.backend)  # a missing library is said before the export, not after it
         for stage in plan.stages.values():
             check_targets(
                 options.backend, options.targets or default_targets(options.backend), stage.precision
             )
+        check_targets(options.backend, options.targets or default_targets(options.backend), options.precision)
     _check_writable(out)
     with _locked(out):
-        builder = _Builder(checkpoint, adapter, plan, options, out, on_event)
+        builder = _Builder(checkpoint, adapter, plan, options, out, on_event, quantization)
         manifest = builder.build()
     return BuildReport(
         bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
@@ -118,6 +121,7 @@ class _Builder:
         options: BuildOptions,
         out: Path,
         on_event: Callable[[BuildEvent], None],
+        quantization: Quantization | None = None,
     ) -> None:
         self.checkpoint, self.adapter, self.plan, self.options, self.out = (
             checkpoint,
@@ -128,6 +132,7 @@ class _Builder:
         )
         self.events: list[BuildEvent] = []
         self._on_event = on_event
+        self._quantization = quantization
         self._journal = out / ".build"
         self._hashes = FileHashes(self._journal / "inputs.json")
         self._old = _existing(out)
@@ -159,15 +164,20 @@ class _Builder:
         self._report(name, "building", why)
         started = perf_counter()
         module = self.adapter.load(self.checkpoint, self.plan, name, self.options)
-        files = to_onnx(module, self.out / "onnx" / f"{name}-{stage.precision.value}-{key[:8]}.onnx")
+        quantization = self._quantization if name == DENOISER else None
+        precision = stage.precision if quantization is None else self.options.precision
+        plan = None if quantization is None else quantization.plan(module)
+        path = self.out / "onnx" / f"{name}-{precision.value}-{key[:8]}.onnx"
+        files = to_onnx(module, path, quantize=plan)
         refs = [file_ref(path, self.out) for path in files.paths]
         artifact = Artifact(
             spec=module.spec,
-            precision=stage.precision,
+            precision=precision,
             backend=Backend.ONNXRUNTIME,
             file=refs[0],
             data=tuple(refs[1:]),
             key=key,
+            recipe=None if quantization is None else quantization.recipe.name,
         )
         extra = {"weights": [to_json(weight) for weight in files.weight_map], **self._extras(name, module)}
         _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **extra})
@@ -230,6 +240,7 @@ class _Builder:
             "shapes": to_json(stage.spec),
             "precision": stage.precision.value,
             "backend": Backend.ONNXRUNTIME.value,
+            "quantization": self._quantization.facts() if self._quantization and name == DENOISER else None,
             "export_source": source_hash(),
             "tool_versions": tool_versions(),
         }
@@ -337,11 +348,7 @@ class _Builder:
         old, new = (_read_json(self._journal / f"{name}-{a.key[:16]}.json") for a in (other, artifact))
         if old is None or new is None:
             return False
-        return {**old["inputs"], "precision": "", "shapes": _shapes(old)} == {
-            **new["inputs"],
-            "precision": "",
-            "shapes": _shapes(new),
-        }
+        return _but_for_precision(old) == _but_for_precision(new)
 
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:
@@ -361,6 +368,11 @@ class _Builder:
         if status != "building":
             self.events.append(event)
         self._on_event(event)
+
+
+def _but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact was made from, without what differs between precisions of one graph."""
+    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
 
 
 def _shapes(record: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ import torch
 from ditc.export import ops
 from ditc.export.passes import run_passes
 from ditc.export.passes.islands import check_islands
+from ditc.export.passes.qdq import quantize_graph
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.plan import QuantPlan
+from ditc.export.quant.verify import check_scales
 from ditc.export.stages import StageModule, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, to_torch
 from ditc.export.weights import Weight, weights_of
@@ -52,8 +56,13 @@ class OnnxFiles:
         return (self.model, self.weights) if self.weights.exists() else (self.model,)
 
 
-def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
+def to_onnx(
+    stage: StageModule, path: Path, *, check: bool = True, quantize: QuantPlan | None = None
+) -> OnnxFiles:
     """Export the stage to `path` (weights to `path`.data), replacing both only when complete and checked.
+
+    Args:
+        quantize: applied to the graph once the unquantized one has passed its check.
 
     Raises:
         BuildError: torch.export refuses the module, a dynamic dimension was specialised, or ONNX Runtime
@@ -61,16 +70,21 @@ def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
     """
     model = to_model(stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    final = OnnxFiles(path, path.with_name(path.name + ".data"), weights_of(stage.weights, model))
+    final = OnnxFiles(path, path.with_name(path.name + ".data"))
     # The graph names its weights file, so the files get their final names inside a directory of their own.
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     partial.mkdir(exist_ok=True)
     written = OnnxFiles(partial / final.model.name, partial / final.weights.name)
     try:
         ir.save(model, written.model, external_data=written.weights.name)
-        del model
         if check and stage.precision is not Precision.BF16:
             check_export(stage, written.model)
+        if quantize is not None:
+            quantize_graph(model, quantize, {name: layer.parameter for name, layer in linear_layers(stage).items()})
+            ir.save(model, written.model, external_data=written.weights.name)
+            check_scales(written.model, quantize)
+        weight_map = weights_of(stage.weights, model)
+        del model
         for source, target in ((written.weights, final.weights), (written.model, final.model)):
             if source.exists():
                 os.replace(source, target)
@@ -78,7 +92,7 @@ def to_onnx(stage: StageModule, path: Path, *, check: bool = True) -> OnnxFiles:
         for leftover in partial.iterdir():
             leftover.unlink()
         partial.rmdir()
-    return final
+    return replace(final, weight_map=weight_map)
 
 
 def to_model(stage: StageModule) -> ir.Model:

@@ -38,6 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run"
     )
+    parser.add_argument("--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: sana-int8, sana-fp8)")
+    parser.add_argument(
+        "--ranges", type=Path, metavar="FILE", help="8 bits: what `ditc calibrate` measured on this checkpoint"
+    )
+    parser.add_argument(
+        "--base-precision",
+        choices=["fp32", "fp16", "bf16"],
+        help="8 bits: everything else's (default: fp32 for ONNX Runtime, fp16 for engines)",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="also export the network alone, without the step around it"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -54,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         backend=Backend(arguments.backend),
         resolution=arguments.resolution,
         max_batch=arguments.max_batch,
+        raw=arguments.raw,
+        recipe=arguments.recipe,
+        ranges=arguments.ranges,
+        base_precision=arguments.base_precision and Precision(arguments.base_precision),
         targets=tuple(filter(None, arguments.targets.split(","))),
     )
     with console.status("reading the checkpoint") as status:

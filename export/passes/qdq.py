@@ -4,7 +4,7 @@
 
 Standard ops of opset 19 and later, symmetric: the only form that ONNX Runtime, TensorRT-RTX and TensorRT all take.
 Weights are stored as codes, with one scale an output channel; activations have one scale a tensor, and layers
-that read one tensor share its pair. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
+that read one tensor share its codes. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
 GEMM saved, and both libraries fuse what follows better from a high-precision tensor.
 """
 
@@ -62,19 +62,19 @@ def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
 
 
 class _Writer:
-    """Adds nodes and initializers to one graph; remembers which tensor has its pair already."""
+    """Adds nodes and initializers to one graph; remembers which tensor has its codes already."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._pairs: dict[tuple[int, Format], ir.Value] = {}
+        self._codes: dict[tuple[int, Format], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._zeros: dict[Format, ir.Value] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
-        """Feed the GEMM from a Q/DQ pair, made here or by a layer that reads the same tensor."""
+        """Feed the GEMM from codes, made here or by a layer that reads the same tensor."""
         x, planned = gemm.inputs[0], layer.input
         assert x is not None and planned is not None
         key = (id(x), layer.kind)
-        if key not in self._pairs:
+        if key not in self._codes:
             site = f"{_module(gemm)}.input"
             source = x if planned.smooth is None else self._smoothed(x, planned, site, gemm, together)
             scale = self._constant(site + SCALE, scale_of(planned.amax, layer.kind, _numpy(x)))
@@ -82,12 +82,13 @@ class _Writer:
             codes = self._node(
                 "QuantizeLinear", [source, scale, zero], f"{site}.quantize", gemm, shape=x.shape
             )
-            back = self._node(
-                "DequantizeLinear", [codes, scale, zero], f"{site}.dequantize", gemm, shape=x.shape
-            )
-            codes.type, back.type = ir.TensorType(_code_type(layer.kind)), x.type
-            self._pairs[key] = back
-        gemm.replace_input_with(0, self._pairs[key])
+            codes.type = ir.TensorType(_code_type(layer.kind))
+            self._codes[key] = codes, scale, zero
+        # A DequantizeLinear for each GEMM: ONNX Runtime 1.31 fuses only one that nothing else reads.
+        name = f"{_module(gemm)}.dequantize"
+        back = self._node("DequantizeLinear", self._codes[key], name, gemm, shape=x.shape)
+        back.type = x.type
+        gemm.replace_input_with(0, back)
 
     def quantize_weight(self, gemm: ir.Node, layer: LayerPlan, parameter: str) -> None:
         """Store codes under the weight's own name, and dequantize them where the GEMM reads."""

@@ -1,0 +1,126 @@
+"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, search the best precision."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import Precision
+
+if TYPE_CHECKING:
+    from ditc.calib.collect import Progress, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Settings of the measurement, or of the search that follows it."""
+    parser.add_argument("checkpoint", help="a diffusers directory")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="ranges, .safetensors"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: ours, 256)")
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
+    parser.add_argument("--guidance-scale", type=float, metavar="G")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the networks that run"
+    )
+    parser.add_argument("--device", default="cpu", help="a PyTorch device (default: %(default)s)")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="every N-th prompt from the I-th, then --merge"
+    )
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="add up ranges instead of measuring"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure or merge, and print one summary line."""
+    if arguments.output.suffix != ".safetensors":
+        raise UsageError(
+            f"output {arguments.output} is not a .safetensors", hint="name it ranges.safetensors"
+        )
+    if arguments.merge:
+        return _merge(arguments)
+    from ditc.calib.collect import collect
+    from ditc.calib.prompts import GENERAL, read_prompts
+
+    prompts = read_prompts(arguments.prompts or GENERAL)[: arguments.num_prompts]
+    with _Bar() as bar:
+        ranges = collect(
+            arguments.checkpoint, prompts, arguments.output, _settings(arguments), on_progress=bar
+        )
+    sys.stdout.write(
+        f"{arguments.output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
+        f"{ranges.origin.num_inference_steps} steps, {bar.seconds:.1f} s{bar.per_step()}\n"
+    )
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from ditc.export.quant.ranges import load_ranges, merge_ranges, save_ranges
+
+    merged = merge_ranges([load_ranges(path) for path in arguments.merge])
+    save_ranges(merged, arguments.output)
+    sys.stdout.write(f"{arguments.output}: {len(merged.prompts)} prompts of {len(arguments.merge)} files\n")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from ditc.calib.collect import Settings
+
+    try:
+        index, count = (int(part) for part in arguments.shard.split("/"))
+    except ValueError as e:
+        raise UsageError(
+            f"shard {arguments.shard!r} is not I/N", hint="two machines: --shard 0/2 and 1/2"
+        ) from e
+    if not 0 <= index < count:
+        raise UsageError(
+            f"shard {arguments.shard} has no such part", hint="count from 0: --shard 0/2 and 1/2"
+        )
+    if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
+        raise UsageError(f"steps is {arguments.num_inference_steps}", hint="take at least 1")
+    if arguments.num_prompts is not None and arguments.num_prompts < 1:
+        raise UsageError(f"num-prompts is {arguments.num_prompts}", hint="take at least 1")
+    return Settings(
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
+        precision=Precision(arguments.dtype),
+        device=arguments.device,
+        shard=(index, count),
+    )
+
+
+class _Bar:
+    """A progress bar on stderr with the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("calibrating", total=None)
+        self.seconds, self._steps = 0.0, 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        self.seconds, self._steps = progress.seconds, progress.done
+        self._progress.update(self._task, total=progress.total, completed=progress.done)
+
+    def per_step(self) -> str:
+        """Seconds a step, where any ran."""
+        return f", {self.seconds / self._steps:.3f} s a step" if self._steps else ""

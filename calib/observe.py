@@ -1,0 +1,85 @@
+"""Watch the inputs of a network's Linears while it runs, and keep counts of them; memory does not grow with time."""
+
+# B buckets of the schedule, C channels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditc.export.quant.histogram import BINS, DROPPED_BITS, FIRST
+from ditc.export.quant.layers import Layer
+from ditc.export.quant.ranges import Statistics
+
+
+class Observer:
+    """Statistics of the inputs of some layers. Layers that read one tensor share a site, named by the first."""
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = buckets
+        self.bucket = 0
+        self.sites: dict[str, Statistics] = {}
+        self.site_of: dict[str, str] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    def see(self, layer: str, x: Tensor) -> None:
+        """Count one input of the layer, into the current bucket."""
+        if self._last is not None and self._last[0] is x:  # a neighbour has counted this very tensor
+            self.site_of.setdefault(layer, self._last[1])
+            return
+        self._last = (x, layer)
+        self.site_of.setdefault(layer, layer)
+        statistics = self.sites.get(layer)
+        if statistics is None:
+            statistics = self.sites[layer] = _empty(self.buckets, x.shape[-1])
+        _count(statistics, self.bucket, x)
+
+    def forget_tensor(self) -> None:
+        """Call between runs: holds no activation any longer."""
+        self._last = None
+
+
+@contextmanager
+def watching(layers: Mapping[str, Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, every run of a layer calls see(name, its input)."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, arguments: see(name, arguments[0])
+
+    handles = [layer.linear.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _empty(buckets: int, channels: int) -> Statistics:
+    return Statistics(
+        amax=np.zeros(buckets, np.float32),
+        histogram=np.zeros((buckets, BINS), np.int64),
+        channel_amax=np.zeros((buckets, channels), np.float32),
+        channel_squares=np.zeros((buckets, channels), np.float64),
+        rows=np.zeros(buckets, np.int64),
+    )
+
+
+def _count(statistics: Statistics, bucket: int, x: Tensor) -> None:
+    """Add one tensor (..., C) to one bucket. Runs where the tensor is; the counts come to the host."""
+    magnitudes = x.detach().flatten(0, -2).float().abs()
+    channel_amax = magnitudes.amax(dim=0)
+    # As histogram.bin_of: the upper bits of an fp32 number are the index of its bin.
+    bins = ((magnitudes.view(torch.int32) >> DROPPED_BITS) - FIRST).clamp_(0, BINS - 1)
+    counts = torch.bincount(bins.flatten(), minlength=BINS)
+    squares = magnitudes.square_().sum(dim=0, dtype=torch.float64)
+    statistics.histogram[bucket] += counts.cpu().numpy()
+    statistics.channel_squares[bucket] += squares.cpu().numpy()
+    statistics.rows[bucket] += magnitudes.shape[0]
+    np.maximum(
+        statistics.channel_amax[bucket], channel_amax.cpu().numpy(), out=statistics.channel_amax[bucket]
+    )
+    statistics.amax[bucket] = statistics.channel_amax[bucket].max()

@@ -1,0 +1,83 @@
+"""A quantized network in PyTorch: the plan's rounding on weights and inputs, for any subset of its layers.
+
+Computes what the Q/DQ graph computes up to the order of fp32 sums; it needs no export, so that a search can try
+hundreds of assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.layers import Layer
+from ditc.export.quant.plan import LayerPlan
+
+SMALLEST_CODE = {Format.INT8: -128.0, Format.FP8: -448.0}  # what QuantizeLinear saturates to
+
+
+@contextmanager
+def quantized(
+    layers: Mapping[str, Layer], plans: Mapping[str, LayerPlan], *, per_token: bool = False
+) -> Iterator[None]:
+    """Inside, the planned layers compute as in 8 bits; afterwards their weights are as before.
+
+    Args:
+        per_token: every token's input gets a scale of its own, as no ONNX graph here does: what that would gain.
+    """
+    with ExitStack() as stack:
+        for name, plan in plans.items():
+            stack.enter_context(_one(layers[name].linear, plan, per_token))
+        yield
+
+
+@contextmanager
+def _one(linear: nn.Linear, plan: LayerPlan, per_token: bool) -> Iterator[None]:
+    weight = linear.weight
+    smooth = None
+    if plan.input is not None and plan.input.smooth is not None:
+        smooth = torch.from_numpy(plan.input.smooth).to(weight.device)
+    linear.weight = nn.Parameter(fake_quantize_weight(weight, plan.kind, smooth), requires_grad=False)
+    handle = None
+    if plan.input is not None:
+        handle = linear.register_forward_pre_hook(_input_hook(plan, smooth, per_token))
+    try:
+        yield
+    finally:
+        linear.weight = weight
+        if handle is not None:
+            handle.remove()
+
+
+def fake_quantize_weight(weight_OI: Tensor, kind: Format, smooth_I: Tensor | None = None) -> Tensor:
+    """The weight as it comes back from its codes, one scale an output channel."""
+    weight = weight_OI.float() if smooth_I is None else weight_OI.float() * smooth_I
+    scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST_CODE[kind]
+    return fake_quantize(weight, torch.where(scale > 0, scale, 1.0), kind).to(weight_OI.dtype)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, kind: Format) -> Tensor:
+    """x rounded to its codes and back, in fp32."""
+    ratio = x.float() / scale
+    if kind is Format.INT8:
+        return ratio.round().clamp(SMALLEST_CODE[kind], LARGEST_CODE[kind]) * scale
+    return ratio.clamp(SMALLEST_CODE[kind], LARGEST_CODE[kind]).to(torch.float8_e4m3fn).float() * scale
+
+
+def _input_hook(
+    plan: LayerPlan, smooth: Tensor | None, per_token: bool
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    assert plan.input is not None
+    fixed = torch.tensor(plan.input.amax / LARGEST_CODE[plan.kind], dtype=torch.float32)
+
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = arguments[0].float() if smooth is None else arguments[0].float() / smooth
+        scale = fixed.to(x.device)
+        if per_token:
+            scale = (x.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE[plan.kind]).clamp_min(1e-12)
+        return (fake_quantize(x, scale, plan.kind).to(arguments[0].dtype), *arguments[1:])
+
+    return hook

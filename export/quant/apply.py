@@ -1,0 +1,62 @@
+"""What a build does about quantization: check recipe and ranges first, plan when the weights are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ditc.export.checkpoint import Checkpoint
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.plan import QuantPlan, make_plan
+from ditc.export.quant.ranges import Ranges, checkpoint_identity, load_ranges
+from ditc.export.quant.recipes import Recipe, find_recipe
+from ditc.export.stages import BuildOptions, ModelPlan, StageModule
+from ditc.runtime.errors import UsageError
+from ditc.runtime.integrity import sha256
+from ditc.runtime.jsondata import to_json
+from ditc.runtime.spec import DENOISER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Recipe and ranges that fit the checkpoint. ranges_sha256: of the file, None where none is needed."""
+
+    recipe: Recipe
+    ranges: Ranges | None
+    ranges_sha256: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """What the artifact depends on."""
+        return {"recipe": to_json(self.recipe), "ranges": self.ranges_sha256}
+
+    def plan(self, stage: StageModule) -> QuantPlan:
+        """The plan for a stage whose weights are there. Raises UsageError."""
+        return make_plan(self.recipe, self.ranges, linear_layers(stage))
+
+
+def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Quantization | None:
+    """Recipe and ranges of a quantized build, None for any other.
+
+    Raises:
+        UsageError: options that do not go together, an unknown recipe, missing or damaged ranges, or ranges of
+            another checkpoint.
+    """
+    if not options.quantized:
+        for name, value in (("--recipe", options.recipe), ("--ranges", options.ranges)):
+            if value is not None:
+                raise UsageError(
+                    f"{name} {value} belongs to an 8-bit build, this one is {options.precision.value}",
+                    hint="add --precision int8 or --precision fp8",
+                )
+        return None
+    recipe = find_recipe(options.recipe, options.precision)
+    if not recipe.activations:
+        return Quantization(recipe=recipe, ranges=None, ranges_sha256=None)
+    if options.ranges is None:
+        raise UsageError(
+            f"recipe {recipe.name} quantizes activations and needs --ranges",
+            hint=f"measure them: ditc calibrate {checkpoint.path} -o ranges.safetensors",
+        )
+    component = plan.stages[DENOISER].components[0]
+    ranges = load_ranges(options.ranges, identity=checkpoint_identity(checkpoint, component))
+    return Quantization(recipe=recipe, ranges=ranges, ranges_sha256=sha256(options.ranges))

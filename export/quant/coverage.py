@@ -1,0 +1,108 @@
+"""What share of a quantized graph's work and bytes is in 8 bits, and what stayed high and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ditc.export.ops.relu_linear_attention.onnx_function import OP_TYPE as LINEAR_ATTENTION
+from ditc.export.quant.plan import QuantPlan
+from ditc.runtime.spec import StageSpec
+
+EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HighLayer:
+    """A layer that stayed in the base precision, its share of the weight GEMMs' FLOPs, and why."""
+
+    name: str
+    share: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """FLOPs are of one run at the stage's usual sizes.
+
+    Attributes:
+        gemm_share: of the FLOPs of all GEMMs with weights (Linears, 1x1 convolutions).
+        product_share: of the FLOPs of all matrix products and convolutions, attention's own included.
+        weight_share: of the weights' number that is stored in 8 bits.
+        size_bytes, fp16_bytes: of all weights as stored, and if all were fp16.
+    """
+
+    layers: int
+    gemm_share: float
+    product_share: float
+    weight_share: float
+    size_bytes: int
+    fp16_bytes: int
+    high: tuple[HighLayer, ...]
+
+
+def measure_coverage(model: ir.Model, plan: QuantPlan, spec: StageSpec) -> Coverage:
+    """Coverage of a quantized graph, from its own nodes."""
+    sizes = {name: bounds.opt for name, bounds in spec.profile.items()}
+    products = list(_products(model, sizes))
+    gemms = [p for p in products if p.weight is not None]
+    total = sum(p.flops for p in gemms) or 1
+    high = []
+    for name, why in plan.high.items():
+        flops = sum(p.flops for p in gemms if p.weight is not None and _is(p.weight, name))
+        high.append(HighLayer(name=name, share=flops / total, why=why))
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    eight = sum(t.size for t in tensors if t.dtype in EIGHT_BITS)
+    weights = sum(t.size for t in tensors)
+    return Coverage(
+        layers=len(plan.layers),
+        gemm_share=sum(p.flops for p in gemms if p.eight_bits) / total,
+        product_share=sum(p.flops for p in products if p.eight_bits) / (sum(p.flops for p in products) or 1),
+        weight_share=eight / (weights or 1),
+        size_bytes=sum(t.nbytes for t in tensors),
+        fp16_bytes=2 * weights,
+        high=tuple(sorted(high, key=lambda layer: -layer.share)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    flops: int
+    weight: str | None
+    eight_bits: bool
+
+
+def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            weight = node.inputs[1]
+            name, quantized = _weight_of(weight)
+            inner = _dims(node.inputs[0], sizes)[-1]
+            yield _Product(2 * math.prod(_dims(node.outputs[0], sizes)) * inner, name, quantized)
+        elif node.op_type == "Conv":
+            kernel = math.prod(_dims(node.inputs[1], sizes)[1:])
+            yield _Product(2 * math.prod(_dims(node.outputs[0], sizes)) * kernel, None, False)
+        elif node.op_type == LINEAR_ATTENTION:
+            rows, tokens, heads, width = _dims(node.inputs[0], sizes)
+            yield _Product(4 * rows * tokens * heads * width * (width + 1), None, False)  # KV, then KV x Q
+
+
+def _weight_of(value: ir.Value | None) -> tuple[str | None, bool]:
+    """The initializer behind a GEMM's second input, and whether its codes are what is stored."""
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        codes = maker.inputs[0]
+        return (None if codes is None else codes.name), True
+    return (value.name if value is not None and value.is_initializer() else None), False
+
+
+def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
+    assert value is not None and value.shape is not None
+    return [int(d) if isinstance(d, int) else int(d.evaluate(sizes)) for d in value.shape.dims]
+
+
+def _is(parameter: str, layer: str) -> bool:
+    return parameter == f"{layer}.weight" or parameter.endswith(f".{layer}.weight")

@@ -1,0 +1,65 @@
+"""Eight-bit formats: scales, rounding, and weights stored in them.
+
+Symmetric throughout, zero point 0: value = scale * code. INT8 uses -127..127; FP8 is E4M3 without infinities
+(arXiv 2209.05433), whose largest value is 448, and rounds to nearest even, as ONNX's QuantizeLinear does.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import ml_dtypes
+import numpy as np
+
+from ditc.runtime.session import Array
+
+
+class Format(StrEnum):
+    """How the codes of a quantized tensor are stored."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+LARGEST_CODE = {Format.INT8: 127.0, Format.FP8: 448.0}
+CODE_TYPE = {Format.INT8: np.dtype(np.int8), Format.FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+def scale_of(amax: Array | float, kind: Format, dtype: np.dtype[np.generic] | None = None) -> Array:
+    """amax / 127 or amax / 448, as the graph will hold it.
+
+    Args:
+        dtype: of the graph's scales. A scale that would be subnormal in it (fp16 below 6.1e-5) loses bits, so it
+            is raised to the smallest normal number; codes are then made with that scale. Zero amax gives scale 1.
+    """
+    dtype = np.dtype(np.float32) if dtype is None else dtype
+    amax = np.asarray(amax, np.float64)
+    scale = np.where(amax > 0, amax / LARGEST_CODE[kind], 1.0)
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
+    return np.maximum(scale, smallest).astype(dtype)
+
+
+def quantize(values: Array, scale: Array, kind: Format) -> Array:
+    """Codes of the values; what lies outside the range saturates."""
+    ratio = values.astype(np.float32) / scale.astype(np.float32)
+    largest = LARGEST_CODE[kind]
+    if kind is Format.INT8:
+        ratio = np.rint(ratio)
+    return np.clip(ratio, -largest, largest).astype(CODE_TYPE[kind])
+
+
+def dequantize(codes: Array, scale: Array) -> Array:
+    """The fp32 values that the codes stand for."""
+    return codes.astype(np.float32) * scale.astype(np.float32)
+
+
+def fake_quantize(values: Array, scale: Array, kind: Format) -> Array:
+    """The values as they come back from their codes."""
+    return dequantize(quantize(values, scale, kind), scale)
+
+
+def channel_amax(weight: Array, axis: int) -> Array:
+    """The largest magnitude along all axes but one, which keeps its place: (1,O) for a (I,O) matrix and axis 1."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    amax: Array = np.abs(weight.astype(np.float32)).max(axis=others, keepdims=True)
+    return amax

@@ -1,0 +1,170 @@
+"""Recipe + ranges + weights -> a plan: what each layer gets. The graph pass and the simulation both follow it."""
+
+# O output channels, I input channels
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditc.export.quant.estimators import estimate_amax, squared_error
+from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.layers import Layer
+from ditc.export.quant.ranges import Ranges, Statistics
+from ditc.export.quant.recipes import Recipe
+from ditc.runtime.errors import UsageError
+from ditc.runtime.session import Array
+
+# Strengths tried: 0.5 and 0.8 are SmoothQuant's and ModelOpt's defaults, 1 moves all outliers into the weights.
+ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# A smoothing costs one multiplication of the activations: less than 1 dB is not worth that.
+WORTHWHILE = 10 ** (-1 / 10)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Input:
+    """How the input of one or several layers is quantized.
+
+    Attributes:
+        amax: what the largest code stands for, after smoothing.
+        smooth: (I,) factors by which the input is divided and the weights are multiplied; None for none.
+        alpha: the strength that made them.
+    """
+
+    amax: float
+    smooth: Array | None = None
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPlan:
+    """One layer in 8 bits. input is None where the weight alone is quantized."""
+
+    name: str
+    kind: Format
+    input: Input | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantPlan:
+    """Everything about one stage's quantization. high: the layers that stay, and why."""
+
+    recipe: Recipe
+    layers: Mapping[str, LayerPlan]
+    high: Mapping[str, str]
+
+
+def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]) -> QuantPlan:
+    """Decide for every layer of a stage.
+
+    Args:
+        ranges: needed unless the recipe quantizes weights alone.
+
+    Raises:
+        UsageError: no layer fits the recipe, ranges are missing or lack a layer, or a layer's input was all zero.
+    """
+    formats = recipe.formats(layers)
+    if not formats:
+        raise UsageError(
+            f"recipe {recipe.name} names none of this network's {len(layers)} layers",
+            hint=f"its rules are {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
+        )
+    if recipe.activations and ranges is None:
+        raise UsageError(
+            f"recipe {recipe.name} quantizes activations and needs ranges",
+            hint="measure them: ditc calibrate CHECKPOINT -o ranges.safetensors; then build with --ranges",
+        )
+    inputs = _inputs(recipe, ranges, layers, formats) if recipe.activations and ranges is not None else {}
+    return QuantPlan(
+        recipe=recipe,
+        layers={name: LayerPlan(name, kind, inputs.get(name)) for name, kind in formats.items()},
+        high={name: recipe.decide(name).why or "kept" for name in layers if name not in formats},
+    )
+
+
+def _inputs(
+    recipe: Recipe, ranges: Ranges, layers: Mapping[str, Layer], formats: Mapping[str, Format]
+) -> dict[str, Input]:
+    """Layers that read one tensor in one format share one Input, so the graph quantizes that tensor once."""
+    groups: dict[tuple[str, Format], list[str]] = {}
+    for name, kind in formats.items():
+        statistics = ranges.of(name)
+        if not statistics.amax.max() > 0:
+            raise UsageError(
+                f"the input of {name} was zero in every step of calibration: it has no range",
+                hint="calibrate with more prompts, or keep the layer high in a recipe of your own",
+            )
+        if statistics.channels != layers[name].linear.in_features:
+            raise UsageError(
+                f"the ranges have {statistics.channels} channels for {name}, which reads "
+                f"{layers[name].linear.in_features}",
+                hint="the ranges are of another network: calibrate this checkpoint",
+            )
+        groups.setdefault((ranges.site_of[name], kind), []).append(name)
+    inputs = {}
+    for (site, kind), names in groups.items():
+        chosen = choose_input(recipe, ranges.sites[site], [layers[name].weight() for name in names], kind)
+        inputs.update(dict.fromkeys(names, chosen))
+    return inputs
+
+
+def choose_input(recipe: Recipe, statistics: Statistics, weights: Sequence[Array], kind: Format) -> Input:
+    """The range and smoothing of one tensor with the least expected error behind the layers that read it.
+
+    Args:
+        weights: (O,I) of each layer.
+    """
+    plain = Input(
+        estimate_amax(
+            statistics, recipe.method, kind, percentile=recipe.percentile, timesteps=recipe.timesteps
+        )
+    )
+    if not recipe.smooth or kind is not Format.INT8:
+        return plain
+    counts, moments = statistics.histogram.sum(axis=0), _second_moments(statistics)
+    columns = [(w.astype(np.float64) ** 2).sum(axis=0) for w in weights]
+    per_element = squared_error(counts, plain.amax, kind)
+    noise = per_element * sum(c.sum() for c in columns) + _weight_noise(
+        weights, np.ones_like(moments), moments
+    )
+    best, least = plain, noise * WORTHWHILE
+    for alpha in ALPHAS:
+        smooth = smoothing(statistics.channel_amax.max(axis=0), weights, alpha)
+        amax = float((statistics.channel_amax.max(axis=0) / smooth).max())
+        step = amax / LARGEST_CODE[kind]
+        # A value below half a step becomes zero: its error is the value, not the step's.
+        channel_noise = np.minimum(step**2 / 12, moments / smooth**2) * smooth**2
+        noise = sum(float((channel_noise * c).sum()) for c in columns) + _weight_noise(
+            weights, smooth, moments
+        )
+        if noise < least:
+            best, least = Input(amax, smooth.astype(np.float32), alpha), noise
+    return best
+
+
+def smoothing(channel_amax: Array, weights: Sequence[Array], alpha: float) -> Array:
+    """SmoothQuant's factors (equation 4): amax(x)**alpha / amax(w)**(1 - alpha) a channel, scaled to mean log 0.
+
+    A channel that was never used, or that no weight reads, gets the smallest factor of the others.
+    """
+    weight_amax = np.max([np.abs(w).max(axis=0) for w in weights], axis=0).astype(np.float64)
+    used = (channel_amax > 0) & (weight_amax > 0)
+    factors = np.ones_like(weight_amax)
+    factors[used] = channel_amax[used].astype(np.float64) ** alpha / weight_amax[used] ** (1 - alpha)
+    factors[~used] = factors[used].min() if used.any() else 1.0
+    factors /= np.exp(np.log(factors).mean())
+    return factors
+
+
+def _second_moments(statistics: Statistics) -> Array:
+    moments: Array = statistics.channel_squares.sum(axis=0) / max(int(statistics.rows.sum()), 1)
+    return moments
+
+
+def _weight_noise(weights: Sequence[Array], smooth: Array, moments: Array) -> float:
+    """Output error a row that comes from rounding the weights, each output channel with its own step."""
+    reach = float((moments / smooth**2).sum())
+    steps = (np.abs(w * smooth).max(axis=1) / LARGEST_CODE[Format.INT8] for w in weights)
+    return float(sum((step**2).sum() / 12 * reach for step in steps))

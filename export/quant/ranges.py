@@ -1,0 +1,230 @@
+"""Ranges: statistics of every quantizable layer's input, tied to the checkpoint that they were measured on.
+
+A safetensors file. For each site (one tensor; the layers that read it share it) and B buckets of the schedule:
+
+    amax/SITE              (B,) fp32            largest magnitude
+    histogram/SITE         (B,BINS) int64       see histogram.py
+    channel_amax/SITE      (B,C) fp32           largest magnitude of each channel
+    channel_squares/SITE   (B,C) fp64           sum of squares of each channel
+    rows/SITE              (B,) int64           vectors seen
+
+Bucket b holds the steps with step_index * B // num_inference_steps = b. No scale and no format is in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ditc.export.checkpoint import Checkpoint
+from ditc.export.keys import digest
+from ditc.export.quant.histogram import BINS
+from ditc.runtime.errors import UsageError
+from ditc.runtime.integrity import sha256
+from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.session import Array
+
+VERSION = 1
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """What was seen of one tensor; the fields of the file."""
+
+    amax: Array
+    histogram: Array
+    channel_amax: Array
+    channel_squares: Array
+    rows: Array
+
+    @property
+    def buckets(self) -> int:
+        return int(self.amax.shape[0])
+
+    @property
+    def channels(self) -> int:
+        return int(self.channel_amax.shape[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What the ranges were measured on. Two files merge if these agree.
+
+    Attributes:
+        identity: hash of the network's weights and config. dtype: of the network that ran.
+        num_inference_steps, guidance_scale, seed: of every request; prompt i starts from seed + i.
+    """
+
+    identity: str
+    network: str
+    dtype: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    buckets: int
+    version: int = VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """All statistics of one calibration.
+
+    Attributes:
+        site_of: layer (a module's path in the checkpoint) -> the site whose statistics are its input's.
+        prompts: digests of the prompts seen, so that none counts twice.
+    """
+
+    origin: Origin
+    sites: Mapping[str, Statistics]
+    site_of: Mapping[str, str]
+    prompts: tuple[str, ...]
+
+    def of(self, layer: str) -> Statistics:
+        """Statistics of the layer's input.
+
+        Raises:
+            UsageError: the layer was not seen.
+        """
+        if layer not in self.site_of:
+            raise UsageError(
+                f"the ranges have no statistics of {layer}",
+                hint="calibrate again with this version: ditc calibrate CHECKPOINT -o RANGES",
+            )
+        return self.sites[self.site_of[layer]]
+
+
+def checkpoint_identity(checkpoint: Checkpoint, component: str) -> str:
+    """Hash of one network's config and weights: what ranges are tied to."""
+    part = checkpoint.component(component)
+    files = {path.name: sha256(path) for path in part.files}
+    return digest({"config": part.config, "weights": files})
+
+
+def save_ranges(ranges: Ranges, path: Path) -> Path:
+    """Write the file in one move.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    tensors: dict[str, Array] = {}
+    for site, statistics in ranges.sites.items():
+        for field in Statistics.__slots__:
+            tensors[f"{field}/{site}"] = np.ascontiguousarray(getattr(statistics, field))
+    metadata = {
+        "ditc": "ranges",
+        "origin": json.dumps(to_json(ranges.origin)),
+        "site_of": json.dumps(dict(ranges.site_of)),
+        "prompts": json.dumps(list(ranges.prompts)),
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another -o") from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
+    """Read and check a file of ranges.
+
+    Args:
+        identity: of the checkpoint that the ranges are for; None to skip the comparison.
+
+    Raises:
+        UsageError: not such a file, of another checkpoint, of another version, misshapen, or with values that
+            are not finite; names the tensor.
+    """
+    again = f"measure again: ditc calibrate CHECKPOINT -o {path}"
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("ditc") != "ranges":
+                raise UsageError(f"{path} holds no ranges", hint=again)
+            tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        origin = from_json(Origin, json.loads(metadata["origin"]))
+        site_of, prompts = json.loads(metadata["site_of"]), json.loads(metadata["prompts"])
+    except FileNotFoundError as e:
+        raise UsageError(f"there is no file {path}", hint=again) from e
+    except (SafetensorError, OSError, KeyError, ValueError, Mismatch) as e:
+        raise UsageError(f"{path} is not a whole file of ranges: {e}", hint=again) from e
+    if origin.version != VERSION:
+        raise UsageError(f"{path} has version {origin.version}, this ditc reads {VERSION}", hint=again)
+    if identity is not None and origin.identity != identity:
+        raise UsageError(
+            f"{path} was measured on other weights: {origin.identity[:12]}, this checkpoint is {identity[:12]}",
+            hint=again,
+        )
+    sites = {site: _statistics(site, tensors, origin.buckets, path) for site in sorted(set(site_of.values()))}
+    return Ranges(origin=origin, sites=sites, site_of=site_of, prompts=tuple(prompts))
+
+
+def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
+    """One calibration out of several over different prompts, on the same or other machines.
+
+    Counts and amax are as if one run had seen all prompts; sums of squares agree to fp64 rounding.
+
+    Raises:
+        UsageError: nothing to merge, or parts that differ in checkpoint, settings or layers, or share a prompt.
+    """
+    if not parts:
+        raise UsageError("there are no ranges to merge", hint="name at least one file")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.origin != first.origin or part.site_of != first.site_of:
+            raise UsageError(
+                f"ranges do not belong together: {_difference(first.origin, part.origin)}",
+                hint="calibrate all parts with the same checkpoint and settings",
+            )
+    prompts = sorted(prompt for part in parts for prompt in part.prompts)
+    if len(set(prompts)) < len(prompts):
+        raise UsageError("the same prompt is in two of the files", hint="give each machine its own --shard")
+    sites = {site: add([part.sites[site] for part in parts]) for site in first.sites}
+    return replace(first, sites=sites, prompts=tuple(prompts))
+
+
+def add(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of all that the parts have seen."""
+    return Statistics(
+        amax=np.maximum.reduce([p.amax for p in parts]),
+        histogram=np.sum([p.histogram for p in parts], axis=0),
+        channel_amax=np.maximum.reduce([p.channel_amax for p in parts]),
+        channel_squares=np.sum([p.channel_squares for p in parts], axis=0),
+        rows=np.sum([p.rows for p in parts], axis=0),
+    )
+
+
+def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Path) -> Statistics:
+    again = "measure again: ditc calibrate CHECKPOINT -o RANGES"
+    fields: dict[str, Any] = {}
+    for field in Statistics.__slots__:
+        tensor = tensors.get(f"{field}/{site}")
+        if tensor is None or tensor.shape[0] != buckets:
+            raise UsageError(f"{path} lacks {field} of {site} for {buckets} buckets", hint=again)
+        if not np.isfinite(tensor).all() or (tensor < 0).any():
+            raise UsageError(f"{path}: {field} of {site} is negative, NaN or infinite", hint=again)
+        fields[field] = tensor
+    if fields["histogram"].shape != (buckets, BINS):
+        raise UsageError(f"{path}: histogram of {site} is {fields['histogram'].shape}", hint=again)
+    return Statistics(**fields)
+
+
+def _difference(one: Origin, other: Origin) -> str:
+    differing = [name for name in Origin.__slots__ if getattr(one, name) != getattr(other, name)]
+    if not differing:
+        return "their layers differ"
+    return ", ".join(
+        f"{name} {getattr(one, name)!r:.20} and {getattr(other, name)!r:.20}" for name in differing
+    )

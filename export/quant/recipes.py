@@ -1,0 +1,131 @@
+"""Recipes: named rules over module names that say what becomes 8 bits. Formats, ranges and scales follow at build.
+
+What stays high, and who found that out:
+    modulation, time and text embedding, patch embed, final layer   FP8 on every Linear gives noise, without these
+        it does not (vllm-omni #2728); NVIDIA's diffusers presets exclude them too
+    cross-attention K and V, norms, linear attention                SANA, arXiv 2410.10629 section 4
+    depthwise convolution                                           SANA-Video section 5; nunchaku's Sana
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ditc.export.quant.estimators import Method
+from ditc.export.quant.formats import Format
+from ditc.runtime.errors import UsageError
+from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.spec import Precision
+
+NO_RULE = "no rule of the recipe names it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Layers by a pattern over module paths (fnmatch: * crosses dots), and their format; None keeps them high."""
+
+    layers: str
+    kind: Format | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The first rule that names a layer decides; a layer that no rule names stays high.
+
+    Attributes:
+        activations: False quantizes weights alone.
+        method, percentile, timesteps: how a range is estimated, see estimators.estimate_amax.
+        smooth: move outliers from activations into weights where that is worth it (SmoothQuant, arXiv 2211.10438);
+            the strength is chosen for each layer. INT8 only: the relative error of FP8 does not depend on scale.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    activations: bool = True
+    method: Method = Method.MSE
+    percentile: float = 99.99
+    timesteps: float = 100.0
+    smooth: bool = True
+
+    def decide(self, layer: str) -> Rule:
+        """The rule for the layer."""
+        return next(
+            (rule for rule in self.rules if fnmatchcase(layer, rule.layers)), Rule(layers="*", why=NO_RULE)
+        )
+
+    def formats(self, layers: Iterable[str]) -> dict[str, Format]:
+        """The layers that become 8 bits, and in which format."""
+        kinds = {layer: self.decide(layer).kind for layer in layers}
+        return {layer: kind for layer, kind in kinds.items() if kind is not None}
+
+
+NEVER = (
+    Rule(layers="*time_embed*", why="time embedding and adaLN modulation: every layer depends on them"),
+    Rule(layers="*guidance_embed*", why="guidance embedding: every layer depends on it"),
+    Rule(layers="*patch_embed*", why="patch embedding: sees the latents themselves"),
+    Rule(layers="*caption_projection*", why="text embedding: runs once a prompt"),
+    Rule(layers="proj_out", why="final layer: its error is the picture's"),
+    Rule(layers="*conv_depth", why="depthwise convolution: no GEMM, and sensitive"),
+    Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt"),
+)
+SANA_LAYERS = (
+    "transformer_blocks.*.attn1.to_[qkv]",
+    "transformer_blocks.*.attn1.to_out.0",
+    "transformer_blocks.*.attn2.to_q",
+    "transformer_blocks.*.attn2.to_out.0",
+    "transformer_blocks.*.ff.conv_inverted",
+    "transformer_blocks.*.ff.conv_point",
+)
+
+
+def _sana(kind: Format) -> tuple[Rule, ...]:
+    return (*NEVER, *(Rule(layers=pattern, kind=kind) for pattern in SANA_LAYERS))
+
+
+SANA_INT8 = Recipe(name="sana-int8", rules=_sana(Format.INT8))
+SANA_FP8 = Recipe(name="sana-fp8", rules=_sana(Format.FP8), method=Method.MAX, smooth=False)
+INT8_WEIGHT_ONLY = replace(SANA_INT8, name="int8-weight-only", activations=False, smooth=False)
+FP8_WEIGHT_ONLY = replace(SANA_FP8, name="fp8-weight-only", activations=False)
+RECIPES = {recipe.name: recipe for recipe in (SANA_INT8, SANA_FP8, INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY)}
+DEFAULT = {Precision.INT8: SANA_INT8.name, Precision.FP8: SANA_FP8.name}
+
+
+def find_recipe(name: str | None, precision: Precision) -> Recipe:
+    """A recipe by name, or from a .json file as the search writes it; None is the precision's default.
+
+    Raises:
+        UsageError: an unknown name, a file that is no recipe, or one without a layer in that precision's format.
+    """
+    name = DEFAULT[precision] if name is None else name
+    recipe = load_recipe(Path(name)) if name.endswith(".json") else RECIPES.get(name)
+    if recipe is None:
+        raise UsageError(
+            f"recipe {name!r} is unknown",
+            hint=f"take one of {', '.join(RECIPES)}, or a .json that the search wrote",
+        )
+    if not any(rule.kind is not None and rule.kind.value == precision.value for rule in recipe.rules):
+        raise UsageError(
+            f"recipe {recipe.name} has no {precision.value} layer",
+            hint=f"the default is {DEFAULT[precision]}",
+        )
+    return recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """A recipe from its JSON form. Raises UsageError."""
+    try:
+        return from_json(Recipe, json.loads(path.read_bytes()))
+    except (OSError, ValueError, Mismatch) as e:
+        raise UsageError(f"{path} is no recipe: {e}", hint="ditc calibrate --budget ... writes one") from e
+
+
+def save_recipe(recipe: Recipe, path: Path) -> Path:
+    """Write the recipe in its JSON form, in one move."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(to_json(recipe), indent=1) + "\n", encoding="utf-8")
+    return partial.replace(path)
