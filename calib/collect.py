@@ -78,7 +78,11 @@ def collect(
     mine = [(number, prompt) for number, prompt in enumerate(prompts) if number % count == index]
     if not mine:
         raise UsageError(f"shard {index}/{count} of {len(prompts)} prompts is empty", hint="use fewer shards")
-    observer, seen = _resume(partial, origin, {_digest(prompt) for _, prompt in mine})
+    digests = {_digest(prompt) for _, prompt in mine}
+    finished = _finished(out, origin, digests)
+    if finished is not None:
+        return finished
+    observer, seen = _resume(partial, origin, digests)
     missing = [(number, prompt) for number, prompt in mine if _digest(prompt) not in seen]
     stage = twin.load(DENOISER)
     pipeline = _pipeline(twin, stage, settings.device)
@@ -134,6 +138,17 @@ def _origin(twin: Twin, settings: Settings) -> Origin:
         seed=settings.seed,
         buckets=min(BUCKETS, steps),
     )
+
+
+def _finished(out: Path, origin: Origin, mine: set[str]) -> Ranges | None:
+    """What an earlier run of the same settings and prompts has written."""
+    if not out.exists():
+        return None
+    try:
+        ranges = load_ranges(out)
+    except UsageError:
+        return None  # not ours or damaged: measured again and replaced
+    return ranges if ranges.origin == origin and set(ranges.prompts) == mine else None
 
 
 def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, list[str]]:

@@ -1,41 +1,39 @@
-"""Checkpoint to bundle: every stage content-addressed, finished ones reused, the manifest switched last.
-
-bundle/.build/KEY.json    journal: one finished artifact and what it was made from; a killed build resumes here
-bundle/.build/lock        held while building; the operating system frees it when the owner dies
-"""
+"""Checkpoint to bundle: every stage content-addressed, finished ones reused, the manifest switched last."""
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
-import filelock
 import numpy as np
 
+from ditc.export import budget, uptodate
 from ditc.export.adapters import find_adapter
-from ditc.export.checkpoint import Checkpoint, open_checkpoint
-from ditc.export.engine import build_engine, library_version
+from ditc.export.checkpoint import Checkpoint, check_finite, open_checkpoint
+from ditc.export.engine import build_engine, estimate_memory_bytes, library_version
+from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
 from ditc.export.engines.targets import check_targets, default_targets
-from ditc.export.keys import FileHashes, digest, explain, source_hash, tool_versions
+from ditc.export.journal import Journal, check_ours, check_writable, locked, write_json, write_text
+from ditc.export.keys import digest, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
 from ditc.export.quant.apply import Quantization, prepare
+from ditc.export.quant.record import write_record
+from ditc.export.report import BuildEvent, BuildReport, Status
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime.errors import BuildError, BundleError, UsageError
+from ditc.runtime.errors import BuildError, BundleError, DitcError, UsageError
+from ditc.runtime.gpu import find_gpu
 from ditc.runtime.integrity import file_ref
-from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.jsondata import to_json
 from ditc.runtime.manifest import (
-    MANIFEST,
     SCHEMA_VERSION,
     Artifact,
     FileRef,
@@ -51,28 +49,7 @@ from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
 
 log = logging.getLogger(__name__)
 
-Status = Literal["reused", "building", "built"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildEvent:
-    """What happened to one stage, for progress and for the summary."""
-
-    stage: str
-    status: Status
-    why: str
-    seconds: float = 0.0
-    size_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildReport:
-    """The finished bundle and what each stage cost."""
-
-    bundle: Path
-    manifest: Manifest
-    events: tuple[BuildEvent, ...]
-    seconds: float
+__all__ = ["BuildEvent", "BuildReport", "build_bundle"]
 
 
 def build_bundle(
@@ -89,25 +66,28 @@ def build_bundle(
     """
     started = perf_counter()
     _check_options(options)
-    _check_ours(out)
+    check_ours(out)
     checkpoint = open_checkpoint(source)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     quantization = prepare(options, checkpoint, plan)
     if options.backend is not Backend.ONNXRUNTIME:
         library_version(options.backend)  # a missing library is said before the export, not after it
-        for stage in plan.stages.values():
-            check_targets(
-                options.backend, options.targets or default_targets(options.backend), stage.precision
-            )
-        check_targets(options.backend, options.targets or default_targets(options.backend), options.precision)
-    _check_writable(out)
-    with _locked(out):
+        targets = options.targets or default_targets(options.backend)
+        for precision in (options.precision, *(stage.precision for stage in plan.stages.values())):
+            check_targets(options.backend, targets, precision)
+    check_writable(out)
+    with locked(out):
         builder = _Builder(checkpoint, adapter, plan, options, out, on_event, quantization)
-        manifest = builder.build()
-    return BuildReport(
-        bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
-    )
+        try:
+            manifest = builder.build()
+        except OSError as e:
+            raise _unwritten(e, out) from e
+        report = BuildReport(
+            bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
+        )
+        uptodate.remember(builder.journal, checkpoint.path, options, report)
+    return report
 
 
 class _Builder:
@@ -133,18 +113,22 @@ class _Builder:
         self.events: list[BuildEvent] = []
         self._on_event = on_event
         self._quantization = quantization
-        self._journal = out / ".build"
-        self._hashes = FileHashes(self._journal / "inputs.json")
+        self.journal = Journal(out)
         self._old = _existing(out)
         self.targets = options.targets or default_targets(options.backend)
 
     def build(self) -> Manifest:
         """All stages, then the small files, then the manifest in one move, then the sweep of what is left over."""
-        artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
+        keys = {name: self._inputs(name, stage) for name, stage in self.plan.stages.items()}
+        done = {name: self.journal.finished(name, digest(inputs)) for name, inputs in keys.items()}
+        missing = [name for name, artifact in done.items() if artifact is None]
+        if missing:
+            self._check(missing)
+        artifacts = {name: self._reused(name, graph) or self._graph(name, keys[name]) for name, graph in done.items()}
         engines: dict[str, Artifact] = {}
         if self.options.backend is not Backend.ONNXRUNTIME:
             engines = {name: self._engine(name, artifact) for name, artifact in artifacts.items()}
-        self._hashes.save()
+        self.journal.hashes.save()
         manifest = self._manifest(artifacts, engines)
         if self._old is None or digest(manifest) != digest(_unsealed(self._old)):
             save_manifest(manifest, self.out)
@@ -152,23 +136,63 @@ class _Builder:
         self._sweep(manifest)
         return manifest
 
-    def _artifact(self, name: str, stage: StagePlan) -> Artifact:
-        inputs = self._inputs(name, stage)
-        key = digest(inputs)
-        journal = self._journal / f"{name}-{key[:16]}.json"
-        finished = self._finished(journal)
-        if finished is not None:
-            self._report(name, "reused", "nothing changed", size=sum(f.size_bytes for f in finished.files))
-            return finished
-        why = self._why(name, inputs)
-        self._report(name, "building", why)
+    def _check(self, stages: list[str]) -> None:
+        """Everything that can be refused before the first export: names, shapes and values of weights, free space."""
+        headers = {
+            name: replace(component, tensors=component.tensors.headers())
+            for name, component in self.checkpoint.components.items()
+        }
+        for name in stages:
+            self.adapter.load(replace(self.checkpoint, components=headers), self.plan, name, self.options)
+        sizes = {name: self._weight_bytes(name) for name in stages}
+        components = {c: name for name in stages for c in self.plan.stages[name].components}
+        budget.check_disk(
+            self.out,
+            [(component, sizes[name]) for component, name in components.items()],
+            engines=self.options.backend is not Backend.ONNXRUNTIME,
+        )
+        self._report("memory", "building", self._memory_needed(sizes))
+        for component in components:
+            self._report(component, "building", "reading every weight")
+            check_finite(self.checkpoint.component(component))
+
+    def _memory_needed(self, sizes: dict[str, int]) -> str:
+        estimates = {name: self._export_bytes(name) for name in sizes}
+        name, most = max(estimates.items(), key=lambda item: item[1])
+        free = budget.available_memory_bytes()
+        text = f"needs about {most / 1e9:.1f} GB of memory (for {name}), {free / 1e9:.1f} GB are free"
+        if most > free:
+            log.warning("the build %s: it may swap or be killed", text)
+        return text
+
+    def _weight_bytes(self, name: str) -> int:
+        stage = self.plan.stages[name]
+        return budget.weight_bytes(map(self.checkpoint.component, stage.components), stage.precision)
+
+    def _export_bytes(self, name: str) -> int:
+        return budget.estimate_export_bytes(self._weight_bytes(name), self.plan.stages[name].precision)
+
+    def _reused(self, stage: str, artifact: Artifact | None) -> Artifact | None:
+        if artifact is not None:
+            self._report(stage, "reused", "nothing changed", size_bytes=sum(f.size_bytes for f in artifact.files))
+        return artifact
+
+    def _graph(self, name: str, inputs: dict[str, Any]) -> Artifact:
+        """The stage's ONNX graph, newly exported."""
+        stage, key = self.plan.stages[name], digest(inputs)
+        why, estimate = self.journal.why(name, inputs), self._export_bytes(name)
+        self._report(name, "building", f"exporting ({why})")
         started = perf_counter()
-        module = self.adapter.load(self.checkpoint, self.plan, name, self.options)
-        quantization = self._quantization if name == DENOISER else None
-        precision = stage.precision if quantization is None else self.options.precision
-        plan = None if quantization is None else quantization.plan(module)
-        path = self.out / "onnx" / f"{name}-{precision.value}-{key[:8]}.onnx"
-        files = to_onnx(module, path, quantize=plan)
+        with PeakMemory() as memory:
+            module = self.adapter.load(self.checkpoint, self.plan, name, self.options)
+            quantization = self._quantization if name == DENOISER else None
+            precision = stage.precision if quantization is None else self.options.precision
+            plan = None if quantization is None else quantization.plan(module)
+            path = self.out / "onnx" / f"{name}-{precision.value}-{key[:8]}.onnx"
+            files = to_onnx(module, path, quantize=plan)
+        record = None
+        if quantization is not None and plan is not None:
+            record = write_record(path, plan, module.spec, quantization.ranges_sha256)
         refs = [file_ref(path, self.out) for path in files.paths]
         artifact = Artifact(
             spec=module.spec,
@@ -178,40 +202,49 @@ class _Builder:
             data=tuple(refs[1:]),
             key=key,
             recipe=None if quantization is None else quantization.recipe.name,
+            quantization=None if record is None else file_ref(record, self.out),
         )
-        extra = {"weights": [to_json(weight) for weight in files.weight_map], **self._extras(name, module)}
-        _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **extra})
-        seconds = perf_counter() - started
-        self._report(name, "built", why, seconds, sum(ref.size_bytes for ref in refs))
+        self._finish(
+            name,
+            inputs,
+            artifact,
+            {"weights": [to_json(weight) for weight in files.weight_map], **self._extras(name, module)},
+            why=why,
+            seconds=perf_counter() - started,
+            peak_memory_bytes=memory.peak_bytes,
+            estimated_memory_bytes=estimate,
+        )
         return artifact
 
     def _engine(self, name: str, graph: Artifact) -> Artifact:
         """The engine of a finished graph, for all targets."""
-        options, stage = self.options, f"{name} engine"
+        options, stage, record = self.options, f"{name} engine", f"engine-{name}"
         profiles = orientation_profiles(graph.spec, self.plan.defaults)
+        library = library_version(options.backend)
+        gpu = find_gpu() if options.backend is Backend.TENSORRT else None
         inputs = {
             "graph": graph.key,
             "backend": options.backend.value,
             "targets": list(self.targets),
             "profiles": to_json(profiles),
-            "library_version": library_version(options.backend),
+            "library_version": library,
+            "gpu": to_json(gpu),
         }
         key = digest(inputs)
-        journal = self._journal / f"engine-{name}-{key[:16]}.json"
-        finished = self._finished(journal)
+        finished = self._reused(stage, self.journal.finished(record, key))
         if finished is not None:
-            self._report(stage, "reused", "nothing changed", size=finished.file.size_bytes)
             return finished
-        why = self._why(f"engine-{name}", inputs)
-        self._report(stage, "building", why)
+        why, onnx = self.journal.why(record, inputs), self.out / graph.file.path
+        estimate = budget.resident_bytes() + estimate_memory_bytes(onnx)
+        self._report(stage, "building", f"compiling ({why})")
         report = build_engine(
-            self.out / graph.file.path,
+            onnx,
             self.out / "engines" / f"{name}-{graph.precision.value}-{key[:8]}.{options.backend.value}",
             spec=graph.spec,
             backend=options.backend,
             targets=self.targets,
             profiles=profiles,
-            timing_cache=self._journal / "timing.cache",
+            timing_cache=self.journal.folder / "timing.cache",
             tf32=graph.precision is Precision.TF32,
             progress=lambda phase, step, steps: self._report(stage, "building", f"{phase} {step}/{steps}"),
         )
@@ -223,19 +256,44 @@ class _Builder:
             file=file_ref(report.file, self.out),
             key=key,
             recipe=graph.recipe,
+            library=library,
+            gpu=gpu.name if gpu else None,
         )
-        measured = {"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
-        _write_json(journal, {"inputs": inputs, "artifact": to_json(artifact), **measured})
-        peak = f"{why}; peak memory {report.peak_memory_bytes / 1e9:.1f} GB"
-        self._report(stage, "built", peak, report.seconds, report.size_bytes)
+        self._finish(
+            record,
+            inputs,
+            artifact,
+            {},
+            stage=stage,
+            why=why,
+            seconds=report.seconds,
+            peak_memory_bytes=report.peak_memory_bytes,
+            estimated_memory_bytes=estimate,
+        )
         return artifact
+
+    def _finish(
+        self,
+        record: str,
+        inputs: dict[str, Any],
+        artifact: Artifact,
+        extra: dict[str, Any],
+        *,
+        why: str,
+        stage: str | None = None,
+        **measured: Any,
+    ) -> None:
+        """Write the journal, and only then say that the stage is done."""
+        self.journal.write(record, inputs, {"artifact": to_json(artifact), **measured, **extra})
+        size = sum(ref.size_bytes for ref in artifact.files)
+        self._report(stage or record, "built", why, size_bytes=size, **measured)
 
     def _inputs(self, name: str, stage: StagePlan) -> dict[str, Any]:
         """Everything that the artifact depends on, by the words that the user reads when it changes."""
         components = [self.checkpoint.component(component) for component in stage.components]
         return {
             "stage": name,
-            "weights": {c.name: self._hashes.of_all(c.files) for c in components},
+            "weights": {c.name: self.journal.hashes.of_all(c.files) for c in components},
             "config": {c.name: c.config for c in components},
             "shapes": to_json(stage.spec),
             "precision": stage.precision.value,
@@ -244,31 +302,6 @@ class _Builder:
             "export_source": source_hash(),
             "tool_versions": tool_versions(),
         }
-
-    def _finished(self, journal: Path) -> Artifact | None:
-        """The artifact that the journal speaks of, if all of its files are there in the recorded size and time."""
-        record = _read_json(journal)
-        try:
-            artifact = from_json(Artifact, record["artifact"]) if record else None
-        except (Mismatch, KeyError):
-            return None
-        if artifact is None or not all(self._intact(ref) for ref in artifact.files):
-            return None
-        return artifact
-
-    def _intact(self, ref: FileRef) -> bool:
-        path = self.out / ref.path
-        return (
-            path.is_file() and path.stat().st_size == ref.size_bytes and self._hashes.of(path) == ref.sha256
-        )
-
-    def _why(self, name: str, inputs: dict[str, Any]) -> str:
-        earlier = sorted(self._journal.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
-        record = _read_json(earlier[-1]) if earlier else None
-        if record is None:
-            return "not built yet"
-        reason = explain(record.get("inputs", {}), inputs)
-        return "its files are missing or damaged" if reason == "nothing changed" else reason
 
     def _extras(self, name: str, module: StageModule) -> dict[str, Any]:
         if name == VAE_ENCODER:
@@ -284,7 +317,7 @@ class _Builder:
                 latents.channels, latents.scale_factor, latents.patch_size, tuple(tuple(row) for row in rgb)
             )
         weights = [weight for record in records.values() for weight in record["weights"]]
-        _write_json(self.out / "weights.json", weights)
+        write_json(self.out / "weights.json", weights)
         table = coefficient_table(self.plan.scheduler, self.plan.defaults.num_inference_steps)
         return Manifest(
             schema_version=SCHEMA_VERSION,
@@ -308,7 +341,7 @@ class _Builder:
         )
 
     def _record(self, name: str, artifact: Artifact) -> dict[str, Any]:
-        record = _read_json(self._journal / f"{name}-{artifact.key[:16]}.json")
+        record = self.journal.record(name, artifact.key)
         if record is None:
             raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
         return record
@@ -326,7 +359,7 @@ class _Builder:
         others = [
             a
             for a in self._old.stages[name].artifacts
-            if (a.precision, a.backend) not in slots and all(self._intact(ref) for ref in a.files)
+            if (a.precision, a.backend) not in slots and all(self.journal.intact(ref) for ref in a.files)
         ]
         graphs = [
             a for a in others if a.backend is Backend.ONNXRUNTIME and self._same_source(name, a, artifact)
@@ -345,7 +378,7 @@ class _Builder:
 
     def _same_source(self, name: str, other: Artifact, artifact: Artifact) -> bool:
         """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
-        old, new = (_read_json(self._journal / f"{name}-{a.key[:16]}.json") for a in (other, artifact))
+        old, new = (self.journal.record(name, a.key) for a in (other, artifact))
         if old is None or new is None:
             return False
         return _but_for_precision(old) == _but_for_precision(new)
@@ -353,7 +386,7 @@ class _Builder:
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:
             target = self.out / spec.tokenizer
-            _write(target, tokenizer_json(self.checkpoint.tokenizers[target.parent.name]))
+            write_text(target, tokenizer_json(self.checkpoint.tokenizers[target.parent.name]))
             yield file_ref(target, self.out)
 
     def _sweep(self, manifest: Manifest) -> None:
@@ -363,8 +396,8 @@ class _Builder:
             if path.relative_to(self.out).as_posix() not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _report(self, stage: str, status: Status, why: str, seconds: float = 0.0, size: int = 0) -> None:
-        event = BuildEvent(stage=stage, status=status, why=why, seconds=seconds, size_bytes=size)
+    def _report(self, stage: str, status: Status, why: str, **measured: Any) -> None:
+        event = BuildEvent(stage=stage, status=status, why=why, **measured)
         if status != "building":
             self.events.append(event)
         self._on_event(event)
@@ -391,42 +424,12 @@ def _check_options(options: BuildOptions) -> None:
         )
 
 
-def _check_ours(out: Path) -> None:
-    """Refuse to build among someone's files: the build removes what its manifest does not name."""
-    if (
-        out.is_dir()
-        and not (out / MANIFEST).exists()
-        and not (out / ".build").exists()
-        and any(out.iterdir())
-    ):
-        raise BuildError(f"{out} is not empty and not a bundle", hint="choose a new directory for -o")
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out} is a file", hint="choose a directory for -o")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    lock = filelock.FileLock(out / ".build" / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as e:
-        raise BuildError(
-            f"another build is working in {out}", hint="wait for it; a killed build frees its lock by itself"
-        ) from e
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        (out / ".build").mkdir(parents=True, exist_ok=True)
-        probe = out / ".build" / f"probe.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as e:
-        raise BuildError(f"cannot write into {out}: {e.strerror}", hint="choose another -o directory") from e
+def _unwritten(error: OSError, out: Path) -> DitcError:
+    """What went wrong with a file, for people."""
+    where = error.filename or out
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BuildError(f"no space left on the disk of {out} ({where})", hint="free some space, then build again")
+    return BuildError(f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again")
 
 
 def _existing(out: Path) -> Manifest | None:
@@ -438,23 +441,3 @@ def _existing(out: Path) -> Manifest | None:
 
 def _unsealed(manifest: Manifest) -> dict[str, Any]:
     return {**to_json(manifest), "digest": ""}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, indent=1, ensure_ascii=False))
-
-
-def _write(path: Path, text: str) -> None:
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -46,7 +46,8 @@ class Artifact:
         file: the ONNX graph or the engine. data: external weights that the file refers to.
         targets: SMs an engine was built for ("sm89"); empty for ONNX.
         key: hash of everything the artifact was made from.
-        recipe: name of the quantization recipe, for int8 and fp8.
+        recipe: name of the quantization recipe, for int8 and fp8. quantization: its record, as JSON.
+        library: version of the library that built an engine. gpu: name of the GPU it was built on, if on one.
     """
 
     spec: StageSpec
@@ -57,10 +58,13 @@ class Artifact:
     targets: tuple[str, ...] = ()
     data: tuple[FileRef, ...] = ()
     recipe: str | None = None
+    quantization: FileRef | None = None
+    library: str | None = None
+    gpu: str | None = None
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        return (self.file, *self.data)
+        return (self.file, *self.data, *([self.quantization] if self.quantization else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,9 @@ from ditc.runtime.spec import Precision
 
 if TYPE_CHECKING:
     from ditc.calib.collect import Progress, Settings
+    from ditc.calib.search import Budget
+    from ditc.export.quant.formats import Format
+    from ditc.export.quant.ranges import Ranges
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", default="0/1", metavar="I/N", help="every N-th prompt from the I-th, then --merge"
     )
     parser.add_argument(
+        "--budget",
+        metavar="METRIC=X",
+        help="then search the best format of every layer: psnr=40 or rel_l2=0.05",
+    )
+    parser.add_argument(
+        "--formats", default="int8", help="the search may use these, comma-separated (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--search-minutes",
+        type=float,
+        default=4.0,
+        metavar="M",
+        help="time for the table's column of final pictures (default: %(default)s)",
+    )
+    parser.add_argument(
         "--merge", type=Path, nargs="+", metavar="FILE", help="add up ranges instead of measuring"
     )
 
@@ -49,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _merge(arguments)
     from ditc.calib.collect import collect
     from ditc.calib.prompts import GENERAL, read_prompts
+    from ditc.calib.search import parse_budget
 
+    budget = None if arguments.budget is None else parse_budget(arguments.budget)
+    formats = _formats(arguments.formats)
     prompts = read_prompts(arguments.prompts or GENERAL)[: arguments.num_prompts]
     with _Bar() as bar:
         ranges = collect(
@@ -59,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
         f"{ranges.origin.num_inference_steps} steps, {bar.seconds:.1f} s{bar.per_step()}\n"
     )
+    if budget is not None:
+        _search(arguments, ranges, prompts, budget, formats)
     return 0
 
 
@@ -69,6 +92,40 @@ def _merge(arguments: argparse.Namespace) -> int:
     save_ranges(merged, arguments.output)
     sys.stdout.write(f"{arguments.output}: {len(merged.prompts)} prompts of {len(arguments.merge)} files\n")
     return 0
+
+
+def _search(
+    arguments: argparse.Namespace,
+    ranges: Ranges,
+    prompts: list[str],
+    budget: Budget,
+    formats: list[Format],
+) -> None:
+    from rich.console import Console
+
+    from ditc.calib.commands.budget import as_text, find_mixed, write_result
+
+    result = find_mixed(
+        arguments.checkpoint,
+        ranges,
+        prompts,
+        budget,
+        formats,
+        picture_seconds=60 * arguments.search_minutes,
+        console=Console(stderr=True, highlight=False, markup=False),
+    )
+    files = write_result(result, arguments.output)
+    sys.stdout.write(as_text(result))
+    sys.stdout.write(f"{files.recipe}: for ditc build --recipe; {files.table}; {files.curve}\n")
+
+
+def _formats(text: str) -> list[Format]:
+    from ditc.export.quant.formats import Format
+
+    try:
+        return [Format(part) for part in text.split(",")]
+    except ValueError as e:
+        raise UsageError(f"formats {text!r}: {e}", hint="take int8, fp8, or int8,fp8") from e
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

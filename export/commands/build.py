@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run"
     )
-    parser.add_argument("--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: sana-int8, sana-fp8)")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: sana-int8, sana-fp8)"
+    )
     parser.add_argument(
         "--ranges", type=Path, metavar="FILE", help="8 bits: what `ditc calibrate` measured on this checkpoint"
     )
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ditc.export.bundle import BuildEvent, build_bundle
+    from ditc.export.commands import quantization
     from ditc.export.stages import BuildOptions
 
     console = Console(stderr=True, highlight=False, markup=False)
@@ -84,6 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
             )
 
         report = build_bundle(arguments.checkpoint, arguments.output, options, on_event=on_event)
+        lines = []
+        if options.quantized:
+            status.update("measuring fidelity and speed")
+            lines = quantization.report(report.bundle, report.manifest, options.precision)
+    for line in lines:
+        console.print(line, soft_wrap=True)
     built = sum(event.status == "built" for event in report.events)
     if arguments.json:
         stages = {

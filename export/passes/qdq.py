@@ -66,14 +66,14 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._codes: dict[tuple[int, Format], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._codes: dict[tuple[int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._zeros: dict[Format, ir.Value] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
         """Feed the GEMM from codes, made here or by a layer that reads the same tensor."""
         x, planned = gemm.inputs[0], layer.input
         assert x is not None and planned is not None
-        key = (id(x), layer.kind)
+        key = (id(x), id(planned))
         if key not in self._codes:
             site = f"{_module(gemm)}.input"
             source = x if planned.smooth is None else self._smoothed(x, planned, site, gemm, together)

@@ -1,0 +1,143 @@
+"""Find the assignment of formats to layers with the most work in 8 bits whose pictures stay within a budget.
+
+Layers leave the 8 bits in the order of squared step error for each FLOP (errors of independent roundings add in
+squares), and whole pictures decide how many must leave. Afterwards each that left is offered back, cheapest first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ditc.calib.sensitivity import Effect, as_recipe
+from ditc.calib.trial import Fidelity, Trial
+from ditc.export.quant.formats import Format
+from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.recipes import Recipe
+from ditc.runtime.errors import UsageError
+from ditc.runtime.jsondata import to_json
+
+CURVE_POINTS = 9
+OFFERS = 6  # layers offered back after the cut
+Plans = Mapping[Format, Mapping[str, LayerPlan]]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What pictures may lose: at least `limit` dB of PSNR, or at most `limit` relative L2 of the latents."""
+
+    metric: Literal["psnr", "rel_l2"]
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.limit:g}"
+
+    def allows(self, fidelity: Fidelity) -> bool:
+        """Whether the pictures are within the budget."""
+        return fidelity.psnr_db >= self.limit if self.metric == "psnr" else fidelity.rel_l2 <= self.limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One assignment: layers in 8 bits, their share of GEMM FLOPs, and what that does to pictures."""
+
+    layers: int
+    share: float
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the search found. curve: from no layer in 8 bits to all of them."""
+
+    budget: str
+    chosen: Point
+    effects: tuple[Effect, ...]
+    curve: tuple[Point, ...]
+    recipe: Recipe
+
+
+def parse_budget(text: str) -> Budget:
+    """psnr=40 or rel_l2=0.05. Raises UsageError."""
+    metric, _, value = text.partition("=")
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = float("nan")
+    if metric not in ("psnr", "rel_l2") or not limit > 0:
+        raise UsageError(f"budget {text!r} is neither psnr=DB nor rel_l2=SHARE", hint="--budget psnr=40")
+    return Budget("psnr" if metric == "psnr" else "rel_l2", limit)
+
+
+def search(
+    trial: Trial,
+    plans: Plans,
+    effects: Sequence[Effect],
+    budget: Budget,
+    base: Recipe,
+    *,
+    on_point: Callable[[Point], None] = lambda point: None,
+) -> Result:
+    """The assignment with the most FLOPs in 8 bits within the budget; none at all if even one layer passes it."""
+    best = _best_format(effects)
+    order = sorted(best.values(), key=lambda effect: effect.step_error**2 / effect.share)
+    tried: dict[frozenset[str], Point] = {}
+
+    def point(layers: Sequence[Effect]) -> Point:
+        key = frozenset(effect.layer for effect in layers)
+        if key not in tried:
+            fidelity = trial.fidelity({e.layer: plans[e.kind][e.layer] for e in layers})
+            tried[key] = Point(layers=len(key), share=sum(e.share for e in layers), fidelity=fidelity)
+            on_point(tried[key])
+        return tried[key]
+
+    counts = {round(i * len(order) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)}
+    for count in sorted(counts):
+        point(order[:count])
+    kept = _largest(order, lambda layers: budget.allows(point(layers).fidelity))
+    for effect in order[len(kept) : len(kept) + OFFERS]:
+        if budget.allows(point([*kept, effect]).fidelity):
+            kept = [*kept, effect]
+    names = {effect.layer for effect in kept}
+    high = {
+        e.layer: f"alone it moves a step by {e.step_error:.2g}: outside the budget {budget}"
+        for e in order
+        if e.layer not in names
+    }
+    return Result(
+        budget=str(budget),
+        chosen=point(kept),
+        effects=tuple(effects),
+        curve=tuple(sorted(tried.values(), key=lambda p: (p.share, p.layers))),
+        recipe=as_recipe({e.layer: e.kind for e in kept}, high, base),
+    )
+
+
+def save_result(result: Result, path: Path) -> Path:
+    """Write the whole result, table and curve included, as JSON in one move."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    return partial.replace(path)
+
+
+def _best_format(effects: Sequence[Effect]) -> dict[str, Effect]:
+    """Each layer in the format that moves it least; of equals the first, INT8 before FP8."""
+    best: dict[str, Effect] = {}
+    for effect in sorted(effects, key=lambda e: (e.layer, e.kind != Format.INT8)):
+        if effect.layer not in best or effect.step_error < best[effect.layer].step_error:
+            best[effect.layer] = effect
+    return best
+
+
+def _largest(order: Sequence[Effect], allowed: Callable[[Sequence[Effect]], bool]) -> list[Effect]:
+    """The longest prefix that is allowed, by bisection: more layers in 8 bits never help on average."""
+    if allowed(order):
+        return list(order)
+    low, high = 0, len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(order[:middle]) else (low, middle)
+    return list(order[:low])

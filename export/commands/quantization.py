@@ -1,0 +1,60 @@
+"""What `ditc build` says after an 8-bit build: coverage, what stayed high, fidelity and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditc.export.quant.measure import Measurement, measure, save_measurement
+from ditc.export.quant.record import QuantRecord, read_record
+from ditc.runtime.manifest import Manifest
+from ditc.runtime.spec import DENOISER, Backend, Precision
+
+NUMBERS_ONLY = "ONNX Runtime's CPU provider computes FP8 graphs in fp32: fidelity is FP8's, speed is not"
+
+
+def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
+    """Lines about the 8-bit denoiser that was just built; its measurement goes to quantized.json."""
+    artifact = next(
+        a
+        for a in manifest.stages[DENOISER].artifacts
+        if a.precision is precision and a.backend is Backend.ONNXRUNTIME
+    )
+    assert artifact.quantization is not None
+    lines = coverage_lines(read_record(bundle / artifact.quantization.path))
+    if any(t.dtype.value == "bfloat16" for t in artifact.spec.inputs):
+        return [*lines, "fidelity and speed: not measured, ONNX Runtime's CPU provider has no bf16"]
+    measurement = measure(bundle, manifest, precision)
+    if measurement is None:
+        hint = "build it into this bundle without --precision, then build again"
+        return [*lines, f"fidelity and speed: not measured, the bundle has no unquantized denoiser ({hint})"]
+    save_measurement(measurement, bundle)
+    return [*lines, *measured_lines(measurement, precision)]
+
+
+def coverage_lines(record: QuantRecord) -> list[str]:
+    """Shares, size, and the layers that stayed high, largest first."""
+    coverage = record.coverage
+    lines = [
+        f"{record.recipe.name}: {coverage.layers} layers in 8 bits, {coverage.gemm_share:.1%} of GEMM FLOPs "
+        f"({coverage.product_share:.1%} with attention's products and convolutions), "
+        f"{coverage.weight_share:.1%} of weights",
+        f"weights {coverage.size_bytes / 1e6:.1f} MB, {coverage.fp16_bytes / 1e6:.1f} MB in fp16; "
+        f"{len(record.smoothed)} layers smoothed",
+    ]
+    lines += [f"  high: {layer.name} ({layer.share:.2%}): {layer.why}" for layer in coverage.high]
+    return lines
+
+
+def measured_lines(m: Measurement, precision: Precision) -> list[str]:
+    """Fidelity and speed, with a warning where 8 bits are not faster."""
+    lines = [
+        f"fidelity: PSNR {m.psnr_db:.1f} dB (worst {m.worst_db:.1f}) over {m.prompts} pictures x "
+        f"{m.num_inference_steps} steps, latents {m.latents_rel_l2:.4f} relative L2, against the unquantized bundle",
+        f"speed: step {m.step_ms:.1f} ms, unquantized {m.base_step_ms:.1f} ms: {m.speedup:.2f} x "
+        f"({m.speedup_low:.2f} to {m.speedup_high:.2f}) on {m.machine}",
+    ]
+    if precision is Precision.FP8:
+        lines.append(f"note: {NUMBERS_ONLY}")
+    elif m.speedup <= 1:
+        lines.append("warning: 8 bits are not faster here than the unquantized denoiser")
+    return lines

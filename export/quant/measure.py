@@ -1,0 +1,159 @@
+"""Fidelity and speed of a quantized denoiser against the unquantized one of the same bundle, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+from ditc.runtime.jsondata import to_json
+from ditc.runtime.loader import load_parts
+from ditc.runtime.machine import library_versions, this_machine
+from ditc.runtime.manifest import Artifact, Manifest
+from ditc.runtime.metrics import psnr, relative_l2
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.session import Session, Tensor
+from ditc.runtime.sessions import open_session
+from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
+
+FILE = "quantized.json"
+PROMPTS = ("a red heart", "a photo of a dog", "three green apples", "a lighthouse at night")
+SEED = 0
+TIMED_STEPS = 20  # of each denoiser, alternating, so that both meet the same load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One quantized denoiser on one machine.
+
+    Attributes:
+        psnr_db, worst_db: of pictures, mean and smallest. latents_rel_l2: of the final latents.
+        step_ms, base_step_ms: median time of a denoiser step; speedup: median over steps of their ratio, low and
+            high its quartiles.
+    """
+
+    manifest: str
+    artifact: str
+    recipe: str
+    machine: str
+    versions: dict[str, str]
+    prompts: int
+    num_inference_steps: int
+    psnr_db: float
+    worst_db: float
+    latents_rel_l2: float
+    step_ms: float
+    base_step_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+def unquantized(manifest: Manifest, quantized: Artifact) -> Artifact | None:
+    """The bundle's denoiser with the same inputs and no 8-bit GEMMs."""
+    others = manifest.stages[DENOISER].artifacts
+    return next(
+        (
+            a
+            for a in others
+            if a.backend is quantized.backend and a.recipe is None and a.spec.inputs == quantized.spec.inputs
+        ),
+        None,
+    )
+
+
+def measure(bundle: Path, manifest: Manifest, precision: Precision, *, threads: int = 0) -> Measurement | None:
+    """Draw with both denoisers from the same noise and time their steps; None if the bundle has only one."""
+    candidates = manifest.stages[DENOISER].artifacts
+    quantized = next(a for a in candidates if a.precision is precision and a.backend is Backend.ONNXRUNTIME)
+    base = unquantized(manifest, quantized)
+    if base is None:
+        return None
+    parts = load_parts(bundle, backend=Backend.ONNXRUNTIME.value, precision=precision.value, threads=threads)
+    other = open_session(bundle / base.file.path, base, threads=threads)
+    pair = {"low": _Timed(parts.sessions[DENOISER]), "high": _Timed(other)}
+    prompts = list(PROMPTS[: quantized.spec.profile["batch"].max])
+    request = Request(prompt=prompts, seed=SEED, output_type="np", allow_uniform=True)
+    pictures, latents = {}, {}
+    for name, session in pair.items():
+        pipeline = Pipeline(parts.manifest, {**parts.sessions, DENOISER: session}, parts.conditioning)
+        plan = pipeline.plan(request)
+        states = list(pipeline.start(plan))
+        for step in pipeline.run(states):
+            states[step.chunk] = step.state
+        latents[name] = np.concatenate([np.asarray(state.latents) for state in states])
+        pictures[name] = pipeline.decode(states, plan)
+    each = [psnr(low, high) for low, high in zip(pictures["low"], pictures["high"], strict=True)]
+    times = _alternate(pair["low"], pair["high"])
+    ratios = np.array(times["high"]) / np.array(times["low"])
+    for session in (*parts.sessions.values(), other):
+        session.close()
+    return Measurement(
+        manifest=manifest.digest,
+        artifact=quantized.key,
+        recipe=quantized.recipe or "",
+        machine=str(this_machine()),
+        versions=library_versions(),
+        prompts=len(prompts),
+        num_inference_steps=plan.num_inference_steps,
+        psnr_db=float(np.mean(each)),
+        worst_db=float(np.min(each)),
+        latents_rel_l2=relative_l2(latents["low"], latents["high"]),
+        step_ms=1e3 * median(times["low"]),
+        base_step_ms=1e3 * median(times["high"]),
+        speedup=float(np.median(ratios)),
+        speedup_low=float(np.quantile(ratios, 0.25)),
+        speedup_high=float(np.quantile(ratios, 0.75)),
+    )
+
+
+def save_measurement(measurement: Measurement, bundle: Path) -> Path:
+    """Add to quantized.json beside the manifest, replacing an earlier one of the same artifact and machine."""
+    path = bundle / FILE
+    known = json.loads(path.read_bytes()) if path.is_file() else []
+    slot = (measurement.artifact, measurement.machine)
+    kept = [entry for entry in known if (entry["artifact"], entry["machine"]) != slot]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps([*kept, to_json(measurement)], indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+class _Timed:
+    """A session that remembers its last feeds, so that a real step can be run again."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._feeds: Mapping[str, Tensor] = {}
+
+    @property
+    def spec(self) -> StageSpec:
+        return self._session.spec
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._feeds = dict(feeds)
+        return self._session.run(feeds)
+
+    def close(self) -> None:
+        """The owner closes."""
+
+    def time(self) -> float:
+        """Seconds of the last step, run again."""
+        begun = perf_counter()
+        self._session.run(self._feeds)
+        return perf_counter() - begun
+
+
+def _alternate(low: _Timed, high: _Timed) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {"low": [], "high": []}
+    for _ in range(TIMED_STEPS):
+        times["low"].append(low.time())
+        times["high"].append(high.time())
+    return times
