@@ -24,7 +24,7 @@ BACKGROUNDS = {  # soft enough that every picture stands out from it
 WHITE = (255, 255, 255)
 
 _HELD_OUT_SALT = "ditc-demo-1"
-_HELD_OUT_SHARE = 0.1  # of ~640 pairs: 5 % would be fewer than the 60 that a retrieval rate needs
+_HELD_OUT_SHARE = 1 / 7  # of 480 pairs: fewer than 60 would tell little about a rate
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,7 +62,7 @@ def order_by_hash(pairs: list[Pair]) -> list[Pair]:
 
 
 def choose_held_out(pairs: list[Pair]) -> list[Pair]:
-    """A tenth of the pairs by hash, at most one style of a concept: each stays known from other styles."""
+    """A seventh of the pairs by hash, at most one style of a concept: each stays known from other styles."""
     chosen: dict[str, Pair] = {}
     for pair in order_by_hash(pairs):
         if len(chosen) == round(len(pairs) * _HELD_OUT_SHARE):

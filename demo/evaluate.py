@@ -117,7 +117,7 @@ def load_pipeline(checkpoint: Path) -> SanaPipeline:
 
     if not (checkpoint / "model_index.json").is_file():
         raise DemoError(f"{checkpoint} holds no model_index.json.", "run: make demo-checkpoint")
-    pipeline = SanaPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline = SanaPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

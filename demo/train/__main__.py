@@ -37,6 +37,12 @@ def main() -> int:
     except DemoError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except OSError as e:
+        print(f"error: {e}. hint: check the free space and the permissions of {args.cache}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on.", file=sys.stderr)
+        return 130
     except Stopped as e:
         print(e, file=sys.stderr)
         return 143

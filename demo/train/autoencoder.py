@@ -22,9 +22,9 @@ from demo.train.muon import optimizers_for
 
 NAME = "autoencoder"
 _BATCH = 8
-LATENT_NOISE = 0.1
-VOCABULARY_SHARE = 0.6  # of a batch; the other pictures, of ~800 more concepts, keep it general
-BACKGROUND_SHARE = 0.35
+_LATENT_NOISE = 0.1
+_VOCABULARY_SHARE = 0.6  # of a batch; the other pictures, of ~800 more concepts, keep it general
+_BACKGROUND_SHARE = 0.35
 _EVALUATED = 64
 
 
@@ -79,7 +79,7 @@ def run(cache: Path, log: Path, steps: int, lr: float = 3e-3) -> nn.Module:
 def reconstruction_loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
     """The training loss of pictures (B, 3, H, W) in [-1, 1]."""
     z = model.encode(x).latent
-    y = model.decode(z + LATENT_NOISE * torch.randn(z.shape, generator=generator)).sample
+    y = model.decode(z + _LATENT_NOISE * torch.randn(z.shape, generator=generator)).sample
     return picture_loss(y, x) + latent_penalty(z)
 
 
@@ -113,12 +113,12 @@ class Pictures:
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
         """Random training pictures, some on coloured grounds, half of them mirrored."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        from_known = rng.random(size) < VOCABULARY_SHARE
+        from_known = rng.random(size) < _VOCABULARY_SHARE
         index = np.where(from_known, rng.choice(self._known, size), rng.choice(self._other, size))
         colours = list(BACKGROUNDS.values())
         drawn = []
         for i in index:
-            colour = colours[rng.integers(len(colours))] if rng.random() < BACKGROUND_SHARE else WHITE
+            colour = colours[rng.integers(len(colours))] if rng.random() < _BACKGROUND_SHARE else WHITE
             rgb = art.on_background(self._rgba[i], colour)
             drawn.append(rgb[:, ::-1] if rng.random() < 0.5 else rgb)
         return to_tensor(np.stack(drawn))
@@ -133,10 +133,10 @@ def to_tensor(rgb: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
     return torch.from_numpy(rgb).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-@torch.inference_mode()
 def reconstruct(model: nn.Module, x: Tensor) -> Tensor:
     """Encode and decode, sixteen pictures at a time."""
-    return torch.cat([model.decode(model.encode(part).latent).sample for part in x.split(16)])
+    with torch.inference_mode():
+        return torch.cat([model.decode(model.encode(part).latent).sample for part in x.split(16)])
 
 
 def psnr_db(y: Tensor, x: Tensor) -> float:

@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from demo.concepts import CHECKPOINT_DIR
 from demo.errors import DemoError
-from demo.train import art, autoencoder, decoder, text, transformer
+from demo.train import art, autoencoder, text, transformer
 from demo.train.loop import load_averaged
 
 MAX_BYTES = 24_000_000
@@ -59,21 +59,12 @@ def assemble(cache: Path) -> SanaPipeline:
     return SanaPipeline(
         tokenizer=AutoTokenizer.from_pretrained(cache / "tokenizer"),
         text_encoder=text.trained_encoder(student),
-        vae=trained_autoencoder(cache),
+        vae=load_averaged(cache, autoencoder.NAME, autoencoder.build_model()),
         transformer=load_averaged(cache, transformer.NAME, transformer.build_model()),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT
         ),
     )
-
-
-def trained_autoencoder(cache: Path) -> AutoencoderDC:
-    """The autoencoder, with the decoder that was trained on when there is one."""
-    vae = autoencoder.build_model()
-    load_averaged(cache, autoencoder.NAME, vae)
-    if (cache / f"{decoder.NAME}.pt").is_file():
-        load_averaged(cache, decoder.NAME, vae.decoder)
-    return vae
 
 
 def save(pipeline: SanaPipeline, folder: Path) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from demo.concepts import CHECKPOINT_DIR
-from demo.train import autoencoder, checkpoint, data, decoder, restore, sheet, text, transformer
+from demo.train import autoencoder, checkpoint, data, restore, sheet, text, transformer
 
 TRAINING = {  # name: (the step, its length in optimizer steps)
-    "text": (text.run, 4000),
-    "autoencoder": (autoencoder.run, 2200),
-    "decoder": (decoder.run, 2500),
-    "transformer": (transformer.run, 5000),
+    "text": (text.run, 2500),
+    "autoencoder": (autoencoder.run, 1050),
+    "transformer": (transformer.run, 3200),
 }
 
 

