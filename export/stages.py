@@ -128,9 +128,12 @@ def example_sizes(spec: StageSpec, *, second: bool = False) -> dict[str, int]:
     sizes = {}
     for index, (name, bounds) in enumerate(spec.profile.items()):
         step = bounds.multiple_of
-        wanted = bounds.opt if not second else bounds.opt + step * (index + 1)
-        wanted = max(min(wanted, bounds.max), bounds.min, 2 * step)
-        sizes[name] = wanted - wanted % step if wanted % step else wanted
+        size = max(min(bounds.opt, bounds.max), bounds.min, 2 * step)
+        size -= size % step
+        if second:
+            larger, smaller = size + step * (index + 1), size - step
+            size = larger if larger <= bounds.max else max(smaller, bounds.min)
+        sizes[name] = size
     return _rows_unlike_batch(sizes)
 
 
