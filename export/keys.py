@@ -22,8 +22,14 @@ TOOLS = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime",
+    "safetensors",
+    "tokenizers",
     "tensorrt-rtx",
+    "tensorrt",
 )
+
+# Of the runtime's source, what shapes a graph: the order of the step's columns, and the vocabulary of the specs.
+GRAPH_SOURCES = ("denoise.py", "spec.py")
 
 
 def digest(value: Any) -> str:
@@ -44,11 +50,16 @@ def tool_versions() -> dict[str, str]:
 
 
 @cache
-def source_hash() -> str:
-    """Hash of the exporter's own source, so that no hand-kept number can be forgotten."""
-    root = Path(__file__).parent
+def source_hash(*, runtime: bool = False) -> str:
+    """Hash of the source that shapes an artifact, so that no hand-kept number can be forgotten.
+
+    Args:
+        runtime: hash all of the runtime too, which shapes the manifest around the artifacts.
+    """
+    root = Path(__file__).parents[1]
+    shared = (root / "runtime").rglob("*.py") if runtime else (root / "runtime" / n for n in GRAPH_SOURCES)
     hasher = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((*(root / "export").rglob("*.py"), *shared)):
         hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return hasher.hexdigest()
 
@@ -83,7 +94,7 @@ class FileHashes:
         return {path.name: self.of(path) for path in paths}
 
     def save(self) -> None:
-        """Remember for the next build."""
+        """Remember for the next build, in one move."""
         self._store.parent.mkdir(parents=True, exist_ok=True)
         partial = self._store.with_suffix(".partial")
         partial.write_text(json.dumps(self._known))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,52 +11,13 @@ from torch import nn
 
 from ditc.export.checkpoint import Checkpoint
 from ditc.export.models.loading import WeightSource
+from ditc.export.options import BuildOptions as BuildOptions
 from ditc.runtime import denoise
 from ditc.runtime.manifest import Defaults, LatentSpec
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.session import Array, numpy_dtype
-from ditc.runtime.spec import Backend, DType, Precision, StageSpec, TensorSpec
+from ditc.runtime.spec import DType, Precision, StageSpec, TensorSpec
 from ditc.runtime.text import TextSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """What the user may choose. Sizes in pixels; None leaves the choice to the adapter.
-
-    Attributes:
-        precision: of the denoiser; the other stages follow by the adapter's rule.
-        resolution: nominal square size, for checkpoints that serve several.
-        max_batch: most samples in one run of the denoiser.
-        targets: SMs to build engines for ("sm89"); empty for the backend's default.
-        raw: also export the network alone, without the step around it.
-        recipe: of an int8 or fp8 denoiser: a name or a .json file; None for the precision's default.
-        ranges: file of calibrated ranges for the recipe.
-        base_precision: what an int8 or fp8 denoiser computes in outside its 8-bit GEMMs; None for fp32 in ONNX
-            Runtime and fp16 in engines.
-    """
-
-    precision: Precision = Precision.FP32
-    backend: Backend = Backend.ONNXRUNTIME
-    resolution: int | None = None
-    max_batch: int = 4
-    targets: tuple[str, ...] = ()
-    raw: bool = False
-    recipe: str | None = None
-    ranges: Path | None = None
-    base_precision: Precision | None = None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the denoiser's GEMMs become 8 bits."""
-        return self.precision in (Precision.INT8, Precision.FP8)
-
-    @property
-    def base(self) -> Precision:
-        """What the networks are exported in, before quantization."""
-        if not self.quantized:
-            return self.precision
-        on_cpu = self.backend is Backend.ONNXRUNTIME
-        return self.base_precision or (Precision.FP32 if on_cpu else Precision.FP16)
 
 
 @dataclass(frozen=True, kw_only=True)

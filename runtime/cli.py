@@ -39,6 +39,7 @@ VERBS = {
     "run": Verb("ditc.runtime.commands.run", "draw pictures with a bundle"),
     "inspect": Verb("ditc.runtime.commands.inspect", "what a bundle holds"),
     "verify": Verb("ditc.runtime.commands.verify", "check every hash of a bundle"),
+    "sign": Verb("ditc.runtime.commands.sign", "sign a bundle with an ed25519 key", "sign"),
     "doctor": Verb(
         "ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"
     ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ class TensorSource(Mapping[str, torch.Tensor]):
     def entry(self, name: str) -> TensorEntry:
         """Facts of one tensor, without its values. Raises KeyError."""
         return self._entries[name]
+
+    def headers(self) -> TensorSource:
+        """The same names, shapes and dtypes without values: tensors on torch's meta device."""
+        return TensorSource(
+            {
+                name: replace(entry, load=partial(torch.empty, entry.shape, dtype=entry.dtype, device="meta"))
+                for name, entry in self._entries.items()
+            }
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the file's header. Raises KeyError."""

@@ -6,8 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditc.runtime.spec import Backend, Precision
+
+if TYPE_CHECKING:
+    from ditc.export.options import BuildOptions
+    from ditc.export.report import BuildEvent, BuildReport
+
+# The event that says how much memory the build will take; it stays on the screen.
+MEMORY = "memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,57 +60,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="also export the network alone, without the step around it"
     )
+    parser.add_argument("--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this ed25519 private key")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Build and print one line a stage to stderr and one summary line to stdout."""
-    from rich.console import Console
+    from ditc.export.options import BuildOptions
+    from ditc.export.uptodate import up_to_date
 
-    from ditc.export.bundle import BuildEvent, build_bundle
-    from ditc.export.commands import quantization
-    from ditc.export.stages import BuildOptions
-
-    console = Console(stderr=True, highlight=False, markup=False)
     options = BuildOptions(
         precision=Precision(arguments.precision),
         backend=Backend(arguments.backend),
         resolution=arguments.resolution,
         max_batch=arguments.max_batch,
-        raw=arguments.raw,
         recipe=arguments.recipe,
         ranges=arguments.ranges,
         base_precision=arguments.base_precision and Precision(arguments.base_precision),
         targets=tuple(filter(None, arguments.targets.split(","))),
     )
+    report = up_to_date(arguments.checkpoint, arguments.output, options)
+    if report is not None:  # said without importing torch, which takes seconds
+        for event in report.events:
+            sys.stderr.write(_line(event) + "\n")
+    else:
+        report = _build(arguments.checkpoint, arguments.output, options)
+    if arguments.sign is not None:
+        from ditc.runtime.signature import sign
+
+        sign(report.bundle, arguments.sign)
+    _print(report, as_json=arguments.json)
+    return 0
+
+
+def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
+    from rich.console import Console
+
+    from ditc.export.bundle import build_bundle
+
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("reading the checkpoint") as status:
 
         def on_event(event: BuildEvent) -> None:
-            if event.status == "building":
-                status.update(f"{event.stage}: exporting ({event.why})")
-                return
-            took = f"{event.seconds:.1f} s" if event.status == "built" else ""
-            console.print(
-                f"  {event.stage:<14}{event.status:<8}{event.size_bytes / 1e6:>9.1f} MB {took:>8}  {event.why}"
-            )
+            if event.stage == MEMORY:
+                console.print(event.why)
+            elif event.status == "building":
+                status.update(f"{event.stage}: {event.why}")
+            else:
+                console.print(_line(event))
 
-        report = build_bundle(arguments.checkpoint, arguments.output, options, on_event=on_event)
-        lines = []
-        if options.quantized:
-            status.update("measuring fidelity and speed")
-            lines = quantization.report(report.bundle, report.manifest, options.precision)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    built = sum(event.status == "built" for event in report.events)
-    if arguments.json:
+        return build_bundle(checkpoint, output, options, on_event=on_event)
+
+
+def _line(event: BuildEvent) -> str:
+    line = f"  {event.stage:<22}{event.status:<7}{event.size_bytes / 1e6:>9.1f} MB"
+    if event.status != "built":
+        return f"{line}  {event.why}"
+    memory = f"{event.peak_memory_bytes / 1e9:.1f} GB, {event.estimated_memory_bytes / 1e9:.1f} estimated"
+    return f"{line} {event.seconds:>7.1f} s  {event.why}; peak memory {memory}"
+
+
+def _print(report: BuildReport, *, as_json: bool) -> None:
+    built = [event for event in report.events if event.status == "built"]
+    if as_json:
         stages = {
-            e.stage: {"status": e.status, "why": e.why, "seconds": round(e.seconds, 3)} for e in report.events
+            e.stage: {
+                "status": e.status,
+                "why": e.why,
+                "seconds": round(e.seconds, 3),
+                "peak_memory_bytes": e.peak_memory_bytes,
+                "estimated_memory_bytes": e.estimated_memory_bytes,
+            }
+            for e in report.events
         }
         result = {"bundle": str(report.bundle), "digest": report.manifest.digest, "stages": stages}
         sys.stdout.write(json.dumps({**result, "seconds": round(report.seconds, 3)}) + "\n")
-    else:
-        sys.stdout.write(
-            f"{report.bundle}: {built} of {len(report.events)} stages built in {report.seconds:.1f} s, "
-            f"digest {report.manifest.digest[:12]}\n"
-        )
-    return 0
+        return
+    peak = max((event.peak_memory_bytes for event in built), default=0)
+    what = f"{len(built)} of {len(report.events)} artifacts built" if built else "nothing to do"
+    took = f" in {report.seconds:.1f} s" + (f", peak memory {peak / 1e9:.1f} GB" if peak else "")
+    sys.stdout.write(f"{report.bundle}: {what}{took}, digest {report.manifest.digest[:12]}\n")

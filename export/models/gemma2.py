@@ -62,12 +62,12 @@ class Gemma2TextEncoder(nn.Module):
         self.model = Gemma2Model(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B,S) int64 ids and mask (1 for a token, 0 for padding on the right) -> (B,S,C) in the network's dtype."""
+        """(B,S) int64 ids and mask (1 for a token, 0 for padding on the right) -> (B,S,C) fp32."""
         masks = attention_masks(attention_mask, self.sliding_window)
         hidden: Tensor = self.model(
             input_ids=input_ids, attention_mask=masks, use_cache=False, return_dict=True
         ).last_hidden_state
-        return hidden
+        return hidden.float()  # what crosses a stage boundary is fp32
 
 
 def attention_masks(attention_mask: Tensor, sliding_window: int) -> dict[str, Tensor]:

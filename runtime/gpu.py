@@ -1,0 +1,79 @@
+"""The GPU of this machine, asked of its driver's own tool, and whether an engine fits it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.manifest import Artifact
+from ditc.runtime.spec import Backend
+
+PACKAGES = {Backend.TENSORRT_RTX: "tensorrt-rtx", Backend.TENSORRT: "tensorrt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Name and compute capability ("sm89") of the first GPU."""
+
+    name: str
+    sm: str
+
+
+@cache
+def find_gpu() -> Gpu | None:
+    """The first GPU that nvidia-smi knows; None without GPU or driver."""
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        name, capability = done.stdout.splitlines()[0].rsplit(",", 1)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return Gpu(name.strip(), "sm" + capability.strip().replace(".", ""))
+
+
+def library_version(backend: Backend) -> str | None:
+    """Version of the library that runs a backend's engines, None if it is not installed."""
+    try:
+        return version(PACKAGES[backend])
+    except (KeyError, PackageNotFoundError):
+        return None
+
+
+def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) -> None:
+    """Refuse an engine that was built for another GPU or with another library, before its file is opened.
+
+    Neither library loads an engine of another version (TensorRT docs: version compatibility is a build option, which
+    ditc does not set; TensorRT-RTX 1.7.1 cannot set it).
+
+    Raises:
+        SessionError: no library or GPU, another version, or a GPU that is not among the targets.
+    """
+    stage, backend = artifact.spec.name, artifact.backend.value
+    rebuild = f"build it here: ditc build CHECKPOINT -o BUNDLE --backend {backend}"
+    if library is None:
+        raise SessionError(
+            f"{stage}: {backend} is not installed, so its engine cannot run",
+            hint=f'pip install "ditc[{"rtx" if artifact.backend is Backend.TENSORRT_RTX else "tensorrt"}]"',
+        )
+    if artifact.library is not None and artifact.library != library:
+        raise SessionError(
+            f"{stage}: the engine was built with {backend} {artifact.library}, this machine has {library}",
+            hint=f"install {PACKAGES[artifact.backend]}=={artifact.library}, or {rebuild}",
+        )
+    if gpu is None:
+        raise SessionError(
+            f"{stage}: this machine has no NVIDIA GPU to run a {backend} engine",
+            hint="run the ONNX Runtime artifact: --backend onnxruntime",
+        )
+    if artifact.backend is Backend.TENSORRT_RTX and gpu.sm not in artifact.targets:
+        raise SessionError(
+            f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
+            hint=f"{rebuild} --targets {gpu.sm}",
+        )
+    if artifact.gpu is not None and artifact.targets == ("this-gpu",) and artifact.gpu != gpu.name:
+        raise SessionError(
+            f"{stage}: the engine was built on and for {artifact.gpu}, this GPU is {gpu.name}", hint=rebuild
+        )
