@@ -124,10 +124,11 @@ class _Builder:
         missing = [name for name, artifact in done.items() if artifact is None]
         if missing:
             self._check(missing)
-        artifacts = {name: self._reused(name, graph) or self._graph(name, keys[name]) for name, graph in done.items()}
+        artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
         engines: dict[str, Artifact] = {}
         if self.options.backend is not Backend.ONNXRUNTIME:
             engines = {name: self._engine(name, artifact) for name, artifact in artifacts.items()}
+        self._check_unchanged(keys)
         self.journal.hashes.save()
         manifest = self._manifest(artifacts, engines)
         if self._old is None or digest(manifest) != digest(_unsealed(self._old)):
@@ -135,6 +136,15 @@ class _Builder:
         manifest = load_manifest(self.out)
         self._sweep(manifest)
         return manifest
+
+    def _check_unchanged(self, keys: dict[str, dict[str, Any]]) -> None:
+        """Stages of two versions of a checkpoint would each be correct and together draw noise."""
+        for name, stage in self.plan.stages.items():
+            if digest(self._inputs(name, stage)) != digest(keys[name]):
+                raise BuildError(
+                    f"{self.checkpoint.path}: {' and '.join(stage.components)} changed while it was being built",
+                    hint="build again once the checkpoint is complete; finished stages are reused",
+                )
 
     def _check(self, stages: list[str]) -> None:
         """Everything that can be refused before the first export: names, shapes and values of weights, free space."""
@@ -151,9 +161,9 @@ class _Builder:
             [(component, sizes[name]) for component, name in components.items()],
             engines=self.options.backend is not Backend.ONNXRUNTIME,
         )
-        self._report("memory", "building", self._memory_needed(sizes))
+        self._report("memory", "working", self._memory_needed(sizes))
         for component in components:
-            self._report(component, "building", "reading every weight")
+            self._report(component, "working", "reading every weight")
             check_finite(self.checkpoint.component(component))
 
     def _memory_needed(self, sizes: dict[str, int]) -> str:
@@ -174,14 +184,20 @@ class _Builder:
 
     def _reused(self, stage: str, artifact: Artifact | None) -> Artifact | None:
         if artifact is not None:
-            self._report(stage, "reused", "nothing changed", size_bytes=sum(f.size_bytes for f in artifact.files))
+            self._report(
+                stage, "reused", "nothing changed", size_bytes=sum(f.size_bytes for f in artifact.files)
+            )
         return artifact
 
-    def _graph(self, name: str, inputs: dict[str, Any]) -> Artifact:
-        """The stage's ONNX graph, newly exported."""
-        stage, key = self.plan.stages[name], digest(inputs)
+    def _artifact(self, name: str, stage: StagePlan) -> Artifact:
+        """The stage's ONNX graph, reused or newly exported."""
+        inputs = self._inputs(name, stage)
+        key = digest(inputs)
+        finished = self._reused(name, self.journal.finished(name, key))
+        if finished is not None:
+            return finished
         why, estimate = self.journal.why(name, inputs), self._export_bytes(name)
-        self._report(name, "building", f"exporting ({why})")
+        self._report(name, "building", why)
         started = perf_counter()
         with PeakMemory() as memory:
             module = self.adapter.load(self.checkpoint, self.plan, name, self.options)
@@ -236,7 +252,7 @@ class _Builder:
             return finished
         why, onnx = self.journal.why(record, inputs), self.out / graph.file.path
         estimate = budget.resident_bytes() + estimate_memory_bytes(onnx)
-        self._report(stage, "building", f"compiling ({why})")
+        self._report(stage, "building", why)
         report = build_engine(
             onnx,
             self.out / "engines" / f"{name}-{graph.precision.value}-{key[:8]}.{options.backend.value}",
@@ -246,7 +262,7 @@ class _Builder:
             profiles=profiles,
             timing_cache=self.journal.folder / "timing.cache",
             tf32=graph.precision is Precision.TF32,
-            progress=lambda phase, step, steps: self._report(stage, "building", f"{phase} {step}/{steps}"),
+            progress=lambda phase, step, steps: self._report(stage, "working", f"{phase} {step}/{steps}"),
         )
         artifact = Artifact(
             spec=graph.spec,
@@ -398,7 +414,7 @@ class _Builder:
 
     def _report(self, stage: str, status: Status, why: str, **measured: Any) -> None:
         event = BuildEvent(stage=stage, status=status, why=why, **measured)
-        if status != "building":
+        if status in ("reused", "built"):
             self.events.append(event)
         self._on_event(event)
 
@@ -428,8 +444,12 @@ def _unwritten(error: OSError, out: Path) -> DitcError:
     """What went wrong with a file, for people."""
     where = error.filename or out
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BuildError(f"no space left on the disk of {out} ({where})", hint="free some space, then build again")
-    return BuildError(f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again")
+        return BuildError(
+            f"no space left on the disk of {out} ({where})", hint="free some space, then build again"
+        )
+    return BuildError(
+        f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
+    )
 
 
 def _existing(out: Path) -> Manifest | None:
