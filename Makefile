@@ -6,6 +6,8 @@ OUT       ?= build/$(notdir $(patsubst %/checkpoint,%,$(MODEL)))/bundle
 BACKEND   ?= onnxruntime
 PRECISION ?= fp32
 PROMPT    ?= a red heart, flat style
+RANGES    ?= $(dir $(OUT))ranges.safetensors
+PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL)),demo,general).txt
 TESTS     ?= tests
 
 BIN   := $(VENV)/bin
@@ -60,14 +62,15 @@ types:
 bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
 
-calibrate: $(READY)  ## not there yet: ranges for INT8 and FP8
-	@echo "calibration is not part of this version" >&2; exit 2
+calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 and fp8
+	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)
 
-engines: $(READY)  ## not there yet: TensorRT engines for the bundle OUT
-	@echo "engines are not part of this version" >&2; exit 2
+engines: $(READY)  ## TensorRT-RTX engines of MODEL in PRECISION, built ahead of time into OUT
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx --precision $(PRECISION) $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
 
-parity: $(READY)  ## not there yet: prove that the bundle OUT computes what MODEL computes
-	@echo "parity is not part of this version" >&2; exit 2
+parity: $(READY)  ## prove that the bundle OUT computes what MODEL computes; writes a page beside it
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
+	$(BIN)/ditc parity $(OUT) --against $(MODEL) --html $(dir $(OUT))parity.html
 
 serve: $(READY)  ## not there yet: an HTTP server over a bundle
 	@echo "serving is not part of this version" >&2; exit 2

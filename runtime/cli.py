@@ -36,6 +36,9 @@ VERBS = {
     "build": Verb(
         "ditc.export.commands.build", "checkpoint -> bundle (ONNX graphs, optionally engines)", "export"
     ),
+    "parity": Verb(
+        "ditc.parity.commands.parity", "prove that a bundle computes what PyTorch computes", "parity"
+    ),
     "run": Verb("ditc.runtime.commands.run", "draw pictures with a bundle"),
     "inspect": Verb("ditc.runtime.commands.inspect", "what a bundle holds"),
     "verify": Verb("ditc.runtime.commands.verify", "check every hash of a bundle"),

@@ -34,6 +34,7 @@ class Metric(StrEnum):
     COUNT = "count"
     PSNR = "PSNR dB"
     SSIM = "SSIM"
+    LPIPS = "LPIPS"
 
     @property
     def at_least(self) -> bool:
@@ -150,6 +151,14 @@ TABLE: tuple[Tolerance, ...] = (
         0.99,
         Form.ABSOLUTE,
         "at 45 dB and above structure is untouched; SSIM catches a local defect that the mean error hides",
+    ),
+    Tolerance(
+        Level.PICTURE,
+        Metric.LPIPS,
+        EXACT,
+        0.001,
+        Form.ABSOLUTE,
+        "a tenth of what JPEG at quality 95 costs; fp32 parity is far below it",
     ),
     *(
         Tolerance(level, Metric.RELATIVE_L2, SIXTEEN, 1.5, Form.TIMES_PYTORCH, _ROUNDING)

@@ -1,0 +1,111 @@
+"""The side that is proved: a bundle's sessions, the graphs behind them, and how far this machine can vouch for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ditc.export.torch_session import from_torch
+from ditc.runtime.errors import UsageError
+from ditc.runtime.loader import choose, load_parts
+from ditc.runtime.manifest import Artifact, Manifest, load_manifest
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
+from ditc.runtime.spec import Backend, DType, Precision, StageSpec
+
+SIXTEEN_BITS = (Precision.FP16, Precision.BF16)
+
+
+@dataclass(kw_only=True)
+class Candidate:
+    """What is compared with the reference.
+
+    Attributes:
+        graphs: the ONNX graph of each stage, for tracing and for structural checks.
+        precisions: of each stage.
+        widened: stages whose session computes in a wider type than its artifact promises (ONNX Runtime's CPU provider
+            runs fp16 in fp32): it finds wrong graphs, but what it says of rounding is "not checked".
+        artifacts: what the bundle holds; empty for sides made in memory.
+    """
+
+    pipeline: Pipeline
+    graphs: dict[str, Path | ir.Model] = field(default_factory=dict)
+    precisions: dict[str, Precision] = field(default_factory=dict)
+    widened: frozenset[str] = frozenset()
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    bundle: Path | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.pipeline.manifest
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        return self.pipeline.sessions
+
+    def precision(self, stage: str) -> Precision:
+        """The stage's precision; fp32 unless something else is known."""
+        return self.precisions.get(stage, Precision.FP32)
+
+    def graph(self, stage: str) -> ir.Model | None:
+        """The stage's graph, or None for an engine or a module."""
+        graph = self.graphs.get(stage)
+        return ir.load(graph) if isinstance(graph, Path) else graph
+
+
+def open_candidate(
+    bundle: Path, *, backend: str = "auto", precision: str | None = None, threads: int = 0
+) -> Candidate:
+    """A bundle's sessions, every file hashed first.
+
+    Raises:
+        BundleError, SessionError, UsageError.
+    """
+    parts = load_parts(bundle, backend=backend, precision=precision, threads=threads)
+    pipeline = Pipeline(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
+    chosen, _ = choose(parts.manifest, backend=backend, precision=precision)
+    on_cpu = {
+        name
+        for name, artifact in chosen.items()
+        if artifact.backend is Backend.ONNXRUNTIME
+        and artifact.precision in SIXTEEN_BITS
+        and getattr(parts.sessions[name], "provider", "CPU").startswith("CPU")
+    }
+    return Candidate(
+        pipeline=pipeline,
+        graphs={name: bundle / a.file.path for name, a in chosen.items() if a.backend is Backend.ONNXRUNTIME},
+        precisions={name: artifact.precision for name, artifact in chosen.items()},
+        widened=frozenset(on_cpu),
+        artifacts=chosen,
+        bundle=bundle,
+    )
+
+
+def check_bundle(bundle: Path) -> Manifest:
+    """The manifest, read before anything expensive begins."""
+    manifest = load_manifest(bundle)
+    if not manifest.stages:
+        raise UsageError(f"{bundle} holds no stages", hint="build it again")
+    return manifest
+
+
+def fit_feeds(feeds: Mapping[str, Tensor], spec: StageSpec) -> dict[str, Array]:
+    """Feeds in the element types that a side takes; values that its type cannot hold are rounded."""
+    return {tensor.name: cast(to_numpy(feeds[tensor.name]), tensor.dtype) for tensor in spec.inputs}
+
+
+def cast(array: Array, dtype: DType) -> Array:
+    """An array in a stage's element type; bf16 travels as its uint16 bits."""
+    if dtype is DType.BFLOAT16:
+        import torch
+
+        if array.dtype == np.uint16:
+            return array
+        return from_torch(torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(torch.bfloat16))
+    if array.dtype == np.uint16 and dtype in (DType.FLOAT32, DType.FLOAT16):
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(numpy_dtype(dtype), copy=False)

@@ -1,0 +1,102 @@
+"""`ditc parity BUNDLE --against CHECKPOINT`: prove that a bundle computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.tolerances import Level
+
+if TYPE_CHECKING:
+    from ditc.parity.cases import Settings
+    from ditc.parity.context import Context
+    from ditc.runtime.manifest import Manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two sides, what is drawn, and the form of the answer."""
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--against", metavar="CHECKPOINT", help="the checkpoint it was built from")
+    parser.add_argument(
+        "--level",
+        action="append",
+        choices=[level.value for level in Level],
+        help="only this level; repeatable",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0 1")
+    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
+    parser.add_argument("--guidance-scale", type=float, metavar="G")
+    parser.add_argument("--height", type=int, metavar="PX")
+    parser.add_argument("--width", type=int, metavar="PX")
+    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
+    parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures, curves and modules"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: every bound holds and something was shown. 1: a bound was broken. 2 (raised): bad input."""
+    from rich.console import Console
+
+    from ditc.parity.candidate import check_bundle
+    from ditc.parity.report import to_json, to_text
+    from ditc.parity.run import run_parity
+
+    if arguments.against is None:
+        raise UsageError("parity needs a reference", hint="ditc parity BUNDLE --against CHECKPOINT")
+    manifest = check_bundle(arguments.bundle)
+    settings = _settings(arguments, manifest)
+    levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
+    console = Console(stderr=True, highlight=False)
+    with console.status("reading both sides") as status:
+        context = _open(arguments, settings, lambda words: status.update(words))
+        report = run_parity(context, levels)
+    if arguments.json:
+        sys.stdout.write(json.dumps(to_json(report)) + "\n")
+    else:
+        sys.stdout.write(to_text(report))
+    context.close()
+    return 0 if report.passed else 1
+
+
+def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
+    from ditc.parity.cases import DEFAULT_PROMPTS, DEFAULT_SEEDS, Case, Settings
+    from ditc.runtime.prompts import read_prompts
+
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else list(DEFAULT_PROMPTS)
+    seeds = arguments.seeds if arguments.seeds is not None else list(DEFAULT_SEEDS)
+    defaults = manifest.defaults
+    guidance = defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
+    if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
+        raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="take at least 1 step")
+    return Settings(
+        cases=tuple(Case(prompt, seed) for prompt in prompts for seed in seeds),
+        num_inference_steps=arguments.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=guidance,
+        height=arguments.height or defaults.height,
+        width=arguments.width or defaults.width,
+    )
+
+
+def _open(arguments: argparse.Namespace, settings: Settings, tick: Callable[[str], None]) -> Context:
+    from ditc.parity.candidate import open_candidate
+    from ditc.parity.context import Context
+    from ditc.parity.twin import Twin
+
+    candidate = open_candidate(
+        arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
+    )
+    twin = Twin(arguments.against, like=candidate.manifest)
+    return Context(
+        twin=twin, candidate=candidate, settings=settings, with_upstream=not arguments.no_diffusers, tick=tick
+    )

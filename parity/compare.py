@@ -1,0 +1,74 @@
+"""Two tensors side by side: finite, not flat, how far apart, and the worst element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditc.parity.results import Element
+from ditc.runtime.errors import NumericsError
+from ditc.runtime.metrics import is_flat, relative_l2, widened
+from ditc.runtime.session import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """error: relative L2, NaN where the candidate is not finite. problem: why the two may not be compared by it."""
+
+    error: float
+    worst: Element
+    problem: str = ""
+
+
+def check_reference(name: str, reference: Array) -> Array:
+    """The reference as floats.
+
+    Raises:
+        NumericsError: it has NaN or Inf. A reference that overflows is refused, not trusted.
+    """
+    reference = widened(reference)
+    bad = reference.size - int(np.isfinite(reference).sum())
+    if bad:
+        raise NumericsError(
+            f"the reference itself has {bad} of {reference.size} values that are NaN or Inf in {name}",
+            hint="parity against it would prove nothing: check the checkpoint, or take a reference in fp32",
+        )
+    return reference
+
+
+def compare(name: str, candidate: Array, reference: Array, *, flat_is_normal: bool = False) -> Comparison:
+    """Compare one tensor.
+
+    Args:
+        flat_is_normal: the reference may be one constant (a mask without padding).
+
+    Raises:
+        NumericsError: the reference is not finite.
+    """
+    reference, candidate = check_reference(name, reference), widened(candidate)
+    if candidate.shape != reference.shape:
+        element = Element(tensor=name, index=(), candidate=float("nan"), reference=float("nan"))
+        return Comparison(
+            float("nan"), element, f"{name} is {candidate.shape}, the reference is {reference.shape}"
+        )
+    finite = np.isfinite(candidate)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
+        worst = Element(tensor=name, index=at, candidate=float(candidate[at]), reference=float(reference[at]))
+        return Comparison(float("nan"), worst, f"{name} has {int((~finite).sum())} NaN or Inf values")
+    worst = worst_element(name, candidate, reference)
+    error = relative_l2(candidate, reference)
+    if not flat_is_normal and is_flat(candidate) and not is_flat(reference):
+        return Comparison(error, worst, f"{name} has one value only, {float(candidate.flat[0]):.6g}")
+    return Comparison(error, worst)
+
+
+def worst_element(name: str, candidate: Array, reference: Array) -> Element:
+    """Where the two differ most."""
+    difference = np.abs(candidate.astype(np.float64) - reference.astype(np.float64))
+    at = np.unravel_index(int(difference.argmax()), difference.shape) if difference.size else ()
+    index = tuple(int(i) for i in at)
+    return Element(
+        tensor=name, index=index, candidate=float(candidate[index]), reference=float(reference[index])
+    )

@@ -1,0 +1,195 @@
+"""Module level: every module by name, our networks beside unmodified upstream's, and the bundle's graphs beside ours.
+
+One picture's real inputs at one step: upstream's latents go into our network too, so that nothing compounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from ditc.export.models.loading import WeightSource
+from ditc.parity.bisect import PlaceError, errors_by_place, find_culprit
+from ditc.parity.candidate import fit_feeds
+from ditc.parity.compare import compare
+from ditc.parity.context import Context
+from ditc.parity.feeds import record_feeds
+from ditc.parity.results import Culprit, ModuleError, Result, judged, not_checked
+from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
+from ditc.parity.twin import Twin, TwinSession
+from ditc.parity.upstream import Call
+from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import Precision
+from ditc.runtime.tolerances import Level, Metric, limit
+
+# What 16 bits cost a tensor that is rounded once: half an ulp. PyTorch may round a place less often than a graph.
+ONE_ROUNDING = {Precision.FP16: 2**-11, Precision.BF16: 2**-8, Precision.TF32: 2**-11}
+Feeds = Mapping[str, Array]
+
+
+def check(context: Context) -> Iterator[Result]:
+    """Twin beside upstream, then graph beside twin, stage by stage."""
+    case = context.settings.cases[0]
+    step = context.settings.num_inference_steps // 2
+    upstream = context.upstream()
+    run = context.twin_run(case)
+    calls: dict[str, Call] = {}
+    if upstream is not None:
+        upstream_run = context.upstream_run(case)
+        assert upstream_run is not None
+        context.tick("modules, inputs")
+        calls = upstream.calls(case, context.settings, run.latents[0], step)
+        feeds = record_feeds(context.twin.pipeline, context.settings, upstream_run, step)
+    else:
+        feeds = record_feeds(context.twin.pipeline, context.settings, run, step)
+        yield not_checked(Level.MODULE, "all", "modules", "diffusers was left out", against="diffusers")
+    for stage, given in feeds.items():
+        call = _call_of(context.twin, stage, calls)
+        if call is not None:
+            yield _against_upstream(context, stage, given, call)
+    for stage, given in feeds.items():
+        yield _against_twin(context, stage, given)
+        context.twin.sessions[stage].close()
+
+
+def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> Culprit | None:
+    """The culprit inside one stage of the candidate for one set of inputs, or None where its inside cannot be seen."""
+    tracers = _tracers(context, stage, feeds)
+    if tracers is None:
+        return None
+    errors = list(errors_by_place(*tracers))
+    tracers[1].close()
+    return find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
+
+
+def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:
+    context.tick(f"modules of {stage}, graph")
+    tracers = _tracers(context, stage, feeds)
+    if tracers is None:
+        return not_checked(
+            Level.MODULE, stage, "modules", "an engine shows no modules", against="PyTorch fp32"
+        )
+    errors = list(errors_by_place(*tracers, on_chunk=lambda: context.tick(f"modules of {stage}")))
+    tracers[1].close()
+    context.evidence.modules += _evidence(stage, errors, "PyTorch fp32")
+    limits = _limits(context, stage, feeds)
+    output_error = _output_error(context, stage, feeds)
+    return _judge(context.candidate.precision(stage), stage, errors, limits, "PyTorch fp32", output_error)
+
+
+def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) -> Result:
+    context.tick(f"modules of {stage}, diffusers")
+    session = context.twin.sessions[stage]
+    prefix, strip = _prefix(context.twin.load(stage).weights), _stripped
+    upstream_prefix = "decoder." if stage.startswith("vae") else ""
+    theirs = TorchTracer(call.module, call, lambda path: strip(upstream_prefix + path), deltas=True)
+    ours = TorchTracer(
+        session.module,
+        lambda: session.run(feeds),
+        lambda path: strip(path.removeprefix(prefix)) if path.startswith(prefix) else None,
+    )
+    errors = list(
+        errors_by_place(theirs, ours, on_chunk=lambda: context.tick(f"modules of {stage}, diffusers"))
+    )
+    bound = limit(Level.MODULE, Metric.RELATIVE_L2, Precision.FP32)
+    assert bound is not None
+    errors = [error for error in errors if error.same_form or error.error <= bound.bound]
+    return _judge(
+        Precision.FP32, stage, errors, lambda _: bound.bound, "diffusers", errors[-1].error if errors else 0.0
+    )
+
+
+def _judge(
+    precision: Precision,
+    stage: str,
+    errors: list[PlaceError],
+    limits: Callable[[PlaceError], float],
+    against: str,
+    output_error: float,
+) -> Result:
+    """One result for a stage's modules: the one that comes closest to its bound, or the first that breaks it."""
+    bound = limit(Level.MODULE, Metric.RELATIVE_L2, precision, pytorch=0.0)
+    outs = [error for error in errors if error.place.kind == "out"]
+    if not outs or bound is None:
+        why = "no module of the two sides has a name in common" if not outs else "no bound for this precision"
+        return not_checked(Level.MODULE, stage, "modules", why, against=against)
+    broken = [error for error in errors if not error.error <= limits(error)]
+    worst = broken[0] if broken else max(errors, key=lambda e: e.error / limits(e))
+    culprit = find_culprit(stage, errors, limits, output_error) if broken else None
+    what = f"{len({e.place.module for e in errors})} modules, worst {worst.place}"
+    return judged(
+        Level.MODULE,
+        stage,
+        what,
+        Metric.RELATIVE_L2,
+        worst.error,
+        replace(bound, bound=limits(worst)),
+        against=against,
+        culprit=culprit,
+        worst=worst.worst,
+    )
+
+
+def _tracers(context: Context, stage: str, feeds: Feeds) -> tuple[Tracer, Tracer] | None:
+    session = context.candidate.sessions.get(stage)
+    if session is None:
+        return None
+    candidate = tracer_of(session, fit_feeds(feeds, session.spec), context.candidate.graph(stage))
+    if candidate is None:
+        return None
+    twin = context.twin.sessions[stage]
+    return TorchTracer.of_session(twin, fit_feeds(feeds, twin.spec)), candidate
+
+
+def _limits(context: Context, stage: str, feeds: Feeds) -> Callable[[PlaceError], float]:
+    """The bound at every place: the table's for fp32, 1.5 times PyTorch's own error there for 16 bits."""
+    precision = context.candidate.precision(stage)
+    exact = limit(Level.MODULE, Metric.RELATIVE_L2, Precision.FP32)
+    assert exact is not None
+    yardstick = context.yardstick()
+    if precision is Precision.FP32 or yardstick is None:
+        return lambda _: exact.bound
+    lost = _pytorch_errors(context.twin.sessions[stage], yardstick.sessions[stage], feeds)
+
+    def bound(error: PlaceError) -> float:
+        found = limit(Level.MODULE, Metric.RELATIVE_L2, precision, pytorch=lost.get(error.place, 0.0))
+        return max(found.bound if found else exact.bound, 1.5 * ONE_ROUNDING.get(precision, 0.0))
+
+    return bound
+
+
+def _pytorch_errors(twin: TwinSession, yardstick: TwinSession, feeds: Feeds) -> dict[Place, float]:
+    tracers = (
+        TorchTracer.of_session(session, fit_feeds(feeds, session.spec)) for session in (twin, yardstick)
+    )
+    return {found.place: found.error for found in errors_by_place(*tracers)}
+
+
+def _output_error(context: Context, stage: str, feeds: Feeds) -> float:
+    twin, session = context.twin.sessions[stage], context.candidate.sessions[stage]
+    wanted, got = twin.run(fit_feeds(feeds, twin.spec)), session.run(fit_feeds(feeds, session.spec))
+    return max(compare(name, to_numpy(got[name]), to_numpy(wanted[name])).error for name in wanted)
+
+
+def _evidence(stage: str, errors: list[PlaceError], against: str) -> list[ModuleError]:
+    return [
+        ModuleError(stage=stage, module=e.place.module, against=against, error=e.error, amax=e.amax)
+        for e in errors
+        if e.place.kind == "out"
+    ]
+
+
+def _call_of(twin: Twin, stage: str, calls: Mapping[str, Call]) -> Call | None:
+    components = twin.plan.stages[stage].components
+    return calls.get(components[0]) if len(components) == 1 else None
+
+
+def _prefix(weights: tuple[WeightSource, ...]) -> str:
+    """What the twin's module paths have before the checkpoint's."""
+    source = weights[0]
+    return source.parameter.removesuffix(source.checkpoint)
+
+
+def _stripped(path: str) -> str:
+    """transformers names one network with and without its head's prefix."""
+    return path.removeprefix("model.")

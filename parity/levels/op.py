@@ -1,0 +1,170 @@
+"""Op level: the linear attention that the bundle's own graphs hold, alone, against its definition in fp64."""
+
+# B batch, N tokens, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ditc.export.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
+from ditc.export.ops.relu_linear_attention.reference import relu_linear_attention_reference
+from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS
+from ditc.export.passes.scopes import module_path
+from ditc.parity.compare import compare
+from ditc.parity.context import Context
+from ditc.parity.results import Culprit, Result, failed, judged, not_checked
+from ditc.runtime.session import Array
+from ditc.runtime.spec import Precision
+from ditc.runtime.tolerances import Level, Metric, limit
+
+TORCH_DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class OpCase:
+    """Inputs (B,N,H,D) of one comparison."""
+
+    name: str
+    q: Array
+    k: Array
+    v: Array
+
+
+def cases(head_dim: int) -> Iterator[OpCase]:
+    """Ordinary values, many tokens, large values, and a query that ReLU turns into zeros."""
+    rng = np.random.default_rng(0)
+
+    def draw(tokens: int, scale: float = 1.0) -> list[Array]:
+        return [scale * rng.standard_normal((2, tokens, 2, head_dim), np.float32) for _ in range(3)]
+
+    yield OpCase("64 tokens", *draw(64))
+    yield OpCase("1024 tokens", *draw(1024))
+    yield OpCase("values of 100", *draw(64, 100.0))
+    q, k, v = draw(64)
+    q[0, 3] = -1.0  # nothing passes the ReLU: 0 / (0 + eps) is 0, and 0 / 0 is NaN
+    yield OpCase("an all-zero query", q, k, v)
+
+
+def check(context: Context) -> Iterator[Result]:
+    """Every distinct form of the op in the candidate's graphs, and PyTorch's own."""
+    yield from _check_torch_op()
+    found = False
+    for stage in context.candidate.graphs:
+        model = context.candidate.graph(stage)
+        assert model is not None
+        for node in _distinct(model):
+            found = True
+            context.tick(f"op, {stage}")
+            yield from _check_node(stage, model, node, context.candidate.precision(stage))
+    if context.candidate.graphs and not found:
+        yield not_checked(Level.OP, "denoiser", OP_TYPE, "no graph of the bundle holds the op as a node")
+
+
+def _check_torch_op() -> Iterator[Result]:
+    bound = limit(Level.OP, Metric.RELATIVE_L2, Precision.FP32)
+    for case in cases(32):
+        q, k, v = map(torch.from_numpy, (case.q, case.k, case.v))
+        got = torch.ops.ditc.relu_linear_attention(q, k, v, DIFFUSERS_EPS).numpy()
+        comparison = compare("out", got, _reference(case))
+        yield judged(
+            Level.OP,
+            "PyTorch",
+            case.name,
+            Metric.RELATIVE_L2,
+            comparison.error,
+            bound,
+            against="fp64 definition",
+            worst=comparison.worst,
+            detail=comparison.problem,
+        )
+
+
+def _check_node(stage: str, model: ir.Model, node: ir.Node, precision: Precision) -> Iterator[Result]:
+    if precision not in (Precision.FP32, Precision.FP16):
+        precision_name = precision.value
+        if precision is Precision.BF16:
+            yield not_checked(
+                Level.OP, stage, OP_TYPE, f"ONNX Runtime's CPU provider has no {precision_name} kernels"
+            )
+            return
+        precision = Precision.FP32  # 8-bit graphs keep the op in floats
+    module = module_path(node) or ""
+    bound = limit(Level.OP, Metric.RELATIVE_L2, precision)
+    run = _runner(model, node, precision)
+    dtype = np.float16 if precision is Precision.FP16 else np.float32
+    for case in cases(16):
+        rounded = OpCase(case.name, *(x.astype(dtype).astype(np.float32) for x in (case.q, case.k, case.v)))
+        comparison = compare(
+            "out", run(*(x.astype(dtype) for x in (rounded.q, rounded.k, rounded.v))), _reference(rounded)
+        )
+        culprit = None
+        if comparison.error != comparison.error or (bound and comparison.error > bound.bound):
+            culprit = Culprit(
+                stage=stage, module=module, error=comparison.error, before=0.0, worst=comparison.worst
+            )
+        common = {
+            "against": "fp64 definition",
+            "worst": comparison.worst,
+            "culprit": culprit,
+            "causes": _causes(node, case, comparison.error) if culprit else (),
+        }
+        if comparison.problem:
+            yield failed(
+                Level.OP, stage, case.name, comparison.problem, bound=bound.bound if bound else None, **common
+            )
+        else:
+            yield judged(Level.OP, stage, case.name, Metric.RELATIVE_L2, comparison.error, bound, **common)
+
+
+def _causes(node: ir.Node, case: OpCase, error: float) -> tuple[str, ...]:
+    eps = node.attributes.get_float("eps", 0.0)
+    if np.float32(eps) == 0:
+        return (
+            f"eps of the denominator is {eps:g}: 0/0 where a query is all zeros (PyTorch has {DIFFUSERS_EPS:g})",
+        )
+    if case.name == "an all-zero query" and error != error:
+        return ("the denominator loses its eps on the way: is it computed in fp16?",)
+    return (
+        "the op's body differs from its definition: is the row of ones, which makes the denominator, there?",
+    )
+
+
+def _reference(case: OpCase) -> Array:
+    q, k, v = map(torch.from_numpy, (case.q, case.k, case.v))
+    out: Array = relu_linear_attention_reference(q, k, v, DIFFUSERS_EPS).numpy()
+    return out
+
+
+def _distinct(model: ir.Model) -> list[ir.Node]:
+    """One node for every eps."""
+    nodes = [n for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    return list({n.attributes.get_float("eps", 0.0): n for n in reversed(nodes)}.values())
+
+
+def _runner(model: ir.Model, node: ir.Node, precision: Precision) -> Callable[[Array, Array, Array], Array]:
+    """The op alone, with the body that the model carries."""
+    import onnx
+    import onnxruntime as ort
+
+    kind = onnx.TensorProto.FLOAT16 if precision is Precision.FP16 else onnx.TensorProto.FLOAT
+    shape = ["B", "N", "H", "D"]
+    tensors = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in ("q", "k", "v", "out")]
+    call = onnx.helper.make_node(
+        OP_TYPE, ["q", "k", "v"], ["out"], domain=DOMAIN, eps=node.attributes.get_float("eps", 0.0)
+    )
+    graph = onnx.helper.make_graph([call], "op", tensors[:3], tensors[3:])
+    function = ir.to_proto(model.functions[node.op_identifier()])
+    opsets = [onnx.helper.make_opsetid("", model.opset_imports[""]), onnx.helper.make_opsetid(DOMAIN, 1)]
+    proto = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        out: Array = session.run(["out"], {"q": q, "k": k, "v": v})[0]
+        return out
+
+    return run

@@ -1,0 +1,125 @@
+"""Picture level: what the user sees, beside what PyTorch draws from the same prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from ditc.parity.cases import Case, CaseRun
+from ditc.parity.context import Context
+from ditc.parity.results import PicturePair, Result, failed, judged, not_checked
+from ditc.runtime.errors import NumericsError, SessionError
+from ditc.runtime.images import is_uniform
+from ditc.runtime.metrics import psnr, ssim
+from ditc.runtime.session import Array
+from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.tolerances import Level, Metric, limit
+
+
+def check(context: Context) -> Iterator[Result]:
+    """PSNR and SSIM of every case."""
+    for case in context.settings.cases:
+        try:
+            run = context.candidate_run(case)
+        except (SessionError, NumericsError) as e:
+            yield failed(Level.PICTURE, VAE_DECODER, str(case), str(e), metric=Metric.PSNR)
+            continue
+        reference, against = _reference(context, case)
+        yield from _compared(context, run, reference, against)
+    why = _why_no_lpips()
+    if why:
+        yield not_checked(Level.PICTURE, VAE_DECODER, "LPIPS", why, metric=Metric.LPIPS)
+    else:
+        yield from _lpips(context)
+
+
+def _reference(context: Context, case: Case) -> tuple[CaseRun, str]:
+    upstream = context.upstream_run(case)
+    run, against = (
+        (upstream, "diffusers") if upstream is not None else (context.twin_run(case), "PyTorch fp32")
+    )
+    if run.picture is None or not np.isfinite(run.picture).all() or is_uniform(_bytes(run.picture)):
+        raise NumericsError(
+            f"the reference picture for {case} has one colour or is not finite",
+            hint="parity against it would prove nothing: check the checkpoint",
+        )
+    return run, against
+
+
+def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) -> Iterator[Result]:
+    case, wanted = run.case, reference.picture
+    assert wanted is not None
+    what = str(case)
+    if run.picture is None:
+        yield failed(Level.PICTURE, DENOISER, what, run.problem, metric=Metric.PSNR, against=against)
+        return
+    if run.picture.shape != wanted.shape:
+        problem = f"the picture is {run.picture.shape}, the reference {wanted.shape}"
+        yield failed(Level.PICTURE, VAE_DECODER, what, problem, metric=Metric.PSNR, against=against)
+        return
+    found = {Metric.PSNR: psnr(run.picture, wanted), Metric.SSIM: ssim(run.picture, wanted)}
+    context.evidence.pictures.append(
+        PicturePair(
+            case=what,
+            reference=_bytes(wanted),
+            candidate=_bytes(run.picture),
+            psnr=found[Metric.PSNR],
+            ssim=found[Metric.SSIM],
+        )
+    )
+    if is_uniform(_bytes(run.picture)):
+        yield failed(
+            Level.PICTURE,
+            VAE_DECODER,
+            what,
+            "the picture has one colour",
+            metric=Metric.PSNR,
+            against=against,
+        )
+        return
+    lost = _pytorch(context, case, wanted)
+    precision = context.candidate.precision(DENOISER)
+    for metric, value in found.items():
+        bound = limit(Level.PICTURE, metric, precision, pytorch=lost)
+        if metric is Metric.SSIM and bound is None:
+            continue  # 16-bit pictures are held against PyTorch's own PSNR
+        yield judged(Level.PICTURE, VAE_DECODER, what, metric, value, bound, against=against)
+
+
+def _pytorch(context: Context, case: Case, wanted: Array) -> float | None:
+    run = context.yardstick_run(case)
+    return None if run is None or run.picture is None else psnr(run.picture, wanted)
+
+
+def _lpips(context: Context) -> Iterator[Result]:
+    import lpips
+    import torch
+
+    network = lpips.LPIPS(net="alex", verbose=False)
+    bound = limit(Level.PICTURE, Metric.LPIPS, context.candidate.precision(DENOISER))
+    for pair in context.evidence.pictures:
+        sides = (
+            torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            for p in (pair.candidate, pair.reference)
+        )
+        with torch.inference_mode():
+            value = float(network(*sides))
+        yield judged(Level.PICTURE, VAE_DECODER, pair.case, Metric.LPIPS, value, bound, against="reference")
+
+
+def _bytes(picture: Array) -> Array:
+    out: Array = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
+    return out
+
+
+def _why_no_lpips() -> str:
+    """LPIPS needs a package and a trained AlexNet; ditc fetches neither by itself."""
+    if find_spec("lpips") is None:
+        return "the lpips package is not installed"
+    import torch
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    return f"its backbone's weights are not at {weights}" if not weights.is_file() else ""

@@ -1,0 +1,167 @@
+"""Stage level: each stage alone, at several shapes and batches with seeded inputs, and with one picture's real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ditc.export.stages import example_feeds, example_sizes
+from ditc.parity.candidate import fit_feeds
+from ditc.parity.causes import range_causes
+from ditc.parity.compare import Comparison, compare
+from ditc.parity.context import Context
+from ditc.parity.feeds import record_feeds
+from ditc.parity.levels.module import bisect
+from ditc.parity.results import Result, Verdict, failed, judged, not_checked
+from ditc.runtime.errors import SessionError
+from ditc.runtime.metrics import relative_l2, widened
+from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.tolerances import Level, Limit, Metric, limit
+
+# Masks of a full text and counts of non-finite values are rightly one constant.
+MAY_BE_FLAT = ("text_bias", "stats")
+
+
+@dataclass(frozen=True, slots=True)
+class StageCase:
+    """One run of one stage: what it is fed, and what the reference makes of it."""
+
+    stage: str
+    what: str
+    feeds: dict[str, Array]
+    outputs: dict[str, Array]
+    pytorch: dict[str, float] | None = None
+
+
+def check(context: Context) -> Iterator[Result]:
+    """All cases of all stages that the candidate has."""
+    for stage in context.candidate.sessions:
+        for case in stage_cases(context, stage):
+            context.tick(f"stage {stage}, {case.what}")
+            yield check_case(context, case)
+        context.twin.sessions[stage].close()
+
+
+def stage_cases(context: Context, stage: str) -> Iterator[StageCase]:
+    """Shapes, batches and timesteps that differ, and the real inputs of the first prompt."""
+    session = context.twin.sessions[stage]
+    integers = context.twin.load(stage).integers
+    seen = []
+    for index, sizes in enumerate(_sizes(session.spec)):
+        if sizes in seen:
+            continue
+        seen.append(sizes)
+        what = " ".join(f"{name} {size}" for name, size in sizes.items())
+        feeds = example_feeds(session.spec, sizes, seed=index, integers=integers)
+        yield _case(context, stage, what, feeds)
+    run = context.twin_run(context.settings.cases[0])
+    step = context.settings.num_inference_steps // 2
+    real = record_feeds(context.twin.pipeline, context.settings, run, step)
+    if stage in real:
+        yield _case(context, stage, f"real inputs of step {step}", real[stage])
+
+
+def check_case(context: Context, case: StageCase) -> Result:
+    """One case on the candidate: the output that comes closest to its bound, with the culprit when it breaks it."""
+    session = context.candidate.sessions[case.stage]
+    try:
+        got = {name: to_numpy(t) for name, t in session.run(fit_feeds(case.feeds, session.spec)).items()}
+    except SessionError as e:
+        return failed(Level.STAGE, case.stage, case.what, str(e), against="PyTorch fp32")
+    results = [
+        _result(context, case, compare(name, got[name], wanted, flat_is_normal=name in MAY_BE_FLAT), name)
+        for name, wanted in case.outputs.items()
+    ]
+    worst = max(results, key=lambda r: r.headroom)
+    if worst.verdict is not Verdict.FAIL:
+        return worst
+    value = worst.value if worst.value is not None else float("nan")
+    amax = max(float(abs(widened(array)).max()) for array in case.outputs.values())
+    culprit = bisect(context, case.stage, case.feeds, value)
+    return replace(worst, culprit=culprit, causes=range_causes(worst.value is not None, amax))
+
+
+def _result(context: Context, case: StageCase, comparison: Comparison, name: str) -> Result:
+    what, against = f"{name}, {case.what}", "PyTorch fp32"
+    bound = _bound(context, case, name)
+    if comparison.problem:
+        return failed(
+            Level.STAGE, case.stage, what, comparison.problem, worst=comparison.worst, against=against
+        )
+    if bound is None:
+        return not_checked(
+            Level.STAGE,
+            case.stage,
+            what,
+            _why_unbounded(context, case.stage),
+            value=comparison.error,
+            against=against,
+        )
+    result = judged(
+        Level.STAGE,
+        case.stage,
+        what,
+        Metric.RELATIVE_L2,
+        comparison.error,
+        bound,
+        worst=comparison.worst,
+        against=against,
+    )
+    if result.verdict is Verdict.PASS and case.stage in context.candidate.widened:
+        return not_checked(
+            Level.STAGE,
+            case.stage,
+            what,
+            "ONNX Runtime's CPU provider computes fp16 in fp32: rounding is not shown",
+            value=comparison.error,
+            bound=bound.bound,
+            against=against,
+        )
+    return result
+
+
+def _bound(context: Context, case: StageCase, name: str) -> Limit | None:
+    precision = context.candidate.precision(case.stage)
+    lost = case.pytorch.get(name) if case.pytorch is not None else None
+    return limit(Level.STAGE, Metric.RELATIVE_L2, precision, pytorch=lost, budget=context.budget(case.stage))
+
+
+def _why_unbounded(context: Context, stage: str) -> str:
+    precision = context.candidate.precision(stage)
+    if precision in (Precision.INT8, Precision.FP8):
+        return f"the bundle records no error budget for {precision.value}"
+    return f"PyTorch itself gives NaN or Inf in {precision.value} here, so there is nothing to measure by"
+
+
+def _case(context: Context, stage: str, what: str, feeds: dict[str, Array]) -> StageCase:
+    twin = context.twin.sessions[stage]
+    precision = context.candidate.precision(stage)
+    if precision is not Precision.FP32:
+        feeds = _representable(feeds, context, stage)
+    outputs = {name: to_numpy(t) for name, t in twin.run(fit_feeds(feeds, twin.spec)).items()}
+    pytorch = None
+    yardstick = context.yardstick()
+    if yardstick is not None and precision is yardstick.plan.stages[stage].precision:
+        other = yardstick.sessions[stage]
+        low = other.run(fit_feeds(feeds, other.spec))
+        pytorch = {
+            n: relative_l2(widened(to_numpy(low[n])), widened(wanted)) for n, wanted in outputs.items()
+        }
+    return StageCase(stage, what, feeds, outputs, pytorch)
+
+
+def _representable(feeds: dict[str, Array], context: Context, stage: str) -> dict[str, Array]:
+    """Feeds that the candidate's input types hold exactly: rounding an input is not the stage's error."""
+    spec = context.candidate.sessions[stage].spec
+    return {name: widened(array) for name, array in fit_feeds(feeds, spec).items()}
+
+
+def _sizes(spec: StageSpec) -> Iterator[dict[str, int]]:
+    """The likely sizes, different ones, and the smallest."""
+    yield example_sizes(spec)
+    yield example_sizes(spec, second=True)
+    smallest = {name: max(bounds.min, bounds.multiple_of) for name, bounds in spec.profile.items()}
+    if "rows" in smallest and "batch" in smallest:
+        smallest["rows"] = max(smallest["rows"], smallest["batch"])
+    yield smallest

@@ -1,0 +1,148 @@
+"""Step level, teacher-forced: the reference's latents go into every step, so errors do not compound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from ditc.parity.cases import Case, CaseRun, forced_state, start_case
+from ditc.parity.causes import feed_causes, range_causes
+from ditc.parity.compare import Comparison, compare
+from ditc.parity.context import Context
+from ditc.parity.levels.module import bisect
+from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
+from ditc.runtime import denoise
+from ditc.runtime.denoise import DenoiseState
+from ditc.runtime.errors import SessionError
+from ditc.runtime.metrics import relative_l2
+from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import DENOISER
+from ditc.runtime.tolerances import Level, Metric, limit
+
+AGAINST = "PyTorch fp32"
+
+
+def check(context: Context) -> Iterator[Result]:
+    """Every step of every case; one result a case: its first broken step, or its worst."""
+    for case in context.settings.cases:
+        yield _check_case(context, case)
+
+
+def _check_case(context: Context, case: Case) -> Result:
+    run = context.twin_run(case)
+    assert run.start is not None
+    _, start = start_case(context.candidate.pipeline, case, context.settings, run.latents[0])
+    lost = _pytorch_losses(context, case, run)
+    worst: Result | None = None
+    for step in range(len(run.start.schedule)):
+        context.tick(f"step {step + 1}, {case}")
+        result = _check_step(context, case, run, start, step, lost[step] if lost else None)
+        if worst is None or result.headroom > worst.headroom:
+            worst = result
+        if result.verdict is Verdict.FAIL:
+            break
+    assert worst is not None
+    return worst
+
+
+def _check_step(
+    context: Context, case: Case, run: CaseRun, start: DenoiseState, step: int, lost: float | None
+) -> Result:
+    what = f"step {step + 1} of {len(start.schedule)}, {case}"
+    try:
+        comparison, _ = _compared_step(context, run, start, step)
+    except (SessionError, IndexError) as e:
+        return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
+    bound = limit(
+        Level.STEP,
+        Metric.RELATIVE_L2,
+        context.candidate.precision(DENOISER),
+        pytorch=lost,
+        budget=context.budget(DENOISER),
+    )
+    timestep = float(start.schedule[step][denoise.TIMESTEP][0])
+    context.evidence.steps.append(
+        StepError(
+            case=str(case),
+            kind="teacher-forced",
+            step=step,
+            timestep=timestep,
+            error=comparison.error,
+            bound=bound.bound if bound else None,
+        )
+    )
+    if comparison.problem:
+        result = failed(
+            Level.STEP, DENOISER, what, comparison.problem, worst=comparison.worst, against=AGAINST
+        )
+    else:
+        result = judged(
+            Level.STEP,
+            DENOISER,
+            what,
+            Metric.RELATIVE_L2,
+            comparison.error,
+            bound,
+            worst=comparison.worst,
+            against=AGAINST,
+        )
+    return _explained(context, run, start, step, result) if result.verdict is Verdict.FAIL else result
+
+
+def _compared_step(
+    context: Context, run: CaseRun, start: DenoiseState, step: int
+) -> tuple[Comparison, DenoiseState]:
+    """The candidate's step from the reference's latents; the worse of next latents and x0."""
+    assert run.x0 is not None
+    state = forced_state(run, start, step)
+    (after,) = denoise.step(context.candidate.sessions[DENOISER], [state])
+    assert after.x0 is not None
+    pairs = (
+        compare("next_latents", to_numpy(after.latents), run.latents[step + 1]),
+        compare("x0", to_numpy(after.x0), run.x0[step]),
+    )
+    return max(pairs, key=lambda c: np.inf if c.error != c.error else c.error), after
+
+
+def _explained(context: Context, run: CaseRun, start: DenoiseState, step: int, result: Result) -> Result:
+    """Whether the denoiser is wrong or what it is fed: the same step with the reference's feeds decides."""
+    assert run.start is not None
+    fed = _feeds(forced_state(run, start, step))
+    wanted = _feeds(forced_state(run, run.start, step))
+    causes = feed_causes(fed, wanted, first_step=step == 0)
+    value = result.value if result.value is not None else float("nan")
+    if causes:
+        culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=value, before=0.0)
+        return replace(result, stage="pipeline", culprit=culprit, causes=causes)
+    culprit = bisect(context, DENOISER, wanted, value)
+    amax = float(np.abs(run.latents).max())
+    return replace(result, culprit=culprit, causes=range_causes(result.value is not None, amax))
+
+
+def _feeds(state: DenoiseState) -> dict[str, Array]:
+    named = {
+        denoise.LATENTS: state.latents,
+        denoise.ROW_OF: state.rows.row_of,
+        denoise.HISTORY: state.history,
+        **state.schedule[state.step_index],
+        **state.rows.conditioning,
+    }
+    return {name: to_numpy(tensor) for name, tensor in named.items()}
+
+
+def _pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:
+    """What PyTorch itself loses at every step in the candidate's precision, from the same latents."""
+    yardstick = context.yardstick()
+    if yardstick is None:
+        return None
+    _, start = start_case(yardstick.pipeline, case, context.settings, run.latents[0])
+    losses = []
+    for step in range(len(start.schedule)):
+        (after,) = denoise.step(yardstick.sessions[DENOISER], [forced_state(run, start, step)])
+        assert after.x0 is not None and run.x0 is not None
+        pairs = ((after.latents, run.latents[step + 1]), (after.x0, run.x0[step]))
+        losses.append(max(relative_l2(to_numpy(got), wanted) for got, wanted in pairs))
+        context.tick(f"PyTorch {yardstick.precision.value}, step {step + 1}, {case}")
+    return losses

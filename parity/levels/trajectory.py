@@ -1,0 +1,120 @@
+"""Trajectory level, free-running: the whole loop from the same noise, as a user runs it.
+
+The cases run one after the other through the same pipeline: what one request leaves behind shows in the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from ditc.parity.cases import Case, CaseRun
+from ditc.parity.causes import feed_causes
+from ditc.parity.compare import compare
+from ditc.parity.context import Context
+from ditc.parity.levels.step import _feeds
+from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
+from ditc.runtime import denoise
+from ditc.runtime.errors import SessionError
+from ditc.runtime.metrics import relative_l2
+from ditc.runtime.spec import DENOISER
+from ditc.runtime.tolerances import Level, Limit, Metric, limit
+
+
+def check(context: Context) -> Iterator[Result]:
+    """The candidate's latents after the last step, beside diffusers' and beside the twin's."""
+    for case in context.settings.cases:
+        try:
+            run = context.candidate_run(case)
+        except SessionError as e:
+            yield failed(Level.TRAJECTORY, DENOISER, str(case), str(e))
+            continue
+        lost = _pytorch_loss(context, case)
+        upstream = context.upstream_run(case)
+        for reference, against in ((upstream, "diffusers"), (context.twin_run(case), "PyTorch fp32")):
+            if reference is not None:
+                yield _compared(context, run, reference, against, lost)
+
+
+def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str, lost: float | None) -> Result:
+    case = run.case
+    bound = limit(
+        Level.TRAJECTORY,
+        Metric.RELATIVE_L2,
+        context.candidate.precision(DENOISER),
+        pytorch=lost,
+        budget=context.budget(DENOISER),
+    )
+    errors = _errors(run, reference)
+    _keep(context, run, errors, against, bound)
+    if run.problem:
+        result = failed(Level.TRAJECTORY, DENOISER, str(case), run.problem, against=against)
+    elif run.latents.shape != reference.latents.shape:
+        problem = f"{len(run.latents) - 1} steps, the reference took {len(reference.latents) - 1}"
+        result = failed(Level.TRAJECTORY, "pipeline", str(case), problem, against=against)
+    else:
+        comparison = compare("latents", run.latents[-1], reference.latents[-1])
+        result = judged(
+            Level.TRAJECTORY,
+            DENOISER,
+            f"after {len(errors)} steps, {case}",
+            Metric.RELATIVE_L2,
+            comparison.error,
+            bound,
+            worst=comparison.worst,
+            against=against,
+        )
+    return _explained(context, run, errors, result) if result.verdict is Verdict.FAIL else result
+
+
+def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
+    """The first step that is wrong, and whether the run began wrong."""
+    bound = limit(Level.STEP, Metric.RELATIVE_L2, context.candidate.precision(DENOISER), pytorch=0.0)
+    allowed = bound.bound if bound else 0.0
+    first = next((i for i, error in enumerate(errors) if not error <= allowed), len(errors))
+    before = errors[first - 1] if first else 0.0
+    at = errors[first] if first < len(errors) else float("nan")
+    twin = context.twin_run(run.case)
+    causes: tuple[str, ...] = ()
+    if run.start is not None and twin.start is not None:
+        causes = feed_causes(_feeds(run.start), _feeds(twin.start), first_step=True)
+    culprit = Culprit(
+        stage="pipeline" if causes else DENOISER, module=f"step {first + 1}", error=at, before=before
+    )
+    return replace(result, stage=culprit.stage, culprit=culprit, causes=causes)
+
+
+def _errors(run: CaseRun, reference: CaseRun) -> list[float]:
+    """Relative L2 after every step that both took."""
+    steps = min(len(run.latents), len(reference.latents))
+    return [
+        relative_l2(run.latents[i], reference.latents[i])
+        if np.isfinite(run.latents[i]).all()
+        else float("nan")
+        for i in range(1, steps)
+    ]
+
+
+def _keep(context: Context, run: CaseRun, errors: list[float], against: str, bound: Limit | None) -> None:
+    assert run.start is not None
+    for step, error in enumerate(errors):
+        timestep = float(run.start.schedule[step][denoise.TIMESTEP][0])
+        context.evidence.steps.append(
+            StepError(
+                case=str(run.case),
+                kind=f"free-running, {against}",
+                step=step,
+                timestep=timestep,
+                error=error,
+                bound=bound.bound if bound else None,
+            )
+        )
+
+
+def _pytorch_loss(context: Context, case: Case) -> float | None:
+    run = context.yardstick_run(case)
+    if run is None:
+        return None
+    return float("nan") if run.problem else relative_l2(run.latents[-1], context.twin_run(case).latents[-1])

@@ -1,0 +1,56 @@
+"""One parity run: the levels asked for, in order, and a Report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+from ditc.parity.context import Context
+from ditc.parity.levels import LEVELS
+from ditc.parity.results import Report, Result
+from ditc.runtime.jsondata import to_json
+from ditc.runtime.machine import library_versions, this_machine
+from ditc.runtime.tolerances import Level
+
+
+def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Report:
+    """Run the levels on a context; the context stays open.
+
+    Raises:
+        NumericsError: the reference is not fit to be one. CheckpointError: it cannot be read.
+    """
+    results: list[Result] = []
+    seconds: dict[str, float] = {}
+    for level in Level:
+        if level not in levels:
+            continue
+        started = perf_counter()
+        results += LEVELS[level](context)
+        seconds[level.value] = perf_counter() - started
+    return Report(
+        results=results,
+        evidence=context.evidence,
+        subject=describe(context),
+        machine=to_json(this_machine()),
+        tools=library_versions(),
+        seconds=seconds,
+    )
+
+
+def describe(context: Context) -> dict[str, object]:
+    """What was compared with what, with hashes."""
+    candidate, settings = context.candidate, context.settings
+    return {
+        "bundle": candidate.manifest.digest,
+        "candidate": candidate.pipeline.chosen,
+        "artifacts": {stage: a.file.sha256 for stage, a in sorted(candidate.artifacts.items())},
+        "precisions": {stage: p.value for stage, p in sorted(candidate.precisions.items())},
+        "checkpoint": context.twin.checkpoint.path.name,
+        "references": ["PyTorch fp32", *(["diffusers"] if context.with_upstream else [])],
+        "prompts": list(dict.fromkeys(case.prompt for case in settings.cases)),
+        "seeds": list(dict.fromkeys(case.seed for case in settings.cases)),
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+    }

@@ -1,0 +1,139 @@
+"""The other reference: the checkpoint in unmodified diffusers, drawing the same cases from the same noise."""
+
+# N steps, B samples, C latent channels, H/W latent size
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ditc.export.checkpoint import Checkpoint
+from ditc.parity.cases import Case, CaseRun, Settings
+from ditc.runtime.errors import CheckpointError
+from ditc.runtime.session import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a component: enough to repeat it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> object:
+        """Repeat the call."""
+        return self.module(*self.args, **self.kwargs)
+
+
+class Upstream:
+    """The checkpoint's own diffusers pipeline, in fp32 on the CPU.
+
+    Raises:
+        CheckpointError: diffusers cannot load it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging as diffusers_logging
+
+        self.checkpoint = checkpoint
+        diffusers_logging.disable_progress_bar()
+        try:
+            self.pipeline: Any = DiffusionPipeline.from_pretrained(
+                str(checkpoint.path), torch_dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, TypeError) as e:
+            raise CheckpointError(
+                f"diffusers cannot load {checkpoint.path}: {e}",
+                hint="check the checkpoint, or leave out the levels that need diffusers: --level op --level stage",
+            ) from e
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
+
+    def draw(
+        self,
+        case: Case,
+        settings: Settings,
+        noise: Array,
+        *,
+        output_type: str = "np",
+        on_step: Callable[[], None] = lambda: None,
+    ) -> CaseRun:
+        """One case from noise (B,C,H,W) to picture, latents kept after every step."""
+        latents = [noise]
+
+        def keep(_: Any, index: int, timestep: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+            latents.append(given["latents"].float().numpy().copy())
+            on_step()
+            return {}
+
+        with torch.inference_mode():
+            images = self.pipeline(
+                **self._arguments(settings),
+                prompt=case.prompt,
+                latents=torch.from_numpy(noise.copy()),
+                output_type=output_type,
+                callback_on_step_end=keep,
+            ).images
+        picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
+        return CaseRun(case=case, latents=np.stack(latents), picture=picture)
+
+    def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
+        """The first call of every component, and the denoising network's at one step, by component name."""
+        found: dict[str, Call] = {}
+        seen: dict[str, int] = {}
+        handles = []
+        for name, module in self.networks().items():
+            index = step if name in ("transformer", "unet") else 0
+            handles.append(
+                module.register_forward_pre_hook(_keep(name, index, found, seen), with_kwargs=True)
+            )
+        vae = getattr(self.pipeline, "vae", None)
+        decoder = getattr(vae, "decoder", None)
+        if decoder is not None:
+            handles.append(decoder.register_forward_pre_hook(_keep("vae", 0, found, seen), with_kwargs=True))
+        try:
+            self.draw(case, settings, noise)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Components that are called as modules; a VAE is reached through its decoder instead."""
+        parts = self.pipeline.components
+        return {n: m for n, m in parts.items() if isinstance(m, nn.Module) and n != "vae"}
+
+    def _arguments(self, settings: Settings) -> dict[str, Any]:
+        """Settings and the checkpoint's own defaults, as far as this pipeline takes them."""
+        given = dict(self.checkpoint.defaults)
+        given["use_resolution_binning"] = bool(given.get("resolution_bins", True))
+        if given.get("resolution_bins") is None and "resolution_bins" in given:
+            given["use_resolution_binning"] = False
+        given |= {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "height": settings.height,
+            "width": settings.width,
+        }
+        return {name: value for name, value in given.items() if name in self._takes}
+
+
+def _keep(name: str, index: int, found: dict[str, Call], seen: dict[str, int]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if seen.get(name, 0) == index:
+            found[name] = Call(module, tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
+        seen[name] = seen.get(name, 0) + 1
+
+    return hook
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,78 @@
+"""Which machine a result was measured on: enough to tell two apart, nothing that names a person or a host."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from shutil import which
+
+PACKAGES = (
+    "ditc",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Processor, operating system and GPUs. Equal machines give equal values."""
+
+    processor: str
+    cpus: int
+    system: str
+    gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join((f"{self.processor} ({self.cpus} CPUs)", self.system, *self.gpus))
+
+
+def this_machine() -> Machine:
+    """The machine that this runs on. GPUs are asked of nvidia-smi, where there is one."""
+    return Machine(
+        processor=_processor(),
+        cpus=os.cpu_count() or 0,
+        system=f"{platform.system()} {platform.machine()}",
+        gpus=_gpus(),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes here."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> tuple[str, ...]:
+    program = which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
