@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(parser.verbs[verb])
         options = parser.parse_args(arguments)
         _configure_logging(options.verbose)
-        code: int = module.run(options)
-        return code
+        return _run(VERBS[verb], module, options)
     except DitcError as error:
         report(error, as_json="--json" in arguments)
         return USAGE
@@ -127,6 +126,17 @@ def _resolve(verb: Verb) -> ModuleType:
         raise MissingExtra(
             missing.split(".")[0] if not missing.startswith("ditc") else missing, verb.extra
         ) from e
+
+
+def _run(verb: Verb, module: ModuleType, options: argparse.Namespace) -> int:
+    """A verb may import what it needs only when it works: what is missing then is said in the same way."""
+    try:
+        code: int = module.run(options)
+    except ModuleNotFoundError as e:
+        if verb.extra is None or e.name is None or e.name.startswith("ditc"):
+            raise
+        raise MissingExtra(e.name.split(".")[0], verb.extra) from e
+    return code
 
 
 def _configure_logging(verbosity: int) -> None:

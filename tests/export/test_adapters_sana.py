@@ -1,0 +1,88 @@
+"""What the Sana adapter says of a checkpoint before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ditc.export.adapters import find_adapter
+from ditc.export.checkpoint import open_checkpoint
+from ditc.export.stages import BuildOptions, ModelPlan
+from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Precision
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def plan(checkpoint: Path, options: BuildOptions | None = None) -> ModelPlan:
+    opened = open_checkpoint(checkpoint)
+    return find_adapter(opened).plan(opened, options or BuildOptions())
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_defaults_come_from_the_file_beside_the_checkpoint(checkpoint: Path) -> None:
+    defaults = plan(checkpoint).defaults
+    assert (defaults.height, defaults.width, defaults.num_inference_steps) == (64, 64, 4)
+    assert defaults.guidance_scale == 3.0 and defaults.bins == ()
+
+
+def test_without_that_file_they_are_the_pipelines(checkpoint: Path) -> None:
+    (checkpoint / "ditc.json").unlink()
+    made = plan(checkpoint)
+    (text,) = made.text
+    assert (made.defaults.num_inference_steps, made.defaults.guidance_scale) == (20, 4.5)
+    assert (
+        text.length == 300 and text.select is not None and (text.select.first, text.select.last) == (1, 299)
+    )
+    assert text.prefix.startswith("Given a user prompt") and text.negative_prefix == ""
+
+
+def test_the_text_data_is_that_of_the_pipeline(checkpoint: Path) -> None:
+    (text,) = plan(checkpoint).text
+    assert text.lower and text.strip and text.stage == TEXT_ENCODER and text.pad_token_id == 0
+    assert text.length == text.max_length == text.negative_max_length == 12
+
+
+def test_profiles_agree_where_stages_meet(checkpoint: Path) -> None:
+    stages = plan(checkpoint, BuildOptions(max_batch=3)).stages
+    denoiser, conditioner = stages[DENOISER].spec, stages[CONDITIONER].spec
+    for output in conditioner.outputs:
+        assert denoiser.input(output.name) == output
+    assert denoiser.profile["batch"].max == 3 and denoiser.profile["rows"].max == 6
+    for name in ("height", "width"):
+        assert denoiser.profile[name].max <= stages[VAE_DECODER].spec.profile[name].max
+    assert set(stages) == {TEXT_ENCODER, CONDITIONER, DENOISER, VAE_DECODER, VAE_ENCODER}
+
+
+def test_a_resolution_moves_the_default_and_the_range(checkpoint: Path) -> None:
+    made = plan(checkpoint, BuildOptions(resolution=96))
+    assert (made.defaults.height, made.defaults.width) == (96, 96)
+    height = made.stages[DENOISER].spec.profile["height"]
+    assert (height.min, height.opt, height.max) == (24, 48, 96)
+
+
+def test_sixteen_bits_are_the_denoisers_alone_in_onnx_runtime(checkpoint: Path) -> None:
+    stages = plan(checkpoint, BuildOptions(precision=Precision.FP16)).stages
+    sixteen = {name for name, stage in stages.items() if stage.precision is Precision.FP16}
+    assert sixteen == {CONDITIONER, DENOISER}
+
+
+def test_a_resolution_that_cells_do_not_divide_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="resolution 65 is not a multiple of 2"):
+        plan(checkpoint, BuildOptions(resolution=65))
+
+
+def test_another_transformer_is_refused_with_the_families_known(checkpoint: Path) -> None:
+    change(checkpoint / "transformer" / "config.json", _class_name="OtherTransformer2DModel")
+    with pytest.raises(CheckpointError, match="OtherTransformer2DModel") as caught:
+        find_adapter(open_checkpoint(checkpoint))
+    assert "sana" in str(caught.value.hint)
