@@ -80,9 +80,10 @@ def to_onnx(
         if check and stage.precision is not Precision.BF16:
             check_export(stage, written.model)
         if quantize is not None:
-            quantize_graph(model, quantize, {name: layer.parameter for name, layer in linear_layers(stage).items()})
+            layers = linear_layers(stage)
+            quantize_graph(model, quantize, {name: layer.parameter for name, layer in layers.items()})
             ir.save(model, written.model, external_data=written.weights.name)
-            check_scales(written.model, quantize)
+            check_scales(written.model, quantize, layers)
         weight_map = weights_of(stage.weights, model)
         del model
         for source, target in ((written.weights, final.weights), (written.model, final.model)):

@@ -4,7 +4,7 @@
 
 Standard ops of opset 19 and later, symmetric: the only form that ONNX Runtime, TensorRT-RTX and TensorRT all take.
 Weights are stored as codes, with one scale an output channel; activations have one scale a tensor, and layers
-that read one tensor share its codes. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
+that read one tensor share its scale. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
 GEMM saved, and both libraries fuse what follows better from a high-precision tensor.
 """
 
@@ -25,7 +25,10 @@ from ditc.runtime.session import Array
 QUANTIZE = "quantize"
 SMOOTH = "smooth"
 SCALE = "_scale"
-FIRST_OPSET = {Format.INT8: 13, Format.FP8: 19}  # per-axis INT8 Q/DQ; FLOAT8E4M3FN
+# A pair for each GEMM, and one that ONNX Runtime 1.31 does not merge with its neighbour's: it makes integer kernels of
+# int8 pairs on x86 only where codes have one reader. With a scalar scale the axis means nothing (ONNX, QuantizeLinear);
+# nodes that differ in it are not common subexpressions.
+UNSHARED_AXES = (0, 1, 2)
 
 
 def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, str]) -> None:
@@ -62,31 +65,30 @@ def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
 
 
 class _Writer:
-    """Adds nodes and initializers to one graph; remembers which tensor has its codes already."""
+    """Adds nodes and initializers to one graph; remembers which tensor has its scale already."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._codes: dict[tuple[int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._sources: dict[tuple[int, int], list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
         self._zeros: dict[Format, ir.Value] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
-        """Feed the GEMM from codes, made here or by a layer that reads the same tensor."""
+        """Feed the GEMM from a Q/DQ pair with the scale of all layers that read the same tensor."""
         x, planned = gemm.inputs[0], layer.input
         assert x is not None and planned is not None
-        key = (id(x), id(planned))
-        if key not in self._codes:
+        readers = self._sources.setdefault((id(x), id(planned)), [])
+        if not readers:
             site = f"{_module(gemm)}.input"
             source = x if planned.smooth is None else self._smoothed(x, planned, site, gemm, together)
             scale = self._constant(site + SCALE, scale_of(planned.amax, layer.kind, _numpy(x)))
-            zero = self._zero(layer.kind)
-            codes = self._node(
-                "QuantizeLinear", [source, scale, zero], f"{site}.quantize", gemm, shape=x.shape
-            )
-            codes.type = ir.TensorType(_code_type(layer.kind))
-            self._codes[key] = codes, scale, zero
-        # A DequantizeLinear for each GEMM: ONNX Runtime 1.31 fuses only one that nothing else reads.
-        name = f"{_module(gemm)}.dequantize"
-        back = self._node("DequantizeLinear", self._codes[key], name, gemm, shape=x.shape)
+            readers.append((source, scale, self._zero(layer.kind)))
+        else:
+            readers.append(readers[0])
+        source, scale, zero = readers[0]
+        name, axis = f"{_module(gemm)}.input", {"axis": UNSHARED_AXES[len(readers) % len(UNSHARED_AXES)]}
+        codes = self._node("QuantizeLinear", [source, scale, zero], f"{name}.quantize", gemm, axis, x.shape)
+        codes.type = ir.TensorType(_code_type(layer.kind))
+        back = self._node("DequantizeLinear", [codes, scale, zero], f"{name}.dequantize", gemm, axis, x.shape)
         back.type = x.type
         gemm.replace_input_with(0, back)
 

@@ -69,7 +69,9 @@ def unquantized(manifest: Manifest, quantized: Artifact) -> Artifact | None:
     )
 
 
-def measure(bundle: Path, manifest: Manifest, precision: Precision, *, threads: int = 0) -> Measurement | None:
+def measure(
+    bundle: Path, manifest: Manifest, precision: Precision, *, threads: int = 0
+) -> Measurement | None:
     """Draw with both denoisers from the same noise and time their steps; None if the bundle has only one."""
     candidates = manifest.stages[DENOISER].artifacts
     quantized = next(a for a in candidates if a.precision is precision and a.backend is Backend.ONNXRUNTIME)

@@ -40,7 +40,9 @@ def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | No
         recipe=plan.recipe,
         ranges=ranges,
         coverage=measure_coverage(ir.load(graph), plan, spec),
-        smoothed={n: layer.input.alpha for n, layer in plan.layers.items() if layer.input and layer.input.alpha},
+        smoothed={
+            n: layer.input.alpha for n, layer in plan.layers.items() if layer.input and layer.input.alpha
+        },
     )
     path = graph.with_name(graph.name + SUFFIX)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,0 +1,180 @@
+"""Signal-to-noise of each quantized layer: ours beside nvidia-modelopt's, on the same inputs and weights.
+
+    python -m benchmarks.calibration demo/checkpoint --ranges build/demo/ranges.safetensors [--modelopt PYTHON]
+
+PYTHON is the interpreter of an environment of its own, because modelopt's extras conflict with ours:
+    python3 -m venv build/modelopt && build/modelopt/bin/pip install torch==2.13.0 nvidia-modelopt==0.47.0 requests
+Both sides calibrate on the same prompts and are judged on the inputs of one other prompt: 10 log10(|y|^2 / |y - yq|^2)
+of every layer's output y = x W^T, with y and yq in fp32. Writes benchmarks/results/calibration.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
+OURS = {"int8": "sana-int8", "fp8": "sana-fp8"}
+THEIRS = {"int8": "INT8_SMOOTHQUANT_CFG", "fp8": "FP8_DEFAULT_CFG"}
+MODELOPT = "0.47"
+ROWS = 2048  # of each layer's inputs that are kept for calibration and for judging
+
+
+def main() -> None:
+    """Collect inputs, quantize on both sides, print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--ranges", type=Path)
+    parser.add_argument("--modelopt", type=Path, metavar="PYTHON")
+    parser.add_argument("--prompts", type=Path, help="as for ditc calibrate")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--inside-modelopt", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside_modelopt is not None:
+        modelopt_side(arguments.inside_modelopt)
+        return
+    if arguments.checkpoint is None or arguments.ranges is None:
+        parser.error("checkpoint and --ranges are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Path(folder) / "samples.safetensors"
+        table = our_side(arguments, samples)
+        if arguments.modelopt is not None:
+            command = [arguments.modelopt, Path(__file__).resolve(), "--inside-modelopt", samples]
+            subprocess.run([str(part) for part in command], check=True)
+            theirs = json.loads(samples.with_suffix(".json").read_text())
+            for layer, row in table.items():
+                row.update({f"modelopt {kind}": theirs[kind][layer] for kind in THEIRS})
+    report(table, str(arguments.checkpoint))
+
+
+def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str, float]]:
+    """Our SNRs by layer and format; writes weights and inputs for the other side."""
+    from ditc.calib.observe import watching
+    from ditc.calib.prompts import GENERAL, read_prompts
+    from ditc.calib.simulate import quantized
+    from ditc.export.quant.layers import linear_layers
+    from ditc.export.quant.plan import make_plan
+    from ditc.export.quant.ranges import load_ranges
+    from ditc.export.quant.recipes import RECIPES
+    from ditc.export.torch_session import TorchSession
+    from ditc.parity.twin import Twin
+    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime.request import Request
+    from ditc.runtime.spec import DENOISER
+
+    twin, ranges = Twin(arguments.checkpoint), load_ranges(arguments.ranges)
+    stage = twin.load(DENOISER)
+    layers = linear_layers(stage)
+    session = TorchSession(stage.module, stage.spec)
+    pipeline = Pipeline(
+        twin.pipeline.manifest, {**twin.pipeline.sessions, DENOISER: session}, twin.pipeline.conditioning
+    )
+    plans = {kind: make_plan(RECIPES[name], ranges, layers) for kind, name in OURS.items()}
+    wanted = {name: layers[name] for name in plans["int8"].layers}
+    prompts = read_prompts(arguments.prompts or GENERAL)
+
+    def inputs(chosen: list[str], seed: int) -> dict[str, Tensor]:
+        seen: dict[str, list[Tensor]] = {}
+        with watching(wanted, lambda name, x: seen.setdefault(name, []).append(x.flatten(0, -2).clone())):
+            for i, prompt in enumerate(chosen):
+                for _ in pipeline.steps(Request(prompt=prompt, seed=seed + i)):
+                    pass
+        generator = torch.Generator().manual_seed(0)
+        kept = {}
+        for name, parts in seen.items():
+            rows = torch.cat(parts)
+            amax = rows.abs().amax(dim=1)
+            # The rows with the largest values stay: a calibrator that never saw them would be judged unfairly.
+            largest = amax.topk(min(64, len(rows))).indices
+            others = torch.randperm(len(rows), generator=generator)[: ROWS - len(largest)]
+            kept[name] = rows[torch.cat([largest, others])]
+        return kept
+
+    calibration = inputs(prompts[: arguments.num_prompts], ranges.origin.seed)
+    judged = inputs([prompts[-1]], 10_000)
+    tensors = {f"weight/{n}": layer.linear.weight.detach().clone() for n, layer in wanted.items()}
+    tensors |= {f"calibration/{n}": x for n, x in calibration.items()}
+    tensors |= {f"judged/{n}": x for n, x in judged.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, samples)
+    table: dict[str, dict[str, float]] = {name: {} for name in wanted}
+    for name, layer in wanted.items():
+        x = judged[name]
+        exact = x @ layer.linear.weight.T
+        bias = 0 if layer.linear.bias is None else layer.linear.bias
+        for kind, plan in plans.items():
+            with quantized(layers, {name: plan.layers[name]}):
+                table[name][f"ditc {kind}"] = snr_db(layer.linear(x) - bias, exact)
+    return table
+
+
+def modelopt_side(samples: Path) -> None:
+    """Runs in modelopt's environment: the same weights and inputs through its quantizers."""
+    import modelopt.torch.quantization as mtq
+
+    tensors = load_file(samples)
+    names = [name.removeprefix("weight/") for name in tensors if name.startswith("weight/")]
+    results: dict[str, dict[str, float]] = {}
+    for kind, config in THEIRS.items():
+        results[kind] = {}
+        for name in names:
+            weight, x = tensors[f"weight/{name}"], tensors[f"judged/{name}"]
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+            model = torch.nn.Sequential(linear)
+            calibration = tensors[f"calibration/{name}"]
+            mtq.quantize(model, getattr(mtq, config), lambda m, data=calibration: m(data))
+            with torch.inference_mode():
+                results[kind][name] = snr_db(model(x), x @ weight.T)
+    samples.with_suffix(".json").write_text(json.dumps(results))
+
+
+def snr_db(value: Tensor, reference: Tensor) -> float:
+    """10 log10(|reference|^2 / |value - reference|^2)."""
+    noise = (value.double() - reference.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+def report(table: Mapping[str, Mapping[str, float]], checkpoint: str) -> None:
+    """Print every layer, the means and who is ahead; write the file."""
+    columns = list(next(iter(table.values())))
+    print(f"{'SNR dB':<42}" + "".join(f"{column:>16}" for column in columns))
+    for layer, row in table.items():
+        print(f"{layer:<42}" + "".join(f"{row[column]:>16.2f}" for column in columns))
+    means = {column: float(np.mean([row[column] for row in table.values()])) for column in columns}
+    print(f"{'mean':<42}" + "".join(f"{means[column]:>16.2f}" for column in columns))
+    ahead = {}
+    for kind in OURS:
+        if f"modelopt {kind}" in columns:
+            gains = [row[f"ditc {kind}"] - row[f"modelopt {kind}"] for row in table.values()]
+            ahead[kind] = {
+                "layers_at_least_as_good": sum(gain >= -0.01 for gain in gains),
+                "layers": len(gains),
+                "worst_gain_db": min(gains),
+            }
+            print(f"{kind}: {ahead[kind]}")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "checkpoint": Path(checkpoint).name,
+        "modelopt": MODELOPT,
+        "mean": means,
+        "ahead": ahead,
+        "layers": table,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {RESULTS}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Prompt files: ours are wide enough, a user's bad line is named by its number."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditc.calib.prompts import GENERAL, read_prompts
+from ditc.runtime.errors import UsageError
+
+
+def test_our_prompts_cover_lengths_and_scripts():
+    prompts = read_prompts(GENERAL)
+    words = [len(prompt.split()) for prompt in prompts]
+    scripts = {"LATIN": 0x41, "CYRILLIC": 0x400, "GREEK": 0x370, "ARABIC": 0x600, "DEVANAGARI": 0x900}
+    assert len(prompts) >= 256 and min(words) == 1 and max(words) > 40
+    for start in (*scripts.values(), 0x4E00, 0x3040, 0xAC00, 0x0E00, 0x0590):
+        assert any(start <= ord(character) < start + 0x100 for prompt in prompts for character in prompt), (
+            hex(start)
+        )
+
+
+def test_the_demo_models_prompts_name_a_concept_and_a_style():
+    prompts = read_prompts(GENERAL.with_name("demo.txt"))
+    assert len(prompts) >= 256 and all(prompt.endswith(" style") for prompt in prompts)
+
+
+def test_comments_blank_lines_and_a_byte_order_mark_are_no_prompts(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbf# mine\r\n\r\na cat\r\n  a dog  \n")
+    assert read_prompts(path) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompts"),
+        (b"# only a comment\n\n", "holds no prompts"),
+        (b"a cat\nx\xff\n", "line 2: not UTF-8"),
+        (b"a cat\na dog\na cat\n", "line 3: the same prompt as line 1"),
+        (b"a cat\n" + b"x" * 5000, "line 2: 5000 characters"),
+        (b"a\x00cat\n", "line 1: control characters"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, content, message):
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_prompts(path)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    with pytest.raises(UsageError, match="cannot read prompts"):
+        read_prompts(tmp_path / "none.txt")

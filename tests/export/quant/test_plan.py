@@ -1,0 +1,152 @@
+"""Recipes name the layers that they should, and a plan chooses ranges and smoothing that lose least."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from quant_helpers import ORIGIN, signal_to_noise_db, statistics
+from torch import nn
+
+from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
+from ditc.export.quant.layers import Layer
+from ditc.export.quant.plan import choose_input, make_plan
+from ditc.export.quant.ranges import Ranges
+from ditc.export.quant.recipes import RECIPES, find_recipe, load_recipe, save_recipe
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import Precision
+
+BLOCK = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.to_out.0",
+    "ff.conv_inverted",
+    "ff.conv_depth",
+    "ff.conv_point",
+)
+OTHERS = (
+    "patch_embed.proj",
+    "time_embed.emb.timestep_embedder.linear_1",
+    "time_embed.emb.timestep_embedder.linear_2",
+    "time_embed.linear",
+    "caption_projection.linear_1",
+    "caption_projection.linear_2",
+    "proj_out",
+)
+SANA = (*OTHERS, *(f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK))
+HIGH = {"attn2.to_k", "attn2.to_v", "ff.conv_depth"}
+# What each recipe quantizes of Sana: all GEMMs of a block but cross-attention's K and V.
+EXPECTED = [f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK if layer not in HIGH]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "activations"),
+    [
+        ("sana-int8", Format.INT8, True),
+        ("sana-fp8", Format.FP8, True),
+        ("int8-weight-only", Format.INT8, False),
+        ("fp8-weight-only", Format.FP8, False),
+    ],
+)
+def test_each_recipe_quantizes_the_layers_that_are_written_here(name, kind, activations):
+    recipe = RECIPES[name]
+    assert recipe.formats(SANA) == dict.fromkeys(EXPECTED, kind)
+    assert recipe.activations is activations
+    assert all(recipe.decide(layer).why for layer in SANA if layer not in EXPECTED)
+
+
+def test_the_defaults_and_unknown_names():
+    assert find_recipe(None, Precision.INT8).name == "sana-int8"
+    with pytest.raises(UsageError, match="unknown"):
+        find_recipe("sana-int4", Precision.INT8)
+    with pytest.raises(UsageError, match="has no int8 layer"):
+        find_recipe("sana-fp8", Precision.INT8)
+
+
+def test_a_recipe_survives_its_file(tmp_path):
+    recipe = RECIPES["sana-int8"]
+    assert load_recipe(save_recipe(recipe, tmp_path / "r.json")) == recipe
+    (tmp_path / "bad.json").write_text('{"name": "x"}')
+    with pytest.raises(UsageError, match="is no recipe"):
+        load_recipe(tmp_path / "bad.json")
+
+
+def linear(weight: np.ndarray, name: str = "transformer_blocks.0.attn1.to_q") -> dict[str, Layer]:
+    module = nn.Linear(weight.shape[1], weight.shape[0])
+    module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+    return {name: Layer(name, name, module)}
+
+
+def ranges_for(layers: dict[str, Layer], x: np.ndarray) -> Ranges:
+    origin = replace(ORIGIN, buckets=1)
+    names = list(layers)
+    return Ranges(
+        origin=origin, sites={names[0]: statistics(x)}, site_of=dict.fromkeys(names, names[0]), prompts=()
+    )
+
+
+@pytest.fixture(scope="module")
+def outlier_channel() -> tuple[np.ndarray, np.ndarray]:
+    """Inputs with one channel a hundred times as large, and weights that read it no more than others."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 32)).astype(np.float32)
+    x[:, 5] *= 100
+    return x, rng.standard_normal((16, 32)).astype(np.float32)
+
+
+def snr_of(plan, x, weight):
+    smooth = 1.0 if plan.smooth is None else plan.smooth
+    quantized_x = fake_quantize(x / smooth, scale_of(plan.amax, Format.INT8), Format.INT8)
+    scaled = weight * smooth
+    quantized_w = fake_quantize(scaled, scale_of(channel_amax(scaled, 0), Format.INT8), Format.INT8)
+    return signal_to_noise_db(quantized_x @ quantized_w.T, x @ weight.T)
+
+
+def test_smoothing_is_chosen_for_an_outlier_channel_and_helps(outlier_channel):
+    x, weight = outlier_channel
+    smooth = choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8)
+    plain = choose_input(replace(RECIPES["sana-int8"], smooth=False), statistics(x), [weight], Format.INT8)
+    assert smooth.alpha > 0 and plain.smooth is None
+    # Of the signal that the other channels carry: the outlier's own drowns it, and is coarse either way.
+    others = x.copy()
+    others[:, 5] = 0
+    assert snr_of(smooth, others, weight) > snr_of(plain, others, weight) + 6
+
+
+def test_even_channels_are_left_alone():
+    rng = np.random.default_rng(0)
+    x, weight = (rng.uniform(-1, 1, (rows, 32)).astype(np.float32) for rows in (500, 400))
+    x[0], weight[0] = 1, 1  # every channel has the same amax, in both
+    assert choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8).smooth is None
+
+
+def test_an_input_that_was_always_zero_is_refused():
+    layers = linear(np.ones((4, 8), np.float32))
+    with pytest.raises(UsageError, match="was zero in every step"):
+        make_plan(RECIPES["sana-int8"], ranges_for(layers, np.zeros((3, 8), np.float32)), layers)
+
+
+def test_ranges_of_a_narrower_network_are_refused():
+    layers = linear(np.ones((4, 8), np.float32))
+    with pytest.raises(UsageError, match="6 channels"):
+        make_plan(RECIPES["sana-int8"], ranges_for(layers, np.ones((3, 6), np.float32)), layers)
+
+
+def test_activations_need_ranges_and_weights_alone_do_not():
+    layers = linear(np.ones((4, 8), np.float32))
+    with pytest.raises(UsageError, match="needs ranges"):
+        make_plan(RECIPES["sana-int8"], None, layers)
+    assert next(iter(make_plan(RECIPES["int8-weight-only"], None, layers).layers.values())).input is None
+
+
+def test_a_recipe_for_another_network_is_refused():
+    layers = linear(np.ones((4, 8), np.float32), name="layers.0.mlp.up")
+    with pytest.raises(UsageError, match="names none of this network's 1 layers"):
+        make_plan(RECIPES["int8-weight-only"], None, layers)

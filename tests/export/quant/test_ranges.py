@@ -1,0 +1,77 @@
+"""Files of ranges: what is saved is loaded, what merges adds up, what does not belong is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from quant_helpers import ORIGIN, statistics
+
+from ditc.export.quant.ranges import Ranges, load_ranges, merge_ranges, save_ranges
+from ditc.runtime.errors import UsageError
+
+
+def ranges(seed: int = 0, **changes) -> Ranges:
+    x = np.random.default_rng(seed).standard_normal((2, 50, 4)).astype(np.float32)
+    made = Ranges(
+        origin=ORIGIN,
+        sites={"a": statistics(x[0], x[1])},
+        site_of={"a": "a", "b": "a"},
+        prompts=(f"prompt {seed}",),
+    )
+    return replace(made, **changes)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    saved = ranges()
+    loaded = load_ranges(save_ranges(saved, tmp_path / "r.safetensors"), identity=ORIGIN.identity)
+    assert (loaded.origin, loaded.site_of, loaded.prompts) == (saved.origin, saved.site_of, saved.prompts)
+    np.testing.assert_array_equal(loaded.of("b").histogram, saved.sites["a"].histogram)
+    np.testing.assert_array_equal(loaded.of("b").channel_squares, saved.sites["a"].channel_squares)
+
+
+def test_ranges_of_another_checkpoint_are_refused(tmp_path):
+    path = save_ranges(ranges(), tmp_path / "r.safetensors")
+    with pytest.raises(UsageError, match="measured on other weights") as error:
+        load_ranges(path, identity="f" * 64)
+    assert "ditc calibrate" in error.value.hint
+
+
+def test_a_missing_layer_is_named():
+    with pytest.raises(UsageError, match="no statistics of c"):
+        ranges().of("c")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_values_that_are_no_range_are_refused_by_name(tmp_path, value):
+    made = ranges()
+    made.sites["a"].amax[1] = value
+    path = save_ranges(made, tmp_path / "r.safetensors")
+    with pytest.raises(UsageError, match="amax of a is negative, NaN or infinite"):
+        load_ranges(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "r.safetensors"
+    if content is None:
+        path.write_bytes(save_ranges(ranges(), tmp_path / "whole.safetensors").read_bytes()[:-100])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match="not a whole file of ranges"):
+        load_ranges(path)
+
+
+def test_merging_adds_counts_and_takes_the_larger_amax():
+    one, two = ranges(1), ranges(2)
+    merged = merge_ranges([one, two]).sites["a"]
+    np.testing.assert_array_equal(merged.histogram, one.sites["a"].histogram + two.sites["a"].histogram)
+    np.testing.assert_array_equal(merged.amax, np.maximum(one.sites["a"].amax, two.sites["a"].amax))
+
+
+def test_merging_refuses_the_same_prompt_twice_and_other_settings():
+    with pytest.raises(UsageError, match="same prompt"):
+        merge_ranges([ranges(1), ranges(1)])
+    with pytest.raises(UsageError, match="num_inference_steps"):
+        merge_ranges([ranges(1), ranges(2, origin=replace(ORIGIN, num_inference_steps=9))])

@@ -1,0 +1,56 @@
+"""Ranges of a stage from its example inputs, for tests of what follows calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ditc.calib.observe import Observer, watching
+from ditc.export.quant.histogram import count
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.ranges import Origin, Ranges, Statistics
+from ditc.export.stages import StageModule, example_feeds, example_sizes
+from ditc.export.torch_session import TorchSession
+from ditc.runtime.session import Array
+
+ORIGIN = Origin(
+    identity="0" * 64,
+    network="transformer",
+    dtype="fp32",
+    num_inference_steps=4,
+    guidance_scale=3.0,
+    seed=0,
+    buckets=2,
+)
+
+
+def feeds_of(stage: StageModule, seed: int) -> dict[str, Array]:
+    """Example inputs at the first example size."""
+    return example_feeds(stage.spec, example_sizes(stage.spec), seed=seed)
+
+
+def ranges_of(stage: StageModule, runs: int = 4) -> Ranges:
+    """What an observer sees of the stage over a few seeded runs."""
+    observer, session = Observer(ORIGIN.buckets), TorchSession(stage.module, stage.spec)
+    with watching(linear_layers(stage), observer.see):
+        for seed in range(runs):
+            observer.bucket = seed * ORIGIN.buckets // runs
+            session.run(feeds_of(stage, seed))
+            observer.forget_tensor()
+    return Ranges(origin=ORIGIN, sites=observer.sites, site_of=observer.site_of, prompts=("a",))
+
+
+def signal_to_noise_db(value: Array, reference: Array) -> float:
+    """Power of the reference over power of the difference, in dB."""
+    noise = ((value.astype(np.float64) - reference) ** 2).sum()
+    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / max(noise, 1e-300)))
+
+
+def statistics(*buckets: np.ndarray) -> Statistics:
+    """Of one (N,C) tensor a bucket."""
+    return Statistics(
+        amax=np.float32([np.abs(x).max() for x in buckets]),
+        histogram=np.stack([count(x) for x in buckets]),
+        channel_amax=np.stack([np.abs(x).max(axis=0) for x in buckets]).astype(np.float32),
+        channel_squares=np.stack([(x.astype(np.float64) ** 2).sum(axis=0) for x in buckets]),
+        rows=np.array([len(x) for x in buckets]),
+    )
