@@ -60,7 +60,10 @@ types:
 	@for part in runtime export parity calib; do ln -sfn ../../$$part .types/ditc/$$part; done
 
 bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmarks/results/
+	$(BIN)/ditc build $(MODEL) -o $(OUT)
+	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
+	$(BIN)/python -m benchmarks.denoiser_step --model $(MODEL)
 
 calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 and fp8
 	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)

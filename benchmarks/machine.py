@@ -8,31 +8,24 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ditc.runtime.machine import library_versions, this_machine
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("ditc", "numpy", "onnxruntime", "torch", "diffusers", "transformers", "onnx")
 
 
 def facts() -> dict[str, Any]:
     """Processor, load, Python and package versions."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
+        **asdict(this_machine()),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": found,
+        "versions": library_versions(),
     }
 
 
@@ -45,6 +38,22 @@ def times_s(call: Callable[[], object], *, warmup: int, repeats: int) -> list[fl
         before = perf_counter()
         call()
         seconds.append(perf_counter() - before)
+    return seconds
+
+
+def alternating_s(
+    candidates: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, run in turns: whatever else the machine does slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        for _ in range(warmup):
+            call()
+    for _ in range(repeats):
+        for name, call in candidates.items():
+            before = perf_counter()
+            call()
+            seconds[name].append(perf_counter() - before)
     return seconds
 
 
@@ -71,11 +80,3 @@ def write(name: str, results: dict[str, Any]) -> Path:
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

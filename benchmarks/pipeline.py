@@ -1,14 +1,13 @@
 """Does a bundle draw what diffusers draws, and how fast, in one run: `make bench`.
 
 Fidelity: latents after every step and the picture, both samplers, two sizes. Time: first picture after loading,
-seconds a stage, and a guided denoiser step beside diffusers eager fp32, bf16 and torch.compile.
+seconds a stage.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,12 +17,9 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
 
-from benchmarks.machine import spread, times_s, write
+from benchmarks.machine import write
 from ditc.export.scheduler_config import scheduler_params
-from ditc.runtime import denoise
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.request import Request
-from ditc.runtime.spec import DENOISER
 
 PROMPT = "a red heart, flat style"
 
@@ -82,51 +78,11 @@ def fidelity(
     return rows
 
 
-def denoiser_step(
-    pipeline: Pipeline, transformer: torch.nn.Module, repeats: int, *, compiled: bool
-) -> dict[str, Any]:
-    """Seconds of one guided step (two rows) at the bundle's default size, and ratios to ours."""
-    (state,) = pipeline.start(pipeline.plan(Request(prompt=PROMPT, seed=0, guidance_scale=4.5)))
-    latents = torch.from_numpy(np.repeat(np.asarray(state.latents), 2, axis=0))
-    (encoder,) = pipeline.manifest.text
-    text = torch.randn(2, encoder.length, transformer.config.caption_channels)
-    mask = torch.ones(2, encoder.length, dtype=torch.int64)
-
-    def eager(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[], object]:
-        arguments = (latents.to(dtype), text.to(dtype), torch.tensor([500.0, 500.0]))
-
-        @torch.inference_mode()
-        def call() -> object:
-            return module(
-                *arguments[:2], timestep=arguments[2], encoder_attention_mask=mask, return_dict=False
-            )
-
-        return call
-
-    candidates = {
-        "ditc onnxruntime": lambda: denoise.step(pipeline.sessions[DENOISER], [state]),
-        "diffusers eager fp32": eager(transformer, torch.float32),
-    }
-    half = type(transformer).from_config(transformer.config).to(torch.bfloat16).eval()
-    candidates["diffusers eager bf16"] = eager(half, torch.bfloat16)
-    if compiled:
-        candidates["torch.compile fp32"] = eager(torch.compile(transformer), torch.float32)
-        candidates["torch.compile bf16"] = eager(torch.compile(half), torch.bfloat16)
-    measured = {name: spread(times_s(call, warmup=2, repeats=repeats)) for name, call in candidates.items()}
-    ours = measured["ditc onnxruntime"]["median"]
-    return {
-        "seconds": measured,
-        "times_as_fast_as": {name: value["median"] / ours for name, value in measured.items()},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="default: the bundle's")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
     before = perf_counter()
@@ -144,9 +100,6 @@ def main() -> None:
             "stages_first_s": first.seconds,
             "stages_second_s": second.seconds,
             "fidelity": fidelity(arguments.model, pipeline, reference, steps),
-            "denoiser_step": denoiser_step(
-                pipeline, reference.transformer, arguments.repeats, compiled=not arguments.no_compile
-            ),
         }
     print(json.dumps(results, indent=1))
     if not arguments.no_write:

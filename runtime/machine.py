@@ -15,6 +15,7 @@ PACKAGES = (
     "numpy",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnx",
     "torch",
     "diffusers",
     "transformers",
