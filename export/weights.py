@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditc.export.models.loading import WeightSource
 from ditc.export.passes.parameters import transforms_of
+from ditc.export.passes.qdq import QUANTIZE, SMOOTH, dequantized
 from ditc.export.passes.transposes import TRANSPOSE
 from ditc.runtime.errors import BuildError
 
@@ -28,7 +29,7 @@ class Weight:
     Attributes:
         initializer: its name in the stage's graph, which is the PyTorch parameter's.
         transforms: what was done to the values, first step first: "reshape" (same values in row-major order), then
-            "transpose" (a matrix's axes swapped). Empty: stored as it is.
+            "transpose" (a matrix's axes swapped), then "smooth" and "quantize" (passes/qdq.py). Empty: as it is.
         shape, dtype: the tensor's own, in the checkpoint.
     """
 
@@ -53,7 +54,7 @@ def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tu
     """Each checkpoint tensor's name and values, read from the stages' ONNX files one at a time.
 
     They equal the checkpoint's bit for bit if the graph's type holds the checkpoint's (fp16 or bf16 in fp32, or
-    equal types); else they are what the graph computes with, in the checkpoint's type.
+    equal types); else, 8-bit weights among them, they are what the graph computes with, in the checkpoint's type.
 
     Args:
         files: the .onnx file of every stage that the weights name; external data lies beside it.
@@ -64,7 +65,7 @@ def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tu
     models = {stage: ir.load(path) for stage, path in files.items()}
     for weight in weights:
         tensor = _read(weight, models[weight.stage])
-        for transform in reversed(weight.transforms):
+        for transform in reversed([t for t in weight.transforms if t not in (QUANTIZE, SMOOTH)]):
             tensor = tensor.T if transform == TRANSPOSE else tensor.reshape(weight.shape)
         yield weight.checkpoint, tensor.to(getattr(torch, weight.dtype)).contiguous()
 
@@ -92,6 +93,8 @@ def _read(weight: Weight, model: ir.Model) -> Tensor:
     value = model.graph.initializers.get(weight.initializer)
     if value is None or value.const_value is None:
         raise BuildError(f"{weight.stage}: the graph has no initializer {weight.initializer}")
+    if QUANTIZE in weight.transforms:
+        return torch.from_numpy(dequantized(value, model))
     stored = value.const_value
     array = np.array(stored.numpy())  # a copy of one tensor: the file is mapped read-only
     if stored.dtype == ir.DataType.BFLOAT16:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ditc.export.passes.parameters import add_transform
 from ditc.export.passes.scopes import NAME_SCOPES
-from ditc.export.quant.formats import CODE_TYPE, Format, channel_amax, quantize, scale_of
+from ditc.export.quant.formats import CODE_TYPE, Format, channel_amax, dequantize, quantize, scale_of
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
@@ -25,6 +25,8 @@ from ditc.runtime.session import Array
 QUANTIZE = "quantize"
 SMOOTH = "smooth"
 SCALE = "_scale"
+# Metadata of a smoothed weight: the initializer with the reciprocals of its factors.
+SMOOTHING = "ditc.smoothing"
 # A pair for each GEMM, and one that ONNX Runtime 1.31 does not merge with its neighbour's: it makes integer kernels of
 # int8 pairs on x86 only where codes have one reader. With a scalar scale the axis means nothing (ONNX, QuantizeLinear);
 # nodes that differ in it are not common subexpressions.
@@ -51,6 +53,31 @@ def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, st
         writer.quantize_weight(readers[name], layer, parameters[name])
 
 
+def dequantized(value: ir.Value, model: ir.Model) -> Array:
+    """The fp32 matrix that a weight's codes stand for, smoothing undone: what the layer computes with.
+
+    Raises:
+        BuildError: the graph lacks the scale or the factors.
+    """
+    assert value.const_value is not None
+    codes = value.const_value.numpy()
+    scale = _values(model, f"{value.name}{SCALE}")
+    reader = next(use.node for use in value.uses() if use.node.op_type == "DequantizeLinear")
+    axis = reader.attributes.get_int("axis", 1)
+    weight = dequantize(codes, np.expand_dims(scale, 1 - axis))
+    if SMOOTHING in value.metadata_props:
+        weight = weight * np.expand_dims(_values(model, value.metadata_props[SMOOTHING]), axis)
+    return weight
+
+
+def _values(model: ir.Model, name: str) -> Array:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise BuildError(f"the graph has no initializer {name}", hint="build again")
+    array: Array = value.const_value.numpy().astype(np.float32)
+    return array
+
+
 def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
     """The one node that multiplies by the layer's weight."""
     value = model.graph.initializers.get(parameter)
@@ -71,6 +98,7 @@ class _Writer:
         self._graph = graph
         self._sources: dict[tuple[int, int], list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
         self._zeros: dict[Format, ir.Value] = {}
+        self._smoothing: dict[int, str] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
         """Feed the GEMM from a Q/DQ pair with the scale of all layers that read the same tensor."""
@@ -102,6 +130,7 @@ class _Writer:
         if layer.input is not None and layer.input.smooth is not None:
             weight = weight * np.expand_dims(layer.input.smooth, axis)
             add_transform(value, SMOOTH)
+            value.metadata_props[SMOOTHING] = self._smoothing[id(layer.input)]
         scale = scale_of(channel_amax(weight, axis), layer.kind, dtype.numpy())
         codes = ir.Tensor(quantize(weight, scale, layer.kind), dtype=_code_type(layer.kind), name=parameter)
         add_transform(value, QUANTIZE)
@@ -125,6 +154,7 @@ class _Writer:
         """x / smooth: on the scale and shift of an adaptive norm if x is one, which are a row each, else on x."""
         assert planned.smooth is not None
         inverse = self._constant(f"{site}_smoothing", (1 / planned.smooth).astype(_numpy(x)))
+        self._smoothing[id(planned)] = str(inverse.name)
         modulation = _modulation(x, together)
         if modulation is None:
             return self._scaled(x, inverse, f"{site}.smooth", gemm)

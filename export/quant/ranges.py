@@ -33,7 +33,7 @@ from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.session import Array
 
 VERSION = 1
-SUFFIX = ".safetensors"
+METADATA = "ditc.ranges"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,12 +119,13 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
     for site, statistics in ranges.sites.items():
         for field in Statistics.__slots__:
             tensors[f"{field}/{site}"] = np.ascontiguousarray(getattr(statistics, field))
-    metadata = {
-        "ditc": "ranges",
-        "origin": json.dumps(to_json(ranges.origin)),
-        "site_of": json.dumps(dict(ranges.site_of)),
-        "prompts": json.dumps(list(ranges.prompts)),
+    facts = {
+        "origin": to_json(ranges.origin),
+        "site_of": dict(ranges.site_of),
+        "prompts": list(ranges.prompts),
     }
+    # One entry: safetensors writes several in an order of its own, and equal ranges must give equal files.
+    metadata = {METADATA: json.dumps(facts, sort_keys=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,11 +152,12 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
     try:
         with safe_open(path, framework="np") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("ditc") != "ranges":
+            if METADATA not in metadata:
                 raise UsageError(f"{path} holds no ranges", hint=again)
             tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        origin = from_json(Origin, json.loads(metadata["origin"]))
-        site_of, prompts = json.loads(metadata["site_of"]), json.loads(metadata["prompts"])
+        facts = json.loads(metadata[METADATA])
+        origin = from_json(Origin, facts["origin"])
+        site_of, prompts = facts["site_of"], facts["prompts"]
     except FileNotFoundError as e:
         raise UsageError(f"there is no file {path}", hint=again) from e
     except (SafetensorError, OSError, KeyError, ValueError, Mismatch) as e:
