@@ -8,7 +8,8 @@ from typing import Literal
 
 from ditc.runtime.manifest import Manifest
 
-Status = Literal["reused", "building", "built"]
+# working: what else goes on, for a progress line.
+Status = Literal["working", "reused", "building", "built"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class BuildEvent:
 
     Attributes:
         stage: its name, or what else the build is busy with.
-        why: the reason; while building also what the builder is at.
+        why: the reason; while working, what the build is at.
         peak_memory_bytes: largest resident size of the process while the stage was built.
         estimated_memory_bytes: what was expected of it before.
     """

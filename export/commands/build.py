@@ -105,6 +105,8 @@ def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
             if event.stage == MEMORY:
                 console.print(event.why)
             elif event.status == "building":
+                status.update(f"{event.stage} ({event.why})")
+            elif event.status == "working":
                 status.update(f"{event.stage}: {event.why}")
             else:
                 console.print(_line(event))
@@ -137,6 +139,5 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps({**result, "seconds": round(report.seconds, 3)}) + "\n")
         return
     peak = max((event.peak_memory_bytes for event in built), default=0)
-    what = f"{len(built)} of {len(report.events)} artifacts built" if built else "nothing to do"
     took = f" in {report.seconds:.1f} s" + (f", peak memory {peak / 1e9:.1f} GB" if peak else "")
-    sys.stdout.write(f"{report.bundle}: {what}{took}, digest {report.manifest.digest[:12]}\n")
+    sys.stdout.write(f"{report.bundle}: {len(built)} of {len(report.events)} stages built{took}, digest {report.manifest.digest[:12]}\n")
