@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 from ditc.runtime.errors import BundleError
 from ditc.runtime.manifest import FileRef
 
-_BLOCK = 8 * 2**20
+log = logging.getLogger(__name__)
 
 
 def file_ref(path: Path, bundle: Path) -> FileRef:
@@ -58,6 +61,8 @@ def check_file(bundle: Path, ref: FileRef) -> None:
         raise BundleError(
             f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint
         )
+    if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
+        log.warning("%s: every user of this machine may change %s; chmod o-w it", bundle, ref.path)
     if sha256(path) != ref.sha256:
         raise BundleError(
             f"{bundle}: {ref.path} has been changed: its sha256 does not fit the manifest", hint=hint

@@ -11,11 +11,13 @@ import numpy as np
 
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import BundleError, UsageError
+from ditc.runtime.gpu import check_engine, find_gpu, library_version
 from ditc.runtime.integrity import check_files
 from ditc.runtime.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session
 from ditc.runtime.sessions import available_backends, open_session
+from ditc.runtime.signature import check_signature
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
 
@@ -32,13 +34,20 @@ class Parts:
     chosen: str
 
 
-def load_parts(bundle: Path, *, backend: str, precision: str | None, threads: int) -> Parts:
+def load_parts(
+    bundle: Path, *, backend: str, precision: str | None, threads: int, require_signature: Path | None = None
+) -> Parts:
     """Everything that a Pipeline is made of.
+
+    Args:
+        require_signature: refuse a bundle that the owner of this ed25519 public key (PEM) has not signed.
 
     Raises:
         BundleError: damaged or foreign files. UsageError: nothing in the bundle fits. SessionError: it does not open.
     """
     manifest = load_manifest(bundle)
+    if require_signature is not None:
+        check_signature(bundle, manifest, require_signature)
     _check_golden_table(manifest)
     chosen, reason = choose(manifest, backend=backend, precision=precision)
     log.info("%s", reason)
@@ -63,6 +72,7 @@ def choose(
 
     Raises:
         UsageError: an unknown backend or precision, or none that the bundle and this machine share.
+        SessionError: an engine was asked for by name that is not for this machine's GPU or library.
     """
     runnable = available_backends()
     wanted = [Backend(backend)] if backend != "auto" and backend in set(Backend) else list(runnable)
@@ -86,6 +96,9 @@ def choose(
             stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
             chosen = {name: best if name == DENOISER else _companion(manifest, name, best) for name in stages}
             return chosen, f"{candidate.value} {best.precision.value}: {runnable[candidate]}"
+    for engine in denoisers:
+        if engine.backend in wanted and engine.backend not in runnable:
+            check_engine(engine, gpu=find_gpu(), library=library_version(engine.backend))  # says why not
     have = sorted({f"{a.backend.value} {a.precision.value}" for a in denoisers})
     raise UsageError(
         f"the bundle holds denoisers for {', '.join(have)}; asked for {backend} {precision or 'any precision'}; "

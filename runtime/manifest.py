@@ -154,9 +154,7 @@ def save_manifest(manifest: Manifest, bundle: Path) -> Path:
     """Write manifest.json (sealed) in one move."""
     path = bundle / MANIFEST
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(
-        json.dumps(to_json(sealed(manifest)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    partial.write_bytes(_written(to_json(sealed(manifest))))
     os.replace(partial, path)
     return path
 
@@ -172,7 +170,8 @@ def load_manifest(bundle: Path) -> Manifest:
     if not path.is_file():
         raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=rebuild)
     try:
-        data = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        data = json.loads(content)
     except (ValueError, RecursionError) as e:
         raise BundleError(f"{path} is not JSON: {e}", hint=rebuild) from e
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -185,6 +184,8 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(
             f"{path} was changed after the build: its digest does not fit its content", hint=rebuild
         )
+    if _written(data) != content:  # the digest is of values; a changed space would pass it
+        raise BundleError(f"{path} was changed after the build: ditc writes it otherwise", hint=rebuild)
     try:
         manifest = from_json(Manifest, data)
     except Mismatch as e:
@@ -212,6 +213,10 @@ def check_inside(path: str) -> None:
         raise BundleError(
             f"manifest names {path!r}, which is not a plain path inside the bundle", hint="do not use it"
         )
+
+
+def _written(data: object) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _digest(data: object) -> str:

@@ -98,7 +98,13 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, bundle: str | Path, *, backend: str = "auto", precision: str | None = None, threads: int = 0
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "auto",
+        precision: str | None = None,
+        threads: int = 0,
+        require_signature: Path | None = None,
     ) -> Self:
         """Open a bundle: check every file it will read, then make the sessions.
 
@@ -106,13 +112,20 @@ class Pipeline:
             backend: "auto" picks what this machine runs best, and says why in the log.
             precision: of the denoiser; None for what fits the backend best.
             threads: for CPU backends; 0 lets the backend choose.
+            require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
 
         Raises:
             BundleError, SessionError, UsageError.
         """
         from ditc.runtime.loader import load_parts
 
-        parts = load_parts(Path(bundle), backend=backend, precision=precision, threads=threads)
+        parts = load_parts(
+            Path(bundle),
+            backend=backend,
+            precision=precision,
+            threads=threads,
+            require_signature=require_signature,
+        )
         return cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
 
     def __call__(

@@ -6,6 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ditc.runtime.manifest import Artifact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +42,35 @@ def run(arguments: argparse.Namespace) -> int:
         f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
         f"{scheduler.kind}, guidance_scale {defaults.guidance_scale}"
     )
-    table = Table("stage", "precision", "backend", "targets", "MB", "inputs", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "stage",
+        "precision",
+        "backend",
+        "targets",
+        "MB",
+        "built in",
+        "peak memory",
+        "inputs",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for name, stage in manifest.stages.items():
         for artifact in stage.artifacts:
             size = sum(ref.size_bytes for ref in artifact.files) / 1e6
             inputs = ", ".join(f"{t.name}({','.join(map(str, t.shape))})" for t in artifact.spec.inputs)
             targets = " ".join(artifact.targets) or "-"
-            table.add_row(
-                name, artifact.precision.value, artifact.backend.value, targets, f"{size:.1f}", inputs
-            )
+            backend = " ".join(filter(None, (artifact.backend.value, artifact.library)))
+            cost = _cost(arguments.bundle, name, artifact)
+            table.add_row(name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost, inputs)
     console.print(table)
     return 0
+
+
+def _cost(bundle: Path, stage: str, artifact: Artifact) -> tuple[str, str]:
+    """Seconds and memory of the build, from its journal; a bundle that was copied without it has none."""
+    prefix = "engine-" if artifact.targets else ""
+    try:
+        record = json.loads((bundle / ".build" / f"{prefix}{stage}-{artifact.key[:16]}.json").read_bytes())
+        return f"{record['seconds']:.1f} s", f"{record['peak_memory_bytes'] / 1e9:.1f} GB"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "-", "-"

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
     parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--require-signature", type=Path, metavar="PUB.pem", help="run only what this key's owner has signed"
+    )
     parser.add_argument("--preview", type=Path, metavar="DIR", help="write a rough picture after every step")
     parser.add_argument("--allow-uniform", action="store_true", help="keep a picture of one colour")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -56,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.request import Request
 
     with Pipeline.load(
-        arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
+        arguments.bundle,
+        backend=arguments.backend,
+        precision=arguments.precision,
+        threads=arguments.threads,
+        require_signature=arguments.require_signature,
     ) as pipeline:
         request = Request(
             prompt=prompts,

@@ -11,6 +11,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, and the form of the answer."""
     parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--require-signature", type=Path, metavar="PUB.pem", help="also check who signed the bundle"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -21,8 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ditc.runtime.integrity import check_files
     from ditc.runtime.manifest import load_manifest
+    from ditc.runtime.signature import check_signature
 
     manifest = load_manifest(arguments.bundle)
+    if arguments.require_signature is not None:
+        check_signature(arguments.bundle, manifest, arguments.require_signature)
     refs = list(manifest.all_files())
     total = sum(ref.size_bytes for ref in refs)
     columns = (TextColumn("hashing"), BarColumn(), DownloadColumn())

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ditc.runtime.errors import SessionError
+from ditc.runtime.gpu import check_engine, find_gpu, library_version
 from ditc.runtime.manifest import Artifact
 from ditc.runtime.session import Session
 from ditc.runtime.spec import Backend
@@ -29,6 +30,7 @@ def open_session(model: Path, artifact: Artifact, *, threads: int = 0) -> Sessio
         from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
         return OnnxRuntimeSession(model, artifact.spec, precision=artifact.precision, threads=threads)
+    check_engine(artifact, gpu=find_gpu(), library=library_version(artifact.backend))
     raise SessionError(
         f"{artifact.spec.name}: {artifact.backend.value} engines do not run on this machine",
         hint="run the ONNX Runtime artifact: --backend onnxruntime",
