@@ -19,7 +19,6 @@ from demo.train import packages
 
 SIZE = 128
 _MARGIN = 8  # white on every side, so that no shape touches the border
-_RESVG_VERSION = "0.5.0"
 _LEFT_OUT_GROUPS = {None, 1, 2, 9}  # ungrouped, people and hands (skin tones), components, flags
 _SYMBOLS_GROUP = 8  # of which only the geometric shapes are used: the rest is letters and signs
 _SHAPES = ("circle", "square")
@@ -134,7 +133,7 @@ def _rasterize(svg: str, size: int) -> Image.Image:
     try:
         import resvg_py
     except ImportError as e:
-        raise DemoError("resvg_py is not installed.", f"pip install resvg_py=={_RESVG_VERSION}") from e
+        raise DemoError("resvg_py is missing.", "pip install -r demo/train/requirements.txt") from e
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 

@@ -11,7 +11,7 @@ from demo.train import autoencoder, checkpoint, data, restore, sheet, text, tran
 TRAINING = {  # name: (the step, its length in optimizer steps)
     "text": (text.run, 2500),
     "autoencoder": (autoencoder.run, 1050),
-    "transformer": (transformer.run, 3200),
+    "transformer": (transformer.run, 3450),
 }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from demo.train.text import MAX_LENGTH, Student, build_model, build_tokenizer, distillation_loss, tokenize
 from transformers import AutoTokenizer
+
+from demo.train.text import MAX_LENGTH, Student, build_model, build_tokenizer, distillation_loss, tokenize
 
 _PHRASES = ["red heart", "blue heart", "a dog face in flat style", "fire engine, 3d style"]
 
