@@ -20,7 +20,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise UsageError(f"cannot read prompts from {path}: {e.strerror or e}") from e
+        raise UsageError(
+            f"cannot read prompts from {path}: {e.strerror or e}", hint="one prompt a line, UTF-8"
+        ) from e
     prompts: dict[str, int] = {}
     for number, raw in enumerate(data.split(b"\n"), start=1):
         line = _decode(raw, path, number).strip()

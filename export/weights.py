@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditc.export.models.loading import WeightSource
 from ditc.export.passes.parameters import transforms_of
-from ditc.export.passes.qdq import QUANTIZE, SMOOTH, dequantized
+from ditc.export.passes.qdq import QUANTIZE, SCALE, SMOOTH, dequantized
 from ditc.export.passes.transposes import TRANSPOSE
 from ditc.runtime.errors import BuildError
 
@@ -78,7 +78,10 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
             hint="the network must compute with every tensor that it loads",
         )
     first = () if source.transform == IDENTITY else (source.transform,)
-    dtype = source.dtype or to_torch_dtype(value.const_value.dtype)
+    # Codes have the scale's type outside the GEMM.
+    scale = model.graph.initializers.get(source.parameter + SCALE)
+    stored = value if scale is None or scale.const_value is None else scale
+    dtype = source.dtype or to_torch_dtype(stored.const_value.dtype)
     return Weight(
         checkpoint=source.checkpoint,
         stage=source.stage,
