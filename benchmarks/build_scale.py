@@ -1,0 +1,264 @@
+"""What a full-size build takes on a CPU: seconds and peak memory of export and TensorRT-RTX engine, random weights.
+
+    python -m benchmarks.build_scale sana-0.6b sana-1.6b dc-ae gemma-2-2b sana-4.8b
+
+Each model is written to a temporary directory in diffusers layout, shard by shard, in the element type that is
+released, and built in a process of its own, whose largest resident size is what counts. The graph is not run against
+PyTorch here (docs/engines.md says from which size on a build leaves that to `ditc parity`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.machine import write
+
+SHARD_BYTES = 10**9
+TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
+TARGETS = ("sm80", "sm86", "sm89", "sm120")
+# One bundle for square, landscape and portrait at 1024 px.
+BINS = [[1024, 1024], [832, 1216], [1216, 832]]
+GOALS = {"sana-1.6b": (180, 12e9), "gemma-2-2b": (180, 18e9)}
+
+
+def transformer(layers: int, heads: int, cross_heads: int, *, qk_norm: bool) -> dict[str, Any]:
+    """The config of a released Sana (NVlabs/Sana, configs; diffusers' conversion script)."""
+    width = heads * 32
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        **{"in_channels": 32, "out_channels": 32, "num_attention_heads": heads, "attention_head_dim": 32},
+        **{"num_layers": layers, "num_cross_attention_heads": cross_heads, "cross_attention_dim": width},
+        **{"cross_attention_head_dim": width // cross_heads, "caption_channels": 2304, "mlp_ratio": 2.5},
+        **{"sample_size": 32, "patch_size": 1, "qk_norm": "rms_norm_across_heads" if qk_norm else None},
+    }
+
+
+# mit-han-lab/dc-ae-f32c32-sana-1.0: arXiv 2410.10733, and diffusers' conversion script.
+BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+DC_AE = {
+    "_class_name": "AutoencoderDC",
+    **{"latent_channels": 32, "attention_head_dim": 32, "scaling_factor": 0.41407},
+    **{"encoder_block_types": BLOCKS, "decoder_block_types": BLOCKS},
+    **{"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+    **{"decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+    **{"encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_layers_per_block": [3] * 6},
+    **{"encoder_qkv_multiscales": [[], [], [], [5], [5], [5]]},
+    **{"decoder_qkv_multiscales": [[], [], [], [5], [5], [5]]},
+    **{"upsample_block_type": "interpolate", "downsample_block_type": "Conv"},
+}
+# google/gemma-2-2b-it's config.json.
+GEMMA = {
+    "model_type": "gemma2",
+    **{"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256},
+    **{"sliding_window": 4096},
+}
+SANA_1600M = transformer(20, 70, 20, qk_norm=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage to build, and the component whose weights it needs. dtype: of the release and of the build."""
+
+    stage: str
+    component: str
+    config: dict[str, Any]
+    dtype: str
+
+
+CASES = {
+    "sana-0.6b": Case("denoiser", "transformer", transformer(28, 36, 16, qk_norm=False), "fp16"),
+    "sana-1.6b": Case("denoiser", "transformer", SANA_1600M, "fp16"),
+    "dc-ae": Case("vae_decoder", "vae", DC_AE, "bf16"),
+    "gemma-2-2b": Case("text_encoder", "text_encoder", GEMMA, "bf16"),
+    "sana-4.8b": Case("denoiser", "transformer", transformer(60, 70, 20, qk_norm=True), "bf16"),
+}
+
+
+def make(name: str, directory: Path) -> None:
+    """Write the component's weights, never holding more than one shard."""
+    import torch
+    from safetensors.torch import save_file
+
+    case = CASES[name]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in _reference(case)().state_dict().items()}
+    # One block of normal numbers, at another offset for each tensor: equal tensors would be stored once.
+    block = (torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    shard: dict[str, Any] = {}
+    index: dict[str, str] = {}
+    size, count = 0, itertools.count(1)
+
+    def flush() -> None:
+        nonlocal shard, size
+        file = f"{_stem(case)}-{next(count):05d}.safetensors"
+        save_file(shard, directory / file)
+        index.update(dict.fromkeys(shard, file))
+        shard, size = {}, 0
+
+    for number, (key, shape) in enumerate(shapes.items()):
+        length = math.prod(shape)
+        values = block.roll(number * 104_729).repeat(-(-length // len(block)))[:length]
+        shard[key] = values.reshape(shape).clone()
+        size += length * dtype.itemsize
+        if size >= SHARD_BYTES:
+            flush()
+    flush()
+    record = {"metadata": {}, "weight_map": index}
+    (directory / f"{_stem(case)}.safetensors.index.json").write_text(json.dumps(record))
+    (directory / "config.json").write_text(json.dumps(case.config))
+
+
+def _stem(case: Case) -> str:
+    return "model" if case.component == "text_encoder" else "diffusion_pytorch_model"
+
+
+def _reference(case: Case) -> Callable[[], Any]:
+    """What makes the network whose names and shapes a checkpoint has."""
+    if case.component == "text_encoder":
+        from transformers import Gemma2Config, Gemma2Model
+
+        return lambda: Gemma2Model(Gemma2Config(**case.config))
+    import diffusers
+
+    arguments = {key: value for key, value in case.config.items() if key != "_class_name"}
+    return lambda: getattr(diffusers, case.config["_class_name"])(**arguments)
+
+
+def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
+    """Export and compile; call it in a fresh process."""
+    import psutil
+
+    from ditc.export import budget
+    from ditc.export.adapters.sana import SanaAdapter
+    from ditc.export.checkpoint import Checkpoint, Component, open_component
+    from ditc.export.checkpoints.tensors import TensorSource
+    from ditc.export.engine import build_engine, estimate_memory_bytes
+    from ditc.export.engines.memory import PeakMemory
+    from ditc.export.engines.profiles import orientation_profiles
+    from ditc.export.onnx import to_onnx
+    from ditc.export.stages import BuildOptions
+    from ditc.runtime.spec import Backend, Precision
+
+    case = CASES[name]
+    configs = {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA}
+    components = {key: Component(key, config, TensorSource({}), ()) for key, config in configs.items()}
+    component = components[case.component] = open_component(directory)
+    checkpoint = Checkpoint(
+        path=directory,
+        model_index={},
+        components=components,
+        scheduler_config={
+            "_class_name": "DPMSolverMultistepScheduler",
+            **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        },
+        tokenizers={"tokenizer": TOKENIZER},
+        defaults={"height": 1024, "width": 1024, "resolution_bins": BINS, "complex_human_instruction": None},
+    )
+    denoiser = case.dtype if case.component == "transformer" else "bf16"
+    options = BuildOptions(precision=Precision(denoiser), backend=Backend.TENSORRT_RTX, max_batch=1)
+    adapter = SanaAdapter()
+    plan = adapter.plan(checkpoint, options)
+    precision = plan.stages[case.stage].precision
+    weights = budget.weight_bytes([component], precision)
+    estimate = budget.estimate_export_bytes(weights, precision)
+    started = perf_counter()
+    with PeakMemory() as exporting:
+        module = adapter.load(checkpoint, plan, case.stage, options)
+        spec = module.spec
+        files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
+        del module
+    exported = perf_counter()
+    before = psutil.Process().memory_info().rss
+    engine_estimate = before + estimate_memory_bytes(files.model)
+    report = build_engine(
+        files.model,
+        out / f"{case.stage}.engine",
+        spec=spec,
+        backend=Backend.TENSORRT_RTX,
+        targets=TARGETS,
+        profiles=orientation_profiles(spec, plan.defaults),
+    )
+    return {
+        "stage": case.stage,
+        "precision": precision.value,
+        "weights_bytes": weights,
+        "export_s": exported - started,
+        "export_peak_bytes": exporting.peak_bytes,
+        "export_estimated_bytes": estimate,
+        "resident_before_engine_bytes": before,
+        "engine_s": report.seconds,
+        "engine_peak_bytes": report.peak_memory_bytes,
+        "engine_estimated_bytes": engine_estimate,
+        "engine_bytes": report.size_bytes,
+        "profiles": len(report.profiles),
+        "library": f"{report.library} {report.version}",
+        "seconds": exported - started + report.seconds,
+        "cpu_s": sum(psutil.Process().cpu_times()[:2]),  # with imports; tells a busy machine from a slow build
+        "peak_bytes": max(exporting.peak_bytes, report.peak_memory_bytes),
+    }
+
+
+def run(name: str, temporary: Path | None) -> dict[str, Any]:
+    """Make, measure and remove one model; a build that is killed is recorded as such."""
+    folder = Path(tempfile.mkdtemp(prefix="build-scale-", dir=temporary))
+    directory = folder / CASES[name].component
+    directory.mkdir()
+    try:
+        _child("make", name, directory, folder)
+        print(f"{name}: weights written", file=sys.stderr)
+        try:
+            result = json.loads(_child("measure", name, directory, folder).splitlines()[-1])
+        except subprocess.CalledProcessError as e:
+            killed = "killed: not enough memory" if e.returncode == -9 else f"exit code {e.returncode}"
+            return {"failed": killed, "stderr": e.stderr[-2000:]}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if name in GOALS:
+        seconds, peak = GOALS[name]
+        result["within_goal"] = result["seconds"] <= seconds and result["peak_bytes"] <= peak
+    return dict(result)
+
+
+def _child(task: str, name: str, directory: Path, out: Path) -> str:
+    command = [sys.executable, "-m", "benchmarks.build_scale", "--task", task, name]
+    command += ["--directory", str(directory), "--out", str(out)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Measure the named models one after the other, and write what was measured after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", choices=CASES)
+    parser.add_argument("--temporary", type=Path, help="where the weights go: up to 30 GB for 4.8B")
+    parser.add_argument("--task", choices=["make", "measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task == "make":
+        make(arguments.models[0], arguments.directory)
+    elif arguments.task == "measure":
+        print(json.dumps(measure(arguments.models[0], arguments.directory, arguments.out)))
+    else:
+        results = {}
+        for name in arguments.models:
+            results[name] = run(name, arguments.temporary)
+            print(name, json.dumps(results[name]), file=sys.stderr)
+            print(write("build_scale", results))
+
+
+if __name__ == "__main__":
+    main()
