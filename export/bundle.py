@@ -20,6 +20,7 @@ from ditc.export.engine import build_engine, estimate_memory_bytes, library_vers
 from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
 from ditc.export.engines.targets import check_targets, default_targets
+from ditc.export.golden import write_golden
 from ditc.export.journal import Journal, check_ours, check_writable, locked, write_json, write_text
 from ditc.export.keys import digest, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
@@ -32,7 +33,7 @@ from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime.errors import BuildError, BundleError, DitcError, UsageError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.integrity import file_ref
-from ditc.runtime.jsondata import to_json
+from ditc.runtime.jsondata import from_json, to_json
 from ditc.runtime.manifest import (
     SCHEMA_VERSION,
     Artifact,
@@ -340,7 +341,10 @@ class _Builder:
             family=self.plan.family,
             checkpoint=self.checkpoint.path.name,
             stages={
-                name: Stage(artifacts=self._merged(name, artifact, engines.get(name)))
+                name: Stage(
+                    artifacts=self._merged(name, artifact, engines.get(name)),
+                    golden=self._golden(name, artifact),
+                )
                 for name, artifact in artifacts.items()
             },
             text=self.plan.text,
@@ -355,6 +359,27 @@ class _Builder:
             files=(file_ref(self.out / "weights.json", self.out), *self._tokenizers()),
             tools=tool_versions(),
         )
+
+    def _golden(self, name: str, artifact: Artifact) -> FileRef:
+        """The self-test's inputs and fp32 outputs, kept as long as the artifact is."""
+        inputs, record = {"artifact": artifact.key}, f"golden-{name}"
+        known = self.journal.record(record, digest(inputs))
+        ref = from_json(FileRef, known["file"]) if known else None
+        if ref is not None and self.journal.intact(ref):
+            return ref
+        self._report(name, "working", "golden inputs and outputs")
+        exact = replace(self.options, precision=Precision.FP32, recipe=None, ranges=None, base_precision=None)
+        plan = self.adapter.plan(self.checkpoint, exact)
+        reference = self.adapter.load(self.checkpoint, plan, name, exact)
+        deployed = None
+        if self.plan.stages[name].precision is not Precision.FP32:
+            deployed = self.adapter.load(self.checkpoint, self.plan, name, self.options)
+        path = write_golden(
+            reference, self.out / "golden" / f"{name}-{artifact.key[:8]}.safetensors", deployed=deployed
+        )
+        ref = file_ref(path, self.out)
+        self.journal.write(record, inputs, {"file": to_json(ref)})
+        return ref
 
     def _record(self, name: str, artifact: Artifact) -> dict[str, Any]:
         record = self.journal.record(name, artifact.key)
@@ -408,7 +433,8 @@ class _Builder:
     def _sweep(self, manifest: Manifest) -> None:
         """Remove graphs that no manifest names any more; the journal of what is kept stays."""
         kept = {ref.path for ref in manifest.all_files()}
-        for path in (*(self.out / "onnx").glob("*"), *(self.out / "engines").glob("*")):
+        folders = (self.out / folder for folder in ("onnx", "engines", "golden"))
+        for path in (path for folder in folders for path in folder.glob("*")):
             if path.relative_to(self.out).as_posix() not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ditc.export.torch_session import from_torch
 from ditc.runtime.errors import UsageError
-from ditc.runtime.loader import choose, load_parts
+from ditc.runtime.loader import load_parts
 from ditc.runtime.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
@@ -67,7 +67,7 @@ def open_candidate(
     """
     parts = load_parts(bundle, backend=backend, precision=precision, threads=threads)
     pipeline = Pipeline(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
-    chosen, _ = choose(parts.manifest, backend=backend, precision=precision)
+    chosen = parts.artifacts
     on_cpu = {
         name
         for name, artifact in chosen.items()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ditc.parity.results import Report, Result, Verdict, verdict_of
+from ditc.runtime.certificate import Line
 from ditc.runtime.tolerances import Level, Metric
 
 MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not checked"}
@@ -44,6 +45,27 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
+def certificate_lines(report: Report) -> tuple[Line, ...]:
+    """The worst comparison of every level, for certificate.json."""
+    lines = []
+    for level in Level:
+        results = report.of_level(level)
+        if results:
+            shown = _shown(results)
+            passed = None if shown.verdict is Verdict.NOT_CHECKED else shown.verdict is Verdict.PASS
+            lines.append(
+                Line(
+                    name=level.value,
+                    metric=shown.metric.value,
+                    value=_finite(shown.value),
+                    bound=shown.bound,
+                    passed=passed,
+                    detail=f"{shown.stage}: {shown.what}",
+                )
+            )
+    return tuple(lines)
+
+
 def number(value: float | None, metric: Metric) -> str:
     """A value as people read it."""
     if value is None:
@@ -57,8 +79,7 @@ def number(value: float | None, metric: Metric) -> str:
 
 def _level_line(level: Level, results: list[Result]) -> str:
     """The worst comparison of the level's main metric stands for it."""
-    verdict = verdict_of(results)
-    shown = next((r for r in results if r.verdict is verdict), results[0])
+    verdict, shown = verdict_of(results), _shown(results)
     sign = ">=" if shown.metric.at_least else "<="
     bound = f"{sign} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
     counted = f"{sum(r.verdict is Verdict.PASS for r in results)}/{len(results)}"
@@ -66,6 +87,12 @@ def _level_line(level: Level, results: list[Result]) -> str:
         f"{level.value:<11}{MARKS[verdict]:<12}{counted:>7}  {shown.metric.value} {number(shown.value, shown.metric)} "
         f"{bound}  {shown.stage}: {shown.what}"
     )
+
+
+def _shown(results: list[Result]) -> Result:
+    """Of the results that decide the level's verdict, the one closest to its bound."""
+    verdict = verdict_of(results)
+    return next((r for r in results if r.verdict is verdict), results[0])
 
 
 def _story(result: Result) -> list[str]:

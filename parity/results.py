@@ -181,7 +181,7 @@ class StepError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PicturePair:
-    """Two pictures (H,W,3) uint8 of one prompt and seed."""
+    """Two pictures (H,W,3) of one prompt and seed, floats in [0,1]: their difference is far below 8 bits."""
 
     case: str
     reference: Any

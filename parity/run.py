@@ -46,6 +46,7 @@ def describe(context: Context) -> dict[str, object]:
         "artifacts": {stage: a.file.sha256 for stage, a in sorted(candidate.artifacts.items())},
         "precisions": {stage: p.value for stage, p in sorted(candidate.precisions.items())},
         "checkpoint": context.twin.checkpoint.path.name,
+        "weights": context.twin.weights_digest(),
         "references": ["PyTorch fp32", *(["diffusers"] if context.with_upstream else [])],
         "prompts": list(dict.fromkeys(case.prompt for case in settings.cases)),
         "seeds": list(dict.fromkeys(case.seed for case in settings.cases)),

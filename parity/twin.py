@@ -6,6 +6,7 @@ the bundle has wrong is then a difference, not a shared mistake.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ditc.export.stages import BuildOptions, ModelPlan, StageModule
 from ditc.export.tokenizer import tokenizer_json
 from ditc.export.torch_session import TorchSession
 from ditc.runtime.conditioning import Conditioning, TextEncoder
+from ditc.runtime.integrity import sha256
 from ditc.runtime.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.schedulers import coefficient_table
@@ -84,6 +86,11 @@ class Twin:
     def load(self, stage: str) -> StageModule:
         """The stage's network with its weights, freshly read."""
         return self.adapter.load(self.checkpoint, self.plan, stage, self.options)
+
+    def weights_digest(self) -> str:
+        """One hash of all weight files of the checkpoint, read as a stream."""
+        files = [path for component in self.checkpoint.components.values() for path in component.files]
+        return hashlib.sha256("".join(map(sha256, sorted(files))).encode()).hexdigest()
 
     def close(self) -> None:
         """Let all weights go."""

@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a Pipeline is made of. chosen: backend and precision, and why."""
+    """What a Pipeline is made of. chosen: backend and precision, and why. artifacts: what each stage runs."""
 
     manifest: Manifest
     sessions: dict[str, Session]
     conditioning: Conditioning
     chosen: str
+    artifacts: dict[str, Artifact]
 
 
 def load_parts(
@@ -59,7 +60,8 @@ def load_parts(
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
-    return Parts(manifest, sessions, Conditioning(encoders, sessions[CONDITIONER], key=key), reason)
+    conditioning = Conditioning(encoders, sessions[CONDITIONER], key=key)
+    return Parts(manifest, sessions, conditioning, reason, chosen)
 
 
 def choose(

@@ -93,6 +93,7 @@ class Pipeline:
         self.sessions = dict(sessions)
         self.conditioning = conditioning
         self.chosen = chosen
+        self.uncertified = ""  # why parity does not vouch for these artifacts on this machine; "" if it does
         # Set it to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
 
@@ -105,6 +106,8 @@ class Pipeline:
         precision: str | None = None,
         threads: int = 0,
         require_signature: Path | None = None,
+        require_certificate: bool = False,
+        self_test: bool = True,
     ) -> Self:
         """Open a bundle: check every file it will read, then make the sessions.
 
@@ -113,11 +116,15 @@ class Pipeline:
             precision: of the denoiser; None for what fits the backend best.
             threads: for CPU backends; 0 lets the backend choose.
             require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
+            require_certificate: refuse artifacts that parity has not proven, or not on this machine.
+            self_test: run the golden inputs when an engine is first used on a GPU.
 
         Raises:
-            BundleError, SessionError, UsageError.
+            BundleError, SessionError, UsageError. NumericsError: the self-test failed.
         """
+        from ditc.runtime.certificate import check_standing
         from ditc.runtime.loader import load_parts
+        from ditc.runtime.selftest import first_use
 
         parts = load_parts(
             Path(bundle),
@@ -126,7 +133,13 @@ class Pipeline:
             threads=threads,
             require_signature=require_signature,
         )
-        return cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
+        pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
+        if self_test:
+            first_use(Path(bundle), parts.manifest, parts.sessions, parts.artifacts)
+        pipeline.uncertified = check_standing(
+            Path(bundle), parts.manifest, parts.artifacts, required=require_certificate
+        )
+        return pipeline
 
     def __call__(
         self,

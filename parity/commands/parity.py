@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from ditc.runtime.tolerances import Level
 if TYPE_CHECKING:
     from ditc.parity.cases import Settings
     from ditc.parity.context import Context
+    from ditc.parity.results import Report
     from ditc.runtime.manifest import Manifest
 
 
@@ -49,11 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ditc.parity.candidate import check_bundle
+    from ditc.parity.page import write_page
     from ditc.parity.report import to_json, to_text
     from ditc.parity.run import run_parity
 
     if arguments.against is None:
         raise UsageError("parity needs a reference", hint="ditc parity BUNDLE --against CHECKPOINT")
+    logging.getLogger("ditc.runtime.text").setLevel(logging.ERROR)  # a cut prompt is cut on both sides
     manifest = check_bundle(arguments.bundle)
     settings = _settings(arguments, manifest)
     levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
@@ -61,12 +65,29 @@ def run(arguments: argparse.Namespace) -> int:
     with console.status("reading both sides") as status:
         context = _open(arguments, settings, lambda words: status.update(words))
         report = run_parity(context, levels)
+    _certify(arguments, context, report)
+    if arguments.html is not None:
+        write_page(arguments.html, report)
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
     else:
         sys.stdout.write(to_text(report))
     context.close()
     return 0 if report.passed else 1
+
+
+def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:
+    """A whole run goes into certificate.json; one with levels left out proves less than that and does not."""
+    from ditc.parity.report import certificate_lines
+    from ditc.runtime.certificate import load_certificate, record, save_certificate
+
+    if arguments.level or not context.candidate.artifacts:
+        return
+    manifest = context.candidate.manifest
+    reference = {key: str(value) for key, value in report.subject.items() if key in ("checkpoint", "weights")}
+    result = record(report.passed, certificate_lines(report), reference)
+    certificate = load_certificate(arguments.bundle, manifest)
+    save_certificate(arguments.bundle, certificate.with_record(context.candidate.artifacts, parity=result))
 
 
 def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:

@@ -64,8 +64,8 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
     context.evidence.pictures.append(
         PicturePair(
             case=what,
-            reference=_bytes(wanted),
-            candidate=_bytes(run.picture),
+            reference=wanted,
+            candidate=run.picture,
             psnr=found[Metric.PSNR],
             ssim=found[Metric.SSIM],
         )
@@ -102,7 +102,7 @@ def _lpips(context: Context) -> Iterator[Result]:
     bound = limit(Level.PICTURE, Metric.LPIPS, context.candidate.precision(DENOISER))
     for pair in context.evidence.pictures:
         sides = (
-            torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() * 2 - 1
             for p in (pair.candidate, pair.reference)
         )
         with torch.inference_mode():

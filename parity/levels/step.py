@@ -116,9 +116,9 @@ def _explained(context: Context, run: CaseRun, start: DenoiseState, step: int, r
     if causes:
         culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=value, before=0.0)
         return replace(result, stage="pipeline", culprit=culprit, causes=causes)
-    culprit = bisect(context, DENOISER, wanted, value)
+    inside = bisect(context, DENOISER, wanted, value)
     amax = float(np.abs(run.latents).max())
-    return replace(result, culprit=culprit, causes=range_causes(result.value is not None, amax))
+    return replace(result, culprit=inside, causes=range_causes(result.value is not None, amax))
 
 
 def _feeds(state: DenoiseState) -> dict[str, Array]:

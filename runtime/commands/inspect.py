@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ditc.runtime.manifest import Artifact
+    from collections.abc import Iterator
+
+    from ditc.runtime.manifest import Artifact, Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +65,29 @@ def run(arguments: argparse.Namespace) -> int:
             cost = _cost(arguments.bundle, name, artifact)
             table.add_row(name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost, inputs)
     console.print(table)
+    for line in _certificates(arguments.bundle, manifest):
+        console.print(line)
     return 0
+
+
+def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """What certificate.json says, one line a record."""
+    from ditc.runtime.certificate import load_certificate
+
+    certificate = load_certificate(bundle, manifest)
+    if not certificate.entries:
+        yield "certificate: none for these artifacts (ditc parity BUNDLE --against CHECKPOINT makes one)"
+    for entry in certificate.entries:
+        for kind, found in (("parity", entry.parity), ("self-test", entry.self_test)):
+            if found is None:
+                continue
+            unchecked = [line.name for line in found.lines if line.passed is None]
+            note = f", not checked: {', '.join(unchecked)}" if unchecked else ""
+            verdict = "pass" if found.passed else "FAIL"
+            yield (
+                f"certificate: {kind} {verdict}, artifacts {entry.artifact_set[:12]}, {found.date}, "
+                f"{entry.machine}{note}"
+            )
 
 
 def _cost(bundle: Path, stage: str, artifact: Artifact) -> tuple[str, str]:

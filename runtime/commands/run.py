@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditc.runtime.pipeline import Output, Pipeline, Step
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-signature", type=Path, metavar="PUB.pem", help="run only what this key's owner has signed"
     )
+    parser.add_argument(
+        "--require-certificate", action="store_true", help="run only what parity has proven for this machine"
+    )
+    parser.add_argument(
+        "--no-self-test", action="store_true", help="do not test an engine on first use of a GPU"
+    )
     parser.add_argument("--preview", type=Path, metavar="DIR", help="write a rough picture after every step")
     parser.add_argument("--allow-uniform", action="store_true", help="keep a picture of one colour")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -64,7 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         threads=arguments.threads,
         require_signature=arguments.require_signature,
+        require_certificate=arguments.require_certificate,
+        self_test=not arguments.no_self_test,
     ) as pipeline:
+        if pipeline.uncertified:
+            log.warning("not certified: %s", pipeline.uncertified)
         request = Request(
             prompt=prompts,
             negative_prompt=arguments.negative_prompt,

@@ -1,4 +1,4 @@
-"""`ditc verify BUNDLE`: read every byte that the manifest speaks of and compare."""
+"""`ditc verify BUNDLE`: read every byte that the manifest speaks of and compare; --run also runs every stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditc.runtime.certificate import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-signature", type=Path, metavar="PUB.pem", help="also check who signed the bundle"
     )
+    parser.add_argument(
+        "--run", action="store_true", help="also run every stage on its golden inputs, on this machine"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="with --run: auto, onnxruntime, tensorrt-rtx, tensorrt"
+    )
+    parser.add_argument("--precision", help="with --run: of the denoiser, where the bundle holds several")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -23,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from ditc.runtime.integrity import check_files
+    from ditc.runtime.jsondata import to_json
     from ditc.runtime.manifest import load_manifest
+    from ditc.runtime.selftest import describe
     from ditc.runtime.signature import check_signature
 
     manifest = load_manifest(arguments.bundle)
@@ -35,17 +48,44 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         check_files(arguments.bundle, refs, done=lambda ref: progress.advance(task, ref.size_bytes))
+    tested = _self_test(arguments) if arguments.run else None
     if arguments.json:
-        result = {
+        result: dict[str, Any] = {
             "bundle": str(arguments.bundle),
             "digest": manifest.digest,
             "files": len(refs),
             "bytes": total,
         }
+        if tested is not None:
+            result["self_test"] = to_json(tested)
         sys.stdout.write(json.dumps(result) + "\n")
     else:
+        for line in tested.lines if tested is not None else ():
+            sys.stdout.write(describe(line) + "\n")
         sys.stdout.write(
             f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as built, "
             f"digest {manifest.digest[:12]}\n"
         )
-    return 0
+    return 0 if tested is None or tested.passed else 1
+
+
+def _self_test(arguments: argparse.Namespace) -> Record:
+    """Run the stages and write the machine into the certificate."""
+    from rich.console import Console
+
+    from ditc.runtime.loader import load_parts
+    from ditc.runtime.selftest import certify, run_self_test
+
+    with Console(stderr=True, highlight=False).status("opening the stages") as status:
+        parts = load_parts(
+            arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=0
+        )
+        result = run_self_test(
+            arguments.bundle,
+            parts.manifest,
+            parts.sessions,
+            parts.artifacts,
+            on_stage=lambda stage: status.update(f"self-test: {stage}"),
+        )
+    certify(arguments.bundle, parts.manifest, parts.artifacts, result)
+    return result

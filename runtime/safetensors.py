@@ -1,0 +1,61 @@
+"""Read a small safetensors file into numpy, every number in its header checked before it is used.
+
+The format: 8 bytes little-endian length of a JSON header, the header, the tensors' bytes
+(huggingface/safetensors, README "Format"). Larger files are read by the safetensors package, on the export side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.runtime.errors import BundleError
+from ditc.runtime.session import Array
+
+MAX_HEADER_BYTES = 2**20
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors by name, and the metadata.
+
+    Raises:
+        BundleError: the file is missing, truncated, or its header does not describe it.
+    """
+    try:
+        data = path.read_bytes()
+        header, body = _split(data)
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor(entry, body) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BundleError(f"{path} is no safetensors file: {e}", hint="rebuild the bundle") from e
+    return tensors, metadata
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
+    return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+
+
+def _tensor(entry: dict[str, Any], body: memoryview) -> Array:
+    dtype = np.dtype(DTYPES[entry["dtype"]])
+    shape = [int(size) for size in entry["shape"]]
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(body):
+        raise ValueError(f"a tensor of {shape} at bytes {begin} to {end} of {len(body)}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")
+    return np.frombuffer(body[begin:end], dtype).reshape(shape)

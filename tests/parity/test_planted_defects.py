@@ -1,0 +1,235 @@
+"""The checker itself: every planted defect is caught with the right place named, and its absence passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from planted import (
+    PROMPTS,
+    SETTINGS,
+    TWO_CASES,
+    ActiveHistory,
+    LateTable,
+    NanAt,
+    StaleHistory,
+    StrongerGuidance,
+    SwappedRows,
+    block_forward,
+    context_of,
+    failures,
+    module_of,
+    patch_forward,
+    patch_pipeline,
+    permuted_channels,
+    reorder_ffn,
+    torch_candidate,
+    without_padding,
+)
+
+from ditc.parity.cases import Case
+from ditc.parity.levels import LEVELS
+from ditc.parity.results import Result, Verdict
+from ditc.parity.twin import Twin
+from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER
+from ditc.runtime.tolerances import Level
+
+BLOCK = "network.transformer_blocks"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What is planted, at which level it must be found, and what must be named."""
+
+    plant: Callable[[Twin], object]
+    stage: str
+    module: str
+    level: Level = Level.STAGE
+    cause: str = ""
+
+
+def _transpose(twin: Twin) -> None:
+    weight = module_of(twin, DENOISER, f"{BLOCK}.1.attn1.to_q").weight
+    with torch.no_grad():
+        weight.copy_(weight.T.clone())
+
+
+def _zero(twin: Twin) -> None:
+    with torch.no_grad():
+        module_of(twin, DENOISER, f"{BLOCK}.0.ff.conv_point").weight.zero_()
+
+
+def _ignore_mask(twin: Twin) -> None:
+    module = module_of(twin, CONDITIONER)
+    forward = type(module).forward
+
+    def without_mask(self, text_embeds, text_mask):  # type: ignore[no-untyped-def]
+        kv, bias = forward(self, text_embeds, text_mask)
+        return kv, torch.zeros_like(bias)
+
+    patch_forward(module, without_mask)
+
+
+def _other_shift(twin: Twin) -> None:
+    manifest = twin.pipeline.manifest
+    twin.pipeline.manifest = replace(manifest, scheduler=replace(manifest.scheduler, shift=6.0))
+
+
+def _pipeline(kind):  # type: ignore[no-untyped-def]
+    return lambda twin: patch_pipeline(twin, kind)
+
+
+DEFECTS = {
+    "adaLN scale and shift swapped": Defect(
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0"), block_forward(swap=True)),
+        DENOISER,
+        f"{BLOCK}.0",
+    ),
+    "gate dropped": Defect(
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.1"), block_forward(gate=False)),
+        DENOISER,
+        f"{BLOCK}.1",
+    ),
+    # Of k: the scale of a query cancels between numerator and denominator of linear attention.
+    "qk-norm skipped": Defect(
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0.attn1.norm_k"), lambda self, x: x),
+        DENOISER,
+        f"{BLOCK}.0.attn1.norm_k",
+    ),
+    "one weight transposed": Defect(_transpose, DENOISER, f"{BLOCK}.1.attn1.to_q"),
+    "one weight zeroed": Defect(_zero, DENOISER, f"{BLOCK}.0.ff.conv_point"),
+    "depthwise convolution without padding": Defect(
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0.ff.conv_depth"), without_padding),
+        DENOISER,
+        f"{BLOCK}.0.ff.conv_depth",
+    ),
+    "channels permuted in unpatchify": Defect(
+        lambda t: setattr(
+            module_of(t, DENOISER, "network"),
+            "_unpatched",
+            permuted_channels.__get__(module_of(t, DENOISER, "network")),
+        ),
+        DENOISER,
+        "network",
+    ),
+    "VAE scale missing": Defect(
+        lambda t: setattr(module_of(t, VAE_DECODER), "scaling_factor", 1.0), VAE_DECODER, ""
+    ),
+    "text mask ignored": Defect(_ignore_mask, CONDITIONER, ""),
+    "text mask ignored, seen from the loop": Defect(
+        _ignore_mask, "pipeline", "what the denoiser is fed", Level.STEP, "missing mask"
+    ),
+    "conditional and unconditional swapped": Defect(
+        _pipeline(SwappedRows), "pipeline", "what the denoiser is fed", Level.STEP, "swapped CFG order"
+    ),
+    "guidance off by one": Defect(
+        _pipeline(StrongerGuidance), "pipeline", "what the denoiser is fed", Level.STEP, "guidance scale is 4, 3"
+    ),
+    "wrong flow shift": Defect(
+        _other_shift, "pipeline", "what the denoiser is fed", Level.STEP, "shifted sigmas"
+    ),
+    "wrong flow shift, seen in the manifest": Defect(
+        _other_shift, "scheduler", "", Level.GRAPH, "flow shift is 2 times"
+    ),
+    "sigma table off by one": Defect(
+        _pipeline(LateTable), "pipeline", "what the denoiser is fed", Level.STEP, "shifted sigmas"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_caught_and_named(name, tiny_checkpoint, healthy, record_property) -> None:
+    defect = DEFECTS[name]
+    context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, defect.plant))
+    found = failures(context, defect.level)
+    assert found, f"{name} passes"
+    without = healthy(defect.level, defect.stage)
+    record_property("without the defect", without.value)
+    assert found[0].stage == defect.stage
+    assert without.value <= without.bound, f"without the defect: {without.value}"
+    assert found[0].value is None or found[0].value > 10 * without.bound, (found[0].value, without.value)
+    _check_named(found[0], defect)
+
+
+def _check_named(result: Result, defect: Defect) -> None:
+    if defect.level is not Level.GRAPH:
+        assert result.culprit is not None
+        assert (result.culprit.stage, result.culprit.module) == (defect.stage, defect.module), str(result.culprit)
+    if defect.cause:
+        assert any(defect.cause in cause for cause in result.causes), result.causes
+
+
+def test_only_the_stage_with_the_defect_fails(tiny_checkpoint) -> None:
+    context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, _zero))
+    results = list(LEVELS[Level.STAGE](context))
+    assert {r.stage for r in results if r.verdict is Verdict.FAIL} == {DENOISER}
+    assert {r.stage for r in results if r.verdict is Verdict.PASS} >= {CONDITIONER, VAE_DECODER}
+
+
+def test_history_that_is_not_reset_between_requests_is_caught(tiny_checkpoint) -> None:
+    """It acts only where the first row of the table reads the history, so both sides have such a table."""
+    results = {}
+    for kind in (ActiveHistory, StaleHistory):
+        StaleHistory.left_over = None
+        candidate = torch_candidate(tiny_checkpoint, _pipeline(kind))
+        context = context_of(tiny_checkpoint, candidate, TWO_CASES)
+        patch_pipeline(context.twin, ActiveHistory)
+        results[kind] = list(LEVELS[Level.TRAJECTORY](context))
+    assert all(r.verdict is Verdict.PASS for r in results[ActiveHistory]), results[ActiveHistory]
+    first, second = results[StaleHistory]
+    assert first.verdict is Verdict.PASS
+    assert second.verdict is Verdict.FAIL
+    assert second.culprit.module == "step 1"
+    assert "stale history" in second.causes[0]
+
+
+def test_a_nan_in_one_latent_is_named_by_step_and_index(tiny_checkpoint, healthy) -> None:
+    index = (0, 3, 1, 2)
+
+    def plant(twin: Twin) -> None:
+        twin.pipeline.sessions[DENOISER] = NanAt(twin.pipeline.sessions[DENOISER], index)
+
+    (found,) = failures(context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, plant)), Level.STEP)
+    assert found.what.startswith("step 2 of 3")
+    assert found.worst.index == index
+    assert "1 NaN or Inf" in found.detail
+    assert healthy(Level.STEP, DENOISER).value <= 1e-5
+
+
+def test_a_defect_shared_by_twin_and_bundle_is_caught_against_diffusers(tiny_checkpoint) -> None:
+    """The twin cannot see its own mistakes: unmodified upstream can, module by module."""
+    context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint), with_upstream=True)
+    assert not failures(context, Level.MODULE)
+    patch_forward(module_of(context.twin, DENOISER, f"{BLOCK}.1.attn1.norm_k"), lambda self, x: x)
+    found = [r for r in failures(context, Level.MODULE) if r.against == "diffusers"]
+    assert [(r.culprit.stage, r.culprit.module) for r in found] == [
+        (DENOISER, "transformer_blocks.1.attn1.norm_k")
+    ]
+
+
+def test_a_reordering_that_changes_only_rounding_passes(tiny_checkpoint) -> None:
+    def plant(twin: Twin) -> None:
+        for index in (0, 1):
+            reorder_ffn(module_of(twin, DENOISER, f"{BLOCK}.{index}.ff"))
+
+    context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, plant))
+    for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY, Level.PICTURE):
+        results = list(LEVELS[level](context))
+        assert not [r for r in results if r.verdict is Verdict.FAIL]
+    errors = [step.error for step in context.evidence.steps]
+    assert max(errors) > 0, "the reordering changed nothing, so this shows nothing"
+
+
+def test_another_seed_on_both_sides_passes(tiny_checkpoint) -> None:
+    settings = replace(SETTINGS, cases=(Case(PROMPTS[1], 12345),))
+    context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint), settings)
+    for level in (Level.STEP, Level.TRAJECTORY, Level.PICTURE):
+        assert not failures(context, level)
+
+
+def test_a_twin_of_another_checkpoint_fails_every_stage_with_weights(tiny_checkpoint, other_checkpoint: Path) -> None:
+    context = context_of(tiny_checkpoint, torch_candidate(other_checkpoint))
+    assert {r.stage for r in failures(context, Level.STAGE)} >= {CONDITIONER, DENOISER, VAE_DECODER}
