@@ -1,0 +1,108 @@
+"""A build killed again and again: SIGKILL at random moments, until it gets through; then the bundle must be whole.
+
+    python -m benchmarks.kill_build CHECKPOINT --kills 100
+
+After every kill the output holds no manifest, or one whose files are all as built. The last build must reuse what
+the killed ones finished, and give the bundle that an undisturbed build gives, file by file. POSIX only: children are
+forked, so that the imports are paid once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ditc.export.bundle import build_bundle
+from ditc.export.stages import BuildOptions
+from ditc.runtime.integrity import check_files
+from ditc.runtime.manifest import MANIFEST, load_manifest
+
+
+def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
+    """Kill builds at random moments of their life and check the bundle after each.
+
+    A moment is drawn from the time that an undisturbed build took. Whenever a build gets through, the next begins
+    anew, so that early and late moments are hit alike.
+
+    Raises:
+        AssertionError: a half-written file was read, or the result differs from an undisturbed build's.
+    """
+    rng = random.Random(seed)
+    started = time.monotonic()
+    reference = build_bundle(checkpoint, folder / "undisturbed", BuildOptions()).manifest
+    whole_s = time.monotonic() - started
+    out = folder / "killed"
+    killed = finished = 0
+    kept: list[int] = []
+    while killed < kills:
+        child = _fork_build(checkpoint, out)
+        time.sleep(rng.uniform(0, whole_s))
+        done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+            kept.append(len(list((out / ".build").glob("*-*.json"))))
+            if (out / MANIFEST).exists():
+                check_files(out, load_manifest(out).all_files())
+        else:
+            assert os.WEXITSTATUS(status) == 0, f"a build failed after {killed} kills"
+            finished += 1
+            _check_same(out, reference)
+            shutil.rmtree(out)
+    report = build_bundle(checkpoint, out, BuildOptions())
+    _check_same(out, reference)
+    leftovers = [path.name for path in out.rglob("*.partial")]
+    assert not leftovers, leftovers
+    return {
+        "kills": killed,
+        "builds_that_got_through": finished + 1,
+        "undisturbed_build_s": whole_s,
+        "artifacts_kept_at_each_kill": kept,
+        "reused_by_the_last_build": sum(event.status == "reused" for event in report.events),
+    }
+
+
+def _check_same(bundle: Path, reference: Any) -> None:
+    """Whole, and made of the very files of the undisturbed build."""
+    manifest = load_manifest(bundle)
+    check_files(bundle, manifest.all_files())
+    assert manifest.digest == reference.digest, "the resumed build gave another bundle"
+
+
+def _fork_build(checkpoint: Path, out: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            build_bundle(checkpoint, out, BuildOptions())
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            os._exit(1)
+    return child
+
+
+def main() -> None:
+    """Run and record."""
+    from benchmarks.machine import write
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = kill_and_resume(arguments.checkpoint, Path(folder), kills=arguments.kills)
+    print(write("kill_build", result))
+
+
+if __name__ == "__main__":
+    main()
