@@ -30,9 +30,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
 	@touch $@
 
-demo: $(READY)  ## build the demo model, draw a contact sheet, compare it with diffusers
+# The engines are fp32, from the graphs that are there: in fp16 every stage would be exported once more.
+demo: $(READY)  ## build the demo model, draw a contact sheet, compare it with diffusers, build its engines
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
 	$(BIN)/python -m demo.draw $(OUT) --against $(MODEL) --output $(dir $(OUT))
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx
 
 export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
@@ -68,6 +70,7 @@ bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmark
 calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 and fp8
 	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)
 
+engines: PRECISION = fp16
 engines: $(READY)  ## TensorRT-RTX engines of MODEL in PRECISION, built ahead of time into OUT
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx --precision $(PRECISION) $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
 

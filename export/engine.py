@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ditc.export.engines.graph_files import graph_size_bytes
+from ditc.export.engines.graph_files import graph_size_bytes, inlined
 from ditc.export.engines.memory import PeakMemory, estimate_build_bytes
 from ditc.export.engines.targets import SM75_HINT, check_targets, check_types, engine_targets
 from ditc.export.engines.tensorrt import Compiler, Progress, ShapeRange, load_library
@@ -146,7 +146,8 @@ def build_engine(
 
 
 def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path) -> None:
-    complaint = compiler.parse(onnx_path)
+    with inlined(onnx_path) as path:
+        complaint = compiler.parse(path)
     if complaint is not None:
         raise BuildError(
             f"{spec.name}: {compiler.backend} cannot read {onnx_path}: {complaint}",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 
 from ditc.runtime.errors import BuildError
@@ -28,6 +32,28 @@ def graph_size_bytes(onnx_path: Path) -> int:
                 hint="external data must lie beside the .onnx file; export the stage again",
             )
     return onnx_path.stat().st_size + sum((onnx_path.parent / name).stat().st_size for name in ends)
+
+
+@contextmanager
+def inlined(onnx_path: Path) -> Iterator[Path]:
+    """A copy of the graph, beside it for its external data, in which every function call is replaced by its body.
+
+    TensorRT-RTX 1.7.1 inlines functions by itself, but gives the nodes of all calls the same names: it warns, and
+    their tensors cannot be told apart. A graph without functions is taken as it is.
+    """
+    model = onnx.load(onnx_path, load_external_data=False)
+    if not model.functions:
+        yield onnx_path
+        return
+    model = onnx.inliner.inline_local_functions(model)
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    copy = onnx_path.with_name(f"{onnx_path.name}.{os.getpid()}.partial")
+    try:
+        copy.write_bytes(model.SerializeToString())
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _external_ends(onnx_path: Path) -> dict[str, int]:

@@ -8,8 +8,12 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ditc.runtime.commands.doctor_finding import Finding
+from ditc.runtime.errors import CheckpointError
 
 PACKAGES = {
     "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
@@ -18,27 +22,30 @@ PACKAGES = {
     "rtx": ("tensorrt-rtx",),
     "tensorrt": ("tensorrt",),
     "gpu": ("onnxruntime-gpu", "cuda-python"),
+    "sign": ("cryptography",),
 }
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the answer. ok None: neither good nor bad."""
-
-    topic: str
-    text: str
-    ok: bool | None = True
-    hint: str | None = None
+# Peak memory and disk of a build, in bytes for each byte of weights; docs/engines.md has the builds behind them.
+FIXED_MEMORY = 0.9e9
+MEMORY_PER_WEIGHT_BYTE = 4.0
+DISK_PER_WEIGHT_BYTE = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Only the form of the answer."""
+    """The form of the answer, and what is to be built."""
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, help="also say whether this machine can build that checkpoint"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when something that the runtime needs is missing or known to be bad."""
-    findings = [*_machine(), *_packages(), *_conflicts(), *_backends()]
+    from ditc.runtime.commands.doctor_engines import engine_findings
+
+    findings = [*_machine(), *_packages(), *_conflicts(), *_backends(), *engine_findings()]
+    if arguments.checkpoint is not None:
+        findings += checkpoint_findings(arguments.checkpoint)
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:
@@ -76,6 +83,37 @@ def _machine() -> list[Finding]:
                 None if enough else "the demo builds in 2 GB; a 1.6B model needs about 12 GB",
             )
         )
+    return findings
+
+
+def checkpoint_findings(checkpoint: Path) -> list[Finding]:
+    """Free disk and memory against what a build of the checkpoint with engines needs.
+
+    Raises:
+        CheckpointError: no safetensors there.
+    """
+    folders: dict[Path, int] = {}
+    for path in checkpoint.rglob("*.safetensors"):
+        folders[path.parent] = folders.get(path.parent, 0) + path.stat().st_size
+    if not folders:
+        raise CheckpointError(f"{checkpoint} holds no .safetensors", hint="give a diffusers directory")
+    disk = DISK_PER_WEIGHT_BYTE * sum(folders.values()) / 1e9
+    memory = (FIXED_MEMORY + MEMORY_PER_WEIGHT_BYTE * max(folders.values())) / 1e9
+    free_disk, free_memory = shutil.disk_usage(".").free / 1e9, _memory_gb()
+    largest = max(folders, key=lambda folder: folders[folder]).name
+    findings = [
+        Finding(
+            "build",
+            f"{checkpoint} needs about {disk:.1f} GB of disk for graphs and engines, {free_disk:.1f} GB are free",
+            free_disk >= disk,
+            None if free_disk >= disk else "free some space, or give -o on another disk",
+        )
+    ]
+    if free_memory is not None:
+        enough = free_memory[0] >= memory
+        text = f"{checkpoint} needs about {memory:.1f} GB of memory (for {largest}), {free_memory[0]:.1f} GB are free"
+        hint = None if enough else "build on a larger machine: a bundle can be copied"
+        findings.append(Finding("build", text, enough, hint))
     return findings
 
 

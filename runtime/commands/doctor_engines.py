@@ -1,0 +1,93 @@
+"""What `ditc doctor` says about engines: the GPU and its target, the libraries' known defects."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from ditc.runtime.commands.doctor_finding import Finding
+from ditc.runtime.gpu import Gpu, find_gpu
+
+# tensorrt_rtx.ComputeCapability of 1.7.1.
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+# Package, version prefix, what happens, what to do. Sources: NVIDIA's release notes of the versions named.
+KNOWN_BAD = (
+    (
+        "tensorrt",
+        "11.3.0",
+        "REFIT can drop a GEMM's bias (release notes 11.3.0)",
+        "ditc sets REFIT_IDENTICAL, which is not affected; otherwise pip install 'tensorrt>=11.4'",
+    ),
+    ("tensorrt", "10.", "its networks are not strongly typed by default", "pip install 'tensorrt>=11'"),
+    (
+        "tensorrt-rtx",
+        "1.4",
+        "its engines are not those of 1.5 and later (ABI break)",
+        "pip install 'tensorrt-rtx>=1.7.1'",
+    ),
+)
+LINK = "libtensorrt_rtx.so"
+
+
+def engine_findings() -> list[Finding]:
+    """All of it."""
+    return [*_gpu(find_gpu()), *_targets(), *known_bad(), *missing_link(_rtx_libraries())]
+
+
+def _gpu(gpu: Gpu | None) -> list[Finding]:
+    if gpu is None:
+        return [Finding("gpu", "none: engines can be built here (tensorrt-rtx), not run", None)]
+    if gpu.sm in RTX_TARGETS:
+        return [Finding("gpu", f"{gpu.name}, {gpu.sm}: tensorrt-rtx and tensorrt serve it")]
+    hint = "build for it with --backend tensorrt, on this machine"
+    return [Finding("gpu", f"{gpu.name}, {gpu.sm}: not a target of tensorrt-rtx", None, hint)]
+
+
+def _targets() -> list[Finding]:
+    found = []
+    for package in ("tensorrt-rtx", "tensorrt"):
+        installed = _version(package)
+        if installed is not None:
+            what = ", ".join(RTX_TARGETS) if package == "tensorrt-rtx" else "the GPU of this machine"
+            found.append(Finding("builds", f"{package} {installed} for {what}"))
+    return found
+
+
+def known_bad() -> list[Finding]:
+    """Installed versions with a defect that matters here."""
+    return [
+        Finding("conflict", f"{package} {installed}: {what}", False, hint)
+        for package, prefix, what, hint in KNOWN_BAD
+        if (installed := _version(package)) is not None and installed.startswith(prefix)
+    ]
+
+
+def missing_link(libraries: Path | None) -> list[Finding]:
+    """The wheel ships libtensorrt_rtx.so.1 alone; the parser opens libtensorrt_rtx.so when it meets a plugin."""
+    if libraries is None or os.name == "nt" or (libraries / LINK).exists():
+        return []
+    hint = f"only for plugins of your own (ditc uses none): ln -s {LINK}.1 {libraries / LINK}"
+    return [
+        Finding("rtx link", f"{libraries / LINK} is missing: a plugin would abort the process", None, hint)
+    ]
+
+
+def _rtx_libraries() -> Path | None:
+    """Folder of the wheel's libraries; None if it is not installed."""
+    for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
+        try:
+            files = distribution(name).files or []
+        except PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == f"{LINK}.1":
+                return Path(str(file.locate())).parent
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

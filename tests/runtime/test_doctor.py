@@ -1,0 +1,56 @@
+"""What ditc doctor finds: defects of installed versions, the missing link, and whether a checkpoint can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ditc.runtime.cli import USAGE, main
+from ditc.runtime.commands import doctor, doctor_engines
+from ditc.runtime.gpu import Gpu
+
+
+def test_a_version_with_a_known_defect_is_bad_and_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_engines, "_version", {"tensorrt": "11.3.0.14"}.get)
+    (finding,) = doctor_engines.known_bad()
+    assert finding.ok is False and "11.3.0.14" in finding.text and finding.hint
+
+
+def test_the_wheels_missing_link_is_found_until_it_is_made(tmp_path: Path) -> None:
+    (tmp_path / "libtensorrt_rtx.so.1").write_bytes(b"")
+    (finding,) = doctor_engines.missing_link(tmp_path)
+    assert "is missing" in finding.text and finding.hint and f"ln -s {doctor_engines.LINK}.1" in finding.hint
+    (tmp_path / doctor_engines.LINK).write_bytes(b"")
+    assert not doctor_engines.missing_link(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "text"),
+    [
+        (None, "none: engines can be built here"),
+        (Gpu("NVIDIA L40", "sm89"), "tensorrt-rtx and tensorrt serve it"),
+        (Gpu("NVIDIA H100", "sm90"), "sm90: not a target of tensorrt-rtx"),
+    ],
+)
+def test_the_gpu_is_told_with_the_backends_that_serve_it(gpu: Gpu | None, text: str) -> None:
+    (finding,) = doctor_engines._gpu(gpu)
+    assert text in finding.text
+
+
+def test_disk_and_memory_are_held_against_what_a_checkpoint_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    with weights.open("wb") as file:
+        file.truncate(10**10)  # sparse
+    monkeypatch.setattr(doctor, "_memory_gb", lambda: (12.0, 24.0))
+    disk, memory = doctor.checkpoint_findings(tmp_path)
+    assert "20.0 GB of disk" in disk.text
+    assert memory.ok is False and "40.9 GB of memory (for transformer), 12.0 GB are free" in memory.text
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == USAGE
+    assert "holds no .safetensors" in capsys.readouterr().err
