@@ -10,12 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ditc.export.torch_session import from_torch
+from ditc.parity.rounded import open_rounded
+from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import UsageError
 from ditc.runtime.loader import load_parts
 from ditc.runtime.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
-from ditc.runtime.spec import Backend, DType, Precision, StageSpec
+from ditc.runtime.spec import CONDITIONER, Backend, DType, Precision, StageSpec
 
 SIXTEEN_BITS = (Precision.FP16, Precision.BF16)
 
@@ -25,17 +27,19 @@ class Candidate:
     """What is compared with the reference.
 
     Attributes:
-        graphs: the ONNX graph of each stage, for tracing and for structural checks.
+        graphs: the deployed ONNX graph of each stage. traced: graphs that stand for them when modules are traced.
         precisions: of each stage.
-        widened: stages whose session computes in a wider type than its artifact promises (ONNX Runtime's CPU provider
-            runs fp16 in fp32): it finds wrong graphs, but what it says of rounding is "not checked".
+        native: sessions of 16-bit stages that this machine computes in a wider type (ONNX Runtime's CPU provider runs
+            fp16 in fp32). They show whether the file holds the right graph; what rounding costs, the pipeline's own
+            session shows: the same graph with rounding written into it.
         artifacts: what the bundle holds; empty for sides made in memory.
     """
 
     pipeline: Pipeline
     graphs: dict[str, Path | ir.Model] = field(default_factory=dict)
+    traced: dict[str, ir.Model] = field(default_factory=dict)
     precisions: dict[str, Precision] = field(default_factory=dict)
-    widened: frozenset[str] = frozenset()
+    native: dict[str, Session] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     bundle: Path | None = None
 
@@ -52,37 +56,51 @@ class Candidate:
         return self.precisions.get(stage, Precision.FP32)
 
     def graph(self, stage: str) -> ir.Model | None:
-        """The stage's graph, or None for an engine or a module."""
+        """The stage's deployed graph, or None for an engine or a module."""
         graph = self.graphs.get(stage)
         return ir.load(graph) if isinstance(graph, Path) else graph
+
+    def graph_to_trace(self, stage: str) -> ir.Model | None:
+        """The graph that the stage's session runs."""
+        return self.traced.get(stage) or self.graph(stage)
 
 
 def open_candidate(
     bundle: Path, *, backend: str = "auto", precision: str | None = None, threads: int = 0
 ) -> Candidate:
-    """A bundle's sessions, every file hashed first.
+    """A bundle's sessions, every file hashed first; 16-bit stages on a CPU with their rounding written out.
 
     Raises:
         BundleError, SessionError, UsageError.
     """
     parts = load_parts(bundle, backend=backend, precision=precision, threads=threads)
-    pipeline = Pipeline(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
-    chosen = parts.artifacts
-    on_cpu = {
-        name
-        for name, artifact in chosen.items()
-        if artifact.backend is Backend.ONNXRUNTIME
-        and artifact.precision in SIXTEEN_BITS
-        and getattr(parts.sessions[name], "provider", "CPU").startswith("CPU")
-    }
+    sessions, chosen = dict(parts.sessions), parts.artifacts
+    native: dict[str, Session] = {}
+    traced: dict[str, ir.Model] = {}
+    for name, artifact in chosen.items():
+        if _is_widened(sessions[name], artifact):
+            native[name] = sessions[name]
+            sessions[name], traced[name] = open_rounded(
+                bundle / artifact.file.path, artifact, threads=threads
+            )
+    old = parts.conditioning
+    encoders = [TextEncoder(e.spec, e.tokenizer, sessions[e.spec.stage]) for e in old.encoders]
+    conditioning = Conditioning(encoders, sessions[CONDITIONER], key="candidate")
+    how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
     return Candidate(
-        pipeline=pipeline,
-        graphs={name: bundle / a.file.path for name, a in chosen.items() if a.backend is Backend.ONNXRUNTIME},
+        pipeline=Pipeline(parts.manifest, sessions, conditioning, chosen=how),
+        graphs={n: bundle / a.file.path for n, a in chosen.items() if a.backend is Backend.ONNXRUNTIME},
+        traced=traced,
         precisions={name: artifact.precision for name, artifact in chosen.items()},
-        widened=frozenset(on_cpu),
+        native=native,
         artifacts=chosen,
         bundle=bundle,
     )
+
+
+def _is_widened(session: Session, artifact: Artifact) -> bool:
+    on_cpu = str(getattr(session, "provider", "CPU")).startswith("CPU")
+    return artifact.backend is Backend.ONNXRUNTIME and artifact.precision in SIXTEEN_BITS and on_cpu
 
 
 def check_bundle(bundle: Path) -> Manifest:

@@ -65,6 +65,44 @@ class CaseRun:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class StageCase:
+    """One run of one stage: what it is fed, what the reference makes of it, and what PyTorch loses in 16 bits."""
+
+    stage: str
+    what: str
+    feeds: dict[str, Array]
+    outputs: dict[str, Array]
+    pytorch: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """What PyTorch itself loses in the deployment precision over one case: every step, at the end, in the picture."""
+
+    steps: list[float]
+    trajectory: float
+    psnr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Reference results of another machine.
+
+    Attributes:
+        origin: checkpoint, hash of its weights and machine, as saved.
+        losses: by case; empty where the file was saved beside an fp32 bundle. precision: what they were measured in.
+    """
+
+    settings: Settings
+    origin: dict[str, str]
+    runs: dict[Case, CaseRun]
+    upstream: dict[Case, CaseRun]
+    stages: list[StageCase]
+    losses: dict[Case, Losses]
+    precision: str
+
+
 def request_of(case: Case, settings: Settings, latents: Array | None = None) -> Request:
     """The request that both sides serve; they start from the same noise."""
     return Request(

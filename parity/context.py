@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ditc.parity.candidate import Candidate
-from ditc.parity.cases import Case, CaseRun, Settings, run_case, starting_noise
+from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
 from ditc.parity.results import Evidence
 from ditc.parity.twin import Twin
 from ditc.parity.upstream import Upstream
-from ditc.runtime.errors import NumericsError
+from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.spec import DENOISER, Precision
 
@@ -22,37 +22,57 @@ class Context:
     """One parity run. Reference runs are drawn once and shared by all levels.
 
     Attributes:
+        twin_or_none: the checkpoint; None where its results come from a file.
+        recorded: results of another machine, from a file.
         with_upstream: whether unmodified diffusers is a second reference.
         tick: called with a few words whenever a unit of work is done.
     """
 
-    twin: Twin
+    twin_or_none: Twin | None
     candidate: Candidate
     settings: Settings
     with_upstream: bool = True
+    recorded: Recorded | None = None
     tick: Progress = lambda words: None
     evidence: Evidence = field(default_factory=Evidence)
     _upstream: Upstream | None = None
     _runs: dict[tuple[str, Case], CaseRun] = field(default_factory=dict)
     _yardstick: Twin | None = None
 
+    @property
+    def twin(self) -> Twin:
+        """The checkpoint in PyTorch fp32.
+
+        Raises:
+            UsageError: there is none: the reference is a file.
+        """
+        if self.twin_or_none is None:
+            raise UsageError("this needs the checkpoint itself", hint="give --against CHECKPOINT")
+        return self.twin_or_none
+
     def noise(self, case: Case) -> Array:
         """The starting latents of both sides."""
+        if self.recorded is not None:
+            return self.recorded.runs[case].latents[0]
         return starting_noise(self.twin.pipeline, case, self.settings)
 
     def upstream(self) -> Upstream | None:
         """Unmodified diffusers, loaded on first use."""
-        if self._upstream is None and self.with_upstream:
+        if self._upstream is None and self.with_upstream and self.recorded is None:
             self.tick("loading diffusers")
             self._upstream = Upstream(self.twin.checkpoint)
         return self._upstream
 
     def twin_run(self, case: Case) -> CaseRun:
         """The case in PyTorch fp32."""
+        if self.recorded is not None:
+            return self.recorded.runs[case]
         return self._run("PyTorch fp32", case, lambda: self._drawn(self.twin, case, "reference"))
 
     def upstream_run(self, case: Case) -> CaseRun | None:
         """The case in diffusers, or None without it."""
+        if self.recorded is not None:
+            return self.recorded.upstream.get(case)
         upstream = self.upstream()
         if upstream is None:
             return None
@@ -71,7 +91,7 @@ class Context:
     def yardstick(self) -> Twin | None:
         """PyTorch in the candidate's precision: what that precision costs by itself. None for fp32 and 8 bits."""
         precision = self.candidate.precision(DENOISER)
-        if precision not in (Precision.FP16, Precision.BF16):
+        if precision not in (Precision.FP16, Precision.BF16) or self.recorded is not None:
             return None
         if self._yardstick is None:
             self._yardstick = Twin(self.twin.checkpoint, precision=precision, like=self.candidate.manifest)
@@ -94,7 +114,7 @@ class Context:
 
     def close(self) -> None:
         """Let all weights go."""
-        for twin in (self.twin, self._yardstick):
+        for twin in (self.twin_or_none, self._yardstick):
             if twin is not None:
                 twin.close()
         self.candidate.pipeline.close()
@@ -108,7 +128,7 @@ class Context:
         run = run_case(
             twin.pipeline, case, self.settings, self.noise(case), on_step=lambda: self.tick(f"{side}, {case}")
         )
-        if run.problem and twin is self.twin:
+        if run.problem and twin is self.twin_or_none:
             raise NumericsError(
                 f"the reference itself broke for {case}: {run.problem}",
                 hint="parity against it would prove nothing: check the checkpoint",

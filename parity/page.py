@@ -16,7 +16,7 @@ from PIL import Image
 
 from ditc.parity.page_chart import step_chart
 from ditc.parity.page_style import CSS
-from ditc.parity.report import number
+from ditc.parity.report import number, shown_of
 from ditc.parity.results import ModuleError, PicturePair, Report, Result, Verdict, verdict_of
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
@@ -87,8 +87,9 @@ def _hero(report: Report) -> str:
         Verdict.FAIL: f"{counts[Verdict.FAIL]} bounds broken",
         Verdict.NOT_CHECKED: "Nothing could be checked",
     }
+    candidate = str(subject.get("candidate", "")).partition(":")[0]
     text = (
-        f"{escape(str(subject.get('checkpoint', '')))}: {escape(str(subject.get('candidate', '')))} against "
+        f"{escape(str(subject.get('checkpoint', '')))}: {escape(candidate)} against "
         f"{escape(' and '.join(subject.get('references', [])))}"
     )
     return (
@@ -105,7 +106,7 @@ def _levels(report: Report) -> str:
         if not results:
             continue
         verdict = verdict_of(results)
-        worst = next((r for r in results if r.verdict is verdict), results[0])
+        worst = shown_of(results)
         rows.append(
             f"<tr><td><b>{level.value}</b><br><span class='soft small'>{ABOUT[level]}</span></td>"
             f"<td>{_chip(verdict)}</td><td class='num'>{sum(r.verdict is Verdict.PASS for r in results)}/{len(results)}"

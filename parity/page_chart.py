@@ -38,7 +38,7 @@ def step_chart(steps: Sequence[StepError]) -> str:
             f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
         )
         parts.append(
-            f'<text x="{WIDTH - RIGHT}" y="{y(level) - 6:.1f}" text-anchor="end">bound {level:.1e}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{_beside(y(level)):.1f}" text-anchor="end">bound {level:.1e}</text>'
         )
     for (kind, case), found in lines.items():
         color = COLORS[kinds.index(kind) % len(COLORS)]
@@ -69,6 +69,11 @@ def step_chart(steps: Sequence[StepError]) -> str:
     return f'{chart}<div class="legend">{legend}</div>'
 
 
+def _beside(line: float) -> float:
+    """Above a line, or below it where there is no room above."""
+    return line - 6 if line - 18 > TOP else line + 15
+
+
 def _range(steps: Sequence[StepError], bounds: Sequence[float]) -> tuple[int, int]:
     """Whole decades around every value and bound."""
     values = [max(s.error, FLOOR) for s in steps if s.error == s.error] + list(bounds) or [FLOOR]
@@ -90,4 +95,4 @@ def _ticks(count: int, x: Callable[[int], float]) -> list[str]:
     stride = max(1, count // 10)
     shown = [s for s in range(count) if s % stride == 0 or s == count - 1]
     labels = [f'<text x="{x(s):.1f}" y="{HEIGHT - 18}" text-anchor="middle">{s + 1}</text>' for s in shown]
-    return [*labels, f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 2}" text-anchor="middle">step</text>']
+    return [*labels, f'<text x="{LEFT - 10}" y="{HEIGHT - 18}" text-anchor="end">step</text>']

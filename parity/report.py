@@ -11,6 +11,8 @@ from ditc.runtime.tolerances import Level, Metric
 
 MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not checked"}
 SHOWN_CULPRITS = 3
+# Where a level has several metrics, the one that people know.
+MAIN = {Level.PICTURE: Metric.PSNR}
 
 
 def to_text(report: Report) -> str:
@@ -51,7 +53,7 @@ def certificate_lines(report: Report) -> tuple[Line, ...]:
     for level in Level:
         results = report.of_level(level)
         if results:
-            shown = _shown(results)
+            shown = shown_of(results)
             passed = None if shown.verdict is Verdict.NOT_CHECKED else shown.verdict is Verdict.PASS
             lines.append(
                 Line(
@@ -79,7 +81,7 @@ def number(value: float | None, metric: Metric) -> str:
 
 def _level_line(level: Level, results: list[Result]) -> str:
     """The worst comparison of the level's main metric stands for it."""
-    verdict, shown = verdict_of(results), _shown(results)
+    verdict, shown = verdict_of(results), shown_of(results)
     sign = ">=" if shown.metric.at_least else "<="
     bound = f"{sign} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
     counted = f"{sum(r.verdict is Verdict.PASS for r in results)}/{len(results)}"
@@ -89,10 +91,12 @@ def _level_line(level: Level, results: list[Result]) -> str:
     )
 
 
-def _shown(results: list[Result]) -> Result:
+def shown_of(results: list[Result]) -> Result:
     """Of the results that decide the level's verdict, the one closest to its bound."""
     verdict = verdict_of(results)
-    return next((r for r in results if r.verdict is verdict), results[0])
+    deciding = [r for r in results if r.verdict is verdict]
+    main = MAIN.get(deciding[0].level, deciding[0].metric) if verdict is Verdict.PASS else deciding[0].metric
+    return next((r for r in deciding if r.metric is main), deciding[0])
 
 
 def _story(result: Result) -> list[str]:

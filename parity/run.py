@@ -7,10 +7,12 @@ from time import perf_counter
 
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
-from ditc.parity.results import Report, Result
+from ditc.parity.results import Report, Result, not_checked
 from ditc.runtime.jsondata import to_json
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.tolerances import Level
+
+NEED_CHECKPOINT = (Level.GRAPH, Level.MODULE)
 
 
 def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Report:
@@ -25,6 +27,10 @@ def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Repo
         if level not in levels:
             continue
         started = perf_counter()
+        if context.recorded is not None and level in NEED_CHECKPOINT:
+            why = "a reference file has no weights and no modules: give --against CHECKPOINT"
+            results.append(not_checked(level, "all", level.value, why))
+            continue
         results += LEVELS[level](context)
         seconds[level.value] = perf_counter() - started
     return Report(
@@ -45,13 +51,23 @@ def describe(context: Context) -> dict[str, object]:
         "candidate": candidate.pipeline.chosen,
         "artifacts": {stage: a.file.sha256 for stage, a in sorted(candidate.artifacts.items())},
         "precisions": {stage: p.value for stage, p in sorted(candidate.precisions.items())},
-        "checkpoint": context.twin.checkpoint.path.name,
-        "weights": context.twin.weights_digest(),
-        "references": ["PyTorch fp32", *(["diffusers"] if context.with_upstream else [])],
+        **origin_of(context),
         "prompts": list(dict.fromkeys(case.prompt for case in settings.cases)),
         "seeds": list(dict.fromkeys(case.seed for case in settings.cases)),
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "height": settings.height,
         "width": settings.width,
+    }
+
+
+def origin_of(context: Context) -> dict[str, object]:
+    """Where the reference comes from: a checkpoint here, or a file."""
+    if context.recorded is not None:
+        names = ["PyTorch fp32", *(["diffusers"] if context.recorded.upstream else [])]
+        return {**context.recorded.origin, "references": [f"{name}, from a file" for name in names]}
+    return {
+        "checkpoint": context.twin.checkpoint.path.name,
+        "weights": context.twin.weights_digest(),
+        "references": ["PyTorch fp32", *(["diffusers"] if context.with_upstream else [])],
     }

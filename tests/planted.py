@@ -44,7 +44,7 @@ def context_of(
 ) -> Context:
     """A parity run of the candidate against the checkpoint."""
     return Context(
-        twin=Twin(checkpoint), candidate=candidate, settings=settings, with_upstream=with_upstream
+        twin_or_none=Twin(checkpoint), candidate=candidate, settings=settings, with_upstream=with_upstream
     )
 
 
@@ -107,7 +107,8 @@ class LateTable(Pipeline):
 
     def start(self, plan: Any) -> tuple[DenoiseState, ...]:
         return tuple(
-            replace(state, schedule=(*state.schedule[1:], state.schedule[-1])) for state in super().start(plan)
+            replace(state, schedule=(*state.schedule[1:], state.schedule[-1]))
+            for state in super().start(plan)
         )
 
 

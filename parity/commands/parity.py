@@ -14,7 +14,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
-    from ditc.parity.cases import Settings
+    from ditc.parity.cases import Recorded, Settings
     from ditc.parity.context import Context
     from ditc.parity.results import Report
     from ditc.runtime.manifest import Manifest
@@ -48,23 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: every bound holds and something was shown. 1: a bound was broken. 2 (raised): bad input."""
-    from rich.console import Console
-
     from ditc.parity.candidate import check_bundle
     from ditc.parity.page import write_page
+    from ditc.parity.progress import progress_bar
+    from ditc.parity.reference_file import read_reference, save_reference
     from ditc.parity.report import to_json, to_text
     from ditc.parity.run import run_parity
 
-    if arguments.against is None:
-        raise UsageError("parity needs a reference", hint="ditc parity BUNDLE --against CHECKPOINT")
+    if (arguments.against is None) == (arguments.reference is None):
+        raise UsageError(
+            "parity needs one reference: a checkpoint or a saved file",
+            hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
+        )
     logging.getLogger("ditc.runtime.text").setLevel(logging.ERROR)  # a cut prompt is cut on both sides
     manifest = check_bundle(arguments.bundle)
-    settings = _settings(arguments, manifest)
+    recorded = None if arguments.reference is None else read_reference(arguments.reference, manifest)
+    if recorded is None:
+        settings = _settings(arguments, manifest)
+    else:
+        settings = recorded.settings
+        _check_agrees(arguments, settings)
     levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
-    console = Console(stderr=True, highlight=False)
-    with console.status("reading both sides") as status:
-        context = _open(arguments, settings, lambda words: status.update(words))
+    with progress_bar(settings, levels) as tick:
+        context = _open(arguments, settings, recorded, tick)
         report = run_parity(context, levels)
+        if arguments.save_reference is not None:
+            save_reference(arguments.save_reference, context)
     _certify(arguments, context, report)
     if arguments.html is not None:
         write_page(arguments.html, report)
@@ -109,7 +118,32 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     )
 
 
-def _open(arguments: argparse.Namespace, settings: Settings, tick: Callable[[str], None]) -> Context:
+def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Raise UsageError where an option asks for something else than the reference file holds."""
+    from ditc.runtime.prompts import read_prompts
+
+    given = {
+        "--steps": (arguments.num_inference_steps, settings.num_inference_steps),
+        "--guidance-scale": (arguments.guidance_scale, settings.guidance_scale),
+        "--height": (arguments.height, settings.height),
+        "--width": (arguments.width, settings.width),
+        "--seeds": (arguments.seeds, list(dict.fromkeys(case.seed for case in settings.cases))),
+        "--prompts": (
+            read_prompts(arguments.prompts) if arguments.prompts else None,
+            list(dict.fromkeys(case.prompt for case in settings.cases)),
+        ),
+    }
+    for name, (asked, held) in given.items():
+        if asked is not None and asked != held:
+            raise UsageError(
+                f"{name} is {asked}, the reference file was made with {held}",
+                hint="leave the option out, or save a reference with it",
+            )
+
+
+def _open(
+    arguments: argparse.Namespace, settings: Settings, recorded: Recorded | None, tick: Callable[[str], None]
+) -> Context:
     from ditc.parity.candidate import open_candidate
     from ditc.parity.context import Context
     from ditc.parity.twin import Twin
@@ -117,7 +151,11 @@ def _open(arguments: argparse.Namespace, settings: Settings, tick: Callable[[str
     candidate = open_candidate(
         arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
     )
-    twin = Twin(arguments.against, like=candidate.manifest)
     return Context(
-        twin=twin, candidate=candidate, settings=settings, with_upstream=not arguments.no_diffusers, tick=tick
+        twin_or_none=None if recorded is not None else Twin(arguments.against, like=candidate.manifest),
+        candidate=candidate,
+        settings=settings,
+        with_upstream=not arguments.no_diffusers,
+        recorded=recorded,
+        tick=tick,
     )

@@ -54,7 +54,7 @@ def check(context: Context) -> Iterator[Result]:
 
 def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> Culprit | None:
     """The culprit inside one stage of the candidate for one set of inputs, or None where its inside cannot be seen."""
-    tracers = _tracers(context, stage, feeds)
+    tracers = None if context.recorded is not None else _tracers(context, stage, feeds)
     if tracers is None:
         return None
     errors = list(errors_by_place(*tracers))
@@ -134,7 +134,7 @@ def _tracers(context: Context, stage: str, feeds: Feeds) -> tuple[Tracer, Tracer
     session = context.candidate.sessions.get(stage)
     if session is None:
         return None
-    candidate = tracer_of(session, fit_feeds(feeds, session.spec), context.candidate.graph(stage))
+    candidate = tracer_of(session, fit_feeds(feeds, session.spec), context.candidate.graph_to_trace(stage))
     if candidate is None:
         return None
     twin = context.twin.sessions[stage]

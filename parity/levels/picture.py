@@ -80,7 +80,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
             against=against,
         )
         return
-    lost = _pytorch(context, case, wanted)
+    lost = pytorch_psnr(context, case, wanted)
     precision = context.candidate.precision(DENOISER)
     for metric, value in found.items():
         bound = limit(Level.PICTURE, metric, precision, pytorch=lost)
@@ -89,7 +89,11 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
         yield judged(Level.PICTURE, VAE_DECODER, what, metric, value, bound, against=against)
 
 
-def _pytorch(context: Context, case: Case, wanted: Array) -> float | None:
+def pytorch_psnr(context: Context, case: Case, wanted: Array) -> float | None:
+    """PSNR of PyTorch's own picture in the candidate's precision."""
+    if context.recorded is not None:
+        recorded = context.recorded.losses.get(case)
+        return recorded.psnr if recorded else None
     run = context.yardstick_run(case)
     return None if run is None or run.picture is None else psnr(run.picture, wanted)
 

@@ -34,7 +34,7 @@ def _check_case(context: Context, case: Case) -> Result:
     run = context.twin_run(case)
     assert run.start is not None
     _, start = start_case(context.candidate.pipeline, case, context.settings, run.latents[0])
-    lost = _pytorch_losses(context, case, run)
+    lost = pytorch_losses(context, case, run)
     worst: Result | None = None
     for step in range(len(run.start.schedule)):
         context.tick(f"step {step + 1}, {case}")
@@ -132,8 +132,11 @@ def _feeds(state: DenoiseState) -> dict[str, Array]:
     return {name: to_numpy(tensor) for name, tensor in named.items()}
 
 
-def _pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:
+def pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:
     """What PyTorch itself loses at every step in the candidate's precision, from the same latents."""
+    if context.recorded is not None:
+        recorded = context.recorded.losses.get(case)
+        return recorded.steps if recorded else None
     yardstick = context.yardstick()
     if yardstick is None:
         return None

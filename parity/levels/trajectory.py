@@ -31,7 +31,7 @@ def check(context: Context) -> Iterator[Result]:
         except SessionError as e:
             yield failed(Level.TRAJECTORY, DENOISER, str(case), str(e))
             continue
-        lost = _pytorch_loss(context, case)
+        lost = pytorch_loss(context, case)
         upstream = context.upstream_run(case)
         for reference, against in ((upstream, "diffusers"), (context.twin_run(case), "PyTorch fp32")):
             if reference is not None:
@@ -113,7 +113,11 @@ def _keep(context: Context, run: CaseRun, errors: list[float], against: str, bou
         )
 
 
-def _pytorch_loss(context: Context, case: Case) -> float | None:
+def pytorch_loss(context: Context, case: Case) -> float | None:
+    """What PyTorch itself loses over the whole loop in the candidate's precision."""
+    if context.recorded is not None:
+        recorded = context.recorded.losses.get(case)
+        return recorded.trajectory if recorded else None
     run = context.yardstick_run(case)
     if run is None:
         return None

@@ -126,7 +126,11 @@ DEFECTS = {
         _pipeline(SwappedRows), "pipeline", "what the denoiser is fed", Level.STEP, "swapped CFG order"
     ),
     "guidance off by one": Defect(
-        _pipeline(StrongerGuidance), "pipeline", "what the denoiser is fed", Level.STEP, "guidance scale is 4, 3"
+        _pipeline(StrongerGuidance),
+        "pipeline",
+        "what the denoiser is fed",
+        Level.STEP,
+        "guidance scale is 4, 3",
     ),
     "wrong flow shift": Defect(
         _other_shift, "pipeline", "what the denoiser is fed", Level.STEP, "shifted sigmas"
@@ -157,7 +161,9 @@ def test_a_planted_defect_is_caught_and_named(name, tiny_checkpoint, healthy, re
 def _check_named(result: Result, defect: Defect) -> None:
     if defect.level is not Level.GRAPH:
         assert result.culprit is not None
-        assert (result.culprit.stage, result.culprit.module) == (defect.stage, defect.module), str(result.culprit)
+        assert (result.culprit.stage, result.culprit.module) == (defect.stage, defect.module), str(
+            result.culprit
+        )
     if defect.cause:
         assert any(defect.cause in cause for cause in result.causes), result.causes
 
@@ -230,6 +236,8 @@ def test_another_seed_on_both_sides_passes(tiny_checkpoint) -> None:
         assert not failures(context, level)
 
 
-def test_a_twin_of_another_checkpoint_fails_every_stage_with_weights(tiny_checkpoint, other_checkpoint: Path) -> None:
+def test_a_twin_of_another_checkpoint_fails_every_stage_with_weights(
+    tiny_checkpoint, other_checkpoint: Path
+) -> None:
     context = context_of(tiny_checkpoint, torch_candidate(other_checkpoint))
     assert {r.stage for r in failures(context, Level.STAGE)} >= {CONDITIONER, DENOISER, VAE_DECODER}

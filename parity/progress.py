@@ -1,0 +1,33 @@
+"""A progress bar on stderr for a parity run, from a count of the work that its levels will do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ditc.parity.cases import Settings
+from ditc.runtime.tolerances import Level
+
+# Units besides steps: stages and their cases, loading; near enough for a bar.
+OTHER_UNITS = 70
+SIDES = {Level.STEP: 2, Level.TRAJECTORY: 2, Level.PICTURE: 2, Level.STAGE: 1, Level.MODULE: 1}
+
+
+@contextmanager
+def progress_bar(settings: Settings, levels: Sequence[Level]) -> Iterator[Callable[[str], None]]:
+    """Inside, each call of the yielded function is one unit done, with a few words about it."""
+    steps = len(settings.cases) * settings.num_inference_steps
+    total = OTHER_UNITS + steps * max((SIDES.get(level, 0) for level in levels), default=0) * 2
+    columns = (TextColumn("{task.description:<48.48}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading both sides", total=total)
+
+        def tick(words: str) -> None:
+            progress.update(task, description=words)
+            done = progress.tasks[0].completed
+            progress.update(task, completed=min(done + 1, total - 1))
+
+        yield tick
