@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,9 +89,7 @@ def locked(out: Path) -> Iterator[None]:
             if leftover.is_file():
                 leftover.unlink()
         for folder in (out / "onnx").glob(".*.partial"):
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder)
         yield
     finally:
         lock.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,9 +95,7 @@ def to_onnx(
             if source.exists():
                 os.replace(source, target)
     finally:
-        for leftover in partial.iterdir():
-            leftover.unlink()
-        partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)  # onnx_ir makes folders of its own in it
     return replace(final, weight_map=weight_map)
 
 

@@ -140,5 +140,5 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
         return
     peak = max((event.peak_memory_bytes for event in built), default=0)
     took = f" in {report.seconds:.1f} s" + (f", peak memory {peak / 1e9:.1f} GB" if peak else "")
-    stages = f"{len(built)} of {len(report.events)} stages built{took}"
-    sys.stdout.write(f"{report.bundle}: {stages}, digest {report.manifest.digest[:12]}\n")
+    summary = f"{len(built)} of {len(report.events)} stages built{took}"
+    sys.stdout.write(f"{report.bundle}: {summary}, digest {report.manifest.digest[:12]}\n")

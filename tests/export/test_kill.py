@@ -58,6 +58,8 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
     half = tmp_path / "onnx" / ".denoiser.onnx.123.partial"
     half.mkdir(parents=True)
     (half / "denoiser.onnx").write_bytes(b"half")
+    (half / ".denoiser.onnx.data.x1y2").mkdir()  # as onnx_ir makes it
+    (half / ".denoiser.onnx.data.x1y2" / "denoiser.onnx.data").write_bytes(b"half")
     (tmp_path / "manifest.json.123.partial").write_bytes(b"{")
     (tmp_path / FOLDER / "probe.123").write_bytes(b"")
     with locked(tmp_path):
