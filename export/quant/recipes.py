@@ -108,7 +108,12 @@ def find_recipe(name: str | None, precision: Precision) -> Recipe:
             f"recipe {name!r} is unknown",
             hint=f"take one of {', '.join(RECIPES)}, or a .json that the search wrote",
         )
-    if not any(rule.kind is not None and rule.kind.value == precision.value for rule in recipe.rules):
+    kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
+    if precision is Precision.INT8 and Format.FP8.value in kinds:
+        raise UsageError(
+            f"recipe {recipe.name} has FP8 layers, which INT8 targets lack", hint="build it with --precision fp8"
+        )
+    if precision.value not in kinds:
         raise UsageError(
             f"recipe {recipe.name} has no {precision.value} layer",
             hint=f"the default is {DEFAULT[precision]}",

@@ -54,6 +54,10 @@ class OnnxRuntimeSession:
             # Without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs in 16 bits and saturates (its quantization page,
             # "U8S8"): this makes it u8 x u8 there, exact and slower. CPUs with VNNI ignore it.
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if precision is Precision.FP8:
+            # ONNX Runtime 1.31 fuses FP8 pairs into MatMulIntegerToFloat, which has no FP8 ("INVALID_GRAPH: Type
+            # 'tensor(float8e4m3fn)' ... is invalid"): without that fusion it computes them in fp32.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         # fp32 means fp32: the CUDA provider uses TF32 unless told otherwise (ONNX Runtime, CUDA provider options).
         tf32 = "1" if precision is Precision.TF32 else "0"
         providers: list[Any] | None = [self.provider]

@@ -22,6 +22,7 @@ from ditc.export.quant.recipes import RECIPES
 from ditc.export.quant.verify import check_scales
 from ditc.export.torch_session import TorchSession
 from ditc.runtime.errors import BuildError
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import Precision
 
 BLOCK = "transformer_blocks.0"
@@ -101,6 +102,19 @@ def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
     nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert nodes.count("MatMulIntegerToFloat") == len(plan.layers)
     assert "DequantizeLinear" not in nodes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
+    stage, _, model = make(RECIPES[name])
+    feeds = feeds_of(stage, seed=9)
+    precision = Precision.FP8 if "fp8" in name else Precision.INT8
+    session = OnnxRuntimeSession(
+        _save(model, tmp_path / "step.onnx"), stage.spec, precision=precision, provider=CPU
+    )
+    plain = replace(run, optimize=False)(model, feeds)["x0"]
+    # Integer kernels sum exactly, fp32 ones round: no saturation, no other scale.
+    assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
 
 
 def test_saved_ranges_give_the_same_graph_byte_for_byte(exported, tmp_path):

@@ -66,7 +66,9 @@ def test_the_defaults_and_unknown_names():
     assert find_recipe(None, Precision.INT8).name == "sana-int8"
     with pytest.raises(UsageError, match="unknown"):
         find_recipe("sana-int4", Precision.INT8)
-    with pytest.raises(UsageError, match="has no int8 layer"):
+    with pytest.raises(UsageError, match="has no fp8 layer"):
+        find_recipe("sana-int8", Precision.FP8)
+    with pytest.raises(UsageError, match="has FP8 layers"):
         find_recipe("sana-fp8", Precision.INT8)
 
 
