@@ -3,7 +3,7 @@
     python -m benchmarks.kill_build CHECKPOINT --kills 100
 
 After every kill the output holds no manifest, or one whose files are all as built. The last build must reuse what
-the killed ones finished, and give the bundle that an undisturbed build gives, file by file. POSIX only: children are
+the killed ones finished, and give the graphs that an undisturbed build gives, bit for bit. POSIX only: children are
 forked, so that the imports are paid once.
 """
 
@@ -73,10 +73,15 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
 
 
 def _check_same(bundle: Path, reference: Any) -> None:
-    """Whole, and made of the very files of the undisturbed build."""
+    """Whole, and made of the very graphs of the undisturbed build.
+
+    The rest of the manifest is not compared: golden outputs and the preview's matrix are computed in fp32, whose last
+    bits may follow the alignment of memory.
+    """
     manifest = load_manifest(bundle)
     check_files(bundle, manifest.all_files())
-    assert manifest.digest == reference.digest, "the resumed build gave another bundle"
+    for name, stage in reference.stages.items():
+        assert manifest.stages[name].artifacts == stage.artifacts, f"the resumed build gave another {name}"
 
 
 def _fork_build(checkpoint: Path, out: Path) -> int:
