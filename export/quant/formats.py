@@ -35,7 +35,7 @@ def scale_of(amax: Array | float, kind: Format, dtype: np.dtype[np.generic] | No
     dtype = np.dtype(np.float32) if dtype is None else dtype
     amax = np.asarray(amax, np.float64)
     scale = np.where(amax > 0, amax / LARGEST_CODE[kind], 1.0)
-    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
     return np.maximum(scale, smallest).astype(dtype)
 
 

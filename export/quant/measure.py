@@ -95,8 +95,8 @@ def measure(
     each = [psnr(low, high) for low, high in zip(pictures["low"], pictures["high"], strict=True)]
     times = _alternate(pair["low"], pair["high"])
     ratios = np.array(times["high"]) / np.array(times["low"])
-    for session in (*parts.sessions.values(), other):
-        session.close()
+    for opened in (*parts.sessions.values(), other):
+        opened.close()
     return Measurement(
         manifest=manifest.digest,
         artifact=quantized.key,
