@@ -10,6 +10,7 @@ PyTorch here (docs/engines.md says from which size on a build leaves that to `di
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -181,6 +182,7 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
         spec = module.spec
         files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
         del module
+        gc.collect()
     exported = perf_counter()
     before = psutil.Process().memory_info().rss
     engine_estimate = before + estimate_memory_bytes(files.model)
@@ -207,7 +209,9 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
         "profiles": len(report.profiles),
         "library": f"{report.library} {report.version}",
         "seconds": exported - started + report.seconds,
-        "cpu_s": sum(psutil.Process().cpu_times()[:2]),  # with imports; tells a busy machine from a slow build
+        "cpu_s": sum(
+            psutil.Process().cpu_times()[:2]
+        ),  # with imports; tells a busy machine from a slow build
         "peak_bytes": max(exporting.peak_bytes, report.peak_memory_bytes),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -252,6 +253,7 @@ class _Builder:
         if finished is not None:
             return finished
         why, onnx = self.journal.why(record, inputs), self.out / graph.file.path
+        gc.collect()  # exported modules hold cycles, and with them their weights
         estimate = budget.resident_bytes() + estimate_memory_bytes(onnx)
         self._report(stage, "building", why)
         report = build_engine(

@@ -12,7 +12,8 @@ INTERVAL_S = 0.02
 # Peak of a TensorRT-RTX 1.7.1 build over what was resident before, chains of 2048x2048 MatMuls, one process each:
 # 64 MiB 0.455 GB, 256 MiB 0.863 (fp32) and 0.871 (fp16), 1 GiB 2.53: 0.32 GB + 2.06 times the weights.
 FIXED_BYTES = 350_000_000
-BYTES_PER_WEIGHT_BYTE = 2.1
+# Sana 1.6B in fp16 with three profiles: 7.07 GB for 2.79, hence a little more.
+BYTES_PER_WEIGHT_BYTE = 2.5
 
 
 def estimate_build_bytes(graph_bytes: int) -> int:

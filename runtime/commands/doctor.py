@@ -26,8 +26,8 @@ PACKAGES = {
 }
 
 # Peak memory and disk of a build, in bytes for each byte of weights; docs/engines.md has the builds behind them.
-FIXED_MEMORY = 0.9e9
-MEMORY_PER_WEIGHT_BYTE = 4.0
+FIXED_MEMORY = 1.3e9
+MEMORY_PER_WEIGHT_BYTE = 3.5
 DISK_PER_WEIGHT_BYTE = 2.0
 
 
