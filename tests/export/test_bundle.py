@@ -13,11 +13,12 @@ import pytest
 
 from ditc.export import bundle as bundle_module
 from ditc.export.bundle import BuildEvent, BuildReport, build_bundle
-from ditc.export.stages import BuildOptions
+from ditc.export.keys import digest
+from ditc.export.stages import BuildOptions, StagePlan
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BuildError, CheckpointError, DitcError, UsageError
 from ditc.runtime.integrity import check_files
-from ditc.runtime.manifest import load_manifest
+from ditc.runtime.manifest import Artifact, load_manifest
 from ditc.runtime.schedulers import SchedulerKind
 
 TRANSFORMER = {"conditioner", "denoiser"}
@@ -45,14 +46,18 @@ def would_build(
     """Stages that a build would export, with the reasons given, without exporting them."""
     reasons: dict[str, str] = {}
 
-    def note(self: Any, name: str, inputs: dict[str, Any]) -> None:
-        reasons[name] = self.journal.why(name, inputs)
+    def note(self: Any, name: str, stage: StagePlan) -> Artifact | None:
+        inputs = self._inputs(name, stage)
+        finished: Artifact | None = self.journal.finished(name, digest(inputs))
+        if finished is None:
+            reasons[name] = self.journal.why(name, inputs)
+        return finished
 
     def stop(*_: Any) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_module._Builder, "_graph", note)
+        patch.setattr(bundle_module._Builder, "_artifact", note)
         patch.setattr(bundle_module._Builder, "_manifest", stop)
         with pytest.raises(Stopped):
             build_bundle(checkpoint, bundle, options)
