@@ -114,9 +114,13 @@ def load_pipeline(checkpoint: Path) -> SanaPipeline:
     """The checkpoint in fp32, through diffusers alone."""
     import torch
     from diffusers import SanaPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     if not (checkpoint / "model_index.json").is_file():
         raise DemoError(f"{checkpoint} holds no model_index.json.", "run: make demo-checkpoint")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     pipeline = SanaPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

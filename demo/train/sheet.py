@@ -21,8 +21,8 @@ SHEET_FILE = DEMO_DIR / "contact_sheet.png"
 MAX_BYTES = 600_000
 SAMPLE_FILE = DEMO_DIR / "sample.png"
 SAMPLE_PROMPT = "red heart, 3d style"
-_COLUMNS, _CELL, _TEXT = 16, 80, 14
-_COLOURS = 128  # of the palette: enough for soft gradients at this size, and a third of the bytes
+_COLUMNS, _CELL, _TEXT = 16, 96, 14
+_COLOURS = 256  # a palette holds soft gradients well enough at a third of the bytes
 _TRAINED = [
     Pair("red heart", "classic"),
     Pair("blue heart", "flat"),
@@ -123,7 +123,7 @@ def _sheet(rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Image
     return sheet
 
 
-def _wrapped(label: str, width: int = 13) -> list[str]:
+def _wrapped(label: str, width: int = 15) -> list[str]:
     """At most two lines of a label."""
     if len(label) <= width:
         return [label]
