@@ -67,7 +67,9 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> dict[s
     return {
         "checkpoint": checkpoint.resolve().name,
         "files": {path.relative_to(checkpoint).as_posix(): journal.hashes.of(path) for path in files},
-        "options": {field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)},
+        "options": {
+            field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+        },
         "option_files": {str(path): journal.hashes.of(path) for path in options_files},
         "ditc_source": source_hash(runtime=True),
         "tool_versions": tool_versions(),

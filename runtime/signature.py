@@ -30,7 +30,11 @@ def sign(bundle: Path, private_key: Path) -> Path:
     key = _read(private_key, lambda data: serialization.load_pem_private_key(data, password=None))
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise UsageError(f"{private_key} is no ed25519 private key", hint=_MAKE_KEY)
-    record = {"algorithm": "ed25519", "digest": manifest.digest, "signature": key.sign(_message(manifest)).hex()}
+    record = {
+        "algorithm": "ed25519",
+        "digest": manifest.digest,
+        "signature": key.sign(_message(manifest)).hex(),
+    }
     path = bundle / SIGNATURE
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -70,11 +74,14 @@ def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
         key.verify(signature, _message(manifest))
     except InvalidSignature as e:
         raise BundleError(
-            f"{bundle}: {SIGNATURE} does not fit {public_key.name} and the manifest {manifest.digest[:12]}", hint=hint
+            f"{bundle}: {SIGNATURE} does not fit {public_key.name} and the manifest {manifest.digest[:12]}",
+            hint=hint,
         ) from e
 
 
-_MAKE_KEY = "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem"
+_MAKE_KEY = (
+    "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem"
+)
 
 
 def _message(manifest: Manifest) -> bytes:

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: sana-int8, sana-fp8)"
     )
     parser.add_argument(
-        "--ranges", type=Path, metavar="FILE", help="8 bits: what `ditc calibrate` measured on this checkpoint"
+        "--ranges",
+        type=Path,
+        metavar="FILE",
+        help="8 bits: what `ditc calibrate` measured on this checkpoint",
     )
     parser.add_argument(
         "--base-precision",
@@ -60,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="also export the network alone, without the step around it"
     )
-    parser.add_argument("--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this ed25519 private key")
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this ed25519 private key"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -111,7 +111,8 @@ def find_recipe(name: str | None, precision: Precision) -> Recipe:
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
     if precision is Precision.INT8 and Format.FP8.value in kinds:
         raise UsageError(
-            f"recipe {recipe.name} has FP8 layers, which INT8 targets lack", hint="build it with --precision fp8"
+            f"recipe {recipe.name} has FP8 layers, which INT8 targets lack",
+            hint="build it with --precision fp8",
         )
     if precision.value not in kinds:
         raise UsageError(
