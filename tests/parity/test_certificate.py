@@ -1,0 +1,166 @@
+"""The certificate and the self-test: written, shown, required, and never believed for other files or machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditc.parity.twin import Twin
+from ditc.runtime.certificate import (
+    Certificate,
+    Line,
+    load_certificate,
+    record,
+    save_certificate,
+    standing,
+)
+from ditc.runtime.cli import main
+from ditc.runtime.errors import BundleError
+from ditc.runtime.golden import read_golden, self_test
+from ditc.runtime.loader import choose
+from ditc.runtime.machine import this_machine
+from ditc.runtime.manifest import load_manifest
+from ditc.runtime.safetensors import read_safetensors
+from ditc.runtime.spec import DENOISER
+
+PASSED = record(True, (Line(name="stage", metric="relative L2", value=1e-7, bound=1e-5, passed=True),))
+FAILED = record(False, (Line(name="stage", metric="relative L2", value=1e-2, bound=1e-5, passed=False),))
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    return copy
+
+
+def test_verify_run_tests_every_stage_and_writes_the_machine_down(bundle, capsys) -> None:
+    assert main(["verify", str(bundle), "--run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("pass") == 4
+    (entry,) = json.loads((bundle / "certificate.json").read_text())["entries"]
+    assert entry["machine"]["cpus"] == this_machine().cpus
+    assert all(line["value"] <= line["bound"] for line in entry["self_test"]["lines"])
+
+
+def test_golden_files_are_small_and_whole(bundle) -> None:
+    manifest = load_manifest(bundle)
+    refs = [stage.golden for stage in manifest.stages.values()]
+    assert all(refs)
+    assert sum(ref.size_bytes for ref in refs) <= 2e6
+
+
+def test_the_self_test_fails_where_a_stage_computes_something_else(bundle, other_checkpoint) -> None:
+    manifest = load_manifest(bundle)
+    artifact = manifest.stages[DENOISER].artifacts[0]
+    golden = read_golden(bundle / manifest.stages[DENOISER].golden.path)
+    line = self_test(DENOISER, Twin(other_checkpoint).sessions[DENOISER], artifact, golden)
+    assert line.passed is False
+    assert line.value > 100 * line.bound
+
+
+def test_a_changed_golden_file_is_refused_before_anything_runs(bundle, capsys) -> None:
+    path = next((bundle / "golden").glob("denoiser-*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", str(bundle), "--run"]) == 2
+    assert path.name in capsys.readouterr().err
+
+
+def test_run_warns_without_a_certificate_and_refuses_where_one_is_required(bundle, caplog, capsys) -> None:
+    draw = [
+        "run",
+        str(bundle),
+        "a red heart",
+        "--steps",
+        "1",
+        "--seed",
+        "0",
+        "-o",
+        str(bundle.parent / "out.png"),
+    ]
+    with caplog.at_level(logging.WARNING):
+        assert main(draw) == 0
+    assert "not certified" in caplog.text
+    assert main([*draw, "--require-certificate"]) == 2
+    assert "ditc parity" in capsys.readouterr().err
+    manifest = load_manifest(bundle)
+    artifacts, _ = choose(manifest)
+    save_certificate(bundle, load_certificate(bundle, manifest).with_record(artifacts, parity=PASSED))
+    caplog.clear()
+    assert main([*draw, "--require-certificate"]) == 0
+    assert "not certified" not in caplog.text
+
+
+def test_a_certificate_stands_for_its_files_and_machine_only(bundle) -> None:
+    manifest = load_manifest(bundle)
+    artifacts, _ = choose(manifest)
+    proven = Certificate(manifest=manifest.digest).with_record(artifacts, parity=PASSED)
+    assert standing(proven, artifacts) == ""
+    denoiser = artifacts[DENOISER]
+    other = {**artifacts, DENOISER: replace(denoiser, file=replace(denoiser.file, sha256="0" * 64))}
+    assert "no parity result for these artifacts" in standing(proven, other)
+    elsewhere = replace(proven.entries[0], machine=replace(this_machine(), processor="another"))
+    moved = replace(proven, entries=(elsewhere,))
+    assert "another machine" in standing(moved, artifacts)
+    assert standing(moved.with_record(artifacts, self_test=PASSED), artifacts) == ""
+    assert "failed on this machine" in standing(moved.with_record(artifacts, self_test=FAILED), artifacts)
+
+
+def test_a_certificate_of_another_manifest_says_nothing(bundle) -> None:
+    manifest = load_manifest(bundle)
+    artifacts, _ = choose(manifest)
+    save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=PASSED))
+    assert load_certificate(bundle, manifest).entries == ()
+    (bundle / "certificate.json").write_text('{"manifest": 3}')
+    with pytest.raises(BundleError, match="no certificate"):
+        load_certificate(bundle, manifest)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 8 + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (70).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,99]}}'.ljust(70)
+        + b"\0" * 16,
+        (70).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}'.ljust(70)
+        + b"\0" * 16,
+        (70).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}'.ljust(70)
+        + b"\0" * 16,
+        (70).to_bytes(8, "little")
+        + b'{"a":{"dtype":"XX","shape":[4],"data_offsets":[0,16]}}'.ljust(70)
+        + b"\0" * 16,
+    ],
+    ids=["empty", "huge header", "no object", "past the end", "negative", "wrong size", "unknown type"],
+)
+def test_a_hostile_golden_file_is_refused(data, tmp_path) -> None:
+    path = tmp_path / "golden.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="no safetensors"):
+        read_safetensors(path)
+
+
+def test_the_reader_gives_what_the_safetensors_package_wrote(tmp_path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array([1, 2]),
+        "c": np.array(2.5, np.float16),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
+    found, metadata = read_safetensors(tmp_path / "x.safetensors")
+    assert metadata == {"k": "v"}
+    assert all(np.array_equal(found[name], array) for name, array in tensors.items())

@@ -1,0 +1,127 @@
+"""`ditc parity` as a user runs it: exit codes, certificate, reference files, the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ditc.runtime.cli import main
+
+ALL = ["--seeds", "0", "--steps", "2", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle: a certificate is written into it."""
+    copy = tmp_path_factory.mktemp("certified") / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def proven(bundle: Path, tiny_checkpoint: Path) -> tuple[Path, Path, Path, int]:
+    """The bundle after a whole run, its page, its reference file, and the exit code."""
+    page, reference = bundle.parent / "parity.html", bundle.parent / "reference.safetensors"
+    files = ["--html", str(page), "--save-reference", str(reference)]
+    code = main(["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, *files])
+    return bundle, page, reference, code
+
+
+def test_a_bundle_that_computes_what_pytorch_computes_passes(proven, capsys) -> None:
+    assert proven[3] == 0
+
+
+def test_the_result_is_in_the_certificate_and_inspect_shows_it(proven, capsys) -> None:
+    data = json.loads((proven[0] / "certificate.json").read_text())
+    (entry,) = data["entries"]
+    assert entry["parity"]["passed"] is True
+    assert {line["name"] for line in entry["parity"]["lines"]} >= {"graph", "op", "module", "stage", "step"}
+    assert len(entry["parity"]["reference"]["weights"]) == 64
+    assert main(["inspect", str(proven[0])]) == 0
+    assert "parity pass" in capsys.readouterr().out
+
+
+def test_json_has_a_verdict_a_level_and_a_number_a_comparison(bundle, tiny_checkpoint, capsys) -> None:
+    assert (
+        main(["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "step", "--json"])
+        == 0
+    )
+    data = json.loads(capsys.readouterr().out)
+    assert data["pass"] is True
+    step = data["levels"][0]
+    assert (step["level"], step["stage"], step["metric"]) == ("step", "denoiser", "relative L2")
+    assert 0 < step["value"] <= step["bound"] == 1e-5
+
+
+def test_another_checkpoint_gives_exit_code_1_and_says_where(bundle, other_checkpoint, capsys) -> None:
+    arguments = ["parity", str(bundle), "--against", str(other_checkpoint), *ALL, "--no-diffusers"]
+    assert main([*arguments, "--level", "graph", "--level", "step"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    assert "stale artifact" in out
+
+
+def test_a_reference_file_stands_for_the_checkpoint(proven, capsys) -> None:
+    bundle, _, reference, _ = proven
+    assert main(["parity", str(bundle), "--reference", str(reference), "--threads", "1", "--json"]) == 0
+    levels = {r["level"]: r["verdict"] for r in json.loads(capsys.readouterr().out)["levels"]}
+    assert {levels[name] for name in ("op", "stage", "step", "trajectory")} == {"pass"}
+    assert levels["graph"] == levels["module"] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--steps", "3"], "--steps is 3, the reference file was made with 2"),
+        (["--seeds", "0", "1"], "--seeds is [0, 1], the reference file was made with [0]"),
+        (["--height", "96"], "--height is 96"),
+    ],
+)
+def test_options_that_contradict_a_reference_file_are_refused(change, words, proven, capsys) -> None:
+    assert main(["parity", str(proven[0]), "--reference", str(proven[2]), *change]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_missing_foreign_and_damaged_reference_files_are_refused_by_name(proven, tmp_path, capsys) -> None:
+    bundle, _, reference, _ = proven
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(reference.read_bytes()[:5000])
+    foreign = next((bundle / "golden").glob("*.safetensors"))
+    for path, words in ((tmp_path / "no.file", "no reference file"), (damaged, "is no"), (foreign, "is no")):
+        assert main(["parity", str(bundle), "--reference", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert path.name in error
+        assert words in error
+
+
+def test_a_reference_is_needed_and_only_one(bundle, tmp_path, capsys) -> None:
+    assert main(["parity", str(bundle)]) == 2
+    assert "--against CHECKPOINT" in capsys.readouterr().err
+
+
+def test_the_page_opens_in_a_browser_and_needs_nothing_else(proven, tmp_path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine: the page is not rendered")
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,2000",
+    ]  # fmt: skip
+    url = proven[1].as_uri()
+    dump = subprocess.run(
+        [browser, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "Every bound holds" in dump.stdout
+    assert dump.stdout.count("<img") == 6
+    assert "<polyline" in dump.stdout
+    assert "http" not in proven[1].read_text().replace("http-equiv", "")
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        [browser, *flags, f"--screenshot={shot}", url], capture_output=True, timeout=120, check=True
+    )
+    assert shot.stat().st_size > 50_000
