@@ -104,6 +104,9 @@ def to_model(stage: StageModule) -> ir.Model:
     model = trace(stage)
     with _quiet():
         run_passes(model, stage.spec)
+    for node in model.graph.all_nodes():
+        # Paths of the building machine, and torch's running numbers: equal modules must give equal files.
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     ops.add_functions(model)  # last: the passes inline every function that they see
     if stage.precision in SIXTEEN_BIT:
         check_islands(model, stage.spec)
