@@ -48,6 +48,11 @@ class Record:
     tools: dict[str, str]
     reference: dict[str, str]
 
+    @property
+    def checked(self) -> int:
+        """How many lines this run could decide."""
+        return sum(line.passed is not None for line in self.lines)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:

@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
     parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="FILE", help="write what PyTorch computed, for --reference"
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="compare with such a file, instead of --against"
+    )
     parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with pictures, curves and modules"
@@ -89,6 +95,7 @@ def _certify(arguments: argparse.Namespace, context: Context, report: Report) ->
     """A whole run goes into certificate.json; one with levels left out proves less than that and does not."""
     from ditc.parity.report import certificate_lines
     from ditc.runtime.certificate import load_certificate, record, save_certificate
+    from ditc.runtime.machine import this_machine
 
     if arguments.level or not context.candidate.artifacts:
         return
@@ -96,6 +103,10 @@ def _certify(arguments: argparse.Namespace, context: Context, report: Report) ->
     reference = {key: str(value) for key, value in report.subject.items() if key in ("checkpoint", "weights")}
     result = record(report.passed, certificate_lines(report), reference)
     certificate = load_certificate(arguments.bundle, manifest)
+    here = this_machine()
+    known = next((e.parity for e in certificate.of(context.candidate.artifacts) if e.machine == here), None)
+    if known is not None and known.passed and result.passed and known.checked > result.checked:
+        return  # a reference file shows less than the checkpoint did
     save_certificate(arguments.bundle, certificate.with_record(context.candidate.artifacts, parity=result))
 
 

@@ -71,6 +71,10 @@ def test_a_reference_file_stands_for_the_checkpoint(proven, capsys) -> None:
     levels = {r["level"]: r["verdict"] for r in json.loads(capsys.readouterr().out)["levels"]}
     assert {levels[name] for name in ("op", "stage", "step", "trajectory")} == {"pass"}
     assert levels["graph"] == levels["module"] == "not checked"
+    (entry,) = json.loads((bundle / "certificate.json").read_text())["entries"]
+    assert entry["parity"]["lines"][0]["passed"] is True, (
+        "a lesser run replaced the certificate of a fuller one"
+    )
 
 
 @pytest.mark.parametrize(
