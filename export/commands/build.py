@@ -90,6 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stderr.write(_line(event) + "\n")
     else:
         report = _build(arguments.checkpoint, arguments.output, options)
+    if options.quantized:
+        from ditc.export.commands import quantization
+
+        for line in quantization.report(report.bundle, report.manifest, options.precision):
+            sys.stderr.write(line + "\n")
     if arguments.sign is not None:
         from ditc.runtime.signature import sign
 
