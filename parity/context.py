@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
@@ -94,7 +94,9 @@ class Context:
         if precision not in (Precision.FP16, Precision.BF16) or self.recorded is not None:
             return None
         if self._yardstick is None:
-            self._yardstick = Twin(self.twin.checkpoint, precision=precision, like=self.candidate.manifest)
+            self._yardstick = Twin(
+                self.twin.checkpoint, options=replace(self.twin.options, precision=precision)
+            )
         return self._yardstick
 
     def yardstick_run(self, case: Case) -> CaseRun | None:

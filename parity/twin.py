@@ -26,8 +26,10 @@ from ditc.runtime.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session, Tensor
-from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision, StageSpec
+from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
 from ditc.runtime.text import Tokenizer
+
+FP32 = BuildOptions()
 
 
 class TwinSession:
@@ -61,6 +63,7 @@ class Twin:
     """A checkpoint as a pipeline of PyTorch sessions, in fp32 or in a deployment precision.
 
     Args:
+        options: as for a build; the precision above all.
         like: the bundle it will be compared with: its largest batch and its picture size are taken over.
 
     Raises:
@@ -71,15 +74,14 @@ class Twin:
         self,
         source: str | Path | Checkpoint,
         *,
-        precision: Precision = Precision.FP32,
-        backend: Backend = Backend.ONNXRUNTIME,
+        options: BuildOptions = FP32,
         like: Manifest | None = None,
     ) -> None:
         self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
         self.adapter = find_adapter(self.checkpoint)
-        self.options = _sized(BuildOptions(precision=precision, backend=backend), like)
+        self.options = options if like is None else _sized(options, like)
         self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)
-        self.precision = precision
+        self.precision = self.options.precision
         self.sessions: dict[str, TwinSession] = {name: TwinSession(self, name) for name in self.plan.stages}
         self.pipeline = self._pipeline()
 
@@ -131,10 +133,8 @@ class Twin:
         )
 
 
-def _sized(options: BuildOptions, like: Manifest | None) -> BuildOptions:
+def _sized(options: BuildOptions, like: Manifest) -> BuildOptions:
     """The options with the bundle's largest batch, and its picture size where it has one size."""
-    if like is None:
-        return options
     batch = like.stages[DENOISER].artifacts[0].spec.profile["batch"].max
     square = like.defaults.height == like.defaults.width and not like.defaults.bins
     return replace(options, max_batch=batch, resolution=like.defaults.height if square else None)

@@ -1,0 +1,99 @@
+"""16-bit parity on a CPU: measured by what PyTorch loses itself, through graphs that round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from planted import SETTINGS
+
+from ditc.export.onnx import to_onnx
+from ditc.export.options import BuildOptions
+from ditc.parity.candidate import Candidate
+from ditc.parity.context import Context
+from ditc.parity.levels import LEVELS
+from ditc.parity.results import Verdict
+from ditc.parity.rounded import open_rounded
+from ditc.parity.twin import Twin
+from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.manifest import Artifact, FileRef
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision
+from ditc.runtime.tolerances import Level, Metric, limit
+
+STAGES = (CONDITIONER, DENOISER)
+FP16 = BuildOptions(precision=Precision.FP16)
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The two fp16 graphs of the checkpoint."""
+    folder = tmp_path_factory.mktemp("fp16")
+    twin = Twin(tiny_checkpoint, options=FP16)
+    for stage in STAGES:
+        to_onnx(twin.load(stage), folder / f"{stage}.onnx", check=False)
+    return {stage: folder / f"{stage}.onnx" for stage in STAGES}
+
+
+def context_of(checkpoint: Path, graphs: dict[str, Path]) -> Context:
+    """The fp16 graphs, rounded, in the place of a bundle's; texts and pictures stay PyTorch's."""
+    twin = Twin(checkpoint, options=FP16)
+    sessions, native, traced = dict(twin.pipeline.sessions), {}, {}
+    for stage, path in graphs.items():
+        spec = twin.plan.stages[stage].spec
+        artifact = Artifact(
+            spec=spec, precision=Precision.FP16, backend=Backend.ONNXRUNTIME,
+            file=FileRef(path.name, "", 0), key="",
+        )  # fmt: skip
+        native[stage] = OnnxRuntimeSession(path, spec, precision=Precision.FP16, provider=CPU, threads=1)
+        sessions[stage], traced[stage] = open_rounded(path, artifact, threads=1)
+    conditioning = Conditioning(twin.pipeline.conditioning.encoders, sessions[CONDITIONER], key="fp16")
+    candidate = Candidate(
+        pipeline=Pipeline(twin.pipeline.manifest, sessions, conditioning),
+        graphs=dict(graphs), traced=traced, native=native,
+        precisions=dict.fromkeys(STAGES, Precision.FP16),
+    )  # fmt: skip
+    return Context(twin_or_none=Twin(checkpoint), candidate=candidate, settings=SETTINGS, with_upstream=False)
+
+
+def test_an_fp16_graph_loses_no_more_than_pytorch_does(tiny_checkpoint, graphs) -> None:
+    context = context_of(tiny_checkpoint, graphs)
+    for level in (Level.MODULE, Level.STAGE, Level.STEP, Level.TRAJECTORY, Level.PICTURE):
+        results = list(LEVELS[level](context))
+        assert not [r for r in results if r.verdict is Verdict.FAIL], level
+        shown = [r for r in results if r.verdict is Verdict.PASS and r.stage == DENOISER]
+        assert level is Level.PICTURE or all(r.value > 1e-5 for r in shown), "nothing was rounded"
+
+
+def test_what_a_cpu_runs_wider_than_promised_is_not_checked(tiny_checkpoint, graphs) -> None:
+    results = [
+        r for r in LEVELS[Level.STAGE](context_of(tiny_checkpoint, graphs)) if r.what.endswith("as it is")
+    ]
+    assert results
+    assert {r.verdict for r in results} == {Verdict.NOT_CHECKED}
+
+
+def test_a_16_bit_graph_that_rounds_twice_as_hard_fails(tiny_checkpoint, graphs, tmp_path) -> None:
+    """Weights of 7 significant bits, as a careless cast through bf16 leaves them."""
+    model = ir.load(graphs[DENOISER])
+    ir.external_data.load_to_model(model)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
+            array = value.const_value.numpy().astype(np.float32)
+            bits = (array.view(np.uint32) + 0x8000) & 0xFFFF0000
+            value.const_value = ir.tensor(bits.view(np.float32).astype(np.float16), name=value.name)
+    path = tmp_path / "careless.onnx"
+    ir.save(model, path)
+    context = context_of(tiny_checkpoint, {**graphs, DENOISER: path})
+    found = [r for r in LEVELS[Level.STEP](context) if r.verdict is Verdict.FAIL]
+    assert found
+    assert found[0].value > found[0].bound
+    assert found[0].culprit is not None
+
+
+def test_an_overflowing_yardstick_measures_nothing() -> None:
+    assert limit(Level.STAGE, Metric.RELATIVE_L2, Precision.FP16, pytorch=float("nan")) is None
+    assert limit(Level.STAGE, Metric.RELATIVE_L2, Precision.INT8) is None
