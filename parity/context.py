@@ -13,6 +13,7 @@ from ditc.parity.upstream import Upstream
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.tolerances import EIGHT
 
 Progress = Callable[[str], None]
 
@@ -24,6 +25,7 @@ class Context:
     Attributes:
         twin_or_none: the checkpoint; None where its results come from a file.
         recorded: results of another machine, from a file.
+        eight_bit_budget: relative L2 that int8 and fp8 stages may have, per stage and step.
         with_upstream: whether unmodified diffusers is a second reference.
         tick: called with a few words whenever a unit of work is done.
     """
@@ -33,6 +35,7 @@ class Context:
     settings: Settings
     with_upstream: bool = True
     recorded: Recorded | None = None
+    eight_bit_budget: float | None = None
     tick: Progress = lambda words: None
     evidence: Evidence = field(default_factory=Evidence)
     _upstream: Upstream | None = None
@@ -109,10 +112,8 @@ class Context:
         )
 
     def budget(self, stage: str) -> float | None:
-        """The error that the calibration allowed an 8-bit stage; None where the bundle records none."""
-        artifact = self.candidate.artifacts.get(stage)
-        budget: float | None = getattr(artifact, "error_budget", None)
-        return budget
+        """The relative L2 that an 8-bit stage may have; None where nobody has said."""
+        return self.eight_bit_budget if self.candidate.precision(stage) in EIGHT else None
 
     def close(self) -> None:
         """Let all weights go."""

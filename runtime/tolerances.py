@@ -203,13 +203,13 @@ def limit(
 
     Args:
         pytorch: what PyTorch itself measures in that precision against fp32, on the same input.
-        budget: for int8 and fp8: the relative L2 recorded with the calibration.
+        budget: for int8 and fp8: the relative L2 that is allowed.
 
     Returns:
         None where the bound cannot be told: the comparison is then "not checked", never passed.
     """
     if precision in EIGHT and metric is Metric.RELATIVE_L2 and level not in (Level.GRAPH, Level.OP):
-        return None if budget is None else Limit(budget, "the budget recorded with the calibration")
+        return None if budget is None else Limit(budget, "the budget given for 8 bits")
     row = tolerance(level, metric, precision)
     if row is None:
         return None

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare with such a file, instead of --against"
     )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="X",
+        help="relative L2 that 8-bit stages may have (default: not checked)",
+    )
     parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with pictures, curves and modules"
@@ -168,5 +174,6 @@ def _open(
         settings=settings,
         with_upstream=not arguments.no_diffusers,
         recorded=recorded,
+        eight_bit_budget=arguments.budget,
         tick=tick,
     )

@@ -108,7 +108,7 @@ def _result(context: Context, case: StageCase, comparison: Comparison, name: str
 
 
 def _judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
-    """All outputs in fp32. Else without the statistics: one maximum a sample is too few numbers to compare roundings."""
+    """All outputs; below fp32 without the statistics: one maximum a sample is too few numbers to judge rounding by."""
     exact = context.candidate.precision(case.stage) is Precision.FP32
     return {name: array for name, array in case.outputs.items() if exact or name != denoise.STATS}
 
@@ -144,7 +144,7 @@ def _bound(context: Context, case: StageCase, name: str) -> Limit | None:
 def _why_unbounded(context: Context, stage: str) -> str:
     precision = context.candidate.precision(stage)
     if precision in (Precision.INT8, Precision.FP8):
-        return f"the bundle records no error budget for {precision.value}"
+        return f"no error budget is given for {precision.value}: --budget X"
     return f"PyTorch itself gives NaN or Inf in {precision.value} here, so there is nothing to measure by"
 
 
