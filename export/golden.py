@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ditc.export.stages import StageModule, example_feeds
 from ditc.export.torch_session import TorchSession
@@ -43,7 +43,8 @@ def write_golden(reference: StageModule, path: Path, *, deployed: StageModule | 
     tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file(tensors, partial, metadata={METADATA: json.dumps(to_json(info))})
+    # Not save_file: it makes the file readable for its owner only (safetensors 0.6), and another user may serve it.
+    partial.write_bytes(save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
     os.replace(partial, path)
     return path
 
