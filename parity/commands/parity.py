@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
             "parity needs one reference: a checkpoint or a saved file",
             hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
-    logging.getLogger("ditc.runtime.text").setLevel(logging.ERROR)  # a cut prompt is cut on both sides
     manifest = check_bundle(arguments.bundle)
     recorded = None if arguments.reference is None else read_reference(arguments.reference, manifest)
     if recorded is None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
+from ditc.export import ops
 from ditc.export.models.loading import weight_map
 from ditc.export.models.sana import SanaDenoiser
 from ditc.export.models.sana_config import SanaConfig
@@ -113,6 +115,8 @@ class Runner:
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         if not self.optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        model = model.clone()
+        ops.add_functions(model)
         session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
@@ -148,12 +152,14 @@ def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[
 
 @pytest.fixture(scope="session")
 def exported(denoiser_stage) -> Callable[[Precision], tuple[StageModule, ir.Model]]:
-    """The step and its finished graph in a precision, exported once."""
+    """The step and its finished graph in a precision; traced once, every caller gets a graph of its own to spoil."""
     from ditc.export.onnx import to_model
 
     @cache
+    def once(precision: Precision) -> bytes:
+        return ir.to_proto(to_model(denoiser_stage(precision))).SerializeToString()
+
     def export(precision: Precision) -> tuple[StageModule, ir.Model]:
-        stage = denoiser_stage(precision)
-        return stage, to_model(stage)
+        return denoiser_stage(precision), ir.from_proto(onnx.ModelProto.FromString(once(precision)))
 
     return export
