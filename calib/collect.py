@@ -23,7 +23,7 @@ from ditc.export.quant.ranges import (
     load_ranges,
     save_ranges,
 )
-from ditc.export.stages import StageModule
+from ditc.export.stages import BuildOptions, StageModule
 from ditc.export.torch_session import TorchSession
 from ditc.parity.twin import Twin
 from ditc.runtime.errors import UsageError
@@ -71,7 +71,7 @@ def collect(
     Raises:
         UsageError: settings that cannot be served. CheckpointError: a checkpoint that cannot be read.
     """
-    twin = Twin(checkpoint, precision=settings.precision)
+    twin = Twin(checkpoint, options=BuildOptions(precision=settings.precision))
     origin = _origin(twin, settings)
     partial = out.with_name(f"{out.name}.unfinished")
     index, count = settings.shard
