@@ -81,9 +81,11 @@ def draw_with_diffusers(checkpoint: Path, prompts: Sequence[str]) -> list[NDArra
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import torch
     from diffusers import SanaPipeline
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     defaults = json.loads((checkpoint / "ditc.json").read_text(encoding="utf-8"))
     defaults.pop("resolution_bins")
     pipeline = SanaPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
