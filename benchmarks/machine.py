@@ -75,8 +75,13 @@ def write(name: str, results: dict[str, Any]) -> Path:
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     path = RESULTS / f"{name}-{today}.json"
     path.parent.mkdir(exist_ok=True)
-    content = {"command": " ".join(sys.argv), "date": today, "machine": facts(), "results": results}
+    content = {"command": _command(), "date": today, "machine": facts(), "results": results}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def _command() -> str:
+    """The command without the paths of this machine."""
+    return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
