@@ -100,7 +100,7 @@ def check_stats(state: DenoiseState, stage: str) -> None:
     if state.stats is None:
         return
     stats = to_numpy(state.stats)
-    bad = np.flatnonzero((stats[:, 0] > 0) | ~np.isfinite(stats[:, 0]))
+    bad = np.flatnonzero(stats[:, 0])
     if bad.size:
         sample = int(bad[0])
         raise NumericsError(
@@ -143,8 +143,31 @@ def _stack(feeds: Sequence[Mapping[str, Tensor]], rows: Rows) -> dict[str, Tenso
         if name in stacked:
             continue
         parts = [to_numpy(feed[name]) for feed in feeds]
-        stacked[name] = _block_diagonal(parts) if name == GUIDANCE_WEIGHTS else np.concatenate(parts)
+        stacked[name] = _block_diagonal(parts) if name == GUIDANCE_WEIGHTS else _joined(parts)
     return stacked
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """The parts along their first axis; without a copy where they lie one behind the other in one array.
+
+    That is the case from the second step of a batch on: its states hold slices of what the last run returned.
+    """
+    owner = parts[0].base
+    if isinstance(owner, np.ndarray) and owner.flags.c_contiguous:
+        end = start = _address(parts[0])
+        for part in parts:
+            if part.base is not owner or not part.flags.c_contiguous or _address(part) != end:
+                break
+            end += part.nbytes
+        else:
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            return np.ndarray(shape, parts[0].dtype, owner, start - _address(owner))
+    return np.concatenate(parts)
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _block_diagonal(blocks: Sequence[Array]) -> Array:

@@ -77,6 +77,22 @@ def test_a_step_leaves_its_input_states_as_they_were(pipeline: Pipeline) -> None
         assert state.step_index == index
 
 
+def test_a_batch_that_stays_together_is_not_copied_between_steps() -> None:
+    together = np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
+    slices = [together[0:1], together[1:3], together[3:4]]
+    for parts, copied in (
+        (slices, False),
+        (slices[1:], False),
+        (slices[::-1], True),
+        ([slices[0], slices[2]], True),
+        ([slices[0], slices[1].copy(), slices[2]], True),
+        ([together[:, :, :1], together[:, :, 1:]], True),
+    ):
+        joined = denoise._joined(parts)
+        np.testing.assert_array_equal(joined, np.concatenate(parts))
+        assert np.shares_memory(joined, together) is not copied
+
+
 def test_a_finished_state_cannot_be_stepped(pipeline: Pipeline) -> None:
     (state,) = pipeline.start(pipeline.plan(Request(prompt="cat", num_inference_steps=1)))
     (finished,) = denoise.step(pipeline.sessions[DENOISER], [state])
