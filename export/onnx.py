@@ -28,7 +28,7 @@ from ditc.export.stages import StageModule, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, to_torch
 from ditc.export.weights import Weight, weights_of
 from ditc.runtime.errors import BuildError
-from ditc.runtime.session import Array
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import Precision, StageSpec
 
@@ -186,13 +186,6 @@ def check_export(stage: StageModule, model: Path) -> float:
     candidate.close()
     log.debug("%s: exported graph equals PyTorch within %.2g", stage.spec.name, worst)
     return worst
-
-
-def relative_l2(value: Array, reference: Array) -> float:
-    """|value - reference| / |reference| in fp64; NaN anywhere gives NaN, and a zero reference compares absolutely."""
-    difference = np.linalg.norm(value.astype(np.float64).ravel() - reference.astype(np.float64).ravel())
-    scale = np.linalg.norm(reference.astype(np.float64).ravel())
-    return float(difference / scale) if scale else float(difference)
 
 
 def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:

@@ -8,9 +8,10 @@ import numpy as np
 
 from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import open_checkpoint
-from ditc.export.onnx import relative_l2, to_onnx
+from ditc.export.onnx import to_onnx
 from ditc.export.stages import BuildOptions, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, NETWORK
 

@@ -131,7 +131,8 @@ def run() -> Runner:
 @pytest.fixture(scope="session")
 def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[str, np.ndarray]]], ir.Model]:
     """Apply a pass to a copy and prove with ONNX Runtime that every output of every feed stayed as it was."""
-    from ditc.export.onnx import FP32_RELATIVE_L2, relative_l2
+    from ditc.export.onnx import FP32_RELATIVE_L2
+    from ditc.runtime.metrics import relative_l2
 
     def prove(
         step: Callable[[ir.Model], None], model: ir.Model, feeds: list[dict[str, np.ndarray]]

@@ -7,11 +7,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ditc.export.onnx import relative_l2
 from ditc.export.passes.round_to import round_to, rounded_spec
 from ditc.export.stages import example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, from_torch
 from ditc.runtime.errors import BuildError
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.spec import DType, Precision
 
 HEADER = '<ir_version: 10, opset_import: ["": 20]>'
