@@ -8,7 +8,7 @@ values, which torch.export cannot trace), and the attention function, whose soft
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, Gemma2Config, Gemma2Model
 
-from ditc.export.models.loading import load_strict
+from ditc.export.models.loading import Without, load_strict
 from ditc.runtime.errors import CheckpointError
 
 ATTENTION = "ditc_exportable_eager"
@@ -45,7 +45,7 @@ def load_gemma2(
         encoder = Gemma2TextEncoder(Gemma2Config(**config))
     if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
         encoder.weights_below = ""  # our own paths begin with the same word
-    load_strict({"text_encoder": encoder}, _WithoutHead(tensors), dtype)
+    load_strict({"text_encoder": encoder}, Without(tensors, LM_HEAD), dtype)
     return encoder.eval()
 
 
@@ -110,19 +110,3 @@ def _repeat_heads(x_BHSD: Tensor, groups: int) -> Tensor:
 
 def _bias(visible: Tensor) -> Tensor:
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
-
-
-class _WithoutHead(Mapping[str, Tensor]):
-    """Tensors but for a language model's head, still read one at a time."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._tensors if name != LM_HEAD)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -4,13 +4,17 @@ A 1x1 convolution is a Linear on tokens: it fuses, quantizes and shares scales l
 3x3 depthwise convolution needs NCHW.
 """
 
-# B batch, N tokens, C channels, F expanded channels
+# B batch, N tokens, C channels, F expanded channels, p side of a patch
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SINUSOID_WIDTH = 256  # of every timestep embedding here, as in diffusers
 
 
 class ConvAsLinear(nn.Linear):
@@ -66,6 +70,25 @@ class RMSNorm(nn.Module):
         return parameter if self.dim == -1 else parameter[:, None, None]
 
 
+class TimestepEmbedder(nn.Module):
+    """Sinusoid in fp32, then Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(SINUSOID_WIDTH, width)
+        self.linear_2 = nn.Linear(width, width)
+        half = SINUSOID_WIDTH // 2
+        # A plain tensor, not a buffer: module.to(float16) must not round it. Rounded as diffusers rounds it.
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+        self.frequencies = torch.exp(exponent)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies.to(t.device)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
+        hidden: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        return hidden
+
+
 class GLUMBConv(nn.Module):
     """Sana's Mix-FFN on tokens: expand, 3x3 depthwise convolution, gate, project; diffusers' GLUMBConv, no residual.
 
@@ -95,3 +118,19 @@ def to_nchw(x_BNC: Tensor, height: int, width: int) -> Tensor:
 def to_tokens(x_BCHW: Tensor) -> Tensor:
     """(B,C,H,W) -> (B,H*W,C)."""
     return x_BCHW.flatten(2).transpose(1, 2)
+
+
+def to_patches(x_BCHW: Tensor, p: int) -> Tensor:
+    """(B,C,h*p,w*p) -> (B,h*w,C*p*p): what ConvAsLinear reads."""
+    if p == 1:
+        return to_tokens(x_BCHW)
+    x = x_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B C h p w p
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def from_patches(x_BNF: Tensor, p: int, height: int, width: int) -> Tensor:
+    """(B,h*w,p*p*C) -> (B,C,h*p,w*p): the channels lie innermost in what a final layer writes."""
+    if p == 1:
+        return to_nchw(x_BNF, height, width)
+    x = x_BNF.unflatten(2, (p, p, -1)).unflatten(1, (height, width))  # B h w p p C
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -6,7 +6,7 @@ changes is the shape of a convolution that a network holds as a Linear (`layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -52,11 +52,13 @@ def load_strict(
     dtype: torch.dtype,
     *,
     unread: Collection[str] = (),
+    exceptions: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Give every parameter and buffer of the stages its tensor, cast to dtype where it is floating-point.
 
     Args:
         unread: stages that only claim their tensors' names, and stay empty.
+        exceptions: module paths of the checkpoint, and the dtype of everything below each of them.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape, or an integer where a float belongs.
@@ -66,7 +68,8 @@ def load_strict(
     states: dict[str, dict[str, Tensor]] = {stage: {} for stage in stages if stage not in unread}
     for source in sources:
         if source.stage in states:
-            states[source.stage][source.parameter] = _fitted(source, stages[source.stage], tensors, dtype)
+            wanted = _dtype_of(source.checkpoint, dtype, exceptions or {})
+            states[source.stage][source.parameter] = _fitted(source, stages[source.stage], tensors, wanted)
     for stage, state in states.items():
         stages[stage].load_state_dict(state, assign=True)
         stages[stage].requires_grad_(False)
@@ -109,6 +112,22 @@ def weight_map(
     return list(sources.values())
 
 
+class Without(Mapping[str, Tensor]):
+    """A checkpoint's tensors but for some names that are not read, such as a tied copy; still read one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *names: str) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name not in self._names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _root(module: nn.Module) -> str:
     """The dotted prefix of the names that are the checkpoint's."""
     for path, submodule in module.named_modules():
@@ -116,6 +135,10 @@ def _root(module: nn.Module) -> str:
         if below is not None:
             return "".join(f"{part}." for part in (path, below) if part)
     return ""
+
+
+def _dtype_of(name: str, dtype: torch.dtype, exceptions: Mapping[str, torch.dtype]) -> torch.dtype:
+    return next((other for path, other in exceptions.items() if name.startswith(f"{path}.")), dtype)
 
 
 def _fitted(

@@ -11,14 +11,21 @@ fp32 in 16-bit networks: norm statistics, linear attention, softmax, sinusoids, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditc.export.models.layers import ConvAsLinear, GLUMBConv, LayerNorm, RMSNorm
+from ditc.export.models.layers import (
+    ConvAsLinear,
+    GLUMBConv,
+    LayerNorm,
+    RMSNorm,
+    TimestepEmbedder,
+    from_patches,
+    to_patches,
+)
 from ditc.export.models.loading import build_empty, load_strict
 from ditc.export.models.sana_config import SanaConfig as SanaConfig
 from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
@@ -27,7 +34,6 @@ MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
 QK_NORM_EPS = 1e-5  # diffusers' Attention default, for both attentions; the native code has 1e-6
 CAPTION_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
-SINUSOID_WIDTH = 256
 FP16_MAX = 65504.0
 
 
@@ -103,7 +109,7 @@ class SanaDenoiser(nn.Module):
             (R,out_channels,H,W) in the network's dtype.
         """
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
-        x_RND = self.patch_embed["proj"](self._patches(latents))
+        x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
         if self.position is not None:
             x_RND = (x_RND + self.position(height, width, x_RND.device)).to(x_RND.dtype)
         time = (t,) if guidance is None else (t, guidance)
@@ -115,23 +121,7 @@ class SanaDenoiser(nn.Module):
             )
         shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
         x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
-        return self._unpatched(x_RND, height, width)
-
-    def _patches(self, latents: Tensor) -> Tensor:
-        """(R,C,h*p,w*p) -> (R,N,C*p*p)."""
-        if self.patch_size == 1:
-            return latents.flatten(2).transpose(1, 2)
-        p = self.patch_size
-        x = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # R C h p w p
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def _unpatched(self, x_RNF: Tensor, height: int, width: int) -> Tensor:
-        """(R,N,p*p*C) -> (R,C,h*p,w*p)."""
-        if self.patch_size == 1:
-            return x_RNF.transpose(1, 2).unflatten(2, (height, width))
-        p = self.patch_size
-        x = x_RNF.unflatten(2, (p, p, -1)).unflatten(1, (height, width))  # R h w p p C
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return from_patches(x_RND, self.patch_size, height, width)
 
 
 class CaptionProjection(nn.Module):
@@ -238,25 +228,6 @@ class CrossAttention(nn.Module):
         weights = torch.softmax((q @ k.transpose(2, 3)).float() + mask_R11S, dim=-1).to(v.dtype)
         out: Tensor = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
         return out
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoid in fp32, then Linear, SiLU, Linear."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(SINUSOID_WIDTH, width)
-        self.linear_2 = nn.Linear(width, width)
-        half = SINUSOID_WIDTH // 2
-        # A plain tensor, not a buffer: module.to(float16) must not round it. Rounded as diffusers rounds it.
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half
-        self.frequencies = torch.exp(exponent)
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        angles = t.float()[:, None] * self.frequencies.to(t.device)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
-        hidden: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid)))
-        return hidden
 
 
 class TimeEmbed(nn.Module):
