@@ -76,7 +76,7 @@ class T5TextEncoder(nn.Module):
         """(1,H,S,S), from the first layer, for all layers."""
         position = torch.arange(length, device=self.buckets.device)
         offset = position[None, :] - position[:, None]  # of the key from the query
-        bucket = self.buckets[offset.abs().clamp(max=self.buckets.shape[1] - 1), (offset > 0).long()]
+        bucket = self.buckets[offset.abs().clamp(max=len(self.buckets) - 1), (offset > 0).long()]
         first = self.encoder.block[0].layer[0].SelfAttention
         bias: Tensor = first.relative_attention_bias(bucket)
         return bias.permute(2, 0, 1)[None]
