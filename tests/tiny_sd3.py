@@ -71,7 +71,9 @@ def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
         qk_norm=facts.qk_norm,
         dual_attention_layers=facts.dual_attention_layers,
     ).eval()
-    with torch.no_grad():  # SD3 starts its last layer and its modulations at random too: nothing may be silent
+    with (
+        torch.no_grad()
+    ):  # SD3 starts its last layer and its modulations at random too: nothing may be silent
         for name, parameter in model.named_parameters():
             if "norm_out.linear" in name or "norm1" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -172,9 +174,7 @@ def make_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def make_checkpoint(
-    directory: Path, variant: str = "sd3-medium", *, t5: bool = True, seed: int = 0
-) -> Path:
+def make_checkpoint(directory: Path, variant: str = "sd3-medium", *, t5: bool = True, seed: int = 0) -> Path:
     """Save the pipeline in diffusers layout with a ditc.json, and return the directory."""
     make_pipeline(variant, t5=t5, seed=seed).save_pretrained(directory, safe_serialization=True)
     defaults = {"max_sequence_length": T5_TOKENS, "num_inference_steps": 5, "guidance_scale": 3.0}

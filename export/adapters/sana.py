@@ -11,6 +11,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as RustTokenizer
 
+from ditc.export.adapters.specs import (
+    STAGE_DTYPES,
+    TORCH_DTYPES,
+    DenoiserFacts,
+    check_precision,
+    companion_precision,
+    denoiser_spec,
+    history_length,
+    latent_ranges,
+    network_spec,
+    vae_specs,
+)
 from ditc.export.checkpoint import Checkpoint
 from ditc.export.models.dc_ae import DcAeConfig, load_decoder, load_encoder
 from ditc.export.models.gemma2 import load_gemma2
@@ -20,12 +32,10 @@ from ditc.export.models.sana_config import SanaConfig
 from ditc.export.resolution_bins import resolution_bins
 from ditc.export.scheduler_config import scheduler_params
 from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
-from ditc.export.step import STATS, wrap
+from ditc.export.step import wrap
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime import denoise
-from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.errors import CheckpointError
 from ditc.runtime.manifest import Defaults, LatentSpec, Tiling
-from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -33,17 +43,12 @@ from ditc.runtime.spec import (
     TEXT_ENCODER,
     VAE_DECODER,
     VAE_ENCODER,
-    Backend,
     DType,
-    Precision,
     Range,
     StageSpec,
     TensorSpec,
 )
 from ditc.runtime.text import Select, TextSpec
-
-TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-STAGE_DTYPES = {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}
 
 # SanaPipeline.__call__'s defaults, diffusers 0.42.1.
 MAX_SEQUENCE_LENGTH = 300
@@ -65,6 +70,14 @@ COMPLEX_HUMAN_INSTRUCTION = (
     " or evaluations:",
     "User Prompt: ",
 )
+COMPONENTS = {
+    TEXT_ENCODER: "text_encoder",
+    CONDITIONER: "transformer",
+    DENOISER: "transformer",
+    NETWORK: "transformer",
+    VAE_DECODER: "vae",
+    VAE_ENCODER: "vae",
+}
 # The pipeline picks its table of aspect ratios by the transformer's sample_size.
 BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 
@@ -87,28 +100,15 @@ class SanaAdapter:
         """
         transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
         vae = DcAeConfig.from_json(checkpoint.component("vae").config)
-        if options.base not in TORCH_DTYPES:
-            raise UsageError(
-                f"precision {options.base.value} is not built for Sana",
-                hint=f"take one of {', '.join(p.value for p in TORCH_DTYPES)}",
-            )
+        check_precision(options, "Sana")
         text = _text_spec(checkpoint)
         scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
-        sizes = _latent_ranges(defaults, latents)
-        shapes = _Shapes(
-            transformer,
-            text,
-            latents,
-            sizes,
-            options,
-            history=_history_length(scheduler),
-            tiled=defaults.tiling is not None,
-        )
+        shapes = _Shapes(transformer, text, latent_ranges(defaults, latents), options)
         return ModelPlan(
             family=self.family,
-            stages=shapes.stages(),
+            stages=shapes.stages(latents, history_length(scheduler), tiled=defaults.tiling is not None),
             text=(text,),
             scheduler=scheduler,
             latents=latents,
@@ -131,7 +131,7 @@ class SanaAdapter:
             conditioner, denoiser = load_sana(config, component.tensors, dtype)
             module = conditioner if stage == CONDITIONER else denoiser
             if stage == DENOISER:
-                module = wrap(denoiser, dtype=dtype, history_length=_history_length(plan.scheduler))
+                module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
         else:
             component = checkpoint.component("vae")
             vae = DcAeConfig.from_json(component.config)
@@ -147,43 +147,35 @@ class SanaAdapter:
 
 
 class _Shapes:
-    """The specs of the five stages: names, element types and ranges."""
+    """The specs of the stages: names, element types and ranges."""
 
     def __init__(
-        self,
-        transformer: SanaConfig,
-        text: TextSpec,
-        latents: LatentSpec,
-        sizes: dict[str, Range],
-        options: BuildOptions,
-        *,
-        history: int,
-        tiled: bool,
+        self, transformer: SanaConfig, text: TextSpec, sizes: dict[str, Range], options: BuildOptions
     ) -> None:
-        self.transformer, self.text, self.latents = transformer, text, latents
-        self.sizes, self.options, self.history, self.tiled = sizes, options, history, tiled
+        self.transformer, self.text, self.sizes, self.options = transformer, text, sizes, options
 
-    def stages(self) -> dict[str, StagePlan]:
+    def stages(self, latents: LatentSpec, history: int, *, tiled: bool) -> dict[str, StagePlan]:
         """All plans, in the order in which a picture needs them."""
-        denoiser = self.options.base
-        # Gemma overflows in fp16 (NVlabs' README: bf16 or fp32), and so does DC-AE; ONNX Runtime's CPU provider
-        # has no bf16, so beside a 16-bit ONNX denoiser both stay fp32.
-        others = Precision.BF16 if self._engines() and denoiser is not Precision.FP32 else Precision.FP32
-        plans = {
-            TEXT_ENCODER: StagePlan(
-                spec=self._text_encoder(), precision=others, components=("text_encoder",)
-            ),
-            CONDITIONER: StagePlan(spec=self._conditioner(), precision=denoiser, components=("transformer",)),
-            DENOISER: StagePlan(spec=self._denoiser(), precision=denoiser, components=("transformer",)),
-            VAE_DECODER: StagePlan(spec=self._vae_decoder(), precision=others, components=("vae",)),
-            VAE_ENCODER: StagePlan(spec=self._vae_encoder(), precision=others, components=("vae",)),
+        denoiser, batch = self.options.base, self.options.max_batch
+        # Gemma overflows in fp16 (NVlabs' README: bf16 or fp32), and so does DC-AE.
+        others = companion_precision(self.options)
+        facts = self._denoiser()
+        specs = {
+            TEXT_ENCODER: self._text_encoder(),
+            CONDITIONER: self._conditioner(),
+            DENOISER: denoiser_spec(facts, history=history, max_batch=batch),
+            **vae_specs(latents, self.sizes, max_batch=batch, tiled=tiled),
         }
         if self.options.raw:
-            plans[NETWORK] = StagePlan(spec=self._network(), precision=denoiser, components=("transformer",))
-        return plans
-
-    def _engines(self) -> bool:
-        return self.options.backend is not Backend.ONNXRUNTIME
+            specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[denoiser], max_batch=batch)
+        return {
+            name: StagePlan(
+                spec=spec,
+                precision=denoiser if COMPONENTS[name] == "transformer" else others,
+                components=(COMPONENTS[name],),
+            )
+            for name, spec in specs.items()
+        }
 
     def _text_encoder(self) -> StageSpec:
         length = max(self.text.max_length, self.text.negative_max_length)
@@ -213,7 +205,7 @@ class _Shapes:
                 TensorSpec("text_mask", DType.INT64, (rows, text)),
             ),
             outputs=self._conditioning(),
-            profile={rows: Range(1, 1, 2 * self.options.max_batch), text: self._text_range()},
+            profile={rows: Range(1, 1, 2 * self.options.max_batch), **self._text_range()},
         )
 
     def _conditioning(self) -> tuple[TensorSpec, ...]:
@@ -224,82 +216,17 @@ class _Shapes:
             TensorSpec("text_bias", DType.FLOAT32, ("rows", "text_length")),
         )
 
-    def _denoiser(self) -> StageSpec:
-        image = ("batch", self.transformer.in_channels, "height", "width")
-        past = ("batch", self.history, self.transformer.in_channels, "height", "width")
-        columns = len(denoise.coefficient_columns(self.history, noise=False))
-        return StageSpec(
-            DENOISER,
-            inputs=(
-                TensorSpec(denoise.LATENTS, DType.FLOAT32, image),
-                TensorSpec(denoise.ROW_OF, DType.INT64, ("rows",)),
-                TensorSpec(denoise.TIMESTEP, DType.FLOAT32, ("batch",)),
-                TensorSpec(denoise.GUIDANCE_WEIGHTS, DType.FLOAT32, ("batch", "rows")),
-                TensorSpec(denoise.COEFFICIENTS, DType.FLOAT32, ("batch", columns)),
-                TensorSpec(denoise.HISTORY, DType.FLOAT32, past),
-                *self._conditioning(),
-            ),
-            outputs=(
-                TensorSpec(denoise.NEXT_LATENTS, DType.FLOAT32, image),
-                TensorSpec(denoise.X0, DType.FLOAT32, image),
-                TensorSpec(denoise.NEXT_HISTORY, DType.FLOAT32, past),
-                TensorSpec(denoise.STATS, DType.FLOAT32, ("batch", STATS)),
-            ),
-            profile={
-                "batch": Range(1, 1, self.options.max_batch),
-                "rows": Range(1, 2, 2 * self.options.max_batch),
-                **self.sizes,
-                "text_length": self._text_range(),
-            },
+    def _denoiser(self) -> DenoiserFacts:
+        return DenoiserFacts(
+            channels=self.transformer.in_channels,
+            out_channels=self.transformer.out_channels,
+            conditioning=self._conditioning(),
+            sizes=self.sizes,
+            text=self._text_range(),
         )
 
-    def _network(self) -> StageSpec:
-        """The denoiser without the step around it: for parity, and for guidance that is not a weighted sum."""
-        dtype, config = STAGE_DTYPES[self.options.base], self.transformer
-        return StageSpec(
-            NETWORK,
-            inputs=(
-                TensorSpec(denoise.LATENTS, dtype, ("rows", config.in_channels, "height", "width")),
-                TensorSpec(denoise.TIMESTEP, DType.FLOAT32, ("rows",)),
-                *self._conditioning(),
-            ),
-            outputs=(TensorSpec("prediction", dtype, ("rows", config.out_channels, "height", "width")),),
-            profile={
-                "rows": Range(1, 2, 2 * self.options.max_batch),
-                **self.sizes,
-                "text_length": self._text_range(),
-            },
-        )
-
-    def _vae_decoder(self) -> StageSpec:
-        latents = TensorSpec("latents", DType.FLOAT32, ("batch", self.latents.channels, "height", "width"))
-        image = TensorSpec("image", DType.FLOAT32, ("batch", 3, "image_height", "image_width"))
-        return StageSpec(VAE_DECODER, (latents,), (image,), {"batch": self._pictures(), **self._free_sizes()})
-
-    def _vae_encoder(self) -> StageSpec:
-        scale = self.latents.scale_factor
-        pixels = {
-            f"image_{name}": Range(r.min * scale, r.opt * scale, r.max * scale, scale)
-            for name, r in self._free_sizes().items()
-        }
-        image = TensorSpec("image", DType.FLOAT32, ("batch", 3, "image_height", "image_width"))
-        latents = TensorSpec("latents", DType.FLOAT32, ("batch", self.latents.channels, "height", "width"))
-        return StageSpec(VAE_ENCODER, (image,), (latents,), {"batch": self._pictures(), **pixels})
-
-    def _text_range(self) -> Range:
-        return Range(1, self.text.length, self.text.length)
-
-    def _pictures(self) -> Range:
-        return Range(1, 1, self.options.max_batch)
-
-    def _free_sizes(self) -> dict[str, Range]:
-        """The VAE knows no patches: any whole number of cells; of a tiled picture also the smaller last tiles."""
-        return {name: Range(1 if self.tiled else r.min, r.opt, r.max) for name, r in self.sizes.items()}
-
-
-def _history_length(scheduler: SchedulerParams) -> int:
-    """One even for Euler, whose column is zero: every Sana engine then takes both of the family's samplers."""
-    return max(1, scheduler.history_length)
+    def _text_range(self) -> dict[str, Range]:
+        return {"text_length": Range(1, self.text.length, self.text.length)}
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
@@ -357,20 +284,3 @@ def _defaults(
         # enable_tiling's defaults in AutoencoderDC, diffusers 0.42.1; needed from 2K on (upstream README: 4K).
         tiling=Tiling(tile=512, stride=448) if native >= 4096 else None,
     )
-
-
-def _latent_ranges(defaults: Defaults, latents: LatentSpec) -> dict[str, Range]:
-    """Latent height and width: what the bins span, else from half to twice the default."""
-    cells = latents.scale_factor
-    ranges = {}
-    for axis, (name, default) in enumerate((("height", defaults.height), ("width", defaults.width))):
-        if default % (cells * latents.patch_size):
-            raise UsageError(
-                f"resolution {default} is not a multiple of {cells * latents.patch_size}",
-                hint="take a multiple: the VAE and the patches divide the picture",
-            )
-        sides = [size[axis] for size in defaults.bins] or [default // 2, default * 2]
-        step = latents.patch_size
-        low, high = min(sides) // cells // step * step, max(sides) // cells // step * step
-        ranges[name] = Range(max(step, low), default // cells, high, step)
-    return ranges
