@@ -24,7 +24,9 @@ from ditc.export.ops.attention.torch_op import attention
 NORM_EPS = 1e-6
 
 
-def load_kl_decoder(config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> KlVaeDecoder:
+def load_kl_decoder(
+    config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> KlVaeDecoder:
     """The decoder with the weights of a diffusers vae/ directory.
 
     Raises:
@@ -33,7 +35,9 @@ def load_kl_decoder(config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], 
     return _load_both(config, tensors, dtype, unread="vae_encoder")[0]
 
 
-def load_kl_encoder(config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> KlVaeEncoder:
+def load_kl_encoder(
+    config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> KlVaeEncoder:
     """The encoder with the weights of a diffusers vae/ directory.
 
     Raises:
@@ -213,7 +217,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class Upsample(nn.Module):

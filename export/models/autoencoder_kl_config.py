@@ -58,6 +58,8 @@ class AutoencoderKlConfig:
             if any(kind != block for kind in values.get(name, (block,))):
                 raise CheckpointError(f"{name} has other blocks than {block}: {values[name]}")
             if len(values.get(name, (block,))) != stages:
-                raise CheckpointError(f"{name} has {len(values[name])} entries, block_out_channels has {stages}")
+                raise CheckpointError(
+                    f"{name} has {len(values[name])} entries, block_out_channels has {stages}"
+                )
         # force_upcast chooses a precision, which is the build's choice here.
         return read_config(cls, values, ignored=(*FIXED, *BLOCKS, "force_upcast"))

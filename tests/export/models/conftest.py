@@ -16,7 +16,8 @@ def _seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             fan_in = parameter[0].numel()
             scale = fan_in**-0.5 if parameter.dim() > 1 else 0.3
-            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            is_gain = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
+            offset = 1.0 if is_gain else 0.0
             parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if "running_" in name:
