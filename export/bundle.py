@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,8 @@ import numpy as np
 
 from ditc.export import budget, uptodate
 from ditc.export.adapters import find_adapter
-from ditc.export.checkpoint import Checkpoint, check_finite, open_checkpoint
+from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export.earlier import artifacts_that_stay, existing, sweep, unsealed
 from ditc.export.engine import build_engine, estimate_memory_bytes, library_version
 from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
@@ -26,12 +25,13 @@ from ditc.export.journal import Journal, check_ours, check_writable, locked, wri
 from ditc.export.keys import digest, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
+from ditc.export.precheck import check_options, check_weights, export_bytes
 from ditc.export.quant.apply import Quantization, prepare
 from ditc.export.quant.record import write_record
 from ditc.export.report import BuildEvent, BuildReport, Status
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime.errors import BuildError, BundleError, DitcError, UsageError
+from ditc.runtime.errors import BuildError, DitcError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.integrity import file_ref
 from ditc.runtime.jsondata import from_json, to_json
@@ -49,7 +49,7 @@ from ditc.runtime.manifest import (
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
 
-log = logging.getLogger(__name__)
+WEIGHTS = ".weights.json"
 
 __all__ = ["BuildEvent", "BuildReport", "build_bundle"]
 
@@ -67,7 +67,7 @@ def build_bundle(
         CheckpointError, BuildError, BundleError: each before anything of an existing bundle is replaced.
     """
     started = perf_counter()
-    _check_options(options)
+    check_options(options)
     check_ours(out)
     checkpoint = open_checkpoint(source)
     adapter = find_adapter(checkpoint)
@@ -116,7 +116,7 @@ class _Builder:
         self._on_event = on_event
         self._quantization = quantization
         self.journal = Journal(out)
-        self._old = _existing(out)
+        self._old = existing(out)
         self.targets = options.targets or default_targets(options.backend)
 
     def build(self) -> Manifest:
@@ -125,7 +125,15 @@ class _Builder:
         done = {name: self.journal.finished(name, digest(inputs)) for name, inputs in keys.items()}
         missing = [name for name, artifact in done.items() if artifact is None]
         if missing:
-            self._check(missing)
+            check_weights(
+                self.checkpoint,
+                self.adapter,
+                self.plan,
+                self.options,
+                self.out,
+                missing,
+                lambda what, doing: self._report(what, "working", doing),
+            )
         artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
         engines: dict[str, Artifact] = {}
         if self.options.backend is not Backend.ONNXRUNTIME:
@@ -133,10 +141,10 @@ class _Builder:
         self._check_unchanged(keys)
         self.journal.hashes.save()
         manifest = self._manifest(artifacts, engines)
-        if self._old is None or digest(manifest) != digest(_unsealed(self._old)):
+        if self._old is None or digest(manifest) != digest(unsealed(self._old)):
             save_manifest(manifest, self.out)
         manifest = load_manifest(self.out)
-        self._sweep(manifest)
+        sweep(self.out, manifest)
         return manifest
 
     def _check_unchanged(self, keys: dict[str, dict[str, Any]]) -> None:
@@ -147,42 +155,6 @@ class _Builder:
                     f"{self.checkpoint.path}: {' and '.join(stage.components)} changed while it was being built",
                     hint="build again once the checkpoint is complete; finished stages are reused",
                 )
-
-    def _check(self, stages: list[str]) -> None:
-        """Everything that can be refused before the first export: names, shapes and values of weights, free space."""
-        headers = {
-            name: replace(component, tensors=component.tensors.headers())
-            for name, component in self.checkpoint.components.items()
-        }
-        for name in stages:
-            self.adapter.load(replace(self.checkpoint, components=headers), self.plan, name, self.options)
-        sizes = {name: self._weight_bytes(name) for name in stages}
-        components = {c: name for name in stages for c in self.plan.stages[name].components}
-        budget.check_disk(
-            self.out,
-            [(component, sizes[name]) for component, name in components.items()],
-            engines=self.options.backend is not Backend.ONNXRUNTIME,
-        )
-        self._report("memory", "working", self._memory_needed(sizes))
-        for component in components:
-            self._report(component, "working", "reading every weight")
-            check_finite(self.checkpoint.component(component))
-
-    def _memory_needed(self, sizes: dict[str, int]) -> str:
-        estimates = {name: self._export_bytes(name) for name in sizes}
-        name, most = max(estimates.items(), key=lambda item: item[1])
-        free = budget.available_memory_bytes()
-        text = f"needs about {most / 1e9:.1f} GB of memory (for {name}), {free / 1e9:.1f} GB are free"
-        if most > free:
-            log.warning("the build %s: it may swap or be killed", text)
-        return text
-
-    def _weight_bytes(self, name: str) -> int:
-        stage = self.plan.stages[name]
-        return budget.weight_bytes(map(self.checkpoint.component, stage.components), stage.precision)
-
-    def _export_bytes(self, name: str) -> int:
-        return budget.estimate_export_bytes(self._weight_bytes(name), self.plan.stages[name].precision)
 
     def _reused(self, stage: str, artifact: Artifact | None) -> Artifact | None:
         if artifact is not None:
@@ -198,7 +170,7 @@ class _Builder:
         finished = self._reused(name, self.journal.finished(name, key))
         if finished is not None:
             return finished
-        why, estimate = self.journal.why(name, inputs), self._export_bytes(name)
+        why, estimate = self.journal.why(name, inputs), export_bytes(self.checkpoint, self.plan, name)
         self._report(name, "building", why)
         started = perf_counter()
         with PeakMemory() as memory:
@@ -211,6 +183,8 @@ class _Builder:
         record = None
         if quantization is not None and plan is not None:
             record = write_record(path, plan, module.spec, quantization.ranges_sha256)
+        weight_map = path.with_name(path.name + WEIGHTS)
+        write_json(weight_map, to_json(files.weight_map))
         refs = [file_ref(path, self.out) for path in files.paths]
         artifact = Artifact(
             spec=module.spec,
@@ -218,6 +192,7 @@ class _Builder:
             backend=Backend.ONNXRUNTIME,
             file=refs[0],
             data=tuple(refs[1:]),
+            weights=file_ref(weight_map, self.out),
             key=key,
             recipe=None if quantization is None else quantization.recipe.name,
             quantization=None if record is None else file_ref(record, self.out),
@@ -226,7 +201,7 @@ class _Builder:
             name,
             inputs,
             artifact,
-            {"weights": [to_json(weight) for weight in files.weight_map], **self._extras(name, module)},
+            self._extras(name, module),
             why=why,
             seconds=perf_counter() - started,
             peak_memory_bytes=memory.peak_bytes,
@@ -273,8 +248,10 @@ class _Builder:
             backend=options.backend,
             targets=self.targets,
             file=file_ref(report.file, self.out),
+            weights=graph.weights,
             key=key,
             recipe=graph.recipe,
+            quantization=graph.quantization,
             library=library,
             gpu=gpu.name if gpu else None,
         )
@@ -314,6 +291,7 @@ class _Builder:
             "stage": name,
             "weights": {c.name: self.journal.hashes.of_all(c.files) for c in components},
             "config": {c.name: c.config for c in components},
+            "facts": dict(stage.facts),
             "shapes": to_json(stage.spec),
             "precision": stage.precision.value,
             "backend": Backend.ONNXRUNTIME.value,
@@ -335,8 +313,6 @@ class _Builder:
             latents = LatentSpec(
                 latents.channels, latents.scale_factor, latents.patch_size, tuple(tuple(row) for row in rgb)
             )
-        weights = [weight for record in records.values() for weight in record["weights"]]
-        write_json(self.out / "weights.json", weights)
         table = coefficient_table(self.plan.scheduler, self.plan.defaults.num_inference_steps)
         return Manifest(
             schema_version=SCHEMA_VERSION,
@@ -344,7 +320,7 @@ class _Builder:
             checkpoint=self.checkpoint.path.name,
             stages={
                 name: Stage(
-                    artifacts=self._merged(name, artifact, engines.get(name)),
+                    artifacts=self._artifacts(name, artifact, engines.get(name)),
                     golden=self._golden(name, artifact),
                 )
                 for name, artifact in artifacts.items()
@@ -358,7 +334,7 @@ class _Builder:
                 timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
                 coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
             ),
-            files=(file_ref(self.out / "weights.json", self.out), *self._tokenizers()),
+            files=tuple(self._tokenizers()),
             tools=tool_versions(),
         )
 
@@ -389,42 +365,9 @@ class _Builder:
             raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
         return record
 
-    def _merged(self, name: str, artifact: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
-        """The new artifacts beside those of other precisions and backends that an earlier build left intact."""
-        new = (artifact,) if engine is None else (artifact, engine)
-        if (
-            self._old is None
-            or self._old.checkpoint != self.checkpoint.path.name
-            or name not in self._old.stages
-        ):
-            return new
-        slots = {(a.precision, a.backend) for a in new}
-        others = [
-            a
-            for a in self._old.stages[name].artifacts
-            if (a.precision, a.backend) not in slots and all(self.journal.intact(ref) for ref in a.files)
-        ]
-        graphs = [
-            a for a in others if a.backend is Backend.ONNXRUNTIME and self._same_source(name, a, artifact)
-        ]
-        current = {(graph.precision, graph.key) for graph in (artifact, *graphs)}
-        earlier = {
-            a.precision: a.key for a in self._old.stages[name].artifacts if a.backend is Backend.ONNXRUNTIME
-        }
-        engines = [
-            a
-            for a in others
-            # An engine was made from the graph of its precision, and goes when that graph goes.
-            if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
-        ]
-        return (*new, *graphs, *engines)
-
-    def _same_source(self, name: str, other: Artifact, artifact: Artifact) -> bool:
-        """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
-        old, new = (self.journal.record(name, a.key) for a in (other, artifact))
-        if old is None or new is None:
-            return False
-        return _but_for_precision(old) == _but_for_precision(new)
+    def _artifacts(self, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
+        new = (graph,) if engine is None else (graph, engine)
+        return (*new, *artifacts_that_stay(self._old, self.checkpoint.path.name, name, new, self.journal))
 
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:
@@ -432,40 +375,11 @@ class _Builder:
             write_text(target, tokenizer_json(self.checkpoint.tokenizers[target.parent.name]))
             yield file_ref(target, self.out)
 
-    def _sweep(self, manifest: Manifest) -> None:
-        """Remove graphs that no manifest names any more; the journal of what is kept stays."""
-        kept = {ref.path for ref in manifest.all_files()}
-        folders = (self.out / folder for folder in ("onnx", "engines", "golden"))
-        for path in (path for folder in folders for path in folder.glob("*")):
-            if path.relative_to(self.out).as_posix() not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def _report(self, stage: str, status: Status, why: str, **measured: Any) -> None:
         event = BuildEvent(stage=stage, status=status, why=why, **measured)
         if status in ("reused", "built"):
             self.events.append(event)
         self._on_event(event)
-
-
-def _but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
-    """What an artifact was made from, without what differs between precisions of one graph."""
-    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
-
-
-def _shapes(record: dict[str, Any]) -> Any:
-    """A stage's shapes and profile without element types, which follow the precision."""
-    spec = record["inputs"]["shapes"]
-    named = {kind: [(t["name"], t["shape"]) for t in spec[kind]] for kind in ("inputs", "outputs")}
-    return {**named, "profile": spec["profile"]}
-
-
-def _check_options(options: BuildOptions) -> None:
-    if options.max_batch < 1:
-        raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
-    if options.resolution is not None and options.resolution < 1:
-        raise UsageError(
-            f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
-        )
 
 
 def _unwritten(error: OSError, out: Path) -> DitcError:
@@ -478,14 +392,3 @@ def _unwritten(error: OSError, out: Path) -> DitcError:
     return BuildError(
         f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
     )
-
-
-def _existing(out: Path) -> Manifest | None:
-    try:
-        return load_manifest(out)
-    except BundleError:
-        return None
-
-
-def _unsealed(manifest: Manifest) -> dict[str, Any]:
-    return {**to_json(manifest), "digest": ""}

@@ -6,7 +6,6 @@ bundle/
   onnx/ engines/      one folder a kind of artifact
   tokenizer/          tokenizer.json files
   golden/             inputs and fp32 outputs of each stage, for a self-test on the target
-  weights.json        checkpoint tensor -> stage, initializer, transform
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ class Artifact:
         file: the ONNX graph or the engine. data: external weights that the file refers to.
         targets: SMs an engine was built for ("sm89"); empty for ONNX.
         key: hash of everything the artifact was made from.
+        weights: the weight map of the graph: checkpoint tensor -> stage, initializer, transforms, as JSON.
         recipe: name of the quantization recipe, for int8 and fp8. quantization: its record, as JSON.
         library: version of the library that built an engine. gpu: name of the GPU it was built on, if on one.
     """
@@ -57,6 +57,7 @@ class Artifact:
     key: str
     targets: tuple[str, ...] = ()
     data: tuple[FileRef, ...] = ()
+    weights: FileRef | None = None
     recipe: str | None = None
     quantization: FileRef | None = None
     library: str | None = None
@@ -64,7 +65,7 @@ class Artifact:
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        return (self.file, *self.data, *([self.quantization] if self.quantization else ()))
+        return (self.file, *self.data, *(ref for ref in (self.weights, self.quantization) if ref))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,26 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SkipLayerGuidance:
+    """Guidance away from a network with some layers left out; names are diffusers'.
+
+    Attributes:
+        layers: those that the denoiser's gate skips; fixed in the graph.
+        scale: 0 leaves it off. start, stop: the window, as fractions of the steps.
+    """
+
+    layers: tuple[int, ...]
+    scale: float
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Inference defaults: sizes in pixels; bins as (height, width) pairs, empty for none."""
+    """Inference defaults: sizes in pixels; bins as (height, width) pairs, empty for none.
+
+    skip_layer_guidance is None where the denoiser cannot skip layers.
+    """
 
     height: int
     width: int
@@ -106,6 +125,7 @@ class Defaults:
     guidance_scale: float
     bins: tuple[tuple[int, int], ...] = ()
     tiling: Tiling | None = None
+    skip_layer_guidance: SkipLayerGuidance | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

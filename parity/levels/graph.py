@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ditc.export.passes.islands import check_islands
 from ditc.export.passes.transposes import TRANSPOSE
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.verify import check_scales
 from ditc.export.weights import Weight
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
@@ -40,6 +42,8 @@ def check(context: Context) -> Iterator[Result]:
         context.tick(f"graph, {stage}")
         yield _check_islands(stage, model, context.twin.plan.stages[stage].spec)
         yield from _check_weights(context, stage, model)
+        if stage in context.candidate.plans:
+            yield _check_codes(context, stage, model)
     yield _check_schedule(context)
     yield _check_tokens(context)
 
@@ -65,7 +69,7 @@ def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
 
 
 def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Result]:
-    weights = [w for w in _weight_map(context) if w.stage == stage]
+    weights = _weight_map(context, stage)
     if not weights:
         yield not_checked(Level.GRAPH, stage, "weights", "the bundle has no weight map", metric=Metric.COUNT)
         return
@@ -90,7 +94,7 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     stale = len(wrong) > len(weights) // 2
     causes = ("most weights differ: a stale artifact, or the checkpoint of another model",) if stale else ()
-    note = f" ({skipped} quantized ones are checked by value only)" if skipped else ""
+    note = f" ({skipped} in 8 bits: see codes)" if skipped else ""
     yield judged(
         Level.GRAPH,
         stage,
@@ -105,12 +109,34 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     )
 
 
-def _weight_map(context: Context) -> list[Weight]:
-    bundle = context.candidate.bundle
-    path = bundle / "weights.json" if bundle is not None else None
-    if path is None or not path.is_file():
+def _check_codes(context: Context, stage: str, model: ir.Model) -> Result:
+    """8-bit weights times their scales are the checkpoint's, and inputs have the scales that calibration gave."""
+    plans, problem = context.candidate.plans[stage], ""
+    try:
+        check_scales(model, plans, linear_layers(context.twin.load(stage)))
+    except BuildError as e:
+        problem = str(e)
+    culprit = None
+    if problem:
+        culprit = Culprit(stage=stage, module=problem.partition(":")[0], error=float("nan"), before=0.0)
+    return judged(
+        Level.GRAPH,
+        stage,
+        f"codes and scales of {len(plans)} layers",
+        Metric.COUNT,
+        float(bool(problem)),
+        EXACT,
+        detail=problem,
+        culprit=culprit,
+        against="checkpoint and recorded plan",
+    )
+
+
+def _weight_map(context: Context, stage: str) -> list[Weight]:
+    bundle, artifact = context.candidate.bundle, context.candidate.artifacts.get(stage)
+    if bundle is None or artifact is None or artifact.weights is None:
         return []
-    return [from_json(Weight, item) for item in json.loads(path.read_bytes())]
+    return [from_json(Weight, item) for item in json.loads((bundle / artifact.weights.path).read_bytes())]
 
 
 def _is_quantized(value: ir.Value) -> bool:

@@ -30,8 +30,10 @@ COMPONENTS = {
 
 @pytest.fixture(scope="module")
 def weights(tiny_bundle) -> list[Weight]:
-    """The weight map as a bundle stores it."""
-    return [from_json(Weight, record) for record in json.loads((tiny_bundle / "weights.json").read_bytes())]
+    """The weight maps of all stages as a bundle stores them."""
+    stages = load_manifest(tiny_bundle).stages
+    maps = [tiny_bundle / stage.artifacts[0].weights.path for stage in stages.values()]
+    return [from_json(Weight, record) for path in maps for record in json.loads(path.read_bytes())]
 
 
 @pytest.fixture(scope="module")

@@ -226,10 +226,12 @@ def test_verify_passes_a_whole_bundle_and_names_a_changed_file(
     result = json.loads(capsys.readouterr().out)
     assert result["files"] == len(list(load_manifest(bundle).all_files()))
     assert result["digest"] == load_manifest(bundle).digest
-    weights = bundle / "weights.json"
+    artifact = load_manifest(bundle).stages["denoiser"].artifacts[0]
+    assert artifact.weights is not None
+    weights = bundle / artifact.weights.path
     weights.write_bytes(weights.read_bytes().replace(b"red", b"der", 1) + b" ")
     assert main(["verify", str(bundle)]) == USAGE
-    assert "weights.json" in errors(capsys)[0]
+    assert artifact.weights.path in errors(capsys)[0]
 
 
 def test_doctor_finds_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,85 @@
+"""What an earlier build left in a bundle: which of its artifacts stay, and what is swept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ditc.export.journal import Journal
+from ditc.runtime.errors import BundleError
+from ditc.runtime.jsondata import to_json
+from ditc.runtime.manifest import Artifact, Manifest, load_manifest
+from ditc.runtime.spec import Backend
+
+
+def existing(out: Path) -> Manifest | None:
+    """The manifest of the bundle in `out`, None where there is none or none that can be read."""
+    try:
+        return load_manifest(out)
+    except BundleError:
+        return None
+
+
+def unsealed(manifest: Manifest) -> dict[str, Any]:
+    """A manifest's content without its digest."""
+    return {**to_json(manifest), "digest": ""}
+
+
+def artifacts_that_stay(
+    old: Manifest | None, checkpoint: str, name: str, new: tuple[Artifact, ...], journal: Journal
+) -> list[Artifact]:
+    """The stage's artifacts of other precisions and backends that an earlier build left intact.
+
+    Args:
+        checkpoint: the name of what is built now; nothing of another checkpoint's bundle stays.
+        new: the graph just built or reused, then its engine if there is one.
+    """
+    if old is None or old.checkpoint != checkpoint or name not in old.stages:
+        return []
+    artifact, before = new[0], old.stages[name].artifacts
+    slots = {(a.precision, a.backend) for a in new}
+    others = [
+        a for a in before if (a.precision, a.backend) not in slots and all(map(journal.intact, a.files))
+    ]
+    graphs = [
+        a for a in others if a.backend is Backend.ONNXRUNTIME and _same_source(journal, name, a, artifact)
+    ]
+    current = {(graph.precision, graph.key) for graph in (artifact, *graphs)}
+    earlier = {a.precision: a.key for a in before if a.backend is Backend.ONNXRUNTIME}
+    engines = [
+        a
+        for a in others
+        # An engine was made from the graph of its precision, and goes when that graph goes.
+        if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
+    ]
+    return [*graphs, *engines]
+
+
+def sweep(bundle: Path, manifest: Manifest) -> None:
+    """Remove files that the manifest does not name any more; the journal of what is kept stays."""
+    kept = {ref.path for ref in manifest.all_files()}
+    folders = (bundle / folder for folder in ("onnx", "engines", "golden"))
+    for path in (path for folder in folders for path in folder.glob("*")):
+        if path.relative_to(bundle).as_posix() not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifact) -> bool:
+    """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
+    old, new = (journal.record(name, a.key) for a in (other, artifact))
+    if old is None or new is None:
+        return False
+    return _but_for_precision(old) == _but_for_precision(new)
+
+
+def _but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact was made from, without what differs between precisions of one graph."""
+    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
+
+
+def _shapes(record: dict[str, Any]) -> Any:
+    """A stage's shapes and profile without element types, which follow the precision."""
+    spec = record["inputs"]["shapes"]
+    named = {kind: [(t["name"], t["shape"]) for t in spec[kind]] for kind in ("inputs", "outputs")}
+    return {**named, "profile": spec["profile"]}

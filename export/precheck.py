@@ -1,0 +1,82 @@
+"""Everything that a build can refuse before its first export: options, weights, free disk; and what it will need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ditc.export import budget
+from ditc.export.checkpoint import Checkpoint, check_finite
+from ditc.export.stages import Adapter, BuildOptions, ModelPlan
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import Backend
+
+log = logging.getLogger(__name__)
+
+
+def check_options(options: BuildOptions) -> None:
+    """Raise UsageError for options that no checkpoint could be built with."""
+    if options.max_batch < 1:
+        raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
+    if options.resolution is not None and options.resolution < 1:
+        raise UsageError(
+            f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
+        )
+
+
+def check_weights(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    plan: ModelPlan,
+    options: BuildOptions,
+    out: Path,
+    stages: Sequence[str],
+    say: Callable[[str, str], None],
+) -> None:
+    """Names, shapes and values of the stages' weights, and free space; says how much memory the export needs.
+
+    Args:
+        say: called with a component or "memory", and what is going on.
+
+    Raises:
+        CheckpointError, BuildError: what is wrong, with the values.
+    """
+    headers = {
+        name: replace(component, tensors=component.tensors.headers())
+        for name, component in checkpoint.components.items()
+    }
+    for name in stages:
+        adapter.load(replace(checkpoint, components=headers), plan, name, options)
+    sizes = {name: weight_bytes(checkpoint, plan, name) for name in stages}
+    components = {c: name for name in stages for c in plan.stages[name].components}
+    budget.check_disk(
+        out,
+        [(component, sizes[name]) for component, name in components.items()],
+        engines=options.backend is not Backend.ONNXRUNTIME,
+    )
+    say("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
+    for component in components:
+        say(component, "reading every weight")
+        check_finite(checkpoint.component(component))
+
+
+def weight_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
+    """Bytes of the stage's weights in its deployment dtype."""
+    stage = plan.stages[name]
+    return budget.weight_bytes(map(checkpoint.component, stage.components), stage.precision)
+
+
+def export_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
+    """The estimate of what exporting the stage needs in memory."""
+    return budget.estimate_export_bytes(weight_bytes(checkpoint, plan, name), plan.stages[name].precision)
+
+
+def _memory_needed(estimates: dict[str, int]) -> str:
+    name, most = max(estimates.items(), key=lambda item: item[1])
+    free = budget.available_memory_bytes()
+    text = f"needs about {most / 1e9:.1f} GB of memory (for {name}), {free / 1e9:.1f} GB are free"
+    if most > free:
+        log.warning("the build %s: it may swap or be killed", text)
+    return text
