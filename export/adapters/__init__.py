@@ -13,9 +13,11 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter:
     Raises:
         CheckpointError: none; names the classes found and the families known.
     """
+    from ditc.export.adapters.lucidrains_mmdit import LucidrainsMMDiTAdapter
     from ditc.export.adapters.sana import SanaAdapter
+    from ditc.export.adapters.sd3 import Sd3Adapter
 
-    adapters: tuple[Adapter, ...] = (SanaAdapter(),)
+    adapters: tuple[Adapter, ...] = (SanaAdapter(), Sd3Adapter(), LucidrainsMMDiTAdapter())
     for adapter in adapters:
         if adapter.accepts(checkpoint):
             return adapter
