@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,7 @@ def search(
         chosen=point(kept),
         effects=tuple(effects),
         curve=tuple(sorted(tried.values(), key=lambda p: (p.share, p.layers))),
-        recipe=as_recipe({e.layer: e.kind for e in kept}, high, base),
+        recipe=replace(as_recipe({e.layer: e.kind for e in kept}, high, base), budget=str(budget)),
     )
 
 

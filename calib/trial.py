@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditc.calib.simulate import quantized
 from ditc.export.quant.layers import Layer, linear_layers
 from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.simulate import quantized
 from ditc.export.torch_session import TorchSession
 from ditc.parity.twin import Twin
 from ditc.runtime.denoise import X0

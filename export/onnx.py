@@ -88,7 +88,7 @@ def to_onnx(
             layers = linear_layers(stage)
             quantize_graph(model, quantize, {name: layer.parameter for name, layer in layers.items()})
             ir.save(model, written.model, external_data=written.weights.name)
-            check_scales(written.model, quantize, layers)
+            check_scales(ir.load(written.model), quantize.layers, layers)
         weight_map = weights_of(stage.weights, model)
         del model
         for source, target in ((written.weights, final.weights), (written.model, final.model)):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.record import QuantRecord, read_record
 from ditc.export.torch_session import from_torch
 from ditc.parity.rounded import open_rounded
 from ditc.runtime.conditioning import Conditioning, TextEncoder
@@ -32,6 +34,8 @@ class Candidate:
         native: sessions of 16-bit stages that this machine computes in a wider type (ONNX Runtime's CPU provider runs
             fp16 in fp32). They show whether the file holds the right graph; what rounding costs, the pipeline's own
             session shows: the same graph with rounding written into it.
+        plans, budgets: of 8-bit stages, what calibration recorded in the bundle: codes and scales by layer, and what a
+            recipe was searched for.
         artifacts: what the bundle holds; empty for sides made in memory.
     """
 
@@ -40,6 +44,8 @@ class Candidate:
     traced: dict[str, ir.Model] = field(default_factory=dict)
     precisions: dict[str, Precision] = field(default_factory=dict)
     native: dict[str, Session] = field(default_factory=dict)
+    plans: dict[str, dict[str, LayerPlan]] = field(default_factory=dict)
+    budgets: dict[str, str | None] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     bundle: Path | None = None
 
@@ -86,6 +92,7 @@ def open_candidate(
     old = parts.conditioning
     encoders = [TextEncoder(e.spec, e.tokenizer, sessions[e.spec.stage]) for e in old.encoders]
     conditioning = Conditioning(encoders, sessions[CONDITIONER], key="candidate")
+    records = _records(bundle, chosen)
     how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
     return Candidate(
         pipeline=Pipeline(parts.manifest, sessions, conditioning, chosen=how),
@@ -93,9 +100,19 @@ def open_candidate(
         traced=traced,
         precisions={name: artifact.precision for name, artifact in chosen.items()},
         native=native,
+        plans={stage: record.plans() for stage, record in records.items()},
+        budgets={stage: record.recipe.budget for stage, record in records.items()},
         artifacts=chosen,
         bundle=bundle,
     )
+
+
+def _records(bundle: Path, artifacts: Mapping[str, Artifact]) -> dict[str, QuantRecord]:
+    return {
+        stage: read_record(bundle / artifact.quantization.path)
+        for stage, artifact in artifacts.items()
+        if artifact.quantization is not None
+    }
 
 
 def _is_widened(session: Session, artifact: Artifact) -> bool:

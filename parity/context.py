@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
+from ditc.parity.eight_bits import simulated_twin
 from ditc.parity.results import Evidence
-from ditc.parity.twin import Twin
+from ditc.parity.twin import Twin, TwinSession
 from ditc.parity.upstream import Upstream
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
-from ditc.runtime.spec import DENOISER, Precision
-from ditc.runtime.tolerances import EIGHT
+from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
+from ditc.runtime.tolerances import EIGHT, Level, Limit, Metric, limit
 
 Progress = Callable[[str], None]
 
@@ -25,7 +26,8 @@ class Context:
     Attributes:
         twin_or_none: the checkpoint; None where its results come from a file.
         recorded: results of another machine, from a file.
-        eight_bit_budget: relative L2 that int8 and fp8 stages may have, per stage and step.
+        eight_bit_budget: relative L2 that int8 and fp8 stages may have, instead of
+            what the recorded plan costs.
         with_upstream: whether unmodified diffusers is a second reference.
         tick: called with a few words whenever a unit of work is done.
     """
@@ -92,15 +94,26 @@ class Context:
         return self._run("candidate", case, lambda: self._candidate(case))
 
     def yardstick(self) -> Twin | None:
-        """PyTorch in the candidate's precision: what that precision costs by itself. None for fp32 and 8 bits."""
-        precision = self.candidate.precision(DENOISER)
-        if precision not in (Precision.FP16, Precision.BF16) or self.recorded is not None:
-            return None
-        if self._yardstick is None:
-            self._yardstick = Twin(
-                self.twin.checkpoint, options=replace(self.twin.options, precision=precision)
-            )
+        """PyTorch as the candidate's denoiser computes: in 16 bits, or by the plan of its 8 bits.
+
+        What that precision costs by itself. None for fp32, and for 8 bits without a record of the plan.
+        """
+        if self._yardstick is None and self.recorded is None:
+            precision, plans = self.candidate.precision(DENOISER), self.candidate.plans.get(DENOISER)
+            if precision in (Precision.FP16, Precision.BF16):
+                options = replace(self.twin.options, precision=precision)
+                self._yardstick = Twin(self.twin.checkpoint, options=options)
+            elif precision in EIGHT and plans:
+                self._yardstick = simulated_twin(self.twin, plans, self.candidate.precision(CONDITIONER))
         return self._yardstick
+
+    def yardstick_session(self, stage: str) -> TwinSession | None:
+        """The yardstick's stage, where it stands for the candidate's precision there."""
+        twin, precision = self.yardstick(), self.candidate.precision(stage)
+        if twin is None or precision is Precision.FP32:
+            return None
+        same = precision in EIGHT or precision is twin.plan.stages[stage].precision
+        return twin.sessions[stage] if same else None
 
     def yardstick_run(self, case: Case) -> CaseRun | None:
         """The case in PyTorch in the candidate's precision."""
@@ -111,9 +124,16 @@ class Context:
             "yardstick", case, lambda: self._drawn(twin, case, f"PyTorch {twin.precision.value}")
         )
 
-    def budget(self, stage: str) -> float | None:
-        """The relative L2 that an 8-bit stage may have; None where nobody has said."""
-        return self.eight_bit_budget if self.candidate.precision(stage) in EIGHT else None
+    def bound(
+        self, level: Level, metric: Metric, stage: str, *, pytorch: float | None = None
+    ) -> Limit | None:
+        """The bound of one comparison at a stage, by its precision; None where nobody has said.
+
+        Args:
+            pytorch: what PyTorch itself loses in that precision, on the same input.
+        """
+        precision = self.candidate.precision(stage)
+        return limit(level, metric, precision, pytorch=pytorch, budget=self.eight_bit_budget)
 
     def close(self) -> None:
         """Let all weights go."""

@@ -18,6 +18,7 @@ MAIN = {Level.PICTURE: Metric.PSNR}
 def to_text(report: Report) -> str:
     """One line a level, then where it went wrong, then the verdict."""
     lines = [_level_line(level, report.of_level(level)) for level in Level if report.of_level(level)]
+    lines += [f"  {line}" for line in _unchecked_lines(report)]
     failures = [r for level in Level for r in report.of_level(level) if r.verdict is Verdict.FAIL]
     for result in failures[:SHOWN_CULPRITS]:
         lines += ["", *_story(result)]
@@ -97,6 +98,20 @@ def shown_of(results: list[Result]) -> Result:
     deciding = [r for r in results if r.verdict is verdict]
     main = MAIN.get(deciding[0].level, deciding[0].metric) if verdict is Verdict.PASS else deciding[0].metric
     return next((r for r in deciding if r.metric is main), deciding[0])
+
+
+def _unchecked_lines(report: Report) -> list[str]:
+    """What was not checked and why, comparisons with one reason in one line."""
+    counts: dict[tuple[str, str], int] = {}
+    for level in Level:
+        for result in report.of_level(level):
+            if result.verdict is Verdict.NOT_CHECKED:
+                key = (
+                    f"{level.value}, {result.metric.value if result.metric is Metric.LPIPS else result.stage}",
+                    result.detail,
+                )
+                counts[key] = counts.get(key, 0) + 1
+    return [f"not checked: {what} ({count}): {why}" for (what, why), count in counts.items()]
 
 
 def _story(result: Result) -> list[str]:

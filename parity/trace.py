@@ -235,6 +235,8 @@ def _open_with_outputs(model: ir.Model, names: set[str | None], folder: Path) ->
     ir.save(copy, folder / "traced.onnx", external_data="traced.data")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Q/DQ as written, in fp32: the integer kernels that it may become saturate on some CPUs, and FP8 has none.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(str(folder / "traced.onnx"), options, providers=["CPUExecutionProvider"])
 
 

@@ -42,12 +42,14 @@ class Upstream:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
         self.checkpoint = checkpoint
         diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         try:
             self.pipeline: Any = DiffusionPipeline.from_pretrained(
-                str(checkpoint.path), torch_dtype=dtype, local_files_only=True, trust_remote_code=False
+                str(checkpoint.path), dtype=dtype, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, TypeError) as e:
             raise CheckpointError(

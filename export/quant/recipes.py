@@ -42,6 +42,7 @@ class Recipe:
         method, percentile, timesteps: how a range is estimated, see estimators.estimate_amax.
         smooth: move outliers from activations into weights where that is worth it (SmoothQuant, arXiv 2211.10438);
             the strength is chosen for each layer. INT8 only: the relative error of FP8 does not depend on scale.
+        budget: what the search that wrote the recipe kept to, psnr=DB or rel_l2=SHARE; parity holds builds to it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Recipe:
     percentile: float = 99.99
     timesteps: float = 100.0
     smooth: bool = True
+    budget: str | None = None
 
     def decide(self, layer: str) -> Rule:
         """The rule for the layer."""

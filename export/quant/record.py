@@ -1,48 +1,97 @@
-"""What is written beside a quantized graph: recipe, ranges and coverage, as `GRAPH.quantization.json`."""
+"""What is written beside a quantized graph: recipe, plan and coverage, as `GRAPH.quantization.json`."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ditc.export.quant.coverage import Coverage, measure_coverage
-from ditc.export.quant.plan import QuantPlan
+from ditc.export.quant.formats import Format
+from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.export.quant.recipes import Recipe
 from ditc.runtime.errors import BundleError
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
 
 SUFFIX = ".quantization.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputRecord:
+    """plan.Input as JSON. smooth: base64 of little-endian fp32, a factor a channel; None for none."""
+
+    amax: float
+    alpha: float
+    smooth: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """One layer in 8 bits. input: index into the record's inputs; None where the weight alone is quantized."""
+
+    kind: Format
+    input: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantRecord:
-    """How a graph was quantized.
+    """How a graph was quantized. With it and the checkpoint, PyTorch computes what the graph should.
 
     Attributes:
-        smoothed: layer -> SmoothQuant's strength, where it is not 0.
         ranges: sha256 of the ranges' file, None where weights alone were quantized.
+        inputs, layers: what calibration decided, by layer.
     """
 
     recipe: Recipe
     ranges: str | None
     coverage: Coverage
-    smoothed: dict[str, float]
+    inputs: tuple[InputRecord, ...]
+    layers: dict[str, LayerRecord]
+
+    @property
+    def smoothed(self) -> dict[str, float]:
+        """Layer -> SmoothQuant's strength, where it is not 0."""
+        used = {name: layer.input for name, layer in self.layers.items() if layer.input is not None}
+        return {name: self.inputs[i].alpha for name, i in used.items() if self.inputs[i].alpha}
+
+    def plans(self) -> dict[str, LayerPlan]:
+        """The plan that the graph was made by.
+
+        Raises:
+            BundleError: the record contradicts itself.
+        """
+        try:
+            inputs = [
+                Input(one.amax, None if one.smooth is None else _factors(one.smooth), one.alpha)
+                for one in self.inputs
+            ]
+            return {
+                name: LayerPlan(name, layer.kind, None if layer.input is None else inputs[layer.input])
+                for name, layer in self.layers.items()
+            }
+        except (ValueError, IndexError) as e:
+            raise BundleError(
+                f"the record of the quantization is damaged: {e}", hint="build the bundle again"
+            ) from e
 
 
 def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None) -> Path:
     """Write the record of a finished graph beside it, in one move."""
+    inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
     record = QuantRecord(
         recipe=plan.recipe,
         ranges=ranges,
         coverage=measure_coverage(ir.load(graph), plan, spec),
-        smoothed={
-            n: layer.input.alpha for n, layer in plan.layers.items() if layer.input and layer.input.alpha
-        },
+        inputs=tuple(InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth)) for i in inputs),
+        layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
     )
     path = graph.with_name(graph.name + SUFFIX)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -57,3 +106,18 @@ def read_record(path: Path) -> QuantRecord:
         return from_json(QuantRecord, json.loads(path.read_bytes()))
     except (OSError, ValueError, Mismatch) as e:
         raise BundleError(f"{path} is no record of a quantization: {e}", hint="build the bundle again") from e
+
+
+def _layers(plans: Mapping[str, LayerPlan], index_of: Mapping[int, int]) -> dict[str, LayerRecord]:
+    return {
+        name: LayerRecord(kind=plan.kind, input=None if plan.input is None else index_of[id(plan.input)])
+        for name, plan in plans.items()
+    }
+
+
+def _text(factors: Array | None) -> str | None:
+    return None if factors is None else base64.b64encode(factors.astype("<f4").tobytes()).decode()
+
+
+def _factors(text: str) -> Array:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)

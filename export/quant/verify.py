@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from ditc.export.quant.formats import LARGEST_CODE, Format
 from ditc.export.quant.layers import Layer
-from ditc.export.quant.plan import LayerPlan, QuantPlan
+from ditc.export.quant.plan import LayerPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
 
@@ -23,17 +22,17 @@ ROUNDING = 2**-10
 LARGEST_ERROR = {Format.INT8: 1.2 * 0.5 / 127, Format.FP8: 1.2 * 2**-4}
 
 
-def check_scales(graph: Path, plan: QuantPlan, layers: Mapping[str, Layer]) -> None:
-    """Hold every planned layer of the file against its plan and its weights.
+def check_scales(model: ir.Model, plans: Mapping[str, LayerPlan], layers: Mapping[str, Layer]) -> None:
+    """Hold every planned layer of a graph against its plan and its weights.
 
     Raises:
         BuildError: an input's scale is not the plan's, or codes times scale are not the weight; names the layer.
     """
-    readers = _readers(ir.load(graph))
-    for name, planned in plan.layers.items():
+    readers = _readers(model)
+    for name, planned in plans.items():
         found = readers.get(layers[name].parameter)
         if found is None:
-            raise BuildError(f"{name}: {graph.name} has no quantized GEMM with {layers[name].parameter}")
+            raise BuildError(f"{name}: the graph has no quantized GEMM with {layers[name].parameter}")
         gemm, weight = found
         _check_weight(weight, planned, layers[name])
         _check_input(name, gemm, planned)

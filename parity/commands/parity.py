@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="X",
-        help="relative L2 that 8-bit stages may have (default: not checked)",
+        help="relative L2 that 8-bit stages may have (default: by the recorded plan)",
     )
     parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
     parser.add_argument(

@@ -11,12 +11,13 @@ import numpy as np
 from ditc.parity.cases import Case, CaseRun
 from ditc.parity.context import Context
 from ditc.parity.results import PicturePair, Result, failed, judged, not_checked
+from ditc.parity.searched import check_budget
 from ditc.runtime.errors import NumericsError, SessionError
 from ditc.runtime.images import is_uniform
 from ditc.runtime.metrics import psnr, ssim
 from ditc.runtime.session import Array
 from ditc.runtime.spec import DENOISER, VAE_DECODER
-from ditc.runtime.tolerances import Level, Metric, limit
+from ditc.runtime.tolerances import Level, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
@@ -29,6 +30,7 @@ def check(context: Context) -> Iterator[Result]:
             continue
         reference, against = _reference(context, case)
         yield from _compared(context, run, reference, against)
+    yield from check_budget(context)
     why = _why_no_lpips()
     if why:
         yield not_checked(Level.PICTURE, VAE_DECODER, "LPIPS", why, metric=Metric.LPIPS)
@@ -81,11 +83,10 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
         )
         return
     lost = pytorch_psnr(context, case, wanted)
-    precision = context.candidate.precision(DENOISER)
     for metric, value in found.items():
-        bound = limit(Level.PICTURE, metric, precision, pytorch=lost)
+        bound = context.bound(Level.PICTURE, metric, DENOISER, pytorch=lost)
         if metric is Metric.SSIM and bound is None:
-            continue  # 16-bit pictures are held against PyTorch's own PSNR
+            continue  # below fp32, pictures are held to a PSNR alone
         yield judged(Level.PICTURE, VAE_DECODER, what, metric, value, bound, against=against)
 
 
@@ -103,7 +104,7 @@ def _lpips(context: Context) -> Iterator[Result]:
     import torch
 
     network = lpips.LPIPS(net="alex", verbose=False)
-    bound = limit(Level.PICTURE, Metric.LPIPS, context.candidate.precision(DENOISER))
+    bound = context.bound(Level.PICTURE, Metric.LPIPS, DENOISER)
     for pair in context.evidence.pictures:
         sides = (
             torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() * 2 - 1

@@ -19,7 +19,7 @@ from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision, StageSpec
-from ditc.runtime.tolerances import Level, Limit, Metric, limit
+from ditc.runtime.tolerances import Level, Limit, Metric
 
 # Masks of a full text and counts of non-finite values are rightly one constant.
 MAY_BE_FLAT = ("text_bias", denoise.STATS)
@@ -136,15 +136,14 @@ def _check_native(context: Context, case: StageCase) -> Result:
 
 
 def _bound(context: Context, case: StageCase, name: str) -> Limit | None:
-    precision = context.candidate.precision(case.stage)
     lost = case.pytorch.get(name) if case.pytorch is not None else None
-    return limit(Level.STAGE, Metric.RELATIVE_L2, precision, pytorch=lost, budget=context.budget(case.stage))
+    return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=lost)
 
 
 def _why_unbounded(context: Context, stage: str) -> str:
     precision = context.candidate.precision(stage)
     if precision in (Precision.INT8, Precision.FP8):
-        return f"no error budget is given for {precision.value}: --budget X"
+        return f"no plan is recorded for {precision.value}: build the bundle again, or give --budget X"
     return f"PyTorch itself gives NaN or Inf in {precision.value} here, so there is nothing to measure by"
 
 
@@ -155,9 +154,8 @@ def _case(context: Context, stage: str, what: str, feeds: dict[str, Array]) -> S
         feeds = _representable(feeds, context, stage)
     outputs = {name: to_numpy(t) for name, t in twin.run(fit_feeds(feeds, twin.spec)).items()}
     pytorch = None
-    yardstick = context.yardstick()
-    if yardstick is not None and precision is yardstick.plan.stages[stage].precision:
-        other = yardstick.sessions[stage]
+    other = context.yardstick_session(stage)
+    if other is not None:
         low = other.run(fit_feeds(feeds, other.spec))
         pytorch = {
             n: relative_l2(widened(to_numpy(low[n])), widened(wanted)) for n, wanted in outputs.items()

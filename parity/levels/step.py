@@ -19,7 +19,7 @@ from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
-from ditc.runtime.tolerances import Level, Metric, limit
+from ditc.runtime.tolerances import Level, Metric
 
 AGAINST = "PyTorch fp32"
 
@@ -55,13 +55,7 @@ def _check_step(
         comparison, _ = _compared_step(context, run, start, step)
     except (SessionError, IndexError) as e:
         return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
-    bound = limit(
-        Level.STEP,
-        Metric.RELATIVE_L2,
-        context.candidate.precision(DENOISER),
-        pytorch=lost,
-        budget=context.budget(DENOISER),
-    )
+    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=lost)
     timestep = float(start.schedule[step][denoise.TIMESTEP][0])
     context.evidence.steps.append(
         StepError(
@@ -122,14 +116,7 @@ def _explained(context: Context, run: CaseRun, start: DenoiseState, step: int, r
 
 
 def _feeds(state: DenoiseState) -> dict[str, Array]:
-    named = {
-        denoise.LATENTS: state.latents,
-        denoise.ROW_OF: state.rows.row_of,
-        denoise.HISTORY: state.history,
-        **state.schedule[state.step_index],
-        **state.rows.conditioning,
-    }
-    return {name: to_numpy(tensor) for name, tensor in named.items()}
+    return {name: to_numpy(tensor) for name, tensor in denoise.feeds_of(state).items()}
 
 
 def pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:

@@ -20,7 +20,7 @@ from ditc.runtime import denoise
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.spec import DENOISER
-from ditc.runtime.tolerances import Level, Limit, Metric, limit
+from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
@@ -40,13 +40,7 @@ def check(context: Context) -> Iterator[Result]:
 
 def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str, lost: float | None) -> Result:
     case = run.case
-    bound = limit(
-        Level.TRAJECTORY,
-        Metric.RELATIVE_L2,
-        context.candidate.precision(DENOISER),
-        pytorch=lost,
-        budget=context.budget(DENOISER),
-    )
+    bound = context.bound(Level.TRAJECTORY, Metric.RELATIVE_L2, DENOISER, pytorch=lost)
     errors = _errors(run, reference)
     _keep(context, run, errors, against, bound)
     if run.problem:
@@ -71,7 +65,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str, 
 
 def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
     """The first step that is wrong, and whether the run began wrong."""
-    bound = limit(Level.STEP, Metric.RELATIVE_L2, context.candidate.precision(DENOISER), pytorch=0.0)
+    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=0.0)
     allowed = bound.bound if bound else 0.0
     first = next((i for i, error in enumerate(errors) if not error <= allowed), len(errors))
     before = errors[first - 1] if first else 0.0

@@ -1,0 +1,40 @@
+"""The budget that a recipe was searched for, held on the pictures of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ditc.parity.context import Context
+from ditc.parity.results import Result, judged
+from ditc.runtime.metrics import psnr, relative_l2
+from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.tolerances import Level, Limit, Metric
+
+REASON = "the budget that `ditc calibrate --budget` searched the recipe for"
+
+
+def check_budget(context: Context) -> Iterator[Result]:
+    """psnr=DB: the mean over the pictures. rel_l2=SHARE: the root mean square over their latents. As the search does.
+
+    Nothing for a recipe that was not searched, or where a run broke.
+    """
+    metric, _, text = (context.candidate.budgets.get(DENOISER) or "").partition("=")
+    if not text:
+        return
+    pairs = [(context.candidate_run(c), context.twin_run(c)) for c in context.settings.cases]
+    what = f"{len(pairs)} pictures, budget {metric}={text}"
+    common = {"against": "PyTorch fp32"}
+    pictures = [(ours.picture, theirs.picture) for ours, theirs in pairs]
+    if metric == "psnr" and all(a is not None and b is not None for a, b in pictures):
+        value = float(np.mean([psnr(a, b) for a, b in pictures if a is not None and b is not None]))
+        bound = Limit(float(text), REASON)
+        yield judged(Level.PICTURE, VAE_DECODER, f"mean of {what}", Metric.PSNR, value, bound, **common)
+    elif metric == "rel_l2" and not any(ours.problem for ours, _ in pairs):
+        last = (np.concatenate([run.latents[-1] for run in side]) for side in zip(*pairs, strict=True))
+        value = relative_l2(*last)
+        bound = Limit(float(text), REASON)
+        yield judged(
+            Level.PICTURE, DENOISER, f"latents of {what}", Metric.RELATIVE_L2, value, bound, **common
+        )

@@ -1,0 +1,182 @@
+"""8-bit parity: a graph follows the plan that calibration recorded, and one bad scale is found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from planted import SETTINGS
+from quant_helpers import ranges_of
+
+from ditc.export.onnx import to_onnx
+from ditc.export.passes.qdq import quantize_graph
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.plan import QuantPlan, make_plan
+from ditc.export.quant.recipes import SANA_FP8, SANA_INT8, Recipe
+from ditc.export.quant.record import read_record, write_record
+from ditc.parity.candidate import Candidate
+from ditc.parity.context import Context
+from ditc.parity.levels import LEVELS
+from ditc.parity.results import Verdict
+from ditc.parity.twin import Twin
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.tolerances import Level
+
+LAYER = "transformer_blocks.1.ff.conv_inverted"
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_checkpoint: Path) -> Twin:
+    return Twin(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def quantize(
+    twin: Twin, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Recipe], tuple[Path, QuantPlan]]:
+    """The denoiser in a recipe, and its plan; exported once."""
+    folder, stage = tmp_path_factory.mktemp("8-bit"), twin.load(DENOISER)
+    ranges, layers = ranges_of(stage), linear_layers(stage)
+    to_onnx(stage, folder / "fp32.onnx", check=False)
+
+    def build(recipe: Recipe) -> tuple[Path, QuantPlan]:
+        plan, model = make_plan(recipe, ranges, layers), ir.load(folder / "fp32.onnx")
+        ir.external_data.load_to_model(model)
+        quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+        ir.save(model, folder / f"{recipe.name}.onnx")
+        return folder / f"{recipe.name}.onnx", plan
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def int8(quantize) -> tuple[Path, QuantPlan]:
+    return quantize(SANA_INT8)
+
+
+def context_of(
+    twin: Twin, graph: Path, plan: QuantPlan | None, precision=Precision.INT8, budget=None
+) -> Context:
+    """The 8-bit denoiser in the place of a bundle's; everything else stays PyTorch's."""
+    spec = twin.plan.stages[DENOISER].spec
+    session = OnnxRuntimeSession(graph, spec, precision=precision, provider=CPU, threads=1)
+    sessions = {**twin.pipeline.sessions, DENOISER: session}
+    candidate = Candidate(
+        pipeline=Pipeline(twin.pipeline.manifest, sessions, twin.pipeline.conditioning),
+        graphs={DENOISER: graph},
+        precisions={DENOISER: precision},
+        plans={} if plan is None else {DENOISER: dict(plan.layers)},
+        budgets={DENOISER: budget},
+    )
+    return Context(twin_or_none=twin, candidate=candidate, settings=SETTINGS, with_upstream=False)
+
+
+def results(context: Context, level: Level) -> list:
+    return [r for r in LEVELS[level](context) if r.stage == DENOISER]
+
+
+def test_a_right_graph_passes_every_level_without_a_budget_by_hand(twin, int8) -> None:
+    context = context_of(twin, *int8)
+    for level in (Level.MODULE, Level.STAGE, Level.STEP, Level.TRAJECTORY):
+        found = results(context, level)
+        assert found and {r.verdict for r in found} <= {Verdict.PASS, Verdict.NOT_CHECKED}, level
+        assert any(r.verdict is Verdict.PASS and r.value > 1e-6 for r in found), level
+    assert not [r for r in LEVELS[Level.PICTURE](context) if r.verdict is Verdict.FAIL]
+
+
+def test_an_fp8_graph_follows_its_plan_too(twin, quantize) -> None:
+    context = context_of(twin, *quantize(SANA_FP8), precision=Precision.FP8)
+    found = [r for level in (Level.MODULE, Level.STEP) for r in results(context, level)]
+    assert {r.verdict for r in found if r.against.startswith("PyTorch")} == {Verdict.PASS}
+
+
+@pytest.mark.parametrize("factor", [12, 1 / 12])
+@pytest.mark.parametrize("where", ["input", "channel"])
+def test_one_bad_scale_is_found_by_the_name_of_its_layer(where, factor, twin, int8, tmp_path) -> None:
+    graph, plan = int8
+    context = context_of(twin, _with_bad_scale(graph, where, factor, tmp_path), plan)
+    for level, name in ((Level.MODULE, f"network.{LAYER}"), (Level.GRAPH, LAYER)):
+        (broken,) = [r for r in results(context, level) if r.verdict is Verdict.FAIL]
+        assert broken.culprit.module == name
+
+
+def test_a_weight_with_bad_scales_breaks_the_step_and_is_named(twin, int8, tmp_path) -> None:
+    graph, plan = int8
+    (broken,) = results(context_of(twin, _with_bad_scale(graph, "weight", 100, tmp_path), plan), Level.STEP)
+    assert broken.verdict is Verdict.FAIL
+    assert broken.culprit.module == f"network.{LAYER}"
+
+
+def test_without_a_record_of_the_plan_nothing_is_promised_unless_somebody_gives_a_budget(twin, int8) -> None:
+    context = context_of(twin, int8[0], None)
+    found = results(context, Level.STAGE)
+    assert {r.verdict for r in found} == {Verdict.NOT_CHECKED}
+    assert "--budget" in found[0].detail
+    assert {r.verdict for r in results(replace(context, eight_bit_budget=0.5), Level.STAGE)} == {Verdict.PASS}
+    assert {r.verdict for r in results(replace(context, eight_bit_budget=1e-4), Level.STEP)} == {Verdict.FAIL}
+
+
+@pytest.mark.parametrize(
+    ("budget", "verdict"),
+    [
+        ("psnr=5", Verdict.PASS),
+        ("psnr=200", Verdict.FAIL),
+        ("rel_l2=0.9", Verdict.PASS),
+        ("rel_l2=1e-6", Verdict.FAIL),
+    ],
+)
+def test_a_searched_recipe_is_held_to_its_budget(budget, verdict, twin, int8) -> None:
+    (found,) = [
+        r for r in LEVELS[Level.PICTURE](context_of(twin, *int8, budget=budget)) if "budget" in r.what
+    ]
+    assert found.verdict is verdict
+    assert found.bound == float(budget.partition("=")[2])
+
+
+def test_the_record_gives_the_plan_back(twin, int8) -> None:
+    graph, plan = int8
+    record = read_record(write_record(graph, plan, twin.plan.stages[DENOISER].spec, "0" * 64))
+    again = record.plans()
+    assert again.keys() == plan.layers.keys()
+    for name, planned in plan.layers.items():
+        assert again[name].kind is planned.kind
+        assert again[name].input.amax == planned.input.amax
+        np.testing.assert_array_equal(again[name].input.smooth, planned.input.smooth)
+    assert set(record.smoothed) == {n for n, p in plan.layers.items() if p.input.alpha}
+
+
+def _with_bad_scale(graph: Path, where: str, factor: float, folder: Path) -> Path:
+    """A copy of the graph in which one GEMM's input, its weight, or one channel of that has another scale."""
+    model = ir.load(graph)
+    ir.external_data.load_to_model(model)
+    gemm, weight = next(
+        (node, node.inputs[1].producer())
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm")
+        and node.inputs[1].producer() is not None
+        and node.inputs[1].producer().inputs[0].name.endswith(f"{LAYER}.weight")
+    )
+    if where != "input":
+        _scale(model, weight, factor, only=3 if where == "channel" else None)
+    else:
+        dequantize = gemm.inputs[0].producer()
+        for node in (dequantize, dequantize.inputs[0].producer()):
+            _scale(model, node, factor)
+    ir.save(model, folder / "bad.onnx")
+    return folder / "bad.onnx"
+
+
+def _scale(model: ir.Model, node: ir.Node, factor: float, only: int | None = None) -> None:
+    scale = np.array(node.inputs[1].const_value.numpy())
+    scale[... if only is None else only] *= factor
+    value = ir.Value(
+        name=f"{node.name}_bad_scale", const_value=ir.tensor(scale, name=f"{node.name}_bad_scale")
+    )
+    model.graph.initializers[value.name] = value
+    node.replace_input_with(1, value)
