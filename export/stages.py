@@ -19,6 +19,8 @@ from ditc.runtime.session import Array, numpy_dtype
 from ditc.runtime.spec import DType, Precision, StageSpec, TensorSpec
 from ditc.runtime.text import TextSpec
 
+JsonValue = str | int | float | bool | None | list["JsonValue"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
@@ -26,11 +28,13 @@ class StagePlan:
 
     Attributes:
         components: names of the checkpoint's components whose weights and config it is made from.
+        facts: what else decides the graph and is not in the spec, such as layers that a gate skips; JSON.
     """
 
     spec: StageSpec
     precision: Precision
     components: tuple[str, ...]
+    facts: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

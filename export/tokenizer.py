@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditc.runtime.errors import CheckpointError
 
@@ -16,19 +18,44 @@ def tokenizer_json(directory: Path) -> str:
     Raises:
         CheckpointError: no tokenizer, or one without a Rust implementation.
     """
+    backend = _load(directory).backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    text: str = backend.to_str()
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What tokenizer_config.json says beside the vocabulary."""
+
+    pad_token_id: int
+    model_max_length: int
+
+
+def tokenizer_facts(directory: Path) -> TokenizerFacts:
+    """The padding and the length that a pipeline uses with the tokenizer of this directory.
+
+    Raises:
+        CheckpointError: no tokenizer, or one without a pad token.
+    """
+    tokenizer = _load(directory)
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{directory} has no pad token", hint="set pad_token in tokenizer_config.json")
+    return TokenizerFacts(int(tokenizer.pad_token_id), int(tokenizer.model_max_length))
+
+
+def _load(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        backend = tokenizer.backend_tokenizer
+        tokenizer.backend_tokenizer  # noqa: B018  tokenizers without a Rust implementation raise here
     except (OSError, ValueError, AttributeError, KeyError) as e:
         raise CheckpointError(
             f"{directory} holds no tokenizer that transformers can load: {e}",
             hint="tokenizer.json and tokenizer_config.json are needed",
         ) from e
-    backend.no_truncation()
-    backend.no_padding()
-    text: str = backend.to_str()
-    return text
+    return tokenizer

@@ -4,19 +4,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ditc.runtime.cache import RowCache
 from ditc.runtime.errors import NumericsError, UsageError
-from ditc.runtime.session import Array, Session, to_numpy
-from ditc.runtime.spec import CONDITIONER, StageSpec
+from ditc.runtime.request import Request
+from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
+from ditc.runtime.spec import CONDITIONER, StageSpec, TensorSpec
 from ditc.runtime.text import TextSpec, TokenBatch, Tokenizer
 
 TEXT_EMBEDS = "text_embeds"
 TEXT_MASK = "text_mask"
+POOLED = "pooled_projections"
+# Which tensor an argument of a request is.
+ARGUMENTS = {
+    "prompt_embeds": TEXT_EMBEDS,
+    "prompt_attention_mask": TEXT_MASK,
+    "pooled_prompt_embeds": POOLED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,39 +56,96 @@ class Conditioning:
         self.cache = cache if cache is not None else RowCache()
         self._key = key
 
-    def of_text(self, text: str, *, negative: bool) -> Mapping[str, Array]:
-        """Named tensors of one row (1, ...).
+    def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array]]:
+        """One row a prompt, from its texts or from its embeddings.
+
+        Raises:
+            NumericsError: an encoder left NaN or Inf. UsageError: embeddings that do not fit.
+        """
+        given = request.embeds(negative=negative)
+        if not given:
+            texts = request.texts(len(self.encoders), negative=negative)
+            return [self.of_texts(each, negative=negative) for each in texts]
+        return [
+            self.of_embeds({name: array[index] for name, array in given.items()})
+            for index in range(request.num_prompts)
+        ]
+
+    def check_request(self, request: Request) -> None:
+        """Refuse texts for encoders that there are not, and embeddings that are not all this bundle takes.
+
+        Raises:
+            UsageError: naming the arguments.
+        """
+        for negative in (False, True):
+            further = request.further_texts(negative=negative)
+            for name in list(further)[len(self.encoders) - 1 :]:
+                if further[name]:
+                    raise UsageError(
+                        f"{name} is given, this bundle has {len(self.encoders)} text encoder(s)",
+                        hint=f"leave {name} out",
+                    )
+            if given := request.embeds(negative=negative):
+                self._entry({ARGUMENTS[name] for name in given}, "negative_" if negative else "")
+
+    def of_texts(self, texts: Sequence[str], *, negative: bool) -> Mapping[str, Array]:
+        """Named tensors of one row (1, ...): one text an encoder.
 
         Raises:
             NumericsError: an encoder left NaN or Inf.
         """
         tokens = [
-            encoder.tokenizer.encode([text], encoder.spec, negative=negative) for encoder in self.encoders
+            encoder.tokenizer.encode([text], encoder.spec, negative=negative)
+            for text, encoder in zip(texts, self.encoders, strict=True)
         ]
         ids = tuple(batch.input_ids.tobytes() for batch in tokens)
         return self.cache.get((self._key, negative, ids), lambda: self._encode(tokens, negative))
 
-    def of_embeds(self, embeds: Array, mask: Array) -> Mapping[str, Array]:
-        """The row for one text that was encoded elsewhere: embeds (S,D) or (1,S,D), mask (S,) or (1,S)."""
+    def of_embeds(self, given: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The row for one text that was encoded elsewhere.
+
+        Args:
+            given: by argument of the request. They are what the conditioner takes, or where it takes something else
+                (the states of several encoders) what it gives: then they are the row.
+
+        Raises:
+            UsageError: a size that this bundle does not take.
+        """
+        named = {ARGUMENTS[name]: array for name, array in given.items()}
+        tensors = self._entry(named.keys())
+        feeds = {tensor.name: self._fitted(tensor, named[tensor.name]) for tensor in tensors}
+        return feeds if tensors is self.conditioner.spec.outputs else self._merge(feeds)
+
+    def _entry(self, names: Collection[str], sign: str = "") -> tuple[TensorSpec, ...]:
+        """The conditioner's inputs or outputs, whichever have these names."""
         spec = self.conditioner.spec
-        _, length, wanted = spec.input(TEXT_EMBEDS).shape
-        assert isinstance(wanted, int)
-        if isinstance(length, str) and mask.shape[-1] not in spec.profile[length]:
-            raise UsageError(
-                f"prompt_embeds have {mask.shape[-1]} tokens, this bundle takes {spec.profile[length].min} to "
-                f"{spec.profile[length].max}",
-                hint="cut them, or build with a longer max_sequence_length",
-            )
-        if embeds.shape[-1] != wanted:
-            raise UsageError(
-                f"prompt_embeds have {embeds.shape[-1]} channels, this model takes {wanted}",
-                hint="pass the text encoder's last hidden states",
-            )
-        feeds: dict[str, Array] = {
-            TEXT_EMBEDS: np.asarray(embeds, np.float32).reshape(1, -1, wanted),
-            TEXT_MASK: np.asarray(mask, np.int64).reshape(1, -1),
-        }
-        return self._merge(feeds)
+        for tensors in (spec.inputs, spec.outputs):
+            if {tensor.name for tensor in tensors} == set(names):
+                return tensors
+        wanted = {t.name for t in spec.inputs}
+        if not wanted <= set(ARGUMENTS.values()):
+            wanted = {t.name for t in spec.outputs}
+        arguments = " and ".join(f"{sign}{name}" for name, tensor in ARGUMENTS.items() if tensor in wanted)
+        raise UsageError(f"{arguments} go together", hint="pass all of them, and no others, or none")
+
+    def _fitted(self, tensor: TensorSpec, array: Array) -> Array:
+        """One text's tensor with its row axis and in its element type."""
+        array = np.asarray(array, numpy_dtype(tensor.dtype))
+        array = array[None] if array.ndim < len(tensor.shape) else array
+        argument = next(name for name, known in ARGUMENTS.items() if known == tensor.name)
+        for size, wanted in zip(array.shape[1:], tensor.shape[1:], strict=True):
+            if isinstance(wanted, int) and size != wanted:
+                raise UsageError(
+                    f"{argument} have {size} channels, this model takes {wanted}",
+                    hint="pass what this model's text encoders give",
+                )
+            bounds = self.conditioner.spec.profile.get(str(wanted))
+            if bounds is not None and size not in bounds:
+                raise UsageError(
+                    f"{argument} have {size} tokens, this bundle takes {bounds.min} to {bounds.max}",
+                    hint="cut them, or build with a longer max_sequence_length",
+                )
+        return array
 
     def _encode(self, tokens: Sequence[TokenBatch], negative: bool) -> Mapping[str, Array]:
         named: dict[str, Array] = {}
@@ -109,6 +174,22 @@ class Conditioning:
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise NumericsError(f"{CONDITIONER}: {name} has NaN or Inf", hint="rebuild in bf16 or fp32")
         return row
+
+
+def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The rows of several texts as one tensor a name.
+
+    Raises:
+        UsageError: prompts and negative prompts of different lengths.
+    """
+    lengths = {name: {row[name].shape[1:] for row in rows} for name in rows[0]}
+    for name, shapes in lengths.items():
+        if len(shapes) > 1:
+            raise UsageError(
+                f"prompts and negative prompts have different lengths: {name} is {sorted(shapes)}",
+                hint="pad prompt_embeds and negative_prompt_embeds to one number of tokens",
+            )
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _token_feeds(spec: StageSpec, batch: TokenBatch) -> dict[str, Array]:

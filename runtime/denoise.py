@@ -16,7 +16,7 @@ import numpy as np
 
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.rng import Generator, randn_latents
-from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.session import Array, LoopSession, Session, Tensor, to_numpy
 
 LATENTS = "latents"
 NOISE = "noise"
@@ -24,11 +24,16 @@ HISTORY = "history"
 ROW_OF = "row_of"
 TIMESTEP = "timestep"
 GUIDANCE_WEIGHTS = "guidance_weights"
+SKIP_GATE = "skip_gate"
 COEFFICIENTS = "coefficients"
 NEXT_LATENTS = "next_latents"
 X0 = "x0"
 NEXT_HISTORY = "next_history"
 STATS = "stats"
+
+
+# What the denoiser's outputs are in the next step.
+CARRY = {NEXT_LATENTS: LATENTS, NEXT_HISTORY: HISTORY}
 
 
 def coefficient_columns(history_length: int, noise: bool) -> tuple[str, ...]:
@@ -57,8 +62,10 @@ class DenoiseState:
     Attributes:
         latents: (B,C,H,W) fp32. history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
         schedule: per step, the small host feeds: timestep (B,), guidance_weights (B,R), coefficients (B,K) and
-            whatever extra per-row inputs the stage's spec declares.
-        rows: the conditioning. step_index: steps done. x0, stats: of the step just done.
+            whatever extra per-row inputs the stage's spec declares. R may differ from step to step.
+        rows: the conditioning of the step with most rows; a step takes the first R of them.
+        step_index: steps done. x0: of the step just done. stats: (B,2) of it, or (S,B,2) of the S steps that were
+            done in one launch.
         generator: the random stream for samplers that draw noise on every step.
     """
 
@@ -87,38 +94,101 @@ def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]
     if any(state.done for state in states):
         raise ValueError("a finished state cannot be stepped")
     if len(states) == 1:
-        feeds = _feeds(states[0])
+        feeds = feeds_of(states[0])
     else:
-        feeds = _stack([_feeds(state) for state in states], stack_rows(tuple(state.rows for state in states)))
+        rows = stack_rows(tuple(map(active_rows, states)))
+        feeds = _stack([feeds_of(state) for state in states], rows)
     if any(spec.name == NOISE for spec in session.spec.inputs):
         feeds[NOISE] = np.concatenate([_noise(state) for state in states])
     return _unstack(session.run(feeds), states)
 
 
+def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
+    """Up to `count` steps of one request: in one launch where the session can, else one step.
+
+    Raises:
+        ValueError: the state is done already.
+    """
+    count = min(count, _steps_alike(state))
+    if count <= 1 or not isinstance(session, LoopSession):
+        return step(session, [state])[0]
+    per_step: list[Mapping[str, Array]] = list(state.schedule[state.step_index : state.step_index + count])
+    if any(spec.name == NOISE for spec in session.spec.inputs):
+        per_step = [{**feeds, NOISE: _noise(state)} for feeds in per_step]
+    outputs = session.run_loop(_constant_feeds(state), per_step, carry=CARRY, keep=(STATS,))
+    return _advanced(state, outputs, count)
+
+
+def _steps_alike(state: DenoiseState) -> int:
+    """How many of the next steps have as many rows as the next one: a launch has one shape."""
+    first = state.step_index
+    rows = [_row_count(state, step) for step in range(first, len(state.schedule))]
+    return next((i for i, count in enumerate(rows) if count != rows[0]), len(rows))
+
+
+class Guard:
+    """Watches a loop for NaN and Inf. Statistics on a device are read at the end: to read them is to wait."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._unread: list[DenoiseState] = []
+
+    def watch(self, state: DenoiseState) -> None:
+        """Take note of a state. Raises NumericsError, naming stage, step and sample."""
+        if state.stats is None:
+            return
+        self._unread.append(replace(state, latents=state.stats, history=state.stats, x0=None))  # only what is read
+        if state.done or isinstance(state.stats, np.ndarray):
+            for seen in self._unread:
+                check_stats(seen, self._stage)
+            self._unread.clear()
+
+
 def check_stats(state: DenoiseState, stage: str) -> None:
-    """Raise NumericsError if the last step left NaN or Inf in the predicted x0, naming stage, step and sample."""
+    """Raise NumericsError if a step just done left NaN or Inf in the predicted x0, naming stage, step and sample."""
     if state.stats is None:
         return
-    stats = to_numpy(state.stats)
-    bad = np.flatnonzero(stats[:, 0])
+    stats_SB2 = to_numpy(state.stats)
+    if stats_SB2.ndim == 2:
+        stats_SB2 = stats_SB2[None]
+    bad = np.argwhere((stats_SB2[..., 0] > 0) | ~np.isfinite(stats_SB2[..., 0]))
     if bad.size:
-        sample = int(bad[0])
+        launched, sample = map(int, bad[0])
+        number = state.step_index - stats_SB2.shape[0] + 1 + launched
+        count, amax = stats_SB2[launched, sample]
         raise NumericsError(
-            f"{stage}: step {state.step_index} of {len(state.schedule)} left {stats[sample, 0]:g} NaN or Inf values"
-            f" in x0 of sample {sample}; largest finite magnitude {stats[sample, 1]:.4g}",
+            f"{stage}: step {number} of {len(state.schedule)} left {count:g} NaN or Inf values"
+            f" in x0 of sample {sample}; largest finite magnitude {amax:.4g}",
             hint="fp16 overflows on some checkpoints: rebuild with --precision bf16 or fp32, "
             "or find the first bad module with ditc parity",
         )
 
 
-def _feeds(state: DenoiseState) -> dict[str, Tensor]:
-    return {
-        LATENTS: state.latents,
-        HISTORY: state.history,
-        ROW_OF: state.rows.row_of,
-        **state.schedule[state.step_index],
-        **state.rows.conditioning,
-    }
+def feeds_of(state: DenoiseState) -> dict[str, Tensor]:
+    """What the denoiser is fed for the state's next step, but for noise."""
+    return {**_constant_feeds(state), **state.schedule[state.step_index]}
+
+
+def active_rows(state: DenoiseState) -> Rows:
+    """The rows of the next step: the first ones, as many as it has guidance weights for."""
+    count = _row_count(state, state.step_index)
+    return state.rows if count == len(state.rows.row_of) else _first_rows(state.rows, count)
+
+
+def _row_count(state: DenoiseState, step: int) -> int:
+    return int(state.schedule[step][GUIDANCE_WEIGHTS].shape[1])
+
+
+@lru_cache(maxsize=4)
+def _first_rows(rows: Rows, count: int) -> Rows:
+    """Kept, so that steps with equally many rows have the same object."""
+    first = {name: to_numpy(tensor)[:count] for name, tensor in rows.conditioning.items()}
+    return Rows(row_of=rows.row_of[:count], conditioning=first)
+
+
+def _constant_feeds(state: DenoiseState) -> dict[str, Tensor]:
+    rows = active_rows(state)
+    return {LATENTS: state.latents, HISTORY: state.history, ROW_OF: rows.row_of, **rows.conditioning}
 
 
 def _noise(state: DenoiseState) -> Array:
@@ -134,6 +204,8 @@ def stack_rows(rows: tuple[Rows, ...]) -> Rows:
     stacked = {name: np.concatenate([to_numpy(r.conditioning[name]) for r in rows]) for name in names}
     offsets = np.cumsum([0, *(int(r.row_of.max()) + 1 for r in rows[:-1])])
     row_of = np.concatenate([r.row_of + offset for r, offset in zip(rows, offsets, strict=True)])
+    for array in (row_of, *stacked.values()):
+        array.flags.writeable = False  # a session on a device sends what cannot change once, not once a step
     return Rows(row_of=row_of, conditioning=stacked)
 
 
@@ -191,12 +263,12 @@ def _unstack(outputs: Mapping[str, Tensor], states: Sequence[DenoiseState]) -> l
     return results
 
 
-def _advanced(state: DenoiseState, outputs: Mapping[str, Tensor]) -> DenoiseState:
+def _advanced(state: DenoiseState, outputs: Mapping[str, Tensor], count: int = 1) -> DenoiseState:
     return replace(
         state,
         latents=outputs[NEXT_LATENTS],
         history=outputs[NEXT_HISTORY],
         x0=outputs[X0],
         stats=outputs[STATS],
-        step_index=state.step_index + 1,
+        step_index=state.step_index + count,
     )

@@ -10,29 +10,32 @@ Progress, previews, cancel, timing and parity are what callers do with `steps(re
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image
 
 from ditc.runtime import denoise
-from ditc.runtime.bins import classify
-from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.denoise import DenoiseState, Rows, check_stats
+from ditc.runtime.conditioning import Conditioning, stack_texts
+from ditc.runtime.denoise import DenoiseState, Guard, Rows
 from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.guidance import guidance_feeds
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.manifest import Manifest, Tiling
-from ditc.runtime.request import Request, check_request, check_size
+from ditc.runtime.plan import Plan, make_plan
+from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.session import Array, Session, to_numpy
+from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
-from ditc.runtime.vae import decode_tiled
+from ditc.runtime.vae import check_tiling, decode_tiled
+
+if TYPE_CHECKING:
+    from ditc.runtime.sessions.device import Device
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +43,11 @@ StepCallback = Callable[["Pipeline", int, float, dict[str, Array]], Mapping[str,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A request with every default filled in. drawn_* is the size the network draws at."""
-
-    request: Request
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    drawn_height: int
-    drawn_width: int
-    seed: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """What `steps` yields after each step: 0-based index of total, and the state reached.
 
+    Where a session runs several steps in one launch, the last of them is yielded; seconds is the time of the launch
+    (on a GPU: of handing it over).
     Pictures that exceed the denoiser's batch are drawn in chunks, one after the other.
     """
 
@@ -93,7 +84,11 @@ class Pipeline:
         self.sessions = dict(sessions)
         self.conditioning = conditioning
         self.chosen = chosen
+        self.device: Device | None = None  # the GPU that the engines share, if any
         self.uncertified = ""  # why parity does not vouch for these artifacts on this machine; "" if it does
+        # Most steps in one launch, where a session can (engines: one CUDA graph of so many steps). None: all of them,
+        # unless a callback wants to see each. A request is cancelled, and a preview drawn, between two launches.
+        self.steps_per_launch: int | None = None
         # Set it to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
 
@@ -105,6 +100,7 @@ class Pipeline:
         backend: str = "auto",
         precision: str | None = None,
         threads: int = 0,
+        low_vram: bool = False,
         require_signature: Path | None = None,
         require_certificate: bool = False,
         self_test: bool = True,
@@ -115,6 +111,7 @@ class Pipeline:
             backend: "auto" picks what this machine runs best, and says why in the log.
             precision: of the denoiser; None for what fits the backend best.
             threads: for CPU backends; 0 lets the backend choose.
+            low_vram: keep one stage at a time in GPU memory, and stream its weights if its engine was built for it.
             require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
             require_certificate: refuse artifacts that parity has not proven, or not on this machine.
             self_test: run the golden inputs when an engine is first used on a GPU.
@@ -131,9 +128,11 @@ class Pipeline:
             backend=backend,
             precision=precision,
             threads=threads,
+            low_vram=low_vram,
             require_signature=require_signature,
         )
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
+        pipeline.device = parts.device
         if self_test:
             first_use(Path(bundle), parts.manifest, parts.sessions, parts.artifacts)
         pipeline.uncertified = check_standing(
@@ -171,7 +170,8 @@ class Pipeline:
         clock = _Clock()
         states = list(self.start(plan))
         clock.lap("text")
-        for step in self.run(states, callback_on_step_end):
+        at_once = 1 if callback_on_step_end else self.steps_per_launch or plan.num_inference_steps
+        for step in self.run(states, callback_on_step_end, steps_per_launch=at_once):
             states[step.chunk] = step.state
             on_step(step)
         clock.lap("denoise")
@@ -189,27 +189,7 @@ class Pipeline:
         Raises:
             UsageError: naming the argument, its value and the nearest that works.
         """
-        check_request(request)
-        defaults, bins = self.manifest.defaults, self.manifest.defaults.bins
-        height = defaults.height if request.height is None else request.height
-        width = defaults.width if request.width is None else request.width
-        drawn = (height, width)
-        if bins and request.use_resolution_binning:
-            drawn = classify(height, width, bins)
-        check_size(*drawn, self.manifest.latents, self.sessions[DENOISER].spec, defaults)
-        chosen = request.seed is not None or request.generator is not None or request.latents is not None
-        return Plan(
-            request=request,
-            num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
-            guidance_scale=defaults.guidance_scale
-            if request.guidance_scale is None
-            else request.guidance_scale,
-            height=height,
-            width=width,
-            drawn_height=drawn[0],
-            drawn_width=drawn[1],
-            seed=request.seed if chosen else secrets.randbits(32),
-        )
+        return make_plan(request, self.manifest, self.sessions[DENOISER].spec, self.conditioning)
 
     def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
         """The states before the first step: one, or several where the pictures exceed the denoiser's batch."""
@@ -229,26 +209,34 @@ class Pipeline:
             states.append(self._state(plan, latents[chunk], positive[chunk], negative[chunk], stream))
         return tuple(states)
 
-    def run(self, states: Sequence[DenoiseState], callback: StepCallback | None = None) -> Iterator[Step]:
-        """Step every state to its end, one state after the other, and yield after each step."""
+    def run(
+        self,
+        states: Sequence[DenoiseState],
+        callback: StepCallback | None = None,
+        *,
+        steps_per_launch: int = 1,
+    ) -> Iterator[Step]:
+        """Step every state to its end, one state after the other, and yield after each launch.
+
+        Args:
+            steps_per_launch: more than 1 where nobody needs the states between; sessions on a CPU run one all the same.
+        """
         total = sum(len(state.schedule) - state.step_index for state in states)
-        index = 0
+        index = -1
         for chunk, state in enumerate(states):
+            guard = Guard(DENOISER)
             while not state.done:
-                before = perf_counter()
-                timestep = float(state.schedule[state.step_index][denoise.TIMESTEP][0])
-                (state,) = denoise.step(self.sessions[DENOISER], [state])
-                if (
-                    isinstance(state.stats, np.ndarray) or state.done
-                ):  # on a device, reading stats would wait for it
-                    check_stats(state, DENOISER)
+                before, begin = perf_counter(), state.step_index
+                state = denoise.advance(self.sessions[DENOISER], state, steps_per_launch)
+                guard.watch(state)
                 seconds = perf_counter() - before
+                timestep = float(state.schedule[state.step_index - 1][denoise.TIMESTEP][0])
                 if callback is not None:
                     state = self._called_back(callback, state, timestep)
+                index += state.step_index - begin
                 yield Step(
                     index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds
                 )
-                index += 1
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
         """The finished states as pictures in the form that the request asked for.
@@ -258,7 +246,7 @@ class Pipeline:
         """
         if plan.request.output_type == "latent":
             return np.concatenate([to_numpy(state.latents) for state in states])
-        pictures = [self._picture(sample, plan) for state in states for sample in to_numpy(state.latents)]
+        pictures = [self._picture(sample, plan) for state in states for sample in samples(state.latents)]
         for index, picture in enumerate(pictures):
             if is_uniform(to_uint8(picture)):
                 _complain(f"picture {index} has one colour only", allowed=plan.request.allow_uniform)
@@ -280,6 +268,9 @@ class Pipeline:
         """Release all sessions."""
         for session in self.sessions.values():
             session.close()
+        device, self.device = self.device, None
+        if device is not None:
+            device.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -306,13 +297,7 @@ class Pipeline:
 
     def _rows(self, request: Request, samples: int, *, negative: bool) -> list[Mapping[str, Array]]:
         """One row of conditioning a sample."""
-        embeds = request.negative_prompt_embeds if negative else request.prompt_embeds
-        mask = request.negative_prompt_attention_mask if negative else request.prompt_attention_mask
-        if embeds is not None and mask is not None:
-            rows = [self.conditioning.of_embeds(e, m) for e, m in zip(embeds, mask, strict=True)]
-        else:
-            texts = request.negative_prompts if negative else request.prompts
-            rows = [self.conditioning.of_text(text, negative=negative) for text in texts]
+        rows = self.conditioning.rows(request, negative=negative)
         return [row for row in rows for _ in range(samples // len(rows))]
 
     def _state(
@@ -325,18 +310,18 @@ class Pipeline:
     ) -> DenoiseState:
         batch, history = latents.shape[0], self._history_length()
         rows = [*negative, *positive]  # diffusers' order
-        weights = np.eye(batch, dtype=np.float32)
-        if negative:
-            g = np.float32(plan.guidance_scale)
-            weights = np.concatenate([(1 - g) * weights, g * weights], axis=1)
+        if plan.skip_layer_guidance is not None:
+            rows += positive
         table = coefficient_table(self.manifest.scheduler, plan.num_inference_steps, history_length=history)
         schedule = tuple(
             {
                 denoise.TIMESTEP: np.repeat(timestep, batch),
                 denoise.COEFFICIENTS: np.repeat(coefficients[None], batch, axis=0),
-                denoise.GUIDANCE_WEIGHTS: weights,
+                **guidance,
             }
-            for timestep, coefficients in zip(table.timesteps, table.coefficients, strict=True)
+            for timestep, coefficients, guidance in zip(
+                table.timesteps, table.coefficients, self._guidance(plan, batch, bool(negative)), strict=True
+            )
         )
         return DenoiseState(
             latents=latents * np.float32(table.init_noise_sigma),
@@ -344,10 +329,15 @@ class Pipeline:
             schedule=schedule,
             rows=Rows(
                 row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
-                conditioning=_stack_rows(rows),
+                conditioning=_frozen(stack_texts(rows)),
             ),
             generator=generator,
         )
+
+    def _guidance(self, plan: Plan, batch: int, guided: bool) -> list[dict[str, Array]]:
+        scale, steps = plan.guidance_scale if guided else 1.0, plan.num_inference_steps
+        gated = any(tensor.name == denoise.SKIP_GATE for tensor in self.sessions[DENOISER].spec.inputs)
+        return guidance_feeds(batch, scale, plan.skip_layer_guidance, steps, gated=gated)
 
     def _history_length(self) -> int:
         length = self.sessions[DENOISER].spec.input(denoise.HISTORY).shape[1]
@@ -371,24 +361,23 @@ class Pipeline:
             )
         return replace(state, latents=latents)
 
-    def _picture(self, latents_CHW: Array, plan: Plan) -> Array:
+    def _picture(self, latents_1CHW: Tensor, plan: Plan) -> Array:
         """One picture (1,3,H,W), nominal range [-1,1], at the asked size."""
         session, spec = self.sessions[VAE_DECODER], self.sessions[VAE_DECODER].spec
 
-        def decode_one(latents: Array) -> Array:
+        def decode_one(latents: Tensor) -> Array:
             (image,) = session.run({spec.inputs[0].name: latents}).values()
             return to_numpy(image)
 
-        latents = latents_CHW[None]
-        if self.tiling is None:
-            image = decode_one(latents)
+        scale = self.manifest.latents.scale_factor
+        if self.tiling is not None:
+            check_tiling(self.tiling.tile, self.tiling.stride, scale)
+        if self.tiling is None or max(latents_1CHW.shape[2:]) * scale <= self.tiling.tile:
+            image = decode_one(latents_1CHW)  # in one piece, on the device if that is where it is
         else:
+            latents = to_numpy(latents_1CHW)
             image = decode_tiled(
-                decode_one,
-                latents,
-                tile=self.tiling.tile,
-                stride=self.tiling.stride,
-                scale=self.manifest.latents.scale_factor,
+                decode_one, latents, tile=self.tiling.tile, stride=self.tiling.stride, scale=scale
             )
         if not np.isfinite(image).all():
             raise NumericsError(
@@ -410,15 +399,11 @@ class _Clock:
         self._last = now
 
 
-def _stack_rows(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    lengths = {name: {row[name].shape[1:] for row in rows} for name in rows[0]}
-    for name, shapes in lengths.items():
-        if len(shapes) > 1:
-            raise UsageError(
-                f"prompts and negative prompts have different lengths: {name} is {sorted(shapes)}",
-                hint="pad prompt_embeds and negative_prompt_embeds to one number of tokens",
-            )
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+def _frozen(rows: dict[str, Array]) -> dict[str, Array]:
+    """Arrays that nobody can change any more: a session on a device sends each of them once, not once a step."""
+    for array in rows.values():
+        array.flags.writeable = False
+    return rows
 
 
 def _complain(message: str, *, allowed: bool) -> None:

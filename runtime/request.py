@@ -23,16 +23,25 @@ class Request:
     Attributes:
         prompt: one or several texts; None when prompt_embeds are given.
         negative_prompt: one text for all, or one a prompt; used when guidance_scale > 1.
+        prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the second and third text encoder;
+            where they are left out, every encoder reads the first.
         num_inference_steps, guidance_scale: of every picture of this request.
         height, width: pixels. seed, generator: the starting noise; a list holds one generator a picture.
         latents: (B,C,H,W) fp32 starting latents, instead of noise.
-        prompt_embeds, prompt_attention_mask, negative_*: (prompts, S, D) fp32 and (prompts, S), instead of texts.
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, negative_*: (prompts, S, D) fp32, (prompts, S) and
+            (prompts, P), instead of texts; the last two where the model takes them.
+        skip_layer_guidance_scale, _start, _stop: guidance away from a network with layers left out, and the fractions
+            of the steps between which it acts; 0 turns it off.
         use_resolution_binning: draw at the nearest trained size, then resize and crop to the asked one.
         allow_uniform: a picture of one colour warns instead of raising.
     """
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = ""
+    prompt_2: str | Sequence[str] | None = None
+    prompt_3: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    negative_prompt_3: str | Sequence[str] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -45,6 +54,11 @@ class Request:
     prompt_attention_mask: Array | None = None
     negative_prompt_embeds: Array | None = None
     negative_prompt_attention_mask: Array | None = None
+    pooled_prompt_embeds: Array | None = None
+    negative_pooled_prompt_embeds: Array | None = None
+    skip_layer_guidance_scale: float | None = None
+    skip_layer_guidance_start: float | None = None
+    skip_layer_guidance_stop: float | None = None
     use_resolution_binning: bool = True
     output_type: OutputType = "pil"
     allow_uniform: bool = False
@@ -63,9 +77,32 @@ class Request:
     @property
     def negative_prompts(self) -> list[str]:
         """One negative text a prompt; None is the empty text."""
-        if self.negative_prompt is None or isinstance(self.negative_prompt, str):
-            return [self.negative_prompt or ""] * self.num_prompts
-        return list(self.negative_prompt)
+        return self._one_each(self.negative_prompt)
+
+    def texts(self, encoders: int, *, negative: bool) -> list[tuple[str, ...]]:
+        """For each prompt, the texts that its encoders read; an empty one stands for the first, as in diffusers."""
+        first = self.negative_prompts if negative else self.prompts
+        others = [self._one_each(text) for text in self.further_texts(negative=negative).values()]
+        return [
+            tuple(text or columns[0] for text in columns)[:encoders]
+            for columns in zip(first, *others, strict=True)
+        ]
+
+    def further_texts(self, *, negative: bool) -> dict[str, str | Sequence[str] | None]:
+        """The texts for the second encoder and on, by argument."""
+        names = [f"{'negative_' if negative else ''}prompt_{number}" for number in (2, 3)]
+        return {name: getattr(self, name) for name in names}
+
+    def embeds(self, *, negative: bool) -> dict[str, Array]:
+        """The embeddings that are given instead of texts, by argument without its negative_."""
+        names = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
+        found = {name: getattr(self, f"negative_{name}" if negative else name) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def _one_each(self, text: str | Sequence[str] | None) -> list[str]:
+        if text is None or isinstance(text, str):
+            return [text or ""] * self.num_prompts
+        return list(text)
 
 
 def check_request(request: Request) -> None:
@@ -78,6 +115,9 @@ def check_request(request: Request) -> None:
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
     _check_texts("prompt", request.prompt)
     _check_texts("negative_prompt", request.negative_prompt)
+    further = request.further_texts(negative=False) | request.further_texts(negative=True)
+    for name, texts in further.items():
+        _check_texts(name, texts)
     if request.num_prompts == 0:
         raise UsageError(
             "the list of prompts is empty", hint="pass at least one text; an empty text is allowed"
@@ -87,11 +127,23 @@ def check_request(request: Request) -> None:
             f"{len(request.negative_prompts)} negative prompts for {request.num_prompts} prompts",
             hint="pass one negative_prompt for all, or one for each",
         )
+    for name, texts in further.items():
+        if texts is not None and not isinstance(texts, str) and len(texts) != request.num_prompts:
+            raise UsageError(
+                f"{name} holds {len(texts)} texts for {request.num_prompts} prompts",
+                hint="pass one for all, or one for each",
+            )
     _check_embeds(request)
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
         raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="take at least 1 step")
     if request.guidance_scale is not None and not math.isfinite(request.guidance_scale):
         raise UsageError(f"guidance_scale is {request.guidance_scale}", hint="1 draws without guidance")
+    for name in ("scale", "start", "stop"):
+        value = getattr(request, f"skip_layer_guidance_{name}")
+        if value is not None and not math.isfinite(value):
+            raise UsageError(
+                f"skip_layer_guidance_{name} is {value}", hint="leave it out for the bundle's default"
+            )
     for name, pixels in (("height", request.height), ("width", request.width)):
         if pixels is not None and pixels < 1:
             raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
@@ -139,24 +191,21 @@ def _check_texts(name: str, texts: object) -> None:
 
 
 def _check_embeds(request: Request) -> None:
-    pairs = (
-        ("prompt", request.prompt_embeds, request.prompt_attention_mask),
-        ("negative_prompt", request.negative_prompt_embeds, request.negative_prompt_attention_mask),
-    )
-    for name, embeds, mask in pairs:
-        if (embeds is None) != (mask is None):
-            raise UsageError(
-                f"{name}_embeds and {name}_attention_mask go together", hint="pass both or neither"
-            )
-        if embeds is None or mask is None:
+    for negative in (False, True):
+        given = request.embeds(negative=negative)
+        sign = "negative_" if negative else ""
+        for name, array in given.items():
+            if array.shape[0] != request.num_prompts:
+                raise UsageError(
+                    f"{sign}{name} hold {array.shape[0]} rows for {request.num_prompts} prompts",
+                    hint="pass one row for each prompt",
+                )
+        embeds, mask = given.get("prompt_embeds"), given.get("prompt_attention_mask")
+        if embeds is None:
             continue
-        if embeds.shape[0] != request.num_prompts:
+        if embeds.ndim != 3 or (mask is not None and embeds.shape[:2] != mask.shape):
+            beside = "" if mask is None else f", {sign}prompt_attention_mask is {tuple(mask.shape)}"
             raise UsageError(
-                f"{name}_embeds hold {embeds.shape[0]} rows for {request.num_prompts} prompts",
-                hint="pass one row for each prompt",
-            )
-        if embeds.ndim != 3 or embeds.shape[:2] != mask.shape:
-            raise UsageError(
-                f"{name}_embeds is {tuple(embeds.shape)}, {name}_attention_mask is {tuple(mask.shape)}",
+                f"{sign}prompt_embeds is {tuple(embeds.shape)}{beside}",
                 hint="the mask is (prompts, tokens), the embeds (prompts, tokens, channels)",
             )

@@ -5,7 +5,7 @@ A session holds no request state, so one session serves any number of interleave
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -48,9 +48,48 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class LoopSession(Protocol):
+    """A session that can run several times in one launch and feed its outputs back, without the host between."""
+
+    def run_loop(
+        self,
+        feeds: Mapping[str, Tensor],
+        per_step: Sequence[Mapping[str, Array]],
+        *,
+        carry: Mapping[str, str],
+        keep: Collection[str],
+    ) -> dict[str, Tensor]:
+        """Run once for each entry of per_step.
+
+        Args:
+            feeds: the inputs that are constant, and the first values of those that are carried.
+            per_step: the other inputs, by step.
+            carry: output -> the input that it is in the next step.
+            keep: outputs wanted of every step: they come back with a first dimension more, one entry a step.
+
+        Returns:
+            All outputs, as the last step left them but for `keep`.
+
+        Raises:
+            SessionError: as `run`.
+        """
+        ...
+
+
 def to_numpy(tensor: Tensor) -> Array:
     """The tensor on the host: itself if it is an array, else a copy."""
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+
+def samples(tensor: Tensor) -> list[Tensor]:
+    """The tensor's entries along its first dimension, each (1, ...), left where they are."""
+    if isinstance(tensor, np.ndarray):
+        return [tensor[i : i + 1] for i in range(tensor.shape[0])]
+    take = getattr(tensor, "sample", None)
+    if take is None:
+        return samples(tensor.numpy())
+    return [take(i) for i in range(tensor.shape[0])]
 
 
 _NUMPY = {DType.BFLOAT16: np.dtype(np.uint16), DType.BOOL: np.dtype(np.bool_)}

@@ -144,6 +144,8 @@ class Tokenizer:
         room = length - self._special_tokens
         if len(encoding.ids) > room:
             cut = self._tokenizer.decode(encoding.ids[room:], skip_special_tokens=False)
+            # Vocabularies that mark the ends of words have no decoder that turns the mark into a space.
+            cut = cut.replace(getattr(self._tokenizer.model, "end_of_word_suffix", None) or " ", " ").strip()
             log.warning("prompts have room for %d tokens; the end of this one is left out: %r", length, cut)
             encoding.truncate(room)
         return list(self._tokenizer.post_process(encoding).ids)

@@ -18,6 +18,10 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and value >= 0  # type: ignore[operator]
 
 
+def _is_layers(value: object) -> bool:
+    return isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value)
+
+
 def _is_bins(value: object) -> bool:
     return value is None or (
         isinstance(value, list)
@@ -38,6 +42,10 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "complex_human_instruction": (_is_lines, "a list of strings or null"),
     "num_inference_steps": (_is_size, "a positive integer"),
     "guidance_scale": (_is_number, "a number >= 0"),
+    "skip_guidance_layers": (_is_layers, "a list of layer numbers"),
+    "skip_layer_guidance_scale": (_is_number, "a number >= 0"),
+    "skip_layer_guidance_start": (_is_number, "a number >= 0"),
+    "skip_layer_guidance_stop": (_is_number, "a number >= 0"),
 }
 
 

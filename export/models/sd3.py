@@ -147,8 +147,13 @@ class PatchEmbed(nn.Module):
     def _centre(self, height: int, width: int) -> Tensor:
         """(1,h*w,D): the middle of the square of max_size; an odd rest goes to the bottom and the right."""
         table: Tensor = self.pos_embed.unflatten(1, (self.max_size, self.max_size))
-        top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
+        top, left = self._before(height), self._before(width)
         return table[:, top : top + height, left : left + width].flatten(1, 2)
+
+    def _before(self, side: int) -> int:
+        """(max_size - side) // 2, without a negative number: torch.export would write max_size//2 + (-side)//2, and
+        ONNX's Div truncates where Python floors (torch 2.13), one row off for an odd side."""
+        return self.max_size // 2 - (side + 1 - self.max_size % 2) // 2
 
 
 class TimeTextEmbed(nn.Module):

@@ -1,0 +1,93 @@
+"""A request with every default filled in, and the refusal of what this bundle cannot serve."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass, replace
+
+from ditc.runtime import denoise
+from ditc.runtime.bins import classify
+from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.errors import UsageError
+from ditc.runtime.manifest import Manifest, SkipLayerGuidance
+from ditc.runtime.request import Request, check_request, check_size
+from ditc.runtime.spec import StageSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request with every default filled in. drawn_* is the size the network draws at.
+
+    skip_layer_guidance is None where it is off.
+    """
+
+    request: Request
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    drawn_height: int
+    drawn_width: int
+    seed: int | None
+    skip_layer_guidance: SkipLayerGuidance | None = None
+
+
+def make_plan(request: Request, manifest: Manifest, denoiser: StageSpec, conditioning: Conditioning) -> Plan:
+    """Fill in the bundle's defaults.
+
+    Raises:
+        UsageError: naming the argument, its value and the nearest that works.
+    """
+    check_request(request)
+    conditioning.check_request(request)
+    defaults, bins = manifest.defaults, manifest.defaults.bins
+    height = defaults.height if request.height is None else request.height
+    width = defaults.width if request.width is None else request.width
+    drawn = (height, width)
+    if bins and request.use_resolution_binning:
+        drawn = classify(height, width, bins)
+    check_size(*drawn, manifest.latents, denoiser, defaults)
+    chosen = request.seed is not None or request.generator is not None or request.latents is not None
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return Plan(
+        request=request,
+        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        drawn_height=drawn[0],
+        drawn_width=drawn[1],
+        seed=request.seed if chosen else secrets.randbits(32),
+        skip_layer_guidance=_skip_layer_guidance(request, manifest, denoiser, guidance),
+    )
+
+
+def _skip_layer_guidance(
+    request: Request, manifest: Manifest, denoiser: StageSpec, guidance_scale: float
+) -> SkipLayerGuidance | None:
+    """The bundle's, with what the request says; None where it is off."""
+    skip = manifest.defaults.skip_layer_guidance
+    asked = {
+        "scale": request.skip_layer_guidance_scale,
+        "start": request.skip_layer_guidance_start,
+        "stop": request.skip_layer_guidance_stop,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if skip is None or all(tensor.name != denoise.SKIP_GATE for tensor in denoiser.inputs):
+        if asked.get("scale"):
+            raise UsageError(
+                f"skip_layer_guidance_scale is {asked['scale']}, but this bundle's denoiser cannot skip layers",
+                hint="leave it out, or build with skip_guidance_layers in the checkpoint's ditc.json",
+            )
+        return None
+    skip = replace(skip, **asked)
+    if skip.scale and guidance_scale <= 1:
+        if asked.get("scale"):
+            log.warning(
+                "skip-layer guidance needs guidance_scale above 1, it is %g: it stays off", guidance_scale
+            )
+        return None
+    return skip if skip.scale else None
