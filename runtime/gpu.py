@@ -34,6 +34,17 @@ def find_gpu() -> Gpu | None:
     return Gpu(name.strip(), "sm" + capability.strip().replace(".", ""))
 
 
+@cache
+def driver_version() -> str:
+    """Version of the NVIDIA driver, as nvidia-smi says; "" without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
 def library_version(backend: Backend) -> str | None:
     """Version of the library that runs a backend's engines, None if it is not installed."""
     try:

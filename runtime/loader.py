@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ditc.runtime.conditioning import Conditioning, TextEncoder
-from ditc.runtime.errors import BundleError, UsageError
+from ditc.runtime.errors import BundleError, SessionError, UsageError
 from ditc.runtime.gpu import check_engine, find_gpu, library_version
 from ditc.runtime.integrity import check_files
 from ditc.runtime.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session
-from ditc.runtime.sessions import available_backends, open_session
+from ditc.runtime.sessions import ENGINES, available_backends, missing, open_device, open_session
+from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.signature import check_signature
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
+
+if TYPE_CHECKING:
+    from ditc.runtime.sessions.device import Device
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a Pipeline is made of. chosen: backend and precision, and why. artifacts: what each stage runs."""
+    """What a Pipeline is made of. chosen: backend and precision, and why. artifacts: what each stage runs.
+
+    device: the GPU that the engines share, None where there are none.
+    """
 
     manifest: Manifest
     sessions: dict[str, Session]
     conditioning: Conditioning
     chosen: str
     artifacts: dict[str, Artifact]
+    device: Device | None = None
 
 
 def load_parts(
-    bundle: Path, *, backend: str, precision: str | None, threads: int, require_signature: Path | None = None
+    bundle: Path,
+    *,
+    backend: str,
+    precision: str | None,
+    threads: int,
+    low_vram: bool = False,
+    require_signature: Path | None = None,
 ) -> Parts:
     """Everything that a Pipeline is made of.
 
     Args:
+        low_vram: load a stage when it is used and unload the one before; stream weights where the engine can.
         require_signature: refuse a bundle that the owner of this ed25519 public key (PEM) has not signed.
 
     Raises:
@@ -54,14 +70,16 @@ def load_parts(
     log.info("%s", reason)
     check_files(bundle, _files(manifest, chosen.values()))
     tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
-    sessions = _open_all(bundle, chosen, threads)
+    engines = any(artifact.backend in ENGINES for artifact in chosen.values())
+    device = open_device() if engines else None
+    sessions = _open_all(bundle, chosen, threads, device, low_vram)
     encoders = [
         TextEncoder(spec, tokenizer, sessions[spec.stage])
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
     conditioning = Conditioning(encoders, sessions[CONDITIONER], key=key)
-    return Parts(manifest, sessions, conditioning, reason, chosen)
+    return Parts(manifest, sessions, conditioning, reason, chosen, device)
 
 
 def choose(
@@ -91,7 +109,11 @@ def choose(
     denoisers = manifest.stages[DENOISER].artifacts
     for candidate in wanted:
         fitting = [
-            a for a in denoisers if a.backend is candidate and (precision is None or a.precision == precision)
+            a
+            for a in denoisers
+            if a.backend is candidate
+            and (precision is None or a.precision == precision)
+            and (backend != "auto" or _serves(a))
         ]
         if fitting and candidate in runnable:
             best = min(fitting, key=lambda a: list(Precision).index(a.precision))
@@ -101,6 +123,10 @@ def choose(
     for engine in denoisers:
         if engine.backend in wanted and engine.backend not in runnable:
             check_engine(engine, gpu=find_gpu(), library=library_version(engine.backend))  # says why not
+            raise SessionError(
+                f"{DENOISER}: {missing(engine.backend)}",
+                hint="or run the ONNX Runtime artifact: --backend onnxruntime",
+            )
     have = sorted({f"{a.backend.value} {a.precision.value}" for a in denoisers})
     raise UsageError(
         f"the bundle holds denoisers for {', '.join(have)}; asked for {backend} {precision or 'any precision'}; "
@@ -109,15 +135,46 @@ def choose(
     )
 
 
-def _open_all(bundle: Path, chosen: Mapping[str, Artifact], threads: int) -> dict[str, Session]:
+def _serves(artifact: Artifact) -> bool:
+    """Whether an artifact is for this machine's GPU and libraries; "auto" passes over one that is not."""
+    if artifact.backend not in ENGINES:
+        return True
+    try:
+        check_engine(artifact, gpu=find_gpu(), library=library_version(artifact.backend))
+    except SessionError as e:
+        log.info("passed over: %s", e)
+        return False
+    return True
+
+
+def _open_all(
+    bundle: Path, chosen: Mapping[str, Artifact], threads: int, device: Device | None, low_vram: bool
+) -> dict[str, Session]:
     """A session for each stage; when one does not open, those before it are closed again."""
     sessions: dict[str, Session] = {}
+    residency = Residency()
+    if device is not None:
+        device.enter()  # the device outlives every stage, loaded or not
+
+    def opener(artifact: Artifact) -> Callable[[], Session]:
+        path, engine = bundle / artifact.file.path, artifact.backend in ENGINES
+        shared: dict[str, Any] = {"device": device, "stream_weights": low_vram} if engine else {}
+        return lambda: open_session(path, artifact, threads=threads, **shared)
+
     try:
         for name, artifact in chosen.items():
-            sessions[name] = open_session(bundle / artifact.file.path, artifact, threads=threads)
+            open_it = opener(artifact)
+            if low_vram and artifact.backend in ENGINES:
+                sessions[name] = OnDemandSession(
+                    artifact.spec, open_it, residency, provider=artifact.backend.value
+                )
+            else:
+                sessions[name] = open_it()
     except BaseException:
         for session in sessions.values():
             session.close()
+        if device is not None:
+            device.leave()
         raise
     return sessions
 

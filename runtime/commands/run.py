@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
+        "--low-vram", action="store_true", help="engines: keep one stage at a time in GPU memory"
+    )
+    parser.add_argument(
         "--require-signature", type=Path, metavar="PUB.pem", help="run only what this key's owner has signed"
     )
     parser.add_argument(
@@ -72,12 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
+        low_vram=arguments.low_vram,
         require_signature=arguments.require_signature,
         require_certificate=arguments.require_certificate,
         self_test=not arguments.no_self_test,
     ) as pipeline:
         if pipeline.uncertified:
             log.warning("not certified: %s", pipeline.uncertified)
+        if arguments.preview is not None:
+            pipeline.steps_per_launch = 1
         request = Request(
             prompt=prompts,
             negative_prompt=arguments.negative_prompt,
@@ -90,13 +96,14 @@ def run(arguments: argparse.Namespace) -> int:
             allow_uniform=arguments.allow_uniform,
         )
         output = _draw(pipeline, request, arguments.preview)
+        peak = pipeline.device.peak_bytes if pipeline.device is not None else None
         files = [
             _save(picture, path, _metadata(pipeline, output, prompts[i // arguments.num_images_per_prompt]))
             for i, (picture, path) in enumerate(
                 zip(output.images, _paths(arguments, len(output.images)), strict=True)
             )
         ]
-    _print(arguments, output, files, pipeline.chosen)
+    _print(arguments, output, files, pipeline.chosen, peak)
     return 0
 
 
@@ -192,7 +199,9 @@ def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
     return path
 
 
-def _print(arguments: argparse.Namespace, output: Output, files: list[Path], chosen: str) -> None:
+def _print(
+    arguments: argparse.Namespace, output: Output, files: list[Path], chosen: str, gpu_peak_bytes: int | None
+) -> None:
     seconds = {name: round(value, 3) for name, value in output.seconds.items()}
     if arguments.json:
         result = {
@@ -200,9 +209,11 @@ def _print(arguments: argparse.Namespace, output: Output, files: list[Path], cho
             "seed": output.seed,
             "seconds": seconds,
             "backend": chosen,
+            "gpu_peak_bytes": gpu_peak_bytes,
         }
         sys.stdout.write(json.dumps(result) + "\n")
         return
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     names = ", ".join(str(f) for f in files)
-    sys.stdout.write(f"{names}  seed {output.seed}  ({times})\n")
+    peak = "" if gpu_peak_bytes is None else f", GPU memory peak {gpu_peak_bytes / 1e9:.2f} GB"
+    sys.stdout.write(f"{names}  seed {output.seed}  ({times}{peak})\n")

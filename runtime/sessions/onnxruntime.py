@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditc.runtime.errors import MissingExtra, SessionError
-from ditc.runtime.session import Tensor, to_numpy
+from ditc.runtime.session import Session, Tensor, to_numpy
 from ditc.runtime.spec import Precision, StageSpec
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,11 @@ class OnnxRuntimeSession:
                 f"the manifest promises {promised[0]} and {promised[1]}",
                 hint="the bundle is inconsistent: build it again",
             )
+
+
+def open_onnxruntime(model: Path, spec: StageSpec, *, precision: Precision, threads: int = 0) -> Session:
+    """The session that serves this machine best: on the GPU where the CUDA provider is there, else on the CPU."""
+    return OnnxRuntimeSession(model, spec, precision=precision, threads=threads)
 
 
 def _add_openvino(options: Any, threads: int) -> None:

@@ -1,0 +1,56 @@
+"""Kernels that TensorRT-RTX compiled for this GPU, kept between processes.
+
+A file is named by everything that its content depends on (TensorRT-RTX 1.6 release notes: GPU, library and driver
+must match): another GPU, driver, library or engine has another file, so a mismatch is a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCache:
+    """One engine's file."""
+
+    file: Path
+
+    def load(self) -> bytes:
+        """The kernels; b"" if there are none."""
+        try:
+            return self.file.read_bytes()
+        except OSError:
+            return b""
+
+    def save(self, data: bytes) -> None:
+        """Write in one move. A cache that cannot be written costs time at the next start, nothing else."""
+        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
+        with suppress(OSError):
+            if data == self.load():
+                return
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            os.replace(partial, self.file)
+
+    def discard(self) -> None:
+        """Forget a file that the library refuses."""
+        with suppress(OSError):
+            self.file.unlink()
+
+
+def kernel_cache(folder: Path, *, gpu: str, driver: str, library: str, engine: str) -> KernelCache:
+    """The cache of one engine (its artifact's key) on one GPU, driver and library."""
+    name = hashlib.sha256("\0".join((gpu, driver, library, engine)).encode()).hexdigest()[:32]
+    return KernelCache(folder / f"{name}.bin")
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ditc" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditc" / "kernels"

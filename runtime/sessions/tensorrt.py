@@ -1,0 +1,270 @@
+"""Runs a stage with a TensorRT or TensorRT-RTX engine: buffers made once, inputs written in place.
+
+feed       on the host: copied into the input's own buffer; on the device: read where it lies
+output     in a buffer out of the output's pool, as large as the profile allows; handed on as it is
+workspace  one for all stages of the device, for they run one after the other
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.session import Array, Tensor
+from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, size_of
+from ditc.runtime.sessions.device import ALIGNMENT, Device
+from ditc.runtime.sessions.dlpack import Foreign
+from ditc.runtime.sessions.engine import Context, Engine, Shape
+from ditc.runtime.sessions.loop_graph import Loop, loop_plan
+from ditc.runtime.sessions.shapes import check_feeds, choose_profile
+from ditc.runtime.spec import StageSpec
+
+# Loops whose buffers and graphs are kept: sizes and step counts that a server alternates between.
+MAX_LOOPS = 8
+
+
+class TensorRTSession:
+    """One stage of one engine on one device.
+
+    Args:
+        engine: deserialised; the session closes it.
+        spec: what the stage promises; the engine is held against it.
+        device: shared with the other stages.
+        name: of the backend, for `provider` and messages.
+    """
+
+    def __init__(self, engine: Engine, spec: StageSpec, device: Device, *, name: str = "tensorrt") -> None:
+        self.spec = spec
+        self.provider = name
+        self._engine, self._device = engine, device
+        self._dtypes = {binding.name: binding.dtype for binding in engine.bindings}
+        self._check_bindings()
+        self._contexts: dict[int, Context] = {}
+        self._shapes: dict[int, dict[str, Shape]] = {}
+        self._pools = {name: Pool(device, size) for name, size in self._largest_outputs().items()}
+        self._tables: dict[int, Pool] = {}  # for what a loop keeps of every step, by size
+        self._inputs: dict[str, tuple[int, int]] = {}
+        self._written: dict[str, weakref.ref[Any]] = {}
+        self._loops: OrderedDict[Any, Loop] = OrderedDict()
+        self._closed = False
+        device.enter()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the stage once, without waiting for it: the results are on the device.
+
+        Raises:
+            SessionError: a feed is missing, or its type or shape is outside the spec or the engine's profiles.
+        """
+        given = {name: self._known(feed) for name, feed in feeds.items()}
+        check_feeds(self.spec, given)
+        with self._device.lock:
+            profile = self._prepare({name: tuple(feed.shape) for name, feed in given.items()})
+            context = self._contexts[profile]
+            for name, feed in given.items():
+                context.set_address(name, self._place(name, feed))
+            results: dict[str, Tensor] = {}
+            for tensor in self.spec.outputs:
+                lease = self._pools[tensor.name].take()
+                context.set_address(tensor.name, lease.pointer)
+                results[tensor.name] = self._array(lease, tensor.name, context.shape(tensor.name))
+            if not context.enqueue(self._device.stream):
+                raise SessionError(
+                    f"{self.spec.name}: {self.provider} did not run: {self._engine.last_error()}"
+                )
+        return results
+
+    def run_loop(
+        self,
+        feeds: Mapping[str, Tensor],
+        per_step: Sequence[Mapping[str, Array]],
+        *,
+        carry: Mapping[str, str],
+        keep: Collection[str],
+    ) -> dict[str, Tensor]:
+        """Several runs in one launch; see `LoopSession`. From the second time with the same shapes as one graph."""
+        given = {name: self._known(feed) for name, feed in feeds.items()}
+        for step in per_step:
+            check_feeds(self.spec, {**given, **step})
+        with self._device.lock:
+            inputs = {**given, **per_step[0]}
+            profile = self._prepare({name: tuple(feed.shape) for name, feed in inputs.items()})
+            loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
+            for name in carry.values():
+                self._copy_in(loop.start(name), given[name])
+            try:
+                loop.launch(per_step)
+            except SessionError as e:
+                raise SessionError(f"{self.spec.name}: {e}: {self._engine.last_error()}", hint=e.hint) from e
+            return {tensor.name: self._taken(loop, tensor.name) for tensor in self.spec.outputs}
+
+    def close(self) -> None:
+        """Free contexts, buffers, graphs and the engine. Tensors that are still held stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._device.lock:
+            self._device.synchronize()
+            for loop in self._loops.values():
+                loop.close()
+            self._loops.clear()
+            for pool in (*self._pools.values(), *self._tables.values()):
+                pool.close()
+            for pointer, size_bytes in self._inputs.values():
+                self._device.free(pointer, size_bytes)
+            self._contexts.clear()
+            self._engine.close()
+            self._device.leave()
+
+    def _check_bindings(self) -> None:
+        found = {(b.name, b.dtype, b.is_input) for b in self._engine.bindings}
+        wanted = {(t.name, t.dtype, True) for t in self.spec.inputs} | {
+            (t.name, t.dtype, False) for t in self.spec.outputs
+        }
+        if found != wanted:
+            odd = ", ".join(f"{name} {dtype.value}" for name, dtype, _ in sorted(found ^ wanted))
+            raise SessionError(
+                f"{self.spec.name}: the engine and the manifest differ in {odd}",
+                hint="the bundle is inconsistent: build it again",
+            )
+        on_host = [binding.name for binding in self._engine.bindings if binding.on_host]
+        if on_host:
+            raise SessionError(
+                f"{self.spec.name}: the engine reads {', '.join(on_host)} from host memory",
+                hint="a shape is computed from that input's values: export the stage without",
+            )
+
+    def _largest_outputs(self) -> dict[str, int]:
+        """Bytes of each output at the largest shapes of any profile."""
+        sizes = {tensor.name: 0 for tensor in self.spec.outputs}
+        for index, profile in enumerate(self._engine.profiles):
+            context = self._prepared(index, {name: range_.max for name, range_ in profile.items()})
+            for name in sizes:
+                sizes[name] = max(sizes[name], size_of(self._known_shape(context, name), self._dtypes[name]))
+        return sizes
+
+    def _prepare(self, shapes: Mapping[str, Shape]) -> int:
+        """The profile for these shapes, its context set to them and to the workspace."""
+        profile = choose_profile(self.spec, self._engine.profiles, shapes)
+        context = self._prepared(profile, shapes)
+        context.set_workspace(*self._device.reserve(self._engine.workspace_bytes(profile)))
+        return profile
+
+    def _prepared(self, profile: int, shapes: Mapping[str, Shape]) -> Context:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._engine.context(profile)
+        context, known = self._contexts[profile], self._shapes.setdefault(profile, {})
+        for name, shape in shapes.items():
+            if known.get(name) == shape:
+                continue
+            if not context.set_shape(name, shape):
+                known.pop(name, None)
+                raise SessionError(
+                    f"{self.spec.name}: the engine refuses {name} {shape}: {self._engine.last_error()}"
+                )
+            known[name] = shape
+        return context
+
+    def _known_shape(self, context: Context, name: str) -> Shape:
+        shape = context.shape(name)
+        if any(size < 0 for size in shape):
+            raise SessionError(
+                f"{self.spec.name}: the shape of {name} is {shape}, it depends on data",
+                hint="export the stage so that its sizes follow from those of its inputs",
+            )
+        return shape
+
+    def _known(self, feed: Tensor) -> Any:
+        """The feed as an array of ours: DLPack tensors of other libraries are taken where they lie."""
+        if isinstance(feed, (np.ndarray, DeviceArray)):
+            return feed
+        if not hasattr(feed, "__dlpack__"):
+            return feed.numpy()
+        device = self._device
+        foreign = Foreign(feed, device.stream if device.cuda.dlpack_device[0] != 1 else None)
+        if foreign.device != device.cuda.dlpack_device:
+            return feed.numpy()
+        lease = Lease(foreign.pointer)
+        array = DeviceArray(device, lease, foreign.shape, foreign.dtype)
+        # Ours until the stream is done with it: the producer's allocator knows nothing of our stream.
+        weakref.finalize(lease, _release, device, foreign).atexit = False
+        return array
+
+    def _place(self, name: str, feed: Any) -> int:
+        """The address of a feed: its own if the engine can read it there, else the input's buffer."""
+        if isinstance(feed, DeviceArray) and feed.device is self._device and feed.pointer % ALIGNMENT == 0:
+            return feed.pointer
+        return self._write(name, feed)
+
+    def _write(self, name: str, feed: Any) -> int:
+        """Copy a feed into the input's buffer, unless it is there already and nobody can have changed it."""
+        if name not in self._inputs:
+            largest = max(size_of(p[name].max, self._dtypes[name]) for p in self._engine.profiles)
+            self._inputs[name] = (self._device.allocate(largest), largest)
+        pointer = self._inputs[name][0]
+        last = self._written.pop(name, None)
+        if last is None or last() is not feed:
+            self._copy_in(pointer, feed)
+        if isinstance(feed, DeviceArray) or not feed.flags.writeable:
+            self._written[name] = weakref.ref(feed)
+        return pointer
+
+    def _copy_in(self, pointer: int, feed: Any) -> None:
+        cuda, stream = self._device.cuda, self._device.stream
+        if isinstance(feed, DeviceArray) and feed.device is self._device:
+            cuda.copy(pointer, feed.pointer, feed.size_bytes, stream)
+        else:
+            cuda.upload(pointer, feed if isinstance(feed, np.ndarray) else feed.numpy(), stream)
+
+    def _array(self, lease: Lease, name: str, shape: Shape) -> DeviceArray:
+        return DeviceArray(self._device, lease, shape, self._dtypes[name])
+
+    def _loop(
+        self,
+        profile: int,
+        given: Mapping[str, Any],
+        per_step: Sequence[Mapping[str, Array]],
+        *,
+        carry: Mapping[str, str],
+        keep: Collection[str],
+    ) -> Loop:
+        context = self._contexts[profile]
+        inputs = {n: (tuple(f.shape), self._dtypes[n]) for n, f in {**given, **per_step[0]}.items()}
+        outputs = {t.name: (context.shape(t.name), t.dtype) for t in self.spec.outputs}
+        plan = loop_plan(inputs, outputs, per_step, carry=carry, keep=keep)
+        constants = {
+            name: self._write(name, feed) for name, feed in given.items() if name not in carry.values()
+        }
+        if plan not in self._loops:
+            while len(self._loops) >= MAX_LOOPS:
+                self._loops.popitem(last=False)[1].close()
+            self._loops[plan] = Loop(self._device, context, plan, constants)
+        self._loops.move_to_end(plan)
+        return self._loops[plan]
+
+    def _taken(self, loop: Loop, name: str) -> DeviceArray:
+        """A copy of a loop's result, for the next launch writes over it."""
+        pointer, pitch = loop.result(name)
+        shape, dtype = next((s, d) for n, s, d in loop.plan.outputs if n == name)
+        device, count = self._device, loop.plan.count
+        if not pitch:
+            lease = self._pools[name].take()
+            device.cuda.copy(lease.pointer, pointer, size_of(shape, dtype), device.stream)
+            return self._array(lease, name, shape)
+        size_bytes = pitch * count
+        if size_bytes not in self._tables:
+            self._tables[size_bytes] = Pool(device, size_bytes)
+        lease = self._tables[size_bytes].take()
+        device.cuda.copy(lease.pointer, pointer, size_bytes, device.stream)
+        return DeviceArray(device, lease, (count, *shape), dtype, pitch=pitch)
+
+
+def _release(device: Device, foreign: Foreign) -> None:
+    """Let go of another library's memory once nothing in the stream can read it."""
+    with device.lock:
+        device.synchronize()
+    del foreign

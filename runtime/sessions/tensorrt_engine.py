@@ -1,0 +1,269 @@
+"""The only user of TensorRT's runtime API: one code for `tensorrt` 11 and `tensorrt_rtx` 1.7.
+
+They differ in three places: TensorRT-RTX judges an engine before it is loaded, compiles its kernels when a context
+is made (and can keep them in a runtime cache), and has a CUDA graph strategy of its own, which is off here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ditc.runtime.errors import MissingExtra, SessionError
+from ditc.runtime.gpu import Gpu
+from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
+from ditc.runtime.sessions.kernel_cache import KernelCache
+from ditc.runtime.spec import Backend, DType
+
+log = logging.getLogger(__name__)
+
+MODULES = {Backend.TENSORRT_RTX: ("tensorrt_rtx", "rtx"), Backend.TENSORRT: ("tensorrt", "tensorrt")}
+
+
+def load_library(backend: Backend) -> Any:
+    """The backend's Python module. Raises MissingExtra."""
+    module, extra = MODULES[backend]
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise MissingExtra(module, extra) from e
+
+
+class TensorRTEngine:
+    """An engine file, deserialised.
+
+    Args:
+        stage: for messages. gpu: this machine's, for messages and the cache's key.
+        kernels: where TensorRT-RTX keeps the kernels that it compiles for this GPU; None to compile every time.
+        stream_weights: keep the weights on the host and copy them as layers need them, where the engine was built
+            for that. Slower; saves `streamable_weights_size` bytes.
+
+    Raises:
+        SessionError: the engine is not for this GPU, library or driver, or the file is damaged.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        backend: Backend,
+        *,
+        stage: str,
+        gpu: Gpu | None,
+        kernels: KernelCache | None = None,
+        stream_weights: bool = False,
+    ) -> None:
+        trt = load_library(backend)
+        self.backend = backend
+        self._trt, self._stage, self._kernels = trt, stage, kernels
+        self._messages: list[str] = []
+        self._logger = _make_logger(trt, self._messages)
+        _load_plugins(backend)
+        self._runtime = trt.Runtime(self._logger)
+        if self._runtime is None:
+            raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_validity(trt, self._runtime, data, stage=stage, backend=backend, gpu=gpu)
+            self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise SessionError(
+                f"{stage}: {backend.value} {trt.__version__} cannot load {path.name}: {self.last_error()}",
+                hint=f"build it here: ditc build CHECKPOINT -o BUNDLE --backend {backend.value}",
+            )
+        self._stream_weights(stream_weights)
+        self._cache: Any = None
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        return tuple(self._binding(name) for name in self._names())
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, ShapeRange], ...]:
+        inputs = [binding.name for binding in self.bindings if binding.is_input]
+        return tuple(
+            {name: self._range(name, index) for name in inputs}
+            for index in range(self._engine.num_optimization_profiles)
+        )
+
+    def workspace_bytes(self, profile: int) -> int:
+        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
+
+    def context(self, profile: int) -> TensorRTContext:
+        """Without memory of its own. On TensorRT-RTX this compiles kernels, unless the cache has them."""
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.backend is Backend.TENSORRT_RTX:
+            # Our graphs hold many enqueues; one that the library captures by itself cannot be nested in them.
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+            # Lazy specialisation swaps kernels after some runs: a captured graph would keep the slow ones.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            self._use_cache(config)
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise SessionError(f"{self._stage}: no execution context: {self.last_error()}")
+        return TensorRTContext(context, profile, trt)
+
+    def last_error(self) -> str:
+        return self._messages[-1].splitlines()[0] if self._messages else "no message"
+
+    def close(self) -> None:
+        """Keep the compiled kernels, then free the engine."""
+        if self._cache is not None and self._kernels is not None:
+            self._kernels.save(bytes(self._cache.serialize()))
+        self._cache = self._engine = self._runtime = None
+
+    def _names(self) -> list[str]:
+        return [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+
+    def _binding(self, name: str) -> Binding:
+        trt, engine = self._trt, self._engine
+        kind = engine.get_tensor_dtype(name).name
+        if kind not in _DTYPES:
+            raise SessionError(f"{self._stage}: {name} of the engine is {kind}, which no stage has")
+        return Binding(
+            name,
+            _DTYPES[kind],
+            engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            engine.get_tensor_location(name) == trt.TensorLocation.HOST,
+        )
+
+    def _range(self, name: str, profile: int) -> ShapeRange:
+        smallest, _, largest = self._engine.get_tensor_profile_shape(name, profile)
+        return ShapeRange(tuple(smallest), tuple(largest))
+
+    def _stream_weights(self, wanted: bool) -> None:
+        """Without a budget the library keeps all weights on the GPU (weight streaming is then off)."""
+        engine = self._engine
+        if not wanted or not engine.streamable_weights_size:
+            return
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        log.info(
+            "%s: %.2f GB of weights are streamed, %.2f GB of them stay on the GPU",
+            self._stage,
+            engine.streamable_weights_size / 1e9,
+            engine.weight_streaming_budget_v2 / 1e9,
+        )
+
+    def _use_cache(self, config: Any) -> None:
+        """One runtime cache for all contexts of the engine; one that the library refuses is thrown away."""
+        if self._kernels is None:
+            return
+        if self._cache is None:
+            cache, known = config.create_runtime_cache(), self._kernels.load()
+            if known and not cache.deserialize(known):
+                log.info("%s: the cached kernels do not fit any more, they are compiled again", self._stage)
+                self._kernels.discard()
+                cache = config.create_runtime_cache()
+            self._cache = cache
+        config.set_runtime_cache(self._cache)
+
+
+class TensorRTContext:
+    """An execution context with one profile."""
+
+    def __init__(self, context: Any, profile: int, trt: Any) -> None:
+        self._context, self._profile, self._trt = context, profile, trt
+        self._profile_set = profile == 0  # the library's own choice
+
+    def set_shape(self, name: str, shape: Shape) -> bool:
+        self._choose_profile()
+        return bool(self._context.set_input_shape(name, shape))
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._context.get_tensor_shape(name))
+
+    def set_address(self, name: str, pointer: int) -> None:
+        self._context.set_tensor_address(name, pointer)
+
+    def set_workspace(self, pointer: int, size_bytes: int) -> None:
+        self._context.set_device_memory(pointer, size_bytes)
+
+    def enqueue(self, stream: int) -> bool:
+        return bool(self._context.execute_async_v3(stream))
+
+    def capturable(self, stream: int) -> bool:
+        """TensorRT-RTX says; TensorRT has no such question, its capture fails instead."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return True if ask is None else bool(ask(stream))
+
+    def _choose_profile(self) -> None:
+        if not self._profile_set:
+            # Stream 0 is the legacy default stream: the call orders itself before everything that follows.
+            self._context.set_optimization_profile_async(self._profile, 0)
+            self._profile_set = True
+
+
+_DTYPES = {
+    "FLOAT": DType.FLOAT32,
+    "HALF": DType.FLOAT16,
+    "BF16": DType.BFLOAT16,
+    "INT64": DType.INT64,
+    "BOOL": DType.BOOL,
+}
+
+_ADVICE = {
+    "VERSION_MISMATCH": "it was built with another version of the library",
+    "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
+    "OLD_CUDA_DRIVER": "this machine's NVIDIA driver is too old for it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory for it",
+    "MALFORMED_ENGINE": "the file is not an engine of this library",
+    "CUDA_ERROR": "CUDA does not work here (no GPU, or no driver)",
+}
+
+
+def check_validity(
+    trt: Any, runtime: Any, data: Any, *, stage: str, backend: Backend, gpu: Gpu | None
+) -> None:
+    """Ask TensorRT-RTX whether it will load an engine here, from the engine's header; TensorRT cannot be asked.
+
+    Raises:
+        SessionError: it will not; with the library's reasons, the GPU and the command that rebuilds.
+    """
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, mask = runtime.get_engine_validity(data[: int(runtime.engine_header_size)])
+    reasons = [flag for flag in trt.EngineInvalidityDiagnostics.__members__.values() if int(mask) & int(flag)]
+    names = ", ".join(flag.name for flag in reasons) or "no reason given"
+    if validity == trt.EngineValidity.SUBOPTIMAL:
+        log.warning("%s: the engine runs here, but not at its best (%s)", stage, names)
+    if validity != trt.EngineValidity.INVALID:
+        return
+    advice = "; ".join(_ADVICE[flag.name] for flag in reasons if flag.name in _ADVICE)
+    where = f"{gpu.name} ({gpu.sm})" if gpu is not None else "a machine without GPU"
+    target = f" --targets {gpu.sm}" if gpu is not None else ""
+    raise SessionError(
+        f"{stage}: {backend.value} {trt.__version__} refuses the engine on {where}: {names} ({advice})",
+        hint=f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend.value}{target}",
+    )
+
+
+def _load_plugins(backend: Backend) -> None:
+    """Make ditc's own plugins known before an engine that may need them is read."""
+    from ditc.runtime.plugins import register
+
+    with suppress(MissingExtra):  # without cuda-python no engine runs anyway
+        register(load_library(backend))
+
+
+def _make_logger(trt: Any, messages: list[str]) -> Any:
+    """A logger that keeps errors for our messages and passes warnings to `logging`."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(text)
+            elif severity == trt.ILogger.WARNING:
+                log.warning("%s", text)
+
+    return Logger()

@@ -1,0 +1,255 @@
+"""A GPU for tests: the CUDA calls of sessions/cuda.py over host memory, and engines that ONNX Runtime computes.
+
+Every call is recorded. The fake is stricter than a GPU: freed and foreign addresses, copies past the end of an
+allocation, outputs over inputs, unaligned tensors and allocations while capturing are errors; new memory is NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.session import numpy_dtype
+from ditc.runtime.sessions.buffers import size_of
+from ditc.runtime.sessions.device import ALIGNMENT
+from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
+from ditc.runtime.spec import DType, StageSpec
+
+POISON = 0xFF  # NaN as fp32, fp16 and bf16; -1 as an integer
+
+
+@dataclass
+class FakeCuda:
+    """One device with `total_bytes` of memory. calls: names of all calls, oldest first."""
+
+    total_bytes: int = 1 << 34
+    dlpack_device: tuple[int, int] = (1, 0)  # the host: numpy and torch can read it
+    calls: list[str] = field(default_factory=list)
+    blocks: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    recording: list[Callable[[], None]] | None = None
+    refuse_capture: bool = False
+
+    def allocate(self, size_bytes: int) -> int:
+        self._note("allocate")
+        assert self.recording is None, "allocation while capturing"
+        if self.used() + size_bytes > self.total_bytes:
+            raise SessionError(f"out of GPU memory: {size_bytes} bytes more are needed")
+        raw = (ctypes.c_char * (size_bytes + ALIGNMENT))()
+        pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
+        ctypes.memset(pointer, POISON, size_bytes)
+        self.blocks[pointer] = (raw, size_bytes)
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        self._note("free")
+        del self.blocks[pointer]
+
+    def memory(self) -> tuple[int, int]:
+        return self.total_bytes - self.used(), self.total_bytes
+
+    def used(self) -> int:
+        return sum(size for _, size in self.blocks.values())
+
+    def create_stream(self) -> int:
+        self._note("create_stream")
+        return 7
+
+    def destroy_stream(self, stream: int) -> None:
+        self._note("destroy_stream")
+
+    def synchronize(self, stream: int) -> None:
+        self._note("synchronize")
+
+    def upload(self, pointer: int, source: np.ndarray, stream: int) -> None:
+        self._note("upload")
+        assert self.recording is None, "a captured upload would read the same host bytes for ever"
+        self.check(pointer, source.nbytes)
+        contiguous = np.ascontiguousarray(source)
+        ctypes.memmove(pointer, contiguous.ctypes.data, contiguous.nbytes)
+
+    def download(self, target: np.ndarray, pointer: int, stream: int) -> None:
+        self._note("download")
+        self.check(pointer, target.nbytes)
+        ctypes.memmove(target.ctypes.data, pointer, target.nbytes)
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        self._note("copy")
+        self.check(target, size_bytes)
+        self.check(source, size_bytes)
+        self.do(lambda: ctypes.memmove(target, source, size_bytes))
+
+    def begin_capture(self, stream: int) -> None:
+        self._note("begin_capture")
+        self.recording = []
+
+    def end_capture(self, stream: int) -> Any:
+        self._note("end_capture")
+        recorded, self.recording = self.recording, None
+        if self.refuse_capture:
+            raise SessionError(
+                "cudaStreamEndCapture: operation failed due to a previous error (cudaError 901)"
+            )
+        return recorded
+
+    def launch(self, graph: Any, stream: int) -> None:
+        self._note("launch")
+        for work in graph:
+            work()
+
+    def destroy_graph(self, graph: Any) -> None:
+        self._note("destroy_graph")
+
+    def do(self, work: Callable[[], Any]) -> None:
+        """Work in the stream: now, or later as a part of the graph that is being captured."""
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+    def check(self, pointer: int, size_bytes: int) -> None:
+        """The range lies within one live allocation."""
+        inside = any(
+            base <= pointer and pointer + size_bytes <= base + size for base, (_, size) in self.blocks.items()
+        )
+        assert inside, f"{size_bytes} bytes at {pointer:#x} are not allocated"
+
+    def _note(self, name: str) -> None:
+        self.calls.append(name)
+
+
+@dataclass
+class FakeEngine:
+    """A stage's ONNX file behind the interface of an engine; profiles as `runtime.spec` has them."""
+
+    cuda: FakeCuda
+    model: Path
+    spec: StageSpec
+    ranges: tuple[Mapping[str, Any], ...] = ({},)
+    scale: int = 1  # pixels a cell, for stages whose outputs have dimensions of their own
+    workspace: int = 4096
+    enqueued: int = 0
+    closed: bool = False
+    fail: bool = False
+    streamed: bool = False
+    can_capture: bool = True
+
+    def __post_init__(self) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(self.model), options, providers=["CPUExecutionProvider"])
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        return (
+            *(Binding(t.name, t.dtype, True) for t in self.spec.inputs),
+            *(Binding(t.name, t.dtype, False) for t in self.spec.outputs),
+        )
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, ShapeRange], ...]:
+        return tuple(
+            {t.name: ShapeRange(self._shape(t, r, "min"), self._shape(t, r, "max")) for t in self.spec.inputs}
+            for r in self.ranges
+        )
+
+    def workspace_bytes(self, profile: int) -> int:
+        return self.workspace
+
+    def context(self, profile: int) -> FakeContext:
+        return FakeContext(self)
+
+    def last_error(self) -> str:
+        return "the fake was told to fail" if self.fail else "no message"
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _shape(self, tensor: Any, ranges: Mapping[str, Any], end: str) -> Shape:
+        named = {**self.spec.profile, **ranges}
+        return tuple(d if isinstance(d, int) else getattr(named[d], end) for d in tensor.shape)
+
+
+class FakeContext:
+    """Computes on the addresses that it was given, at the moment the stream gets there."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine, self.cuda = engine, engine.cuda
+        self.shapes: dict[str, Shape] = {}
+        self.addresses: dict[str, int] = {}
+        self.workspace = (0, 0)
+
+    def set_shape(self, name: str, shape: Shape) -> bool:
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def shape(self, name: str) -> Shape:
+        spec, sizes = self.engine.spec, {}
+        for tensor in spec.inputs:
+            for dim, size in zip(tensor.shape, self.shapes.get(tensor.name, ()), strict=False):
+                sizes[dim] = size
+        tensor = next(t for t in (*spec.outputs, *spec.inputs) if t.name == name)
+        return tuple(
+            d if isinstance(d, int) else sizes[d] if d in sizes else self._derived(d, sizes)
+            for d in tensor.shape
+        )
+
+    def _derived(self, dim: str, sizes: Mapping[Any, int]) -> int:
+        """Of a picture: the VAE's scale times the cells."""
+        return sizes[{"image_height": "height", "image_width": "width"}[dim]] * self.engine.scale
+
+    def set_address(self, name: str, pointer: int) -> None:
+        assert pointer % ALIGNMENT == 0, f"{name} is not aligned"
+        self.addresses[name] = pointer
+
+    def set_workspace(self, pointer: int, size_bytes: int) -> None:
+        self.workspace = (pointer, size_bytes)
+
+    def capturable(self, stream: int) -> bool:
+        return self.engine.can_capture
+
+    def enqueue(self, stream: int) -> bool:
+        if self.engine.fail:
+            return False
+        self.engine.enqueued += 1
+        assert self.workspace[1] >= self.engine.workspace
+        spec = self.engine.spec
+        inputs = [self._range(t.name, t.dtype) for t in spec.inputs]
+        outputs = [self._range(t.name, t.dtype) for t in spec.outputs]
+        for one, other in product([*inputs, *outputs], outputs):
+            if one is not other:
+                assert one[1] + one[2] <= other[1] or other[1] + other[2] <= one[1], (
+                    f"{one[0]} aliases {other[0]}"
+                )
+        workspace = self.workspace
+        self.cuda.do(lambda: self._compute(inputs, outputs, workspace))
+        return True
+
+    def _range(self, name: str, dtype: DType) -> tuple[str, int, int, Shape, DType]:
+        shape = self.shape(name)
+        size = size_of(shape, dtype)
+        self.cuda.check(self.addresses[name], size)
+        return name, self.addresses[name], size, shape, dtype
+
+    def _compute(self, inputs: list[Any], outputs: list[Any], workspace: tuple[int, int]) -> None:
+        self.cuda.check(*workspace)
+        feeds = {name: _view(*rest).copy() for name, *rest in inputs}
+        ctypes.memset(workspace[0], POISON, workspace[1])
+        names = [name for name, *_ in outputs]
+        for (_, *rest), value in zip(outputs, self.engine.session.run(names, feeds), strict=True):
+            _view(*rest)[...] = value
+
+
+def _view(pointer: int, size: int, shape: Shape, dtype: DType) -> np.ndarray:
+    raw = (ctypes.c_char * size).from_address(pointer)
+    return np.frombuffer(raw, numpy_dtype(dtype), math.prod(shape)).reshape(shape)
