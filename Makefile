@@ -31,10 +31,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # The engines are fp32, from the graphs that are there: in fp16 every stage would be exported once more.
-demo: $(READY)  ## build the demo model, draw a contact sheet, compare it with diffusers, build its engines
+# Parity comes last: a certificate is of one manifest, and every build writes a new one.
+demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines, prove parity with diffusers
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
-	$(BIN)/python -m demo.draw $(OUT) --against $(MODEL) --output $(dir $(OUT))
+	$(BIN)/python -m demo.draw $(OUT) --output $(dir $(OUT))
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx
+	$(BIN)/ditc parity $(OUT) --against $(MODEL) --seeds 1 --html $(dir $(OUT))parity.html
 
 export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
