@@ -62,6 +62,23 @@ def euler_report(euler_checkpoint: Path, tiny_bundle: Path) -> BuildReport:
 
 
 @pytest.fixture(scope="session")
+def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded SD3.5-medium checkpoint with three blocks, one of which skip-layer guidance skips."""
+    from tiny_sd3 import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("sd3") / "checkpoint", "sd3.5-medium")
+
+
+@pytest.fixture(scope="session")
+def sd3_bundle(sd3_checkpoint: Path) -> Path:
+    """Its bundle: fp32, ONNX Runtime."""
+    from ditc.export.bundle import build_bundle
+    from ditc.export.stages import BuildOptions
+
+    return build_bundle(sd3_checkpoint, sd3_checkpoint.parent / "bundle", BuildOptions()).bundle
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the checkpoint that ships with the repository."""
     from ditc.export.bundle import build_bundle

@@ -28,6 +28,12 @@ MASK = np.ones((2, 12), np.int64)
         ({"prompt": "caf\udce9"}, "not valid Unicode"),
         ({"negative_prompt": 5}, "negative_prompt must be text, got 5"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"prompt_2": 5}, "prompt_2 must be text, got 5"),
+        ({"prompt_3": ["a", "b"]}, "prompt_3 holds 2 texts for 1 prompts"),
+        ({"prompt_2": "dog"}, r"prompt_2 is given, this bundle has 1 text encoder"),
+        ({"negative_prompt_3": "dog"}, r"negative_prompt_3 is given, this bundle has 1 text encoder"),
+        ({"skip_layer_guidance_scale": 2.8}, "2.8, but this bundle's denoiser cannot skip layers"),
+        ({"skip_layer_guidance_stop": float("nan")}, "skip_layer_guidance_stop is nan"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": -3}, "num_inference_steps is -3"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
@@ -61,6 +67,10 @@ def test_requests_that_cannot_be_served_are_refused(
     ("arguments", "message"),
     [
         ({"prompt_embeds": EMBEDS}, "prompt_embeds and prompt_attention_mask go together"),
+        (
+            {"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK, "pooled_prompt_embeds": EMBEDS[:, 0]},
+            "prompt_embeds and prompt_attention_mask go together",
+        ),
         ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[:, :5]}, r"\(2, 12, 24\).*\(2, 5\)"),
         ({"prompt_embeds": EMBEDS[0], "prompt_attention_mask": MASK[0]}, r"\(12, 24\)"),
         (
@@ -118,3 +128,12 @@ def test_one_negative_prompt_serves_all_prompts_and_none_is_the_empty_one() -> N
     assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts == ["c", "c"]
     assert Request(prompt=["a", "b"], negative_prompt=None).negative_prompts == ["", ""]
     assert Request(prompt=["a", "b"], negative_prompt=["c", "d"]).negative_prompts == ["c", "d"]
+
+
+def test_every_encoder_reads_the_first_text_unless_it_has_its_own() -> None:
+    request = Request(
+        prompt=["a", "b"], prompt_2="x", prompt_3=["y", ""], negative_prompt="n", negative_prompt_3="m"
+    )
+    assert request.texts(3, negative=False) == [("a", "x", "y"), ("b", "x", "b")]
+    assert request.texts(3, negative=True) == [("n", "n", "m"), ("n", "n", "m")]
+    assert request.texts(1, negative=False) == [("a",), ("b",)]
