@@ -1,21 +1,17 @@
-"""Convert a native Sana checkpoint to a diffusers directory, and back."""
+"""Convert a native checkpoint, Sana's or SD3's, to a diffusers directory, and back."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export import convert_sd3
+from ditc.export.checkpoint import open_checkpoint
 from ditc.export.checkpoints.native_file import read_native
+from ditc.export.checkpoints.new_directory import check_free, copy_others, whole_directory, write_json
 from ditc.export.checkpoints.sana_keys import SanaKeys, to_diffusers, to_native
 from ditc.export.checkpoints.sana_native import (
     DTYPES,
@@ -23,6 +19,7 @@ from ditc.export.checkpoints.sana_native import (
     detect_keys,
     transformer_config,
 )
+from ditc.export.checkpoints.stability import is_stability
 from ditc.export.checkpoints.tensors import TensorSource
 from ditc.export.checkpoints.writer import MAX_SHARD_BYTES, write_weights
 from ditc.runtime.errors import CheckpointError, UsageError
@@ -37,63 +34,73 @@ def convert(
     ema: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a native Sana checkpoint as a diffusers directory.
+    """Write a native checkpoint as a diffusers directory; its names tell whose it is.
 
     Args:
         source: a .pth or .safetensors file with native names.
         out: the directory to make; it appears whole or not at all.
         options: what the checkpoint's keys cannot tell.
         base: a diffusers checkpoint whose other parts (text encoder, tokenizer, VAE) are copied; without it
-            only the transformer and the scheduler are written.
+            only what the file holds and the scheduler are written.
         ema: take the averaged weights of a training file.
 
     Raises:
         UsageError: a missing option, or an output that is there already.
         CheckpointError: a foreign, damaged or misshapen checkpoint, or a value that dtype cannot hold.
     """
-    _check_free(out)
+    check_free(out)
     native = read_native(source, ema=ema)
+    others = open_checkpoint(base) if base is not None else None
+    if is_stability(native):
+        with whole_directory(out) as directory:
+            convert_sd3.write_directory(
+                native, directory, options=options, base=others, max_shard_bytes=max_shard_bytes
+            )
+        return out
     keys = detect_keys(native)
     config = transformer_config(native, keys, options)
     tensors = to_diffusers(native, keys)
     _check_shapes(config, tensors, keys)
-    others = open_checkpoint(base) if base is not None else None
     assert options.dtype is not None  # transformer_config asked for it
-    with _whole_directory(out) as directory:
+    with whole_directory(out) as directory:
         write_weights(
             tensors, directory / "transformer", dtype=DTYPES[options.dtype], max_shard_bytes=max_shard_bytes
         )
-        _write_json(directory / "transformer" / "config.json", config)
+        write_json(directory / "transformer" / "config.json", config)
         scheduler = _write_scheduler(directory / "scheduler", keys, options)
         index = {
             "_class_name": "SanaSprintPipeline" if keys.guidance_embeds else "SanaPipeline",
-            **_copy_others(others, directory),
+            **copy_others(others, directory, ("transformer",)),
             "scheduler": ["diffusers", scheduler],
             "transformer": ["diffusers", "SanaTransformer2DModel"],
         }
-        _write_json(directory / "model_index.json", index)
+        write_json(directory / "model_index.json", index)
     return out
 
 
 def convert_to_native(source: str | Path, out: Path, *, variant: str | None = None) -> Path:
-    """Write the transformer of a diffusers Sana checkpoint as one .safetensors file with native names.
+    """Write the transformer of a diffusers checkpoint as one .safetensors file with native names; of SD3 also the VAE.
 
     Training-only tensors do not come back: load it into the native network with strict=False.
 
     Raises:
         UsageError: an output that is there already or has another suffix.
-        CheckpointError: a checkpoint that is no Sana's.
+        CheckpointError: a checkpoint that is neither Sana's nor SD3's.
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} must end in .safetensors")
-    _check_free(out)
-    transformer = open_checkpoint(source, variant=variant).component("transformer")
-    keys = SanaKeys(
-        num_layers=sum(name.endswith(".attn1.to_q.weight") for name in transformer.tensors),
-        qk_norm=any(name.endswith(".norm_q.weight") for name in transformer.tensors),
-        guidance_embeds=any(".guidance_embedder." in name for name in transformer.tensors),
-    )
-    native = to_native(transformer.tensors, keys)
+    check_free(out)
+    checkpoint = open_checkpoint(source, variant=variant)
+    transformer = checkpoint.component("transformer")
+    if transformer.config.get("_class_name") == convert_sd3.CLASSES["transformer"][1]:
+        native = convert_sd3.to_stability(checkpoint)
+    else:
+        keys = SanaKeys(
+            num_layers=sum(name.endswith(".attn1.to_q.weight") for name in transformer.tensors),
+            qk_norm=any(name.endswith(".norm_q.weight") for name in transformer.tensors),
+            guidance_embeds=any(".guidance_embedder." in name for name in transformer.tensors),
+        )
+        native = to_native(transformer.tensors, keys)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -102,11 +109,6 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-def _check_free(out: Path) -> None:
-    if out.exists():
-        raise UsageError(f"{out} exists already", hint="give a new name, or delete it first")
 
 
 def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys) -> None:
@@ -137,37 +139,3 @@ def _write_scheduler(directory: Path, keys: SanaKeys, options: NativeOptions) ->
         )
     scheduler.save_pretrained(directory)
     return type(scheduler).__name__
-
-
-def _copy_others(base: Checkpoint | None, directory: Path) -> dict[str, Any]:
-    """Copy every part but transformer and scheduler. Returns their entries of model_index.json."""
-    if base is None:
-        return {}
-    names = (set(base.components) | set(base.tokenizers)) - {"transformer", "scheduler"}
-    for name in sorted(names):
-        shutil.copytree(base.path / name, directory / name)
-    return {name: base.model_index[name] for name in sorted(names)}
-
-
-@contextmanager
-def _whole_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory beside out, renamed to out if the block succeeds and removed if it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from ditc.export.checkpoints.key_map import check_names, joined, split
 from ditc.export.checkpoints.tensors import TensorEntry, TensorSource
-from ditc.runtime.errors import CheckpointError
 
 # Training-only tensors (CFG dropout, loss weighting) and a table that inference recomputes.
 DROPPED = frozenset({"y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias"})
@@ -95,16 +93,10 @@ def to_diffusers(native: TensorSource, keys: SanaKeys) -> TensorSource:
         CheckpointError: a tensor is missing, unknown, or cannot be split evenly.
     """
     rows = keys.rows()
-    _check_names(set(native), set(rows), DROPPED)
+    check_names(set(native) - DROPPED, set(rows), hint=_FOREIGN)
     entries: dict[str, TensorEntry] = {}
     for name, parts in rows.items():
-        whole = native.entry(name)
-        if not whole.shape or whole.shape[0] % len(parts):
-            raise CheckpointError(
-                f"{name} has shape {list(whole.shape)}, which {len(parts)} projections cannot share"
-            )
-        for index, part in enumerate(parts):
-            entries[part] = _split(whole, len(parts), index)
+        entries.update(zip(parts, split(name, native.entry(name), len(parts)), strict=True))
     return TensorSource(entries)
 
 
@@ -117,32 +109,10 @@ def to_native(diffusers: TensorSource, keys: SanaKeys) -> TensorSource:
         CheckpointError: a tensor is missing or unknown.
     """
     rows = keys.rows()
-    _check_names(set(diffusers), {part for parts in rows.values() for part in parts}, frozenset())
+    check_names(set(diffusers), {part for parts in rows.values() for part in parts}, hint=_FOREIGN)
     return TensorSource(
-        {name: _joined([diffusers.entry(part) for part in parts]) for name, parts in rows.items()}
+        {name: joined([diffusers.entry(part) for part in parts]) for name, parts in rows.items()}
     )
-
-
-def _split(whole: TensorEntry, parts: int, index: int) -> TensorEntry:
-    if parts == 1:
-        return whole
-    shape = (whole.shape[0] // parts, *whole.shape[1:])
-    return TensorEntry(shape, whole.dtype, lambda: whole.load().chunk(parts)[index])
-
-
-def _joined(parts: list[TensorEntry]) -> TensorEntry:
-    if len(parts) == 1:
-        return parts[0]
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return TensorEntry(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
-
-
-def _check_names(found: set[str], wanted: set[str], dropped: frozenset[str]) -> None:
-    missing, unknown = sorted(wanted - found), sorted(found - wanted - dropped)
-    if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])}", hint=_FOREIGN)
-    if unknown:
-        raise CheckpointError(f"{len(unknown)} tensors are unknown: {', '.join(unknown[:4])}", hint=_FOREIGN)
 
 
 _FOREIGN = "the file is damaged or of another network than image Sana, SANA-1.5 or SANA-Sprint"

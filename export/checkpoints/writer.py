@@ -62,6 +62,10 @@ def _shard_name(stem: str, index: int, count: int) -> str:
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor.contiguous()
+    if tensor.dtype.itemsize == 1:
+        return tensor.to(
+            dtype
+        )  # torch has no isfinite for 8-bit floats, and every other type holds their values
     cast = tensor.to(dtype)
     lost = int((torch.isfinite(tensor) & ~torch.isfinite(cast)).sum())
     if lost:

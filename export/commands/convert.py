@@ -1,4 +1,4 @@
-"""`ditc convert`: a native Sana checkpoint as a diffusers directory, and back."""
+"""`ditc convert`: a native checkpoint, Sana's or SD3's, as a diffusers directory, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--flow-shift", type=float, help="of the sampler; Sprint has none")
     group.add_argument("--position-embedding", choices=("none", "sincos"))
     group.add_argument("--interpolation-scale", type=float, help="of the sincos position embedding")
-    group.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="element type to write")
+    group.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="element type to write; SD3: as it is"
+    )
     group.add_argument("--attention-head-dim", type=int, help="for a hidden size that no release has")
     group.add_argument("--cross-attention-head-dim", type=int, help="for a hidden size that no release has")
 

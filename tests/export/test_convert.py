@@ -250,7 +250,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
 def test_other_networks_are_refused_by_what_they_are(tmp_path: Path) -> None:
     for tensors, message in (
         ({"blocks.0.mlp.t_conv.weight": torch.ones(1)}, "SANA-Video"),
-        ({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(1)}, "no native Sana network.*joint_blocks"),
+        ({"double_blocks.0.img_mod.lin.weight": torch.ones(1)}, "no native Sana network.*double_blocks"),
         (_network("sana").state_dict(), "diffusers' names already"),
     ):
         with pytest.raises(CheckpointError, match=message):
