@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -12,8 +12,6 @@ from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import LayerPlan, make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import RECIPES, Recipe, Rule
-
-BASES = {Format.INT8: RECIPES["sana-int8"], Format.FP8: RECIPES["sana-fp8"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +43,18 @@ def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float
     return {name: value / total for name, value in flops.items()}
 
 
+def base_recipe(kind: Format, layers: Iterable[str]) -> Recipe:
+    """The recipe that a search begins with: the one with activations in the format that names most of the layers."""
+    names = list(layers)
+    recipes = (recipe for recipe in RECIPES.values() if recipe.activations)
+    return max(recipes, key=lambda recipe: list(recipe.formats(names).values()).count(kind))
+
+
 def candidate_plans(
     trial: Trial, ranges: Ranges, formats: Sequence[Format]
 ) -> dict[Format, Mapping[str, LayerPlan]]:
     """For each format, what every layer that its recipe names would get."""
-    return {kind: make_plan(BASES[kind], ranges, trial.layers).layers for kind in formats}
+    return {kind: make_plan(base_recipe(kind, trial.layers), ranges, trial.layers).layers for kind in formats}
 
 
 def measure_effects(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ditc.calib.chart import curve_svg
 from ditc.calib.search import Budget, Point, Result, save_result, search
-from ditc.calib.sensitivity import BASES, candidate_plans, flops_shares, measure_effects
+from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import make_plan
@@ -64,7 +64,7 @@ def find_mixed(
         def on_point(point: Point) -> None:
             status.update(f"{point.share:.0%} of FLOPs in 8 bits: {point.fidelity.psnr_db:.1f} dB")
 
-        base = BASES[formats[0]]
+        base = base_recipe(formats[0], trial.layers)
         result = search(trial, plans, effects, budget, base, on_point=on_point)
         if not result.chosen.layers:
             raise UsageError(

@@ -49,7 +49,7 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Q
                     hint="add --precision int8 or --precision fp8",
                 )
         return None
-    recipe = find_recipe(options.recipe, options.precision)
+    recipe = find_recipe(options.recipe, options.precision, plan.family)
     if not recipe.activations:
         return Quantization(recipe=recipe, ranges=None, ranges_sha256=None)
     if options.ranges is None:

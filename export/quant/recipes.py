@@ -73,7 +73,20 @@ NEVER = (
     Rule(layers="*caption_projection*", why="text embedding: runs once a prompt"),
     Rule(layers="proj_out", why="final layer: its error is the picture's"),
     Rule(layers="*conv_depth", why="depthwise convolution: no GEMM, and sensitive"),
-    Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt"),
+)
+# Not for joint attention: there attn2 is the image's own attention.
+NEVER_CROSS = (Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt"),)
+# What FP8 on every Linear spoils in a joint-attention transformer (vllm-omni #2728 and #2795).
+NEVER_JOINT = (
+    Rule(layers="*time_text_embed*", why="time and pooled text embedding: every layer depends on it"),
+    Rule(layers="pos_embed.proj", why="patch embedding: sees the latents themselves"),
+    Rule(layers="*context_embedder", why="text embedding: every block depends on it"),
+    Rule(layers="*norm1.linear", why="adaLN modulation: scales every token"),
+    Rule(layers="*norm1_context.linear", why="adaLN modulation: scales every token"),
+    Rule(layers="norm_out.linear", why="final modulation: its error is the picture's"),
+    Rule(layers="*.to_cond.*", why="adaLN modulation: scales every token"),
+    Rule(layers="*.to_post_branch_gammas.*", why="adaLN modulation: scales every token"),
+    Rule(layers="*.to_attn_logits", why="weights of the residual streams: scale every token"),
 )
 SANA_LAYERS = (
     "transformer_blocks.*.attn1.to_[qkv]",
@@ -83,27 +96,68 @@ SANA_LAYERS = (
     "transformer_blocks.*.ff.conv_inverted",
     "transformer_blocks.*.ff.conv_point",
 )
+SD3_LAYERS = (
+    "transformer_blocks.*.attn.to_[qkv]",
+    "transformer_blocks.*.attn.add_[qkv]_proj",
+    "transformer_blocks.*.attn.to_out.0",
+    "transformer_blocks.*.attn.to_add_out",
+    "transformer_blocks.*.attn2.to_[qkv]",
+    "transformer_blocks.*.attn2.to_out.0",
+    "transformer_blocks.*.ff.net.*",
+    "transformer_blocks.*.ff_context.net.*",
+)
+MMDIT_LAYERS = (
+    "trunk.blocks.*.joint_attn.to_qkv.*",
+    "trunk.blocks.*.joint_attn.to_out.*",
+    "trunk.blocks.*.image_ff.ff.*",
+    "trunk.blocks.*.text_ff.ff.*",
+    "trunk.blocks.*.feedforwards.*.ff.*",
+)
+CROSS, JOINT = (*NEVER, *NEVER_CROSS), (*NEVER, *NEVER_JOINT)
 
 
-def _sana(kind: Format) -> tuple[Rule, ...]:
-    return (*NEVER, *(Rule(layers=pattern, kind=kind) for pattern in SANA_LAYERS))
+def _rules(kind: Format, never: tuple[Rule, ...], *layers: str) -> tuple[Rule, ...]:
+    return (*never, *(Rule(layers=pattern, kind=kind) for pattern in layers))
 
 
-SANA_INT8 = Recipe(name="sana-int8", rules=_sana(Format.INT8))
-SANA_FP8 = Recipe(name="sana-fp8", rules=_sana(Format.FP8), method=Method.MAX, smooth=False)
-INT8_WEIGHT_ONLY = replace(SANA_INT8, name="int8-weight-only", activations=False, smooth=False)
-FP8_WEIGHT_ONLY = replace(SANA_FP8, name="fp8-weight-only", activations=False)
-RECIPES = {recipe.name: recipe for recipe in (SANA_INT8, SANA_FP8, INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY)}
-DEFAULT = {Precision.INT8: SANA_INT8.name, Precision.FP8: SANA_FP8.name}
+def _fp8(recipe: Recipe, name: str) -> Recipe:
+    """The same layers in FP8, whose relative error does not depend on the scale."""
+    rules = tuple(rule if rule.kind is None else replace(rule, kind=Format.FP8) for rule in recipe.rules)
+    return replace(recipe, name=name, rules=rules, method=Method.MAX, smooth=False)
 
 
-def find_recipe(name: str | None, precision: Precision) -> Recipe:
-    """A recipe by name, or from a .json file as the search writes it; None is the precision's default.
+SANA_INT8 = Recipe(name="sana-int8", rules=_rules(Format.INT8, CROSS, *SANA_LAYERS))
+SANA_FP8 = _fp8(SANA_INT8, "sana-fp8")
+SD3_INT8 = Recipe(name="sd3-int8", rules=_rules(Format.INT8, JOINT, *SD3_LAYERS))
+SD3_FP8 = _fp8(SD3_INT8, "sd3-fp8")
+MMDIT_INT8 = Recipe(name="mmdit-int8", rules=_rules(Format.INT8, JOINT, *MMDIT_LAYERS))
+MMDIT_FP8 = _fp8(MMDIT_INT8, "mmdit-fp8")
+# For any network here. An attn2's K and V stay high: by their names alone they may be cross-attention's.
+_ANY = _rules(Format.INT8, (*CROSS, *NEVER_JOINT), *SANA_LAYERS, *SD3_LAYERS, *MMDIT_LAYERS)
+INT8_WEIGHT_ONLY = Recipe(name="int8-weight-only", rules=_ANY, activations=False, smooth=False)
+FP8_WEIGHT_ONLY = _fp8(INT8_WEIGHT_ONLY, "fp8-weight-only")
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        *(SANA_INT8, SANA_FP8, SD3_INT8, SD3_FP8, MMDIT_INT8, MMDIT_FP8),
+        *(INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY),
+    )
+}
+
+
+def default_recipe(family: str, precision: Precision) -> str:
+    """The name of the recipe for a family's networks."""
+    return f"{family}-{precision.value}"
+
+
+def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
+    """A recipe by name, or from a .json file as the search writes it; None is the family's default.
 
     Raises:
         UsageError: an unknown name, a file that is no recipe, or one without a layer in that precision's format.
     """
-    name = DEFAULT[precision] if name is None else name
+    default = default_recipe(family, precision)
+    name = default if name is None else name
     recipe = load_recipe(Path(name)) if name.endswith(".json") else RECIPES.get(name)
     if recipe is None:
         raise UsageError(
@@ -119,7 +173,7 @@ def find_recipe(name: str | None, precision: Precision) -> Recipe:
     if precision.value not in kinds:
         raise UsageError(
             f"recipe {recipe.name} has no {precision.value} layer",
-            hint=f"the default is {DEFAULT[precision]}",
+            hint=f"the default is {default}",
         )
     return recipe
 

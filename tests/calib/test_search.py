@@ -9,7 +9,7 @@ import pytest
 from ditc.calib.chart import curve_svg
 from ditc.calib.collect import Settings, collect
 from ditc.calib.search import Budget, parse_budget, search
-from ditc.calib.sensitivity import BASES, candidate_plans, flops_shares, measure_effects
+from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, make_plan
@@ -64,7 +64,7 @@ def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(fo
     trial, ranges, plans, effects = found
     everything = trial.fidelity(plans[Format.INT8]).psnr_db
     results = [
-        search(trial, plans, effects, Budget("psnr", everything + more), BASES[Format.INT8])
+        search(trial, plans, effects, Budget("psnr", everything + more), base_recipe(Format.INT8, trial.layers))
         for more in (-1, 2, 6)
     ]
     shares = [result.chosen.share for result in results]

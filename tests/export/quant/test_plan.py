@@ -10,11 +10,12 @@ import torch
 from quant_helpers import ORIGIN, signal_to_noise_db, statistics
 from torch import nn
 
+from ditc.calib.sensitivity import base_recipe
 from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import choose_input, make_plan
 from ditc.export.quant.ranges import Ranges
-from ditc.export.quant.recipes import RECIPES, find_recipe, load_recipe, save_recipe
+from ditc.export.quant.recipes import NO_RULE, RECIPES, find_recipe, load_recipe, save_recipe
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Precision
 
@@ -46,6 +47,57 @@ HIGH = {"attn2.to_k", "attn2.to_v", "ff.conv_depth"}
 EXPECTED = [f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK if layer not in HIGH]
 
 
+# Names as load_sd3's network has them, and a lucidrains trunk of either kind.
+SD3_BLOCK = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "attn2.to_out.0"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+SD3_OTHERS = (
+    *("pos_embed.proj", "context_embedder", "norm_out.linear", "proj_out"),
+    *(f"time_text_embed.{a}_embedder.linear_{b}" for a in ("timestep", "text") for b in (1, 2)),
+    *(f"transformer_blocks.{i}.{norm}.linear" for i in (0, 23) for norm in ("norm1", "norm1_context")),
+)
+MMDIT_BLOCK = (
+    *("joint_attn.to_qkv.0", "joint_attn.to_qkv.1", "joint_attn.to_out.0", "joint_attn.to_out.1"),
+    *(
+        "image_ff.ff.0.0",
+        "image_ff.ff.2",
+        "text_ff.ff.0.proj",
+        "feedforwards.1.ff.0.0",
+        "feedforwards.1.ff.2",
+    ),
+)
+MMDIT_OTHERS = (
+    *("patch_embed.proj", "time_embed.linear_1", "time_embed.linear_2", "context_embedder", "proj_out"),
+    *("trunk.blocks.0.to_cond.2", "trunk.blocks.0.to_post_branch_gammas.2", "trunk.pool.to_attn_logits"),
+    *("trunk.blocks.1.attn_layernorms.0.to_cond.2", "trunk.blocks.1.ff_layernorms.1.to_cond.2"),
+)
+JOINT = {
+    "sd3": (SD3_OTHERS, [f"transformer_blocks.{i}.{layer}" for i in (0, 23) for layer in SD3_BLOCK]),
+    "mmdit": (MMDIT_OTHERS, [f"trunk.blocks.{i}.{layer}" for i in (0, 1) for layer in MMDIT_BLOCK]),
+}
+
+
+@pytest.mark.parametrize("kind", list(Format))
+@pytest.mark.parametrize("family", JOINT)
+def test_recipes_of_joint_attention_quantize_the_layers_that_are_written_here(family, kind):
+    others, expected = JOINT[family]
+    recipe = find_recipe(None, Precision(kind.value), family)
+    assert recipe.name == f"{family}-{kind.value}" and recipe.activations
+    assert recipe.formats([*others, *expected]) == dict.fromkeys(expected, kind)
+    assert all(recipe.decide(layer).why not in ("", NO_RULE) for layer in others)
+    weights = RECIPES[f"{kind.value}-weight-only"].formats([*others, *expected])
+    assert set(expected) - set(weights) == {x for x in expected if "attn2.to_k" in x or "attn2.to_v" in x}
+
+
+@pytest.mark.parametrize("family", ["sana", *JOINT])
+def test_a_search_begins_with_the_recipe_of_the_layers_family(family):
+    layers = SANA if family == "sana" else [*JOINT[family][0], *JOINT[family][1]]
+    for kind in Format:
+        assert base_recipe(kind, layers).name == f"{family}-{kind.value}"
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "activations"),
     [
@@ -63,13 +115,13 @@ def test_each_recipe_quantizes_the_layers_that_are_written_here(name, kind, acti
 
 
 def test_the_defaults_and_unknown_names():
-    assert find_recipe(None, Precision.INT8).name == "sana-int8"
+    assert find_recipe(None, Precision.INT8, "sana").name == "sana-int8"
     with pytest.raises(UsageError, match="unknown"):
-        find_recipe("sana-int4", Precision.INT8)
+        find_recipe("sana-int4", Precision.INT8, "sana")
     with pytest.raises(UsageError, match="has no fp8 layer"):
-        find_recipe("sana-int8", Precision.FP8)
+        find_recipe("sana-int8", Precision.FP8, "sana")
     with pytest.raises(UsageError, match="has FP8 layers"):
-        find_recipe("sana-fp8", Precision.INT8)
+        find_recipe("sana-fp8", Precision.INT8, "sana")
 
 
 def test_a_recipe_survives_its_file(tmp_path):
