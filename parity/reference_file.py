@@ -2,7 +2,7 @@
 
 stage.I.in.NAME, stage.I.out.NAME            one case of the stage level
 case.I.latents, .x0, .picture, .upstream.*   one case of the loop
-case.I.schedule.NAME, case.I.rows.NAME       what the denoiser was fed: per step, and for all steps
+case.I.schedule.STEP.NAME, case.I.rows.NAME  what the denoiser was fed: per step, and for all steps
 metadata "ditc.reference"                    JSON: settings, names of the above, losses, origin
 """
 
@@ -34,7 +34,7 @@ from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
 
 METADATA = "ditc.reference"
-VERSION = 1
+VERSION = 2
 HINT = "make one with: ditc parity BUNDLE --against CHECKPOINT --save-reference FILE"
 
 
@@ -65,6 +65,7 @@ def save_reference(path: Path, context: Context) -> Path:
             "checkpoint": context.twin.checkpoint.path.name,
             "weights": context.twin.weights_digest(),
             "saved_on": str(this_machine()),
+            "upstream": context.upstream_name,
         },
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -139,7 +140,7 @@ def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
     start = DenoiseState(
         latents=group["latents"][0],
         history=group["history"],
-        schedule=tuple({name: array[step] for name, array in schedule.items()} for step in range(steps)),
+        schedule=tuple(_below(schedule, f"{step}.") for step in range(steps)),
         rows=Rows(row_of=rows.pop(denoise.ROW_OF), conditioning=rows),
     )
     return CaseRun(
@@ -153,8 +154,8 @@ def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
     yield "latents", run.latents
     yield "x0", run.x0
     yield "history", to_numpy(run.start.history)
-    for name in run.start.schedule[0]:
-        yield f"schedule.{name}", np.stack([step[name] for step in run.start.schedule])
+    for index, step in enumerate(run.start.schedule):  # one by one: a step may have more rows than another
+        yield from ((f"schedule.{index}.{name}", array) for name, array in step.items())
     yield f"rows.{denoise.ROW_OF}", run.start.rows.row_of
     for name, tensor in run.start.rows.conditioning.items():
         yield f"rows.{name}", to_numpy(tensor)

@@ -44,6 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
         f"{scheduler.kind}, guidance_scale {defaults.guidance_scale}"
     )
+    if skip := defaults.skip_layer_guidance:
+        layers, window = ", ".join(map(str, skip.layers)), f"from {skip.start} to {skip.stop} of the steps"
+        scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless asked for"
+        console.print(f"skip-layer guidance: layers {layers}, {scale}")
     table = Table(
         "stage",
         "precision",

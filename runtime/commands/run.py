@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
     parser.add_argument("--guidance-scale", type=float, metavar="G")
+    parser.add_argument(
+        "--skip-layer-guidance-scale",
+        type=float,
+        metavar="S",
+        help="guidance away from a network with layers left out, where the bundle can; 0 turns it off",
+    )
     parser.add_argument("--height", type=int, metavar="PX")
     parser.add_argument("--width", type=int, metavar="PX")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
@@ -89,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             negative_prompt=arguments.negative_prompt,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
+            skip_layer_guidance_scale=arguments.skip_layer_guidance_scale,
             height=arguments.height,
             width=arguments.width,
             seed=arguments.seed,
@@ -166,6 +173,7 @@ def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]
     settings = {
         "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
+        "skip_layer_guidance_scale": plan.skip_layer_guidance.scale if plan.skip_layer_guidance else 0,
         "height": plan.height,
         "width": plan.width,
         "backend": pipeline.chosen,
