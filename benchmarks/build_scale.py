@@ -1,6 +1,6 @@
 """What a full-size build takes on a CPU: seconds and peak memory of export and TensorRT-RTX engine, random weights.
 
-    python -m benchmarks.build_scale sana-0.6b sana-1.6b dc-ae gemma-2-2b sana-4.8b
+    python -m benchmarks.build_scale sana-0.6b sana-1.6b dc-ae gemma-2-2b sana-4.8b sd3.5-medium
 
 Each model is written to a temporary directory in diffusers layout, shard by shard, in the element type that is
 released, and built in a process of its own, whose largest resident size is what counts. The graph is not run against
@@ -31,7 +31,7 @@ TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 # One bundle for square, landscape and portrait at 1024 px.
 BINS = [[1024, 1024], [832, 1216], [1216, 832]]
-GOALS = {"sana-1.6b": (180, 12e9), "gemma-2-2b": (180, 18e9)}
+GOALS = {"sana-1.6b": (180, 12e9), "gemma-2-2b": (180, 18e9), "sd3.5-medium": (240, 14e9)}
 
 
 def transformer(layers: int, heads: int, cross_heads: int, *, qk_norm: bool) -> dict[str, Any]:
@@ -67,6 +67,39 @@ GEMMA = {
     **{"sliding_window": 4096},
 }
 SANA_1600M = transformer(20, 70, 20, qk_norm=False)
+# stabilityai/stable-diffusion-3.5-medium: Stability-AI/sd3.5, and diffusers' conversion script.
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24},
+    **{"attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536},
+    **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384},
+    **{"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"},
+}
+KL_VAE = {
+    "_class_name": "AutoencoderKL",
+    **{"latent_channels": 16, "layers_per_block": 2, "block_out_channels": [128, 256, 512, 512]},
+    **{"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+    **{"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
+    **{"use_quant_conv": False, "use_post_quant_conv": False},
+}
+CLIP_L = {"hidden_size": 768, "projection_dim": 768, "max_position_embeddings": 77}
+CLIP_G = {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}
+# What a plan needs of the components that are not built. T5 may be left out of an SD3 checkpoint.
+OTHERS = {
+    "sana": {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA},
+    "sd3": {"transformer": SD35_MEDIUM, "vae": KL_VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "sana": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    },
+    "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sana": {"resolution_bins": BINS, "complex_human_instruction": None},
+    "sd3": {"skip_guidance_layers": [7, 8, 9]},
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +110,7 @@ class Case:
     component: str
     config: dict[str, Any]
     dtype: str
+    family: str = "sana"
 
 
 CASES = {
@@ -85,6 +119,7 @@ CASES = {
     "dc-ae": Case("vae_decoder", "vae", DC_AE, "bf16"),
     "gemma-2-2b": Case("text_encoder", "text_encoder", GEMMA, "bf16"),
     "sana-4.8b": Case("denoiser", "transformer", transformer(60, 70, 20, qk_norm=True), "bf16"),
+    "sd3.5-medium": Case("denoiser", "transformer", SD35_MEDIUM, "fp16", "sd3"),
 }
 
 
@@ -144,7 +179,7 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     import psutil
 
     from ditc.export import budget
-    from ditc.export.adapters.sana import SanaAdapter
+    from ditc.export.adapters import find_adapter
     from ditc.export.checkpoint import Checkpoint, Component, open_component
     from ditc.export.checkpoints.tensors import TensorSource
     from ditc.export.engine import build_engine, estimate_memory_bytes
@@ -155,23 +190,20 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     from ditc.runtime.spec import Backend, Precision
 
     case = CASES[name]
-    configs = {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA}
-    components = {key: Component(key, config, TensorSource({}), ()) for key, config in configs.items()}
+    others = OTHERS[case.family].items()
+    components = {key: Component(key, config, TensorSource({}), ()) for key, config in others}
     component = components[case.component] = open_component(directory)
     checkpoint = Checkpoint(
         path=directory,
         model_index={},
         components=components,
-        scheduler_config={
-            "_class_name": "DPMSolverMultistepScheduler",
-            **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
-        },
-        tokenizers={"tokenizer": TOKENIZER},
-        defaults={"height": 1024, "width": 1024, "resolution_bins": BINS, "complex_human_instruction": None},
+        scheduler_config=SCHEDULERS[case.family],
+        tokenizers=_tokenizers(case.family, out),
+        defaults={"height": 1024, "width": 1024, **DEFAULTS[case.family]},
     )
     denoiser = case.dtype if case.component == "transformer" else "bf16"
     options = BuildOptions(precision=Precision(denoiser), backend=Backend.TENSORRT_RTX, max_batch=1)
-    adapter = SanaAdapter()
+    adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     precision = plan.stages[case.stage].precision
     weights = budget.weight_bytes([component], precision)
@@ -186,14 +218,15 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     exported = perf_counter()
     before = psutil.Process().memory_info().rss
     engine_estimate = before + estimate_memory_bytes(files.model)
-    report = build_engine(
-        files.model,
-        out / f"{case.stage}.engine",
-        spec=spec,
-        backend=Backend.TENSORRT_RTX,
-        targets=TARGETS,
-        profiles=orientation_profiles(spec, plan.defaults),
-    )
+    with PeakMemory() as compiling:
+        report = build_engine(
+            files.model,
+            out / f"{case.stage}.engine",
+            spec=spec,
+            backend=Backend.TENSORRT_RTX,
+            targets=TARGETS,
+            profiles=orientation_profiles(spec, plan.defaults),
+        )
     return {
         "stage": case.stage,
         "precision": precision.value,
@@ -213,7 +246,24 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
             psutil.Process().cpu_times()[:2]
         ),  # with imports; tells a busy machine from a slow build
         "peak_bytes": max(exporting.peak_bytes, report.peak_memory_bytes),
+        # Without the checkpoint's mapped pages, which the system drops when memory is short.
+        "peak_anonymous_bytes": max(exporting.peak_anonymous_bytes, compiling.peak_anonymous_bytes),
     }
+
+
+def _tokenizers(family: str, folder: Path) -> dict[str, Path]:
+    """Folders of tokenizers. CLIP's vocabulary is no part of what is measured; its length and padding are."""
+    if family == "sana":
+        return {"tokenizer": TOKENIZER}
+    from transformers import CLIPTokenizer
+
+    vocabulary = {token: i for i, token in enumerate(("!", "<|startoftext|>", "<|endoftext|>"))}
+    tokenizers = {}
+    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=padding, model_max_length=77)
+        tokenizers[name] = folder / name
+        tokenizer.save_pretrained(folder / name)
+    return tokenizers
 
 
 def run(name: str, temporary: Path | None) -> dict[str, Any]:

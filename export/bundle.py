@@ -179,7 +179,7 @@ class _Builder:
             precision = stage.precision if quantization is None else self.options.precision
             plan = None if quantization is None else quantization.plan(module)
             path = self.out / "onnx" / f"{name}-{precision.value}-{key[:8]}.onnx"
-            files = to_onnx(module, path, quantize=plan)
+            files = to_onnx(module, path, quantize=plan, opset=self.options.opset)
         record = None
         if quantization is not None and plan is not None:
             record = write_record(path, plan, module.spec, quantization.ranges_sha256)
@@ -295,6 +295,7 @@ class _Builder:
             "shapes": to_json(stage.spec),
             "precision": stage.precision.value,
             "backend": Backend.ONNXRUNTIME.value,
+            "opset": self.options.opset,
             "quantization": self._quantization.facts() if self._quantization and name == DENOISER else None,
             "export_source": source_hash(),
             "tool_versions": tool_versions(),

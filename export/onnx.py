@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from ditc.export import ops
+from ditc.export.options import OPSETS
 from ditc.export.passes import run_passes
 from ditc.export.passes.islands import check_islands
 from ditc.export.passes.qdq import quantize_graph
@@ -34,8 +35,6 @@ from ditc.runtime.spec import Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
-# 20: Gelu and GroupNormalization as single nodes; Q/DQ of every type that we write (INT8 13, FP8 19).
-OPSET = 20
 SIXTEEN_BIT = (Precision.FP16, Precision.BF16)
 # Same graph, other kernels: fp32 rounding of a few hundred dependent GEMMs. Measured 1e-7 to 4e-6.
 FP32_RELATIVE_L2 = 2e-5
@@ -62,18 +61,24 @@ class OnnxFiles:
 
 
 def to_onnx(
-    stage: StageModule, path: Path, *, check: bool = True, quantize: QuantPlan | None = None
+    stage: StageModule,
+    path: Path,
+    *,
+    check: bool = True,
+    quantize: QuantPlan | None = None,
+    opset: int = OPSETS[0],
 ) -> OnnxFiles:
     """Export the stage to `path` (weights to `path`.data), replacing both only when complete and checked.
 
     Args:
         quantize: applied to the graph once the unquantized one has passed its check.
+        opset: one of OPSETS.
 
     Raises:
         BuildError: torch.export refuses the module, a dynamic dimension was specialised, or ONNX Runtime
             disagrees with PyTorch at either of two shapes.
     """
-    model = to_model(stage)
+    model = to_model(stage, opset)
     path.parent.mkdir(parents=True, exist_ok=True)
     final = OnnxFiles(path, path.with_name(path.name + ".data"))
     # The graph names its weights file, so the files get their final names inside a directory of their own.
@@ -99,9 +104,9 @@ def to_onnx(
     return replace(final, weight_map=weight_map)
 
 
-def to_model(stage: StageModule) -> ir.Model:
+def to_model(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     """The stage as an ONNX graph in memory, after all passes."""
-    model = trace(stage)
+    model = trace(stage, opset)
     with _quiet():
         run_passes(model, stage.spec)
     for node in model.graph.all_nodes():
@@ -113,7 +118,7 @@ def to_model(stage: StageModule) -> ir.Model:
     return model
 
 
-def trace(stage: StageModule) -> ir.Model:
+def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     """The stage as torch.onnx.export leaves it: no pass has run, and custom ops have no bodies."""
     spec = stage.spec
     feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
@@ -124,11 +129,11 @@ def trace(stage: StageModule) -> ir.Model:
                 stage.module.eval(),
                 arguments,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=_dynamic_shapes(stage),
-                custom_translation_table=ops.onnx_translations(),
+                custom_translation_table=ops.onnx_translations(opset),
                 optimize=False,  # our passes do it, and keep the names of the weights
                 verbose=False,
             )

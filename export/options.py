@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ditc.runtime.spec import Backend, Precision
 
+# 20: Gelu as a single node; Q/DQ of every type that we write (INT8 13, FP8 19). 23: Attention and RMSNormalization.
+OPSETS = (20, 23)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
@@ -22,6 +25,7 @@ class BuildOptions:
         ranges: file of calibrated ranges for the recipe.
         base_precision: what an int8 or fp8 denoiser computes in outside its 8-bit GEMMs; None for fp32 in ONNX
             Runtime and fp16 in engines.
+        opset: of the ONNX graphs.
     """
 
     precision: Precision = Precision.FP32
@@ -33,6 +37,7 @@ class BuildOptions:
     recipe: str | None = None
     ranges: Path | None = None
     base_precision: Precision | None = None
+    opset: int = OPSETS[0]
 
     @property
     def quantized(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ditc.export import budget
 from ditc.export.checkpoint import Checkpoint, check_finite
+from ditc.export.options import OPSETS
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Backend
@@ -23,6 +24,15 @@ def check_options(options: BuildOptions) -> None:
     if options.resolution is not None and options.resolution < 1:
         raise UsageError(
             f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
+        )
+    if options.opset not in OPSETS:
+        raise UsageError(f"opset is {options.opset}", hint=f"take one of {', '.join(map(str, OPSETS))}")
+    if options.opset != OPSETS[0] and options.backend is not Backend.ONNXRUNTIME:
+        # "Setting softmax precision is not supported in TensorRT Attention.", TensorRT-RTX 1.7.1's parser. Without it
+        # the softmax of a 16-bit graph would be 16-bit.
+        raise UsageError(
+            f"opset {options.opset} cannot be built into engines: their parser takes no Attention with an fp32 softmax",
+            hint=f"leave --opset out: opset {OPSETS[0]} has the same attention in plain nodes",
         )
 
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run"
     )
     parser.add_argument(
-        "--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: sana-int8, sana-fp8)"
+        "--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: FAMILY-int8, FAMILY-fp8)"
     )
     parser.add_argument(
         "--ranges",
@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-precision",
         choices=["fp32", "fp16", "bf16"],
         help="8 bits: everything else's (default: fp32 for ONNX Runtime, fp16 for engines)",
+    )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        default=20,
+        choices=[20, 23],
+        help="of the ONNX graphs: 23 writes attention and RMS norms as single operations, for ONNX Runtime; engines "
+        "are built from 20 (default: %(default)s)",
     )
     parser.add_argument(
         "--raw", action="store_true", help="also export the network alone, without the step around it"
@@ -82,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe=arguments.recipe,
         ranges=arguments.ranges,
         base_precision=arguments.base_precision and Precision(arguments.base_precision),
+        opset=arguments.opset,
         targets=tuple(filter(None, arguments.targets.split(","))),
     )
     report = up_to_date(arguments.checkpoint, arguments.output, options)

@@ -3,6 +3,7 @@
 simplify         fold constants, apply rewrite rules, share subexpressions; parameters stay whole and named
 fold_transposes  a Linear's weight is the direct input of its MatMul
 gather_rows      a row gather is one Gather
+fuse_rms_norms   an RMS norm is one RMSNormalization, from opset 23 on
 restore_scopes   every node names its PyTorch module
 """
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 
 from ditc.export.passes.gathers import gather_rows
 from ditc.export.passes.names import check_names
+from ditc.export.passes.norms import fuse_rms_norms
 from ditc.export.passes.scopes import restore_scopes
 from ditc.export.passes.simplify import simplify
 from ditc.export.passes.transposes import fold_transposes
@@ -22,7 +24,7 @@ from ditc.runtime.spec import StageSpec
 Pass = Callable[[ir.Model], None]
 
 # In this order: simplify shows the Transposes and GatherNDs that the next two look for.
-PASSES: tuple[Pass, ...] = (simplify, fold_transposes, gather_rows, restore_scopes)
+PASSES: tuple[Pass, ...] = (simplify, fold_transposes, gather_rows, fuse_rms_norms, restore_scopes)
 
 
 def run_passes(model: ir.Model, spec: StageSpec) -> ir.Model:

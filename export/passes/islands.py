@@ -20,6 +20,8 @@ from ditc.runtime.spec import StageSpec
 NETWORK = "network"  # export/step.py holds the network under this name; everything else there is the step
 BORDERS = frozenset({"Cast", "Shape"})  # the one is where an island begins or ends, the other reads no values
 SHOWN = 3
+# Operations with 16-bit tensors whose island is inside them, and the attribute that says so.
+INNER_TYPE = {"Attention": "softmax_precision", "RMSNormalization": "stash_type"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,9 @@ RULES = (
         roots=frozenset({"Pad", "MatMul", "Slice", "Add", "Div"}),
         function="ReluLinearAttention",
     ),
-    IslandRule(name="softmax", roots=frozenset({"Softmax"}), reach=frozenset({"Add", "Sub", "Where"})),
+    IslandRule(
+        name="softmax", roots=frozenset({"Softmax", "Attention"}), reach=frozenset({"Add", "Sub", "Where"})
+    ),
     IslandRule(
         name="norm",
         roots=frozenset(
@@ -116,6 +120,9 @@ def _reached(root: ir.Node, rule: IslandRule) -> Iterator[ir.Node]:
 
 def _lowered(node: ir.Node) -> list[ir.Value]:
     """The node's tensors that are floating-point but not fp32, or of unknown type."""
+    inner = node.attributes.get(INNER_TYPE.get(node.op_type, ""))
+    if inner is not None and inner.as_int() == ir.DataType.FLOAT:
+        return []
     values = dict.fromkeys(value for value in (*node.inputs, *node.outputs) if value is not None)
     return [value for value in values if value.dtype is None or _is_lower(value.dtype)]
 

@@ -25,9 +25,12 @@ STEP = StageSpec(
 )
 
 
-def graph(body: str, inputs: str = "float16[N, 4] x, float[N, 4] bias", scope: str = "network") -> ir.Model:
+def graph(
+    body: str, inputs: str = "float16[N, 4] x, float[N, 4] bias", scope: str = "network", opset: int = 20
+) -> ir.Model:
     """A graph in which every node belongs to one module."""
-    model = ir.from_onnx_text(f"{HEADER} g ({inputs}) => (float16[N, 4] y) {{ {body} }}")
+    header = HEADER.replace("20", str(opset))
+    model = ir.from_onnx_text(f"{header} g ({inputs}) => (float16[N, 4] y) {{ {body} }}")
     for node in model.graph:
         node.metadata_props[NAME_SCOPES] = str(["", scope, node.op_type] if scope else ["", node.op_type])
     return model
@@ -99,6 +102,21 @@ def test_a_lowered_island_is_caught_by_name(place) -> None:
         BuildError, match=rf"conditioner: fp32 islands were lowered: .*{place} .*\(network\) has {tensor}"
     ):
         check_islands(graph(body), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ("softmax_precision = 1", "scale = 0.5", "softmax: Attention"),
+        ("softmax_precision = 1", "softmax_precision = 10", "softmax: Attention"),
+    ],
+)
+def test_an_attention_must_say_that_its_softmax_is_fp32(good, bad, message) -> None:
+    body = "z = Attention <{}> (x4, x4, x4) y = Squeeze (z)"
+    inputs = "float16[1, 1, N, 4] x4"
+    check_islands(graph(body.format(good), inputs, opset=23), SPEC)
+    with pytest.raises(BuildError, match=message):
+        check_islands(graph(body.format(bad), inputs, opset=23), SPEC)
 
 
 def test_guidance_in_16_bits_is_caught_outside_the_network_and_allowed_inside() -> None:
