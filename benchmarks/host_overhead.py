@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.machine import spread, times_s, write
 from ditc.runtime import denoise
-from ditc.runtime.denoise import DenoiseState, Rows, check_stats, coefficient_columns, step
+from ditc.runtime.denoise import DenoiseState, Guard, Rows, coefficient_columns, step
 from ditc.runtime.session import Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 
@@ -76,11 +76,11 @@ def state(samples: int, steps: int) -> DenoiseState:
 def endless(start: list[DenoiseState], session: NullSession) -> Iterator[None]:
     """Step the states through their schedule over and over, as a server would, one step an item."""
     while True:
-        states = start
+        states, guards = start, [Guard(DENOISER) for _ in start]
         for _ in range(STEPS):
             states = step(session, states)
-            for advanced in states:
-                check_stats(advanced, DENOISER)
+            for guard, advanced in zip(guards, states, strict=True):
+                guard.watch(advanced)
             yield
 
 

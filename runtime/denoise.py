@@ -137,6 +137,9 @@ class Guard:
         """Take note of a state. Raises NumericsError, naming stage, step and sample."""
         if state.stats is None:
             return
+        if isinstance(state.stats, np.ndarray) and not self._unread:
+            check_stats(state, self._stage)
+            return
         self._unread.append(replace(state, latents=state.stats, history=state.stats, x0=None))  # only what is read
         if state.done or isinstance(state.stats, np.ndarray):
             for seen in self._unread:
@@ -151,9 +154,8 @@ def check_stats(state: DenoiseState, stage: str) -> None:
     stats_SB2 = to_numpy(state.stats)
     if stats_SB2.ndim == 2:
         stats_SB2 = stats_SB2[None]
-    bad = np.argwhere((stats_SB2[..., 0] > 0) | ~np.isfinite(stats_SB2[..., 0]))
-    if bad.size:
-        launched, sample = map(int, bad[0])
+    if stats_SB2[..., 0].any():  # a NaN counts as any
+        launched, sample = map(int, np.argwhere(stats_SB2[..., 0])[0])
         number = state.step_index - stats_SB2.shape[0] + 1 + launched
         count, amax = stats_SB2[launched, sample]
         raise NumericsError(
@@ -225,10 +227,10 @@ def _joined(parts: Sequence[Array]) -> Array:
     That is the case from the second step of a batch on: its states hold slices of what the last run returned.
     """
     owner = parts[0].base
-    if isinstance(owner, np.ndarray) and owner.flags.c_contiguous:
+    if isinstance(owner, np.ndarray) and owner.flags.c_contiguous and all(p.base is owner for p in parts):
         end = start = _address(parts[0])
         for part in parts:
-            if part.base is not owner or not part.flags.c_contiguous or _address(part) != end:
+            if not part.flags.c_contiguous or _address(part) != end:
                 break
             end += part.nbytes
         else:
@@ -264,11 +266,13 @@ def _unstack(outputs: Mapping[str, Tensor], states: Sequence[DenoiseState]) -> l
 
 
 def _advanced(state: DenoiseState, outputs: Mapping[str, Tensor], count: int = 1) -> DenoiseState:
-    return replace(
-        state,
+    return DenoiseState(  # not replace(): this is on the way of every step
         latents=outputs[NEXT_LATENTS],
         history=outputs[NEXT_HISTORY],
+        schedule=state.schedule,
+        rows=state.rows,
+        step_index=state.step_index + count,
         x0=outputs[X0],
         stats=outputs[STATS],
-        step_index=state.step_index + count,
+        generator=state.generator,
     )
