@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from ditc.runtime.session import Array, numpy_dtype
 from ditc.runtime.spec import DType, Precision, StageSpec, TensorSpec
 from ditc.runtime.text import TextSpec
 
-JsonValue = str | int | float | bool | None | list["JsonValue"]
+JsonValue = str | int | float | bool | None | Sequence["JsonValue"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ditc.runtime import denoise
 from ditc.runtime.denoise import DenoiseState
-from ditc.runtime.pipeline import Pipeline, Plan
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.plan import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, to_numpy

@@ -177,7 +177,7 @@ class Conditioning:
 
 
 def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The rows of several texts as one tensor a name.
+    """The rows of several texts as one tensor a name, which nobody can change any more.
 
     Raises:
         UsageError: prompts and negative prompts of different lengths.
@@ -189,7 +189,10 @@ def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
                 f"prompts and negative prompts have different lengths: {name} is {sorted(shapes)}",
                 hint="pad prompt_embeds and negative_prompt_embeds to one number of tokens",
             )
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    stacked = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    for array in stacked.values():
+        array.flags.writeable = False  # a session on a device then sends each of them once, not once a step
+    return stacked
 
 
 def _token_feeds(spec: StageSpec, batch: TokenBatch) -> dict[str, Array]:

@@ -26,9 +26,9 @@ from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.guidance import guidance_feeds
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.manifest import Manifest, Tiling
-from ditc.runtime.plan import Plan, make_plan
+from ditc.runtime.plan import Plan, make_plan, starting_latents
 from ditc.runtime.request import Request
-from ditc.runtime.rng import Generator, randn_latents
+from ditc.runtime.rng import Generator
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
@@ -197,7 +197,7 @@ class Pipeline:
         samples = request.num_prompts * request.num_images_per_prompt
         # Samplers that draw noise on every step go on with the stream that drew the starting latents.
         generator = Generator(plan.seed or 0) if request.generator is None else request.generator
-        latents = self._starting_latents(plan, samples, generator)
+        latents = starting_latents(plan, self.manifest.latents, samples, generator)
         guided = plan.guidance_scale > 1
         positive = self._rows(request, samples, negative=False)
         negative = self._rows(request, samples, negative=True) if guided else []
@@ -278,23 +278,6 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _starting_latents(
-        self, plan: Plan, samples: int, generator: Generator | Sequence[Generator]
-    ) -> Array:
-        latent = self.manifest.latents
-        cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
-        shape = (samples, latent.channels, *cells)
-        given = plan.request.latents
-        if given is not None:
-            given = np.asarray(given, np.float32)
-            if given.shape != shape:
-                raise UsageError(
-                    f"latents are {given.shape}, this request needs {shape}",
-                    hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
-                )
-            return given
-        return randn_latents(shape, generator)
-
     def _rows(self, request: Request, samples: int, *, negative: bool) -> list[Mapping[str, Array]]:
         """One row of conditioning a sample."""
         rows = self.conditioning.rows(request, negative=negative)
@@ -329,7 +312,7 @@ class Pipeline:
             schedule=schedule,
             rows=Rows(
                 row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
-                conditioning=_frozen(stack_texts(rows)),
+                conditioning=stack_texts(rows),
             ),
             generator=generator,
         )
@@ -397,13 +380,6 @@ class _Clock:
         now = perf_counter()
         self.laps[name] = now - self._last
         self._last = now
-
-
-def _frozen(rows: dict[str, Array]) -> dict[str, Array]:
-    """Arrays that nobody can change any more: a session on a device sends each of them once, not once a step."""
-    for array in rows.values():
-        array.flags.writeable = False
-    return rows
 
 
 def _complain(message: str, *, allowed: bool) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ditc.runtime import denoise
 from ditc.runtime.bins import classify
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import UsageError
-from ditc.runtime.manifest import Manifest, SkipLayerGuidance
+from ditc.runtime.manifest import LatentSpec, Manifest, SkipLayerGuidance
 from ditc.runtime.request import Request, check_request, check_size
+from ditc.runtime.rng import Generator, randn_latents
+from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
 
 log = logging.getLogger(__name__)
@@ -65,27 +70,49 @@ def make_plan(request: Request, manifest: Manifest, denoiser: StageSpec, conditi
     )
 
 
+def starting_latents(
+    plan: Plan, latent: LatentSpec, samples: int, generator: Generator | Sequence[Generator]
+) -> Array:
+    """(samples,C,H,W) fp32: the caller's own, else noise.
+
+    Raises:
+        UsageError: the caller's are of another shape.
+    """
+    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
+    shape = (samples, latent.channels, *cells)
+    if plan.request.latents is None:
+        return randn_latents(shape, generator)
+    given = np.asarray(plan.request.latents, np.float32)
+    if given.shape != shape:
+        raise UsageError(
+            f"latents are {given.shape}, this request needs {shape}",
+            hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
+        )
+    return given
+
+
 def _skip_layer_guidance(
     request: Request, manifest: Manifest, denoiser: StageSpec, guidance_scale: float
 ) -> SkipLayerGuidance | None:
     """The bundle's, with what the request says; None where it is off."""
     skip = manifest.defaults.skip_layer_guidance
-    asked = {
-        "scale": request.skip_layer_guidance_scale,
-        "start": request.skip_layer_guidance_start,
-        "stop": request.skip_layer_guidance_stop,
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
+    scale = request.skip_layer_guidance_scale
     if skip is None or all(tensor.name != denoise.SKIP_GATE for tensor in denoiser.inputs):
-        if asked.get("scale"):
+        if scale:
             raise UsageError(
-                f"skip_layer_guidance_scale is {asked['scale']}, but this bundle's denoiser cannot skip layers",
+                f"skip_layer_guidance_scale is {scale}, but this bundle's denoiser cannot skip layers",
                 hint="leave it out, or build with skip_guidance_layers in the checkpoint's ditc.json",
             )
         return None
-    skip = replace(skip, **asked)
+    start, stop = request.skip_layer_guidance_start, request.skip_layer_guidance_stop
+    skip = replace(
+        skip,
+        scale=skip.scale if scale is None else scale,
+        start=skip.start if start is None else start,
+        stop=skip.stop if stop is None else stop,
+    )
     if skip.scale and guidance_scale <= 1:
-        if asked.get("scale"):
+        if scale:
             log.warning(
                 "skip-layer guidance needs guidance_scale above 1, it is %g: it stays off", guidance_scale
             )

@@ -32,7 +32,7 @@ from ditc.export.models.sd3 import load_sd3
 from ditc.export.models.sd3_config import Sd3Config
 from ditc.export.models.t5 import load_t5
 from ditc.export.scheduler_config import scheduler_params
-from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.stages import BuildOptions, JsonValue, ModelPlan, StageModule, StagePlan
 from ditc.export.step import wrap
 from ditc.export.tokenizer import tokenizer_facts
 from ditc.runtime import denoise
@@ -155,7 +155,7 @@ class _Facts:
         """All plans, in the order in which a picture needs them."""
         batch, base, others = self.options.max_batch, self.options.base, companion_precision(self.options)
         facts, skip = self._denoiser(), self.defaults.skip_layer_guidance
-        gate = {"skip_layers": list(skip.layers)} if skip else {}
+        gate: dict[str, JsonValue] = {"skip_layers": list(skip.layers)} if skip else {}
         plans = {
             stage: StagePlan(spec=self._encoder(stage), precision=others, components=(stage,))
             for stage in self.encoders
@@ -221,7 +221,7 @@ class _Facts:
         )
 
     def _conditioner(self) -> StageSpec:
-        inputs = []
+        inputs: list[TensorSpec] = []
         for text in self.text:
             inputs += self._states(text.stage, "rows", "length" if text.stage == T5 else text.length)
         profile = {"rows": Range(1, 1, 2 * self.options.max_batch)}
