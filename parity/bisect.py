@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -112,6 +113,7 @@ def align(candidate: Array, reference: Array) -> list[Array]:
         forms: list[Array] = [
             reference.reshape(batch, reference.shape[1], -1).transpose(0, 2, 1),
             reference.reshape(batch, -1, reference.shape[3]),
+            *_patches(reference, candidate.shape[2]),
         ]
     elif candidate.ndim == 4 and reference.ndim == 3:
         batch, _, height, width = candidate.shape
@@ -123,6 +125,19 @@ def align(candidate: Array, reference: Array) -> list[Array]:
     else:
         return []
     return [form for form in forms if form.shape == candidate.shape]
+
+
+def _patches(reference_BCHW: Array, features: int) -> list[Array]:
+    """What a patch embedding's Linear reads of what its convolution reads: (B,h*w,C*p*p), if some p gives that.
+
+    Without it a convolution of p = 2 on 16 channels would be held against columns of 64 cells, which are as many.
+    """
+    batch, channels, height, width = reference_BCHW.shape
+    p = math.isqrt(features // channels)
+    if p < 2 or channels * p * p != features or height % p or width % p:
+        return []
+    cells = reference_BCHW.reshape(batch, channels, height // p, p, width // p, p)
+    return [cells.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, features)]
 
 
 def _compared(place: Place, found: Array, expected: dict[Place, Array]) -> Iterator[PlaceError]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
 from ditc.parity.eight_bits import simulated_twin
+from ditc.parity.references import upstream_name, why_no_upstream
 from ditc.parity.results import Evidence
 from ditc.parity.twin import Twin, TwinSession
 from ditc.parity.upstream import Upstream
@@ -28,7 +29,7 @@ class Context:
         recorded: results of another machine, from a file.
         eight_bit_budget: relative L2 that int8 and fp8 stages may have, instead of
             what the recorded plan costs.
-        with_upstream: whether unmodified diffusers is a second reference.
+        with_upstream: whether unmodified upstream, diffusers for most families, is a second reference.
         tick: called with a few words whenever a unit of work is done.
     """
 
@@ -61,10 +62,24 @@ class Context:
             return self.recorded.runs[case].latents[0]
         return starting_noise(self.twin.pipeline, case, self.settings)
 
+    @property
+    def upstream_name(self) -> str:
+        """What the second reference is called."""
+        if self.recorded is not None:
+            return self.recorded.origin.get("upstream", "diffusers")
+        return upstream_name(self.twin.checkpoint)
+
+    @property
+    def why_no_upstream(self) -> str:
+        """Why there is no second reference; "" where there is one."""
+        if not self.with_upstream:
+            return f"{self.upstream_name} was left out"
+        return "" if self.recorded is not None else why_no_upstream(self.twin.checkpoint)
+
     def upstream(self) -> Upstream | None:
-        """Unmodified diffusers, loaded on first use."""
-        if self._upstream is None and self.with_upstream and self.recorded is None:
-            self.tick("loading diffusers")
+        """Unmodified upstream, loaded on first use."""
+        if self._upstream is None and self.recorded is None and not self.why_no_upstream:
+            self.tick(f"loading {self.upstream_name}")
             self._upstream = Upstream(self.twin.checkpoint)
         return self._upstream
 
@@ -75,17 +90,20 @@ class Context:
         return self._run("PyTorch fp32", case, lambda: self._drawn(self.twin, case, "reference"))
 
     def upstream_run(self, case: Case) -> CaseRun | None:
-        """The case in diffusers, or None without it."""
+        """The case in unmodified upstream, or None without it."""
         if self.recorded is not None:
             return self.recorded.upstream.get(case)
         upstream = self.upstream()
         if upstream is None:
             return None
         return self._run(
-            "diffusers",
+            self.upstream_name,
             case,
             lambda: upstream.draw(
-                case, self.settings, self.noise(case), on_step=lambda: self.tick(f"diffusers, {case}")
+                case,
+                self.settings,
+                self.noise(case),
+                on_step=lambda: self.tick(f"{self.upstream_name}, {case}"),
             ),
         )
 

@@ -64,10 +64,10 @@ def describe(context: Context) -> dict[str, object]:
 def origin_of(context: Context) -> dict[str, object]:
     """Where the reference comes from: a checkpoint here, or a file."""
     if context.recorded is not None:
-        names = ["PyTorch fp32", *(["diffusers"] if context.recorded.upstream else [])]
+        names = ["PyTorch fp32", *([context.upstream_name] if context.recorded.upstream else [])]
         return {**context.recorded.origin, "references": [f"{name}, from a file" for name in names]}
     return {
         "checkpoint": context.twin.checkpoint.path.name,
         "weights": context.twin.weights_digest(),
-        "references": ["PyTorch fp32", *(["diffusers"] if context.with_upstream else [])],
+        "references": ["PyTorch fp32", *([] if context.why_no_upstream else [context.upstream_name])],
     }

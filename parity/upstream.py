@@ -1,4 +1,7 @@
-"""The other reference: the checkpoint in unmodified diffusers, drawing the same cases from the same noise."""
+"""The other reference: the checkpoint in unmodified upstream code, drawing the same cases from the same noise.
+
+That is diffusers, or what references/ has for families that diffusers has no pipeline for.
+"""
 
 # N steps, B samples, C latent channels, H/W latent size
 
@@ -15,6 +18,7 @@ from torch import nn
 
 from ditc.export.checkpoint import Checkpoint
 from ditc.parity.cases import Case, CaseRun, Settings
+from ditc.parity.references import find_pipeline, upstream_name
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.session import Array
 
@@ -33,28 +37,27 @@ class Call:
 
 
 class Upstream:
-    """The checkpoint's own diffusers pipeline, in fp32 on the CPU.
+    """The checkpoint's own pipeline, in fp32 on the CPU.
 
     Raises:
-        CheckpointError: diffusers cannot load it.
+        CheckpointError: upstream cannot load it.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-        from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
         self.checkpoint = checkpoint
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
+        open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
-            self.pipeline: Any = DiffusionPipeline.from_pretrained(
-                str(checkpoint.path), dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, TypeError) as e:
+            self.pipeline: Any = open_pipeline(checkpoint, dtype)
+        except (OSError, ValueError, TypeError, RuntimeError) as e:
+            name = upstream_name(checkpoint)
             raise CheckpointError(
-                f"diffusers cannot load {checkpoint.path}: {e}",
-                hint="check the checkpoint, or leave out the levels that need diffusers: --level op --level stage",
+                f"{name} cannot load {checkpoint.path}: {e}",
+                hint=f"check the checkpoint, or leave out the levels that need {name}: --level op --level stage",
             ) from e
         self.pipeline.set_progress_bar_config(disable=True)
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
@@ -126,6 +129,16 @@ class Upstream:
             "width": settings.width,
         }
         return {name: value for name, value in given.items() if name in self._takes}
+
+
+def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    # What was left out is null in model_index.json, and from_pretrained wants to be told so all the same.
+    left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(
+        str(checkpoint.path), dtype=dtype, local_files_only=True, trust_remote_code=False, **left_out
+    )
 
 
 def _keep(name: str, index: int, found: dict[str, Call], seen: dict[str, int]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditc.export.models.layers import LayerNorm
@@ -86,7 +87,7 @@ class MMDiTBlock(nn.Module):
 
         Args:
             text_tokens, image_tokens: (B,N,D); with several streams (B,N,S,D). text_mask: (B,N), 1 for a token.
-            time_cond: (B,dim_cond) if the block has a dim_cond.
+            time_cond: (B,dim_cond) behind its SiLU, if the block has a dim_cond.
 
         Returns:
             Text and image tokens; where nobody reads the text, the text that came.
@@ -114,7 +115,7 @@ class MMDiTBlock(nn.Module):
         """Gammas of text and image (before and after attention, before and after the feedforward), then betas."""
         if self.to_cond is None or time_cond is None:
             return [(None,) * 4, (None,) * 4, (None,) * 2, (None,) * 2]
-        parts = self.to_cond(time_cond)[:, None].split(self.cond_dims, dim=-1)
+        parts = self.to_cond["2"](time_cond)[:, None].split(self.cond_dims, dim=-1)
         return [parts[:4], parts[4:8], parts[8:10], parts[10:]]
 
 
@@ -144,7 +145,9 @@ class MMDiT(nn.Module):
         self.expand_streams = nn.Identity() if single else Expand(num_residual_streams)
         self.reduce_streams = nn.Identity() if single else Sum()
         self.num_register_tokens = num_register_tokens
-        self.register_tokens = nn.Parameter(torch.zeros(num_register_tokens, dim_image))
+        registers = nn.Parameter(torch.zeros(num_register_tokens, dim_image))
+        # Upstream saves (0,dim_image) where there are none.
+        self.register_parameter("register_tokens", registers if num_register_tokens else None)
         self.blocks = nn.ModuleList(
             MMDiTBlock(
                 dim_image=dim_image,
@@ -174,6 +177,7 @@ class MMDiT(nn.Module):
             registers = self.register_tokens.expand(image_tokens.shape[0], -1, -1)
             image_tokens = torch.cat([registers, image_tokens], dim=1)
         text, image = self.expand_streams(text_tokens), self.expand_streams(image_tokens)
+        time_cond = None if time_cond is None else F.silu(time_cond)
         for block in self.blocks:
             text, image = block(text, image, text_mask, time_cond)
         if self.returns_text:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditc.export.models.mmdit_attention import JointAttention, Masks
@@ -91,7 +92,7 @@ class GeneralizedMMDiTBlock(nn.Module):
         modality_masks: Masks | None = None,
         time_cond: Tensor | None = None,
     ) -> list[Tensor]:
-        """(B,N,D) a modality, with several streams (B,N,S,D); masks (B,N) or None; time_cond (B,dim_cond).
+        """(B,N,D) a modality, with several streams (B,N,S,D); masks (B,N) or None; time_cond behind its SiLU.
 
         Returns:
             The tokens of every modality; those that nobody reads as they came.
@@ -113,7 +114,9 @@ class GeneralizedMMDiTBlock(nn.Module):
         """Of the attention a modality, then of the feedforward; (B,1,D)."""
         if self.to_post_branch_gammas is None or time_cond is None:
             return (None,) * (2 * len(self.dims))
-        parts: Sequence[Tensor] = self.to_post_branch_gammas(time_cond)[:, None].split(self.dims * 2, dim=-1)
+        parts: Sequence[Tensor] = self.to_post_branch_gammas["2"](time_cond)[:, None].split(
+            self.dims * 2, dim=-1
+        )
         return parts
 
 
@@ -167,6 +170,7 @@ class GeneralizedMMDiT(nn.Module):
             (B,N,dim) of every modality that is read, in their order.
         """
         tokens = [self.expand_streams(x) for x in modality_tokens]
+        time_cond = None if time_cond is None else F.silu(time_cond)
         for block in self.blocks:
             tokens = block(tokens, modality_masks, time_cond)
         finished = zip(self.norms, tokens, self.read, strict=True)

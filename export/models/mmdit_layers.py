@@ -76,7 +76,10 @@ class StreamNorm(nn.Module):
 
 
 class AdaptiveLayerNorm(nn.Module):
-    """LayerNorm whose gamma and beta come from the condition; gamma multiplies directly, it is no 1 + scale."""
+    """LayerNorm whose gamma and beta come from the condition; gamma multiplies directly, it is no 1 + scale.
+
+    The condition comes behind its SiLU, which all layers share.
+    """
 
     def __init__(self, dim: int, dim_cond: int | None = None) -> None:
         super().__init__()
@@ -87,13 +90,16 @@ class AdaptiveLayerNorm(nn.Module):
         x = self.ln(x)
         if self.to_cond is None or cond is None:
             return x
-        gamma, beta = self.to_cond(cond)[:, None].chunk(2, dim=-1)
+        gamma, beta = self.to_cond["2"](cond)[:, None].chunk(2, dim=-1)
         return x * gamma + beta
 
 
-def condition_projection(dim_cond: int, width: int) -> nn.Sequential:
-    """SiLU, then one Linear: (B,dim_cond) -> (B,width). Place 0 is upstream's Rearrange, which has no weights."""
-    return nn.Sequential(nn.Identity(), nn.SiLU(), nn.Linear(dim_cond, width))
+def condition_projection(dim_cond: int, width: int) -> nn.ModuleDict:
+    """The Linear of upstream's Sequential(Rearrange, SiLU, Linear), under its name there.
+
+    The SiLU is the trunk's: every layer takes it of the same tensor, and one node in the graph serves them all.
+    """
+    return nn.ModuleDict({"2": nn.Linear(dim_cond, width)})
 
 
 class FeedForward(nn.Module):

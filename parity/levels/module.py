@@ -43,7 +43,9 @@ def check(context: Context) -> Iterator[Result]:
         feeds = record_feeds(context.twin.pipeline, context.settings, upstream_run, step)
     else:
         feeds = record_feeds(context.twin.pipeline, context.settings, run, step)
-        yield not_checked(Level.MODULE, "all", "modules", "diffusers was left out", against="diffusers")
+        yield not_checked(
+            Level.MODULE, "all", "modules", context.why_no_upstream, against=context.upstream_name
+        )
     for stage, given in feeds.items():
         call = _call_of(context.twin, stage, calls)
         if call is not None:
@@ -81,7 +83,8 @@ def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:
 
 
 def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) -> Result:
-    context.tick(f"modules of {stage}, diffusers")
+    words = f"modules of {stage}, {context.upstream_name}"
+    context.tick(words)
     session = context.twin.sessions[stage]
     prefix, strip = _prefix(context.twin.load(stage).weights), _stripped
     upstream_prefix = "decoder." if stage.startswith("vae") else ""
@@ -91,14 +94,13 @@ def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) ->
         lambda: session.run(feeds),
         lambda path: strip(path.removeprefix(prefix)) if path.startswith(prefix) else None,
     )
-    errors = list(
-        errors_by_place(theirs, ours, on_chunk=lambda: context.tick(f"modules of {stage}, diffusers"))
-    )
+    errors = list(errors_by_place(theirs, ours, on_chunk=lambda: context.tick(words)))
     bound = limit(Level.MODULE, Metric.RELATIVE_L2, Precision.FP32)
     assert bound is not None
     errors = [error for error in errors if error.same_form or error.error <= bound.bound]
+    output_error = errors[-1].error if errors else 0.0
     return _judge(
-        Precision.FP32, stage, errors, lambda _: bound.bound, "diffusers", errors[-1].error if errors else 0.0
+        Precision.FP32, stage, errors, lambda _: bound.bound, context.upstream_name, output_error
     )
 
 

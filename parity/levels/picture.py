@@ -41,7 +41,9 @@ def check(context: Context) -> Iterator[Result]:
 def _reference(context: Context, case: Case) -> tuple[CaseRun, str]:
     upstream = context.upstream_run(case)
     run, against = (
-        (upstream, "diffusers") if upstream is not None else (context.twin_run(case), "PyTorch fp32")
+        (upstream, context.upstream_name)
+        if upstream is not None
+        else (context.twin_run(case), "PyTorch fp32")
     )
     if run.picture is None or not np.isfinite(run.picture).all() or is_uniform(_bytes(run.picture)):
         raise NumericsError(
@@ -65,7 +67,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
     found = {Metric.PSNR: psnr(run.picture, wanted), Metric.SSIM: ssim(run.picture, wanted)}
     context.evidence.pictures.append(
         PicturePair(
-            case=what,
+            case=f"{case.prompt!r} seed {case.seed}",
             reference=wanted,
             candidate=run.picture,
             psnr=found[Metric.PSNR],

@@ -24,7 +24,7 @@ from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
-    """The candidate's latents after the last step, beside diffusers' and beside the twin's."""
+    """The candidate's latents after the last step, beside upstream's and beside the twin's."""
     for case in context.settings.cases:
         try:
             run = context.candidate_run(case)
@@ -33,7 +33,8 @@ def check(context: Context) -> Iterator[Result]:
             continue
         lost = pytorch_loss(context, case)
         upstream = context.upstream_run(case)
-        for reference, against in ((upstream, "diffusers"), (context.twin_run(case), "PyTorch fp32")):
+        references = ((upstream, context.upstream_name), (context.twin_run(case), "PyTorch fp32"))
+        for reference, against in references:
             if reference is not None:
                 yield _compared(context, run, reference, against, lost)
 

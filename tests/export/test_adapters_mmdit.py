@@ -1,0 +1,201 @@
+"""lucidrains/mmdit checkpoints as a user has them: saved, planned, built, drawn, and refused where they are wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_mmdit import GENERALIZED, TWO, make_checkpoint
+
+from ditc.export.adapters import find_adapter
+from ditc.export.bundle import build_bundle
+from ditc.export.checkpoint import open_checkpoint
+from ditc.export.checkpoints.mmdit import save_mmdit
+from ditc.export.models.mmdit_config import MMDiTConfig
+from ditc.export.models.mmdit_denoiser import load_mmdit, unused_tensors
+from ditc.export.stages import BuildOptions, ModelPlan
+from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.metrics import psnr
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
+
+pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip install ditc[dev]")
+# What the project promises for the same seed against upstream; measured 141.
+LEAST_PSNR = 45.0
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("mmdit") / "checkpoint")
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def bundle(saved: Path, tiny_bundle: Path) -> Path:
+    """Built over a bundle with the same text encoder and VAE, which are then reused."""
+    out = Path(shutil.copytree(tiny_bundle, saved.parent / "bundle"))
+    report = build_bundle(saved, out, BuildOptions())
+    built = {event.stage for event in report.events if event.status == "built"}
+    assert built == {CONDITIONER, DENOISER}
+    return out
+
+
+def plan(checkpoint: Path, **options: Any) -> ModelPlan:
+    opened = open_checkpoint(checkpoint)
+    return find_adapter(opened).plan(opened, BuildOptions(**options))
+
+
+def change(checkpoint: Path, **values: Any) -> None:
+    path = checkpoint / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def draw_both(bundle: Path, checkpoint: Path, prompt: str, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """The runtime's picture, and that of upstream's modules in a plain torch loop, from one noise."""
+    from ditc.parity.references.mmdit import open_pipeline
+
+    noise = np.random.default_rng(0).standard_normal((1, 8, size // 2, size // 2), np.float32)
+    settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    with Pipeline.load(bundle) as pipeline:
+        ours = pipeline(prompt, latents=noise, height=size, width=size, output_type="np", **settings).images[
+            0
+        ]
+    reference = open_pipeline(open_checkpoint(checkpoint))
+    with torch.inference_mode():
+        theirs = reference(
+            prompt=prompt, latents=torch.from_numpy(noise), max_sequence_length=12, **settings
+        ).images[0]
+    return np.asarray(ours), theirs
+
+
+def test_the_picture_is_upstreams(bundle: Path, saved: Path) -> None:
+    ours, theirs = draw_both(bundle, saved, "a red cat with a blue apple")
+    assert psnr(ours, theirs) >= LEAST_PSNR
+    other, _ = draw_both(bundle, saved, "dog")
+    assert psnr(ours, other) < LEAST_PSNR  # else the text does not matter, and neither does its mask
+
+
+def test_the_picture_is_upstreams_at_another_size(bundle: Path, saved: Path) -> None:
+    ours, theirs = draw_both(bundle, saved, "a red cat", size=96)
+    assert ours.shape == (96, 96, 3) and psnr(ours, theirs) >= LEAST_PSNR
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_generalized_trunk_with_four_streams_is_upstreams(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", trunk=GENERALIZED)
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    build_bundle(checkpoint, out, BuildOptions())
+    assert psnr(*draw_both(out, checkpoint, "a red cat")) >= LEAST_PSNR
+
+
+@pytest.mark.parametrize(
+    "trunk", [TWO, GENERALIZED, {**TWO, "num_register_tokens": 0, "num_residual_streams": 4}]
+)
+def test_every_tensor_is_read_or_on_the_list_of_those_that_no_picture_depends_on(
+    trunk, tmp_path: Path
+) -> None:
+    component = open_checkpoint(make_checkpoint(tmp_path / "c", trunk=trunk)).component("transformer")
+    config = MMDiTConfig.from_json(component.config)
+    networks = load_mmdit(config, component.tensors, torch.float32)
+    read = {name for network in networks for name in network.state_dict()}
+    unused = set(unused_tensors(config, component.tensors))
+    assert not read & unused and read | unused == set(component.tensors)
+    last = f"trunk.blocks.{trunk['depth'] - 1}."
+    assert all(name.startswith((last, "trunk.norms.0.", "trunk.register_tokens")) for name in unused)
+
+
+def test_a_tensor_that_no_network_knows_is_refused(saved: Path) -> None:
+    component = open_checkpoint(saved).component("transformer")
+    tensors = {name: component.tensors[name] for name in component.tensors}
+    config = MMDiTConfig.from_json(component.config)
+    with pytest.raises(CheckpointError, match=r"unknown tensor trunk\.blocks\.0\.extra"):
+        load_mmdit(config, {**tensors, "trunk.blocks.0.extra": torch.zeros(1)}, torch.float32)
+    del tensors["trunk.blocks.0.joint_attn.to_qkv.0.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks trunk\.blocks\.0\.joint_attn\.to_qkv\.0\.weight"):
+        load_mmdit(config, tensors, torch.float32)
+
+
+def test_profiles_agree_where_stages_meet(saved: Path) -> None:
+    made = plan(saved, max_batch=3)
+    conditioner, denoiser = made.stages[CONDITIONER].spec, made.stages[DENOISER].spec
+    for output in conditioner.outputs:
+        assert denoiser.input(output.name) == output
+    assert denoiser.profile["rows"].max == 6 and made.defaults.num_inference_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 2}, "unknown setting depth"),
+        ({"trunk_class": "MMDiTX"}, "trunk_class is 'MMDiTX'"),
+        ({"trunk": {**TWO, "qk_norm": True}}, "qk_norm = True, which MMDiT of mmdit 0.3.0 does not take"),
+        ({"trunk": {k: v for k, v in TWO.items() if k != "dim_cond"}}, "trunk lacks dim_cond"),
+        ({"trunk": {**TWO, "ff_kwargs": {"solu": True}}}, "solu = True"),
+        ({"caption_channels": 32}, "the text encoder's states have 24 channels"),
+        ({"patch_size": 3}, "patch_size 3 does not divide"),
+        (
+            {"trunk_class": "GeneralizedMMDiT", "trunk": {**GENERALIZED, "dim_modalities": [24, 32, 16]}},
+            "this trunk has 3",
+        ),
+        (
+            {
+                "trunk_class": "GeneralizedMMDiT",
+                "trunk": {**GENERALIZED, "mhc_kwargs": {"sinkhorn_iters": 5}},
+            },
+            "sinkhorn_iters = 5",
+        ),
+        (
+            {"trunk_class": "GeneralizedMMDiT", "trunk": {**GENERALIZED, "flash_attn": True}},
+            "softclamp and flash_attn exclude each other",
+        ),
+    ],
+)
+def test_a_config_that_is_not_implemented_is_refused_before_weights_are_read(
+    checkpoint: Path, values: dict[str, Any], message: str
+) -> None:
+    change(checkpoint, **values)
+    with pytest.raises(CheckpointError, match=message):
+        plan(checkpoint)
+
+
+def test_tf32_is_refused(saved: Path) -> None:
+    with pytest.raises(UsageError, match="tf32 is not built for lucidrains/mmdit"):
+        plan(saved, precision=Precision.TF32)
+
+
+def test_saving_without_the_other_components_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no folder text_encoder, tokenizer, vae, scheduler"):
+        save_mmdit(tmp_path, config={}, trunk={}, shell={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_over_a_transformer_is_refused(checkpoint: Path) -> None:
+    before = (checkpoint / "transformer" / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="exists"):
+        save_mmdit(checkpoint, config={}, trunk={}, shell={})
+    assert (checkpoint / "transformer" / "config.json").read_bytes() == before
+
+
+def test_saving_weights_that_do_not_fit_leaves_no_transformer(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "transformer")
+    config = {
+        "trunk_class": "MMDiT",
+        "trunk": TWO,
+        "in_channels": 8,
+        "out_channels": 8,
+        "caption_channels": 24,
+    }
+    with pytest.raises(CheckpointError, match="lacks"):
+        save_mmdit(checkpoint, config=config, trunk={}, shell={})
+    assert not (checkpoint / "transformer").exists()
