@@ -34,6 +34,15 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor
     return out.permute(0, 3, 1, 2).to(q.dtype).contiguous()
 
 
+def use_kernels_on_cuda() -> None:
+    """Let the kernel pair compute the op on CUDA tensors. Raises MissingExtra without Triton."""
+    from ditc.export.ops.relu_linear_attention.ptx import load_kernels
+    from ditc.export.ops.relu_linear_attention.triton_op import relu_linear_attention_triton
+
+    load_kernels()
+    relu_linear_attention.register_kernel("cuda")(relu_linear_attention_triton)
+
+
 @relu_linear_attention.register_fake  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

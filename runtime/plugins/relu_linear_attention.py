@@ -1,0 +1,171 @@
+"""The linear-attention plugin for TensorRT and TensorRT-RTX: an IPluginV3 that brings its kernels with it.
+
+An ONNX node ditc::ReluLinearAttention(q, k, v) with the attributes `eps` and `kernels` (PTX and sizes as JSON, see
+export/ops/relu_linear_attention/ptx.py) becomes this plugin. Both are stored in the engine, so that a machine needs
+neither the compiler nor the exporter to run it; it does need this module, cuda-python and Python.
+"""
+
+# B batch, N tokens, H heads, D head dim, S shares of the tokens
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.plugins.kernels import Pointer, PtxKernel
+
+NAME, VERSION, NAMESPACE = "ReluLinearAttention", "1", "ditc"
+# Tokens that one program of the first kernel sums: enough programs to fill a GPU at 1024 tokens x 70 heads x 2.
+SHARE = 512
+
+
+class Launcher:
+    """Sizes and launches of the kernel pair; knows nothing of TensorRT.
+
+    Args:
+        eps: added to the denominator.
+        data: the node's `kernels` attribute.
+
+    Raises:
+        SessionError: data that ditc did not write.
+    """
+
+    def __init__(self, eps: float, data: str) -> None:
+        self.eps, self.data = eps, data
+        try:
+            facts = json.loads(data)
+            self.dtype = str(facts["dtype"])
+            self.block_n, self.block_d = int(facts["block_n"]), int(facts["block_d"])
+            self.kv, self.out = PtxKernel(**facts["kv"]), PtxKernel(**facts["out"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise SessionError(f"{NAME}: the plugin's kernels cannot be read: {e}") from e
+
+    def shares(self, tokens: int) -> int:
+        """S for so many tokens."""
+        return -(-tokens // SHARE)
+
+    def workspace_bytes(self, batch: int, tokens: int, heads: int) -> int:
+        """The partial sums: fp32, for each head and share a matrix and a vector."""
+        return batch * heads * self.shares(tokens) * (self.block_d + 1) * self.block_d * 4
+
+    def launch(
+        self, shape: tuple[int, ...], q: int, k: int, v: int, out: int, workspace: int, stream: int
+    ) -> None:
+        """Both kernels into the stream. shape: (B,N,H,D) of every tensor; addresses on the device."""
+        batch, tokens, heads, _ = shape
+        shares = self.shares(tokens)
+        kv = Pointer(workspace)
+        total = Pointer(workspace + batch * heads * shares * self.block_d**2 * 4)
+        # Triton adds two pointers to every kernel, for scratch memory that these do not use.
+        ints = (tokens, heads, SHARE)
+        self.kv.launch((shares, batch * heads), (Pointer(k), Pointer(v), kv, total, *ints, None, None), stream)
+        blocks = -(-tokens // self.block_n)
+        rest = (tokens, heads, shares, float(self.eps), None, None)
+        self.out.launch((blocks, batch * heads), (Pointer(q), kv, total, Pointer(out), *rest), stream)
+
+
+def make_creator(trt: Any) -> Any:
+    """The plugin's creator, for `tensorrt` or `tensorrt_rtx`; their classes exist only once one is imported."""
+    plugin = _plugin_class(trt)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            none = np.array([], np.float32)
+            self.field_names = trt.PluginFieldCollection(
+                [
+                    trt.PluginField("eps", none, trt.PluginFieldType.FLOAT32),
+                    trt.PluginField("kernels", none, trt.PluginFieldType.CHAR),
+                ]
+            )
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            found = {field.name: field for field in fields}
+            eps = float(np.asarray(found["eps"].data).reshape(-1)[0])
+            return plugin(Launcher(eps, _text(found["kernels"].data)))
+
+    return Creator()
+
+
+def _text(data: Any) -> str:
+    """A CHAR field: bytes, text, or numbers, as the library hands it over."""
+    if isinstance(data, str):
+        return data
+    raw = bytes(data) if isinstance(data, (bytes, bytearray)) else np.asarray(data).astype(np.uint8).tobytes()
+    return raw.rstrip(b"\0").decode()
+
+
+def _plugin_class(trt: Any) -> Any:
+    types = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16}
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+
+    class Plugin(*bases):  # type: ignore[misc, unused-ignore]
+        def __init__(self, launcher: Launcher) -> None:
+            for base in bases:
+                base.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            self.num_outputs = 1
+            self.launcher = launcher
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return type(self)(self.launcher)
+
+        def get_output_data_types(self, input_types: Any) -> Any:
+            return [input_types[0]]
+
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
+            return [trt.DimsExprs(inputs[0])]
+
+        def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
+            desc = in_out[pos].desc
+            return bool(
+                desc.format == trt.TensorFormat.LINEAR and desc.type == types[self.launcher.dtype]
+            )
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            batch, tokens, heads, _ = tuple(inputs[0].max)
+            return self.launcher.workspace_bytes(batch, tokens, heads)
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def get_fields_to_serialize(self) -> Any:
+            eps = np.array([self.launcher.eps], np.float32)
+            text = self.launcher.data.encode()
+            return trt.PluginFieldCollection(
+                [
+                    trt.PluginField("eps", eps, trt.PluginFieldType.FLOAT32),
+                    trt.PluginField("kernels", text, trt.PluginFieldType.CHAR),
+                ]
+            )
+
+        def enqueue(
+            self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+        ) -> int:
+            shape = tuple(input_desc[0].dims)
+            try:
+                self.launcher.launch(shape, *inputs, outputs[0], workspace, stream)
+            except SessionError:
+                return 1  # an exception must not cross into C++; the session tells the failed run
+            return 0
+
+    return Plugin
