@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
 from ditc.parity.eight_bits import simulated_twin
 from ditc.parity.references import upstream_name, why_no_upstream
-from ditc.parity.results import Evidence
+from ditc.parity.results import Culprit, Evidence
 from ditc.parity.twin import Twin, TwinSession
 from ditc.parity.upstream import Upstream
 from ditc.runtime.errors import NumericsError, UsageError
@@ -18,6 +18,16 @@ from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
 from ditc.runtime.tolerances import EIGHT, Level, Limit, Metric, limit
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """A stage that failed, on which feeds, by how much, and where its error begins if that is known."""
+
+    stage: str
+    feeds: Mapping[str, Array]
+    error: float
+    culprit: Culprit | None
 
 
 @dataclass(kw_only=True)
@@ -30,6 +40,7 @@ class Context:
         eight_bit_budget: relative L2 that int8 and fp8 stages may have, instead of
             what the recorded plan costs.
         with_upstream: whether unmodified upstream, diffusers for most families, is a second reference.
+        broken: stages that failed so far, first first.
         tick: called with a few words whenever a unit of work is done.
     """
 
@@ -41,6 +52,7 @@ class Context:
     eight_bit_budget: float | None = None
     tick: Progress = lambda words: None
     evidence: Evidence = field(default_factory=Evidence)
+    broken: list[Broken] = field(default_factory=list)
     _upstream: Upstream | None = None
     _runs: dict[tuple[str, Case], CaseRun] = field(default_factory=dict)
     _yardstick: Twin | None = None

@@ -180,7 +180,7 @@ def _steps(report: Report) -> str:
         return ""
     return (
         "<section><h2>Error by step</h2><p class='soft'>Relative L2 of the latents after each step. Teacher-forced: "
-        "every step starts from the reference's latents. Free-running: from its own.</p>"
+        "every step starts from the reference's latents. Free-running: from its own. Dashed: bounds.</p>"
         f"{step_chart(report.evidence.steps)}</section>"
     )
 
@@ -189,24 +189,28 @@ def _modules(modules: Sequence[ModuleError]) -> str:
     if not modules:
         return ""
     ranked = sorted(modules, key=lambda m: -m.error if m.error == m.error else -math.inf)
-    rows = [_module_row(module, ranked[0].error) for module in ranked[:SHOWN_MODULES]]
-    head = "<tr><th>module<th>stage<th class='num'>relative L2<th></tr>"
+    rows = [_module_row(module) for module in ranked[:SHOWN_MODULES]]
+    head = "<tr><th>module<th>stage<th class='num'>relative L2<th class='num'>bound<th></tr>"
     more = (
         f"<p class='soft small'>The {SHOWN_MODULES} worst of {len(ranked)} modules.</p>"
         if len(ranked) > SHOWN_MODULES
         else ""
     )
-    about = "The bundle's graph against PyTorch fp32, on one picture's real inputs, by PyTorch's names."
+    references = " or ".join(dict.fromkeys(module.against for module in modules))
+    about = (
+        f"The bundle's graph against {references}, on one picture's real inputs, by PyTorch's names. "
+        "The bar is logarithmic and full at the bound."
+    )
     table = f"<div class='wide'><table>{head}{''.join(rows)}</table></div>{more}"
     return f"<section><h2>Error by module, worst first</h2><p class='soft'>{about}</p>{table}</section>"
 
 
-def _module_row(module: ModuleError, worst: float) -> str:
-    floor = 1e-9
-    share = 1.0 if module.error != module.error else _log_share(module.error, floor, max(worst, 1e-5))
+def _module_row(module: ModuleError) -> str:
+    share = 1.0 if module.error != module.error else _log_share(module.error, 1e-9, module.bound)
     return (
         f"<tr><td><code>{escape(module.module)}</code></td><td class='small soft'>{escape(module.stage)}</td>"
-        f"<td class='num'>{module.error:.2e}</td><td>{_bar(share, hot=not module.error <= 1e-4)}</td></tr>"
+        f"<td class='num'>{module.error:.2e}</td><td class='num soft'>{module.bound:.2e}</td>"
+        f"<td>{_bar(share, hot=not module.error <= module.bound)}</td></tr>"
     )
 
 

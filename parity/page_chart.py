@@ -1,10 +1,10 @@
-"""The error by step as inline SVG: logarithmic, one line a case and kind, bounds dashed."""
+"""The error by step as inline SVG: logarithmic, one line a case and kind, the tightest bounds dashed."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from ditc.parity.results import StepError
@@ -22,8 +22,8 @@ def step_chart(steps: Sequence[StepError]) -> str:
         lines[step.kind, step.case].append(step)
     kinds = list(dict.fromkeys(kind for kind, _ in lines))
     count = max(step.step for step in steps) + 1
-    bounds = {step.kind: step.bound for step in steps if step.bound is not None}
-    low, high = _range(steps, list(bounds.values()))
+    bounds = {kind: limits for kind in kinds if (limits := _bounds(steps, kind))}
+    low, high = _range(steps, [bound for limits in bounds.values() for bound in limits.values()])
 
     def x(step: int) -> float:
         return LEFT + (step + 0.5) / count * (WIDTH - LEFT - RIGHT)
@@ -33,13 +33,20 @@ def step_chart(steps: Sequence[StepError]) -> str:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     parts = [*_grid(low, high, y), *_ticks(count, x)]
-    for level in sorted(set(bounds.values())):
+    for level in sorted({next(iter(one.values())) for one in bounds.values() if _is_one(one)}):
         parts.append(
             f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
         )
         parts.append(
             f'<text x="{WIDTH - RIGHT}" y="{_beside(y(level)):.1f}" text-anchor="end">bound {level:.1e}</text>'
         )
+    for kind, limits in bounds.items():
+        if not _is_one(limits):
+            points = " ".join(f"{x(step):.1f},{y(bound):.1f}" for step, bound in limits.items())
+            parts.append(
+                f'<polyline class="bound" points="{points}" fill="none"><title>bound, {escape(kind)}</title>'
+            )
+            parts.append("</polyline>")
     for (kind, case), found in lines.items():
         color = COLORS[kinds.index(kind) % len(COLORS)]
         points = " ".join(f"{x(s.step):.1f},{y(s.error):.1f}" for s in found if s.error == s.error)
@@ -67,6 +74,19 @@ def step_chart(steps: Sequence[StepError]) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="error by step">{"".join(parts)}</svg>'
     )
     return f'{chart}<div class="legend">{legend}</div>'
+
+
+def _bounds(steps: Sequence[StepError], kind: str) -> dict[int, float]:
+    """The tightest bound at every step, over the cases: below fp32 each has its own."""
+    found: dict[int, float] = {}
+    for step in steps:
+        if step.kind == kind and step.bound is not None:
+            found[step.step] = min(step.bound, found.get(step.step, step.bound))
+    return dict(sorted(found.items()))
+
+
+def _is_one(bounds: Mapping[int, float]) -> bool:
+    return len(set(bounds.values())) == 1
 
 
 def _beside(line: float) -> float:

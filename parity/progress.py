@@ -22,7 +22,8 @@ def progress_bar(settings: Settings, levels: Sequence[Level]) -> Iterator[Callab
     steps = len(settings.cases) * settings.num_inference_steps
     total = OTHER_UNITS + steps * max((SIDES.get(level, 0) for level in levels), default=0) * 2
     columns = (TextColumn("{task.description:<48.48}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading both sides", total=total)
 
         def tick(words: str) -> None:

@@ -157,13 +157,14 @@ def verdict_of(results: Iterable[Result]) -> Verdict:
 class ModuleError:
     """One module's error and range, for the table of modules.
 
-    amax is the reference's largest magnitude: what must fit into the deployment dtype.
+    amax is the reference's largest magnitude: what must fit into the deployment dtype. bound: of the error there.
     """
 
     stage: str
     module: str
     against: str
     error: float
+    bound: float
     amax: float
 
 

@@ -12,9 +12,9 @@ from ditc.export.models.loading import WeightSource
 from ditc.parity.bisect import PlaceError, errors_by_place, find_culprit
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.compare import compare
-from ditc.parity.context import Context
+from ditc.parity.context import Broken, Context
 from ditc.parity.feeds import record_feeds
-from ditc.parity.results import Culprit, ModuleError, Result, judged, not_checked
+from ditc.parity.results import Culprit, ModuleError, Result, Verdict, judged, not_checked
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
 from ditc.parity.twin import Twin, TwinSession
 from ditc.parity.upstream import Call
@@ -59,10 +59,13 @@ def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> C
     """The culprit inside one stage of the candidate for one set of inputs, or None where its inside cannot be seen."""
     tracers = None if context.recorded is not None else _tracers(context, stage, feeds)
     if tracers is None:
+        context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=None))
         return None
     errors = _comparable(context, stage, errors_by_place(*tracers))
     tracers[1].close()
-    return find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
+    culprit = find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
+    context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=culprit))
+    return culprit
 
 
 def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:
@@ -75,11 +78,14 @@ def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:
     found = errors_by_place(*tracers, on_chunk=lambda: context.tick(f"modules of {stage}"))
     errors = _comparable(context, stage, found)
     tracers[1].close()
-    against = "PyTorch fp32" if _reference(context, stage) is context.twin.sessions[stage] else SIMULATED
-    context.evidence.modules += _evidence(stage, errors, against)
+    against = "PyTorch fp32" if reference_of(context, stage) is context.twin.sessions[stage] else SIMULATED
     limits = _limits(context, stage, feeds)
+    context.evidence.modules += _evidence(stage, errors, against, limits)
     output_error = _output_error(context, stage, feeds)
-    return _judge(context.candidate.precision(stage), stage, errors, limits, against, output_error)
+    result = _judge(context.candidate.precision(stage), stage, errors, limits, against, output_error)
+    if result.verdict is Verdict.FAIL:
+        context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=result.culprit))
+    return result
 
 
 def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) -> Result:
@@ -99,9 +105,7 @@ def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) ->
     assert bound is not None
     errors = [error for error in errors if error.same_form or error.error <= bound.bound]
     output_error = errors[-1].error if errors else 0.0
-    return _judge(
-        Precision.FP32, stage, errors, lambda _: bound.bound, context.upstream_name, output_error
-    )
+    return _judge(Precision.FP32, stage, errors, lambda _: bound.bound, context.upstream_name, output_error)
 
 
 def _judge(
@@ -142,11 +146,11 @@ def _tracers(context: Context, stage: str, feeds: Feeds) -> tuple[Tracer, Tracer
     candidate = tracer_of(session, fit_feeds(feeds, session.spec), context.candidate.graph_to_trace(stage))
     if candidate is None:
         return None
-    twin = _reference(context, stage)
+    twin = reference_of(context, stage)
     return TorchTracer.of_session(twin, fit_feeds(feeds, twin.spec)), candidate
 
 
-def _reference(context: Context, stage: str) -> TwinSession:
+def reference_of(context: Context, stage: str) -> TwinSession:
     """PyTorch fp32; for 8 bits PyTorch with the recorded codes, which a right graph follows module by module."""
     simulated = context.yardstick_session(stage) if context.candidate.precision(stage) in EIGHT else None
     return simulated or context.twin.sessions[stage]
@@ -183,14 +187,18 @@ def _pytorch_errors(twin: TwinSession, yardstick: TwinSession, feeds: Feeds) -> 
 
 
 def _output_error(context: Context, stage: str, feeds: Feeds) -> float:
-    twin, session = _reference(context, stage), context.candidate.sessions[stage]
+    twin, session = reference_of(context, stage), context.candidate.sessions[stage]
     wanted, got = twin.run(fit_feeds(feeds, twin.spec)), session.run(fit_feeds(feeds, session.spec))
     return max(compare(name, to_numpy(got[name]), to_numpy(wanted[name])).error for name in wanted)
 
 
-def _evidence(stage: str, errors: list[PlaceError], against: str) -> list[ModuleError]:
+def _evidence(
+    stage: str, errors: list[PlaceError], against: str, limits: Callable[[PlaceError], float]
+) -> list[ModuleError]:
     return [
-        ModuleError(stage=stage, module=e.place.module, against=against, error=e.error, amax=e.amax)
+        ModuleError(
+            stage=stage, module=e.place.module, against=against, error=e.error, bound=limits(e), amax=e.amax
+        )
         for e in errors
         if e.place.kind == "out"
     ]
