@@ -133,6 +133,11 @@ class Conditioning:
         array = np.asarray(array, numpy_dtype(tensor.dtype))
         array = array[None] if array.ndim < len(tensor.shape) else array
         argument = next(name for name, known in ARGUMENTS.items() if known == tensor.name)
+        if array.ndim != len(tensor.shape):
+            raise UsageError(
+                f"one prompt's {argument} is {array.shape}, this model takes {tensor.shape}",
+                hint="pass one row for each prompt",
+            )
         for size, wanted in zip(array.shape[1:], tensor.shape[1:], strict=True):
             if isinstance(wanted, int) and size != wanted:
                 raise UsageError(

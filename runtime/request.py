@@ -200,6 +200,11 @@ def _check_embeds(request: Request) -> None:
                     f"{sign}{name} hold {array.shape[0]} rows for {request.num_prompts} prompts",
                     hint="pass one row for each prompt",
                 )
+        further = [name for name, texts in request.further_texts(negative=negative).items() if texts]
+        if given and further:
+            raise UsageError(
+                f"{further[0]} and {sign}{next(iter(given))} are both given", hint="pass texts or embeddings"
+            )
         embeds, mask = given.get("prompt_embeds"), given.get("prompt_attention_mask")
         if embeds is None:
             continue

@@ -11,6 +11,9 @@ from ditc.runtime.errors import CheckpointError, MissingExtra
 # org/name or org/name@revision, as huggingface_hub validates them.
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
+# As diffusers and transformers name them, single or sharded. SD3.5's repositories also hold text encoders for other
+# programs (text_encoders/t5xxl_fp16.safetensors), 15 GB that no diffusers pipeline reads.
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model[^.]*\.safetensors(?:\.index\.json)?")
 # Data only. The .txt files are CLIP's merges; chat templates and code are left where they are.
 DATA_SUFFIXES = (".json", ".safetensors", ".txt")
 
@@ -69,7 +72,7 @@ def _is_chosen(name: str, with_variant: set[str], variant: str | None) -> bool:
     component, file = name.split("/")
     if component in with_variant:
         return f".{variant}" in file
-    return re.fullmatch(r"[^.]+\.safetensors(\.index\.json)?", file) is not None
+    return WEIGHTS.fullmatch(file) is not None
 
 
 def _cached(repo: str, revision: str | None, cache_dir: Path | None, cause: Exception) -> Path:

@@ -151,6 +151,7 @@ def test_shards_indices_and_merges_are_wanted_other_layouts_are_not() -> None:
         "text_encoder/model.fp16-00001-of-00002.safetensors",
         "deep/er/config.json",
         "unet/model.onnx",
+        "text_encoders/t5xxl_fp16.safetensors",
     ]
     default = {files[1], files[2], files[3], files[4], files[5]}
     assert set(wanted_files(files, None)) == default

@@ -169,6 +169,18 @@ def test_embeddings_of_another_length_are_served_too(pipeline, reference) -> Non
             {"prompt_embeds": np.zeros((1, 700, 40)), "pooled_prompt_embeds": np.zeros((1, 20))},
             "700 tokens, this bundle takes 1 to 589",
         ),
+        (
+            {"prompt_embeds": np.zeros((1, 93, 40)), "pooled_prompt_embeds": np.zeros((1, 1, 20, 1))},
+            r"pooled_prompt_embeds is \(1, 20, 1\)",
+        ),
+        (
+            {
+                "prompt_embeds": np.zeros((1, 93, 40)),
+                "pooled_prompt_embeds": np.zeros((1, 20)),
+                "prompt_3": "cat",
+            },
+            "prompt_3 and prompt_embeds are both given",
+        ),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused(pipeline, arguments, message) -> None:
@@ -197,6 +209,33 @@ def test_the_third_row_is_computed_in_its_window_only(pipeline) -> None:
     watched = Pipeline(pipeline.manifest, {**pipeline.sessions, DENOISER: counting}, pipeline.conditioning)
     watched("a red cat", seed=1)
     assert counting.rows == [2, 3, 3, 3, 2]
+
+
+class Looping(Counting):
+    """As a session on a GPU: several steps in one launch, all of one shape."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.launches: list[list[int]] = []
+
+    def run_loop(self, feeds: Any, per_step: Any, *, carry: Any, keep: Any) -> dict[str, Tensor]:
+        self.launches.append([step[denoise.GUIDANCE_WEIGHTS].shape[1] for step in per_step])
+        feeds, kept = dict(feeds), []
+        for step in per_step:
+            outputs = self.session.run({**feeds, **step})
+            feeds |= {taken: outputs[given] for given, taken in carry.items()}
+            kept.append({name: outputs[name] for name in keep})
+        return {**outputs, **{name: np.stack([one[name] for one in kept]) for name in keep}}
+
+
+def test_a_launch_of_many_steps_ends_where_the_number_of_rows_changes(pipeline) -> None:
+    looping = Looping(pipeline.sessions[DENOISER])
+    launching = Pipeline(pipeline.manifest, {**pipeline.sessions, DENOISER: looping}, pipeline.conditioning)
+    request = {"seed": 1, "output_type": "np", "num_inference_steps": 6}
+    picture = launching("a red cat", **request).images
+    assert looping.launches == [[3, 3, 3, 3]], "single steps before and behind need no loop"
+    assert looping.rows == [2, 2]
+    np.testing.assert_array_equal(picture, pipeline("a red cat", **request).images)
 
 
 def test_requests_with_and_without_skipped_layers_share_a_batch(pipeline) -> None:
