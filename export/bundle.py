@@ -222,6 +222,8 @@ class _Builder:
             "profiles": to_json(profiles),
             "library_version": library,
             "gpu": to_json(gpu),
+            "linear_attention": options.linear_attention,
+            "weight_streaming": options.weight_streaming,
         }
         key = digest(inputs)
         finished = self._reused(stage, self.journal.finished(record, key))
@@ -240,6 +242,8 @@ class _Builder:
             profiles=profiles,
             timing_cache=self.journal.folder / "timing.cache",
             tf32=graph.precision is Precision.TF32,
+            linear_attention=options.linear_attention,
+            weight_streaming=options.weight_streaming,
             progress=lambda phase, step, steps: self._report(stage, "working", f"{phase} {step}/{steps}"),
         )
         artifact = Artifact(

@@ -11,12 +11,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from ditc.export.engines.graph_files import graph_size_bytes, inlined
 from ditc.export.engines.memory import PeakMemory, estimate_build_bytes
+from ditc.export.engines.plugins import has_linear_attention, with_plugin
 from ditc.export.engines.targets import SM75_HINT, check_targets, check_types, engine_targets
 from ditc.export.engines.tensorrt import Compiler, Progress, ShapeRange, load_library
 from ditc.runtime.errors import BuildError
@@ -34,6 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Profile = Mapping[str, Range]
+LinearAttention = Literal["decomposed", "plugin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ def build_engine(
     timing_cache: Path | None = None,
     refit: bool = False,
     tf32: bool = False,
+    linear_attention: LinearAttention = "decomposed",
+    weight_streaming: bool = False,
     progress: Progress | None = None,
 ) -> EngineReport:
     """Build one engine file for all targets and profiles.
@@ -100,6 +105,9 @@ def build_engine(
             nothing while it builds.
         refit: let the weights be replaced later (REFIT_IDENTICAL). Needs a GPU.
         tf32: let fp32 matrix products use TF32; fp32 means fp32 unless this is asked for.
+        linear_attention: "decomposed" inlines the op's function, "plugin" leaves it to ditc's plugin, where the graph
+            has any (docs/backends.md).
+        weight_streaming: let the runtime keep weights on the host (`ditc run --low-vram`).
         progress: called as progress(phase, step, steps); an exception in it stops the build.
 
     Raises:
@@ -114,8 +122,9 @@ def build_engine(
     _check_space(spec, onnx_path, out)
     begin = time.monotonic()
     with PeakMemory() as memory:
-        compiler = Compiler(backend, progress)
-        _parse(compiler, spec, onnx_path)
+        plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
+        compiler = Compiler(backend, progress, plugins=plugin)
+        _parse(compiler, spec, onnx_path, plugin=plugin)
         check_types(targets, compiler.types())
         used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
         for profile in used:
@@ -124,6 +133,8 @@ def build_engine(
         tf32_flag = compiler.allow_tf32(tf32)
         if refit:
             compiler.allow_refit()
+        if weight_streaming:
+            compiler.allow_weight_streaming()
         if timing_cache and backend is Backend.TENSORRT:
             compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         _write(compiler, spec, out)
@@ -145,9 +156,11 @@ def build_engine(
     )
 
 
-def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path) -> None:
-    with inlined(onnx_path) as path:
-        complaint = compiler.parse(path)
+def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path, *, plugin: bool) -> None:
+    with ExitStack() as stack:
+        if plugin:
+            onnx_path = stack.enter_context(with_plugin(onnx_path, compiler.backend))
+        complaint = compiler.parse(stack.enter_context(inlined(onnx_path)))
     if complaint is not None:
         raise BuildError(
             f"{spec.name}: {compiler.backend} cannot read {onnx_path}: {complaint}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ditc.runtime.spec import Backend, Precision
 
@@ -26,6 +27,8 @@ class BuildOptions:
         base_precision: what an int8 or fp8 denoiser computes in outside its 8-bit GEMMs; None for fp32 in ONNX
             Runtime and fp16 in engines.
         opset: of the ONNX graphs.
+        linear_attention: what engines compute it with: standard ops, or ditc's plugin.
+        weight_streaming: engines whose weights may stay on the host (`ditc run --low-vram`).
     """
 
     precision: Precision = Precision.FP32
@@ -38,6 +41,8 @@ class BuildOptions:
     ranges: Path | None = None
     base_precision: Precision | None = None
     opset: int = OPSETS[0]
+    linear_attention: Literal["decomposed", "plugin"] = "decomposed"
+    weight_streaming: bool = False
 
     @property
     def quantized(self) -> bool:

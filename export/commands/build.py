@@ -41,6 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="engines: comma-separated, such as sm80,sm86,sm89,sm120",
     )
     parser.add_argument(
+        "--linear-attention",
+        default="decomposed",
+        choices=["decomposed", "plugin"],
+        help="engines: from standard ops, or by ditc's plugin, which needs the extra `plugin` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="engines: let the weights stay in host memory when run with --low-vram",
+    )
+    parser.add_argument(
         "--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)"
     )
     parser.add_argument(
@@ -92,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         base_precision=arguments.base_precision and Precision(arguments.base_precision),
         opset=arguments.opset,
         targets=tuple(filter(None, arguments.targets.split(","))),
+        linear_attention=arguments.linear_attention,
+        weight_streaming=arguments.weight_streaming,
     )
     report = up_to_date(arguments.checkpoint, arguments.output, options)
     if report is not None:  # said without importing torch, which takes seconds

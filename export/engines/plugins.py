@@ -16,11 +16,14 @@ from typing import Any
 
 import onnx
 
+from ditc.export.engines.tensorrt import load_library
 from ditc.export.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
 from ditc.export.ops.relu_linear_attention.ptx import pair_as_json
+from ditc.export.ops.relu_linear_attention.qdp import register_qdp
 from ditc.runtime.errors import BuildError
+from ditc.runtime.plugins import register
 from ditc.runtime.plugins.relu_linear_attention import NAMESPACE, VERSION
-from ditc.runtime.spec import DType
+from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +36,24 @@ _TYPES = {
 
 
 @contextmanager
-def with_plugin(onnx_path: Path, *, sm: int) -> Iterator[Path]:
-    """A copy of the graph, beside it for its weights, whose linear attention is left to the plugin.
+def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
+    """A copy of the graph, beside it for its weights, whose linear attention is left to the backend's plugin.
+
+    TensorRT-RTX: the IPluginV3 of runtime/plugins, its kernels in the graph. TensorRT: the QDP plugin of
+    export/ops/relu_linear_attention/qdp.py, whose kernel goes into the engine: nothing is needed to run it.
 
     Raises:
         BuildError: the graph has none. MissingExtra: Triton is not installed.
     """
     model = onnx.load(onnx_path, load_external_data=False)
-    if not use_plugin(model, sm=sm):
+    if not use_plugin(model, kernels=backend is Backend.TENSORRT_RTX):
         raise BuildError(
             f"{onnx_path} has no linear attention that a plugin could compute",
             hint="leave --linear-attention plugin out",
         )
+    if backend is Backend.TENSORRT_RTX:
+        link_library()
+    _register(backend)
     copy = onnx_path.with_name(f"{onnx_path.name}.plugin.{os.getpid()}.partial")
     try:
         copy.write_bytes(model.SerializeToString())
@@ -59,8 +68,11 @@ def has_linear_attention(onnx_path: Path) -> bool:
     return any(_is_ours(node) for node in model.graph.node)
 
 
-def use_plugin(model: onnx.ModelProto, *, sm: int) -> int:
-    """Remove the op's body and give each node its kernels, in place. Returns the number of nodes.
+def use_plugin(model: onnx.ModelProto, *, kernels: bool) -> int:
+    """Remove the op's body and name the plugin in each node, in place. Returns the number of nodes.
+
+    Args:
+        kernels: give each node its compiled kernels, too.
 
     Raises:
         BuildError: the type or head dimension of a node is unknown. MissingExtra: Triton is not installed.
@@ -68,15 +80,10 @@ def use_plugin(model: onnx.ModelProto, *, sm: int) -> int:
     values = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.input)}
     nodes = [node for node in model.graph.node if _is_ours(node)]
     for node in nodes:
-        dtype, head_dim = _facts(node, values)
-        node.attribute.extend(
-            onnx.helper.make_attribute(name, value)
-            for name, value in (
-                ("kernels", pair_as_json(dtype, head_dim, sm)),
-                ("plugin_namespace", NAMESPACE),
-                ("plugin_version", VERSION),
-            )
-        )
+        facts = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+        if kernels:
+            facts["kernels"] = pair_as_json(*_facts(node, values))
+        node.attribute.extend(onnx.helper.make_attribute(name, text) for name, text in facts.items())
     kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
     del model.functions[:]
     model.functions.extend(kept)
@@ -91,7 +98,7 @@ def link_library() -> None:
     Raises:
         BuildError: the folder cannot be written; with the command that makes the link.
     """
-    folder = _wheel_folder()
+    folder = wheel_folder()
     if folder is None or os.name == "nt" or _reachable(folder):
         return
     link = folder / LINK
@@ -105,12 +112,21 @@ def link_library() -> None:
     log.warning("made %s -> %s.1, which the wheel lacks and plugins need", link, LINK)
 
 
+def _register(backend: Backend) -> None:
+    library = load_library(backend)
+    if backend is Backend.TENSORRT_RTX:
+        register(library)
+    else:
+        register_qdp(library)
+
+
 def _reachable(folder: Path) -> bool:
     searched = [folder, *map(Path, filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))]
     return any((path / LINK).exists() for path in searched)
 
 
-def _wheel_folder() -> Path | None:
+def wheel_folder() -> Path | None:
+    """Where the wheel keeps its libraries; None if it is not installed."""
     for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
         try:
             files = distribution(name).files or []

@@ -42,7 +42,7 @@ def load_library(backend: Backend) -> Any:
 class Compiler:
     """One network on its way from ONNX to an engine. Owns the library's builder, network and config."""
 
-    def __init__(self, backend: Backend, progress: Progress | None = None) -> None:
+    def __init__(self, backend: Backend, progress: Progress | None = None, *, plugins: bool = False) -> None:
         self._trt = load_library(backend)
         self.backend = backend
         self.version: str = self._trt.__version__
@@ -50,7 +50,9 @@ class Compiler:
         self._logger = _make_logger(self._trt, self.messages)
         self._builder = self._trt.Builder(self._logger)
         # Flags 0: TensorRT 11 and TensorRT-RTX type networks strongly without being asked.
-        self._network = self._builder.create_network(0)
+        # With plugins, TensorRT is told to take their compiled kernels; TensorRT-RTX has no such flag.
+        flag = getattr(self._trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)
+        self._network = self._builder.create_network(1 << int(flag) if plugins and flag is not None else 0)
         self._config = self._builder.create_builder_config()
         self._monitor = _make_monitor(self._trt, progress) if progress else None
         if self._monitor:
@@ -102,6 +104,14 @@ class Compiler:
     def allow_refit(self) -> None:
         """Let the weights be replaced later. In 11.3.0 plain REFIT can drop a GEMM's bias."""
         self._config.set_flag(self._trt.BuilderFlag.REFIT_IDENTICAL)
+
+    def allow_weight_streaming(self) -> None:
+        """Let the runtime keep weights on the host."""
+        self._config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
+
+    def layer_kinds(self) -> list[str]:
+        """Kind of every layer of the parsed network: "PLUGIN_V3", "MATRIX_MULTIPLY" and so on."""
+        return [self._network.get_layer(index).type.name for index in range(self._network.num_layers)]
 
     def add_profile(self, shapes: Mapping[str, ShapeRange]) -> bool:
         """Add an optimisation profile. Returns False if the library finds it invalid."""

@@ -20,11 +20,11 @@ class PtxKernel:
         self.name, self.ptx, self.threads, self.shared_bytes = name, ptx, threads, shared_bytes
         self._function: Any = None
 
-    def launch(self, grid: tuple[int, int], arguments: Sequence[int | float | None], stream: int) -> None:
+    def launch(self, grid: tuple[int, int], arguments: Sequence[int | float], stream: int) -> None:
         """Put the kernel into the stream.
 
         Args:
-            arguments: pointers as `ctypes.c_void_p` or None, integers as int (i32), floats as float (fp32).
+            arguments: addresses as Pointer, integers as int (i32), floats as float (fp32).
 
         Raises:
             MissingExtra, SessionError: cuda-python is not installed, or the driver refuses the kernel.
@@ -40,7 +40,9 @@ class PtxKernel:
     def _load(self, driver: Any) -> Any:
         (module,) = _check(driver, driver.cuModuleLoadData(self.ptx.encode() + b"\0"), self.name)
         (function,) = _check(driver, driver.cuModuleGetFunction(module, self.name.encode()), self.name)
-        if self.shared_bytes > 48 * 1024:  # beyond what every kernel may have without asking (programming guide)
+        if (
+            self.shared_bytes > 48 * 1024
+        ):  # beyond what every kernel may have without asking (programming guide)
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver, driver.cuFuncSetAttribute(function, limit, self.shared_bytes), self.name)
         return function
@@ -51,7 +53,7 @@ class Pointer(int):
 
 
 def _kind(value: object) -> Any:
-    if value is None or isinstance(value, Pointer):
+    if isinstance(value, Pointer):
         return ctypes.c_void_p
     return ctypes.c_float if isinstance(value, float) else ctypes.c_int32
 

@@ -59,11 +59,10 @@ class Launcher:
         shares = self.shares(tokens)
         kv = Pointer(workspace)
         total = Pointer(workspace + batch * heads * shares * self.block_d**2 * 4)
-        # Triton adds two pointers to every kernel, for scratch memory that these do not use.
         ints = (tokens, heads, SHARE)
-        self.kv.launch((shares, batch * heads), (Pointer(k), Pointer(v), kv, total, *ints, None, None), stream)
+        self.kv.launch((shares, batch * heads), (Pointer(k), Pointer(v), kv, total, *ints), stream)
         blocks = -(-tokens // self.block_n)
-        rest = (tokens, heads, shares, float(self.eps), None, None)
+        rest = (tokens, heads, shares, float(self.eps))
         self.out.launch((blocks, batch * heads), (Pointer(q), kv, total, Pointer(out), *rest), stream)
 
 
@@ -125,9 +124,7 @@ def _plugin_class(trt: Any) -> Any:
 
         def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
             desc = in_out[pos].desc
-            return bool(
-                desc.format == trt.TensorFormat.LINEAR and desc.type == types[self.launcher.dtype]
-            )
+            return bool(desc.format == trt.TensorFormat.LINEAR and desc.type == types[self.launcher.dtype])
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             pass

@@ -57,7 +57,7 @@ class CudaRuntime:
         try:
             from cuda.bindings import runtime
         except ImportError as e:
-            raise MissingExtra("cuda-python", "cuda") from e
+            raise MissingExtra("cuda-python", "rtx") from e
         self._cuda = runtime
         self._device = device
         self._call(runtime.cudaSetDevice(device), "cudaSetDevice")

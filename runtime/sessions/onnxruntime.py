@@ -9,7 +9,7 @@ from typing import Any
 
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.session import Session, Tensor, to_numpy
-from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.spec import DENOISER, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class OnnxRuntimeSession:
         provider: an execution provider's name, or None for CUDA when present, else the CPU. OPENVINO runs on the
             CPU too, and needs the extra of that name.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+        cuda_graph: let the CUDA provider capture; the graph must then run on it alone.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class OnnxRuntimeSession:
         precision: Precision = Precision.FP32,
         provider: str | None = None,
         threads: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         import onnxruntime as ort
 
@@ -62,14 +64,14 @@ class OnnxRuntimeSession:
         tf32 = "1" if precision is Precision.TF32 else "0"
         providers: list[Any] | None = [self.provider]
         if self.provider == CUDA:
-            providers = [(CUDA, {"use_tf32": tf32}), CPU]
+            providers = [(CUDA, {"use_tf32": tf32, "enable_cuda_graph": str(int(cuda_graph))}), CPU]
         if self.provider == OPENVINO:
             _add_openvino(options, threads)
             providers = None
         try:
             self._session = ort.InferenceSession(str(model), options, providers=providers)
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
-            raise SessionError(f"{spec.name}: ONNX Runtime cannot load {model.name}: {_first_line(e)}") from e
+            raise SessionError(f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}") from e
         self._outputs = [out.name for out in self._session.get_outputs()]
         self._check_graph()
 
@@ -79,7 +81,7 @@ class OnnxRuntimeSession:
             results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
         except Exception as e:  # as above
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
-            raise SessionError(f"{self.spec.name}: {_first_line(e)}; fed {shapes}") from e
+            raise SessionError(f"{self.spec.name}: {first_line(e)}; fed {shapes}") from e
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
@@ -100,6 +102,13 @@ class OnnxRuntimeSession:
 
 def open_onnxruntime(model: Path, spec: StageSpec, *, precision: Precision, threads: int = 0) -> Session:
     """The session that serves this machine best: on the GPU where the CUDA provider is there, else on the CPU."""
+    import onnxruntime as ort
+
+    if CUDA in ort.get_available_providers():
+        from ditc.runtime.sessions.onnxruntime_device import open_on_cuda
+
+        # The denoiser runs many times with one shape; the other stages once a request.
+        return open_on_cuda(model, spec, precision=precision, graphs=spec.name == DENOISER)
     return OnnxRuntimeSession(model, spec, precision=precision, threads=threads)
 
 
@@ -123,5 +132,6 @@ def _add_openvino(options: Any, threads: int) -> None:
     options.add_provider_for_devices(devices, settings)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's exception says, without its stack."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

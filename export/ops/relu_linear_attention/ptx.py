@@ -7,11 +7,12 @@ PTX for one compute capability runs on every later one: the driver finishes the 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from ditc.runtime.errors import MissingExtra
+from ditc.runtime.errors import BuildError, MissingExtra
 from ditc.runtime.spec import DType
 
 # Tokens a program takes at once, and warps: chosen for 32-wide heads (64 x 32 16-bit tiles of q, k, v in registers
@@ -55,7 +56,9 @@ def compile_fused(dtype: DType, head_dim: int, eps: float, sm: int = TARGET_SM) 
     """fused_kernel, with eps built in: a TensorRT QDP kernel takes integers only. Raises MissingExtra."""
     sizes = {"EPS": eps, "D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
     x, i = "*" + _TYPES[dtype], "i32"
-    return _compile(load_kernels().fused_kernel, {"q": x, "k": x, "v": x, "N": i, "H": i, "out": x}, sizes, sm)
+    return _compile(
+        load_kernels().fused_kernel, {"q": x, "k": x, "v": x, "N": i, "H": i, "out": x}, sizes, sm
+    )
 
 
 def pair_as_json(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> str:
@@ -95,7 +98,7 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return Kernel(
         name=str(built.metadata.name),
-        ptx=_stripped(str(built.asm["ptx"])),
+        ptx=_without_scratch(_stripped(str(built.asm["ptx"])), len(signature)),
         threads=int(built.metadata.num_warps) * 32,
         shared_bytes=int(built.metadata.shared),
     )
@@ -107,3 +110,18 @@ def _stripped(ptx: str) -> str:
     lines = (line.split("//")[0].rstrip() for line in code.splitlines())
     kept = (line for line in lines if line and not line.lstrip().startswith((".loc", ".file")))
     return "\n".join(kept) + "\n"
+
+
+def _without_scratch(ptx: str, count: int) -> str:
+    """Without the parameters behind the first `count`: Triton (3.9) adds two pointers to scratch memory.
+
+    These kernels use none, and whoever launches them (TensorRT, for a QDP kernel) does not know of them.
+    """
+    names = sorted(set(re.findall(r"\w+_param_\d+", ptx)), key=lambda name: int(name.rsplit("_", 1)[1]))
+    for name in names[count:]:
+        if len(re.findall(rf"\b{name}\b", ptx)) != 1:
+            raise BuildError(
+                f"a kernel uses {name}, scratch memory that nobody provides", hint="use Triton 3.9"
+            )
+        ptx = re.sub(rf",\n[^\n]*\b{name}\b", "", ptx)
+    return ptx

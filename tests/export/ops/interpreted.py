@@ -12,14 +12,14 @@ from ditc.export.ops.relu_linear_attention.reference import relu_linear_attentio
 from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 
 # B, N, H, D: Sana's head, tokens that fill no block, several shares, DC-AE's 3-head scale, an odd head dimension.
-SHAPES = [(1, 64, 2, 32), (2, 100, 3, 32), (1, 1030, 1, 32), (1, 65, 2, 24), (1, 1, 1, 16)]
+SHAPES = [(1, 64, 2, 32), (2, 100, 3, 32), (1, 600, 1, 32), (1, 65, 1, 24), (1, 1, 1, 16)]
 
 
 def main() -> None:
     """Relative L2 of both forms and of the op itself against fp64, one JSON object a line."""
     torch.manual_seed(0)
     for shape in SHAPES:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16):
             q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
             exact = relu_linear_attention_reference(q, k, v, DIFFUSERS_EPS)
             forms = {

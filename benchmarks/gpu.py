@@ -1,0 +1,419 @@
+"""What does a GPU make of the engines, beside diffusers eager and torch.compile, on the same weights in one run?
+
+    python -m benchmarks.gpu sana-0.6b sana-1.6b dc-ae --sizes 512 1024
+
+For each model, size and batch: latency of one call (a guided denoiser step, a decode), host time of handing it over,
+images a second, peak memory, relative L2 against diffusers in fp32, and the share of what the GPU can do at most,
+which a copy and a matrix product measure in the same run. With --bundle also whole pictures, loop graph included.
+Random weights at full width. What cannot run here is listed with the reason. Writes results/<gpu>-<date>.json.
+Without a GPU it ends with exit code 2. It was never run on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.build_scale import CASES, OTHERS, SCHEDULERS, TOKENIZER, make
+from benchmarks.machine import spread, write
+from ditc.runtime.errors import DitcError
+from ditc.runtime.gpu import find_gpu
+from ditc.runtime.session import Array, Session, to_numpy
+from ditc.runtime.sessions import ENGINES, missing
+from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
+
+BATCHES = (1, 2, 4, 8, 16)
+SCALE = 32  # pixels a latent cell of DC-AE f32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that computes a stage. call returns its result; wait ends when the GPU is done."""
+
+    call: Callable[[], Any]
+    wait: Callable[[], None]
+    result: Callable[[], Array]
+
+
+def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, Any]:
+    """Latency with the GPU waited for, and host time: how long the call itself takes to return."""
+    for _ in range(warmup):
+        candidate.call()
+    candidate.wait()
+    latency, host = [], []
+    for _ in range(repeats):
+        before = perf_counter()
+        candidate.call()
+        host.append(perf_counter() - before)
+        candidate.wait()
+        latency.append(perf_counter() - before)
+    p95 = float(np.percentile(latency, 95))
+    return {"latency_s": {**spread(latency), "p95": p95}, "host_s": spread(host)}
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a copy (read and written) and operations a second of a bf16 product, on this GPU, now."""
+    import torch
+
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target, square = torch.empty_like(source), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = Candidate(lambda: target.copy_(source), torch.cuda.synchronize, lambda: np.empty(0))
+    product = Candidate(lambda: square @ square, torch.cuda.synchronize, lambda: np.empty(0))
+    seconds = [measured(c, warmup=5, repeats=20)["latency_s"]["median"] for c in (copy, product)]
+    return {"copy_bytes_per_s": 2 * source.numel() / seconds[0], "matmul_flops": 2 * 8192**3 / seconds[1]}
+
+
+def kernel_bandwidth(ceiling_bytes: float) -> dict[str, Any]:
+    """The linear-attention kernels at Sana-1.6B's 1024 px: bytes that must be moved, over the time."""
+    import torch
+
+    from ditc.export.ops.relu_linear_attention.reference import relu_linear_attention_reference
+    from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
+    from ditc.export.ops.relu_linear_attention.triton_op import (
+        relu_linear_attention_fused,
+        relu_linear_attention_triton,
+    )
+
+    q, k, v = (torch.randn(2, 1024, 70, 32, device="cuda", dtype=torch.float16) for _ in range(3))
+    exact = relu_linear_attention_reference(q[:1], k[:1], v[:1], DIFFUSERS_EPS)
+    results = {}
+    forms = {
+        "pair": relu_linear_attention_triton,
+        "fused": relu_linear_attention_fused,
+        "torch": relu_linear_attention,
+    }
+    for name, form in forms.items():
+        candidate = Candidate(
+            lambda form=form: form(q, k, v, DIFFUSERS_EPS), torch.cuda.synchronize, lambda: np.empty(0)
+        )
+        times = measured(candidate, warmup=10, repeats=50)
+        rate = 4 * q.numel() * q.element_size() / times["latency_s"]["median"]
+        error = (form(q[:1], k[:1], v[:1], DIFFUSERS_EPS).double() - exact).norm() / exact.norm()
+        results[name] = {
+            **times,
+            "bytes_per_s": rate,
+            "share_of_copy": rate / ceiling_bytes,
+            "relative_l2": float(error),
+        }
+    return results
+
+
+@contextmanager
+def checkpoint(name: str) -> Iterator[Path]:
+    """Random weights at full width, as diffusers would save them."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-bench-"))
+    directory = folder / CASES[name].component
+    directory.mkdir()
+    try:
+        make(name, directory)
+        yield directory
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def torch_candidates(name: str, directory: Path, size: int, batch: int) -> dict[str, Callable[[], Candidate]]:
+    """diffusers in fp32 (the reference of fidelity) and bf16, and torch.compile."""
+    import diffusers
+    import torch
+
+    case = CASES[name]
+    network_class = getattr(diffusers, case.config["_class_name"])
+
+    def build(dtype: Any, mode: str | None) -> Candidate:
+        network = network_class.from_pretrained(directory, torch_dtype=dtype).eval().to("cuda")
+        feeds = torch_feeds(name, size, batch, dtype)
+        run = network if case.stage == DENOISER else network.decode
+        run = torch.compile(run, mode=mode) if mode else run
+
+        @torch.inference_mode()
+        def call() -> Any:
+            return run(**feeds, return_dict=False)[0]
+
+        return Candidate(call, torch.cuda.synchronize, lambda: call().float().cpu().numpy())
+
+    return {
+        "diffusers fp32": lambda: build(torch.float32, None),
+        "diffusers bf16": lambda: build(torch.bfloat16, None),
+        "torch.compile bf16": lambda: build(torch.bfloat16, "max-autotune"),
+    }
+
+
+def inputs(name: str, size: int, batch: int) -> dict[str, Array]:
+    """The same numbers for every candidate: latents, and the text of a guided step (two rows a picture)."""
+    rng, cells = np.random.default_rng(0), size // SCALE
+    latents = rng.standard_normal((batch, 32, cells, cells), np.float32)
+    if CASES[name].stage != DENOISER:
+        return {"latents": latents}
+    text = rng.standard_normal((2 * batch, 300, 2304), np.float32)
+    return {"latents": latents, "text": text, "mask": np.ones((2 * batch, 300), np.int64)}
+
+
+def torch_feeds(name: str, size: int, batch: int, dtype: Any) -> dict[str, Any]:
+    """`inputs` under diffusers' names."""
+    import torch
+
+    given = {key: torch.from_numpy(value).cuda() for key, value in inputs(name, size, batch).items()}
+    latents = given["latents"].to(dtype)
+    if CASES[name].stage != DENOISER:
+        return {"z": latents}
+    return {
+        "hidden_states": torch.cat([latents, latents]),
+        "encoder_hidden_states": given["text"].to(dtype),
+        "timestep": torch.full((2 * batch,), 500.0, device="cuda"),
+        "encoder_attention_mask": given["mask"],
+    }
+
+
+def ours(name: str, directory: Path, work: Path, size: int) -> dict[str, Callable[[], tuple[Session, Any]]]:
+    """Every backend and 16-bit precision of ours; each makes its session, or says with an error why it cannot."""
+    from ditc.export.adapters import find_adapter
+    from ditc.export.checkpoint import Checkpoint, Component, open_component
+    from ditc.export.checkpoints.tensors import TensorSource
+    from ditc.export.engine import build_engine
+    from ditc.export.onnx import to_onnx
+    from ditc.export.stages import BuildOptions
+    from ditc.runtime.manifest import Artifact
+    from ditc.runtime.sessions import open_device, open_session
+    from ditc.runtime.sessions.onnxruntime_device import open_on_cuda
+
+    case, gpu = CASES[name], find_gpu()
+    assert gpu is not None
+    components = {key: Component(key, config, TensorSource({}), ()) for key, config in OTHERS["sana"].items()}
+    components[case.component] = open_component(directory)
+    source = Checkpoint(
+        path=directory,
+        model_index={},
+        components=components,
+        scheduler_config=SCHEDULERS["sana"],
+        tokenizers={"tokenizer": TOKENIZER},
+        defaults={"height": size, "width": size, "complex_human_instruction": None},
+    )
+
+    def graph(precision: Precision) -> tuple[Path, StageSpec]:
+        options = BuildOptions(precision=precision, max_batch=max(BATCHES))
+        adapter = find_adapter(source)
+        module = adapter.load(source, adapter.plan(source, options), case.stage, options)
+        path = work / f"{case.stage}-{size}-{precision.value}.onnx"
+        if not path.is_file():
+            to_onnx(module, path, check=False)
+        return path, module.spec
+
+    def onnxruntime(precision: Precision) -> tuple[Session, Any]:
+        path, spec = graph(precision)
+        return open_on_cuda(path, spec, precision=precision, graphs=True), None
+
+    def engine(backend: Backend, precision: Precision, form: Any) -> tuple[Session, Any]:
+        if lack := missing(backend):
+            raise DitcError(lack)
+        path, spec = graph(precision)
+        out = path.with_name(f"{path.stem}-{form}.{backend.value}")
+        targets = (gpu.sm,) if backend is Backend.TENSORRT_RTX else ("this-gpu",)
+        build_engine(path, out, spec=spec, backend=backend, targets=targets, linear_attention=form)
+        from ditc.runtime.gpu import library_version
+        from ditc.runtime.integrity import file_ref
+
+        artifact = Artifact(
+            spec=spec,
+            precision=precision,
+            backend=backend,
+            file=file_ref(out, work),
+            key=out.name,
+            targets=targets,
+            library=library_version(backend),
+            gpu=gpu.name,
+        )
+        device = open_device()
+        return open_session(out, artifact, device=device), device
+
+    made: dict[str, Callable[[], tuple[Session, Any]]] = {}
+    for precision in (Precision.FP16, Precision.BF16):
+        made[f"onnxruntime {precision.value}"] = lambda p=precision: onnxruntime(p)
+        for backend in ENGINES:
+            for form in ("decomposed", "plugin"):
+                made[f"{backend.value} {precision.value} {form}"] = lambda b=backend, p=precision, f=form: (
+                    engine(b, p, f)
+                )
+    return made
+
+
+def session_candidate(session: Session, device: Any, name: str, size: int, batch: int) -> Candidate:
+    """A session on random feeds of its spec; what the host reads of the result is the prediction."""
+    from ditc.export.stages import example_feeds, example_sizes
+
+    sizes = {**example_sizes(session.spec), "batch": batch, "height": size // SCALE, "width": size // SCALE}
+    if "rows" in sizes:
+        sizes["rows"] = 2 * batch
+    feeds: dict[str, Any] = {**example_feeds(session.spec, sizes)}
+    feeds["latents"] = inputs(name, size, batch)["latents"]
+    for value in feeds.values():
+        value.flags.writeable = False
+    output = session.spec.outputs[0].name
+    last: list[Any] = []
+
+    def call() -> Any:
+        last[:] = [session.run(feeds)[output]]
+        return last[0]
+
+    wait = device.synchronize if device is not None else lambda: to_numpy(last[0]) is None
+    return Candidate(call, wait, lambda: to_numpy(call()))
+
+
+def compare(name: str, size: int, *, repeats: int, ceiling: dict[str, float]) -> dict[str, Any]:
+    """All candidates of one model and size; latency at each batch, fidelity at batch 1."""
+    import torch
+
+    results: dict[str, Any] = {}
+    with checkpoint(name) as directory:
+        work = directory.parent
+        flops = _flops(torch_candidates(name, directory, size, 1)["diffusers fp32"]())
+        reference = None
+        for label, build in torch_candidates(name, directory, size, 1).items():
+            results[label] = {}
+            for batch in BATCHES:
+                torch.cuda.reset_peak_memory_stats()
+                try:
+                    candidate = torch_candidates(name, directory, size, batch)[label]()
+                    entry = measured(candidate, warmup=5, repeats=repeats)
+                    if batch == 1:
+                        found = candidate.result()
+                        reference = found if reference is None else reference
+                        entry["relative_l2_of_fp32"] = _distance(found, reference)
+                except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
+                    results[label][batch] = {"failed": str(e).splitlines()[0]}
+                    break
+                peak = torch.cuda.max_memory_allocated()
+                results[label][batch] = _rated(entry, batch, flops, ceiling) | {"peak_bytes": peak}
+                del candidate
+                torch.cuda.empty_cache()
+            del build
+        for label, open_it in ours(name, directory, work, size).items():
+            results[label] = {}
+            try:
+                session, device = open_it()
+                for batch in BATCHES:
+                    candidate = session_candidate(session, device, name, size, batch)
+                    entry = _rated(measured(candidate, warmup=5, repeats=repeats), batch, flops, ceiling)
+                    results[label][batch] = entry | {"peak_bytes": device.peak_bytes if device else None}
+                session.close()
+            except DitcError as e:
+                results[label]["failed"] = str(e)
+    return results
+
+
+def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
+    """Whole requests with 20 steps by every backend that the bundle and this GPU share: loop graph and step by step."""
+    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime.request import Request
+
+    results: dict[str, Any] = {}
+    for backend in (*ENGINES, Backend.ONNXRUNTIME):
+        try:
+            with Pipeline.load(bundle, backend=backend.value) as pipeline:
+                for at_once in (None, 1):
+                    pipeline.steps_per_launch = at_once
+                    request = Request(prompt="a red heart", num_inference_steps=20, seed=1)
+                    laps = [pipeline.draw(request).seconds for _ in range(repeats + 2)][2:]
+                    label = f"{backend.value} {'whole loop' if at_once is None else 'step by step'}"
+                    total = [sum(lap.values()) for lap in laps]
+                    results[label] = {
+                        "chosen": pipeline.chosen,
+                        "seconds": {**spread(total), "p95": float(np.percentile(total, 95))},
+                        "parts": {part: spread([lap[part] for lap in laps]) for part in laps[0]},
+                    }
+        except DitcError as e:
+            results[backend.value] = {"failed": str(e)}
+    return results
+
+
+def _flops(candidate: Candidate) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        candidate.call()
+    return int(counter.get_total_flops())
+
+
+def _rated(entry: dict[str, Any], batch: int, flops: int, ceiling: dict[str, float]) -> dict[str, Any]:
+    seconds = entry["latency_s"]["median"]
+    share = flops * batch / seconds / ceiling["matmul_flops"]
+    return {**entry, "images_per_s": batch / seconds, "share_of_matmul_ceiling": share}
+
+
+def _distance(found: Array, reference: Array) -> float:
+    difference = found.astype(np.float64) - reference
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown for the README: one row a candidate, at batch 1."""
+    lines = [
+        "| model | candidate | median ms | p95 ms | host ms | rel. L2 | of ceiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, candidates in results.items():
+        for label, batches in candidates.items():
+            one = batches.get(1)
+            if one is None or "failed" in one:
+                why = batches.get("failed") or (one or {}).get("failed", "not run")
+                lines.append(f"| {model} | {label} | not run: {why} | | | | |")
+                continue
+            latency, host = one["latency_s"], one["host_s"]["median"]
+            error = one.get("relative_l2_of_fp32")
+            fidelity = "see parity" if error is None else f"{error:.1e}"
+            lines.append(
+                f"| {model} | {label} | {latency['median'] * 1e3:.2f} | {latency['p95'] * 1e3:.2f} | "
+                f"{host * 1e3:.3f} | {fidelity} | {one['share_of_matmul_ceiling']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    models = [
+        name
+        for name, case in CASES.items()
+        if case.stage in (DENOISER, "vae_decoder") and case.family == "sana"
+    ]
+    parser.add_argument("models", nargs="*", choices=models, default=["sana-0.6b", "sana-1.6b", "dc-ae"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--bundle", type=Path, help="also time whole pictures of this bundle")
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    gpu = find_gpu()
+    if gpu is None:
+        print("benchmarks.gpu: no NVIDIA GPU with a driver (nvidia-smi finds none)", file=sys.stderr)
+        return 2
+    ceiling = ceilings()
+    results: dict[str, Any] = {"gpu": f"{gpu.name} {gpu.sm}", "ceilings": ceiling}
+    try:
+        results["kernels"] = kernel_bandwidth(ceiling["copy_bytes_per_s"])
+    except DitcError as e:
+        results["kernels"] = {"failed": str(e)}
+    measured_models = {
+        f"{name} {size}px": compare(name, size, repeats=arguments.repeats, ceiling=ceiling)
+        for name in arguments.models
+        for size in arguments.sizes
+    }
+    results["models"] = measured_models
+    if arguments.bundle is not None:
+        results["pictures"] = pictures(arguments.bundle, repeats=arguments.repeats)
+    print(json.dumps(results.get("pictures", {}), indent=1))
+    print(table(measured_models))
+    print(write(re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()), results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
