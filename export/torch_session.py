@@ -45,7 +45,7 @@ class TorchSession:
 
 def to_torch(array: Array, dtype: DType) -> torch.Tensor:
     """A host array as a tensor; bf16 arrives as its uint16 bits."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))  # torch warns of read-only memory
     return tensor.view(torch.bfloat16) if dtype is DType.BFLOAT16 else tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             "parity needs one reference: a checkpoint or a saved file",
             hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
+    for place in (arguments.html, arguments.save_reference):
+        if place is not None:
+            _check_writable(place)
     manifest = check_bundle(arguments.bundle)
     recorded = None if arguments.reference is None else read_reference(arguments.reference, manifest)
     if recorded is None:
@@ -93,6 +97,13 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(to_text(report))
     context.close()
     return 0 if report.passed else 1
+
+
+def _check_writable(place: Path) -> None:
+    """Raise UsageError before minutes of work, not after them."""
+    existing = next(parent for parent in (place.parent, *place.parent.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"cannot write {place}: {existing} takes no files", hint="choose another place")
 
 
 def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:

@@ -102,6 +102,14 @@ def test_missing_foreign_and_damaged_reference_files_are_refused_by_name(proven,
         assert words in error
 
 
+@pytest.mark.parametrize("option", ["--html", "--save-reference"])
+def test_a_place_that_takes_no_files_is_refused_before_any_work(option, bundle, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / "out"
+    assert main(["parity", str(bundle), "--against", "no checkpoint", option, str(place)]) == 2
+    assert f"cannot write {place}" in capsys.readouterr().err
+
+
 def test_a_reference_is_needed_and_only_one(bundle, tmp_path, capsys) -> None:
     assert main(["parity", str(bundle)]) == 2
     assert "--against CHECKPOINT" in capsys.readouterr().err
