@@ -225,7 +225,7 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
             spec=spec,
             backend=Backend.TENSORRT_RTX,
             targets=TARGETS,
-            profiles=orientation_profiles(spec, plan.defaults),
+            profiles=orientation_profiles(spec, plan.defaults, Backend.TENSORRT_RTX),
         )
     return {
         "stage": case.stage,

@@ -212,7 +212,7 @@ class _Builder:
     def _engine(self, name: str, graph: Artifact) -> Artifact:
         """The engine of a finished graph, for all targets."""
         options, stage, record = self.options, f"{name} engine", f"engine-{name}"
-        profiles = orientation_profiles(graph.spec, self.plan.defaults)
+        profiles = orientation_profiles(graph.spec, self.plan.defaults, options.backend)
         library = library_version(options.backend)
         gpu = find_gpu() if options.backend is Backend.TENSORRT else None
         inputs = {

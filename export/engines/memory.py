@@ -24,14 +24,15 @@ def estimate_build_bytes(graph_bytes: int) -> int:
 class PeakMemory:
     """Samples the process's resident memory on a thread; `peak_bytes` is the largest sample.
 
-    It counts the whole process: what was resident before the block is in it.
+    It counts the whole process: what was resident before the block is in it. `peak_anonymous_bytes` leaves out pages of
+    mapped files, a checkpoint's weights above all, which the system drops and reads again when memory is short.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.peak_bytes = 0
+        self.peak_bytes = self.peak_anonymous_bytes = 0
 
     def __enter__(self) -> PeakMemory:
         self._sample()
@@ -50,4 +51,7 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+        memory = self._process.memory_info()
+        self.peak_bytes = max(self.peak_bytes, memory.rss)
+        anonymous = memory.rss - getattr(memory, "shared", 0)  # psutil has it on Linux only
+        self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous)
