@@ -14,7 +14,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check types export calibrate engines parity bench run serve demo-checkpoint clean
+.PHONY: help setup demo test test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -50,8 +50,8 @@ test: $(READY)  ## all tests that a CPU runs in minutes
 test-slow: $(READY)  ## the long tests: full-width layers, random kills
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow
 
-test-gpu: $(READY)  ## tests marked gpu
-	$(BIN)/python -m pytest $(TESTS) -q -m gpu
+test-gpu: $(READY)  ## tests marked gpu; skipped with the reason where there is none
+	$(BIN)/python -m pytest $(TESTS) -q -rs -m gpu
 
 check: $(READY) types  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -68,6 +68,9 @@ bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmark
 	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
 	$(BIN)/python -m benchmarks.denoiser_step --model $(MODEL)
+
+bench-gpu: $(READY)  ## engines, ONNX Runtime, diffusers and torch.compile on this machine's GPU; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 and fp8
 	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)

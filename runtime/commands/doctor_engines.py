@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
-from ditc.runtime.gpu import Gpu, find_gpu
+from ditc.runtime.gpu import Gpu, driver_version, find_gpu
+from ditc.runtime.sessions import ENGINES, missing
 
 # tensorrt_rtx.ComputeCapability of 1.7.1.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -32,16 +33,18 @@ LINK = "libtensorrt_rtx.so"
 
 def engine_findings() -> list[Finding]:
     """All of it."""
-    return [*_gpu(find_gpu()), *_targets(), *known_bad(), *missing_link(_rtx_libraries())]
+    gpu = find_gpu()
+    return [*_gpu(gpu), *_targets(), *_runs(), *_plugin(), *known_bad(), *missing_link(_rtx_libraries())]
 
 
 def _gpu(gpu: Gpu | None) -> list[Finding]:
     if gpu is None:
         return [Finding("gpu", "none: engines can be built here (tensorrt-rtx), not run", None)]
+    name = f"{gpu.name}, {gpu.sm}, driver {driver_version() or 'unknown'}"
     if gpu.sm in RTX_TARGETS:
-        return [Finding("gpu", f"{gpu.name}, {gpu.sm}: tensorrt-rtx and tensorrt serve it")]
+        return [Finding("gpu", f"{name}: tensorrt-rtx and tensorrt serve it")]
     hint = "build for it with --backend tensorrt, on this machine"
-    return [Finding("gpu", f"{gpu.name}, {gpu.sm}: not a target of tensorrt-rtx", None, hint)]
+    return [Finding("gpu", f"{name}: not a target of tensorrt-rtx", None, hint)]
 
 
 def _targets() -> list[Finding]:
@@ -52,6 +55,23 @@ def _targets() -> list[Finding]:
             what = ", ".join(RTX_TARGETS) if package == "tensorrt-rtx" else "the GPU of this machine"
             found.append(Finding("builds", f"{package} {installed} for {what}"))
     return found
+
+
+def _runs() -> list[Finding]:
+    """Engine backends that cannot run here, each with the first thing that it lacks; doctor tells those that can."""
+    return [
+        Finding("runs not", f"{backend.value}: {lack}", None)
+        for backend in ENGINES
+        if (lack := missing(backend))
+    ]
+
+
+def _plugin() -> list[Finding]:
+    """Whether --linear-attention plugin can be built."""
+    triton = _version("triton")
+    if triton is None:
+        return [Finding("plugin", "triton is not installed", None, 'pip install "ditc[plugin]" (optional)')]
+    return [Finding("plugin", f"triton {triton} compiles the linear-attention kernels")]
 
 
 def known_bad() -> list[Finding]:
@@ -67,7 +87,7 @@ def missing_link(libraries: Path | None) -> list[Finding]:
     """The wheel ships libtensorrt_rtx.so.1 alone; the parser opens libtensorrt_rtx.so when it meets a plugin."""
     if libraries is None or os.name == "nt" or (libraries / LINK).exists():
         return []
-    hint = f"only for plugins of your own (ditc uses none): ln -s {LINK}.1 {libraries / LINK}"
+    hint = f"only for plugins; --linear-attention plugin makes it, or: ln -s {LINK}.1 {libraries / LINK}"
     return [
         Finding("rtx link", f"{libraries / LINK} is missing: a plugin would abort the process", None, hint)
     ]

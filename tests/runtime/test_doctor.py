@@ -38,6 +38,14 @@ def test_the_gpu_is_told_with_the_backends_that_serve_it(gpu: Gpu | None, text: 
     assert text in finding.text
 
 
+def test_what_cannot_run_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor_engines, "missing", {"tensorrt": "tensorrt is not installed", "tensorrt-rtx": ""}.get
+    )
+    (finding,) = doctor_engines._runs()
+    assert finding.text == "tensorrt: tensorrt is not installed" and finding.ok is None
+
+
 def test_disk_and_memory_are_held_against_what_a_checkpoint_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
