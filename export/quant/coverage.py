@@ -46,7 +46,7 @@ class Coverage:
 
 def measure_coverage(model: ir.Model, plan: QuantPlan, spec: StageSpec) -> Coverage:
     """Coverage of a quantized graph, from its own nodes."""
-    sizes = {name: bounds.opt for name, bounds in spec.profile.items()}
+    sizes = _sizes(model, spec)
     products = list(_products(model, sizes))
     gemms = [p for p in products if p.weight is not None]
     total = sum(p.flops for p in gemms) or 1
@@ -88,6 +88,35 @@ def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
         elif node.op_type == LINEAR_ATTENTION:
             rows, tokens, heads, width = _dims(node.inputs[0], sizes)
             yield _Product(4 * rows * tokens * heads * width * (width + 1), None, False)  # KV, then KV x Q
+
+
+def _sizes(model: ir.Model, spec: StageSpec) -> dict[str, int]:
+    """The optimum of every named dimension, and what follows for the symbols that torch.export made beside them.
+
+    With patches, "height" is 2*height_by_2 in the inputs and 2*s25 behind the patch embedding. A Reshape keeps the
+    number of elements: where it brings one new symbol, that is solved.
+    """
+    sizes = {name: bounds.opt for name, bounds in spec.profile.items()}
+    sizes |= {f"{name}_by_{r.multiple_of}": r.opt // r.multiple_of for name, r in spec.profile.items()}
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        new = {name for d in after.dims if not isinstance(d, int) for name in d.free_symbols() - sizes.keys()}
+        if len(new) == 1:
+            (name,) = new
+            count, unit = _count(before, sizes), _count(after, {**sizes, name: 1})
+            if count and unit:
+                sizes[name] = count // unit
+    return sizes
+
+
+def _count(shape: ir.Shape, sizes: Mapping[str, int]) -> int | None:
+    """Elements of a tensor; None where a dimension has no size."""
+    dims = [d if isinstance(d, int) else d.evaluate(sizes) for d in shape.dims]
+    return math.prod(dims) if all(isinstance(d, int) for d in dims) else None
 
 
 def _weight_of(value: ir.Value | None) -> tuple[str | None, bool]:

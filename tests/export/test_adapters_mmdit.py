@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from ditc.export.checkpoint import open_checkpoint
 from ditc.export.checkpoints.mmdit import save_mmdit
 from ditc.export.models.mmdit_config import MMDiTConfig
 from ditc.export.models.mmdit_denoiser import load_mmdit, unused_tensors
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.recipes import find_recipe
 from ditc.export.stages import BuildOptions, ModelPlan
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.metrics import psnr
@@ -199,3 +202,50 @@ def test_saving_weights_that_do_not_fit_leaves_no_transformer(checkpoint: Path) 
     with pytest.raises(CheckpointError, match="lacks"):
         save_mmdit(checkpoint, config=config, trunk={}, shell={})
     assert not (checkpoint / "transformer").exists()
+
+
+@pytest.mark.parametrize("trunk", [TWO, GENERALIZED])
+def test_the_int8_recipe_names_every_gemm_of_the_blocks_and_nothing_else(
+    trunk: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", trunk=trunk))
+    adapter = find_adapter(checkpoint)
+    options = BuildOptions()
+    stage = adapter.load(checkpoint, adapter.plan(checkpoint, options), DENOISER, options)
+    layers = linear_layers(stage)
+    chosen = set(find_recipe(None, Precision.INT8, adapter.family).formats(layers))
+    blocks = {name for name in layers if ".joint_attn." in name or ".ff." in name}
+    assert (
+        chosen == blocks and {"proj_out", "patch_embed.proj", "time_embed.linear_1"} <= set(layers) - chosen
+    )
+
+
+def code_of_the_page() -> list[str]:
+    page = (Path(__file__).parents[2] / "docs" / "mmdit.md").read_text(encoding="utf-8")
+    return [block.split("```")[0] for block in page.split("```python\n")[1:]]
+
+
+def test_the_pages_code_saves_a_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmdit.mmdit_pytorch import MMDiT
+
+    tensors = open_checkpoint(checkpoint).component("transformer").tensors
+    shell = {name: tensors[name].clone() for name in tensors if not name.startswith("trunk.")}
+    shutil.rmtree(checkpoint / "transformer")
+    checkpoint.rename(checkpoint.with_name("my-model"))
+    monkeypatch.chdir(checkpoint.parent)
+    exec(code_of_the_page()[0], {"MMDiT": MMDiT, "shell": SimpleNamespace(state_dict=lambda: shell)})
+    assert plan(Path("my-model")).family == "mmdit"
+
+
+@pytest.mark.slow
+def test_the_pages_code_exports_a_trunk_of_three_modalities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmdit.mmdit_generalized_pytorch import MMDiT
+
+    upstream = MMDiT(depth=1, dim_modalities=(24, 32, 16), dim_cond=12, heads=2, dim_head=8)
+    monkeypatch.chdir(tmp_path)
+    exec(
+        code_of_the_page()[1], {"state_dict": upstream.state_dict()}
+    )  # to_onnx holds the graph against PyTorch
+    assert Path("trunk.onnx").is_file()
