@@ -119,9 +119,17 @@ def align(candidate: Array, reference: Array) -> list[Array]:
         batch, _, height, width = candidate.shape
         if reference.size != candidate.size:
             return []
-        forms = [reference.transpose(0, 2, 1).reshape(batch, -1, height, width)]
+        # tokens; or the (B,C,H*W) that upstream's attention in a VAE gives its group norm
+        forms = [
+            reference.transpose(0, 2, 1).reshape(batch, -1, height, width),
+            reference.reshape(candidate.shape),
+        ]
     elif candidate.ndim == 4 and reference.ndim == 4:
-        forms = [reference, reference.transpose(0, 3, 1, 2), reference.transpose(0, 2, 3, 1)]
+        # the same; (B,H,W,C) or (B,C,H,W) where ours is the other; heads before tokens, (B,H,N,D) for (B,N,H,D)
+        forms = [
+            reference,
+            *(reference.transpose(axes) for axes in ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1, 3))),
+        ]
     else:
         return []
     return [form for form in forms if form.shape == candidate.shape]

@@ -22,6 +22,9 @@ from ditc.parity.references import find_pipeline, upstream_name
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.session import Array
 
+# The components that a pipeline calls on every step: once, or again for a further kind of guidance.
+DENOISERS = ("transformer", "unet")
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -91,21 +94,34 @@ class Upstream:
         return CaseRun(case=case, latents=np.stack(latents), picture=picture)
 
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
-        """The first call of every component, and the denoising network's at one step, by component name."""
+        """The first call of every component, and the denoising network's first one of a step, by component name."""
         found: dict[str, Call] = {}
-        seen: dict[str, int] = {}
-        handles = []
-        for name, module in self.networks().items():
-            index = step if name in ("transformer", "unet") else 0
-            handles.append(
-                module.register_forward_pre_hook(_keep(name, index, found, seen), with_kwargs=True)
-            )
-        vae = getattr(self.pipeline, "vae", None)
-        decoder = getattr(vae, "decoder", None)
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+
+        def keep(name: str, at: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if name not in found and done == at:
+                    copies = {key: _copied(value) for key, value in kwargs.items()}
+                    found[name] = Call(module, tuple(map(_copied, args)), copies)
+
+            return hook
+
+        watched = {
+            name: (module, step if name in DENOISERS else 0) for name, module in self.networks().items()
+        }
+        decoder = getattr(getattr(self.pipeline, "vae", None), "decoder", None)
         if decoder is not None:
-            handles.append(decoder.register_forward_pre_hook(_keep("vae", 0, found, seen), with_kwargs=True))
+            watched["vae"] = (decoder, settings.num_inference_steps)
+        handles = [
+            module.register_forward_pre_hook(keep(name, at), with_kwargs=True)
+            for name, (module, at) in watched.items()
+        ]
         try:
-            self.draw(case, settings, noise)
+            self.draw(case, settings, noise, on_step=count)
         finally:
             for handle in handles:
                 handle.remove()
@@ -139,15 +155,6 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return DiffusionPipeline.from_pretrained(
         str(checkpoint.path), dtype=dtype, local_files_only=True, trust_remote_code=False, **left_out
     )
-
-
-def _keep(name: str, index: int, found: dict[str, Call], seen: dict[str, int]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if seen.get(name, 0) == index:
-            found[name] = Call(module, tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
-        seen[name] = seen.get(name, 0) + 1
-
-    return hook
 
 
 def _copied(value: Any) -> Any:

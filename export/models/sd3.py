@@ -116,8 +116,8 @@ class Sd3Transformer(nn.Module):
             if skip_gate is not None and index in self.skip_layers:
                 streams = _unless(skip_gate, streams, (image_RND, text_RSD))
             image_RND, text_RSD = streams
-        normed, (scale, shift) = self.norm_out(image_RND, time_RD)
-        return from_patches(self.proj_out(normed * (1 + scale) + shift), self.patch_size, height, width)
+        modulated, _ = self.norm_out(image_RND, time_RD)
+        return from_patches(self.proj_out(modulated), self.patch_size, height, width)
 
 
 def _unless(
@@ -183,10 +183,13 @@ class PooledEmbedder(nn.Module):
 
 
 class AdaNorm(nn.Module):
-    """LayerNorm without weights, and the modulation that its user applies.
+    """LayerNorm without weights, modulated by the timestep; it gives what diffusers' adaptive norms give.
 
     The chunks are in diffusers' order: shift before scale in a block, scale before shift in the last layers (its
     AdaLayerNormContinuous). Stability's files have shift first everywhere.
+
+    Args:
+        chunks: 2 in the last layers; 6 in a block; 9 in one with a second self-attention (SD35AdaLayerNormZeroX).
     """
 
     def __init__(self, width: int, chunks: int) -> None:
@@ -196,8 +199,17 @@ class AdaNorm(nn.Module):
         self.norm = LayerNorm(width, NORM_EPS)
 
     def forward(self, x_RND: Tensor, time_RD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The normalised tokens, and `chunks` factors (R,1,D)."""
-        return self.norm(x_RND), self.linear(time_RD)[:, None].chunk(self.chunks, dim=2)
+        """The modulated tokens, and factors (R,1,D) for later; of 9 chunks also the second tokens and their gate."""
+        normed, factors = self.norm(x_RND), self.linear(time_RD)[:, None].chunk(self.chunks, dim=2)
+        if self.chunks == 2:
+            scale, shift = factors
+            return normed * (1 + scale) + shift, ()
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = factors
+        rest = (gate, shift_ff, scale_ff, gate_ff)
+        if second:
+            second_shift, second_scale, second_gate = second
+            rest = (*rest, normed * (1 + second_scale) + second_shift, second_gate)
+        return normed * (1 + scale) + shift, rest
 
 
 class JointBlock(nn.Module):
@@ -228,14 +240,13 @@ class JointBlock(nn.Module):
         return image.to(dtype), text.to(dtype)
 
     def _forward(self, image: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        normed, (shift, scale, gate, shift_ff, scale_ff, gate_ff, *second) = self.norm1(image, time)
-        normed_text, (first, then, *rest) = self.norm1_context(text, time)
-        text_scale, text_shift = (first, then) if self.last else (then, first)
-        out, text_out = self.attn(normed * (1 + scale) + shift, normed_text * (1 + text_scale) + text_shift)
+        modulated, (gate, shift_ff, scale_ff, gate_ff, *second) = self.norm1(image, time)
+        modulated_text, rest = self.norm1_context(text, time)
+        out, text_out = self.attn(modulated, modulated_text)
         image = image + gate * out
         if self.attn2 is not None:
-            shift, scale, gate = second
-            image = image + gate * self.attn2(normed * (1 + scale) + shift)
+            modulated, gate = second
+            image = image + gate * self.attn2(modulated)
         image = image + gate_ff * self.ff(self.norm2(image) * (1 + scale_ff) + shift_ff)
         if self.last:
             return image, text

@@ -69,6 +69,8 @@ def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
 
 
 def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Result]:
+    if not context.twin.plan.stages[stage].components:
+        return  # a stage without weights
     weights = _weight_map(context, stage)
     if not weights:
         yield not_checked(Level.GRAPH, stage, "weights", "the bundle has no weight map", metric=Metric.COUNT)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from ditc.export.models.loading import WeightSource
 from ditc.parity.bisect import PlaceError, errors_by_place, find_culprit
 from ditc.parity.candidate import fit_feeds
+from ditc.parity.cases import CaseRun
 from ditc.parity.compare import compare
 from ditc.parity.context import Broken, Context
 from ditc.parity.feeds import record_feeds
@@ -18,6 +19,7 @@ from ditc.parity.results import Culprit, ModuleError, Result, Verdict, judged, n
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
 from ditc.parity.twin import Twin, TwinSession
 from ditc.parity.upstream import Call
+from ditc.runtime import denoise
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision
 from ditc.runtime.tolerances import EIGHT, Level, Metric, limit
@@ -31,9 +33,9 @@ Feeds = Mapping[str, Array]
 def check(context: Context) -> Iterator[Result]:
     """Twin beside upstream, then graph beside twin, stage by stage."""
     case = context.settings.cases[0]
-    step = context.settings.num_inference_steps // 2
     upstream = context.upstream()
     run = context.twin_run(case)
+    step = _plain_step(run)
     calls: dict[str, Call] = {}
     if upstream is not None:
         upstream_run = context.upstream_run(case)
@@ -66,6 +68,14 @@ def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> C
     culprit = find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
     context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=culprit))
     return culprit
+
+
+def _plain_step(run: CaseRun) -> int:
+    """The middle step of those with fewest rows: upstream runs the rows of a further guidance in a second call."""
+    assert run.start is not None
+    rows = [step[denoise.GUIDANCE_WEIGHTS].shape[1] for step in run.start.schedule]
+    plain = [index for index, count in enumerate(rows) if count == min(rows)]
+    return min(plain, key=lambda index: abs(index - len(rows) // 2))
 
 
 def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:

@@ -13,10 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from pictures import Drawn, assert_same, draw, psnr_db
+from PIL import Image
 from tiny_sd3 import T5_TOKENS, make_checkpoint
 
 from ditc.parity.twin import Twin
 from ditc.runtime import denoise
+from ditc.runtime.cli import main
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -300,3 +302,17 @@ def test_the_twice_shifted_sigmas_are_the_bundles_own(pipeline, reference) -> No
     once = replace(pipeline.manifest.scheduler, sigma_min=0.001)
     last = [coefficient_table(params, 28).sigmas[-2] for params in (once, pipeline.manifest.scheduler)]
     assert abs(last[0] - last[1]) > 5e-3, "one shift would pass too, so this shows nothing"
+
+
+def test_the_command_draws_and_inspect_names_the_skipped_layers(
+    sd3_bundle, pipeline, tmp_path, capsys
+) -> None:
+    out = tmp_path / "cat.png"
+    arguments = ["--seed", "3", "--skip-layer-guidance-scale", "0", "--threads", "1"]
+    assert main(["run", str(sd3_bundle), "a red cat", "-o", str(out), *arguments]) == 0
+    (wanted,) = pipeline("a red cat", seed=3, skip_layer_guidance_scale=0.0).images
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
+    assert main(["inspect", str(sd3_bundle)]) == 0
+    assert (
+        "skip-layer guidance: layers 1, scale 2.8, from 0.01 to 0.8 of the steps" in capsys.readouterr().out
+    )

@@ -41,8 +41,9 @@ def proven(sd3_bundle: Path, sd3_checkpoint: Path) -> tuple[Path, list[dict[str,
     with pytest.MonkeyPatch.context() as patch, out.open("w") as stream:
         patch.setattr("sys.stdout", stream)
         code = main(["parity", str(sd3_bundle), "--against", str(sd3_checkpoint), *arguments])
-    assert code == 0, out.read_text()
-    return reference, json.loads(out.read_text())["levels"]
+    levels = json.loads(out.read_text())["levels"]
+    assert code == 0, [one for one in levels if one["verdict"] == "fail"]
+    return reference, levels
 
 
 def _prompts(folder: Path) -> Path:
@@ -62,8 +63,8 @@ def test_every_level_passes_for_every_stage(proven) -> None:
 
 def test_modules_of_all_text_encoders_are_held_against_diffusers(proven) -> None:
     _, levels = proven
-    against = {one["stage"] for one in levels if one["level"] == "module" and one["against"] == "diffusers"}
-    assert against >= {*ENCODERS, DENOISER, VAE_DECODER}
+    modules = [one for one in levels if one["level"] == "module" and one["against"] == "diffusers"]
+    assert {one["stage"] for one in modules if one["verdict"] == "pass"} >= {*ENCODERS, DENOISER, VAE_DECODER}
 
 
 def test_a_reference_file_holds_steps_with_different_numbers_of_rows(
