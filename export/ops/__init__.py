@@ -12,8 +12,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ditc.export.options import OPSETS
 
-def onnx_translations(opset: int = 20) -> dict[Callable[..., Any], Callable[..., Any]]:
+
+def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export takes as custom_translation_table: PyTorch op -> its ONNX nodes in that opset."""
     import torch
 
