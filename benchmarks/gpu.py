@@ -1,6 +1,6 @@
 """What does a GPU make of the engines, beside diffusers eager and torch.compile, on the same weights in one run?
 
-    python -m benchmarks.gpu sana-0.6b sana-1.6b dc-ae --sizes 512 1024
+    python -m benchmarks.gpu --models sana-0.6b sana-1.6b dc-ae --sizes 512 1024
 
 For each model, size and batch: latency of one call (a guided denoiser step, a decode), host time of handing it over,
 images a second, peak memory, relative L2 against diffusers in fp32, and the share of what the GPU can do at most,
@@ -386,7 +386,7 @@ def main() -> int:
         for name, case in CASES.items()
         if case.stage in (DENOISER, "vae_decoder") and case.family == "sana"
     ]
-    parser.add_argument("models", nargs="*", choices=models, default=["sana-0.6b", "sana-1.6b", "dc-ae"])
+    parser.add_argument("--models", nargs="+", choices=models, default=["sana-0.6b", "sana-1.6b", "dc-ae"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--bundle", type=Path, help="also time whole pictures of this bundle")
     parser.add_argument("--repeats", type=int, default=30)

@@ -159,8 +159,9 @@ def _plugin_class(trt: Any) -> Any:
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> int:
             shape = tuple(input_desc[0].dims)
+            q, k, v = inputs
             try:
-                self.launcher.launch(shape, *inputs, outputs[0], workspace, stream)
+                self.launcher.launch(shape, q, k, v, outputs[0], workspace, stream)
             except SessionError:
                 return 1  # an exception must not cross into C++; the session tells the failed run
             return 0

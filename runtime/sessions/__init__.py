@@ -50,12 +50,14 @@ def open_session(
     artifact: Artifact,
     *,
     threads: int = 0,
+    provider: str = "auto",
     device: Device | None = None,
     stream_weights: bool = False,
 ) -> Session:
     """A session for the artifact's backend.
 
     Args:
+        provider: of ONNX Runtime: auto (CUDA where it is there), cpu, cuda or openvino.
         device: for engines: what the stages of a bundle share (`open_device`). None: one of its own.
         stream_weights: for engines that were built so: keep the weights on the host.
 
@@ -65,7 +67,9 @@ def open_session(
     if artifact.backend is Backend.ONNXRUNTIME:
         from ditc.runtime.sessions.onnxruntime import open_onnxruntime
 
-        return open_onnxruntime(model, artifact.spec, precision=artifact.precision, threads=threads)
+        return open_onnxruntime(
+            model, artifact.spec, precision=artifact.precision, threads=threads, provider=provider
+        )
     gpu, library = find_gpu(), library_version(artifact.backend)
     check_engine(artifact, gpu=gpu, library=library)
     lack = missing(artifact.backend)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ditc.runtime.errors import MissingExtra, SessionError
+from ditc.runtime.errors import MissingExtra, SessionError, UsageError
 from ditc.runtime.session import Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, Precision, StageSpec
 
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
+PROVIDERS = ("auto", "cpu", "cuda", "openvino")
 
 
 class OnnxRuntimeSession:
@@ -100,11 +101,28 @@ class OnnxRuntimeSession:
             )
 
 
-def open_onnxruntime(model: Path, spec: StageSpec, *, precision: Precision, threads: int = 0) -> Session:
-    """The session that serves this machine best: on the GPU where the CUDA provider is there, else on the CPU."""
+def open_onnxruntime(
+    model: Path, spec: StageSpec, *, precision: Precision, threads: int = 0, provider: str = "auto"
+) -> Session:
+    """The session of a provider; "auto" is the GPU's where the CUDA provider is there, else the CPU's.
+
+    Raises:
+        UsageError: an unknown provider. SessionError: no CUDA provider here. MissingExtra: no OpenVINO here.
+    """
     import onnxruntime as ort
 
-    if CUDA in ort.get_available_providers():
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r} is unknown", hint=f"take one of {', '.join(PROVIDERS)}")
+    has_cuda = CUDA in ort.get_available_providers()
+    if provider == "cuda" and not has_cuda:
+        raise SessionError(
+            f"{spec.name}: this ONNX Runtime has no CUDA provider: {', '.join(ort.get_available_providers())}",
+            hint='pip install "ditc[gpu]" in an environment without the CPU wheel, or --provider cpu',
+        )
+    if provider in ("cpu", "openvino"):
+        name = OPENVINO if provider == "openvino" else CPU
+        return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=threads)
+    if has_cuda:
         from ditc.runtime.sessions.onnxruntime_device import open_on_cuda
 
         # The denoiser runs many times with one shape; the other stages once a request.

@@ -40,7 +40,7 @@ class OrtTensor:
         return np.array(self.value.numpy())
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return tuple(self.value.__dlpack_device__())  # type: ignore[return-value]
+        return tuple(self.value.__dlpack_device__())
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         return self.value.__dlpack__(stream=stream)
@@ -48,12 +48,13 @@ class OrtTensor:
 
 @dataclass
 class _Graph:
-    """Buffers of one set of shapes, whose addresses the graph holds."""
+    """Buffers of one set of shapes, whose addresses the graph holds. held: the value that was last copied in."""
 
     number: str
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     binding: Any
+    held: dict[str, Any]
 
 
 class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
@@ -149,13 +150,14 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             binding.bind_ortvalue_input(name, value)
         for name, value in made.items():
             binding.bind_ortvalue_output(name, value)
-        return _Graph(str(len(self._graphs) + 1), fixed, made, binding)
+        return _Graph(str(len(self._graphs) + 1), fixed, made, binding, {})
 
     def _replay(self, graph: _Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        import onnxruntime as ort
-
-        values = [self._value(name, feed) for name, feed in feeds.items()]
-        ort.copy_tensors(values, [graph.inputs[name] for name in feeds])
+        for name, feed in feeds.items():
+            value = self._value(name, feed)
+            if graph.held.get(name) is not value:  # a value that was sent once is there already
+                graph.inputs[name].update_inplace(value)
+                graph.held[name] = value
         self._session.run_with_iobinding(graph.binding, _options(graph.number))
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
@@ -187,8 +189,6 @@ def _empty(shape: tuple[int, ...], kind: int, device: str) -> Any:
 
 
 def _copy(value: Any, device: str) -> Any:
-    import onnxruntime as ort
-
     made = _empty(tuple(value.shape()), value.element_type(), device)
-    ort.copy_tensors([value], [made])
+    made.update_inplace(value)
     return made

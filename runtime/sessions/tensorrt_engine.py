@@ -67,7 +67,7 @@ class TensorRTEngine:
         if self._runtime is None:
             raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            check_validity(trt, self._runtime, data, stage=stage, backend=backend, gpu=gpu)
+            self._check_validity(data, gpu)
             self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise SessionError(
@@ -118,6 +118,26 @@ class TensorRTEngine:
         if self._cache is not None and self._kernels is not None:
             self._kernels.save(bytes(self._cache.serialize()))
         self._cache = self._engine = self._runtime = None
+
+    def _check_validity(self, data: Any, gpu: Gpu | None) -> None:
+        """Raises SessionError where the library refuses; with its reasons, the GPU and the command that rebuilds."""
+        header = data[: int(getattr(self._runtime, "engine_header_size", 0))]
+        valid, reasons = validity(self._trt, self._runtime, header)
+        if valid:
+            if reasons:
+                log.warning(
+                    "%s: the engine runs here, but not at its best (%s)", self._stage, ", ".join(reasons)
+                )
+            return
+        said = "; ".join(f"{name} ({_ADVICE[name]})" if name in _ADVICE else name for name in reasons)
+        where = f"{gpu.name} ({gpu.sm})" if gpu is not None else "a machine without GPU"
+        target = f" --targets {gpu.sm}" if gpu is not None else ""
+        backend = self.backend.value
+        raise SessionError(
+            f"{self._stage}: {backend} {self._trt.__version__} refuses the engine on {where}: "
+            f"{said or self.last_error()}",
+            hint=f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend}{target}",
+        )
 
     def _names(self) -> list[str]:
         return [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -219,30 +239,16 @@ _ADVICE = {
 }
 
 
-def check_validity(
-    trt: Any, runtime: Any, data: Any, *, stage: str, backend: Backend, gpu: Gpu | None
-) -> None:
-    """Ask TensorRT-RTX whether it will load an engine here, from the engine's header; TensorRT cannot be asked.
+def validity(trt: Any, runtime: Any, header: bytes) -> tuple[bool, list[str]]:
+    """Whether TensorRT-RTX will load an engine here, and what speaks against it, from the engine's first bytes.
 
-    Raises:
-        SessionError: it will not; with the library's reasons, the GPU and the command that rebuilds.
+    TensorRT cannot be asked: it says so when it loads.
     """
     if not hasattr(runtime, "get_engine_validity"):
-        return
-    validity, mask = runtime.get_engine_validity(data[: int(runtime.engine_header_size)])
-    reasons = [flag for flag in trt.EngineInvalidityDiagnostics.__members__.values() if int(mask) & int(flag)]
-    names = ", ".join(flag.name for flag in reasons) or "no reason given"
-    if validity == trt.EngineValidity.SUBOPTIMAL:
-        log.warning("%s: the engine runs here, but not at its best (%s)", stage, names)
-    if validity != trt.EngineValidity.INVALID:
-        return
-    advice = "; ".join(_ADVICE[flag.name] for flag in reasons if flag.name in _ADVICE)
-    where = f"{gpu.name} ({gpu.sm})" if gpu is not None else "a machine without GPU"
-    target = f" --targets {gpu.sm}" if gpu is not None else ""
-    raise SessionError(
-        f"{stage}: {backend.value} {trt.__version__} refuses the engine on {where}: {names} ({advice})",
-        hint=f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend.value}{target}",
-    )
+        return True, []
+    verdict, mask = runtime.get_engine_validity(header)
+    flags = trt.EngineInvalidityDiagnostics.__members__.values()
+    return verdict != trt.EngineValidity.INVALID, [flag.name for flag in flags if int(mask) & int(flag)]
 
 
 def _load_plugins(backend: Backend) -> None:

@@ -12,7 +12,9 @@ from ditc.runtime.sessions.tensorrt_engine import TensorRTContext, TensorRTEngin
 
 
 @pytest.mark.parametrize(("name", "own"), [("tensorrt_rtx", RTX_ONLY), ("tensorrt", TENSORRT_ONLY)])
-def test_the_library_has_every_name_and_parameter_that_is_used(name: str, own: dict[str, tuple[str, ...]]) -> None:
+def test_the_library_has_every_name_and_parameter_that_is_used(
+    name: str, own: dict[str, tuple[str, ...]]
+) -> None:
     module = pytest.importorskip(name, reason=f"{name} is not installed")
     if name == "tensorrt":
         importlib.import_module("tensorrt.plugin")
@@ -28,7 +30,11 @@ def test_a_missing_name_and_another_parameter_are_told() -> None:
                 """deserialize_cuda_engine(self, data: bytes) -> ICudaEngine"""
 
     told = differences(Other, {k: API[k] for k in ("Runtime.deserialize_cuda_engine", "ILogger.ERROR")})
-    assert len(told) == 2 and "does not take serialized_engine" in told[0] and "ILogger.ERROR is missing" in told[1]
+    assert (
+        len(told) == 2
+        and "does not take serialized_engine" in told[0]
+        and "ILogger.ERROR is missing" in told[1]
+    )
 
 
 def test_the_engine_of_tensorrt_has_what_sessions_ask_of_an_engine() -> None:

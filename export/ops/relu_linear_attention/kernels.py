@@ -10,7 +10,7 @@ Imported only where Triton is installed (the extra `plugin`); nothing else needs
 """
 
 # Triton reads annotations as its own, so the kernels have none.
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 # B batch, N tokens, H heads, D head dim; q, k, v, out are (B,N,H,D), contiguous; S shares of the tokens
 

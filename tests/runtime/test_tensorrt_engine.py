@@ -1,0 +1,100 @@
+"""What TensorRT says of engines on a machine without GPU, and the cache of compiled kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ditc.runtime import loader
+from ditc.runtime.errors import DitcError, SessionError
+from ditc.runtime.gpu import Gpu, find_gpu
+from ditc.runtime.loader import choose
+from ditc.runtime.manifest import load_manifest
+from ditc.runtime.sessions import missing, open_device
+from ditc.runtime.sessions.kernel_cache import kernel_cache
+from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
+from ditc.runtime.spec import Backend
+
+KEY = {"gpu": "NVIDIA L40", "driver": "580.1", "library": "1.7.1", "engine": "abc"}
+
+
+def test_kernels_are_kept_by_gpu_driver_library_and_engine(tmp_path: Path) -> None:
+    cache = kernel_cache(tmp_path, **KEY)
+    assert cache.load() == b""
+    cache.save(b"kernels")
+    assert kernel_cache(tmp_path, **KEY).load() == b"kernels"
+    for name in KEY:
+        assert kernel_cache(tmp_path, **{**KEY, name: "other"}).load() == b""
+    cache.discard()
+    assert cache.load() == b"" and not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    kernel_cache(tmp_path / "file", **KEY).save(b"kernels")
+
+
+def test_what_speaks_against_an_engine_is_told_by_name() -> None:
+    """The library's own enums, its answer put in its place: 2 is UNSUPPORTED_CC, 4 OLD_CUDA_DRIVER."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    says: Any = SimpleNamespace(get_engine_validity=lambda header: (trt.EngineValidity.INVALID, 2 | 4))
+    valid, reasons = validity(trt, says, b"")
+    assert not valid and sorted(reasons) == ["OLD_CUDA_DRIVER", "UNSUPPORTED_CC"]
+    says = SimpleNamespace(get_engine_validity=lambda header: (trt.EngineValidity.SUBOPTIMAL, 0))
+    assert validity(trt, says, b"") == (True, [])
+    assert validity(trt, SimpleNamespace(), b"") == (True, [])  # TensorRT has no such question
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_a_file_that_is_no_engine_is_refused_by_the_library_itself(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    path = tmp_path / "denoiser.engine"
+    path.write_bytes(bytes(1024))
+    with pytest.raises(
+        SessionError, match=r"denoiser: tensorrt-rtx .* refuses the engine on a machine without GPU"
+    ):
+        TensorRTEngine(path, Backend.TENSORRT_RTX, stage="denoiser", gpu=None)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_without_a_gpu_the_device_says_what_is_missing() -> None:
+    """cuda-python is not installed, or it finds no driver."""
+    with pytest.raises(DitcError, match=r"cuda-python is not installed|cudaError 35|cudaError 100"):
+        open_device()
+
+
+def test_auto_passes_over_an_engine_for_another_gpu_and_a_name_is_taken_at_its_word(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    manifest = load_manifest(tiny_bundle)
+    stages = {}
+    for name, stage in manifest.stages.items():
+        engine = replace(
+            stage.artifacts[0],
+            backend=Backend.TENSORRT_RTX,
+            targets=("sm89",),
+            library="1.7.1",
+            key=f"engine-{name}",
+        )
+        stages[name] = replace(stage, artifacts=(*stage.artifacts, engine))
+    manifest = replace(manifest, stages=stages)
+    runnable = {Backend.TENSORRT_RTX: "a GPU", Backend.ONNXRUNTIME: "installed"}
+    monkeypatch.setattr(loader, "available_backends", lambda: runnable)
+    monkeypatch.setattr(loader, "library_version", lambda backend: "1.7.1")
+    monkeypatch.setattr(loader, "find_gpu", lambda: Gpu("NVIDIA L40", "sm89"))
+    chosen, reason = choose(manifest)
+    assert {a.backend for a in chosen.values()} == {Backend.TENSORRT_RTX} and "a GPU" in reason
+    monkeypatch.setattr(loader, "find_gpu", lambda: Gpu("NVIDIA RTX 5090", "sm120"))
+    chosen, _ = choose(manifest)
+    assert {a.backend for a in chosen.values()} == {Backend.ONNXRUNTIME}
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+@pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.TENSORRT_RTX])
+def test_what_a_backend_lacks_is_one_sentence(backend: Backend) -> None:
+    assert "pip install" in missing(backend) or "nvidia-smi" in missing(backend)
