@@ -40,11 +40,11 @@ def engine_findings() -> list[Finding]:
 def _gpu(gpu: Gpu | None) -> list[Finding]:
     if gpu is None:
         return [Finding("gpu", "none: engines can be built here (tensorrt-rtx), not run", None)]
-    name = f"{gpu.name}, {gpu.sm}, driver {driver_version() or 'unknown'}"
+    name, driver = f"{gpu.name}, {gpu.sm}", f"driver {driver_version() or 'unknown'}"
     if gpu.sm in RTX_TARGETS:
-        return [Finding("gpu", f"{name}: tensorrt-rtx and tensorrt serve it")]
+        return [Finding("gpu", f"{name}: tensorrt-rtx and tensorrt serve it; {driver}")]
     hint = "build for it with --backend tensorrt, on this machine"
-    return [Finding("gpu", f"{name}: not a target of tensorrt-rtx", None, hint)]
+    return [Finding("gpu", f"{name}: not a target of tensorrt-rtx; {driver}", None, hint)]
 
 
 def _targets() -> list[Finding]:

@@ -42,7 +42,8 @@ def register_qdp(trt: Any) -> None:
 
     tensor = trtp.TensorDesc
     describe.__annotations__ = {"q": tensor, "k": tensor, "v": tensor, "eps": float, "return": tensor}
-    compiled.__annotations__ = {"q": tensor, "k": tensor, "v": tensor, "eps": float}
+    given = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
+    compiled.__annotations__ = {"q": tensor, "k": tensor, "v": tensor, "eps": float, "return": given}
     trtp.register(ID)(describe)
     trtp.aot_impl(ID)(compiled)
     _registered.add(ID)
