@@ -20,6 +20,7 @@ from ditc.runtime.errors import BuildError, CheckpointError, DitcError, UsageErr
 from ditc.runtime.integrity import check_files
 from ditc.runtime.manifest import Artifact, load_manifest
 from ditc.runtime.schedulers import SchedulerKind
+from ditc.runtime.spec import Backend
 
 TRANSFORMER = {"conditioner", "denoiser"}
 VAE = {"vae_decoder", "vae_encoder"}
@@ -117,6 +118,13 @@ def test_another_batch_rebuilds_every_stage_whose_profile_has_it(
     assert reasons == dict.fromkeys(ALL, "shapes changed")
 
 
+def test_another_opset_rebuilds_every_stage(
+    tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = would_build(tiny_checkpoint, bundle, BuildOptions(opset=23), monkeypatch)
+    assert reasons == dict.fromkeys(ALL, "opset changed")
+
+
 def test_a_damaged_graph_is_built_again(
     tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +197,12 @@ def test_a_directory_with_other_files_is_refused_and_left_alone(
         (BuildOptions(resolution=0), UsageError, "resolution is 0"),
         (BuildOptions(resolution=-64), UsageError, "resolution is -64"),
         (BuildOptions(resolution=65), UsageError, "resolution 65 is not a multiple of 2"),
+        (BuildOptions(opset=21), UsageError, "opset is 21"),
+        (
+            BuildOptions(opset=23, backend=Backend.TENSORRT_RTX),
+            UsageError,
+            "opset 23 cannot be built into engines",
+        ),
     ],
 )
 def test_options_that_cannot_be_built_are_refused_at_once(
