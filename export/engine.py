@@ -123,6 +123,11 @@ def build_engine(
     begin = time.monotonic()
     with PeakMemory() as memory:
         plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
+        if plugin and "sm75" in targets:
+            raise BuildError(
+                f"{spec.name}: sm75 cannot run the linear-attention plugin, its kernels are compiled for sm80",
+                hint="leave sm75 out, or --linear-attention decomposed",
+            )
         compiler = Compiler(backend, progress, plugins=plugin)
         _parse(compiler, spec, onnx_path, plugin=plugin)
         check_types(targets, compiler.types())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ditc.runtime.errors import MissingExtra, SessionError
+from ditc.runtime.errors import BuildError, MissingExtra, SessionError
 from ditc.runtime.plugins.kernels import Pointer, PtxKernel
 from ditc.runtime.plugins.relu_linear_attention import SHARE, Launcher
 from ditc.runtime.spec import DType
@@ -85,6 +85,27 @@ def test_the_launcher_covers_every_token_once_and_stays_inside_its_workspace(
     needed = batch * heads * 3 * 32 * 33 * 4
     assert totals - sums == batch * heads * 3 * 32 * 32 * 4
     assert launcher.workspace_bytes(batch, tokens, heads) == needed
+
+
+def test_a_target_older_than_the_kernels_is_refused_before_the_build(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
+    from ditc.export.engine import build_engine
+    from ditc.runtime.manifest import load_manifest
+    from ditc.runtime.spec import DENOISER, Backend
+
+    artifact = load_manifest(tiny_bundle).stages[DENOISER].artifacts[0]
+    path, targets = tiny_bundle / artifact.file.path, ("sm75", "sm89")
+    with pytest.raises(BuildError, match="denoiser: sm75 cannot run the linear-attention plugin"):
+        build_engine(
+            path,
+            tmp_path / "engine",
+            spec=artifact.spec,
+            backend=Backend.TENSORRT_RTX,
+            targets=targets,
+            linear_attention="plugin",
+        )
 
 
 def test_foreign_kernels_are_refused() -> None:
