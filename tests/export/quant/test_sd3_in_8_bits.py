@@ -1,0 +1,116 @@
+"""An SD3.5-medium denoiser in 8 bits: what the recipes name is quantized, in the graph as in the simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
+from tiny_sd3 import make_checkpoint
+
+from ditc.export import ops
+from ditc.export.adapters.sd3 import Sd3Adapter
+from ditc.export.checkpoint import open_checkpoint
+from ditc.export.onnx import to_model
+from ditc.export.passes.qdq import quantize_graph
+from ditc.export.quant.formats import Format
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.plan import QuantPlan, make_plan
+from ditc.export.quant.ranges import Ranges
+from ditc.export.quant.recipes import find_recipe
+from ditc.export.quant.simulate import quantized
+from ditc.export.stages import BuildOptions, StageModule
+from ditc.export.torch_session import TorchSession
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+from ditc.runtime.spec import DENOISER, Backend, Precision
+
+LINEARS_OF_A_BLOCK = 8 + 2 + 2 + 2  # both streams' q, k, v and out; their feed-forwards; the two modulations
+LINEARS_OF_DUAL = 4
+OTHERS = 4 + 3 + 1  # time and pooled text; patches, text, final modulation; final layer
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The whole step around the network, its graph before quantization, and its ranges."""
+
+    stage: StageModule
+    model: ir.Model
+    ranges: Ranges
+
+    def quantized(self, kind: Format, path: Path) -> QuantPlan:
+        """Write the graph in that format."""
+        layers = linear_layers(self.stage)
+        recipe = find_recipe(None, Precision(kind.value), "sd3")
+        plan, model = make_plan(recipe, self.ranges, layers), self.model.clone()
+        quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+        ops.add_functions(model)
+        ir.save(model, path, external_data=path.name + ".data")
+        return plan
+
+
+def denoiser(directory: Path, precision: Precision) -> Denoiser:
+    checkpoint = open_checkpoint(make_checkpoint(directory, "sd3.5-medium"))
+    options = BuildOptions(precision=precision)
+    adapter = Sd3Adapter()
+    stage = adapter.load(checkpoint, adapter.plan(checkpoint, options), DENOISER, options)
+    return Denoiser(stage, to_model(stage), ranges_of(stage))
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Denoiser:
+    return denoiser(tmp_path_factory.mktemp("sd3"), Precision.FP32)
+
+
+@pytest.mark.parametrize("kind", list(Format))
+def test_the_graph_computes_what_the_simulation_computes(
+    step: Denoiser, kind: Format, tmp_path: Path
+) -> None:
+    plan = step.quantized(kind, tmp_path / "step.onnx")
+    feeds, session = feeds_of(step.stage, seed=9), TorchSession(step.stage.module, step.stage.spec)
+    exact = session.run(feeds)["x0"]
+    with quantized(linear_layers(step.stage), plan.layers):
+        simulated = session.run(feeds)["x0"]
+    got = np.asarray(
+        OnnxRuntimeSession(
+            tmp_path / "step.onnx", step.stage.spec, precision=Precision(kind.value), provider=CPU
+        ).run(feeds)["x0"]
+    )
+    # Sums in another order tip a few values over a rounding boundary: less than what the rounding itself costs.
+    assert signal_to_noise_db(got, np.asarray(simulated)) > signal_to_noise_db(got, np.asarray(exact)) + 10
+    assert signal_to_noise_db(got, np.asarray(exact)) > 20
+
+
+def test_all_gemms_of_the_blocks_and_nothing_else_become_8_bits(step: Denoiser) -> None:
+    layers = linear_layers(step.stage)
+    plan = make_plan(find_recipe(None, Precision.INT8, "sd3"), step.ranges, layers)
+    blocks, dual = 3, 2
+    text_of_the_last = 3  # to_add_out and the feed-forward are not there
+    in_blocks = blocks * LINEARS_OF_A_BLOCK + dual * LINEARS_OF_DUAL - text_of_the_last
+    assert len(layers) == in_blocks + OTHERS
+    assert len(plan.layers) == in_blocks - 2 * blocks
+    assert all(name.startswith("transformer_blocks.") for name in plan.layers)
+    assert {name.split(".")[2] for name in plan.high if name.startswith("transformer")} == {
+        "norm1",
+        "norm1_context",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(Format))
+def test_an_engine_is_built_from_the_graph(kind: Format, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from ditc.export.engine import build_engine
+
+    step = denoiser(tmp_path / "checkpoint", Precision.FP16)
+    step.quantized(kind, tmp_path / "step.onnx")
+    report = build_engine(
+        tmp_path / "step.onnx",
+        tmp_path / "step.engine",
+        spec=step.stage.spec,
+        backend=Backend.TENSORRT_RTX,
+        targets=("sm89",),
+    )
+    assert report.size_bytes > 0
