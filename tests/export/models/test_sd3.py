@@ -40,6 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dual-to-the-end": {"dual_attention_layers": (0, 1, 2), "num_layers": 3},
     "odd-rest": {"pos_embed_max_size": 11},
     "one-block": QK_NORM | {"num_layers": 1},
+    "two-blocks": QK_NORM
+    | {"num_layers": 2, "dual_attention_layers": (0,)},  # one of each kind: for the exporter
 }
 # Rows, latent height and width, text tokens. The second fills the position embedding's height.
 SIZES = [(2, 8, 8, 7), (3, 22, 6, 5)]
@@ -240,7 +242,7 @@ EXPORTS = [(name, opset) for name in CONFIGS for opset in (20, 23)]
 
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [pytest.param(*case, marks=[] if case == ("3.5-medium", 20) else pytest.mark.slow) for case in EXPORTS],
+    [pytest.param(*case, marks=[] if case == ("two-blocks", 20) else pytest.mark.slow) for case in EXPORTS],
 )
 def test_the_exported_graph_runs_at_another_shape_and_batch(name, opset, reference, relative_l2) -> None:
     module = reference(name)
@@ -261,6 +263,7 @@ def test_the_exported_graph_runs_at_another_shape_and_batch(name, opset, referen
             {0: rows},
         ),
         custom_translation_table=onnx_translations(opset),
+        optimize=False,
         verbose=False,
     )
     assert program is not None
