@@ -50,12 +50,14 @@ def load_parts(
     backend: str,
     precision: str | None,
     threads: int,
+    provider: str = "auto",
     low_vram: bool = False,
     require_signature: Path | None = None,
 ) -> Parts:
     """Everything that a Pipeline is made of.
 
     Args:
+        provider: of ONNX Runtime: auto, cpu, cuda or openvino.
         low_vram: load a stage when it is used and unload the one before; stream weights where the engine can.
         require_signature: refuse a bundle that the owner of this ed25519 public key (PEM) has not signed.
 
@@ -66,13 +68,20 @@ def load_parts(
     if require_signature is not None:
         check_signature(bundle, manifest, require_signature)
     _check_golden_table(manifest)
+    if provider != "auto":
+        if backend not in ("auto", Backend.ONNXRUNTIME):
+            raise UsageError(
+                f"provider {provider} is ONNX Runtime's, asked for with backend {backend}",
+                hint="leave one of the two out",
+            )
+        backend = Backend.ONNXRUNTIME.value
     chosen, reason = choose(manifest, backend=backend, precision=precision)
     log.info("%s", reason)
     check_files(bundle, _files(manifest, chosen.values()))
     tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
     engines = any(artifact.backend in ENGINES for artifact in chosen.values())
     device = open_device() if engines else None
-    sessions = _open_all(bundle, chosen, threads, device, low_vram)
+    sessions = _open_all(bundle, chosen, threads, provider, device, low_vram)
     encoders = [
         TextEncoder(spec, tokenizer, sessions[spec.stage])
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
@@ -148,7 +157,12 @@ def _serves(artifact: Artifact) -> bool:
 
 
 def _open_all(
-    bundle: Path, chosen: Mapping[str, Artifact], threads: int, device: Device | None, low_vram: bool
+    bundle: Path,
+    chosen: Mapping[str, Artifact],
+    threads: int,
+    provider: str,
+    device: Device | None,
+    low_vram: bool,
 ) -> dict[str, Session]:
     """A session for each stage; when one does not open, those before it are closed again."""
     sessions: dict[str, Session] = {}
@@ -159,7 +173,7 @@ def _open_all(
     def opener(artifact: Artifact) -> Callable[[], Session]:
         path, engine = bundle / artifact.file.path, artifact.backend in ENGINES
         shared: dict[str, Any] = {"device": device, "stream_weights": low_vram} if engine else {}
-        return lambda: open_session(path, artifact, threads=threads, **shared)
+        return lambda: open_session(path, artifact, threads=threads, provider=provider, **shared)
 
     try:
         for name, artifact in chosen.items():

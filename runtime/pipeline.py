@@ -100,6 +100,7 @@ class Pipeline:
         backend: str = "auto",
         precision: str | None = None,
         threads: int = 0,
+        provider: str = "auto",
         low_vram: bool = False,
         require_signature: Path | None = None,
         require_certificate: bool = False,
@@ -111,6 +112,7 @@ class Pipeline:
             backend: "auto" picks what this machine runs best, and says why in the log.
             precision: of the denoiser; None for what fits the backend best.
             threads: for CPU backends; 0 lets the backend choose.
+            provider: of ONNX Runtime: "cpu", "cuda", "openvino"; "auto" is CUDA's where it is there, else the CPU's.
             low_vram: keep one stage at a time in GPU memory, and stream its weights if its engine was built for it.
             require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
             require_certificate: refuse artifacts that parity has not proven, or not on this machine.
@@ -128,6 +130,7 @@ class Pipeline:
             backend=backend,
             precision=precision,
             threads=threads,
+            provider=provider,
             low_vram=low_vram,
             require_signature=require_signature,
         )

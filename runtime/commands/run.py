@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
     parser.add_argument("-n", "--num-images-per-prompt", type=int, default=1, metavar="N")
     parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
+    parser.add_argument("--provider", default="auto", help="of ONNX Runtime: auto, cpu, cuda, openvino")
     parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
+        provider=arguments.provider,
         low_vram=arguments.low_vram,
         require_signature=arguments.require_signature,
         require_certificate=arguments.require_certificate,

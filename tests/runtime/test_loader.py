@@ -6,15 +6,19 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 
 from ditc.runtime import loader
-from ditc.runtime.errors import BundleError, SessionError, UsageError
+from ditc.runtime.errors import BundleError, MissingExtra, SessionError, UsageError
 from ditc.runtime.integrity import check_file, check_files, file_ref
 from ditc.runtime.loader import choose, load_parts
 from ditc.runtime.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
+from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, VAE_ENCODER, Backend, Precision
 
@@ -112,10 +116,10 @@ def test_sessions_opened_before_a_failure_are_closed(copy: Path, monkeypatch: py
     opened: list[OnnxRuntimeSession] = []
     real = loader.open_session
 
-    def open_some(model: Path, artifact: Artifact, *, threads: int = 0) -> OnnxRuntimeSession:
+    def open_some(model: Path, artifact: Artifact, **settings: Any) -> OnnxRuntimeSession:
         if artifact.spec.name == VAE_DECODER:
             raise SessionError("no")
-        session = real(model, artifact, threads=threads)
+        session = real(model, artifact, **settings)
         assert isinstance(session, OnnxRuntimeSession)
         opened.append(session)
         return session
@@ -224,3 +228,25 @@ def test_feeds_that_do_not_fit_are_reported_with_stage_and_shapes(tiny_bundle: P
         session.run({})
     session.close()
     session.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"provider": "npu"}, "provider 'npu' is unknown"),
+        ({"provider": "cpu", "backend": "tensorrt"}, "provider cpu is ONNX Runtime's"),
+    ],
+)
+def test_a_provider_that_cannot_be_is_refused(tiny_bundle: Path, options: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Pipeline.load(tiny_bundle, **options)
+
+
+def test_a_provider_that_is_not_installed_is_named_with_what_installs_it(tiny_bundle: Path) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(SessionError, match="no CUDA provider"):
+            Pipeline.load(tiny_bundle, provider="cuda")
+    if find_spec("onnxruntime_ep_openvino") is None:
+        with pytest.raises(MissingExtra, match="openvino"):
+            Pipeline.load(tiny_bundle, provider="openvino")
+    Pipeline.load(tiny_bundle, provider="cpu").close()
