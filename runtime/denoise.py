@@ -140,7 +140,8 @@ class Guard:
         if isinstance(state.stats, np.ndarray) and not self._unread:
             check_stats(state, self._stage)
             return
-        self._unread.append(replace(state, latents=state.stats, history=state.stats, x0=None))  # only what is read
+        only_read = replace(state, latents=state.stats, history=state.stats, x0=None)
+        self._unread.append(only_read)
         if state.done or isinstance(state.stats, np.ndarray):
             for seen in self._unread:
                 check_stats(seen, self._stage)

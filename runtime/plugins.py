@@ -1,4 +1,0 @@
-"""stub"""
-from typing import Any
-def register(trt: Any) -> None:
-    pass
