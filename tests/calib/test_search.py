@@ -64,7 +64,9 @@ def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(fo
     trial, ranges, plans, effects = found
     everything = trial.fidelity(plans[Format.INT8]).psnr_db
     results = [
-        search(trial, plans, effects, Budget("psnr", everything + more), base_recipe(Format.INT8, trial.layers))
+        search(
+            trial, plans, effects, Budget("psnr", everything + more), base_recipe(Format.INT8, trial.layers)
+        )
         for more in (-1, 2, 6)
     ]
     shares = [result.chosen.share for result in results]
