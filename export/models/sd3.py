@@ -205,7 +205,7 @@ class AdaNorm(nn.Module):
             scale, shift = factors
             return normed * (1 + scale) + shift, ()
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = factors
-        rest = (gate, shift_ff, scale_ff, gate_ff)
+        rest: tuple[Tensor, ...] = (gate, shift_ff, scale_ff, gate_ff)
         if second:
             second_shift, second_scale, second_gate = second
             rest = (*rest, normed * (1 + second_scale) + second_shift, second_gate)
