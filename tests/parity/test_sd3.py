@@ -72,8 +72,11 @@ def test_a_reference_file_holds_steps_with_different_numbers_of_rows(
 ) -> None:
     reference, _ = proven
     assert main(["parity", str(sd3_bundle), "--reference", str(reference), "--threads", "1", "--json"]) == 0
-    verdicts = {r["level"]: r["verdict"] for r in json.loads(capsys.readouterr().out)["levels"]}
-    assert {verdicts[name] for name in ("stage", "step", "trajectory", "picture")} == {"pass"}
+    results = json.loads(capsys.readouterr().out)["levels"]
+    levels = {"stage", "step", "trajectory", "picture"}
+    assert {r["level"] for r in results if r["verdict"] == "pass"} >= levels
+    unchecked = {r["metric"] for r in results if r["level"] in levels and r["verdict"] == "not checked"}
+    assert unchecked <= {"LPIPS"}
 
 
 @dataclass(frozen=True)
