@@ -44,8 +44,9 @@ export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
 run: $(READY)  ## draw PROMPT with bundle OUT
 	$(BIN)/ditc run $(OUT) "$(PROMPT)" -o build/out.png
 
+# Two processes, a file each at a time, one thread each: that is how two cores are busy all the time.
 test: $(READY)  ## all tests that a CPU runs in minutes
-	$(BIN)/python -m pytest $(TESTS) -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the long tests: full-width layers, random kills
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow

@@ -107,11 +107,7 @@ DEFECTS = {
         f"{BLOCK}.0.ff.conv_depth",
     ),
     "channels permuted in unpatchify": Defect(
-        lambda t: setattr(
-            module_of(t, DENOISER, "network"),
-            "_unpatched",
-            permuted_channels.__get__(module_of(t, DENOISER, "network")),
-        ),
+        lambda t: module_of(t, DENOISER, "network").register_forward_hook(permuted_channels),
         DENOISER,
         "network",
     ),
