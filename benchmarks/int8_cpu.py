@@ -185,6 +185,8 @@ def openvino_session(path: Path, threads: int) -> Any:
         ort.register_execution_provider_library(name, openvino.get_library_path())
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     cpu = [device for device in devices if device.device.type == ort.OrtHardwareDeviceType.CPU]
+    if not cpu:
+        raise SystemExit("OpenVINO's plugin offers no CPU device on this machine: leave --openvino out")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_provider_for_devices(cpu, {"num_of_threads": str(threads)})

@@ -145,6 +145,10 @@ def _add_openvino(options: Any, threads: int) -> None:
         for device in ort.get_ep_devices()
         if device.ep_name == OPENVINO and device.device.type == ort.OrtHardwareDeviceType.CPU
     ]
+    if not devices:  # onnxruntime-ep-openvino 1.8.1 lists none on an AMD CPU
+        raise SessionError(
+            "OpenVINO's plugin offers no CPU device on this machine", hint="run with --provider cpu"
+        )
     # ACCURACY keeps every type of the graph: by default OpenVINO lowers fp32 to bf16 where the CPU has it, islands too.
     settings = {"precision": "ACCURACY", **({"num_of_threads": str(threads)} if threads else {})}
     options.add_provider_for_devices(devices, settings)

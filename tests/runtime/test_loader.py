@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnxruntime
@@ -250,3 +252,15 @@ def test_a_provider_that_is_not_installed_is_named_with_what_installs_it(tiny_bu
         with pytest.raises(MissingExtra, match="openvino"):
             Pipeline.load(tiny_bundle, provider="openvino")
     Pipeline.load(tiny_bundle, provider="cpu").close()
+
+
+def test_a_plugin_that_offers_no_device_is_said_so(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What onnxruntime-ep-openvino 1.8.1 does on an AMD CPU: it registers, and lists nothing."""
+    plugin = ModuleType("onnxruntime_ep_openvino")
+    plugin.get_library_path = lambda: "plugin.so"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda name, path: None)
+    with pytest.raises(SessionError, match="offers no CPU device"):
+        Pipeline.load(tiny_bundle, provider="openvino")
