@@ -188,7 +188,8 @@ def load_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST
     rebuild = f"rebuild with: ditc build CHECKPOINT -o {bundle}"
     if not path.is_file():
-        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=rebuild)
+        hint = "name the bundle's directory" if bundle.is_file() else rebuild
+        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=hint)
     try:
         content = path.read_bytes()
         data = json.loads(content)

@@ -120,3 +120,11 @@ def test_the_manifest_tells_the_tools_that_built_it(tiny_bundle: Path) -> None:
     manifest = load_manifest(tiny_bundle)
     assert {"ditc", "torch", "onnx", "onnxruntime"} <= manifest.tools.keys()
     assert to_json(manifest)["family"] == "sana"
+
+
+def test_a_file_in_place_of_a_bundle_is_not_built_over(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"")
+    with pytest.raises(BundleError, match="is not a bundle") as e:
+        load_manifest(path)
+    assert e.value.hint == "name the bundle's directory"
