@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 from ditc.runtime.errors import SessionError
 from ditc.runtime.manifest import Artifact
 from ditc.runtime.spec import Backend
 
+# The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.
+RTX_LIBRARY = "libtensorrt_rtx.so"
 PACKAGES = {Backend.TENSORRT_RTX: "tensorrt-rtx", Backend.TENSORRT: "tensorrt"}
 
 
@@ -88,3 +91,16 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
         raise SessionError(
             f"{stage}: the engine was built on and for {artifact.gpu}, this GPU is {gpu.name}", hint=rebuild
         )
+
+
+def rtx_library_folder() -> Path | None:
+    """Where the wheel of TensorRT-RTX keeps its libraries; None if it is not installed."""
+    for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
+        try:
+            files = distribution(name).files or []
+        except PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == f"{RTX_LIBRARY}.1":
+                return Path(str(file.locate())).parent
+    return None

@@ -11,45 +11,43 @@ diffusers directory (docs/mmdit.md):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer as RustTokenizer
 
+from ditc.export.adapters.gemma_dc_ae import (
+    COMPONENTS,
+    defaults_of,
+    load_companion,
+    pad_token,
+    stage_module,
+    stage_plans,
+    text_range,
+)
 from ditc.export.adapters.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
     DenoiserFacts,
     check_precision,
-    companion_precision,
-    denoiser_spec,
     history_length,
     latent_ranges,
-    network_spec,
-    vae_specs,
 )
 from ditc.export.checkpoint import Checkpoint
-from ditc.export.models.dc_ae import DcAeConfig, load_decoder, load_encoder
-from ditc.export.models.gemma2 import load_gemma2
-from ditc.export.models.loading import weight_map
+from ditc.export.models.dc_ae import DcAeConfig
 from ditc.export.models.mmdit_config import CLASS_NAME, MMDiTConfig
 from ditc.export.models.mmdit_denoiser import load_mmdit
 from ditc.export.scheduler_config import scheduler_params
-from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.stages import BuildOptions, ModelPlan, StageModule
 from ditc.export.step import wrap
 from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime.errors import CheckpointError
-from ditc.runtime.manifest import Defaults, LatentSpec
+from ditc.runtime.manifest import LatentSpec
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
-    NETWORK,
     TEXT_ENCODER,
-    VAE_DECODER,
-    VAE_ENCODER,
     DType,
     Range,
-    StageSpec,
     TensorSpec,
 )
 from ditc.runtime.text import TextSpec
@@ -58,14 +56,6 @@ from ditc.runtime.text import TextSpec
 NUM_INFERENCE_STEPS = 28
 GUIDANCE_SCALE = 7.0
 MAX_SEQUENCE_LENGTH = 300
-COMPONENTS = {
-    TEXT_ENCODER: "text_encoder",
-    CONDITIONER: "transformer",
-    DENOISER: "transformer",
-    NETWORK: "transformer",
-    VAE_DECODER: "vae",
-    VAE_ENCODER: "vae",
-}
 
 
 class LucidrainsMMDiTAdapter:
@@ -90,22 +80,21 @@ class LucidrainsMMDiTAdapter:
         _check_widths(checkpoint, transformer, vae)
         text = _text_spec(checkpoint)
         scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
-        defaults = _defaults(checkpoint.defaults, transformer.sample_size * vae.scale_factor, options)
+        defaults = defaults_of(
+            checkpoint.defaults,
+            transformer.sample_size * vae.scale_factor,
+            options,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            bins=checkpoint.defaults.get("resolution_bins") or (),
+        )
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
-        sizes = latent_ranges(defaults, latents)
-        facts = _facts(transformer, text, sizes, options)
-        batch = options.max_batch
-        specs = {
-            TEXT_ENCODER: _text_encoder(transformer, text, batch),
-            CONDITIONER: _conditioner(transformer, facts, batch),
-            DENOISER: denoiser_spec(facts, history=history_length(scheduler), max_batch=batch),
-            **vae_specs(latents, sizes, max_batch=batch),
-        }
-        if options.raw:
-            specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[options.base], max_batch=batch)
+        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
         return ModelPlan(
             family=self.family,
-            stages={name: _stage_plan(name, spec, options) for name, spec in specs.items()},
+            stages=stage_plans(
+                text, transformer.caption_channels, facts, latents, options, history=history_length(scheduler)
+            ),
             text=(text,),
             scheduler=scheduler,
             latents=latents,
@@ -114,35 +103,17 @@ class LucidrainsMMDiTAdapter:
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
         """One stage with its weights."""
-        spec, precision = plan.stages[stage].spec, plan.stages[stage].precision
-        dtype, component = TORCH_DTYPES[precision], checkpoint.component(COMPONENTS[stage])
-        integers: Mapping[str, int] = {}
-        module: torch.nn.Module
-        if stage == TEXT_ENCODER:
-            module = load_gemma2(component.config, component.tensors, dtype)
-            integers = {"input_ids": int(component.config["vocab_size"])}
-        elif stage in (VAE_DECODER, VAE_ENCODER):
-            load = load_decoder if stage == VAE_DECODER else load_encoder
-            module = load(DcAeConfig.from_json(component.config), component.tensors, dtype)
-        else:
-            config = MMDiTConfig.from_json(component.config)
-            conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
-            module = conditioner if stage == CONDITIONER else denoiser
-            if stage == DENOISER:
-                module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
-        return StageModule(
-            spec=spec,
-            precision=precision,
-            module=module,
-            weights=tuple(weight_map({stage: module}, component.tensors)),
-            integers=integers,
-        )
-
-
-def _stage_plan(name: str, spec: StageSpec, options: BuildOptions) -> StagePlan:
-    is_network = COMPONENTS[name] == "transformer"
-    precision = options.base if is_network else companion_precision(options)
-    return StagePlan(spec=spec, precision=precision, components=(COMPONENTS[name],))
+        stage_plan = plan.stages[stage]
+        component = checkpoint.component(COMPONENTS[stage])
+        if COMPONENTS[stage] != "transformer":
+            return stage_module(load_companion(component, stage_plan), component, stage_plan)
+        dtype = TORCH_DTYPES[stage_plan.precision]
+        config = MMDiTConfig.from_json(component.config)
+        conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
+        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
+        if stage == DENOISER:
+            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+        return stage_module(module, component, stage_plan)
 
 
 def _check_widths(checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig) -> None:
@@ -172,33 +143,7 @@ def _facts(
             TensorSpec("key_mask", DType.FLOAT32, (rows, length)),
         ),
         sizes=sizes,
-        text={length: Range(1, text.length, text.length)},
-    )
-
-
-def _text_encoder(transformer: MMDiTConfig, text: TextSpec, max_batch: int) -> StageSpec:
-    tokens = ("batch", "length")
-    return StageSpec(
-        TEXT_ENCODER,
-        inputs=(
-            TensorSpec("input_ids", DType.INT64, tokens),
-            TensorSpec("attention_mask", DType.INT64, tokens),
-        ),
-        outputs=(TensorSpec("text_embeds", DType.FLOAT32, (*tokens, transformer.caption_channels)),),
-        profile={"batch": Range(1, 1, max_batch), "length": Range(1, text.max_length, text.max_length)},
-    )
-
-
-def _conditioner(transformer: MMDiTConfig, facts: DenoiserFacts, max_batch: int) -> StageSpec:
-    rows, length = "rows", "text_length"
-    return StageSpec(
-        CONDITIONER,
-        inputs=(
-            TensorSpec("text_embeds", DType.FLOAT32, (rows, length, transformer.caption_channels)),
-            TensorSpec("text_mask", DType.INT64, (rows, length)),
-        ),
-        outputs=facts.conditioning,
-        profile={rows: Range(1, 1, facts.rows_per_sample * max_batch), **facts.text},
+        text=text_range(text),
     )
 
 
@@ -207,9 +152,6 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     if "tokenizer" not in checkpoint.tokenizers:
         raise CheckpointError(f"{checkpoint.path} has no tokenizer", hint="save it into tokenizer/")
     tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
-    pad_token_id = tokenizer.token_to_id("<pad>")
-    if pad_token_id is None:
-        raise CheckpointError("tokenizer.json has no <pad> token", hint="Gemma's tokenizers have one")
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     return TextSpec(
         stage=TEXT_ENCODER,
@@ -218,16 +160,5 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         max_length=length,
         negative_max_length=length,
         length=length,
-        pad_token_id=pad_token_id,
-    )
-
-
-def _defaults(given: Mapping[str, Any], native: int, options: BuildOptions) -> Defaults:
-    side = options.resolution or native
-    return Defaults(
-        height=options.resolution or int(given.get("height", side)),
-        width=options.resolution or int(given.get("width", side)),
-        num_inference_steps=int(given.get("num_inference_steps", NUM_INFERENCE_STEPS)),
-        guidance_scale=float(given.get("guidance_scale", GUIDANCE_SCALE)),
-        bins=tuple((height, width) for height, width in given.get("resolution_bins") or ()),
+        pad_token_id=pad_token(tokenizer),
     )

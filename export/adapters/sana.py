@@ -11,41 +11,39 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as RustTokenizer
 
+from ditc.export.adapters.gemma_dc_ae import (
+    COMPONENTS,
+    defaults_of,
+    load_companion,
+    pad_token,
+    stage_module,
+    stage_plans,
+    text_range,
+)
 from ditc.export.adapters.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
     DenoiserFacts,
     check_precision,
-    companion_precision,
-    denoiser_spec,
     history_length,
     latent_ranges,
-    network_spec,
-    vae_specs,
 )
 from ditc.export.checkpoint import Checkpoint
-from ditc.export.models.dc_ae import DcAeConfig, load_decoder, load_encoder
-from ditc.export.models.gemma2 import load_gemma2
-from ditc.export.models.loading import weight_map
+from ditc.export.models.dc_ae import DcAeConfig
 from ditc.export.models.sana import load_sana
 from ditc.export.models.sana_config import SanaConfig
 from ditc.export.resolution_bins import resolution_bins
 from ditc.export.scheduler_config import scheduler_params
-from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.stages import BuildOptions, ModelPlan, StageModule
 from ditc.export.step import wrap
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime.errors import CheckpointError
 from ditc.runtime.manifest import Defaults, LatentSpec, Tiling
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
-    NETWORK,
     TEXT_ENCODER,
-    VAE_DECODER,
-    VAE_ENCODER,
     DType,
     Range,
-    StageSpec,
     TensorSpec,
 )
 from ditc.runtime.text import Select, TextSpec
@@ -70,14 +68,6 @@ COMPLEX_HUMAN_INSTRUCTION = (
     " or evaluations:",
     "User Prompt: ",
 )
-COMPONENTS = {
-    TEXT_ENCODER: "text_encoder",
-    CONDITIONER: "transformer",
-    DENOISER: "transformer",
-    NETWORK: "transformer",
-    VAE_DECODER: "vae",
-    VAE_ENCODER: "vae",
-}
 # The pipeline picks its table of aspect ratios by the transformer's sample_size.
 BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 
@@ -105,10 +95,18 @@ class SanaAdapter:
         scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
-        shapes = _Shapes(transformer, text, latent_ranges(defaults, latents), options)
+        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
         return ModelPlan(
             family=self.family,
-            stages=shapes.stages(latents, history_length(scheduler), tiled=defaults.tiling is not None),
+            stages=stage_plans(
+                text,
+                transformer.caption_channels,
+                facts,
+                latents,
+                options,
+                history=history_length(scheduler),
+                tiled=defaults.tiling is not None,
+            ),
             text=(text,),
             scheduler=scheduler,
             latents=latents,
@@ -117,116 +115,32 @@ class SanaAdapter:
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
         """One stage with its weights."""
-        spec, precision = plan.stages[stage].spec, plan.stages[stage].precision
-        dtype = TORCH_DTYPES[precision]
-        integers: Mapping[str, int] = {}
-        module: torch.nn.Module
-        if stage == TEXT_ENCODER:
-            component = checkpoint.component("text_encoder")
-            module = load_gemma2(component.config, component.tensors, dtype)
-            integers = {"input_ids": int(component.config["vocab_size"])}
-        elif stage in (CONDITIONER, DENOISER, NETWORK):
-            component = checkpoint.component("transformer")
-            config = SanaConfig.from_json(component.config)
-            conditioner, denoiser = load_sana(config, component.tensors, dtype)
-            module = conditioner if stage == CONDITIONER else denoiser
-            if stage == DENOISER:
-                module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
-        else:
-            component = checkpoint.component("vae")
-            vae = DcAeConfig.from_json(component.config)
-            load = load_decoder if stage == VAE_DECODER else load_encoder
-            module = load(vae, component.tensors, dtype)
-        return StageModule(
-            spec=spec,
-            precision=precision,
-            module=module,
-            weights=tuple(weight_map({stage: module}, component.tensors)),
-            integers=integers,
-        )
+        stage_plan = plan.stages[stage]
+        component = checkpoint.component(COMPONENTS[stage])
+        if COMPONENTS[stage] != "transformer":
+            return stage_module(load_companion(component, stage_plan), component, stage_plan)
+        dtype = TORCH_DTYPES[stage_plan.precision]
+        conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
+        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
+        if stage == DENOISER:
+            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+        return stage_module(module, component, stage_plan)
 
 
-class _Shapes:
-    """The specs of the stages: names, element types and ranges."""
-
-    def __init__(
-        self, transformer: SanaConfig, text: TextSpec, sizes: dict[str, Range], options: BuildOptions
-    ) -> None:
-        self.transformer, self.text, self.sizes, self.options = transformer, text, sizes, options
-
-    def stages(self, latents: LatentSpec, history: int, *, tiled: bool) -> dict[str, StagePlan]:
-        """All plans, in the order in which a picture needs them."""
-        denoiser, batch = self.options.base, self.options.max_batch
-        # Gemma overflows in fp16 (NVlabs' README: bf16 or fp32), and so does DC-AE.
-        others = companion_precision(self.options)
-        facts = self._denoiser()
-        specs = {
-            TEXT_ENCODER: self._text_encoder(),
-            CONDITIONER: self._conditioner(),
-            DENOISER: denoiser_spec(facts, history=history, max_batch=batch),
-            **vae_specs(latents, self.sizes, max_batch=batch, tiled=tiled),
-        }
-        if self.options.raw:
-            specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[denoiser], max_batch=batch)
-        return {
-            name: StagePlan(
-                spec=spec,
-                precision=denoiser if COMPONENTS[name] == "transformer" else others,
-                components=(COMPONENTS[name],),
-            )
-            for name, spec in specs.items()
-        }
-
-    def _text_encoder(self) -> StageSpec:
-        length = max(self.text.max_length, self.text.negative_max_length)
-        return StageSpec(
-            TEXT_ENCODER,
-            inputs=(
-                TensorSpec("input_ids", DType.INT64, ("batch", "length")),
-                TensorSpec("attention_mask", DType.INT64, ("batch", "length")),
-            ),
-            outputs=(
-                TensorSpec(
-                    "text_embeds", DType.FLOAT32, ("batch", "length", self.transformer.caption_channels)
-                ),
-            ),
-            profile={
-                "batch": Range(1, 1, self.options.max_batch),
-                "length": Range(1, self.text.max_length, length),
-            },
-        )
-
-    def _conditioner(self) -> StageSpec:
-        rows, text = "rows", "text_length"
-        return StageSpec(
-            CONDITIONER,
-            inputs=(
-                TensorSpec("text_embeds", DType.FLOAT32, (rows, text, self.transformer.caption_channels)),
-                TensorSpec("text_mask", DType.INT64, (rows, text)),
-            ),
-            outputs=self._conditioning(),
-            profile={rows: Range(1, 1, 2 * self.options.max_batch), **self._text_range()},
-        )
-
-    def _conditioning(self) -> tuple[TensorSpec, ...]:
-        config = self.transformer
-        kv = ("rows", config.num_layers, 2, "text_length", config.cross_width)
-        return (
-            TensorSpec("cross_kv", STAGE_DTYPES[self.options.base], kv),
+def _facts(
+    transformer: SanaConfig, text: TextSpec, sizes: Mapping[str, Range], options: BuildOptions
+) -> DenoiserFacts:
+    kv = ("rows", transformer.num_layers, 2, "text_length", transformer.cross_width)
+    return DenoiserFacts(
+        channels=transformer.in_channels,
+        out_channels=transformer.out_channels,
+        conditioning=(
+            TensorSpec("cross_kv", STAGE_DTYPES[options.base], kv),
             TensorSpec("text_bias", DType.FLOAT32, ("rows", "text_length")),
-        )
-
-    def _denoiser(self) -> DenoiserFacts:
-        return DenoiserFacts(
-            channels=self.transformer.in_channels,
-            out_channels=self.transformer.out_channels,
-            conditioning=self._conditioning(),
-            sizes=self.sizes,
-            text=self._text_range(),
-        )
-
-    def _text_range(self) -> dict[str, Range]:
-        return {"text_length": Range(1, self.text.length, self.text.length)}
+        ),
+        sizes=sizes,
+        text=text_range(text),
+    )
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
@@ -252,16 +166,9 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         length=length,
         lower=True,
         strip=True,
-        pad_token_id=_pad_token(tokenizer),
+        pad_token_id=pad_token(tokenizer),
         select=Select(first=1, last=length - 1) if prefix else None,
     )
-
-
-def _pad_token(tokenizer: RustTokenizer) -> int:
-    token: int | None = tokenizer.token_to_id("<pad>")
-    if token is None:
-        raise CheckpointError("tokenizer.json has no <pad> token", hint="Gemma's tokenizers have one")
-    return token
 
 
 def _defaults(
@@ -275,12 +182,13 @@ def _defaults(
         bins = given["resolution_bins"] or ()
     elif side == BINS_BY_SAMPLE_SIZE.get(transformer.sample_size):
         bins = resolution_bins(side)
-    return Defaults(
-        height=options.resolution or int(given.get("height", side)),
-        width=options.resolution or int(given.get("width", side)),
-        num_inference_steps=int(given.get("num_inference_steps", NUM_INFERENCE_STEPS)),
-        guidance_scale=float(given.get("guidance_scale", GUIDANCE_SCALE)),
-        bins=tuple((height, width) for height, width in bins),
+    return defaults_of(
+        given,
+        native,
+        options,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        bins=bins,
         # enable_tiling's defaults in AutoencoderDC, diffusers 0.42.1; needed from 2K on (upstream README: 4K).
         tiling=Tiling(tile=512, stride=448) if native >= 4096 else None,
     )

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from ditc.export.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
 from ditc.export.ops.relu_linear_attention.ptx import pair_as_json
 from ditc.export.ops.relu_linear_attention.qdp import register_qdp
 from ditc.runtime.errors import BuildError
+from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 from ditc.runtime.plugins import register
 from ditc.runtime.plugins.relu_linear_attention import NAMESPACE, VERSION
 from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
 
-LINK = "libtensorrt_rtx.so"
 _TYPES = {
     onnx.TensorProto.FLOAT: DType.FLOAT32,
     onnx.TensorProto.FLOAT16: DType.FLOAT16,
@@ -98,18 +97,18 @@ def link_library() -> None:
     Raises:
         BuildError: the folder cannot be written; with the command that makes the link.
     """
-    folder = wheel_folder()
+    folder = rtx_library_folder()
     if folder is None or os.name == "nt" or _reachable(folder):
         return
-    link = folder / LINK
+    link = folder / RTX_LIBRARY
     try:
-        link.symlink_to(f"{LINK}.1")
+        link.symlink_to(f"{RTX_LIBRARY}.1")
     except OSError as e:
         raise BuildError(
             f"{link} is missing, TensorRT-RTX's parser needs it for plugins: {e.strerror}",
-            hint=f"ln -s {LINK}.1 {link}, or a link of that name in a folder of LD_LIBRARY_PATH",
+            hint=f"ln -s {RTX_LIBRARY}.1 {link}, or a link of that name in a folder of LD_LIBRARY_PATH",
         ) from e
-    log.warning("made %s -> %s.1, which the wheel lacks and plugins need", link, LINK)
+    log.warning("made %s -> %s.1, which the wheel lacks and plugins need", link, RTX_LIBRARY)
 
 
 def _register(backend: Backend) -> None:
@@ -122,20 +121,7 @@ def _register(backend: Backend) -> None:
 
 def _reachable(folder: Path) -> bool:
     searched = [folder, *map(Path, filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))]
-    return any((path / LINK).exists() for path in searched)
-
-
-def wheel_folder() -> Path | None:
-    """Where the wheel keeps its libraries; None if it is not installed."""
-    for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
-        try:
-            files = distribution(name).files or []
-        except PackageNotFoundError:
-            continue
-        for file in files:
-            if file.name == f"{LINK}.1":
-                return Path(str(file.locate())).parent
-    return None
+    return any((path / RTX_LIBRARY).exists() for path in searched)
 
 
 def _is_ours(node: onnx.NodeProto) -> bool:

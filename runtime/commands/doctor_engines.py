@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
-from ditc.runtime.gpu import Gpu, driver_version, find_gpu
+from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_library_folder
 from ditc.runtime.sessions import ENGINES, missing
 
 # tensorrt_rtx.ComputeCapability of 1.7.1.
@@ -28,13 +28,12 @@ KNOWN_BAD = (
         "pip install 'tensorrt-rtx>=1.7.1'",
     ),
 )
-LINK = "libtensorrt_rtx.so"
 
 
 def engine_findings() -> list[Finding]:
     """All of it."""
     gpu = find_gpu()
-    return [*_gpu(gpu), *_targets(), *_runs(), *_plugin(), *known_bad(), *missing_link(_rtx_libraries())]
+    return [*_gpu(gpu), *_targets(), *_runs(), *_plugin(), *known_bad(), *missing_link(rtx_library_folder())]
 
 
 def _gpu(gpu: Gpu | None) -> list[Finding]:
@@ -85,25 +84,14 @@ def known_bad() -> list[Finding]:
 
 def missing_link(libraries: Path | None) -> list[Finding]:
     """The wheel ships libtensorrt_rtx.so.1 alone; the parser opens libtensorrt_rtx.so when it meets a plugin."""
-    if libraries is None or os.name == "nt" or (libraries / LINK).exists():
+    if libraries is None or os.name == "nt" or (libraries / RTX_LIBRARY).exists():
         return []
-    hint = f"only for plugins; --linear-attention plugin makes it, or: ln -s {LINK}.1 {libraries / LINK}"
+    hint = f"only for plugins; --linear-attention plugin makes it, or: ln -s {RTX_LIBRARY}.1 {libraries / RTX_LIBRARY}"
     return [
-        Finding("rtx link", f"{libraries / LINK} is missing: a plugin would abort the process", None, hint)
+        Finding(
+            "rtx link", f"{libraries / RTX_LIBRARY} is missing: a plugin would abort the process", None, hint
+        )
     ]
-
-
-def _rtx_libraries() -> Path | None:
-    """Folder of the wheel's libraries; None if it is not installed."""
-    for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
-        try:
-            files = distribution(name).files or []
-        except PackageNotFoundError:
-            continue
-        for file in files:
-            if file.name == f"{LINK}.1":
-                return Path(str(file.locate())).parent
-    return None
 
 
 def _version(package: str) -> str | None:

@@ -128,11 +128,11 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_parser_takes_the_form_that_was_asked_for(tiny_bundle: Path, tmp_path: Path, form: str) -> None:
     """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
     pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
-    from ditc.export.engines.plugins import LINK, wheel_folder
+    from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 
-    folder = wheel_folder()
+    folder = rtx_library_folder()
     assert folder is not None
-    (tmp_path / LINK).symlink_to(folder / f"{LINK}.1")
+    (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     script = Path(__file__).with_name("parsed.py")
     command = [sys.executable, str(script), str(tiny_bundle), form, str(tmp_path / "engine")]
