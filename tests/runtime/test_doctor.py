@@ -20,7 +20,11 @@ def test_a_version_with_a_known_defect_is_bad_and_has_a_way_out(monkeypatch: pyt
 def test_the_wheels_missing_link_is_found_until_it_is_made(tmp_path: Path) -> None:
     (tmp_path / "libtensorrt_rtx.so.1").write_bytes(b"")
     (finding,) = doctor_engines.missing_link(tmp_path)
-    assert "is missing" in finding.text and finding.hint and f"ln -s {doctor_engines.RTX_LIBRARY}.1" in finding.hint
+    assert (
+        "is missing" in finding.text
+        and finding.hint
+        and f"ln -s {doctor_engines.RTX_LIBRARY}.1" in finding.hint
+    )
     (tmp_path / doctor_engines.RTX_LIBRARY).write_bytes(b"")
     assert not doctor_engines.missing_link(tmp_path)
 
