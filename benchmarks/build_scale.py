@@ -22,9 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import write
+
+if TYPE_CHECKING:
+    from ditc.export.checkpoint import Checkpoint
 
 SHARD_BYTES = 10**9
 TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
@@ -174,14 +177,32 @@ def _reference(case: Case) -> Callable[[], Any]:
     return lambda: getattr(diffusers, case.config["_class_name"])(**arguments)
 
 
+def checkpoint_around(
+    case: Case, directory: Path, tokenizers: dict[str, Path], defaults: dict[str, Any]
+) -> Checkpoint:
+    """The component in `directory` as part of a whole checkpoint, whose other parts are configs only."""
+    from ditc.export.checkpoint import Checkpoint, Component, open_component
+    from ditc.export.checkpoints.tensors import TensorSource
+
+    others = OTHERS[case.family].items()
+    components = {key: Component(key, config, TensorSource({}), ()) for key, config in others}
+    components[case.component] = open_component(directory)
+    return Checkpoint(
+        path=directory,
+        model_index={},
+        components=components,
+        scheduler_config=SCHEDULERS[case.family],
+        tokenizers=tokenizers,
+        defaults=defaults,
+    )
+
+
 def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     """Export and compile; call it in a fresh process."""
     import psutil
 
     from ditc.export import budget
     from ditc.export.adapters import find_adapter
-    from ditc.export.checkpoint import Checkpoint, Component, open_component
-    from ditc.export.checkpoints.tensors import TensorSource
     from ditc.export.engine import build_engine, estimate_memory_bytes
     from ditc.export.engines.memory import PeakMemory
     from ditc.export.engines.profiles import orientation_profiles
@@ -190,17 +211,9 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     from ditc.runtime.spec import Backend, Precision
 
     case = CASES[name]
-    others = OTHERS[case.family].items()
-    components = {key: Component(key, config, TensorSource({}), ()) for key, config in others}
-    component = components[case.component] = open_component(directory)
-    checkpoint = Checkpoint(
-        path=directory,
-        model_index={},
-        components=components,
-        scheduler_config=SCHEDULERS[case.family],
-        tokenizers=_tokenizers(case.family, out),
-        defaults={"height": 1024, "width": 1024, **DEFAULTS[case.family]},
-    )
+    defaults = {"height": 1024, "width": 1024, **DEFAULTS[case.family]}
+    checkpoint = checkpoint_around(case, directory, _tokenizers(case.family, out), defaults)
+    component = checkpoint.component(case.component)
     denoiser = case.dtype if case.component == "transformer" else "bf16"
     options = BuildOptions(precision=Precision(denoiser), backend=Backend.TENSORRT_RTX, max_batch=1)
     adapter = find_adapter(checkpoint)
