@@ -44,10 +44,9 @@ def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float
 
 
 def base_recipe(kind: Format, layers: Iterable[str]) -> Recipe:
-    """The recipe that a search begins with: the one with activations in the format that names most of the layers."""
+    """The recipe that a search begins with: the one in the format that names most of the layers."""
     names = list(layers)
-    recipes = (recipe for recipe in RECIPES.values() if recipe.activations)
-    return max(recipes, key=lambda recipe: list(recipe.formats(names).values()).count(kind))
+    return max(RECIPES.values(), key=lambda recipe: list(recipe.formats(names).values()).count(kind))
 
 
 def candidate_plans(

@@ -74,7 +74,7 @@ NEVER = (
     Rule(layers="proj_out", why="final layer: its error is the picture's"),
     Rule(layers="*conv_depth", why="depthwise convolution: no GEMM, and sensitive"),
 )
-# Not for joint attention: there attn2 is the image's own attention.
+# Not for joint attention: there attn2 is the image's own attention, on every step.
 NEVER_CROSS = (Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt"),)
 # What FP8 on every Linear spoils in a joint-attention transformer (vllm-omni #2728 and #2795).
 NEVER_JOINT = (
@@ -132,17 +132,17 @@ SD3_INT8 = Recipe(name="sd3-int8", rules=_rules(Format.INT8, JOINT, *SD3_LAYERS)
 SD3_FP8 = _fp8(SD3_INT8, "sd3-fp8")
 MMDIT_INT8 = Recipe(name="mmdit-int8", rules=_rules(Format.INT8, JOINT, *MMDIT_LAYERS))
 MMDIT_FP8 = _fp8(MMDIT_INT8, "mmdit-fp8")
-# For any network here. An attn2's K and V stay high: by their names alone they may be cross-attention's.
-_ANY = _rules(Format.INT8, (*CROSS, *NEVER_JOINT), *SANA_LAYERS, *SD3_LAYERS, *MMDIT_LAYERS)
-INT8_WEIGHT_ONLY = Recipe(name="int8-weight-only", rules=_ANY, activations=False, smooth=False)
-FP8_WEIGHT_ONLY = _fp8(INT8_WEIGHT_ONLY, "fp8-weight-only")
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        *(SANA_INT8, SANA_FP8, SD3_INT8, SD3_FP8, MMDIT_INT8, MMDIT_FP8),
-        *(INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY),
-    )
-}
+RECIPES = {recipe.name: recipe for recipe in (SANA_INT8, SANA_FP8, SD3_INT8, SD3_FP8, MMDIT_INT8, MMDIT_FP8)}
+
+
+def recipes_of(family: str) -> dict[str, Recipe]:
+    """All recipes by name. Of those for weights alone, the layers are the family's: its attn2 may be either kind."""
+    recipes = dict(RECIPES)
+    for kind in Format:
+        if own := RECIPES.get(f"{family}-{kind.value}"):
+            alone = replace(own, name=f"{kind.value}-weight-only", activations=False, smooth=False)
+            recipes[alone.name] = alone
+    return recipes
 
 
 def default_recipe(family: str, precision: Precision) -> str:
@@ -156,13 +156,13 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
     Raises:
         UsageError: an unknown name, a file that is no recipe, or one without a layer in that precision's format.
     """
-    default = default_recipe(family, precision)
+    default, known = default_recipe(family, precision), recipes_of(family)
     name = default if name is None else name
-    recipe = load_recipe(Path(name)) if name.endswith(".json") else RECIPES.get(name)
+    recipe = load_recipe(Path(name)) if name.endswith(".json") else known.get(name)
     if recipe is None:
         raise UsageError(
             f"recipe {name!r} is unknown",
-            hint=f"take one of {', '.join(RECIPES)}, or a .json that the search wrote",
+            hint=f"take one of {', '.join(known)}, or a .json that the search wrote",
         )
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
     if precision is Precision.INT8 and Format.FP8.value in kinds:

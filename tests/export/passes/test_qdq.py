@@ -17,7 +17,7 @@ from ditc.export.quant.formats import LARGEST_CODE, Format
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import load_ranges, save_ranges
-from ditc.export.quant.recipes import RECIPES
+from ditc.export.quant.recipes import RECIPES, recipes_of
 from ditc.export.quant.simulate import quantized
 from ditc.export.quant.verify import check_scales
 from ditc.export.torch_session import TorchSession
@@ -44,12 +44,14 @@ def make(exported):
     return build
 
 
-OF_SANA = [name for name in RECIPES if "sana" in name or "weight-only" in name]
+OF_SANA = {
+    name: recipe for name, recipe in recipes_of("sana").items() if "sana" in name or "weight-only" in name
+}
 
 
 @pytest.mark.parametrize("name", OF_SANA)
 def test_the_graph_computes_what_the_simulation_computes(make, run, name):
-    stage, plan, model = make(RECIPES[name])
+    stage, plan, model = make(recipes_of("sana")[name])
     feeds, layers = feeds_of(stage, seed=9), linear_layers(stage)
     session = TorchSession(stage.module, stage.spec)
     exact = session.run(feeds)["x0"]
@@ -109,7 +111,7 @@ def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
 
 @pytest.mark.parametrize("name", OF_SANA)
 def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
-    stage, _, model = make(RECIPES[name])
+    stage, _, model = make(recipes_of("sana")[name])
     feeds = feeds_of(stage, seed=9)
     precision = Precision.FP8 if "fp8" in name else Precision.INT8
     session = OnnxRuntimeSession(

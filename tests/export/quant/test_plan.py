@@ -15,7 +15,14 @@ from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import choose_input, make_plan
 from ditc.export.quant.ranges import Ranges
-from ditc.export.quant.recipes import NO_RULE, RECIPES, find_recipe, load_recipe, save_recipe
+from ditc.export.quant.recipes import (
+    NO_RULE,
+    RECIPES,
+    find_recipe,
+    load_recipe,
+    recipes_of,
+    save_recipe,
+)
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Precision
 
@@ -87,8 +94,8 @@ def test_recipes_of_joint_attention_quantize_the_layers_that_are_written_here(fa
     assert recipe.name == f"{family}-{kind.value}" and recipe.activations
     assert recipe.formats([*others, *expected]) == dict.fromkeys(expected, kind)
     assert all(recipe.decide(layer).why not in ("", NO_RULE) for layer in others)
-    weights = RECIPES[f"{kind.value}-weight-only"].formats([*others, *expected])
-    assert set(expected) - set(weights) == {x for x in expected if "attn2.to_k" in x or "attn2.to_v" in x}
+    alone = find_recipe(f"{kind.value}-weight-only", Precision(kind.value), family)
+    assert not alone.activations and alone.formats([*others, *expected]) == dict.fromkeys(expected, kind)
 
 
 @pytest.mark.parametrize("family", ["sana", *JOINT])
@@ -108,7 +115,7 @@ def test_a_search_begins_with_the_recipe_of_the_layers_family(family):
     ],
 )
 def test_each_recipe_quantizes_the_layers_that_are_written_here(name, kind, activations):
-    recipe = RECIPES[name]
+    recipe = find_recipe(name, Precision(kind.value), "sana")
     assert recipe.formats(SANA) == dict.fromkeys(EXPECTED, kind)
     assert recipe.activations is activations
     assert all(recipe.decide(layer).why for layer in SANA if layer not in EXPECTED)
@@ -197,10 +204,13 @@ def test_activations_need_ranges_and_weights_alone_do_not():
     layers = linear(np.ones((4, 8), np.float32))
     with pytest.raises(UsageError, match="needs ranges"):
         make_plan(RECIPES["sana-int8"], None, layers)
-    assert next(iter(make_plan(RECIPES["int8-weight-only"], None, layers).layers.values())).input is None
+    assert (
+        next(iter(make_plan(recipes_of("sana")["int8-weight-only"], None, layers).layers.values())).input
+        is None
+    )
 
 
 def test_a_recipe_for_another_network_is_refused():
     layers = linear(np.ones((4, 8), np.float32), name="layers.0.mlp.up")
     with pytest.raises(UsageError, match="names none of this network's 1 layers"):
-        make_plan(RECIPES["int8-weight-only"], None, layers)
+        make_plan(recipes_of("sana")["int8-weight-only"], None, layers)
