@@ -96,25 +96,35 @@ def _skip_layer_guidance(
 ) -> SkipLayerGuidance | None:
     """The bundle's, with what the request says; None where it is off."""
     skip = manifest.defaults.skip_layer_guidance
-    scale = request.skip_layer_guidance_scale
+    scale, start, stop = (
+        getattr(request, f"skip_layer_guidance_{name}") for name in ("scale", "start", "stop")
+    )
     if skip is None or all(tensor.name != denoise.SKIP_GATE for tensor in denoiser.inputs):
-        if scale:
-            raise UsageError(
-                f"skip_layer_guidance_scale is {scale}, but this bundle's denoiser cannot skip layers",
-                hint="leave it out, or build with skip_guidance_layers in the checkpoint's ditc.json",
-            )
+        for name, value in (("scale", scale), ("start", start), ("stop", stop)):
+            off = name == "scale" and value == 0
+            if value is not None and not off:
+                raise UsageError(
+                    f"skip_layer_guidance_{name} is {value}, but this bundle's denoiser cannot skip layers",
+                    hint="leave it out, or build with skip_guidance_layers in the checkpoint's ditc.json",
+                )
         return None
-    start, stop = request.skip_layer_guidance_start, request.skip_layer_guidance_stop
     skip = replace(
         skip,
         scale=skip.scale if scale is None else scale,
         start=skip.start if start is None else start,
         stop=skip.stop if stop is None else stop,
     )
+    if skip.scale and skip.start >= skip.stop:
+        raise UsageError(
+            f"skip-layer guidance starts at {skip.start} of the steps and stops at {skip.stop}",
+            hint="let it start before it stops; skip_layer_guidance_scale 0 turns it off",
+        )
     if skip.scale and guidance_scale <= 1:
         if scale:
             log.warning(
                 "skip-layer guidance needs guidance_scale above 1, it is %g: it stays off", guidance_scale
             )
         return None
+    if not skip.scale and (start is not None or stop is not None):
+        log.warning("skip-layer guidance is off in this bundle: skip_layer_guidance_scale turns it on")
     return skip if skip.scale else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from ditc.runtime.pipeline import Output, Pipeline, Step
 
 log = logging.getLogger(__name__)
+
+# Fields of Request that are options of the same name.
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+SETTINGS = (
+    *("num_inference_steps", "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
+    *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
+    "allow_uniform",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PNG; several get -0, -1, ... (default: %(default)s)",
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
+    for number, nth in ((2, "second"), (3, "third")):
+        parser.add_argument(
+            f"--prompt-{number}",
+            metavar="TEXT",
+            help=f"another text for the {nth} text encoder, where the bundle has one (default: PROMPT)",
+        )
+        parser.add_argument(
+            f"--negative-prompt-{number}",
+            metavar="TEXT",
+            help="its negative text (default: --negative-prompt)",
+        )
     parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
     parser.add_argument("--guidance-scale", type=float, metavar="G")
     parser.add_argument(
@@ -42,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="guidance away from a network with layers left out, where the bundle can; 0 turns it off",
     )
+    for end, what in (("start", "begins after"), ("stop", "ends before")):
+        parser.add_argument(
+            f"--skip-layer-guidance-{end}",
+            type=float,
+            metavar="F",
+            help=f"it {what} this share of the steps (default: the bundle's)",
+        )
     parser.add_argument("--height", type=int, metavar="PX")
     parser.add_argument("--width", type=int, metavar="PX")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
@@ -92,18 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             log.warning("not certified: %s", pipeline.uncertified)
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
-        request = Request(
-            prompt=prompts,
-            negative_prompt=arguments.negative_prompt,
-            num_inference_steps=arguments.num_inference_steps,
-            guidance_scale=arguments.guidance_scale,
-            skip_layer_guidance_scale=arguments.skip_layer_guidance_scale,
-            height=arguments.height,
-            width=arguments.width,
-            seed=arguments.seed,
-            num_images_per_prompt=arguments.num_images_per_prompt,
-            allow_uniform=arguments.allow_uniform,
-        )
+        request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
         output = _draw(pipeline, request, arguments.preview)
         peak = pipeline.device.peak_bytes if pipeline.device is not None else None
         files = [
@@ -123,16 +139,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.prompts is None:
         return [arguments.prompt]
-    try:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(
-            f"cannot read prompts from {arguments.prompts}: {e}", hint="one prompt a line, UTF-8"
-        ) from e
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"{arguments.prompts} holds no prompts", hint="write one prompt a line")
-    return prompts
+    return read_prompts(arguments.prompts)
 
 
 def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
@@ -171,18 +178,20 @@ def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]:
-    plan = output.plan
+    plan, skip = output.plan, output.plan.skip_layer_guidance
     settings = {
         "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
-        "skip_layer_guidance_scale": plan.skip_layer_guidance.scale if plan.skip_layer_guidance else 0,
+        "skip_layer_guidance_scale": skip.scale if skip else 0,
+        **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),
         "height": plan.height,
         "width": plan.width,
         "backend": pipeline.chosen,
     }
+    given = {name: getattr(plan.request, name) for name in TEXTS}
     return {
         "prompt": prompt,
-        "negative_prompt": str(plan.request.negative_prompt),
+        **{name: text for name, text in given.items() if text is not None},
         "seed": str(plan.seed),
         "settings": json.dumps(settings),
         "bundle": pipeline.manifest.digest,

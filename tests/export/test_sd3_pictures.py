@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -279,6 +280,18 @@ def test_skip_layer_guidance_on_a_model_without_it_is_refused(tmp_path) -> None:
     assert "skip_guidance_layers" in str(caught.value.hint)
 
 
+def test_a_window_that_ends_before_it_begins_is_refused(pipeline) -> None:
+    with pytest.raises(UsageError, match=r"starts at 0\.5 of the steps and stops at 0\.2") as caught:
+        pipeline("cat", skip_layer_guidance_start=0.5, skip_layer_guidance_stop=0.2)
+    assert "skip_layer_guidance_scale 0" in str(caught.value.hint)
+    pipeline("cat", seed=1, skip_layer_guidance_stop=0.0, skip_layer_guidance_scale=0.0)
+
+
+def test_a_window_of_guidance_that_is_off_is_said_to_do_nothing(pipeline, caplog) -> None:
+    pipeline.plan(Request(prompt="cat", skip_layer_guidance_scale=0.0, skip_layer_guidance_stop=0.5))
+    assert "skip_layer_guidance_scale turns it on" in caplog.text
+
+
 def test_a_size_beyond_the_position_embedding_is_refused_with_what_works(pipeline) -> None:
     with pytest.raises(UsageError, match="height 208 is not a multiple of 16 from 32 to 128") as caught:
         pipeline("cat", height=208)
@@ -316,3 +329,34 @@ def test_the_command_draws_and_inspect_names_the_skipped_layers(
     assert (
         "skip-layer guidance: layers 1, scale 2.8, from 0.01 to 0.8 of the steps" in capsys.readouterr().out
     )
+
+
+def test_the_command_takes_a_text_for_each_encoder_and_the_window_and_the_picture_carries_them(
+    sd3_bundle, pipeline, tmp_path
+) -> None:
+    texts = {
+        "negative_prompt": "blue",
+        "prompt_2": "a dog",
+        "prompt_3": "a red dog",
+        "negative_prompt_2": "red",
+        "negative_prompt_3": "cat",
+    }
+    window = {
+        "skip_layer_guidance_scale": 2.0,
+        "skip_layer_guidance_start": 0.1,
+        "skip_layer_guidance_stop": 0.5,
+    }
+    out = tmp_path / "cat.png"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**texts, **window}.items()]
+    arguments = ["--seed", "3", "--threads", "1", *options]
+    assert main(["run", str(sd3_bundle), "a red cat", "-o", str(out), *arguments]) == 0
+    picture = Image.open(out)
+    for names in (texts, window):  # each of them matters
+        kept = {name: value for name, value in {**texts, **window}.items() if name not in names}
+        (other,) = pipeline("a red cat", seed=3, **kept).images
+        assert not np.array_equal(np.asarray(picture), np.asarray(other))
+    (wanted,) = pipeline("a red cat", seed=3, **texts, **window).images
+    assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+    carried = picture.text
+    assert {name: carried[name] for name in texts} == texts
+    assert window.items() <= json.loads(carried["settings"]).items()

@@ -33,6 +33,10 @@ MASK = np.ones((2, 12), np.int64)
         ({"prompt_2": "dog"}, r"prompt_2 is given, this bundle has 1 text encoder"),
         ({"negative_prompt_3": "dog"}, r"negative_prompt_3 is given, this bundle has 1 text encoder"),
         ({"skip_layer_guidance_scale": 2.8}, "2.8, but this bundle's denoiser cannot skip layers"),
+        (
+            {"skip_layer_guidance_start": 0.0},
+            "skip_layer_guidance_start is 0.0, but this bundle's denoiser cannot",
+        ),
         ({"skip_layer_guidance_stop": float("nan")}, "skip_layer_guidance_stop is nan"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": -3}, "num_inference_steps is -3"),
