@@ -51,8 +51,9 @@ class Upstream:
         from transformers.utils import logging as transformers_logging
 
         self.checkpoint = checkpoint
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()
+            library.set_verbosity_error()  # what they warn about here, of absent extras and cut texts, is no finding
         open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
             self.pipeline: Any = open_pipeline(checkpoint, dtype)

@@ -141,10 +141,28 @@ def _run(verb: Verb, module: ModuleType, options: argparse.Namespace) -> int:
 
 def _configure_logging(verbosity: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_Once())
     logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[handler]
     )
     logging.getLogger("ditc").setLevel(level)
+
+
+class _Once(logging.Filter):
+    """Says a warning once: a text that is cut is cut each time that it is encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
 
 
 if __name__ == "__main__":

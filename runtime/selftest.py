@@ -94,7 +94,7 @@ def describe(line: Line) -> str:
     verdict = {True: "pass", False: "FAIL", None: "not checked"}[line.passed]
     value = "-" if line.value is None else f"{line.value:.2e}"
     bound = "" if line.bound is None else f" <= {line.bound:.2e}"
-    return f"{line.name:<14}{verdict:<13}{line.metric} {value}{bound}  {line.detail}"
+    return f"{line.name:<16}{verdict:<13}{line.metric} {value}{bound}  {line.detail}"
 
 
 def _without_golden(stage: str) -> Line:

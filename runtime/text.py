@@ -132,13 +132,13 @@ class Tokenizer:
         input_ids = np.full((len(texts), length), spec.pad_token_id, np.int64)
         attention_mask = np.zeros((len(texts), length), np.int64)
         for row, text in enumerate(texts):
-            ids = self._ids(prefix + _prepared(text, spec), length)
+            ids = self._ids(prefix + _prepared(text, spec), length, spec.stage)
             start = 0 if spec.padding_side == PaddingSide.RIGHT else length - len(ids)
             input_ids[row, start : start + len(ids)] = ids
             attention_mask[row, start : start + len(ids)] = 1
         return TokenBatch(input_ids, attention_mask)
 
-    def _ids(self, text: str, length: int) -> list[int]:
+    def _ids(self, text: str, length: int, stage: str) -> list[int]:
         """At most `length` ids. The text is cut before special tokens are added, so <eos> survives a cut."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = length - self._special_tokens
@@ -146,7 +146,9 @@ class Tokenizer:
             cut = self._tokenizer.decode(encoding.ids[room:], skip_special_tokens=False)
             # Vocabularies that mark the ends of words have no decoder that turns the mark into a space.
             cut = cut.replace(getattr(self._tokenizer.model, "end_of_word_suffix", None) or " ", " ").strip()
-            log.warning("prompts have room for %d tokens; the end of this one is left out: %r", length, cut)
+            log.warning(
+                "%s has room for %d tokens; the end of this prompt is left out: %r", stage, length, cut
+            )
             encoding.truncate(room)
         return list(self._tokenizer.post_process(encoding).ids)
 
