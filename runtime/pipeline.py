@@ -32,7 +32,7 @@ from ditc.runtime.rng import Generator
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
-from ditc.runtime.vae import check_tiling, decode_tiled
+from ditc.runtime.vae import check_tiles, decode_tiled
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
@@ -192,7 +192,18 @@ class Pipeline:
         Raises:
             UsageError: naming the argument, its value and the nearest that works.
         """
-        return make_plan(request, self.manifest, self.sessions[DENOISER].spec, self.conditioning)
+        plan = make_plan(request, self.manifest, self.sessions[DENOISER].spec, self.conditioning)
+        if request.output_type != "latent":
+            scale = self.manifest.latents.scale_factor
+            check_tiles(
+                plan.drawn_height // scale,
+                plan.drawn_width // scale,
+                self.sessions[VAE_DECODER].spec,
+                self.tiling,
+                scale=scale,
+                default=self.manifest.defaults.tiling,
+            )
+        return plan
 
     def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
         """The states before the first step: one, or several where the pictures exceed the denoiser's batch."""
@@ -356,8 +367,6 @@ class Pipeline:
             return to_numpy(image)
 
         scale = self.manifest.latents.scale_factor
-        if self.tiling is not None:
-            check_tiling(self.tiling.tile, self.tiling.stride, scale)
         if self.tiling is None or max(latents_1CHW.shape[2:]) * scale <= self.tiling.tile:
             image = decode_one(latents_1CHW)  # in one piece, on the device if that is where it is
         else:

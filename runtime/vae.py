@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.manifest import Tiling
 from ditc.runtime.session import Array
+from ditc.runtime.spec import StageSpec
 
 Span = tuple[int, int]
 
@@ -68,6 +70,35 @@ def check_tiling(tile: int, stride: int, scale: int) -> None:
             f"tile {tile} and stride {stride} do not fit cells of {scale} pixels",
             hint=f"take multiples of {scale}, with 0 < stride <= tile",
         )
+
+
+def check_tiles(
+    height: int, width: int, spec: StageSpec, tiling: Tiling | None, *, scale: int, default: Tiling | None
+) -> None:
+    """Refuse a picture whose tiles, or which in one piece, the decoder was not built for: before any step.
+
+    Args:
+        height, width: of the latents, in cells. default: the bundle's own tiling, which always fits.
+
+    Raises:
+        UsageError: with the sizes, and what works.
+    """
+    sizes = {(height, width)}
+    if tiling is not None:
+        check_tiling(tiling.tile, tiling.stride, scale)
+        sizes = tile_sizes(height, width, tile=tiling.tile // scale, stride=tiling.stride // scale)
+    rows, columns = spec.profile["height"], spec.profile["width"]
+    wrong = sorted(size for size in sizes if size[0] not in rows or size[1] not in columns)
+    if not wrong:
+        return
+    how = "in one piece" if tiling is None else f"in tiles of {tiling.tile} every {tiling.stride} pixels"
+    found = ", ".join(f"{h * scale}x{w * scale}" for h, w in wrong)
+    raise UsageError(
+        f"a picture of {height * scale}x{width * scale} decoded {how} has pieces of {found}; {spec.name} was built for "
+        f"{rows.min * scale} to {rows.max * scale} by {columns.min * scale} to {columns.max * scale} pixels",
+        hint="set pipeline.tiling = "
+        + ("None: this decoder takes whole pictures" if default is None else f"{default}, the bundle's own"),
+    )
 
 
 def tile_sizes(height: int, width: int, *, tile: int, stride: int) -> set[tuple[int, int]]:

@@ -57,7 +57,7 @@ def stage_plans(
     options: BuildOptions,
     *,
     history: int,
-    tiled: bool = False,
+    tiling: Tiling | None = None,
 ) -> dict[str, StagePlan]:
     """All plans, in the order in which a picture needs them.
 
@@ -68,7 +68,7 @@ def stage_plans(
         TEXT_ENCODER: _text_encoder(text, caption_channels, batch),
         CONDITIONER: _conditioner(caption_channels, facts, batch),
         DENOISER: denoiser_spec(facts, history=history, max_batch=batch),
-        **vae_specs(latents, facts.sizes, max_batch=batch, tiled=tiled),
+        **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling),
     }
     if options.raw:
         specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[options.base], max_batch=batch)

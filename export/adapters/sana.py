@@ -105,7 +105,7 @@ class SanaAdapter:
                 latents,
                 options,
                 history=history_length(scheduler),
-                tiled=defaults.tiling is not None,
+                tiling=defaults.tiling,
             ),
             text=(text,),
             scheduler=scheduler,

@@ -16,7 +16,7 @@ from ditc.export.options import BuildOptions
 from ditc.export.step import STATS
 from ditc.runtime import denoise
 from ditc.runtime.errors import UsageError
-from ditc.runtime.manifest import Defaults, LatentSpec
+from ditc.runtime.manifest import Defaults, LatentSpec, Tiling
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     DENOISER,
@@ -103,11 +103,16 @@ def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> Stage
 
 
 def vae_specs(
-    latents: LatentSpec, sizes: Mapping[str, Range], *, max_batch: int, tiled: bool = False
+    latents: LatentSpec, sizes: Mapping[str, Range], *, max_batch: int, tiling: Tiling | None = None
 ) -> dict[str, StageSpec]:
-    """Decoder and encoder: any whole number of cells, for a VAE knows no patches; small tiles too where tiled."""
-    cells = {name: Range(1 if tiled else r.min, r.opt, r.max) for name, r in sizes.items()}
+    """Decoder and encoder: any whole number of cells, for a VAE knows no patches.
+
+    Where they run on tiles, no piece is larger than one, and those at the edges are as small as one cell.
+    """
     scale = latents.scale_factor
+    cells = {name: Range(r.min, r.opt, r.max) for name, r in sizes.items()}
+    if tiling is not None:
+        cells = dict.fromkeys(cells, Range(1, tiling.tile // scale, tiling.tile // scale))
     pixels = {
         f"image_{name}": Range(r.min * scale, r.opt * scale, r.max * scale, scale)
         for name, r in cells.items()

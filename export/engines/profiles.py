@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditc.runtime.manifest import Defaults
-from ditc.runtime.spec import Backend, Range, StageSpec
+from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
 
 _SIDES = (("height", "width"), ("image_height", "image_width"))
 
@@ -20,9 +20,13 @@ _SIDES = (("height", "width"), ("image_height", "image_width"))
 def orientation_profiles(
     spec: StageSpec, defaults: Defaults, backend: Backend
 ) -> tuple[dict[str, Range], ...]:
-    """What differs from spec.profile, one mapping a profile; one empty mapping where one profile is enough."""
+    """What differs from spec.profile, one mapping a profile; one empty mapping where one profile is enough.
+
+    Tiles are small on both sides and have no orientation.
+    """
     named = [sides for sides in _SIDES if sides[0] in spec.profile]
-    if not defaults.bins or not named:
+    tiles = defaults.tiling is not None and spec.name in (VAE_DECODER, VAE_ENCODER)
+    if not defaults.bins or not named or tiles:
         return ({},)
     ((height, width),) = named
     tall, wide = spec.profile[height], spec.profile[width]

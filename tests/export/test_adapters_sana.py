@@ -12,7 +12,16 @@ from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import open_checkpoint
 from ditc.export.stages import BuildOptions, ModelPlan
 from ditc.runtime.errors import CheckpointError, UsageError
-from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Precision
+from ditc.runtime.spec import (
+    CONDITIONER,
+    DENOISER,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Precision,
+    Range,
+)
+from ditc.runtime.vae import check_tiles
 
 
 @pytest.fixture
@@ -68,6 +77,20 @@ def test_a_resolution_moves_the_default_and_the_range(checkpoint: Path) -> None:
     assert (made.defaults.height, made.defaults.width) == (96, 96)
     height = made.stages[DENOISER].spec.profile["height"]
     assert (height.min, height.opt, height.max) == (24, 48, 96)
+
+
+def test_every_tile_of_a_tiled_picture_is_within_the_vaes_ranges(checkpoint: Path) -> None:
+    (checkpoint / "ditc.json").unlink()
+    change(checkpoint / "transformer" / "config.json", sample_size=2048)  # cells of 2 pixels: 4K
+    made = plan(checkpoint)
+    spec, tiling = made.stages[VAE_DECODER].spec, made.defaults.tiling
+    assert tiling is not None and spec.profile["height"] == Range(1, tiling.tile // 2, tiling.tile // 2)
+    assert made.stages[VAE_ENCODER].spec.profile["image_width"] == Range(2, tiling.tile, tiling.tile, 2)
+    for side in range(1024, 4097, 2):  # what the denoiser draws, in cells
+        check_tiles(side, 2048, spec, tiling, scale=2, default=tiling)
+    with pytest.raises(UsageError, match="4096x4096 decoded in one piece") as caught:
+        check_tiles(2048, 2048, spec, None, scale=2, default=tiling)
+    assert "Tiling(tile=512, stride=448)" in str(caught.value.hint)
 
 
 def test_sixteen_bits_are_the_denoisers_alone_in_onnx_runtime(checkpoint: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ditc.export.engines.profiles import orientation_profiles
-from ditc.runtime.manifest import Defaults
-from ditc.runtime.spec import DENOISER, Backend, DType, Range, StageSpec, TensorSpec
+from ditc.runtime.manifest import Defaults, Tiling
+from ditc.runtime.spec import DENOISER, VAE_DECODER, Backend, DType, Range, StageSpec, TensorSpec
 
 BINS = ((1024, 1024), (832, 1216), (1216, 832))
 LATENTS = TensorSpec("latents", DType.FLOAT32, ("batch", 4, "height", "width"))
@@ -33,6 +35,13 @@ def test_every_bin_has_a_profile_and_no_profile_spans_both_long_sides(backend: B
         )
     assert all(p["height"].max * p["width"].max <= 32 * 38 for p in profiles)
     assert all((p["height"].opt, p["width"].opt) == (32, 32) for p in profiles)
+
+
+def test_tiles_have_no_orientation() -> None:
+    vae = replace(SPEC, name=VAE_DECODER)
+    tiled = replace(defaults(BINS), tiling=Tiling(tile=512, stride=448))
+    assert len(orientation_profiles(vae, defaults(BINS), Backend.TENSORRT_RTX)) == 2
+    assert orientation_profiles(vae, tiled, Backend.TENSORRT_RTX) == ({},)
 
 
 def test_without_bins_one_profile_is_enough() -> None:

@@ -298,7 +298,7 @@ def test_bins_draw_at_a_trained_size_and_return_the_asked_one(pipeline: Pipeline
 def test_tiled_decoding_is_used_as_the_bundle_says(pipeline: Pipeline, reference: Reference) -> None:
     tiled = Pipeline(
         replace(
-            pipeline.manifest, defaults=replace(pipeline.manifest.defaults, tiling=Tiling(tile=32, stride=24))
+            pipeline.manifest, defaults=replace(pipeline.manifest.defaults, tiling=Tiling(tile=48, stride=32))
         ),
         pipeline.sessions,
         pipeline.conditioning,
@@ -306,10 +306,10 @@ def test_tiled_decoding_is_used_as_the_bundle_says(pipeline: Pipeline, reference
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64, "seed": 3}
     vae = reference.pipeline.vae
     vae.enable_tiling(
-        tile_sample_min_height=32,
-        tile_sample_min_width=32,
-        tile_sample_stride_height=24,
-        tile_sample_stride_width=24,
+        tile_sample_min_height=48,
+        tile_sample_min_width=48,
+        tile_sample_stride_height=32,
+        tile_sample_stride_width=32,
     )
     try:
         theirs = reference.draw("cat", **settings)
@@ -317,6 +317,27 @@ def test_tiled_decoding_is_used_as_the_bundle_says(pipeline: Pipeline, reference
         vae.disable_tiling()
     assert_same(draw(tiled, "cat", **settings), theirs)
     assert psnr_db(draw(pipeline, "cat", **settings).pictures, theirs.pictures) < 90, "tiles left no trace"
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        (
+            Tiling(tile=32, stride=24),
+            r"tiles of 32 every 24 pixels has pieces of 16x16, 16x32, 32x16; vae_decoder",
+        ),
+        (Tiling(tile=33, stride=24), "tile 33 and stride 24 do not fit cells of 2 pixels"),
+    ],
+)
+def test_tiles_that_the_decoder_was_not_built_for_are_refused_before_the_first_step(
+    pipeline: Pipeline, tiling: Tiling, message: str
+) -> None:
+    tiled = Pipeline(pipeline.manifest, pipeline.sessions, pipeline.conditioning)
+    tiled.tiling = tiling
+    with pytest.raises(UsageError, match=message) as caught:
+        tiled.plan(Request(prompt="cat", height=64, width=64))
+    assert caught.value.hint
+    tiled.plan(Request(prompt="cat", height=64, width=64, output_type="latent"))
 
 
 def test_previews_are_one_small_picture_a_sample(pipeline: Pipeline) -> None:
