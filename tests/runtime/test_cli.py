@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import signal
@@ -17,8 +18,10 @@ import pytest
 from PIL import Image
 
 from ditc.runtime import cli
+from ditc.runtime.certificate import Line
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
 from ditc.runtime.manifest import load_manifest
+from ditc.runtime.selftest import describe
 
 FAST = ["--steps", "1", "--threads", "1"]
 
@@ -251,3 +254,19 @@ def test_doctor_takes_the_gpu_build_of_onnx_runtime_for_onnx_runtime(monkeypatch
     monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, "1.0"))
     (runtime,) = [finding for finding in doctor._packages() if finding.topic == "runtime"]
     assert runtime.ok and "onnxruntime-gpu 1.31.1" in runtime.text
+
+
+def test_a_warning_is_said_once_and_progress_every_time() -> None:
+    """A text that is cut is cut wherever it is encoded: parity encodes each a dozen times."""
+    once = cli._Once()
+
+    def said(level: int, text: str) -> bool:
+        return once.filter(logging.LogRecord("ditc", level, __file__, 1, "%s is cut", (text,), None))
+
+    assert [said(logging.WARNING, text) for text in ("a", "a", "b", "a")] == [True, False, True, False]
+    assert [said(logging.INFO, "a") for _ in range(2)] == [True, True]
+
+
+def test_the_longest_name_of_a_stage_leaves_room_for_its_verdict() -> None:
+    line = Line(name="text_encoder_3", metric="relative L2", value=1e-7, bound=1e-5, passed=True, detail="")
+    assert describe(line).split()[:2] == ["text_encoder_3", "pass"]
