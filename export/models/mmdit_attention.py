@@ -1,7 +1,8 @@
 """Attention of lucidrains/mmdit 0.3.0: one attention over all modalities, and the one that chooses among weights.
 
 Upstream's softmax, F.softmax(x, dtype=torch.float32), exports as a 16-bit one (torch 2.13); here it is fp32 in every
-graph. Flash attention is the same function, so that `flash` changes nothing.
+graph. Flash attention is the same function, so that `flash` changes nothing. The mask is an addend, the fill of
+x-transformers' Attend, and the soft clamp (Gemma 2's, arXiv 2408.00118, section 2) comes before it.
 """
 
 # B batch, N tokens, S keys (tokens of all modalities), H heads, D head dim, W weight sets, E width
@@ -13,11 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ditc.export.models.mmdit_layers import MultiHeadRMSNorm, softclamp
-from ditc.export.ops.attention.torch_op import attention
-
-# The fill of x-transformers' Attend in fp32, as an addend: it absorbs any score, and Softmax gives an exact 0.
-MASKED = -torch.finfo(torch.float32).max
+from ditc.export.models.mmdit_layers import MultiHeadRMSNorm
+from ditc.export.ops.attention.torch_op import MASKED, attention
 
 Masks = Sequence[Tensor | None]
 
@@ -67,10 +65,7 @@ class JointAttention(nn.Module):
         """
         q, k, v = self._qkv(inputs)
         bias_B11S, keep_B1 = key_bias(inputs, masks)
-        if bias_B11S is None and self.softclamp is None:
-            out = attention(q, k, v, self.dim_head**-0.5)
-        else:
-            out = _masked_attention(q, k, v, self.dim_head**-0.5, bias_B11S, self.softclamp)
+        out = attention(q, k, v, self.dim_head**-0.5, bias_B11S, self.softclamp or 0.0)
         out_BSE = out.flatten(2)
         if keep_B1 is not None:
             out_BSE = out_BSE * keep_B1[..., None].to(out_BSE.dtype)
@@ -111,19 +106,6 @@ def key_bias(inputs: Sequence[Tensor], masks: Masks | None) -> tuple[Tensor | No
     return torch.cat(biases, dim=1)[:, None, None], keep
 
 
-def _masked_attention(
-    q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, bias: Tensor | None, clamp: float | None
-) -> Tensor:
-    """(B,S,H,D): scores, soft clamp, mask and softmax in fp32; q is scaled first, for fp16's range."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
-    scores = ((q * scale) @ k.transpose(2, 3)).float()
-    if clamp is not None:
-        scores = softclamp(scores, clamp)
-    if bias is not None:
-        scores = scores + bias
-    return (torch.softmax(scores, dim=-1).to(v.dtype) @ v).transpose(1, 2)
-
-
 class AdaptiveAttention(nn.Module):
     """Self-attention whose projections each token mixes from several sets of weights (GigaGAN, arXiv 2303.05511).
 
@@ -162,7 +144,7 @@ class AdaptiveAttention(nn.Module):
             gates = torch.softmax(logits_BNHW.float(), dim=-1).to(x.dtype)[..., None, :]
             q, k, v = ((part * gates).sum(-1) for part in (q, k, v))
         bias, _ = key_bias((x,), (mask,))
-        out = _masked_attention(q, k, v, self.dim_head**-0.5, bias, self.softclamp)
+        out = attention(q, k, v, self.dim_head**-0.5, bias, self.softclamp or 0.0)
         # B H N D @ H D E: a projection a head, and no sum over heads.
         out_BHNE = out.transpose(1, 2) @ self.to_out_weights
         if gates is None:

@@ -14,23 +14,43 @@ from onnxscript import values
 FP32 = int(ir.DataType.FLOAT)
 STANDARD = "Attention"
 STANDARD_FROM = 23  # the opset that brought it
+FP16_LOWEST = -65504.0
 
 
-def translate_plain(q: Any, k: Any, v: Any, scale: float) -> Any:
+def translate_plain(q: Any, k: Any, v: Any, scale: float, bias: Any = None, softcap: float = 0.0) -> Any:
     """Two products around a softmax in fp32. q is scaled first: unscaled scores can pass fp16's range."""
     q_BHND = op.Transpose(q, perm=[0, 2, 1, 3])
     k_BHDS = op.Transpose(k, perm=[0, 2, 3, 1])
     v_BHSD = op.Transpose(v, perm=[0, 2, 1, 3])
     scaled = op.Mul(q_BHND, op.CastLike(op.Constant(value_float=scale), q))
-    weights_BHNS = op.Softmax(op.Cast(op.MatMul(scaled, k_BHDS), to=FP32), axis=-1)
+    scores_BHNS = op.Cast(op.MatMul(scaled, k_BHDS), to=FP32)
+    if softcap:
+        cap = op.Constant(value_float=softcap)
+        scores_BHNS = op.Mul(op.Tanh(op.Div(scores_BHNS, cap)), cap)
+    if bias is not None:
+        scores_BHNS = op.Add(scores_BHNS, bias)
+    weights_BHNS = op.Softmax(scores_BHNS, axis=-1)
     out_BHND = op.MatMul(op.CastLike(weights_BHNS, v), v_BHSD)
     return op.Transpose(out_BHND, perm=[0, 2, 1, 3])
 
 
-def translate_standard(q: Any, k: Any, v: Any, scale: float) -> Any:
+def translate_standard(q: Any, k: Any, v: Any, scale: float, bias: Any = None, softcap: float = 0.0) -> Any:
     """One Attention node on (B,H,N,D), the form that all its implementations take."""
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
-    return op.Transpose(_standard(q, k, v, scale=scale, softmax_precision=FP32), perm=[0, 2, 1, 3])
+    attributes = {"scale": scale, "softmax_precision": FP32} | ({"softcap": softcap} if softcap else {})
+    given = (q, k, v) if bias is None else (q, k, v, _mask(bias, q))
+    return op.Transpose(_standard(*given, **attributes), perm=[0, 2, 1, 3])
+
+
+def _mask(bias: Any, q_BHND: Any) -> Any:
+    """The bias as attn_mask: of q's type by the standard's words, and with N rows for ONNX Runtime 1.31.
+
+    fp16 has no MASKED: that would be -Inf, and a row of nothing else NaN. Its largest number leaves no weight either.
+    """
+    queries = op.Shape(q_BHND, start=2, end=3)
+    one = op.Constant(value_ints=[1])
+    rows = op.Concat(one, one, queries, one, axis=0)
+    return op.Expand(op.CastLike(op.Max(bias, op.Constant(value_float=FP16_LOWEST)), q_BHND), rows)
 
 
 def _one_output() -> values.Op:
@@ -43,16 +63,16 @@ def _one_output() -> values.Op:
     types = [
         (t.type_param_str, list(t.allowed_type_strs), t.description)
         for t in whole.type_constraints
-        if t.type_param_str in ("T1", "T2")
+        if t.type_param_str in ("T1", "T2", "U")
     ]
     schema = OpSchema(
         STANDARD,
         "",
         STANDARD_FROM,
-        inputs=list(whole.inputs)[:3],
+        inputs=list(whole.inputs)[:4],
         outputs=list(whole.outputs)[:1],
         type_constraints=types,
-        attributes=[whole.attributes[name] for name in ("scale", "softmax_precision")],
+        attributes=[whole.attributes[name] for name in ("scale", "softcap", "softmax_precision")],
     )
     return values.Op(values.Opset("", STANDARD_FROM), STANDARD, schema)
 

@@ -172,9 +172,28 @@ FAST_FIRST = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [
 @pytest.mark.parametrize("name", FAST_FIRST)
 def test_the_graph_is_upstream_at_two_sets_of_sizes(name: str, tmp_path: Path, relative_l2) -> None:
     reference, stage = case(name)
-    model = to_model(stage)
+    model = check_graph(reference, stage, tmp_path / "trunk.onnx", relative_l2)
+    if name in NODES:
+        check_compact(model, modalities=int(name[0]), nodes=NODES[name])
+
+
+MASKED = ["joint attention, qk-norm, all masked", "joint attention, soft clamp, no mask"]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_mask_and_soft_clamp_are_in_one_attention_node_at_opset_23(
+    name: str, tmp_path: Path, relative_l2
+) -> None:
+    model = check_graph(*case(name), tmp_path / "trunk.onnx", relative_l2, opset=23)
+    assert [node.op_type for node in model.graph if node.op_type in ("Attention", "Softmax")] == ["Attention"]
+
+
+def check_graph(
+    reference: Cased, stage: StageModule, path: Path, relative_l2: Callable[..., float], opset: int = 20
+) -> ir.Model:
+    """Export, and hold the graph against the reference at both sizes."""
+    model = to_model(stage, opset)
     check_islands(model, stage.spec)
-    path = tmp_path / "trunk.onnx"
     ir.save(model, path)
     session = OnnxRuntimeSession(path, stage.spec, provider=CPU)
     for sizes in SIZES:
@@ -182,8 +201,7 @@ def test_the_graph_is_upstream_at_two_sets_of_sizes(name: str, tmp_path: Path, r
         got = session.run({key: value.numpy() for key, value in given.items()})
         for value, wanted in zip(got.values(), reference(*given.values()), strict=True):
             assert relative_l2(torch.from_numpy(np.asarray(value)), wanted) <= FP32_BOUND
-    if name in NODES:
-        check_compact(model, modalities=int(name[0]), nodes=NODES[name])
+    return model
 
 
 def check_compact(model: ir.Model, *, modalities: int, nodes: int) -> None:
