@@ -22,9 +22,11 @@ from ditc.export.options import OPSETS
 from ditc.export.passes import run_passes
 from ditc.export.passes.islands import check_islands
 from ditc.export.passes.qdq import quantize_graph
+from ditc.export.passes.stamp import stamp
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan
 from ditc.export.quant.verify import check_scales
+from ditc.export.repeat import traced_once
 from ditc.export.stages import StageModule, example_feeds, example_sizes
 from ditc.export.torch_session import TorchSession, to_torch
 from ditc.export.weights import Weight, weights_of
@@ -123,7 +125,7 @@ def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     spec = stage.spec
     feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
     arguments = tuple(to_torch(feeds[tensor.name], tensor.dtype) for tensor in spec.inputs)
-    with _quiet():
+    with _quiet(), traced_once(stage.module):
         try:
             program = torch.onnx.export(
                 stage.module.eval(),
@@ -146,6 +148,7 @@ def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
             ) from e
     assert program is not None
     model: ir.Model = program.model
+    stamp(model, dict(stage.module.named_parameters()) | dict(stage.module.named_buffers()))
     return model
 
 

@@ -1,5 +1,6 @@
 """Graph passes over onnx-ir models, one a file. Each leaves the outputs unchanged, which its test proves.
 
+stamp            a block that was traced once is copied for every block like it (part of the trace)
 simplify         fold constants, apply rewrite rules, share subexpressions; parameters stay whole and named
 fold_transposes  a Linear's weight is the direct input of its MatMul
 gather_rows      a row gather is one Gather
