@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditc.export.quant.histogram import BINS, DROPPED_BITS, FIRST
+from ditc.export.quant.histogram import (
+    BINS,
+    CHANNEL_BINS,
+    CHANNEL_DROPPED_BITS,
+    CHANNEL_FIRST,
+    DROPPED_BITS,
+    FIRST,
+)
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.ranges import Statistics
 
@@ -65,6 +72,7 @@ def _empty(buckets: int, channels: int) -> Statistics:
         channel_amax=np.zeros((buckets, channels), np.float32),
         channel_squares=np.zeros((buckets, channels), np.float64),
         rows=np.zeros(buckets, np.int64),
+        channel_histogram=np.zeros((channels, CHANNEL_BINS), np.uint32),
     )
 
 
@@ -73,10 +81,17 @@ def _count(statistics: Statistics, bucket: int, x: Tensor) -> None:
     magnitudes = x.detach().flatten(0, -2).float().abs()
     channel_amax = magnitudes.amax(dim=0)
     # As histogram.bin_of: the upper bits of an fp32 number are the index of its bin.
-    bins = ((magnitudes.view(torch.int32) >> DROPPED_BITS) - FIRST).clamp_(0, BINS - 1)
+    bits = magnitudes.view(torch.int32)
+    bins = ((bits >> DROPPED_BITS) - FIRST).clamp_(0, BINS - 1)
     counts = torch.bincount(bins.flatten(), minlength=BINS)
+    channels = magnitudes.shape[1]
+    bins = ((bits >> CHANNEL_DROPPED_BITS) - CHANNEL_FIRST).clamp_(0, CHANNEL_BINS - 1)
+    bins += torch.arange(channels, dtype=torch.int32, device=x.device) * CHANNEL_BINS
+    channel_counts = torch.bincount(bins.flatten(), minlength=channels * CHANNEL_BINS)
     squares = magnitudes.square_().sum(dim=0, dtype=torch.float64)
     statistics.histogram[bucket] += counts.cpu().numpy()
+    counted = channel_counts.view(channels, CHANNEL_BINS).cpu().numpy()
+    statistics.channel_histogram[:] += counted.astype(np.uint32)
     statistics.channel_squares[bucket] += squares.cpu().numpy()
     statistics.rows[bucket] += magnitudes.shape[0]
     np.maximum(

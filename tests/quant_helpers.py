@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ditc.calib.observe import Observer, watching
-from ditc.export.quant.histogram import count
+from ditc.export.quant.histogram import count, count_channels
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import Origin, Ranges, Statistics
 from ditc.export.stages import StageModule, example_feeds, example_sizes
@@ -53,4 +53,5 @@ def statistics(*buckets: np.ndarray) -> Statistics:
         channel_amax=np.stack([np.abs(x).max(axis=0) for x in buckets]).astype(np.float32),
         channel_squares=np.stack([(x.astype(np.float64) ** 2).sum(axis=0) for x in buckets]),
         rows=np.array([len(x) for x in buckets]),
+        channel_histogram=count_channels(np.concatenate(buckets)),
     )

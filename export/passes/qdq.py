@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ditc.export.passes.parameters import add_transform
 from ditc.export.passes.scopes import NAME_SCOPES
-from ditc.export.quant.formats import CODE_TYPE, Format, channel_amax, dequantize, quantize, scale_of
+from ditc.export.quant.formats import CODE_TYPE, Format, dequantize, quantize, scale_of, weight_amax
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
@@ -131,7 +131,7 @@ class _Writer:
             weight = weight * np.expand_dims(layer.input.smooth, axis)
             add_transform(value, SMOOTH)
             value.metadata_props[SMOOTHING] = self._smoothing[id(layer.input)]
-        scale = scale_of(channel_amax(weight, axis), layer.kind, dtype.numpy())
+        scale = scale_of(weight_amax(weight, axis, layer.kind), layer.kind, dtype.numpy())
         codes = ir.Tensor(quantize(weight, scale, layer.kind), dtype=_code_type(layer.kind), name=parameter)
         add_transform(value, QUANTIZE)
         value.const_value, value.dtype = codes, codes.dtype

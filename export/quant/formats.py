@@ -22,6 +22,9 @@ class Format(StrEnum):
 
 
 LARGEST_CODE = {Format.INT8: 127.0, Format.FP8: 448.0}
+# Positions of an FP8 scale within an octave, and weights of a channel that are tried at each.
+SHIFTS = tuple(2 ** (i / 8) for i in range(8))
+SAMPLED = 256
 CODE_TYPE = {Format.INT8: np.dtype(np.int8), Format.FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
@@ -63,3 +66,24 @@ def channel_amax(weight: Array, axis: int) -> Array:
     others = tuple(i for i in range(weight.ndim) if i != axis)
     amax: Array = np.abs(weight.astype(np.float32)).max(axis=others, keepdims=True)
     return amax
+
+
+def weight_amax(weight: Array, axis: int, kind: Format) -> Array:
+    """What the largest code of each output channel stands for, as channel_amax: the largest magnitude for INT8.
+
+    FP8's step doubles at powers of two, so its error depends on where a channel's values lie between them: of eight
+    positions within an octave the one with the least squared error. Up to 256 of a channel's weights decide.
+    """
+    amax = channel_amax(weight, axis)
+    if kind is Format.INT8:
+        return amax
+    columns = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float32)
+    columns = columns[:, :: -(-columns.shape[1] // SAMPLED)]
+    flat = np.where(amax > 0, amax, 1.0).reshape(-1, 1)
+    errors = [
+        np.square(fake_quantize(columns, scale_of(flat * shift, kind), kind) - columns).sum(axis=1)
+        for shift in SHIFTS
+    ]
+    best = np.array(SHIFTS, np.float32)[np.argmin(errors, axis=0)]
+    shifted: Array = amax * best.reshape(amax.shape)
+    return shifted

@@ -2,6 +2,7 @@
 
 A bin is a value of fp32's exponent and first five mantissa bits: 32 bins an octave, each 2 to 3 % wide, over
 2**-24 .. 2**24. The first bin takes everything smaller, the last everything larger; the exact amax is kept beside.
+Of each channel four bins an octave are counted: enough to say what a clipped or smoothed channel loses.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ SMALLEST, LARGEST = -24, 24  # exponents of two
 BINS = (LARGEST - SMALLEST) * PER_OCTAVE
 # The number that a magnitude's upper bits hold for 2**SMALLEST; fp32's exponent is biased by 127.
 FIRST = (SMALLEST + 127) * PER_OCTAVE
+CHANNEL_DROPPED_BITS = 21  # the same for a channel: two mantissa bits
+CHANNEL_PER_OCTAVE = 2 ** (23 - CHANNEL_DROPPED_BITS)
+CHANNEL_BINS = (LARGEST - SMALLEST) * CHANNEL_PER_OCTAVE
+CHANNEL_FIRST = (SMALLEST + 127) * CHANNEL_PER_OCTAVE
 
 
 def bin_of(magnitudes: Array) -> Array:
@@ -24,12 +29,22 @@ def bin_of(magnitudes: Array) -> Array:
     return np.clip(bits - FIRST, 0, BINS - 1)
 
 
-def edges() -> Array:
+def edges(per_octave: int = PER_OCTAVE) -> Array:
     """(BINS+1,) fp64: the lower edges of all bins and the upper edge of the last."""
-    index = np.arange(BINS + 1)
-    return np.exp2(SMALLEST + index // PER_OCTAVE) * (1 + (index % PER_OCTAVE) / PER_OCTAVE)
+    index = np.arange((LARGEST - SMALLEST) * per_octave + 1)
+    return np.exp2(SMALLEST + index // per_octave) * (1 + (index % per_octave) / per_octave)
 
 
 def count(values: Array) -> Array:
     """(BINS,) int64 counts of the magnitudes of the values."""
     return np.bincount(bin_of(np.abs(values, dtype=np.float32).ravel()), minlength=BINS).astype(np.int64)
+
+
+def count_channels(values_NC: Array) -> Array:
+    """(C,CHANNEL_BINS) uint32 counts of the magnitudes of each channel."""
+    bits = np.ascontiguousarray(np.abs(values_NC), np.float32).view(np.int32) >> CHANNEL_DROPPED_BITS
+    bins = np.clip(bits - CHANNEL_FIRST, 0, CHANNEL_BINS - 1)
+    channels = values_NC.shape[1]
+    flat = (bins + np.arange(channels) * CHANNEL_BINS).ravel()
+    counts = np.bincount(flat, minlength=channels * CHANNEL_BINS)
+    return counts.reshape(channels, CHANNEL_BINS).astype(np.uint32)

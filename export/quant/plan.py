@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditc.export.quant.estimators import estimate_amax, squared_error
+from ditc.export.quant.channels import channel_counts, output_error
+from ditc.export.quant.estimators import Method, estimate_amax
 from ditc.export.quant.formats import LARGEST_CODE, Format
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.ranges import Ranges, Statistics
@@ -19,8 +20,10 @@ from ditc.runtime.session import Array
 
 # Strengths tried: 0.5 and 0.8 are SmoothQuant's and ModelOpt's defaults, 1 moves all outliers into the weights.
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# A smoothing costs one multiplication of the activations: less than 1 dB is not worth that.
-WORTHWHILE = 10 ** (-1 / 10)
+# Shares of the largest magnitude at which a tensor is clipped: quarters of an octave down to an eighth.
+CLIPS = tuple(2 ** (-i / 4) for i in range(13))
+# A smoothing costs one multiplication of the activations: less than half a dB is not worth that.
+WORTHWHILE = 10 ** (-0.5 / 10)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,25 +126,42 @@ def choose_input(recipe: Recipe, statistics: Statistics, weights: Sequence[Array
     )
     if not recipe.smooth or kind is not Format.INT8:
         return plain
-    counts, moments = statistics.histogram.sum(axis=0), _second_moments(statistics)
-    columns = [(w.astype(np.float64) ** 2).sum(axis=0) for w in weights]
-    per_element = squared_error(counts, plain.amax, kind)
-    noise = per_element * sum(c.sum() for c in columns) + _weight_noise(
-        weights, np.ones_like(moments), moments
-    )
-    best, least = plain, noise * WORTHWHILE
+    judge = _Judge(statistics, weights, CLIPS if recipe.method is Method.MSE else (1.0,))
+    start = float(statistics.amax.max()) if recipe.method is Method.MSE else plain.amax
+    best, least = judge.best(None, start)
+    least *= WORTHWHILE
     for alpha in ALPHAS:
-        smooth = smoothing(statistics.channel_amax.max(axis=0), weights, alpha)
-        amax = float((statistics.channel_amax.max(axis=0) / smooth).max())
-        step = amax / LARGEST_CODE[kind]
-        # A value below half a step becomes zero: its error is the value, not the step's.
-        channel_noise = np.minimum(step**2 / 12, moments / smooth**2) * smooth**2
-        noise = sum(float((channel_noise * c).sum()) for c in columns) + _weight_noise(
-            weights, smooth, moments
-        )
-        if noise < least:
-            best, least = Input(amax, smooth.astype(np.float32), alpha), noise
+        smooth = smoothing(judge.channel_amax, weights, alpha)
+        chosen, error = judge.best(smooth, float((judge.channel_amax / smooth).max()), alpha)
+        if error < least:
+            best, least = chosen, error
     return best
+
+
+class _Judge:
+    """Expected error behind the layers that read one tensor, for any smoothing and clipping of it."""
+
+    def __init__(self, statistics: Statistics, weights: Sequence[Array], clips: Sequence[float]) -> None:
+        self.channel_amax = statistics.channel_amax.max(axis=0).astype(np.float64)
+        self._weights, self._clips = weights, clips
+        self._counts = channel_counts(statistics)
+        self._moments = statistics.channel_squares.sum(axis=0) / max(int(statistics.rows.sum()), 1)
+        self._columns = np.sum([(w.astype(np.float64) ** 2).sum(axis=0) for w in weights], axis=0)
+
+    def best(self, smooth: Array | None, largest: float, alpha: float = 0.0) -> tuple[Input, float]:
+        """The clipping with the least error, and that error. largest: what is never exceeded after smoothing."""
+        factors = np.ones_like(self.channel_amax) if smooth is None else smooth
+        tried = [largest * clip for clip in self._clips]
+        errors = [output_error(self._counts, self._columns, factors, amax) for amax in tried]
+        index = int(np.argmin(errors))
+        kept = None if smooth is None else smooth.astype(np.float32)
+        return Input(tried[index], kept, alpha), errors[index] + self._weight_noise(factors)
+
+    def _weight_noise(self, smooth: Array) -> float:
+        """Output error a row that comes from rounding the weights, each output channel with its own step."""
+        reach = float((self._moments / smooth**2).sum())
+        steps = (np.abs(w * smooth).max(axis=1) / LARGEST_CODE[Format.INT8] for w in self._weights)
+        return float(sum((step**2).sum() / 12 * reach for step in steps))
 
 
 def smoothing(channel_amax: Array, weights: Sequence[Array], alpha: float) -> Array:
@@ -156,15 +176,3 @@ def smoothing(channel_amax: Array, weights: Sequence[Array], alpha: float) -> Ar
     factors[~used] = factors[used].min() if used.any() else 1.0
     factors /= np.exp(np.log(factors).mean())
     return factors
-
-
-def _second_moments(statistics: Statistics) -> Array:
-    moments: Array = statistics.channel_squares.sum(axis=0) / max(int(statistics.rows.sum()), 1)
-    return moments
-
-
-def _weight_noise(weights: Sequence[Array], smooth: Array, moments: Array) -> float:
-    """Output error a row that comes from rounding the weights, each output channel with its own step."""
-    reach = float((moments / smooth**2).sum())
-    steps = (np.abs(w * smooth).max(axis=1) / LARGEST_CODE[Format.INT8] for w in weights)
-    return float(sum((step**2).sum() / 12 * reach for step in steps))

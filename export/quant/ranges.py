@@ -6,6 +6,7 @@ A safetensors file. For each site (one tensor; the layers that read it share it)
     histogram/SITE         (B,BINS) int64       see histogram.py
     channel_amax/SITE      (B,C) fp32           largest magnitude of each channel
     channel_squares/SITE   (B,C) fp64           sum of squares of each channel
+    channel_histogram/SITE (C,CHANNEL_BINS) uint32  of each channel, over all buckets
     rows/SITE              (B,) int64           vectors seen
 
 Bucket b holds the steps with step_index * B // num_inference_steps = b. No scale and no format is in the file.
@@ -26,14 +27,15 @@ from safetensors.numpy import save_file
 
 from ditc.export.checkpoint import Checkpoint
 from ditc.export.keys import digest
-from ditc.export.quant.histogram import BINS
+from ditc.export.quant.histogram import BINS, CHANNEL_BINS
 from ditc.runtime.errors import UsageError
 from ditc.runtime.integrity import sha256
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.session import Array
 
-VERSION = 1
+VERSION = 2
 METADATA = "ditc.ranges"
+OVER_ALL_BUCKETS = ("channel_histogram",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,7 @@ class Statistics:
     channel_amax: Array
     channel_squares: Array
     rows: Array
+    channel_histogram: Array
 
     @property
     def buckets(self) -> int:
@@ -205,6 +208,7 @@ def add(parts: Sequence[Statistics]) -> Statistics:
         channel_amax=np.maximum.reduce([p.channel_amax for p in parts]),
         channel_squares=np.sum([p.channel_squares for p in parts], axis=0),
         rows=np.sum([p.rows for p in parts], axis=0),
+        channel_histogram=np.add.reduce([p.channel_histogram for p in parts], dtype=np.uint32),
     )
 
 
@@ -213,14 +217,18 @@ def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Pat
     fields: dict[str, Any] = {}
     for field in Statistics.__slots__:
         tensor = tensors.get(f"{field}/{site}")
-        if tensor is None or tensor.shape[0] != buckets:
+        if tensor is None or (field not in OVER_ALL_BUCKETS and tensor.shape[0] != buckets):
             raise UsageError(f"{path} lacks {field} of {site} for {buckets} buckets", hint=again)
         if not np.isfinite(tensor).all() or (tensor < 0).any():
             raise UsageError(f"{path}: {field} of {site} is negative, NaN or infinite", hint=again)
         fields[field] = tensor
     if fields["histogram"].shape != (buckets, BINS):
         raise UsageError(f"{path}: histogram of {site} is {fields['histogram'].shape}", hint=again)
-    return Statistics(**fields)
+    statistics = Statistics(**fields)
+    if statistics.channel_histogram.shape != (statistics.channels, CHANNEL_BINS):
+        shape = statistics.channel_histogram.shape
+        raise UsageError(f"{path}: channel_histogram of {site} is {shape}", hint=again)
+    return statistics
 
 
 def _difference(one: Origin, other: Origin) -> str:

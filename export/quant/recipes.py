@@ -123,7 +123,7 @@ def _rules(kind: Format, never: tuple[Rule, ...], *layers: str) -> tuple[Rule, .
 def _fp8(recipe: Recipe, name: str) -> Recipe:
     """The same layers in FP8, whose relative error does not depend on the scale."""
     rules = tuple(rule if rule.kind is None else replace(rule, kind=Format.FP8) for rule in recipe.rules)
-    return replace(recipe, name=name, rules=rules, method=Method.MAX, smooth=False)
+    return replace(recipe, name=name, rules=rules, smooth=False)
 
 
 SANA_INT8 = Recipe(name="sana-int8", rules=_rules(Format.INT8, CROSS, *SANA_LAYERS))

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.formats import LARGEST_CODE, Format, weight_amax
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import LayerPlan
 
@@ -55,7 +55,11 @@ def _one(linear: nn.Linear, plan: LayerPlan, per_token: bool) -> Iterator[None]:
 def fake_quantize_weight(weight_OI: Tensor, kind: Format, smooth_I: Tensor | None = None) -> Tensor:
     """The weight as it comes back from its codes, one scale an output channel."""
     weight = weight_OI.float() if smooth_I is None else weight_OI.float() * smooth_I
-    scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST_CODE[kind]
+    if kind is Format.INT8:
+        amax = weight.abs().amax(dim=1, keepdim=True)
+    else:
+        amax = torch.from_numpy(weight_amax(weight.detach().cpu().numpy(), 0, kind)).to(weight.device)
+    scale = amax / LARGEST_CODE[kind]
     return fake_quantize(weight, torch.where(scale > 0, scale, 1.0), kind).to(weight_OI.dtype)
 
 

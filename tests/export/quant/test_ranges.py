@@ -52,6 +52,14 @@ def test_values_that_are_no_range_are_refused_by_name(tmp_path, value):
         load_ranges(path)
 
 
+def test_counts_of_other_channels_are_refused(tmp_path):
+    made = ranges()
+    statistics_of_a = replace(made.sites["a"], channel_histogram=made.sites["a"].channel_histogram[:3])
+    path = save_ranges(replace(made, sites={"a": statistics_of_a}), tmp_path / "r.safetensors")
+    with pytest.raises(UsageError, match="channel_histogram of a is"):
+        load_ranges(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors", None])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "r.safetensors"

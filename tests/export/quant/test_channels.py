@@ -1,0 +1,64 @@
+"""Errors from a channel's counts are the errors of its values, and the plan that they choose is as good as any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from quant_helpers import signal_to_noise_db, statistics
+
+from ditc.export.quant.channels import channel_counts
+from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
+from ditc.export.quant.histogram import count, count_channels
+from ditc.export.quant.plan import ALPHAS, CLIPS, choose_input, smoothing
+from ditc.export.quant.recipes import RECIPES
+
+
+@pytest.fixture(scope="module")
+def outliers() -> tuple[np.ndarray, np.ndarray]:
+    """Inputs with rare outliers, channels of very different size; and weights."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16000, 48))
+    x[rng.random(x.shape) < 3e-5] *= 5
+    x *= np.exp(rng.normal(0, 1.5, 48))
+    return x.astype(np.float32), rng.standard_normal((24, 48)).astype(np.float32)
+
+
+def test_channels_counts_add_up_to_the_tensors(outliers):
+    x, _ = outliers
+    counts = count_channels(x)
+    np.testing.assert_array_equal(counts.sum(axis=1), len(x))
+    # Eight of the tensor's bins make one of a channel's.
+    np.testing.assert_array_equal(counts.sum(axis=0), count(x).reshape(-1, 8).sum(axis=1))
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.5, 0.125])
+def test_the_error_from_counts_is_the_error_of_the_values(outliers, clip):
+    x, _ = outliers
+    amax = np.abs(x).max(axis=0).astype(np.float64) * clip
+    direct = ((fake_quantize(x, scale_of(amax, Format.INT8), Format.INT8) - x) ** 2).mean(axis=0)
+    ratio = channel_counts(statistics(x)).error(amax / 127, amax) / direct
+    # What is in a bin, a quarter of an octave wide, is taken to be even: a channel's few outliers are not.
+    assert np.median(ratio) == pytest.approx(1, abs=0.25)
+    assert ratio.mean() == pytest.approx(1, abs=0.25)
+
+
+def test_smoothing_and_clipping_are_chosen_together_as_well_as_by_trying_all(outliers):
+    x, weight = outliers
+
+    def snr(smooth, amax):
+        codes_x = fake_quantize((x / smooth).astype(np.float32), scale_of(amax, Format.INT8), Format.INT8)
+        scaled = (weight * smooth).astype(np.float32)
+        codes_w = fake_quantize(scaled, scale_of(channel_amax(scaled, 0), Format.INT8), Format.INT8)
+        return signal_to_noise_db(codes_x @ codes_w.T, x @ weight.T)
+
+    reach = np.abs(x).max(axis=0)
+    tried = {
+        (alpha, clip): snr(factors, (reach / factors).max() * clip)
+        for alpha in ALPHAS
+        for factors in [smoothing(reach, [weight], alpha)]
+        for clip in CLIPS
+    }
+    chosen = choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8)
+    assert snr(chosen.smooth, chosen.amax) > max(tried.values()) - 0.3
+    # Without clipping the best is clearly worse: that is what the channels' counts are for.
+    assert snr(chosen.smooth, chosen.amax) > max(db for (_, clip), db in tried.items() if clip == 1) + 0.3
