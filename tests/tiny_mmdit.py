@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_sana import make_pipeline
+from tiny_sd3 import JOINT, make_t5, make_t5_tokenizer, make_vae
 from torch import nn
 
 from ditc.export.checkpoints.mmdit import save_mmdit
@@ -47,7 +50,36 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def make_checkpoint(directory: Path, seed: int = 0, *, trunk: dict[str, Any] | None = None) -> Path:
+@dataclass(frozen=True)
+class Companions:
+    """What stands around a trunk: text encoder, tokenizer and VAE, and what the shell must know of them."""
+
+    components: dict[str, Any]
+    channels: int
+    caption_channels: int
+
+
+def gemma_and_dc_ae(seed: int) -> Companions:
+    """Sana's."""
+    pipeline = make_pipeline(seed)
+    names = ("text_encoder", "tokenizer", "vae")
+    return Companions({name: getattr(pipeline, name) for name in names}, channels=8, caption_channels=24)
+
+
+def t5_and_kl(seed: int) -> Companions:
+    """SD3's."""
+    torch.manual_seed(seed)
+    components = {"text_encoder": make_t5(), "tokenizer": make_t5_tokenizer(), "vae": make_vae()}
+    return Companions(components, channels=16, caption_channels=JOINT)
+
+
+def make_checkpoint(
+    directory: Path,
+    seed: int = 0,
+    *,
+    trunk: dict[str, Any] | None = None,
+    companions: Callable[[int], Companions] = gemma_and_dc_ae,
+) -> Path:
     """Save the components as a user would: a trunk of the package, plain torch modules around it."""
     import mmdit.mmdit_generalized_pytorch
     import mmdit.mmdit_pytorch
@@ -56,22 +88,22 @@ def make_checkpoint(directory: Path, seed: int = 0, *, trunk: dict[str, Any] | N
     generalized = "dim_modalities" in trunk
     package = mmdit.mmdit_generalized_pytorch if generalized else mmdit.mmdit_pytorch
     network = seeded(package.MMDiT(**trunk), seed)
+    around = companions(seed)
     shell = seeded(
         nn.ModuleDict(
             {
-                "patch_embed": nn.ModuleDict({"proj": nn.Conv2d(8, DIM_IMAGE, 2, stride=2)}),
+                "patch_embed": nn.ModuleDict({"proj": nn.Conv2d(around.channels, DIM_IMAGE, 2, stride=2)}),
                 "time_embed": nn.ModuleDict(
                     {"linear_1": nn.Linear(256, DIM_COND), "linear_2": nn.Linear(DIM_COND, DIM_COND)}
                 ),
-                "context_embedder": nn.Linear(24, DIM_TEXT),
-                "proj_out": nn.Linear(DIM_IMAGE, 2 * 2 * 8),
+                "context_embedder": nn.Linear(around.caption_channels, DIM_TEXT),
+                "proj_out": nn.Linear(DIM_IMAGE, 2 * 2 * around.channels),
             }
         ),
         seed + 1,
     )
-    others = make_pipeline(seed)
-    for name in ("text_encoder", "tokenizer", "vae"):
-        getattr(others, name).save_pretrained(directory / name)
+    for name, component in around.components.items():
+        component.save_pretrained(directory / name)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(directory / "scheduler")
     (directory / "ditc.json").write_text(
         '{"height": 64, "width": 64, "max_sequence_length": 12, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
@@ -81,11 +113,11 @@ def make_checkpoint(directory: Path, seed: int = 0, *, trunk: dict[str, Any] | N
         config={
             "trunk_class": "GeneralizedMMDiT" if generalized else "MMDiT",
             "trunk": trunk,
-            "in_channels": 8,
-            "out_channels": 8,
+            "in_channels": around.channels,
+            "out_channels": around.channels,
             "patch_size": 2,
             "sample_size": 16,
-            "caption_channels": 24,
+            "caption_channels": around.caption_channels,
         },
         trunk=network.state_dict(),
         shell=shell.state_dict(),

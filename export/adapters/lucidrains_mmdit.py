@@ -1,11 +1,12 @@
-"""lucidrains/mmdit 0.3.0 trunks as denoisers, with a Gemma-2 text encoder and a DC-AE. The only file that knows this.
+"""lucidrains/mmdit 0.3.0 trunks as denoisers. The only file that knows this.
 
 Upstream is a trunk alone: no patches, time, positions, text, sampler or weights, and so no checkpoint layout. Ours is a
 diffusers directory (docs/mmdit.md):
 
     model_index.json   _class_name LucidrainsMMDiTPipeline
     transformer/       config.json (export/models/mmdit_config.py), safetensors under the names of mmdit_denoiser.py
-    text_encoder/, tokenizer/, vae/, scheduler/   as transformers and diffusers save them
+    text_encoder/, tokenizer/   Gemma-2 or T5, as transformers saves them
+    vae/, scheduler/            AutoencoderDC or AutoencoderKL, as diffusers saves them
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from ditc.export.adapters.specs import (
     history_length,
     latent_ranges,
 )
-from ditc.export.checkpoint import Checkpoint
+from ditc.export.checkpoint import Checkpoint, Component
+from ditc.export.models.autoencoder_kl import AutoencoderKlConfig, load_kl_decoder, load_kl_encoder
 from ditc.export.models.dc_ae import DcAeConfig
 from ditc.export.models.mmdit_config import CLASS_NAME, MMDiTConfig
 from ditc.export.models.mmdit_denoiser import load_mmdit
+from ditc.export.models.t5 import MODEL_TYPE as T5
+from ditc.export.models.t5 import load_t5
 from ditc.export.scheduler_config import scheduler_params
-from ditc.export.stages import BuildOptions, ModelPlan, StageModule
+from ditc.export.stages import BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.step import wrap
 from ditc.export.tokenizer import tokenizer_json
 from ditc.runtime.errors import CheckpointError
@@ -46,6 +50,7 @@ from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
     TEXT_ENCODER,
+    VAE_DECODER,
     DType,
     Range,
     TensorSpec,
@@ -56,6 +61,8 @@ from ditc.runtime.text import TextSpec
 NUM_INFERENCE_STEPS = 28
 GUIDANCE_SCALE = 7.0
 MAX_SEQUENCE_LENGTH = 300
+
+AUTOENCODER_DC, AUTOENCODER_KL = "AutoencoderDC", "AutoencoderKL"
 
 
 class LucidrainsMMDiTAdapter:
@@ -76,7 +83,7 @@ class LucidrainsMMDiTAdapter:
         """
         check_precision(options, "lucidrains/mmdit")
         transformer = MMDiTConfig.from_json(checkpoint.component("transformer").config)
-        vae = DcAeConfig.from_json(checkpoint.component("vae").config)
+        vae = _autoencoder(checkpoint.component("vae"))
         _check_widths(checkpoint, transformer, vae)
         text = _text_spec(checkpoint)
         scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
@@ -106,7 +113,7 @@ class LucidrainsMMDiTAdapter:
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
         if COMPONENTS[stage] != "transformer":
-            return stage_module(load_companion(component, stage_plan), component, stage_plan)
+            return stage_module(_load_companion(component, stage_plan), component, stage_plan)
         dtype = TORCH_DTYPES[stage_plan.precision]
         config = MMDiTConfig.from_json(component.config)
         conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
@@ -116,9 +123,37 @@ class LucidrainsMMDiTAdapter:
         return stage_module(module, component, stage_plan)
 
 
-def _check_widths(checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig) -> None:
+def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
+    """The settings of the autoencoder that vae/config.json names."""
+    kind = component.config.get("_class_name")
+    if kind not in (AUTOENCODER_DC, AUTOENCODER_KL):
+        raise CheckpointError(
+            f"the VAE is {kind!r}", hint=f"these trunks are served with {AUTOENCODER_DC} or {AUTOENCODER_KL}"
+        )
+    if kind == AUTOENCODER_KL:
+        return AutoencoderKlConfig.from_json(component.config)
+    return DcAeConfig.from_json(component.config)
+
+
+def _load_companion(component: Component, plan: StagePlan) -> torch.nn.Module:
+    """The text encoder or one half of the VAE, of the kind that its config names."""
+    dtype = TORCH_DTYPES[plan.precision]
+    if plan.spec.name == TEXT_ENCODER and component.config.get("model_type") == T5:
+        return load_t5(component.config, component.tensors, dtype)
+    if plan.spec.name != TEXT_ENCODER:
+        config = _autoencoder(component)
+        if isinstance(config, AutoencoderKlConfig):
+            load = load_kl_decoder if plan.spec.name == VAE_DECODER else load_kl_encoder
+            return load(config, component.tensors, dtype)
+    return load_companion(component, plan)
+
+
+def _check_widths(
+    checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig | AutoencoderKlConfig
+) -> None:
     """Components of different models each load, and fail at the first picture."""
-    hidden = checkpoint.component("text_encoder").config.get("hidden_size")
+    encoder = checkpoint.component("text_encoder").config
+    hidden = encoder.get("d_model" if encoder.get("model_type") == T5 else "hidden_size")
     for what, found, wanted in (
         ("the text encoder's states have", hidden, transformer.caption_channels),
         ("the VAE's latents have", vae.latent_channels, transformer.in_channels),

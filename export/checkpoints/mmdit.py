@@ -21,13 +21,13 @@ from ditc.export.models.mmdit_denoiser import TRUNK, load_mmdit
 from ditc.runtime.errors import CheckpointError
 
 PIPELINE = "LucidrainsMMDiTPipeline"
-# What the caller saves first, each with its own save_pretrained.
+# What the caller saves first, each with its own save_pretrained: library, and the file and key that name the class.
 OTHERS = {
-    "text_encoder": ["transformers", "Gemma2Model"],
-    "tokenizer": ["transformers", "GemmaTokenizer"],
-    "vae": ["diffusers", "AutoencoderDC"],
+    "text_encoder": ("transformers", "config.json", "architectures"),
+    "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
+    "vae": ("diffusers", "config.json", "_class_name"),
+    "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
 }
-SCHEDULER = "scheduler"
 
 
 def save_mmdit(
@@ -75,14 +75,21 @@ def save_mmdit(
 
 
 def _others(directory: Path) -> dict[str, list[str]]:
-    missing = [name for name in (*OTHERS, SCHEDULER) if not (directory / name).is_dir()]
+    missing = [name for name in OTHERS if not (directory / name).is_dir()]
     if missing:
         raise CheckpointError(
             f"{directory} has no folder {', '.join(missing)}",
             hint="save them there first: text_encoder.save_pretrained(directory / 'text_encoder'), and so on",
         )
-    scheduler = read_json(directory / SCHEDULER / "scheduler_config.json").get("_class_name", "")
-    return {**OTHERS, SCHEDULER: ["diffusers", str(scheduler)]}
+    return {
+        name: [library, _first(read_json(directory / name / file).get(key, ""))]
+        for name, (library, file, key) in OTHERS.items()
+    }
+
+
+def _first(value: Any) -> str:
+    """A class, or the first of a list of classes."""
+    return str(value[0] if isinstance(value, list) and value else value)
 
 
 def _source(tensors: Mapping[str, Tensor]) -> TensorSource:

@@ -19,6 +19,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from ditc.export.models.loading import Without, load_strict
 from ditc.export.models.text_attention import use_exportable_attention
+from ditc.export.ops.attention.torch_op import MASKED
 from ditc.runtime.errors import CheckpointError, UsageError
 
 MODEL_TYPE = "t5"
@@ -49,7 +50,7 @@ def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: tor
 
 
 class T5TextEncoder(nn.Module):
-    """Token ids to the last hidden state. There is no mask: padding takes part, as in diffusers' SD3 pipeline."""
+    """Token ids to the last hidden state. Without a mask padding takes part, as in diffusers' SD3 pipeline."""
 
     weights_below = ""
 
@@ -63,10 +64,12 @@ class T5TextEncoder(nn.Module):
         self.buckets: Tensor
         self.register_buffer("buckets", distance_buckets(config), persistent=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B,S) int64 -> (B,S,C) fp32."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B,S) int64 ids and mask (1 for a token, 0 for padding) -> (B,S,C) fp32."""
         hidden = self.shared(input_ids)
         bias = self._position_bias(input_ids.shape[1])
+        if attention_mask is not None:
+            bias = bias.float() + (1.0 - attention_mask.float())[:, None, None] * MASKED
         for block in self.encoder.block:
             hidden = block(hidden, position_bias=bias)[0]
         result: Tensor = self.encoder.final_layer_norm(hidden)

@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Gemma2Model
+from transformers import AutoTokenizer, Gemma2Model, T5EncoderModel
 
 from ditc.export.checkpoint import Checkpoint
 
 MODULES = {"MMDiT": "mmdit.mmdit_pytorch", "GeneralizedMMDiT": "mmdit.mmdit_generalized_pytorch"}
 SCHEDULERS = {cls.__name__: cls for cls in (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
+AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderDC, AutoencoderKL)}
+TEXT_ENCODERS = {cls.config_class.model_type: cls for cls in (Gemma2Model, T5EncoderModel)}
 SINUSOID_WIDTH = 256
 
 
@@ -132,7 +139,8 @@ class Pipeline:
                 callback_on_step_end(self, index, timestep, {"latents": latents})
         if output_type == "latent":
             return Output(latents)
-        decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        decoded = self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
         return Output((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy())
 
     def encode_prompt(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
@@ -156,12 +164,14 @@ def open_pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
     network = Transformer(transformer.config).eval().requires_grad_(False)
     network.load_state_dict({name: transformer.tensors[name] for name in transformer.tensors})
     scheduler = SCHEDULERS[checkpoint.scheduler_config["_class_name"]]
+    encoder = TEXT_ENCODERS[checkpoint.component("text_encoder").config["model_type"]]
+    vae = AUTOENCODERS[checkpoint.component("vae").config["_class_name"]]
     return Pipeline(
         {
             "transformer": network.to(dtype),
-            "text_encoder": Gemma2Model.from_pretrained(path / "text_encoder", dtype=dtype).eval(),
+            "text_encoder": encoder.from_pretrained(path / "text_encoder", dtype=dtype).eval(),
             "tokenizer": AutoTokenizer.from_pretrained(path / "tokenizer"),
-            "vae": AutoencoderDC.from_pretrained(path / "vae", torch_dtype=dtype).eval(),
+            "vae": vae.from_pretrained(path / "vae", torch_dtype=dtype).eval(),
             "scheduler": scheduler.from_pretrained(path / "scheduler"),
         }
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_mmdit import GENERALIZED, TWO, make_checkpoint
+from tiny_mmdit import GENERALIZED, TWO, make_checkpoint, t5_and_kl
 
 from ditc.export.adapters import find_adapter
 from ditc.export.bundle import build_bundle
@@ -22,6 +22,7 @@ from ditc.export.models.mmdit_denoiser import load_mmdit, unused_tensors
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.recipes import find_recipe
 from ditc.export.stages import BuildOptions, ModelPlan
+from ditc.parity.twin import Twin
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline
@@ -63,15 +64,21 @@ def change(checkpoint: Path, **values: Any) -> None:
 
 
 def draw_both(bundle: Path, checkpoint: Path, prompt: str, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    with Pipeline.load(bundle) as pipeline:
+        return draw_with(pipeline, checkpoint, prompt, size)
+
+
+def draw_with(
+    pipeline: Pipeline, checkpoint: Path, prompt: str, size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
     """The runtime's picture, and that of upstream's modules in a plain torch loop, from one noise."""
     from ditc.parity.references.mmdit import open_pipeline
 
-    noise = np.random.default_rng(0).standard_normal((1, 8, size // 2, size // 2), np.float32)
+    latents = pipeline.manifest.latents
+    shape = (1, latents.channels, size // latents.scale_factor, size // latents.scale_factor)
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
     settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0}
-    with Pipeline.load(bundle) as pipeline:
-        ours = pipeline(prompt, latents=noise, height=size, width=size, output_type="np", **settings).images[
-            0
-        ]
+    (ours,) = pipeline(prompt, latents=noise, height=size, width=size, output_type="np", **settings).images
     reference = open_pipeline(open_checkpoint(checkpoint))
     with torch.inference_mode():
         theirs = reference(
@@ -90,6 +97,47 @@ def test_the_picture_is_upstreams(bundle: Path, saved: Path) -> None:
 def test_the_picture_is_upstreams_at_another_size(bundle: Path, saved: Path) -> None:
     ours, theirs = draw_both(bundle, saved, "a red cat", size=96)
     assert ours.shape == (96, 96, 3) and psnr(ours, theirs) >= LEAST_PSNR
+
+
+@pytest.fixture(scope="module")
+def with_t5_and_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("t5") / "checkpoint", companions=t5_and_kl)
+
+
+def test_a_trunk_with_t5_and_autoencoder_kl_draws_upstreams_picture(with_t5_and_kl: Path) -> None:
+    """Over PyTorch sessions. T5 does not look at padding here, unlike SD3's."""
+    index = json.loads((with_t5_and_kl / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    pipeline = Twin(with_t5_and_kl).pipeline
+    ours, theirs = draw_with(pipeline, with_t5_and_kl, "a red cat")
+    assert psnr(ours, theirs) >= LEAST_PSNR
+    other, _ = draw_with(pipeline, with_t5_and_kl, "blue")
+    assert psnr(ours, other) < LEAST_PSNR
+
+
+@pytest.mark.slow
+def test_its_graphs_draw_it_too(with_t5_and_kl: Path, tmp_path: Path) -> None:
+    bundle = build_bundle(with_t5_and_kl, tmp_path / "bundle", BuildOptions()).bundle
+    assert psnr(*draw_both(bundle, with_t5_and_kl, "a red cat")) >= LEAST_PSNR
+
+
+@pytest.mark.parametrize(
+    ("folder", "values", "message"),
+    [
+        ("vae", {"_class_name": "AutoencoderTiny"}, "the VAE is 'AutoencoderTiny'"),
+        ("vae", {"latent_channels": 4}, "the VAE's latents have 4 channels"),
+        ("text_encoder", {"d_model": 64}, "the text encoder's states have 64 channels"),
+    ],
+)
+def test_other_companions_are_refused(
+    with_t5_and_kl: Path, tmp_path: Path, folder: str, values: dict[str, Any], message: str
+) -> None:
+    checkpoint = Path(shutil.copytree(with_t5_and_kl, tmp_path / "checkpoint"))
+    path = checkpoint / folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(CheckpointError, match=message):
+        plan(checkpoint)
 
 
 @pytest.mark.slow

@@ -30,6 +30,17 @@ def test_the_states_are_transformers_at_every_length(reference, batch, length) -
     assert (got - wanted).abs().max() <= BOUND * wanted.abs().max()
 
 
+def test_with_a_mask_padding_is_not_looked_at_as_in_transformers(reference) -> None:
+    encoder = load_t5(reference.config.to_dict(), reference.state_dict(), torch.float32)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    with torch.inference_mode():
+        got, wanted = encoder(ids, mask), reference(ids, attention_mask=mask)[0]
+        unmasked = encoder(ids)
+    assert (got - wanted).abs().max() <= BOUND * wanted.abs().max()
+    assert (got[1, :4] - unmasked[1, :4]).abs().max() > 0.01 * wanted.abs().max()
+
+
 def test_the_table_of_buckets_is_transformers_formula_at_any_distance() -> None:
     config = T5Config()  # 32 buckets up to distance 128, as in T5-XXL
     table = distance_buckets(config)
