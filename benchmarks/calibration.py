@@ -4,8 +4,9 @@
 
 PYTHON is the interpreter of an environment of its own, because modelopt's extras conflict with ours:
     python3 -m venv build/modelopt && build/modelopt/bin/pip install torch==2.13.0 nvidia-modelopt==0.47.0 requests
-Both sides calibrate on the same prompts and are judged on the inputs of one other prompt: 10 log10(|y|^2 / |y - yq|^2)
-of every layer's output y = x W^T, with y and yq in fp32. Writes benchmarks/results/calibration.json.
+Both sides calibrate on the same prompts (give --num-prompts what the ranges were measured with) and are judged on
+inputs from others: 10 log10(|y|^2 / |y - yq|^2) of every layer's output y = x W^T, with y and yq in fp32. modelopt
+gets a sample of the calibration's rows, which holds the largest. Writes benchmarks/results/calibration.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 OURS = {"int8": "sana-int8", "fp8": "sana-fp8"}
 THEIRS = {"int8": "INT8_SMOOTHQUANT_CFG", "fp8": "FP8_DEFAULT_CFG"}
 MODELOPT = "0.47"
-ROWS = 2048  # of each layer's inputs that are kept for calibration and for judging
+ROWS = 4096  # of each layer's inputs that are kept for calibration and for judging
+JUDGED = 4  # prompts, the last of the file
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
             theirs = json.loads(samples.with_suffix(".json").read_text())
             for layer, row in table.items():
                 row.update({f"modelopt {kind}": theirs[kind][layer] for kind in THEIRS})
-    report(table, str(arguments.checkpoint))
+    report(table, arguments)
 
 
 def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str, float]]:
@@ -85,7 +87,10 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     wanted = {name: layers[name] for name in plans["int8"].layers}
     prompts = read_prompts(arguments.prompts or GENERAL)
 
-    def inputs(chosen: list[str], seed: int) -> dict[str, Tensor]:
+    if ranges.origin.seed or len(ranges.prompts) != arguments.num_prompts:
+        raise SystemExit(f"the ranges have {len(ranges.prompts)} prompts: give --num-prompts that number")
+
+    def inputs(chosen: list[str], seed: int, *, largest: int) -> dict[str, Tensor]:
         seen: dict[str, list[Tensor]] = {}
         with watching(wanted, lambda name, x: seen.setdefault(name, []).append(x.flatten(0, -2).clone())):
             for i, prompt in enumerate(chosen):
@@ -95,15 +100,15 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
         kept = {}
         for name, parts in seen.items():
             rows = torch.cat(parts)
-            amax = rows.abs().amax(dim=1)
-            # The rows with the largest values stay: a calibrator that never saw them would be judged unfairly.
-            largest = amax.topk(min(64, len(rows))).indices
-            others = torch.randperm(len(rows), generator=generator)[: ROWS - len(largest)]
-            kept[name] = rows[torch.cat([largest, others])]
+            others = torch.randperm(len(rows), generator=generator)[: ROWS - largest]
+            top = rows.abs().amax(dim=1).topk(largest).indices
+            channels = rows.abs().argmax(dim=0)[: ROWS // 4 if largest else 0]
+            kept[name] = rows[torch.cat([top, channels, others])[:ROWS]]
         return kept
 
-    calibration = inputs(prompts[: arguments.num_prompts], ranges.origin.seed)
-    judged = inputs([prompts[-1]], 10_000)
+    # Rows and channels with the largest values stay: a calibrator that never saw them would be judged unfairly.
+    calibration = inputs(prompts[: arguments.num_prompts], ranges.origin.seed, largest=64)
+    judged = inputs(prompts[-JUDGED:], 10_000, largest=0)
     tensors = {f"weight/{n}": layer.linear.weight.detach().clone() for n, layer in wanted.items()}
     tensors |= {f"calibration/{n}": x for n, x in calibration.items()}
     tensors |= {f"judged/{n}": x for n, x in judged.items()}
@@ -146,8 +151,10 @@ def snr_db(value: Tensor, reference: Tensor) -> float:
     return float(10 * torch.log10(reference.double().square().sum() / noise))
 
 
-def report(table: Mapping[str, Mapping[str, float]], checkpoint: str) -> None:
+def report(table: Mapping[str, Mapping[str, float]], arguments: argparse.Namespace) -> None:
     """Print every layer, the means and who is ahead; write the file."""
+    from benchmarks.machine import facts
+
     columns = list(next(iter(table.values())))
     print(f"{'SNR dB':<42}" + "".join(f"{column:>16}" for column in columns))
     for layer, row in table.items():
@@ -166,8 +173,11 @@ def report(table: Mapping[str, Mapping[str, float]], checkpoint: str) -> None:
             print(f"{kind}: {ahead[kind]}")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "checkpoint": Path(checkpoint).name,
+        **facts(),
         "modelopt": MODELOPT,
+        "configs": THEIRS,
+        "calibrated_on": arguments.num_prompts,
+        "judged_on": JUDGED,
         "mean": means,
         "ahead": ahead,
         "layers": table,
