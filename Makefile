@@ -9,6 +9,7 @@ PROMPT    ?= a red heart, flat style
 RANGES    ?= $(dir $(OUT))ranges.safetensors
 PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL)),demo,general).txt
 TESTS     ?= tests
+RANGED     = $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -39,7 +40,7 @@ demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --seeds 1 --html $(dir $(OUT))parity.html
 
 export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
-	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 
 run: $(READY)  ## draw PROMPT with bundle OUT
 	$(BIN)/ditc run $(OUT) "$(PROMPT)" -o build/out.png
@@ -78,11 +79,11 @@ calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 
 
 engines: PRECISION = fp16
 engines: $(READY)  ## TensorRT-RTX engines of MODEL in PRECISION, built ahead of time into OUT
-	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx --precision $(PRECISION) $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx --precision $(PRECISION) $(RANGED)
 
 parity: $(READY)  ## prove that the bundle OUT computes what MODEL computes; writes a page beside it
-	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION)
-	$(BIN)/ditc parity $(OUT) --against $(MODEL) --html $(dir $(OUT))parity.html
+	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
+	$(BIN)/ditc parity $(OUT) --against $(MODEL) --precision $(PRECISION) --html $(dir $(OUT))parity.html
 
 serve: $(READY)  ## not there yet: an HTTP server over a bundle
 	@echo "serving is not part of this version" >&2; exit 2
