@@ -1,14 +1,17 @@
-"""Checkpoints and bundles that many tests share, made once a session."""
+"""Checkpoints and bundles that many tests share, made once a run: by the first process that needs them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from ditc.export.bundle import BuildReport
@@ -19,29 +22,42 @@ ROOT = Path(__file__).parents[1]
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 
 
+Make = Callable[[Path], object]
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Make) -> Path:
+    """The directory that `make` writes. Processes of pytest-xdist share it: the others wait for the first."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    path, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(path, ignore_errors=True)  # of a process that failed
+            make(path)
+            done.touch()
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded Sana checkpoint with two layers in diffusers layout."""
     from tiny_sana import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return made_once(tmp_path_factory, "tiny-checkpoint", make_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle: fp32, ONNX Runtime. Tests that change files copy it first."""
-    from ditc.export.bundle import build_bundle
-    from ditc.export.stages import BuildOptions
-
-    return build_bundle(tiny_checkpoint, tiny_checkpoint.parent / "bundle", BuildOptions()).bundle
+    return made_once(tmp_path_factory, "tiny-bundle", lambda path: _build(tiny_checkpoint, path))
 
 
 @pytest.fixture(scope="session")
-def euler_checkpoint(tiny_checkpoint: Path) -> Path:
+def euler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights with flow-match Euler as their scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    checkpoint = tiny_checkpoint.parent / "euler"
+    checkpoint = tmp_path_factory.mktemp("euler") / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(checkpoint / "scheduler")
     index = json.loads((checkpoint / "model_index.json").read_text())
@@ -53,12 +69,7 @@ def euler_checkpoint(tiny_checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def euler_report(euler_checkpoint: Path, tiny_bundle: Path) -> BuildReport:
     """What building it into a copy of the other scheduler's bundle did: nothing but the manifest."""
-    from ditc.export.bundle import build_bundle
-    from ditc.export.stages import BuildOptions
-
-    out = tiny_bundle.parent / "euler-bundle"
-    shutil.copytree(tiny_bundle, out)
-    return build_bundle(euler_checkpoint, out, BuildOptions())
+    return _build(euler_checkpoint, Path(shutil.copytree(tiny_bundle, euler_checkpoint.parent / "bundle")))
 
 
 @pytest.fixture(scope="session")
@@ -66,24 +77,25 @@ def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded SD3.5-medium checkpoint with three blocks, one of which skip-layer guidance skips."""
     from tiny_sd3 import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("sd3") / "checkpoint", "sd3.5-medium")
+    return made_once(tmp_path_factory, "sd3-checkpoint", lambda path: make_checkpoint(path, "sd3.5-medium"))
 
 
 @pytest.fixture(scope="session")
-def sd3_bundle(sd3_checkpoint: Path) -> Path:
-    """Its bundle: fp32, ONNX Runtime."""
-    from ditc.export.bundle import build_bundle
-    from ditc.export.stages import BuildOptions
-
-    return build_bundle(sd3_checkpoint, sd3_checkpoint.parent / "bundle", BuildOptions()).bundle
+def sd3_bundle(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle: fp32, ONNX Runtime. Tests that change files copy it first."""
+    return made_once(tmp_path_factory, "sd3-bundle", lambda path: _build(sd3_checkpoint, path))
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the checkpoint that ships with the repository."""
+    """The bundle of the checkpoint that ships with the repository. Tests that change files copy it first."""
+    if not DEMO_CHECKPOINT.is_dir():
+        pytest.skip(f"{DEMO_CHECKPOINT} is not there: make demo-checkpoint trains it")
+    return made_once(tmp_path_factory, "demo-bundle", lambda path: _build(DEMO_CHECKPOINT, path))
+
+
+def _build(checkpoint: Path, out: Path) -> BuildReport:
     from ditc.export.bundle import build_bundle
     from ditc.export.stages import BuildOptions
 
-    if not DEMO_CHECKPOINT.is_dir():
-        pytest.skip(f"{DEMO_CHECKPOINT} is not there: make demo-checkpoint trains it")
-    return build_bundle(DEMO_CHECKPOINT, tmp_path_factory.mktemp("demo") / "bundle", BuildOptions()).bundle
+    return build_bundle(checkpoint, out, BuildOptions())

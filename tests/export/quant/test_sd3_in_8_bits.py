@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
-from tiny_sd3 import make_checkpoint
 
 from ditc.export import ops
 from ditc.export.adapters.sd3 import Sd3Adapter
@@ -24,6 +23,7 @@ from ditc.export.quant.recipes import find_recipe
 from ditc.export.quant.simulate import quantized
 from ditc.export.stages import BuildOptions, StageModule
 from ditc.export.torch_session import TorchSession
+from ditc.runtime.manifest import load_manifest
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Backend, Precision
 
@@ -51,17 +51,19 @@ class Denoiser:
         return plan
 
 
-def denoiser(directory: Path, precision: Precision) -> Denoiser:
-    checkpoint = open_checkpoint(make_checkpoint(directory, "sd3.5-medium"))
-    options = BuildOptions(precision=precision)
-    adapter = Sd3Adapter()
-    stage = adapter.load(checkpoint, adapter.plan(checkpoint, options), DENOISER, options)
-    return Denoiser(stage, to_model(stage), ranges_of(stage))
+def load(checkpoint: Path, precision: Precision) -> StageModule:
+    opened, options, adapter = open_checkpoint(checkpoint), BuildOptions(precision=precision), Sd3Adapter()
+    return adapter.load(opened, adapter.plan(opened, options), DENOISER, options)
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Denoiser:
-    return denoiser(tmp_path_factory.mktemp("sd3"), Precision.FP32)
+def step(sd3_checkpoint: Path, sd3_bundle: Path) -> Denoiser:
+    """The graph is the shared bundle's."""
+    (artifact,) = load_manifest(sd3_bundle).stages[DENOISER].artifacts
+    model = ir.load(sd3_bundle / artifact.file.path)
+    ir.external_data.load_to_model(model)
+    stage = load(sd3_checkpoint, Precision.FP32)
+    return Denoiser(stage, model, ranges_of(stage))
 
 
 @pytest.mark.parametrize("kind", list(Format))
@@ -100,11 +102,12 @@ def test_all_gemms_of_the_blocks_and_nothing_else_become_8_bits(step: Denoiser) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(Format))
-def test_an_engine_is_built_from_the_graph(kind: Format, tmp_path: Path) -> None:
+def test_an_engine_is_built_from_the_graph(kind: Format, sd3_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from ditc.export.engine import build_engine
 
-    step = denoiser(tmp_path / "checkpoint", Precision.FP16)
+    stage = load(sd3_checkpoint, Precision.FP16)
+    step = Denoiser(stage, to_model(stage), ranges_of(stage))
     step.quantized(kind, tmp_path / "step.onnx")
     report = build_engine(
         tmp_path / "step.onnx",
