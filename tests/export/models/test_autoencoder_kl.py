@@ -163,6 +163,8 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) 
         AutoencoderKlConfig.from_json(TINY | setting)
 
 
+# A bundle's graphs are held against PyTorch and diffusers in every run: tests/export/test_sd3_pictures.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
 def test_the_exported_graph_runs_at_another_shape_and_batch(side, reference, relative_l2) -> None:
     network = networks(reference("shallow"))[side == "encoder"]
