@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 from ditc.calib.observe import Observer, watching
+from ditc.export.checkpoint import Checkpoint
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import (
     Origin,
@@ -59,7 +60,7 @@ class Progress:
 
 
 def collect(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     prompts: Sequence[str],
     out: Path,
     settings: Settings,

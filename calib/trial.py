@@ -40,7 +40,7 @@ class Trial:
     """A reference run over a few prompts, and the same run with some layers in 8 bits.
 
     Args:
-        prompts: at most the network's largest batch; they run as one.
+        prompts: they run in batches of the network's largest.
     """
 
     def __init__(self, twin: Twin, prompts: Sequence[str], *, seed: int) -> None:
@@ -51,7 +51,8 @@ class Trial:
         self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
         recorder = _Recorder(self._session)
         self._latents, self._pictures = self._run(recorder)
-        self.recorded = recorder.spread(FORCED_STEPS)
+        largest = stage.spec.profile["batch"].max
+        self.recorded = recorder.spread(FORCED_STEPS, batches=-(-len(prompts) // largest))
 
     def step_error(self, plans: Mapping[str, LayerPlan], *, per_token: bool = False) -> float:
         """Relative L2 of the predicted x0, root mean square over reference states: no error accumulates."""
@@ -105,10 +106,11 @@ class _Recorder:
     def close(self) -> None:
         """Nothing to release."""
 
-    def spread(self, count: int) -> list[tuple[dict[str, Tensor], Array]]:
-        """Runs spread evenly over all, the first and the last among them."""
-        indices = np.unique(np.linspace(0, len(self._seen) - 1, count).round().astype(int))
-        return [self._seen[i] for i in indices]
+    def spread(self, count: int, *, batches: int) -> list[tuple[dict[str, Tensor], Array]]:
+        """Steps spread evenly over the schedule, the first and the last among them, each of another batch in turn."""
+        length = len(self._seen) // batches
+        steps = np.unique(np.linspace(0, length - 1, count).round().astype(int))
+        return [self._seen[i % batches * length + step] for i, step in enumerate(steps)]
 
 
 def _squared_error(value: Array, reference: Array) -> float:

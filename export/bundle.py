@@ -75,7 +75,7 @@ def build_bundle(
     quantization = prepare(options, checkpoint, plan)
     if options.backend is not Backend.ONNXRUNTIME:
         library_version(options.backend)  # a missing library is said before the export, not after it
-        targets = options.targets or default_targets(options.backend)
+        targets = options.targets or default_targets(options.backend, options.precision)
         for precision in (options.precision, *(stage.precision for stage in plan.stages.values())):
             check_targets(options.backend, targets, precision)
     check_writable(out)
@@ -117,7 +117,7 @@ class _Builder:
         self._quantization = quantization
         self.journal = Journal(out)
         self._old = existing(out)
-        self.targets = options.targets or default_targets(options.backend)
+        self.targets = options.targets or default_targets(options.backend, options.precision)
 
     def build(self) -> Manifest:
         """All stages, then the small files, then the manifest in one move, then the sweep of what is left over."""

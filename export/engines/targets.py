@@ -30,10 +30,14 @@ def engine_targets(backend: Backend) -> tuple[str, ...]:
     return TENSORRT_TARGETS if backend is Backend.TENSORRT else ()
 
 
-def default_targets(backend: Backend) -> tuple[str, ...]:
-    """What a build serves when the user names nothing: every generation that has fp16 and bf16 and an RTX card."""
-    return (
-        ("sm80", "sm86", "sm89", "sm120") if backend is Backend.TENSORRT_RTX else engine_targets(backend)[:1]
+def default_targets(backend: Backend, precision: Precision) -> tuple[str, ...]:
+    """What a build serves when the user names nothing: every generation that has bf16 and the precision's type."""
+    if backend is not Backend.TENSORRT_RTX:
+        return engine_targets(backend)[:1]
+    return tuple(
+        target
+        for target in ("sm80", "sm86", "sm89", "sm120")
+        if _sm(target) >= FIRST_SM.get(precision.value, 0)
     )
 
 
