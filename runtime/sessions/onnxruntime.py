@@ -48,7 +48,7 @@ class OnnxRuntimeSession:
         if precision is Precision.BF16 and self.provider == CPU:
             raise SessionError(
                 f"{spec.name}: ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)",
-                hint="build this stage with --precision fp32 for a CPU, or run the bundle on a GPU",
+                hint="add fp32 stages for this CPU: ditc build CHECKPOINT -o BUNDLE; or run the bundle on a GPU",
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
