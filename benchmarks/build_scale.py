@@ -203,6 +203,7 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
 
     from ditc.export import budget
     from ditc.export.adapters import find_adapter
+    from ditc.export.checkpoints.mapped import drop_pages
     from ditc.export.engine import build_engine, estimate_memory_bytes
     from ditc.export.engines.memory import PeakMemory
     from ditc.export.engines.profiles import orientation_profiles
@@ -228,6 +229,7 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
         files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
         del module
         gc.collect()
+        drop_pages(checkpoint.component(case.component).files)
     exported = perf_counter()
     before = psutil.Process().memory_info().rss
     engine_estimate = before + estimate_memory_bytes(files.model)

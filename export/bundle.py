@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,13 +14,14 @@ import numpy as np
 from ditc.export import budget, uptodate
 from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import Checkpoint, open_checkpoint
+from ditc.export.checkpoints.mapped import drop_pages
 from ditc.export.earlier import artifacts_that_stay, existing, sweep, unsealed
 from ditc.export.engine import build_engine, estimate_memory_bytes, library_version
 from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
 from ditc.export.engines.targets import check_targets, default_targets
 from ditc.export.golden import write_golden
-from ditc.export.journal import Journal, check_ours, check_writable, locked, write_json, write_text
+from ditc.export.journal import Journal, check_ours, check_writable, locked, unwritten, write_json, write_text
 from ditc.export.keys import digest, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
@@ -31,7 +31,7 @@ from ditc.export.quant.record import write_record
 from ditc.export.report import BuildEvent, BuildReport, Status
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.tokenizer import tokenizer_json
-from ditc.runtime.errors import BuildError, DitcError
+from ditc.runtime.errors import BuildError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.integrity import file_ref
 from ditc.runtime.jsondata import from_json, to_json
@@ -84,7 +84,7 @@ def build_bundle(
         try:
             manifest = builder.build()
         except OSError as e:
-            raise _unwritten(e, out) from e
+            raise unwritten(e, out) from e
         report = BuildReport(
             bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
         )
@@ -231,6 +231,8 @@ class _Builder:
             return finished
         why, onnx = self.journal.why(record, inputs), self.out / graph.file.path
         gc.collect()  # exported modules hold cycles, and with them their weights
+        for component in self.plan.stages[name].components:
+            drop_pages(self.checkpoint.component(component).files)
         estimate = budget.resident_bytes() + estimate_memory_bytes(onnx)
         self._report(stage, "building", why)
         report = build_engine(
@@ -385,15 +387,3 @@ class _Builder:
         if status in ("reused", "built"):
             self.events.append(event)
         self._on_event(event)
-
-
-def _unwritten(error: OSError, out: Path) -> DitcError:
-    """What went wrong with a file, for people."""
-    where = error.filename or out
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BuildError(
-            f"no space left on the disk of {out} ({where})", hint="free some space, then build again"
-        )
-    return BuildError(
-        f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
-    )

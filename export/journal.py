@@ -10,6 +10,7 @@ Free of torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 import filelock
 
 from ditc.export.keys import FileHashes, digest, explain
-from ditc.runtime.errors import BuildError
+from ditc.runtime.errors import BuildError, DitcError
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.manifest import MANIFEST, Artifact, FileRef
 
@@ -136,3 +137,15 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def unwritten(error: OSError, out: Path) -> DitcError:
+    """What went wrong with a file, for people."""
+    where = error.filename or out
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BuildError(
+            f"no space left on the disk of {out} ({where})", hint="free some space, then build again"
+        )
+    return BuildError(
+        f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
+    )

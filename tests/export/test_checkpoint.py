@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditc.export.checkpoint import check_finite, open_checkpoint
+from ditc.export.checkpoints.mapped import drop_pages
+from ditc.export.checkpoints.tensors import read_safetensors
 from ditc.runtime.errors import CheckpointError
 
 TINY = {
@@ -251,3 +254,20 @@ def _assert_same(found: object, expected: dict[str, torch.Tensor]) -> None:
 def _write(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts a process's pages there")
+def test_pages_of_a_read_checkpoint_are_given_back_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.arange(2**20, dtype=torch.float32)}, file)
+    tensor = read_safetensors(file)["weight"].load()
+
+    def resident_kb() -> int:
+        maps = Path("/proc/self/smaps").read_text().split(str(file))[1:]
+        return sum(int(re.search(r"Rss:\s+(\d+) kB", text)[1]) for text in maps)
+
+    total = float(tensor.sum())
+    assert resident_kb() >= 4096
+    assert drop_pages([file]) >= 4 * 2**20
+    assert resident_kb() == 0
+    assert float(tensor.sum()) == total
