@@ -33,6 +33,7 @@ def build(checkpoint: Path, out: Path, ranges: Path, precision: str, *targets: s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "targets", "expected"),
     [("int8", ("--targets", "sm86,sm120"), ("sm86", "sm120")), ("fp8", (), ("sm89", "sm120"))],
@@ -48,7 +49,7 @@ def test_the_command_builds_engines_of_8_bit_graphs(
 ) -> None:
     assert build(tiny_checkpoint, tmp_path / "bundle", ranges, precision, *targets) == 0
     assert f"sana-{precision}: " in capsys.readouterr().out  # the coverage report
-    manifest = load_manifest(tmp_path / "bundle" / "manifest.json")
+    manifest = load_manifest(tmp_path / "bundle")
     engine = next(a for a in manifest.stages[DENOISER].artifacts if a.backend is Backend.TENSORRT_RTX)
     assert (engine.precision.value, engine.recipe, engine.targets) == (
         precision,
