@@ -44,11 +44,7 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
     kept: list[int] = []
     while killed < kills:
         child = _fork_build(checkpoint, out)
-        time.sleep(rng.uniform(0, whole_s))
-        done, status = os.waitpid(child, os.WNOHANG)
-        if not done:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+        status = _end(child, rng.uniform(0, whole_s))
         if os.WIFSIGNALED(status):
             killed += 1
             kept.append(len(list((out / ".build").glob("*-*.json"))))
@@ -70,6 +66,18 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
         "artifacts_kept_at_each_kill": kept,
         "reused_by_the_last_build": sum(event.status == "reused" for event in report.events),
     }
+
+
+def _end(child: int, seconds: float) -> int:
+    """The child's exit status; it is killed if it has not ended by itself in that time."""
+    latest = time.monotonic() + seconds
+    while time.monotonic() < latest:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
 
 def _check_same(bundle: Path, reference: Any) -> None:

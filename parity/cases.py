@@ -19,8 +19,8 @@ from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
 
-# Short and long, with and without style words: text lengths differ, so masks matter.
-DEFAULT_PROMPTS = ("a red heart, flat style", "a cat with a blue hat next to a green apple, photo")
+# Short and long, so that masks matter; words that the demo model knows, so that its page shows pictures.
+DEFAULT_PROMPTS = ("a red heart, flat style", "smiling face with sunglasses, 3d style")
 DEFAULT_SEEDS = (0, 1)
 
 
