@@ -39,22 +39,27 @@ class _Call:
 @contextmanager
 def traced_once(root: nn.Module) -> Iterator[None]:
     """Inside, a trace of root holds one block of each kind and a Repeat node for each of the others."""
-    changed = [root]
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
     resets: list[Callable[[], None]] = []
+
+    def replace(module: nn.Module, forward: Forward) -> None:
+        before.append((module, {name: vars(module)[name] for name in ("forward",) if name in vars(module)}))
+        module.forward = forward
+
     try:
         for blocks in kinds(root):
             (path, first), *others = blocks.items()
             kind = _Kind(path)
             resets.append(kind.reset)
-            first.forward = kind.first(first.forward)
+            replace(first, kind.first(first.forward))
             for name, block in others:
-                block.forward = kind.later(name, block.forward)
-            changed += blocks.values()
-        root.forward = _after(resets, root.forward)
+                replace(block, kind.later(name, block.forward))
+        replace(root, _after(resets, root.forward))
         yield
     finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
+        for module, own in before:
+            del module.forward
+            vars(module).update(own)
 
 
 def kinds(module: nn.Module, path: str = "") -> list[dict[str, nn.Module]]:

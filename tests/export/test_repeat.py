@@ -149,9 +149,11 @@ def test_the_network_is_as_it_was_after_the_trace() -> None:
     stack = Stack()
     x = torch.rand(2, 3, 4)
     before = stack(x)
+    hooked = stack.blocks[1].forward = stack.blocks[1].forward  # as accelerate's hooks leave a module
     with pytest.raises(RuntimeError, match="stopped"), traced_once(stack):
         raise RuntimeError("stopped")
-    assert all("forward" not in vars(module) for module in stack.modules())
+    assert [module for module in stack.modules() if "forward" in vars(module)] == [stack.blocks[1]]
+    assert stack.blocks[1].forward is hooked
     assert torch.equal(stack(x), before)
 
 
