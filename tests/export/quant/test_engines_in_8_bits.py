@@ -48,7 +48,7 @@ def test_the_command_builds_engines_of_8_bit_graphs(
     expected: tuple[str, ...],
 ) -> None:
     assert build(tiny_checkpoint, tmp_path / "bundle", ranges, precision, *targets) == 0
-    assert f"sana-{precision}: " in capsys.readouterr().out  # the coverage report
+    assert f"sana-{precision}: " in capsys.readouterr().err  # the coverage report
     manifest = load_manifest(tmp_path / "bundle")
     engine = next(a for a in manifest.stages[DENOISER].artifacts if a.backend is Backend.TENSORRT_RTX)
     assert (engine.precision.value, engine.recipe, engine.targets) == (
