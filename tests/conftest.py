@@ -87,6 +87,25 @@ def sd3_bundle(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def mmdit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded lucidrains/mmdit checkpoint with two blocks; text encoder and VAE are the tiny Sana's."""
+    pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip install ditc[dev]")
+    from tiny_mmdit import make_checkpoint
+
+    return made_once(tmp_path_factory, "mmdit-checkpoint", make_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def mmdit_bundle(mmdit_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, built over a copy of one with the same text encoder and VAE, which are then reused."""
+
+    def make(path: Path) -> BuildReport:
+        return _build(mmdit_checkpoint, Path(shutil.copytree(tiny_bundle, path)))
+
+    return made_once(tmp_path_factory, "mmdit-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the checkpoint that ships with the repository. Tests that change files copy it first."""
     if not DEMO_CHECKPOINT.is_dir():

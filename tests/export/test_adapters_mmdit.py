@@ -24,6 +24,7 @@ from ditc.export.quant.recipes import find_recipe
 from ditc.export.stages import BuildOptions, ModelPlan
 from ditc.parity.twin import Twin
 from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.manifest import load_manifest
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
@@ -33,24 +34,9 @@ pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip insta
 LEAST_PSNR = 45.0
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("mmdit") / "checkpoint")
-
-
 @pytest.fixture
-def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def bundle(saved: Path, tiny_bundle: Path) -> Path:
-    """Built over a bundle with the same text encoder and VAE, which are then reused."""
-    out = Path(shutil.copytree(tiny_bundle, saved.parent / "bundle"))
-    report = build_bundle(saved, out, BuildOptions())
-    built = {event.stage for event in report.events if event.status == "built"}
-    assert built == {CONDITIONER, DENOISER}
-    return out
+def checkpoint(mmdit_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mmdit_checkpoint, tmp_path / "checkpoint"))
 
 
 def plan(checkpoint: Path, **options: Any) -> ModelPlan:
@@ -87,15 +73,22 @@ def draw_with(
     return np.asarray(ours), theirs
 
 
-def test_the_picture_is_upstreams(bundle: Path, saved: Path) -> None:
-    ours, theirs = draw_both(bundle, saved, "a red cat with a blue apple")
+def test_stages_with_the_same_weights_are_taken_over(mmdit_bundle: Path, tiny_bundle: Path) -> None:
+    """The fixture builds over another family's bundle."""
+    ours, other = (load_manifest(bundle).stages for bundle in (mmdit_bundle, tiny_bundle))
+    same = {name for name in ours if ours[name].artifacts[0].key == other[name].artifacts[0].key}
+    assert set(ours) - same == {CONDITIONER, DENOISER}
+
+
+def test_the_picture_is_upstreams(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
+    ours, theirs = draw_both(mmdit_bundle, mmdit_checkpoint, "a red cat with a blue apple")
     assert psnr(ours, theirs) >= LEAST_PSNR
-    other, _ = draw_both(bundle, saved, "dog")
+    other, _ = draw_both(mmdit_bundle, mmdit_checkpoint, "dog")
     assert psnr(ours, other) < LEAST_PSNR  # else the text does not matter, and neither does its mask
 
 
-def test_the_picture_is_upstreams_at_another_size(bundle: Path, saved: Path) -> None:
-    ours, theirs = draw_both(bundle, saved, "a red cat", size=96)
+def test_the_picture_is_upstreams_at_another_size(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
+    ours, theirs = draw_both(mmdit_bundle, mmdit_checkpoint, "a red cat", size=96)
     assert ours.shape == (96, 96, 3) and psnr(ours, theirs) >= LEAST_PSNR
 
 
@@ -166,8 +159,8 @@ def test_every_tensor_is_read_or_on_the_list_of_those_that_no_picture_depends_on
     assert all(name.startswith((last, "trunk.norms.0.", "trunk.register_tokens")) for name in unused)
 
 
-def test_a_tensor_that_no_network_knows_is_refused(saved: Path) -> None:
-    component = open_checkpoint(saved).component("transformer")
+def test_a_tensor_that_no_network_knows_is_refused(mmdit_checkpoint: Path) -> None:
+    component = open_checkpoint(mmdit_checkpoint).component("transformer")
     tensors = {name: component.tensors[name] for name in component.tensors}
     config = MMDiTConfig.from_json(component.config)
     with pytest.raises(CheckpointError, match=r"unknown tensor trunk\.blocks\.0\.extra"):
@@ -177,8 +170,8 @@ def test_a_tensor_that_no_network_knows_is_refused(saved: Path) -> None:
         load_mmdit(config, tensors, torch.float32)
 
 
-def test_profiles_agree_where_stages_meet(saved: Path) -> None:
-    made = plan(saved, max_batch=3)
+def test_profiles_agree_where_stages_meet(mmdit_checkpoint: Path) -> None:
+    made = plan(mmdit_checkpoint, max_batch=3)
     conditioner, denoiser = made.stages[CONDITIONER].spec, made.stages[DENOISER].spec
     for output in conditioner.outputs:
         assert denoiser.input(output.name) == output
@@ -220,9 +213,9 @@ def test_a_config_that_is_not_implemented_is_refused_before_weights_are_read(
         plan(checkpoint)
 
 
-def test_tf32_is_refused(saved: Path) -> None:
+def test_tf32_is_refused(mmdit_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="tf32 is not built for lucidrains/mmdit"):
-        plan(saved, precision=Precision.TF32)
+        plan(mmdit_checkpoint, precision=Precision.TF32)
 
 
 def test_saving_without_the_other_components_writes_nothing(tmp_path: Path) -> None:

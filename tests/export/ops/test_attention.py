@@ -23,15 +23,20 @@ FP32_BOUND = 1e-6
 BOUNDS_16_BIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-class Network(nn.Module):
-    def __init__(self, softcap: float = 0.0) -> None:
-        super().__init__()
-        self.softcap = softcap
+CAP = 1.5  # scores of these inputs reach 4: it bends most of them
+KINDS = [(False, 0.0), (True, 0.0), (False, CAP), (True, CAP)]  # masked, soft cap
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = None if mask is None else (1 - mask[:, None, None]) * MASKED
-        out: Tensor = attention(q, k, v, SCALE, bias, self.softcap)
-        return out
+
+class Network(nn.Module):
+    """Attention of every kind."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        bias = bias_of(mask)
+        return tuple(attention(q, k, v, SCALE, bias if masked else None, cap) for masked, cap in KINDS)
+
+
+def bias_of(mask: Tensor) -> Tensor:
+    return (1 - mask[:, None, None]) * MASKED
 
 
 def inputs(batch: int, queries: int, keys: int, scale: float = 1.0) -> list[Tensor]:
@@ -51,16 +56,14 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference).norm() / reference.norm())
 
 
-def exported(opset: int, dtype: torch.dtype = torch.float32, *, masked: bool = False, softcap: float = 0.0):
-    tokens = [Dim(name, min=1, max=99) for name in ("queries", "keys")]
-    batch = Dim("batch", min=1, max=9)
-    masks = (key_mask(2, 9),) if masked else ()
+def exported(opset: int, dtype: torch.dtype = torch.float32):
+    batch, queries, keys = (Dim(name, min=1, max=most) for name, most in (("b", 9), ("n", 99), ("s", 99)))
     program = torch.onnx.export(
-        Network(softcap).eval(),
-        (*(x.to(dtype) for x in inputs(2, 7, 9)), *masks),
+        Network().eval(),
+        (*(x.to(dtype) for x in inputs(2, 7, 9)), key_mask(2, 9)),
         dynamo=True,
         opset_version=opset,
-        dynamic_shapes=(*({0: batch, 1: tokens[i]} for i in (0, 1, 1, 1)[: 3 + len(masks)]),),
+        dynamic_shapes=({0: batch, 1: queries}, *({0: batch, 1: keys} for _ in range(3))),
         custom_translation_table=onnx_translations(opset),
         verbose=False,
     )
@@ -74,15 +77,12 @@ def test_the_op_is_its_definition(size) -> None:
     assert relative_l2(attention(*values, SCALE), attention_reference(*values, SCALE)) <= FP32_BOUND
 
 
-CAP = 1.5  # scores of these inputs reach 4: it bends most of them
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *BOUNDS_16_BIT])
 @pytest.mark.parametrize("softcap", [0.0, CAP])
 def test_the_soft_cap_comes_before_the_bias_and_a_row_of_masked_keys_is_finite(softcap, dtype) -> None:
     values, mask = [x.to(dtype) for x in inputs(3, 5, 11)], key_mask(3, 11)
-    out = Network(softcap)(*values, mask)
-    exact = attention_reference(*values, SCALE, (1 - mask[:, None, None]) * MASKED, softcap)
+    out = attention(*values, SCALE, bias_of(mask), softcap)
+    exact = attention_reference(*values, SCALE, bias_of(mask), softcap)
     assert relative_l2(out, exact) <= BOUNDS_16_BIT.get(dtype, FP32_BOUND)
     alone = [
         values[0][1:2],
@@ -110,38 +110,37 @@ def test_products_beyond_fp16_before_the_scale_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize(("masked", "softcap"), [(False, 0.0), (True, 0.0), (False, CAP), (True, CAP)])
-def test_the_graph_computes_the_definition_at_another_shape(opset, masked, softcap) -> None:
-    program = exported(opset, masked=masked, softcap=softcap)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+def test_the_graph_computes_the_definition_at_another_shape(opset) -> None:
+    session = onnxruntime.InferenceSession(exported(opset).model_proto.SerializeToString())
     other, mask = inputs(3, 4, 6), key_mask(3, 6)
     names = [value.name for value in session.get_inputs()]
-    feeds = dict(zip(names, (np.asarray(x) for x in (*other, mask)), strict=False))
-    out = torch.from_numpy(session.run(None, feeds)[0])
-    assert out.isfinite().all()
-    bias = (1 - mask[:, None, None]) * MASKED if masked else None
-    kept = slice(0, 2 if masked else 3)  # what a sample without keys gives is the caller's to discard
-    assert relative_l2(out[kept], attention_reference(*other, SCALE, bias, softcap)[kept]) <= FP32_BOUND
+    feeds = dict(zip(names, (np.asarray(x) for x in (*other, mask)), strict=True))
+    for (masked, softcap), result in zip(KINDS, session.run(None, feeds), strict=True):
+        out = torch.from_numpy(result)
+        assert out.isfinite().all()
+        exact = attention_reference(*other, SCALE, bias_of(mask) if masked else None, softcap)
+        kept = slice(0, 2 if masked else 3)  # what a sample without keys gives is the caller's to discard
+        assert relative_l2(out[kept], exact[kept]) <= FP32_BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_softmax_of_a_16_bit_graph_is_fp32_in_either_form(dtype) -> None:
-    plain = {node.op_type: node for node in exported(20, dtype, masked=True, softcap=CAP).model.graph}
-    assert {plain[name].inputs[0].dtype.name for name in ("Softmax", "Tanh", "Add")} == {"FLOAT"}
-    assert plain["MatMul"].inputs[0].dtype.name in ("FLOAT16", "BFLOAT16")
-    standard = {node.op_type: node for node in exported(23, dtype).model.graph}
-    assert set(standard) == {"Transpose", "Attention"}
-    assert standard["Attention"].attributes["softmax_precision"].as_int() == 1
-    assert len(standard["Attention"].outputs) == 1
+def test_softmax_soft_cap_and_mask_of_a_16_bit_graph_are_fp32_in_plain_nodes(dtype) -> None:
+    nodes = list(exported(20, dtype).model.graph)
+    # Both capped kinds share their capped scores.
+    for name, count in (("Softmax", 4), ("Tanh", 1), ("Add", 2)):
+        found = [node for node in nodes if node.op_type == name]
+        assert len(found) == count
+        assert {value.dtype.name for node in found for value in node.inputs} == {"FLOAT"}
+    products = [node for node in nodes if node.op_type == "MatMul"]
+    assert {value.dtype.name for node in products for value in node.inputs} <= {"FLOAT16", "BFLOAT16"}
 
 
-def test_mask_and_soft_cap_are_the_standard_ops_own_and_the_mask_has_the_type_of_the_query() -> None:
-    nodes = [node.op_type for node in exported(23, masked=True, softcap=CAP).model.graph]
-    assert nodes.count("Attention") == 1 and not {"Softmax", "Tanh", "MatMul"} & set(nodes)
-    (node,) = [
-        node
-        for node in exported(23, torch.float16, masked=True, softcap=CAP).model.graph
-        if node.op_type == "Attention"
-    ]
-    assert node.attributes["softcap"].as_float() == CAP
-    assert node.inputs[3].dtype == node.inputs[0].dtype
+def test_the_standard_op_has_an_fp32_softmax_its_own_soft_cap_and_a_mask_of_the_querys_type() -> None:
+    nodes = list(exported(23, torch.float16).model.graph)
+    assert not {"Softmax", "Tanh", "MatMul"} & {node.op_type for node in nodes}
+    found = [node for node in nodes if node.op_type == "Attention"]
+    for (masked, softcap), node in zip(KINDS, found, strict=True):
+        assert node.attributes["softmax_precision"].as_int() == 1
+        assert node.attributes["softcap"].as_float() == softcap
+        assert len(node.outputs) == 1 and len(node.inputs) == (4 if masked else 3)
+        assert {value.dtype.name for value in node.inputs} == {"FLOAT16"}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from tiny_mmdit import make_checkpoint as make_mmdit
 
 from ditc.runtime.cli import main
 from ditc.runtime.manifest import load_manifest
@@ -96,11 +95,11 @@ def test_ranges_of_another_network_are_refused(ranges: Path, sd3_checkpoint: Pat
 
 
 def test_a_lucidrains_trunk_is_calibrated_built_and_run_in_8_bits(
-    tiny_bundle: Path, tmp_path: Path, capsys
+    mmdit_checkpoint: Path, mmdit_bundle: Path, tmp_path: Path, capsys
 ) -> None:
-    pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip install ditc[dev]")
-    checkpoint = make_mmdit(tmp_path / "checkpoint")
-    found = calibrate(checkpoint, tmp_path / "ranges.safetensors")
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    assert build(checkpoint, bundle, "int8", "--ranges", str(found)) == 0
+    found = calibrate(mmdit_checkpoint, tmp_path / "ranges.safetensors")
+    bundle = Path(shutil.copytree(mmdit_bundle, tmp_path / "bundle"))
+    assert build(mmdit_checkpoint, bundle, "int8", "--ranges", str(found)) == 0
+    said = capsys.readouterr()
+    assert "against the unquantized bundle" in said.out + said.err
     check(bundle, "mmdit-int8", 2 * 2 + 2 + 1 + 2 * 2 + 2, tmp_path, capsys)
