@@ -1,0 +1,47 @@
+"""How long a build takes that has nothing to do, as a user waits for it: `ditc build` in a process of its own.
+
+    python -m benchmarks.noop_build CHECKPOINT --bundle OUT [--precision fp16]
+
+The bundle is built first if it is not there. `ditc verify`, which reads every byte, is timed beside it.
+Goals: 1 s for the demo model, 5 s for Sana 1.6B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.machine import spread, times_s, write
+from ditc.runtime.manifest import load_manifest
+
+
+def ditc(*arguments: str) -> str:
+    """What the command printed; a failing one ends the benchmark."""
+    command = [str(Path(sys.executable).with_name("ditc")), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Build once, then time the builds that find everything done."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    build = ("build", arguments.checkpoint, "-o", arguments.bundle, "--precision", arguments.precision)
+    ditc(*build)
+    verify = ("verify", arguments.bundle)
+    result = {
+        "bundle_bytes": sum(file.size_bytes for file in load_manifest(Path(arguments.bundle)).all_files()),
+        "build_s": spread(times_s(lambda: ditc(*build), warmup=1, repeats=arguments.repeats)),
+        "verify_s": spread(times_s(lambda: ditc(*verify), warmup=1, repeats=arguments.repeats)),
+    }
+    print(result)
+    print(write("noop_build", {Path(arguments.bundle).name: result}))
+
+
+if __name__ == "__main__":
+    main()
