@@ -1,4 +1,4 @@
-"""Checkpoint files that stay mapped after their tensors have been used count as this process's memory."""
+"""Memory that an export leaves behind: checkpoint files that stay mapped, and freed memory that malloc keeps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ MADV_DONTNEED = 4  # Linux, asm-generic/mman-common.h
 
 
 def drop_pages(files: Iterable[Path]) -> int:
-    """Give back the memory of every map of these files; who still reads a tensor gets its bytes from the file again.
+    """Give back the memory of every map of these files, and what malloc holds for the next allocation.
 
-    For tensors that nobody wrote to, which is how TensorSource wants them treated. torch 2.13 keeps the weights of an
-    exported module alive. Linux only; elsewhere nothing is done.
+    Who still reads a tensor gets its bytes from the file again: nobody may have written to it, which is what
+    TensorSource asks for. Needed because torch 2.13 keeps the weights of an exported module alive. Linux only;
+    elsewhere nothing is done.
 
     Returns:
         bytes of address space that was given back.
@@ -31,4 +32,6 @@ def drop_pages(files: Iterable[Path]) -> int:
             start, end = (int(address, 16) for address in addresses.split("-"))
             if libc.madvise(start, end - start, MADV_DONTNEED) == 0:
                 dropped += end - start
+    if hasattr(libc, "malloc_trim"):  # glibc; musl has none
+        libc.malloc_trim(0)
     return dropped
