@@ -12,8 +12,8 @@ INTERVAL_S = 0.02
 # Peak of a TensorRT-RTX 1.7.1 build over what was resident before, chains of 2048x2048 MatMuls, one process each:
 # 64 MiB 0.455 GB, 256 MiB 0.863 (fp32) and 0.871 (fp16), 1 GiB 2.53: 0.32 GB + 2.06 times the weights.
 FIXED_BYTES = 350_000_000
-# Sana 1.6B in fp16 with three profiles: 7.07 GB for 2.79, hence a little more.
-BYTES_PER_WEIGHT_BYTE = 2.5
+# Full size took more: 2.6 times the weights for Gemma-2-2b, SD3.5-medium and Sana 0.6B, 2.0 for SANA-1.5 4.8B.
+BYTES_PER_WEIGHT_BYTE = 2.7
 
 
 def estimate_build_bytes(graph_bytes: int) -> int:
