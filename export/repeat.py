@@ -39,11 +39,11 @@ class _Call:
 @contextmanager
 def traced_once(root: nn.Module) -> Iterator[None]:
     """Inside, a trace of root holds one block of each kind and a Repeat node for each of the others."""
-    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    before: list[tuple[nn.Module, Forward | None]] = []
     resets: list[Callable[[], None]] = []
 
     def replace(module: nn.Module, forward: Forward) -> None:
-        before.append((module, {name: vars(module)[name] for name in ("forward",) if name in vars(module)}))
+        before.append((module, vars(module).get("forward")))
         module.forward = forward
 
     try:
@@ -59,7 +59,8 @@ def traced_once(root: nn.Module) -> Iterator[None]:
     finally:
         for module, own in before:
             del module.forward
-            vars(module).update(own)
+            if own is not None:
+                module.forward = own
 
 
 def kinds(module: nn.Module, path: str = "") -> list[dict[str, nn.Module]]:
@@ -68,15 +69,15 @@ def kinds(module: nn.Module, path: str = "") -> list[dict[str, nn.Module]]:
     children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
     if isinstance(module, nn.ModuleList | nn.Sequential):
         for name, child in children.items():
-            alike = (kind for kind in found if same_structure(next(iter(kind.values())), child))
-            kind = next(alike, None)
+            same = (kind for kind in found if same_structure(_first(kind), child))
+            kind = next(same, None)
             if kind is None:
                 found.append({name: child})
             else:
                 kind[name] = child
         found = [kind for kind in found if len(kind) > 1 and any(True for _ in _first(kind).parameters())]
-    firsts = {name for kind in found for name in kind}
-    inner = (kinds(child, name) for name, child in children.items() if name not in firsts)
+    alike = {name for kind in found for name in kind}
+    inner = (kinds(child, name) for name, child in children.items() if name not in alike)
     return found + [kind for several in inner for kind in several]
 
 
@@ -153,7 +154,7 @@ def _alike(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and list(map(_size, a.shape)) == list(map(_size, b.shape))
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
         return bool(_size(a) == _size(b))
-    return a is b or (type(a) is type(b) and bool(a == b))
+    return _equal(a, b)
 
 
 def _size(size: Any) -> Any:
