@@ -22,7 +22,8 @@ from ditc.runtime.session import Array
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # Shares of the largest magnitude at which a tensor is clipped: quarters of an octave down to an eighth.
 CLIPS = tuple(2 ** (-i / 4) for i in range(13))
-# A smoothing costs one multiplication of the activations: less than half a dB is not worth that.
+# A smoothing costs one multiplication of the activations, and what is clipped away may matter to a prompt that
+# calibration has not seen: less than half a dB is worth neither.
 WORTHWHILE = 10 ** (-0.5 / 10)
 
 
@@ -126,32 +127,42 @@ def choose_input(recipe: Recipe, statistics: Statistics, weights: Sequence[Array
     )
     if not recipe.smooth or kind is not Format.INT8:
         return plain
-    judge = _Judge(statistics, weights, CLIPS if recipe.method is Method.MSE else (1.0,))
-    start = float(statistics.amax.max()) if recipe.method is Method.MSE else plain.amax
-    best, least = judge.best(None, start)
-    least *= WORTHWHILE
-    for alpha in ALPHAS:
-        smooth = smoothing(judge.channel_amax, weights, alpha)
-        chosen, error = judge.best(smooth, float((judge.channel_amax / smooth).max()), alpha)
-        if error < least:
-            best, least = chosen, error
-    return best
+    judge = _Judge(statistics, weights)
+    if recipe.method is not Method.MSE:
+        return judge.choose(plain.amax, (1.0,))[0]
+    largest = float(statistics.amax.max())
+    return _worthwhile(judge.choose(largest, CLIPS), judge.choose(largest, (1.0,)))[0]
 
 
 class _Judge:
     """Expected error behind the layers that read one tensor, for any smoothing and clipping of it."""
 
-    def __init__(self, statistics: Statistics, weights: Sequence[Array], clips: Sequence[float]) -> None:
-        self.channel_amax = statistics.channel_amax.max(axis=0).astype(np.float64)
-        self._weights, self._clips = weights, clips
+    def __init__(self, statistics: Statistics, weights: Sequence[Array]) -> None:
+        self._channel_amax = statistics.channel_amax.max(axis=0).astype(np.float64)
+        self._weights = weights
         self._counts = channel_counts(statistics)
         self._moments = statistics.channel_squares.sum(axis=0) / max(int(statistics.rows.sum()), 1)
         self._columns = np.sum([(w.astype(np.float64) ** 2).sum(axis=0) for w in weights], axis=0)
 
-    def best(self, smooth: Array | None, largest: float, alpha: float = 0.0) -> tuple[Input, float]:
+    def choose(self, largest: float, clips: Sequence[float]) -> tuple[Input, float]:
+        """The smoothing, if one is worth it, and the clipping with the least error, and that error.
+
+        Args:
+            largest: what the tensor is taken not to exceed, before smoothing.
+        """
+        plain = self._clip(None, largest, clips)
+        smoothed = []
+        for alpha in ALPHAS:
+            factors = smoothing(self._channel_amax, self._weights, alpha)
+            smoothed.append(self._clip(factors, float((self._channel_amax / factors).max()), clips, alpha))
+        return _worthwhile(min(smoothed, key=lambda pair: pair[1]), plain)
+
+    def _clip(
+        self, smooth: Array | None, largest: float, clips: Sequence[float], alpha: float = 0.0
+    ) -> tuple[Input, float]:
         """The clipping with the least error, and that error. largest: what is never exceeded after smoothing."""
-        factors = np.ones_like(self.channel_amax) if smooth is None else smooth
-        tried = [largest * clip for clip in self._clips]
+        factors = np.ones_like(self._channel_amax) if smooth is None else smooth
+        tried = [largest * clip for clip in clips]
         errors = [output_error(self._counts, self._columns, factors, amax) for amax in tried]
         index = int(np.argmin(errors))
         kept = None if smooth is None else smooth.astype(np.float32)
@@ -162,6 +173,10 @@ class _Judge:
         reach = float((self._moments / smooth**2).sum())
         steps = (np.abs(w * smooth).max(axis=1) / LARGEST_CODE[Format.INT8] for w in self._weights)
         return float(sum((step**2).sum() / 12 * reach for step in steps))
+
+
+def _worthwhile(better: tuple[Input, float], simpler: tuple[Input, float]) -> tuple[Input, float]:
+    return better if better[1] < simpler[1] * WORTHWHILE else simpler
 
 
 def smoothing(channel_amax: Array, weights: Sequence[Array], alpha: float) -> Array:
