@@ -15,7 +15,7 @@ from ditc.export import budget, uptodate
 from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import Checkpoint, open_checkpoint
 from ditc.export.checkpoints.mapped import drop_pages
-from ditc.export.earlier import artifacts_that_stay, existing, sweep, unsealed
+from ditc.export.earlier import artifacts_that_stay, dropped, existing, sweep, unsealed
 from ditc.export.engine import build_engine, estimate_memory_bytes, library_version
 from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
@@ -86,7 +86,11 @@ def build_bundle(
         except OSError as e:
             raise unwritten(e, out) from e
         report = BuildReport(
-            bundle=out, manifest=manifest, events=tuple(builder.events), seconds=perf_counter() - started
+            bundle=out,
+            manifest=manifest,
+            events=tuple(builder.events),
+            seconds=perf_counter() - started,
+            dropped=dropped(builder.old, manifest),
         )
         uptodate.remember(builder.journal, checkpoint.path, options, report)
     return report
@@ -116,7 +120,7 @@ class _Builder:
         self._on_event = on_event
         self._quantization = quantization
         self.journal = Journal(out)
-        self._old = existing(out)
+        self.old = existing(out)
         self.targets = options.targets or default_targets(options.backend, options.precision)
 
     def build(self) -> Manifest:
@@ -141,7 +145,7 @@ class _Builder:
         self._check_unchanged(keys)
         self.journal.hashes.save()
         manifest = self._manifest(artifacts, engines)
-        if self._old is None or digest(manifest) != digest(unsealed(self._old)):
+        if self.old is None or digest(manifest) != digest(unsealed(self.old)):
             save_manifest(manifest, self.out)
         manifest = load_manifest(self.out)
         sweep(self.out, manifest)
@@ -374,7 +378,7 @@ class _Builder:
 
     def _artifacts(self, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
         new = (graph,) if engine is None else (graph, engine)
-        return (*new, *artifacts_that_stay(self._old, self.checkpoint.path.name, name, new, self.journal))
+        return (*new, *artifacts_that_stay(self.old, self.checkpoint.path.name, name, new, self.journal))
 
     def _tokenizers(self) -> Iterator[FileRef]:
         for spec in self.plan.text:

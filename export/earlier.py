@@ -56,6 +56,18 @@ def artifacts_that_stay(
     return [*graphs, *engines]
 
 
+def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
+    """The artifacts whose stage, precision and backend the new manifest has no other for, in words."""
+    if old is None:
+        return ()
+    kept = set(_slots(new))
+    return tuple(
+        f"{stage} {precision} ({backend})"
+        for stage, precision, backend in _slots(old)
+        if (stage, precision, backend) not in kept
+    )
+
+
 def sweep(bundle: Path, manifest: Manifest) -> None:
     """Remove files that the manifest does not name any more; the journal of what is kept stays."""
     kept = {ref.path for ref in manifest.all_files()}
@@ -63,6 +75,14 @@ def sweep(bundle: Path, manifest: Manifest) -> None:
     for path in (path for folder in folders for path in folder.glob("*")):
         if path.relative_to(bundle).as_posix() not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _slots(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [
+        (name, artifact.precision.value, artifact.backend.value)
+        for name, stage in manifest.stages.items()
+        for artifact in stage.artifacts
+    ]
 
 
 def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifact) -> bool:

@@ -34,9 +34,14 @@ class BuildEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
-    """The finished bundle and what each stage cost."""
+    """The finished bundle and what each stage cost.
+
+    Attributes:
+        dropped: artifacts of earlier builds that are gone, as "denoiser fp16 (onnxruntime)".
+    """
 
     bundle: Path
     manifest: Manifest
     events: tuple[BuildEvent, ...]
     seconds: float
+    dropped: tuple[str, ...] = ()

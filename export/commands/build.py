@@ -168,9 +168,15 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
             for e in report.events
         }
         result = {"bundle": str(report.bundle), "digest": report.manifest.digest, "stages": stages}
-        sys.stdout.write(json.dumps({**result, "seconds": round(report.seconds, 3)}) + "\n")
+        result |= {"seconds": round(report.seconds, 3), "dropped": report.dropped}
+        sys.stdout.write(json.dumps(result) + "\n")
         return
     peak = max((event.peak_memory_bytes for event in built), default=0)
     took = f" in {report.seconds:.1f} s" + (f", peak memory {peak / 1e9:.1f} GB" if peak else "")
     summary = f"{len(built)} of {len(report.events)} stages built{took}"
     sys.stdout.write(f"{report.bundle}: {summary}, digest {report.manifest.digest[:12]}\n")
+    if report.dropped:
+        sys.stdout.write(
+            f"dropped, made from other weights, shapes or source of ditc: {', '.join(report.dropped)}\n"
+            "hint: build again in that precision and backend, if you still want them\n"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from ditc.export.stages import BuildOptions, StagePlan
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BuildError, CheckpointError, DitcError, UsageError
 from ditc.runtime.integrity import check_files
-from ditc.runtime.manifest import Artifact, load_manifest
+from ditc.runtime.manifest import Artifact, load_manifest, save_manifest
 from ditc.runtime.schedulers import SchedulerKind
-from ditc.runtime.spec import Backend
+from ditc.runtime.spec import Backend, Precision
 
 TRANSFORMER = {"conditioner", "denoiser"}
 VAE = {"vae_decoder", "vae_encoder"}
@@ -81,6 +82,19 @@ def test_a_second_build_does_nothing_and_says_why(tiny_checkpoint: Path, bundle:
         ALL, ("reused", "nothing changed")
     )
     assert contents(bundle) == before
+
+
+def test_what_an_earlier_build_made_from_something_else_goes_and_is_named(
+    tiny_checkpoint: Path, bundle: Path
+) -> None:
+    manifest = load_manifest(bundle)
+    stage = manifest.stages["conditioner"]
+    foreign = replace(stage.artifacts[0], precision=Precision.FP16, key="0" * 64)
+    stages = {**manifest.stages, "conditioner": replace(stage, artifacts=(*stage.artifacts, foreign))}
+    save_manifest(replace(manifest, stages=stages), bundle)
+    report = build_bundle(tiny_checkpoint, bundle, BuildOptions())
+    assert report.dropped == ("conditioner fp16 (onnxruntime)",)
+    assert load_manifest(bundle).stages == manifest.stages
 
 
 def test_another_scheduler_changes_the_manifest_alone(euler_report: BuildReport, tiny_bundle: Path) -> None:
