@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -43,6 +44,7 @@ from ditc.runtime.manifest import (
     LatentSpec,
     Manifest,
     Stage,
+    TextSpec,
     load_manifest,
     save_manifest,
 )
@@ -325,6 +327,7 @@ class _Builder:
                 latents.channels, latents.scale_factor, latents.patch_size, tuple(tuple(row) for row in rgb)
             )
         table = coefficient_table(self.plan.scheduler, self.plan.defaults.num_inference_steps)
+        tokenizers = [self._tokenizer(spec) for spec in self.plan.text]
         return Manifest(
             schema_version=SCHEMA_VERSION,
             family=self.plan.family,
@@ -336,7 +339,10 @@ class _Builder:
                 )
                 for name, artifact in artifacts.items()
             },
-            text=self.plan.text,
+            text=tuple(
+                replace(spec, tokenizer=ref.path)
+                for spec, ref in zip(self.plan.text, tokenizers, strict=True)
+            ),
             scheduler=self.plan.scheduler,
             latents=latents,
             defaults=self.plan.defaults,
@@ -345,7 +351,7 @@ class _Builder:
                 timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
                 coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
             ),
-            files=tuple(self._tokenizers()),
+            files=tuple(tokenizers),
             tools=tool_versions(),
         )
 
@@ -380,11 +386,13 @@ class _Builder:
         new = (graph,) if engine is None else (graph, engine)
         return (*new, *artifacts_that_stay(self.old, self.checkpoint.path.name, name, new, self.journal))
 
-    def _tokenizers(self) -> Iterator[FileRef]:
-        for spec in self.plan.text:
-            target = self.out / spec.tokenizer
-            write_text(target, tokenizer_json(self.checkpoint.tokenizers[target.parent.name]))
-            yield file_ref(target, self.out)
+    def _tokenizer(self, spec: TextSpec) -> FileRef:
+        """Written under a name of its content: until the manifest is switched, the old one keeps its file."""
+        directory = (self.out / spec.tokenizer).parent
+        text = tokenizer_json(self.checkpoint.tokenizers[directory.name])
+        path = directory / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+        write_text(path, text)
+        return file_ref(path, self.out)
 
     def _report(self, stage: str, status: Status, why: str, **measured: Any) -> None:
         event = BuildEvent(stage=stage, status=status, why=why, **measured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditc.export.journal import Journal
@@ -71,8 +71,8 @@ def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
 def sweep(bundle: Path, manifest: Manifest) -> None:
     """Remove files that the manifest does not name any more; the journal of what is kept stays."""
     kept = {ref.path for ref in manifest.all_files()}
-    folders = (bundle / folder for folder in ("onnx", "engines", "golden"))
-    for path in (path for folder in folders for path in folder.glob("*")):
+    folders = {"onnx", "engines", "golden"} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
+    for path in (path for folder in folders for path in (bundle / folder).glob("*")):
         if path.relative_to(bundle).as_posix() not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -118,6 +118,28 @@ def test_a_changed_weight_rebuilds_what_depends_on_it(
     assert reasons == dict.fromkeys(rebuilt, "weights changed")
 
 
+def test_a_build_killed_after_the_tokenizer_changed_leaves_the_old_one(
+    checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["ditc"] = len(data["model"]["vocab"])
+    path.write_text(json.dumps(data))
+    old = load_manifest(bundle)
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle_module, "save_manifest", stop)
+        with pytest.raises(Stopped):
+            build_bundle(checkpoint, bundle, BuildOptions())
+    check_files(bundle, old.all_files())
+    new = build_bundle(checkpoint, bundle, BuildOptions()).manifest
+    assert new.files != old.files
+    assert [p.name for p in (bundle / "tokenizer").iterdir()] == [Path(new.files[0].path).name]
+
+
 def test_a_changed_config_is_named(checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoint / "vae" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0.5}))
