@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --models sana-0.6b sana-1.6b dc-ae --sizes 512 1024
 
 For each model, size and batch: latency of one call (a guided denoiser step, a decode), host time of handing it over,
-images a second, peak memory, relative L2 against diffusers in fp32, and the share of what the GPU can do at most,
+images a second, peak memory, relative L2 against fp32 (theirs against diffusers, ours against the same network around
+the same step in PyTorch), and the share of what the GPU can do at most,
 which a copy and a matrix product measure in the same run. With --bundle also whole pictures, loop graph included.
 Random weights at full width. What cannot run here is listed with the reason. Writes results/<gpu>-<date>.json.
 Without a GPU it ends with exit code 2. It was never run on one.
@@ -12,9 +13,11 @@ Without a GPU it ends with exit code 2. It was never run on one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,15 +28,16 @@ from benchmarks.build_scale import CASES
 from benchmarks.gpu_candidates import (
     BATCHES,
     Candidate,
+    Ours,
     checkpoint,
-    ours,
+    clear,
     session_candidate,
     torch_candidates,
 )
 from benchmarks.machine import spread, write
 from ditc.runtime.errors import DitcError
 from ditc.runtime.gpu import find_gpu
-from ditc.runtime.session import Array
+from ditc.runtime.session import Array, Session
 from ditc.runtime.sessions import ENGINES
 from ditc.runtime.spec import DENOISER, Backend
 
@@ -107,40 +111,63 @@ def compare(name: str, size: int, *, repeats: int, ceiling: dict[str, float]) ->
 
     results: dict[str, Any] = {}
     with checkpoint(name) as directory:
-        work = directory.parent
-        flops = _flops(torch_candidates(name, directory, size, 1)["diffusers fp32"]())
-        reference = None
-        for label, build in torch_candidates(name, directory, size, 1).items():
-            results[label] = {}
-            for batch in BATCHES:
-                torch.cuda.reset_peak_memory_stats()
-                try:
-                    candidate = torch_candidates(name, directory, size, batch)[label]()
-                    entry = measured(candidate, warmup=5, repeats=repeats)
-                    if batch == 1:
-                        found = candidate.result()
-                        reference = found if reference is None else reference
-                        entry["relative_l2_of_fp32"] = _distance(found, reference)
-                except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
-                    results[label][batch] = {"failed": str(e).splitlines()[0]}
-                    break
-                peak = torch.cuda.max_memory_allocated()
-                results[label][batch] = _rated(entry, batch, flops, ceiling) | {"peak_bytes": peak}
-                del candidate
-                torch.cuda.empty_cache()
-            del build
-        for label, open_it in ours(name, directory, work, size).items():
-            results[label] = {}
+        theirs, our = torch_candidates(name, directory, size), Ours(name, directory, directory.parent, size)
+        first = theirs["diffusers fp32"](1)
+        flops, exact = _flops(first), first.result()
+        del first
+
+        def rate(candidate: Candidate, batch: int, reference: Array) -> dict[str, Any]:
+            entry = measured(candidate, warmup=5, repeats=repeats)
+            if batch == 1:
+                entry["relative_l2_of_fp32"] = _distance(candidate.result(), reference)
+            return _rated(entry, batch, flops, ceiling)
+
+        for label, build in theirs.items():
+            results[label] = over_batches(
+                build,
+                lambda c, batch: rate(c, batch, exact) | {"peak_bytes": torch.cuda.max_memory_allocated()},
+            )
+        clear()
+        exact_ours = our.exact()
+        for label, open_it in our.openers().items():
+            clear()
             try:
                 session, device = open_it()
-                for batch in BATCHES:
-                    candidate = session_candidate(session, device, name, size, batch)
-                    entry = _rated(measured(candidate, warmup=5, repeats=repeats), batch, flops, ceiling)
-                    results[label][batch] = entry | {"peak_bytes": device.peak_bytes if device else None}
+            except Exception as e:  # whatever a library raises: the others are still to be measured
+                results[label] = {"failed": _first_line(e)}
+                continue
+            try:
+                results[label] = _session_rows(
+                    session, device, size, lambda c, batch: rate(c, batch, exact_ours)
+                )
+            finally:
                 session.close()
-            except DitcError as e:
-                results[label]["failed"] = str(e)
     return results
+
+
+def over_batches(
+    build: Callable[[int], Candidate], rate: Callable[[Candidate, int], dict[str, Any]]
+) -> dict[Any, Any]:
+    """Each batch size's row, up to the first that fails; nothing of one stays on the GPU while the next is built."""
+    rows: dict[Any, Any] = {}
+    for batch in BATCHES:
+        clear()
+        try:
+            rows[batch] = rate(build(batch), batch)
+        except Exception as e:  # out of memory has a class of its own in every library
+            rows[batch] = {"failed": _first_line(e)}
+            break
+    clear()
+    return rows
+
+
+def _session_rows(
+    session: Session, device: Any, size: int, rate: Callable[[Candidate, int], dict[str, Any]]
+) -> dict[Any, Any]:
+    return over_batches(
+        lambda batch: session_candidate(session, device, size, batch),
+        lambda c, batch: rate(c, batch) | {"peak_bytes": device.peak_bytes if device else None},
+    )
 
 
 def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
@@ -166,6 +193,10 @@ def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
         except DitcError as e:
             results[backend.value] = {"failed": str(e)}
     return results
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _flops(candidate: Candidate) -> int:
@@ -201,11 +232,9 @@ def table(results: dict[str, Any]) -> str:
                 lines.append(f"| {model} | {label} | not run: {why} | | | | |")
                 continue
             latency, host = one["latency_s"], one["host_s"]["median"]
-            error = one.get("relative_l2_of_fp32")
-            fidelity = "see parity" if error is None else f"{error:.1e}"
             lines.append(
                 f"| {model} | {label} | {latency['median'] * 1e3:.2f} | {latency['p95'] * 1e3:.2f} | "
-                f"{host * 1e3:.3f} | {fidelity} | {one['share_of_matmul_ceiling']:.0%} |"
+                f"{host * 1e3:.3f} | {one['relative_l2_of_fp32']:.1e} | {one['share_of_matmul_ceiling']:.0%} |"
             )
     return "\n".join(lines)
 
@@ -232,17 +261,17 @@ def main() -> int:
         results["kernels"] = kernel_bandwidth(ceiling["copy_bytes_per_s"])
     except DitcError as e:
         results["kernels"] = {"failed": str(e)}
-    measured_models = {
-        f"{name} {size}px": compare(name, size, repeats=arguments.repeats, ceiling=ceiling)
-        for name in arguments.models
-        for size in arguments.sizes
-    }
-    results["models"] = measured_models
+    results["models"] = {}
+    file = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower())
+    for name, size in itertools.product(arguments.models, arguments.sizes):
+        found = compare(name, size, repeats=arguments.repeats, ceiling=ceiling)
+        results["models"][f"{name} {size}px"] = found
+        write(file, results)  # what is measured is kept, whatever happens to the next model
     if arguments.bundle is not None:
         results["pictures"] = pictures(arguments.bundle, repeats=arguments.repeats)
     print(json.dumps(results.get("pictures", {}), indent=1))
-    print(table(measured_models))
-    print(write(re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()), results))
+    print(table(results["models"]))
+    print(write(file, results))
     return 0
 
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.build_scale import CASES, TOKENIZER, checkpoint_around, make
+from ditc.export.adapters import find_adapter
+from ditc.export.engine import LinearAttention, build_engine
+from ditc.export.onnx import to_onnx
+from ditc.export.stages import BuildOptions, StageModule, example_feeds, example_sizes
+from ditc.export.torch_session import TorchSession, to_torch
 from ditc.runtime.errors import DitcError
-from ditc.runtime.gpu import find_gpu
+from ditc.runtime.gpu import find_gpu, library_version
+from ditc.runtime.integrity import file_ref
+from ditc.runtime.manifest import Artifact
 from ditc.runtime.session import Array, Session, to_numpy
-from ditc.runtime.sessions import ENGINES, missing
+from ditc.runtime.sessions import ENGINES, missing, open_device, open_session
+from ditc.runtime.sessions.onnxruntime_device import open_bound
 from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
 
 BATCHES = (1, 2, 4, 8, 16)
+DEVICE = "cuda"
+PRECISIONS = (Precision.FP16, Precision.BF16)
 SCALE = 32  # pixels a latent cell of DC-AE f32
 
 
@@ -45,31 +57,52 @@ def checkpoint(name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def torch_candidates(name: str, directory: Path, size: int, batch: int) -> dict[str, Callable[[], Candidate]]:
-    """diffusers in fp32 (the reference of fidelity) and bf16, and torch.compile."""
+def torch_candidates(name: str, directory: Path, size: int) -> dict[str, Callable[[int], Candidate]]:
+    """diffusers in fp32 (the reference of fidelity) and bf16, and torch.compile; each for a batch."""
     import diffusers
     import torch
 
     case = CASES[name]
     network_class = getattr(diffusers, case.config["_class_name"])
+    # fp32 is a reference: cuDNN's convolutions take TF32 by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-    def build(dtype: Any, mode: str | None) -> Candidate:
-        network = network_class.from_pretrained(directory, torch_dtype=dtype).eval().to("cuda")
+    def build(batch: int, dtype: Any, mode: str | None) -> Candidate:
+        network = network_class.from_pretrained(directory, torch_dtype=dtype).requires_grad_(False)
+        network.eval().to(DEVICE)
         feeds = torch_feeds(name, size, batch, dtype)
         run = network if case.stage == DENOISER else network.decode
-        run = torch.compile(run, mode=mode) if mode else run
+        # Static shapes, which are its best: by default the second batch would be compiled for any.
+        run = torch.compile(run, mode=mode, dynamic=False) if mode else run
 
         @torch.inference_mode()
         def call() -> Any:
             return run(**feeds, return_dict=False)[0]
 
-        return Candidate(call, torch.cuda.synchronize, lambda: call().float().cpu().numpy())
+        return Candidate(call, wait_for_torch, lambda: call().float().cpu().numpy())
 
     return {
-        "diffusers fp32": lambda: build(torch.float32, None),
-        "diffusers bf16": lambda: build(torch.bfloat16, None),
-        "torch.compile bf16": lambda: build(torch.bfloat16, "max-autotune"),
+        "diffusers fp32": lambda batch: build(batch, torch.float32, None),
+        "diffusers bf16": lambda batch: build(batch, torch.bfloat16, None),
+        "torch.compile bf16": lambda batch: build(batch, torch.bfloat16, "max-autotune"),
     }
+
+
+def wait_for_torch() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def clear() -> None:
+    """What earlier candidates left: compiled code, networks in reference cycles, torch's cached memory."""
+    import torch
+
+    torch.compiler.reset()  # one cache for all batches otherwise, with dynamic shapes from the second on
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def inputs(name: str, size: int, batch: int) -> dict[str, Array]:
@@ -86,61 +119,78 @@ def torch_feeds(name: str, size: int, batch: int, dtype: Any) -> dict[str, Any]:
     """`inputs` under diffusers' names."""
     import torch
 
-    given = {key: torch.from_numpy(value).cuda() for key, value in inputs(name, size, batch).items()}
+    given = {key: torch.from_numpy(value).to(DEVICE) for key, value in inputs(name, size, batch).items()}
     latents = given["latents"].to(dtype)
     if CASES[name].stage != DENOISER:
         return {"z": latents}
     return {
         "hidden_states": torch.cat([latents, latents]),
         "encoder_hidden_states": given["text"].to(dtype),
-        "timestep": torch.full((2 * batch,), 500.0, device="cuda"),
+        "timestep": torch.full((2 * batch,), 500.0, device=DEVICE),
         "encoder_attention_mask": given["mask"],
     }
 
 
-def ours(name: str, directory: Path, work: Path, size: int) -> dict[str, Callable[[], tuple[Session, Any]]]:
-    """Every backend and 16-bit precision of ours; each makes its session, or says with an error why it cannot."""
-    from ditc.export.adapters import find_adapter
-    from ditc.export.engine import build_engine
-    from ditc.export.onnx import to_onnx
-    from ditc.export.stages import BuildOptions
-    from ditc.runtime.manifest import Artifact
-    from ditc.runtime.sessions import open_device, open_session
-    from ditc.runtime.sessions.onnxruntime_device import open_on_cuda
+class Ours:
+    """Our sessions of a model at one size, on the weights that diffusers has.
 
-    case, gpu = CASES[name], find_gpu()
-    assert gpu is not None
-    defaults = {"height": size, "width": size, "complex_human_instruction": None}
-    source = checkpoint_around(case, directory, {"tokenizer": TOKENIZER}, defaults)
+    Args:
+        work: where graphs and engines go.
+    """
 
-    def graph(precision: Precision) -> tuple[Path, StageSpec]:
+    def __init__(self, name: str, directory: Path, work: Path, size: int) -> None:
+        self._case, self._work, self._size = CASES[name], work, size
+        defaults = {"height": size, "width": size, "complex_human_instruction": None}
+        self._source = checkpoint_around(self._case, directory, {"tokenizer": TOKENIZER}, defaults)
+
+    def openers(self) -> dict[str, Callable[[], tuple[Session, Any]]]:
+        """Every backend and 16-bit precision; each opens its session, or says with an error why it cannot."""
+        made: dict[str, Callable[[], tuple[Session, Any]]] = {}
+        for precision in PRECISIONS:
+            made[f"onnxruntime {precision.value}"] = partial(self._onnxruntime, precision)
+            for backend in ENGINES:
+                for form in ("decomposed", "plugin"):
+                    made[f"{backend.value} {precision.value} {form}"] = partial(
+                        self._engine, backend, precision, form
+                    )
+        return made
+
+    def exact(self) -> Array:
+        """The network in PyTorch and fp32, at batch 1 and on the feeds of `session_candidate`."""
+        module = self._module(Precision.FP32)
+        session = TorchSession(module.module, module.spec, device=DEVICE)
+        return session_candidate(session, None, self._size, 1).result()
+
+    def _module(self, precision: Precision) -> StageModule:
         options = BuildOptions(precision=precision, max_batch=max(BATCHES))
-        adapter = find_adapter(source)
-        module = adapter.load(source, adapter.plan(source, options), case.stage, options)
-        path = work / f"{case.stage}-{size}-{precision.value}.onnx"
+        adapter = find_adapter(self._source)
+        plan = adapter.plan(self._source, options)
+        return adapter.load(self._source, plan, self._case.stage, options)
+
+    def _graph(self, precision: Precision) -> tuple[Path, StageSpec]:
+        module = self._module(precision)
+        path = self._work / f"{self._case.stage}-{self._size}-{precision.value}.onnx"
         if not path.is_file():
             to_onnx(module, path, check=False)
         return path, module.spec
 
-    def onnxruntime(precision: Precision) -> tuple[Session, Any]:
-        path, spec = graph(precision)
-        return open_on_cuda(path, spec, precision=precision, graphs=True), None
+    def _onnxruntime(self, precision: Precision) -> tuple[Session, Any]:
+        path, spec = self._graph(precision)
+        return open_bound(path, spec, precision=precision, graphs=True, device=DEVICE), None
 
-    def engine(backend: Backend, precision: Precision, form: Any) -> tuple[Session, Any]:
-        if lack := missing(backend):
-            raise DitcError(lack)
-        path, spec = graph(precision)
+    def _engine(self, backend: Backend, precision: Precision, form: LinearAttention) -> tuple[Session, Any]:
+        gpu = find_gpu()
+        if gpu is None or (lack := missing(backend)):
+            raise DitcError(lack if gpu else "no NVIDIA GPU with a driver")
+        path, spec = self._graph(precision)
         out = path.with_name(f"{path.stem}-{form}.{backend.value}")
         targets = (gpu.sm,) if backend is Backend.TENSORRT_RTX else ("this-gpu",)
         build_engine(path, out, spec=spec, backend=backend, targets=targets, linear_attention=form)
-        from ditc.runtime.gpu import library_version
-        from ditc.runtime.integrity import file_ref
-
         artifact = Artifact(
             spec=spec,
             precision=precision,
             backend=backend,
-            file=file_ref(out, work),
+            file=file_ref(out, self._work),
             key=out.name,
             targets=targets,
             library=library_version(backend),
@@ -149,34 +199,25 @@ def ours(name: str, directory: Path, work: Path, size: int) -> dict[str, Callabl
         device = open_device()
         return open_session(out, artifact, device=device), device
 
-    made: dict[str, Callable[[], tuple[Session, Any]]] = {}
-    for precision in (Precision.FP16, Precision.BF16):
-        made[f"onnxruntime {precision.value}"] = lambda p=precision: onnxruntime(p)
-        for backend in ENGINES:
-            for form in ("decomposed", "plugin"):
-                made[f"{backend.value} {precision.value} {form}"] = lambda b=backend, p=precision, f=form: (
-                    engine(b, p, f)
-                )
-    return made
 
-
-def session_candidate(session: Session, device: Any, name: str, size: int, batch: int) -> Candidate:
-    """A session on random feeds of its spec; what the host reads of the result is the prediction."""
-    from ditc.export.stages import example_feeds, example_sizes
-
+def session_candidate(session: Session, device: Any, size: int, batch: int) -> Candidate:
+    """A session on seeded feeds of its spec; its result is the stage's first output."""
     sizes = {**example_sizes(session.spec), "batch": batch, "height": size // SCALE, "width": size // SCALE}
     if "rows" in sizes:
         sizes["rows"] = 2 * batch
-    feeds: dict[str, Any] = {**example_feeds(session.spec, sizes)}
-    feeds["latents"] = inputs(name, size, batch)["latents"]
+    feeds = example_feeds(session.spec, sizes)  # the same numbers for every precision, rounded to it
     for value in feeds.values():
         value.flags.writeable = False
-    output = session.spec.outputs[0].name
+    output = session.spec.outputs[0]
     last: list[Any] = []
 
     def call() -> Any:
-        last[:] = [session.run(feeds)[output]]
+        last[:] = [session.run(feeds)[output.name]]
         return last[0]
 
+    def result() -> Array:
+        found = to_numpy(call())
+        return to_torch(found, output.dtype).float().numpy()
+
     wait = device.synchronize if device is not None else lambda: to_numpy(last[0]) is None
-    return Candidate(call, wait, lambda: to_numpy(call()))
+    return Candidate(call, wait, result)

@@ -123,10 +123,10 @@ def open_onnxruntime(
         name = OPENVINO if provider == "openvino" else CPU
         return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=threads)
     if has_cuda:
-        from ditc.runtime.sessions.onnxruntime_device import open_on_cuda
+        from ditc.runtime.sessions.onnxruntime_device import open_bound
 
         # The denoiser runs many times with one shape; the other stages once a request.
-        return open_on_cuda(model, spec, precision=precision, graphs=spec.name == DENOISER)
+        return open_bound(model, spec, precision=precision, graphs=spec.name == DENOISER)
     return OnnxRuntimeSession(model, spec, precision=precision, threads=threads)
 
 

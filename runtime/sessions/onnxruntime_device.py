@@ -18,7 +18,7 @@ import numpy as np
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, Tensor, to_numpy
 from ditc.runtime.sessions.onnxruntime import CPU, CUDA, OnnxRuntimeSession, first_line
-from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.spec import DType, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_GRAPHS = 4
 # ONNX Runtime's run option: -1 neither captures nor replays (CUDA execution provider, "Using CUDA Graphs").
 NO_GRAPH = "-1"
+BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OrtTensor:
@@ -36,7 +37,11 @@ class OrtTensor:
         self.shape = tuple(value.shape())
 
     def numpy(self) -> Array:
-        """A copy on the host."""
+        """A copy on the host; bf16 as its uint16 bits, for which ONNX Runtime knows no NumPy type."""
+        if self.value.element_type() == BFLOAT16:
+            bits = np.empty(self.shape, np.uint16)
+            _bf16_bits(bits).update_inplace(self.value)
+            return bits
         return np.array(self.value.numpy())
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -84,6 +89,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             cuda_graph=graphs and device == "cuda",
         )
         self._device, self._use_graphs = device, graphs
+        self._bf16 = {tensor.name for tensor in spec.inputs if tensor.dtype is DType.BFLOAT16}
         self._sent: dict[str, tuple[weakref.ref[Array], Any]] = {}
         # Shape and ONNX element type of each output, by the shapes of the inputs.
         self._seen: dict[Any, dict[str, tuple[tuple[int, ...], int]]] = {}
@@ -134,7 +140,11 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         known = self._sent.get(name)
         if known is not None and known[0]() is feed:
             return known[1]
-        value = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        if name in self._bf16:
+            value = _empty(array.shape, BFLOAT16, self._device)
+            value.update_inplace(_bf16_bits(array))
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
         if isinstance(feed, np.ndarray) and not feed.flags.writeable:
             self._sent[name] = (weakref.ref(feed), value)
         return value
@@ -162,16 +172,16 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
 
-def open_on_cuda(
-    model: Path, spec: StageSpec, *, precision: Precision, graphs: bool
+def open_bound(
+    model: Path, spec: StageSpec, *, precision: Precision, graphs: bool, device: str = "cuda"
 ) -> OnnxRuntimeDeviceSession:
     """A session on the first GPU; with graphs where the provider takes every node, as it must to capture."""
     if graphs:
         try:
-            return OnnxRuntimeDeviceSession(model, spec, precision=precision, graphs=True)
+            return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device, graphs=True)
         except SessionError as e:
             log.info("%s: no CUDA graph in ONNX Runtime: %s", spec.name, e)
-    return OnnxRuntimeDeviceSession(model, spec, precision=precision)
+    return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device)
 
 
 def _options(graph: str) -> Any:
@@ -186,6 +196,13 @@ def _empty(shape: tuple[int, ...], kind: int, device: str) -> Any:
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
+
+
+def _bf16_bits(bits: Array) -> Any:
+    """A bf16 value over the memory of its bits; uint16, which is what the array says, no session would take."""
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
 
 
 def _copy(value: Any, device: str) -> Any:
