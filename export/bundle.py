@@ -44,12 +44,12 @@ from ditc.runtime.manifest import (
     LatentSpec,
     Manifest,
     Stage,
-    TextSpec,
     load_manifest,
     save_manifest,
 )
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
+from ditc.runtime.text import TextSpec
 
 WEIGHTS = ".weights.json"
 
@@ -111,13 +111,8 @@ class _Builder:
         on_event: Callable[[BuildEvent], None],
         quantization: Quantization | None = None,
     ) -> None:
-        self.checkpoint, self.adapter, self.plan, self.options, self.out = (
-            checkpoint,
-            adapter,
-            plan,
-            options,
-            out,
-        )
+        self.checkpoint, self.adapter, self.plan = checkpoint, adapter, plan
+        self.options, self.out = options, out
         self.events: list[BuildEvent] = []
         self._on_event = on_event
         self._quantization = quantization

@@ -168,8 +168,8 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
             for e in report.events
         }
         result = {"bundle": str(report.bundle), "digest": report.manifest.digest, "stages": stages}
-        result |= {"seconds": round(report.seconds, 3), "dropped": report.dropped}
-        sys.stdout.write(json.dumps(result) + "\n")
+        seconds = round(report.seconds, 3)
+        sys.stdout.write(json.dumps({**result, "seconds": seconds, "dropped": report.dropped}) + "\n")
         return
     peak = max((event.peak_memory_bytes for event in built), default=0)
     took = f" in {report.seconds:.1f} s" + (f", peak memory {peak / 1e9:.1f} GB" if peak else "")
