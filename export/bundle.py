@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ditc.export import budget, uptodate
+from ditc.export import budget, earlier, uptodate
 from ditc.export.adapters import find_adapter
 from ditc.export.checkpoint import Checkpoint, open_checkpoint
 from ditc.export.checkpoints.mapped import drop_pages
-from ditc.export.earlier import artifacts_that_stay, dropped, existing, sweep, unsealed
 from ditc.export.engine import build_engine, estimate_memory_bytes, library_version
 from ditc.export.engines.memory import PeakMemory
 from ditc.export.engines.profiles import orientation_profiles
 from ditc.export.engines.targets import check_targets, default_targets
-from ditc.export.golden import write_golden
-from ditc.export.journal import Journal, check_ours, check_writable, locked, unwritten, write_json, write_text
+from ditc.export.golden import SIXTEEN_BITS, write_golden
+from ditc.export.journal import Journal, check_ours, check_writable, locked, unwritten, write_json
 from ditc.export.keys import digest, source_hash, tool_versions
 from ditc.export.latent_rgb import fit_latent_rgb
 from ditc.export.onnx import to_onnx
@@ -31,7 +29,7 @@ from ditc.export.quant.apply import Quantization, prepare
 from ditc.export.quant.record import write_record
 from ditc.export.report import BuildEvent, BuildReport, Status
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
-from ditc.export.tokenizer import tokenizer_json
+from ditc.export.tokenizer import write_tokenizer
 from ditc.runtime.errors import BuildError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.integrity import file_ref
@@ -49,7 +47,6 @@ from ditc.runtime.manifest import (
 )
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
-from ditc.runtime.text import TextSpec
 
 WEIGHTS = ".weights.json"
 
@@ -92,7 +89,7 @@ def build_bundle(
             manifest=manifest,
             events=tuple(builder.events),
             seconds=perf_counter() - started,
-            dropped=dropped(builder.old, manifest),
+            dropped=earlier.dropped(builder.old, manifest),
         )
         uptodate.remember(builder.journal, checkpoint.path, options, report)
     return report
@@ -117,7 +114,7 @@ class _Builder:
         self._on_event = on_event
         self._quantization = quantization
         self.journal = Journal(out)
-        self.old = existing(out)
+        self.old = earlier.existing(out)
         self.targets = options.targets or default_targets(options.backend, options.precision)
 
     def build(self) -> Manifest:
@@ -142,10 +139,10 @@ class _Builder:
         self._check_unchanged(keys)
         self.journal.hashes.save()
         manifest = self._manifest(artifacts, engines)
-        if self.old is None or digest(manifest) != digest(unsealed(self.old)):
+        if self.old is None or digest(manifest) != digest(earlier.unsealed(self.old)):
             save_manifest(manifest, self.out)
         manifest = load_manifest(self.out)
-        sweep(self.out, manifest)
+        earlier.sweep(self.out, manifest)
         return manifest
 
     def _check_unchanged(self, keys: dict[str, dict[str, Any]]) -> None:
@@ -322,17 +319,17 @@ class _Builder:
                 latents.channels, latents.scale_factor, latents.patch_size, tuple(tuple(row) for row in rgb)
             )
         table = coefficient_table(self.plan.scheduler, self.plan.defaults.num_inference_steps)
-        tokenizers = [self._tokenizer(spec) for spec in self.plan.text]
+        tokenizers = [write_tokenizer(self.checkpoint.tokenizers, spec, self.out) for spec in self.plan.text]
+        all_artifacts = {
+            name: self._artifacts(name, artifact, engines.get(name)) for name, artifact in artifacts.items()
+        }
         return Manifest(
             schema_version=SCHEMA_VERSION,
             family=self.plan.family,
             checkpoint=self.checkpoint.path.name,
             stages={
-                name: Stage(
-                    artifacts=self._artifacts(name, artifact, engines.get(name)),
-                    golden=self._golden(name, artifact),
-                )
-                for name, artifact in artifacts.items()
+                name: Stage(artifacts=kept, golden=self._golden(name, artifacts[name], kept))
+                for name, kept in all_artifacts.items()
             },
             text=tuple(
                 replace(spec, tokenizer=ref.path)
@@ -350,10 +347,15 @@ class _Builder:
             tools=tool_versions(),
         )
 
-    def _golden(self, name: str, artifact: Artifact) -> FileRef:
-        """The self-test's inputs and fp32 outputs, kept as long as the artifact is."""
-        inputs, record = {"artifact": artifact.key}, f"golden-{name}"
-        known = self.journal.record(record, digest(inputs))
+    def _golden(self, name: str, artifact: Artifact, kept: tuple[Artifact, ...]) -> FileRef:
+        """The self-test's inputs and fp32 outputs, for all precisions of the stage.
+
+        Its name follows from what they have in common and from their 16-bit precisions, whichever was built last.
+        """
+        precisions = sorted({a.precision.value for a in kept if a.precision in SIXTEEN_BITS})
+        inputs = {"of": earlier.but_for_precision(self._record(name, artifact)), "losses": precisions}
+        record, key = f"golden-{name}", digest(inputs)
+        known = self.journal.record(record, key)
         ref = from_json(FileRef, known["file"]) if known else None
         if ref is not None and self.journal.intact(ref):
             return ref
@@ -362,10 +364,14 @@ class _Builder:
         plan = self.adapter.plan(self.checkpoint, exact)
         reference = self.adapter.load(self.checkpoint, plan, name, exact)
         deployed = None
-        if self.plan.stages[name].precision is not Precision.FP32:
+        if artifact.precision in SIXTEEN_BITS:
             deployed = self.adapter.load(self.checkpoint, self.plan, name, self.options)
+        recorded = earlier.losses_of(self.old, name, self.out)
         path = write_golden(
-            reference, self.out / "golden" / f"{name}-{artifact.key[:8]}.safetensors", deployed=deployed
+            reference,
+            self.out / "golden" / f"{name}-{key[:8]}.safetensors",
+            deployed=deployed,
+            losses={p: recorded[p] for p in precisions if p in recorded},
         )
         ref = file_ref(path, self.out)
         self.journal.write(record, inputs, {"file": to_json(ref)})
@@ -379,15 +385,8 @@ class _Builder:
 
     def _artifacts(self, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
         new = (graph,) if engine is None else (graph, engine)
-        return (*new, *artifacts_that_stay(self.old, self.checkpoint.path.name, name, new, self.journal))
-
-    def _tokenizer(self, spec: TextSpec) -> FileRef:
-        """Written under a name of its content: until the manifest is switched, the old one keeps its file."""
-        directory = (self.out / spec.tokenizer).parent
-        text = tokenizer_json(self.checkpoint.tokenizers[directory.name])
-        path = directory / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-        write_text(path, text)
-        return file_ref(path, self.out)
+        stay = earlier.artifacts_that_stay(self.old, self.checkpoint.path.name, name, new, self.journal)
+        return earlier.in_order((*new, *stay))
 
     def _report(self, stage: str, status: Status, why: str, **measured: Any) -> None:
         event = BuildEvent(stage=stage, status=status, why=why, **measured)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditc.export.journal import Journal
 from ditc.runtime.errors import BundleError
+from ditc.runtime.golden import read_golden
 from ditc.runtime.jsondata import to_json
 from ditc.runtime.manifest import Artifact, Manifest, load_manifest
-from ditc.runtime.spec import Backend
+from ditc.runtime.spec import Backend, Precision
 
 
 def existing(out: Path) -> Manifest | None:
@@ -56,6 +58,28 @@ def artifacts_that_stay(
     return [*graphs, *engines]
 
 
+def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
+    """The same artifacts are the same manifest, whichever was built last: a signature and a certificate hold."""
+    precisions, backends = list(Precision), list(Backend)
+    return tuple(sorted(artifacts, key=lambda a: (precisions.index(a.precision), backends.index(a.backend))))
+
+
+def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float]:
+    """What the stage's golden file of the earlier build says of 16-bit precisions (GoldenInfo.losses)."""
+    golden = old.stages[stage].golden if old is not None and stage in old.stages else None
+    if golden is None:
+        return {}
+    try:
+        return read_golden(bundle / golden.path).info.losses
+    except BundleError:
+        return {}
+
+
+def but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
+    """What the artifact of a journal's record was made from, without what differs between precisions of one graph."""
+    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
+
+
 def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
     """The artifacts whose stage, precision and backend the new manifest has no other for, in words."""
     if old is None:
@@ -90,12 +114,7 @@ def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifac
     old, new = (journal.record(name, a.key) for a in (other, artifact))
     if old is None or new is None:
         return False
-    return _but_for_precision(old) == _but_for_precision(new)
-
-
-def _but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
-    """What an artifact was made from, without what differs between precisions of one graph."""
-    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
+    return but_for_precision(old) == but_for_precision(new)
 
 
 def _shapes(record: dict[str, Any]) -> Any:

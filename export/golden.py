@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors.numpy import save
@@ -21,14 +22,23 @@ from ditc.runtime.spec import DType, Precision, StageSpec
 
 # A bundle's golden files stay below 2 MB: five stages have 16 float tensors, 16 * 24576 * 4 bytes = 1.6 MB.
 LARGEST = 24576
+# Precisions whose self-test is measured by what PyTorch loses in them.
+SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
 
 
-def write_golden(reference: StageModule, path: Path, *, deployed: StageModule | None = None) -> Path:
+def write_golden(
+    reference: StageModule,
+    path: Path,
+    *,
+    deployed: StageModule | None = None,
+    losses: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
     """Write one stage's file in one move.
 
     Args:
         reference: the stage in fp32. deployed: the same stage in the artifact's precision, if that is 16-bit: what
             PyTorch itself loses in it is recorded, because the self-test's bound is a multiple of that.
+        losses: what was recorded of other precisions, which the file goes on to say.
     """
     feeds = golden_feeds(reference)
     outputs = _run(reference, feeds)
@@ -37,7 +47,7 @@ def write_golden(reference: StageModule, path: Path, *, deployed: StageModule | 
         inputs={name: array.shape for name, array in feeds.items()},
         outputs={name: array.shape for name, array in outputs.items()},
         strides=strides,
-        losses=_losses(deployed, feeds, outputs),
+        losses={**losses, **_losses(deployed, feeds, outputs)},
     )
     tensors = {f"in.{name}": array.ravel()[:LARGEST].copy() for name, array in feeds.items()}
     tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
@@ -91,7 +101,7 @@ def _fitted(array: Array, dtype: DType) -> Array:
 def _losses(
     deployed: StageModule | None, feeds: Mapping[str, Array], wanted: Mapping[str, Array]
 ) -> dict[str, float]:
-    if deployed is None or deployed.precision not in (Precision.FP16, Precision.BF16):
+    if deployed is None or deployed.precision not in SIXTEEN_BITS:
         return {}
     got = _run(deployed, feeds)
     worst = max(relative_l2(got[name], wanted[name]) for name in wanted)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditc.export.journal import write_text
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.integrity import file_ref
+from ditc.runtime.manifest import FileRef
+from ditc.runtime.text import TextSpec
 
 
 def tokenizer_json(directory: Path) -> str:
@@ -23,6 +29,19 @@ def tokenizer_json(directory: Path) -> str:
     backend.no_padding()
     text: str = backend.to_str()
     return text
+
+
+def write_tokenizer(directories: Mapping[str, Path], spec: TextSpec, bundle: Path) -> FileRef:
+    """The tokenizer of `spec` under a name of its content: until a manifest names it, the old one keeps its file.
+
+    Args:
+        directories: the checkpoint's, by component.
+    """
+    folder = (bundle / spec.tokenizer).parent
+    text = tokenizer_json(directories[folder.name])
+    path = folder / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    write_text(path, text)
+    return file_ref(path, bundle)
 
 
 @dataclass(frozen=True, slots=True)

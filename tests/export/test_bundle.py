@@ -11,15 +11,20 @@ from typing import Any
 
 import filelock
 import pytest
+from safetensors.numpy import save
 
 from ditc.export import bundle as bundle_module
 from ditc.export.bundle import BuildEvent, BuildReport, build_bundle
+from ditc.export.journal import Journal
 from ditc.export.keys import digest
 from ditc.export.stages import BuildOptions, StagePlan
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BuildError, CheckpointError, DitcError, UsageError
-from ditc.runtime.integrity import check_files
+from ditc.runtime.golden import METADATA, read_golden
+from ditc.runtime.integrity import check_files, file_ref
+from ditc.runtime.jsondata import to_json
 from ditc.runtime.manifest import Artifact, load_manifest, save_manifest
+from ditc.runtime.safetensors import read_safetensors
 from ditc.runtime.schedulers import SchedulerKind
 from ditc.runtime.spec import Backend, Precision
 
@@ -95,6 +100,35 @@ def test_what_an_earlier_build_made_from_something_else_goes_and_is_named(
     report = build_bundle(tiny_checkpoint, bundle, BuildOptions())
     assert report.dropped == ("conditioner fp16 (onnxruntime)",)
     assert load_manifest(bundle).stages == manifest.stages
+
+
+def test_the_same_artifacts_are_the_same_manifest_whichever_was_built_last(
+    tiny_checkpoint: Path, bundle: Path
+) -> None:
+    """Else a build with nothing to do voids signature and certificate, and forgets what fp16 is measured by."""
+    manifest, journal = load_manifest(bundle), Journal(bundle)
+    stage = manifest.stages["conditioner"]
+    fp32 = stage.artifacts[0]
+    record = journal.record("conditioner", fp32.key)
+    assert record is not None and stage.golden is not None
+    inputs = {**record["inputs"], "precision": "fp16"}
+    fp16 = replace(fp32, precision=Precision.FP16, key=digest(inputs))
+    journal.write("conditioner", inputs, {"artifact": to_json(fp16)})
+    golden = read_golden(bundle / stage.golden.path)
+    info = replace(golden.info, losses={"fp16": 1e-3})
+    tensors, _ = read_safetensors(bundle / stage.golden.path)
+    path = bundle / "golden" / "with-losses.safetensors"
+    path.write_bytes(save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
+    with_fp16 = replace(stage, artifacts=(fp16, fp32), golden=file_ref(path, bundle))
+    save_manifest(replace(manifest, stages={**manifest.stages, "conditioner": with_fp16}), bundle)
+
+    built = build_bundle(tiny_checkpoint, bundle, BuildOptions()).manifest
+    kept = built.stages["conditioner"]
+    assert kept.artifacts == (fp32, fp16) and kept.golden is not None
+    assert read_golden(bundle / kept.golden.path).info.losses == {"fp16": 1e-3}
+    other_order = replace(kept, artifacts=(fp16, fp32))
+    save_manifest(replace(built, stages={**built.stages, "conditioner": other_order}), bundle)
+    assert build_bundle(tiny_checkpoint, bundle, BuildOptions()).manifest == built
 
 
 def test_another_scheduler_changes_the_manifest_alone(euler_report: BuildReport, tiny_bundle: Path) -> None:
