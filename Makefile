@@ -2,14 +2,16 @@
 PYTHON    ?= python3
 VENV      ?= .venv
 MODEL     ?= demo/checkpoint
-OUT       ?= build/$(notdir $(patsubst %/checkpoint,%,$(MODEL)))/bundle
+OUT       ?= build/$(notdir $(patsubst %/checkpoint,%,$(MODEL:/=)))/bundle
 BACKEND   ?= onnxruntime
 PRECISION ?= fp32
 PROMPT    ?= a red heart, flat style
 RANGES    ?= $(dir $(OUT))ranges.safetensors
-PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL)),demo,general).txt
+PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,general).txt
 TESTS     ?= tests
 RANGED     = $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
+
+export PROMPT  # recipes read it from the environment: it may hold quotes
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -19,7 +21,7 @@ READY := $(VENV)/.ready
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
-	@echo "Options: MODEL=$(MODEL) OUT=$(OUT) BACKEND=$(BACKEND) PRECISION=$(PRECISION) PROMPT='$(PROMPT)'"
+	@echo "Options: MODEL=$(MODEL) OUT=$(OUT) BACKEND=$(BACKEND) PRECISION=$(PRECISION) PROMPT='$$PROMPT'"
 
 setup: $(READY)  ## a virtual environment with everything that the other targets need
 
@@ -43,7 +45,7 @@ export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 
 run: $(READY)  ## draw PROMPT with bundle OUT
-	$(BIN)/ditc run $(OUT) "$(PROMPT)" -o build/out.png
+	$(BIN)/ditc run $(OUT) "$$PROMPT" -o build/out.png
 
 # Two processes, a file each at a time, one thread each: that is how two cores are busy all the time.
 test: $(READY)  ## all tests that a CPU runs in minutes
