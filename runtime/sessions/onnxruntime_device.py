@@ -127,8 +127,14 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self._device, 0)
-        self._session.run_with_iobinding(binding, _options(NO_GRAPH))
+        self._run(binding, NO_GRAPH)
         return {n: OrtTensor(v) for n, v in zip(self._outputs, binding.get_outputs(), strict=True)}
+
+    def _run(self, binding: Any, graph: str) -> None:
+        # Copies from device to device go through CUDA's default stream and may be under way; the provider's own stream
+        # does not wait for that one. The run itself waits for its end.
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding, _options(graph))
 
     def _value(self, name: str, feed: Tensor) -> Any:
         """The feed on the device; an array that nobody can change is sent once."""
@@ -168,7 +174,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             if graph.held.get(name) is not value:  # a value that was sent once is there already
                 graph.inputs[name].update_inplace(value)
                 graph.held[name] = value
-        self._session.run_with_iobinding(graph.binding, _options(graph.number))
+        self._run(graph.binding, graph.number)
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 
 from ditc.runtime import denoise
@@ -86,3 +87,31 @@ def test_bf16_goes_in_and_comes_back_as_its_bits(tmp_path: Path) -> None:
         assert isinstance(result, OrtTensor)
         np.testing.assert_array_equal(result.numpy(), bits)
         np.testing.assert_array_equal(to_numpy(session.run({"x": result})["y"]), bits)
+
+
+def test_every_run_waits_for_the_copies_into_its_inputs(
+    tiny_bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner, name in ((ort.IOBinding, "synchronize_inputs"), (ort.OrtValue, "update_inplace")):
+        monkeypatch.setattr(owner, name, noted(calls, name, getattr(owner, name)))
+    monkeypatch.setattr(
+        ort.InferenceSession,
+        "run_with_iobinding",
+        noted(calls, "run", ort.InferenceSession.run_with_iobinding),
+    )
+    with closing(bound(tiny_bundle, graphs=True)) as session:
+        (state,) = pipeline.start(pipeline.plan(Request(prompt="red cat", **SETTINGS)))
+        while not state.done:
+            (state,) = denoise.step(session, [state])
+    runs = [index for index, name in enumerate(calls) if name == "run"]
+    assert len(runs) == SETTINGS["num_inference_steps"] and "update_inplace" in calls
+    assert {calls[index - 1] for index in runs} == {"synchronize_inputs"}
+
+
+def noted(calls: list[str], name: str, function: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        calls.append(name)
+        return function(*arguments)
+
+    return call
