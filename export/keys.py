@@ -28,8 +28,9 @@ TOOLS = (
     "tensorrt",
 )
 
-# Of the runtime's source, what shapes a graph: the order of the step's columns, and the vocabulary of the specs.
-GRAPH_SOURCES = ("denoise.py", "spec.py")
+# Of the runtime's source, what shapes a graph or an engine: the order of the step's columns, the vocabulary of the
+# specs, and what the plugin stores.
+GRAPH_SOURCES = ("denoise.py", "spec.py", "plugins/relu_linear_attention.py")
 
 
 def digest(value: Any) -> str:

@@ -109,6 +109,14 @@ def _plugin_class(trt: Any) -> Any:
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
             self.num_outputs = 1
             self.launcher = launcher
+            # PluginField keeps bare pointers, which the library reads later: the bytes must live as long as the plugin.
+            self._eps, self._kernels = np.array([launcher.eps], np.float32), launcher.data.encode()
+            self._stored = trt.PluginFieldCollection(
+                [
+                    trt.PluginField("eps", self._eps, trt.PluginFieldType.FLOAT32),
+                    trt.PluginField("kernels", self._kernels, trt.PluginFieldType.CHAR),
+                ]
+            )
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -146,14 +154,7 @@ def _plugin_class(trt: Any) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            eps = np.array([self.launcher.eps], np.float32)
-            text = self.launcher.data.encode()
-            return trt.PluginFieldCollection(
-                [
-                    trt.PluginField("eps", eps, trt.PluginFieldType.FLOAT32),
-                    trt.PluginField("kernels", text, trt.PluginFieldType.CHAR),
-                ]
-            )
+            return self._stored
 
         def enqueue(
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int

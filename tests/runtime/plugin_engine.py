@@ -1,0 +1,41 @@
+"""Run by test_plugin.py in a process of its own: KERNELS.json ... -> KERNELS.engine with them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import onnx
+from onnx import parser
+
+from ditc.export.engines.tensorrt import Compiler, load_library
+from ditc.runtime.plugins import register
+from ditc.runtime.spec import Backend
+
+GRAPH = """<ir_version: 10, opset_import: ["": 20, "ditc": 1]>
+    net (float[2, 64, 4, 32] x) => (float[2, 64, 4, 32] y)
+    {
+        q = Relu (x)
+        a = ditc.ReluLinearAttention <eps = 1e-15, plugin_namespace = "ditc", plugin_version = "1"> (q, x, x)
+        y = Relu (a)
+    }"""
+
+
+def main(kernels: Path) -> None:
+    model = parser.parse_model(GRAPH)
+    model.graph.node[1].attribute.append(onnx.helper.make_attribute("kernels", kernels.read_text()))
+    onnx.save(model, kernels.with_suffix(".onnx"))
+    compiler = Compiler(Backend.TENSORRT_RTX, plugins=True)
+    complaint = compiler.parse(kernels.with_suffix(".onnx"))
+    if complaint is not None:
+        sys.exit(complaint)
+    compiler.set_targets(("sm89",))
+    with kernels.with_suffix(".engine").open("wb") as file:
+        if not compiler.build(file):
+            sys.exit("; ".join(compiler.errors()))
+
+
+if __name__ == "__main__":
+    register(load_library(Backend.TENSORRT_RTX))
+    for name in sys.argv[1:]:
+        main(Path(name))

@@ -1,0 +1,66 @@
+"""The linear-attention plugin as TensorRT-RTX holds it, with kernels that nobody compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
+from ditc.runtime.plugins.relu_linear_attention import make_creator
+
+trt = pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
+
+
+def test_an_engine_holds_every_byte_of_the_kernels(tmp_path: Path) -> None:
+    """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
+    folder = rtx_library_folder()
+    assert folder is not None
+    (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
+    files = [tmp_path / f"{size}.json" for size in (2000, 5000, 12_000, 30_000, 60_000, 200_000)]
+    for file in files:
+        file.write_text(_kernels(padding=int(file.stem)))
+    script = Path(__file__).with_name("plugin_engine.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, files)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lacking = [f.stem for f in files if f.read_bytes() not in f.with_suffix(".engine").read_bytes()]
+    assert not lacking
+
+
+def test_what_a_plugin_stores_outlives_the_call_that_asked_for_it() -> None:
+    plugin = _plugin()
+    fields = plugin.get_fields_to_serialize()
+    others = [np.full(1, 7, np.float32) for _ in range(1000)]  # take whatever memory has become free
+    assert fields[0].data == np.float32(1e-15) and bytes(fields[1].data) == _kernels().encode()
+    del others, plugin
+
+
+def _plugin() -> Any:
+    """From its fields, as the library makes it."""
+    eps, kernels = np.array([1e-15], np.float32), np.frombuffer(_kernels().encode(), np.int8)
+    fields = trt.PluginFieldCollection(
+        [
+            trt.PluginField("eps", eps, trt.PluginFieldType.FLOAT32),
+            trt.PluginField("kernels", kernels, trt.PluginFieldType.CHAR),
+        ]
+    )
+    return make_creator(trt).create_plugin("attention", fields, trt.TensorRTPhase.BUILD)
+
+
+def _kernels(padding: int = 0) -> str:
+    facts = {"dtype": "float32", "block_n": 64, "block_d": 32, "head_dim": 32}
+    kernel = {"ptx": "// ", "threads": 128, "shared_bytes": 0}
+    kv, out = {"name": "kv_kernel", **kernel, "ptx": "// " + "x" * padding}, {"name": "out_kernel", **kernel}
+    return json.dumps({**facts, "kv": kv, "out": out})
