@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ditc.runtime.errors import SessionError
 from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
+from ditc.runtime.plugins.kernels import PtxKernel
 from ditc.runtime.plugins.relu_linear_attention import make_creator
 
 trt = pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
@@ -45,6 +48,18 @@ def test_what_a_plugin_stores_outlives_the_call_that_asked_for_it() -> None:
     others = [np.full(1, 7, np.float32) for _ in range(1000)]  # take whatever memory has become free
     assert fields[0].data == np.float32(1e-15) and bytes(fields[1].data) == _kernels().encode()
     del others, plugin
+
+
+def test_a_kernel_that_the_driver_refuses_is_an_exception_out_of_the_plugin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise SessionError("kernel kv_kernel: invalid argument")
+
+    monkeypatch.setattr(PtxKernel, "launch", refuse)
+    desc = [SimpleNamespace(dims=(2, 64, 4, 32))] * 3
+    with pytest.raises(SessionError, match="kv_kernel: invalid argument"):
+        _plugin().enqueue(desc, desc[:1], [256, 512, 768], [1024], 1280, 0)
 
 
 def _plugin() -> Any:
