@@ -166,7 +166,7 @@ class FakeEngine:
     def workspace_bytes(self, profile: int) -> int:
         return self.workspace
 
-    def context(self, profile: int) -> FakeContext:
+    def context(self, profile: int, stream: int) -> FakeContext:
         return FakeContext(self)
 
     def last_error(self) -> str:

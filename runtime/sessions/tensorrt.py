@@ -156,7 +156,7 @@ class TensorRTSession:
 
     def _prepared(self, profile: int, shapes: Mapping[str, Shape]) -> Context:
         if profile not in self._contexts:
-            self._contexts[profile] = self._engine.context(profile)
+            self._contexts[profile] = self._engine.context(profile, self._device.stream)
         context, known = self._contexts[profile], self._shapes.setdefault(profile, {})
         for name, shape in shapes.items():
             if known.get(name) == shape:

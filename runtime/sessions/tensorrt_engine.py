@@ -92,8 +92,13 @@ class TensorRTEngine:
     def workspace_bytes(self, profile: int) -> int:
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
-    def context(self, profile: int) -> TensorRTContext:
-        """Without memory of its own. On TensorRT-RTX this compiles kernels, unless the cache has them."""
+    def context(self, profile: int, stream: int) -> TensorRTContext:
+        """Without memory of its own. On TensorRT-RTX this compiles kernels, unless the cache has them.
+
+        Args:
+            stream: where the context will be enqueued: what the choice of a profile copies must come before that, and
+                our stream waits for no other, not even for stream 0 (cudaStreamNonBlocking).
+        """
         trt = self._trt
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -108,7 +113,10 @@ class TensorRTEngine:
         context = self._engine.create_execution_context(config)
         if context is None:
             raise SessionError(f"{self._stage}: no execution context: {self.last_error()}")
-        return TensorRTContext(context, profile, trt)
+        # Profile 0 is the library's own choice for the first context.
+        if profile and not context.set_optimization_profile_async(profile, stream):
+            raise SessionError(f"{self._stage}: profile {profile} is refused: {self.last_error()}")
+        return TensorRTContext(context)
 
     def last_error(self) -> str:
         return self._messages[-1].splitlines()[0] if self._messages else "no message"
@@ -188,12 +196,10 @@ class TensorRTEngine:
 class TensorRTContext:
     """An execution context with one profile."""
 
-    def __init__(self, context: Any, profile: int, trt: Any) -> None:
-        self._context, self._profile, self._trt = context, profile, trt
-        self._profile_set = profile == 0  # the library's own choice
+    def __init__(self, context: Any) -> None:
+        self._context = context
 
     def set_shape(self, name: str, shape: Shape) -> bool:
-        self._choose_profile()
         return bool(self._context.set_input_shape(name, shape))
 
     def shape(self, name: str) -> Shape:
@@ -212,12 +218,6 @@ class TensorRTContext:
         """TensorRT-RTX says; TensorRT has no such question, its capture fails instead."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
-
-    def _choose_profile(self) -> None:
-        if not self._profile_set:
-            # Stream 0 is the legacy default stream: the call orders itself before everything that follows.
-            self._context.set_optimization_profile_async(self._profile, 0)
-            self._profile_set = True
 
 
 _DTYPES = {

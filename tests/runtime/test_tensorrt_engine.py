@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from ditc.runtime.sessions.kernel_cache import kernel_cache
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
 from ditc.runtime.spec import Backend
 
+STREAM = 7
 KEY = {"gpu": "NVIDIA L40", "driver": "580.1", "library": "1.7.1", "engine": "abc"}
 
 
@@ -94,7 +96,54 @@ def test_auto_passes_over_an_engine_for_another_gpu_and_a_name_is_taken_at_its_w
     assert {a.backend for a in chosen.values()} == {Backend.ONNXRUNTIME}
 
 
+def test_a_profile_is_chosen_in_the_stream_that_runs_the_engine(library: Library, tmp_path: Path) -> None:
+    assert _engine(tmp_path).context(1, STREAM).enqueue(STREAM)
+    streams = [c[-1] for c in library.calls if c[0] in ("set_optimization_profile_async", "execute_async_v3")]
+    assert streams == [STREAM, STREAM]
+
+
+def test_a_profile_that_the_library_refuses_is_an_error(library: Library, tmp_path: Path) -> None:
+    library.refused = "set_optimization_profile_async"
+    with pytest.raises(SessionError, match="denoiser: profile 1 is refused"):
+        _engine(tmp_path).context(1, STREAM)
+
+
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 @pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.TENSORRT_RTX])
 def test_what_a_backend_lacks_is_one_sentence(backend: Backend) -> None:
     assert "pip install" in missing(backend) or "nvidia-smi" in missing(backend)
+
+
+class Library:
+    """What ditc calls of a runtime, an engine, its contexts and their configs, recorded. All say yes but `refused`."""
+
+    engine_header_size = 64
+    refused = ""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
+        return importlib.import_module("tensorrt_rtx").EngineValidity.VALID, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.calls.append((name, *arguments))
+            return self if name.startswith(("create_", "deserialize_cuda_engine")) else name != self.refused
+
+        return call
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """In the place of TensorRT-RTX's runtime, the rest of the library as it is."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    library = Library()
+    monkeypatch.setattr(trt, "Runtime", lambda logger: library)
+    return library
+
+
+def _engine(folder: Path, backend: Backend = Backend.TENSORRT_RTX, **options: Any) -> TensorRTEngine:
+    path = folder / "denoiser.engine"
+    path.write_bytes(bytes(64))
+    return TensorRTEngine(path, backend, stage="denoiser", gpu=None, **options)
