@@ -44,7 +44,8 @@ class EngineReport:
     """What a build gave and what it took.
 
     peak_memory_bytes is the largest resident size of the whole process during the build. num_layers counts
-    the parsed network, before fusion; types are its element types; tf32 is the builder's flag as read back.
+    the parsed network, before fusion; types are its element types; tf32 and user_allocation are the builder's flags
+    as read back.
     """
 
     file: Path
@@ -58,6 +59,7 @@ class EngineReport:
     num_layers: int
     types: tuple[str, ...]
     tf32: bool
+    user_allocation: bool
     warnings: tuple[str, ...]
 
 
@@ -107,7 +109,8 @@ def build_engine(
         tf32: let fp32 matrix products use TF32; fp32 means fp32 unless this is asked for.
         linear_attention: "decomposed" inlines the op's function, "plugin" leaves it to ditc's plugin, where the graph
             has any (docs/backends.md).
-        weight_streaming: let the runtime keep weights on the host (`ditc run --low-vram`).
+        weight_streaming: let the runtime keep weights on the host (`ditc run --low-vram`). On TensorRT-RTX such an
+            engine may allocate while it runs, so that no CUDA graph is promised.
         progress: called as progress(phase, step, steps); an exception in it stops the build.
 
     Raises:
@@ -138,8 +141,11 @@ def build_engine(
         tf32_flag = compiler.allow_tf32(tf32)
         if refit:
             compiler.allow_refit()
-        if weight_streaming:
+        if (
+            weight_streaming
+        ):  # it "requires runtime allocation" (TensorRT-RTX 1.7.1 refuses it beside the flag below)
             compiler.allow_weight_streaming()
+        user_allocation = not weight_streaming and compiler.require_user_allocation()
         if timing_cache and backend is Backend.TENSORRT:
             compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         _write(compiler, spec, out)
@@ -157,6 +163,7 @@ def build_engine(
         num_layers=compiler.num_layers,
         types=tuple(sorted(compiler.types())),
         tf32=tf32_flag,
+        user_allocation=user_allocation,
         warnings=tuple(text for severity, text in compiler.messages if severity == "WARNING"),
     )
 

@@ -64,6 +64,14 @@ def test_tf32_is_cleared_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",), tf32=True).tf32
 
 
+def test_an_engine_allocates_nothing_while_it_runs_unless_its_weights_are_streamed(tmp_path: Path) -> None:
+    """What TensorRT-RTX requires of an engine that a CUDA graph captures."""
+    graph, out = _mlp(tmp_path), tmp_path / "net.engine"
+    assert build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",)).user_allocation
+    streamed = build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",), weight_streaming=True)
+    assert not streamed.user_allocation
+
+
 def test_every_network_is_strongly_typed() -> None:
     assert Compiler(RTX).strongly_typed
 
