@@ -8,7 +8,7 @@ _registered: dict[str, Any] = {}  # module name -> creators, which the library d
 
 
 def register(trt: Any) -> None:
-    """Register every plugin of ditc with `tensorrt` or `tensorrt_rtx`, once a process."""
+    """Register every plugin of ditc with `tensorrt_rtx`, once a process."""
     if trt.__name__ in _registered:
         return
     from ditc.runtime.plugins.relu_linear_attention import make_creator

@@ -1,4 +1,4 @@
-"""The linear-attention plugin for TensorRT and TensorRT-RTX: an IPluginV3 that brings its kernels with it.
+"""The linear-attention plugin for TensorRT-RTX: an IPluginV3 that brings its kernels with it.
 
 An ONNX node ditc::ReluLinearAttention(q, k, v) with the attributes `eps` and `kernels` (PTX and sizes as JSON, see
 export/ops/relu_linear_attention/ptx.py) becomes this plugin. Both are stored in the engine, so that a machine needs
@@ -67,7 +67,7 @@ class Launcher:
 
 
 def make_creator(trt: Any) -> Any:
-    """The plugin's creator, for `tensorrt` or `tensorrt_rtx`; their classes exist only once one is imported."""
+    """The plugin's creator; the library's classes exist only once it is imported."""
     plugin = _plugin_class(trt)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]

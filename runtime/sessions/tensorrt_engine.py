@@ -10,12 +10,12 @@ import importlib
 import logging
 import mmap
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.gpu import Gpu
+from ditc.runtime.plugins import register
 from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
 from ditc.runtime.sessions.kernel_cache import KernelCache
 from ditc.runtime.spec import Backend, DType
@@ -62,7 +62,10 @@ class TensorRTEngine:
         self._trt, self._stage, self._kernels = trt, stage, kernels
         self._messages: list[str] = []
         self._logger = _make_logger(trt, self._messages)
-        _load_plugins(backend)
+        if backend is Backend.TENSORRT_RTX:
+            # TensorRT's engines hold their plugin's kernel (QDP). Its builder registers that under the same name, and
+            # the registry keeps whoever comes first.
+            register(trt)
         self._runtime = trt.Runtime(self._logger)
         if self._runtime is None:
             raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
@@ -249,14 +252,6 @@ def validity(trt: Any, runtime: Any, header: bytes) -> tuple[bool, list[str]]:
     verdict, mask = runtime.get_engine_validity(header)
     flags = trt.EngineInvalidityDiagnostics.__members__.values()
     return verdict != trt.EngineValidity.INVALID, [flag.name for flag in flags if int(mask) & int(flag)]
-
-
-def _load_plugins(backend: Backend) -> None:
-    """Make ditc's own plugins known before an engine that may need them is read."""
-    from ditc.runtime.plugins import register
-
-    with suppress(MissingExtra):  # without cuda-python no engine runs anyway
-        register(load_library(backend))
 
 
 def _make_logger(trt: Any, messages: list[str]) -> Any:

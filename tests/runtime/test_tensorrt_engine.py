@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,17 @@ def test_a_profile_that_the_library_refuses_is_an_error(library: Library, tmp_pa
     library.refused = "set_optimization_profile_async"
     with pytest.raises(SessionError, match="denoiser: profile 1 is refused"):
         _engine(tmp_path).context(1, STREAM)
+
+
+def test_an_engine_of_tensorrt_leaves_the_plugins_name_to_the_one_that_builds(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's registry takes one plugin a name, and a build in the same process registers the QDP under it."""
+    other = ModuleType("tensorrt")
+    other.__dict__.update(vars(importlib.import_module("tensorrt_rtx")), __name__="tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", other)
+    monkeypatch.setattr(other, "get_plugin_registry", lambda: pytest.fail("something is registered"))
+    _engine(tmp_path, Backend.TENSORRT)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
