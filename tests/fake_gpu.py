@@ -188,8 +188,10 @@ class FakeContext:
         self.shapes: dict[str, Shape] = {}
         self.addresses: dict[str, int] = {}
         self.workspace = (0, 0)
+        self.changed = True  # since the last enqueue outside of a capture
 
     def set_shape(self, name: str, shape: Shape) -> bool:
+        self.changed |= self.shapes.get(name) != tuple(shape)
         self.shapes[name] = tuple(shape)
         return True
 
@@ -213,6 +215,7 @@ class FakeContext:
         self.addresses[name] = pointer
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:
+        self.changed |= self.workspace != (pointer, size_bytes)
         self.workspace = (pointer, size_bytes)
 
     def capturable(self, stream: int) -> bool:
@@ -222,6 +225,10 @@ class FakeContext:
         if self.engine.fail:
             return False
         self.engine.enqueued += 1
+        assert self.cuda.recording is None or not self.changed, (
+            "captured before a plain run with these shapes"
+        )
+        self.changed = False
         assert self.workspace[1] >= self.engine.workspace
         spec = self.engine.spec
         inputs = [self._range(t.name, t.dtype) for t in spec.inputs]

@@ -47,8 +47,8 @@ class LoopPlan:
 class Loop:
     """The buffers of one plan, and its graph once captured.
 
-    The first launch runs the steps one by one: an engine must have run once with its shapes before it is captured.
-    The second captures. What cannot be captured goes on being run one by one, with the same buffers.
+    The first launch runs the steps one by one, the second captures. What cannot be captured goes on being run one by
+    one, with the same buffers.
     """
 
     def __init__(
@@ -115,6 +115,9 @@ class Loop:
             self.uncapturable = "the library says that this engine cannot be captured"
             log.info("no CUDA graph: %s", self.uncapturable)
             return
+        # The first enqueue after a change of shapes or workspace updates TensorRT's state and must not be captured
+        # (developer guide, "CUDA Graphs"); other loops may have run since ours. Step 0 leaves its inputs as they are.
+        self._enqueue(0)
         device.cuda.begin_capture(device.stream)
         problem = ""
         try:
@@ -134,21 +137,23 @@ class Loop:
         log.warning("no CUDA graph for %d steps: %s; they run one by one", self.plan.count, problem)
 
     def _enqueue_all(self) -> None:
-        context = self._context
-        for name, pointer in self._constants.items():
-            context.set_address(name, pointer)
-        for name, pointer in self._last.items():
-            context.set_address(name, pointer)
         for step in range(self.plan.count):
-            for name, offset in self._offsets.items():
-                context.set_address(name, self._table + step * self.row_bytes + offset)
-            for name, pointer in self._kept.items():
-                context.set_address(name, pointer + step * aligned(self._sizes[name]))
-            for inp, out in self._carried.items():
-                context.set_address(inp, self._slots[inp][step % 2])
-                context.set_address(out, self._slots[inp][(step + 1) % 2])
-            if not context.enqueue(self._device.stream):
-                raise SessionError(f"the engine refused step {step} of {self.plan.count}")
+            self._enqueue(step)
+
+    def _enqueue(self, step: int) -> None:
+        context = self._context
+        if step == 0:  # what no step changes
+            for name, pointer in (*self._constants.items(), *self._last.items()):
+                context.set_address(name, pointer)
+        for name, offset in self._offsets.items():
+            context.set_address(name, self._table + step * self.row_bytes + offset)
+        for name, pointer in self._kept.items():
+            context.set_address(name, pointer + step * aligned(self._sizes[name]))
+        for inp, out in self._carried.items():
+            context.set_address(inp, self._slots[inp][step % 2])
+            context.set_address(out, self._slots[inp][(step + 1) % 2])
+        if not context.enqueue(self._device.stream):
+            raise SessionError(f"the engine refused step {step} of {self.plan.count}")
 
     def _packed(self, per_step: Sequence[Mapping[str, Array]]) -> Array:
         table = np.zeros((self.plan.count, self.row_bytes), np.uint8)
