@@ -164,7 +164,7 @@ def build_engine(
         types=tuple(sorted(compiler.types())),
         tf32=tf32_flag,
         user_allocation=user_allocation,
-        warnings=tuple(text for severity, text in compiler.messages if severity == "WARNING"),
+        warnings=tuple(compiler.warnings()),
     )
 
 

@@ -2,7 +2,7 @@
 
 Both libraries must have a name unless it stands in RTX_ONLY or TENSORRT_ONLY. Held once by hand against the bindings
 of tensorrt 11.4.0.106, imported over empty libraries: no difference. Used by runtime/sessions/tensorrt_engine.py,
-runtime/plugins/, export/engines/tensorrt.py and export/ops/relu_linear_attention/qdp.py.
+tensorrt_log.py, runtime/plugins/, export/engines/tensorrt.py and export/ops/relu_linear_attention/qdp.py.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ API: dict[str, tuple[str, ...]] = {
     "IExecutionContext.set_optimization_profile_async": ("profile_index", "stream_handle"),
     "IExecutionContext.set_tensor_address": ("name", "memory"),
     "ILogger.ERROR": (),
+    "ILogger.INFO": (),
     "ILogger.INTERNAL_ERROR": (),
     "ILogger.VERBOSE": (),
     "ILogger.WARNING": (),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ditc.runtime.errors import MissingExtra, UsageError
+from ditc.runtime.sessions.tensorrt_log import message_log
 from ditc.runtime.spec import Backend
 
 # Backend -> (module, extra of pyproject.toml).
@@ -46,9 +47,9 @@ class Compiler:
         self._trt = load_library(backend)
         self.backend = backend
         self.version: str = self._trt.__version__
-        self.messages: list[tuple[str, str]] = []
-        self._logger = _make_logger(self._trt, self.messages)
-        self._builder = self._trt.Builder(self._logger)
+        self._said = message_log(self._trt)
+        self._begun_at = self._said.count
+        self._builder = self._trt.Builder(self._said.logger)
         # Flags 0: TensorRT 11 and TensorRT-RTX type networks strongly without being asked.
         # With plugins, TensorRT is told to take their compiled kernels; TensorRT-RTX has no such flag.
         flag = getattr(self._trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)
@@ -60,7 +61,7 @@ class Compiler:
 
     def parse(self, path: Path) -> str | None:
         """Read an ONNX file and its external data. Returns the parser's complaint, None if it has none."""
-        parser = self._trt.OnnxParser(self._network, self._logger)
+        parser = self._trt.OnnxParser(self._network, self._said.logger)
         if parser.parse_from_file(str(path)):
             return None
         return "; ".join(_describe(parser.get_error(index)) for index in range(parser.num_errors))
@@ -172,8 +173,12 @@ class Compiler:
 
     def errors(self) -> list[str]:
         """What the library logged as an error, oldest first."""
-        texts = (text for severity, text in self.messages if severity in ("ERROR", "INTERNAL_ERROR"))
+        texts = self._said.errors(self._begun_at)
         return [text.split(_NO_DRIVER)[0].rstrip("; \n") for text in texts]
+
+    def warnings(self) -> list[str]:
+        """What it warned of, oldest first."""
+        return [text for severity, text in self._said.since(self._begun_at) if severity == "WARNING"]
 
 
 # Without a GPU the library appends this to whatever it has to say; the line is about the machine, not the graph.
@@ -189,18 +194,6 @@ def _describe(error: Any) -> str:
 
 # The library's callback classes exist only once a module is chosen, so they are derived inside functions. An
 # exception must not cross into C++: it is kept in .error, the call answers "stop", and build() raises it.
-
-
-def _make_logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity != trt.ILogger.VERBOSE:
-                messages.append((severity.name, text))
-
-    return Logger()
 
 
 def _make_monitor(trt: Any, progress: Progress) -> Any:

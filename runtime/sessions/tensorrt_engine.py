@@ -18,6 +18,7 @@ from ditc.runtime.gpu import Gpu
 from ditc.runtime.plugins import register
 from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
 from ditc.runtime.sessions.kernel_cache import KernelCache
+from ditc.runtime.sessions.tensorrt_log import message_log
 from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class TensorRTEngine:
         trt = load_library(backend)
         self.backend = backend
         self._trt, self._stage, self._kernels = trt, stage, kernels
-        self._messages: list[str] = []
-        self._logger = _make_logger(trt, self._messages)
+        self._said = message_log(trt)
+        self._said.pass_on = True
+        self._opened_at = self._said.count
         if backend is Backend.TENSORRT_RTX:
             # TensorRT's engines hold their plugin's kernel (QDP). Its builder registers that under the same name, and
             # the registry keeps whoever comes first.
             register(trt)
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = trt.Runtime(self._said.logger)
         if self._runtime is None:
             raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -122,7 +124,8 @@ class TensorRTEngine:
         return TensorRTContext(context)
 
     def last_error(self) -> str:
-        return self._messages[-1].splitlines()[0] if self._messages else "no message"
+        errors = self._said.errors(self._opened_at)
+        return errors[-1].splitlines()[0] if errors else "no message"
 
     def close(self) -> None:
         """Keep the compiled kernels, then free the engine."""
@@ -252,19 +255,3 @@ def validity(trt: Any, runtime: Any, header: bytes) -> tuple[bool, list[str]]:
     verdict, mask = runtime.get_engine_validity(header)
     flags = trt.EngineInvalidityDiagnostics.__members__.values()
     return verdict != trt.EngineValidity.INVALID, [flag.name for flag in flags if int(mask) & int(flag)]
-
-
-def _make_logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors for our messages and passes warnings to `logging`."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(text)
-            elif severity == trt.ILogger.WARNING:
-                log.warning("%s", text)
-
-    return Logger()

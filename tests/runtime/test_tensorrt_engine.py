@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ditc.export.engines.tensorrt import Compiler
 from ditc.runtime import loader
 from ditc.runtime.errors import DitcError, SessionError
 from ditc.runtime.gpu import Gpu, find_gpu
@@ -18,6 +19,7 @@ from ditc.runtime.manifest import load_manifest
 from ditc.runtime.sessions import missing, open_device
 from ditc.runtime.sessions.kernel_cache import kernel_cache
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
+from ditc.runtime.sessions.tensorrt_log import KEPT, message_log
 from ditc.runtime.spec import Backend
 
 STREAM = 7
@@ -118,6 +120,28 @@ def test_an_engine_of_tensorrt_leaves_the_plugins_name_to_the_one_that_builds(
     monkeypatch.setitem(sys.modules, "tensorrt", other)
     monkeypatch.setattr(other, "get_plugin_registry", lambda: pytest.fail("something is registered"))
     _engine(tmp_path, Backend.TENSORRT)
+
+
+def test_builders_and_runtimes_share_one_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The library warns of a second one, ignores it, and goes on pointing at the first when that is gone."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    builders = [Compiler(Backend.TENSORRT_RTX), Compiler(Backend.TENSORRT_RTX)]
+    with pytest.raises(SessionError, match="refuses the engine"):
+        _engine(tmp_path)
+    said = [*caplog.messages, *(text for builder in builders for text in builder.warnings())]
+    assert not [text for text in said if "differs from one already registered" in text]
+
+
+def test_the_last_error_of_an_engine_is_no_older_than_the_engine(library: Library, tmp_path: Path) -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    logger = message_log(trt).logger
+    logger.log(trt.ILogger.ERROR, "of a build before")
+    engine = _engine(tmp_path)
+    assert engine.last_error() == "no message"
+    for number in range(2 * KEPT):
+        logger.log(trt.ILogger.ERROR, f"error {number}\nmore of it")
+    logger.log(trt.ILogger.INFO, "and something else")
+    assert engine.last_error() == f"error {2 * KEPT - 1}" and len(message_log(trt).since(0)) == KEPT
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
