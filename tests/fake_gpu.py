@@ -138,6 +138,7 @@ class FakeEngine:
     enqueued: int = 0
     closed: bool = False
     fail: bool = False
+    refuse_address: str = ""
     streamed: bool = False
     can_capture: bool = True
 
@@ -212,6 +213,8 @@ class FakeContext:
 
     def set_address(self, name: str, pointer: int) -> None:
         assert pointer % ALIGNMENT == 0, f"{name} is not aligned"
+        if name == self.engine.refuse_address:
+            raise SessionError(f"the engine refuses {name}")
         self.addresses[name] = pointer
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:

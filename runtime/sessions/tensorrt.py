@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,17 +66,17 @@ class TensorRTSession:
         with self._device.lock:
             profile = self._prepare({name: tuple(feed.shape) for name, feed in given.items()})
             context = self._contexts[profile]
-            for name, feed in given.items():
-                context.set_address(name, self._place(name, feed))
+            addresses = {name: self._place(name, feed) for name, feed in given.items()}
             results: dict[str, Tensor] = {}
             for tensor in self.spec.outputs:
                 lease = self._pools[tensor.name].take()
-                context.set_address(tensor.name, lease.pointer)
+                addresses[tensor.name] = lease.pointer
                 results[tensor.name] = self._array(lease, tensor.name, context.shape(tensor.name))
-            if not context.enqueue(self._device.stream):
-                raise SessionError(
-                    f"{self.spec.name}: {self.provider} did not run: {self._engine.last_error()}"
-                )
+            with self._said():
+                for name, pointer in addresses.items():
+                    context.set_address(name, pointer)
+                if not context.enqueue(self._device.stream):
+                    raise SessionError(f"{self.provider} did not run")
         return results
 
     def run_loop(
@@ -96,10 +97,8 @@ class TensorRTSession:
             loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
             for name in carry.values():
                 self._copy_in(loop.start(name), given[name])
-            try:
+            with self._said():
                 loop.launch(per_step)
-            except SessionError as e:
-                raise SessionError(f"{self.spec.name}: {e}: {self._engine.last_error()}", hint=e.hint) from e
             return {tensor.name: self._taken(loop, tensor.name) for tensor in self.spec.outputs}
 
     def close(self) -> None:
@@ -119,6 +118,14 @@ class TensorRTSession:
             self._contexts.clear()
             self._engine.close()
             self._device.leave()
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """Errors with the stage's name and the library's words."""
+        try:
+            yield
+        except SessionError as e:
+            raise SessionError(f"{self.spec.name}: {e}: {self._engine.last_error()}", hint=e.hint) from e
 
     def _check_bindings(self) -> None:
         found = {(b.name, b.dtype, b.is_input) for b in self._engine.bindings}

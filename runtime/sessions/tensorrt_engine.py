@@ -196,7 +196,8 @@ class TensorRTEngine:
                 self._kernels.discard()
                 cache = config.create_runtime_cache()
             self._cache = cache
-        config.set_runtime_cache(self._cache)
+        if not config.set_runtime_cache(self._cache):
+            log.warning("%s: the cache of compiled kernels is not used", self._stage)
 
 
 class TensorRTContext:
@@ -212,7 +213,8 @@ class TensorRTContext:
         return tuple(self._context.get_tensor_shape(name))
 
     def set_address(self, name: str, pointer: int) -> None:
-        self._context.set_tensor_address(name, pointer)
+        if not self._context.set_tensor_address(name, pointer):
+            raise SessionError(f"the engine refuses {pointer:#x} as the address of {name}")
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:
         self._context.set_device_memory(pointer, size_bytes)

@@ -314,6 +314,11 @@ def test_a_wrong_feed_is_refused_before_anything_is_copied(gpu: Gpu, change: Any
 def test_an_engine_that_does_not_run_is_an_error_with_its_words(tiny_bundle: Path) -> None:
     gpu = Gpu(tiny_bundle)
     (state,) = gpu.pipeline.start(gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS)))
+    gpu.engines[DENOISER].refuse_address = "timestep"
+    for run in (lambda: denoise.step(gpu.denoiser, [state]), lambda: denoise.advance(gpu.denoiser, state, 5)):
+        with pytest.raises(SessionError, match="denoiser: the engine refuses timestep: no message"):
+            run()
+    gpu.engines[DENOISER].refuse_address = ""
     gpu.engines[DENOISER].fail = True
     with pytest.raises(SessionError, match="denoiser: tensorrt did not run: the fake was told to fail"):
         denoise.step(gpu.denoiser, [state])

@@ -144,6 +144,20 @@ def test_the_last_error_of_an_engine_is_no_older_than_the_engine(library: Librar
     assert engine.last_error() == f"error {2 * KEPT - 1}" and len(message_log(trt).since(0)) == KEPT
 
 
+def test_an_address_that_the_library_refuses_is_an_error(library: Library, tmp_path: Path) -> None:
+    library.refused = "set_tensor_address"
+    with pytest.raises(SessionError, match="the engine refuses 0x100 as the address of latents"):
+        _engine(tmp_path).context(0, STREAM).set_address("latents", 0x100)
+
+
+def test_a_cache_of_kernels_that_the_library_does_not_take_is_told(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.refused = "set_runtime_cache"
+    _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY)).context(0, STREAM)
+    assert "denoiser: the cache of compiled kernels is not used" in caplog.text
+
+
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 @pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.TENSORRT_RTX])
 def test_what_a_backend_lacks_is_one_sentence(backend: Backend) -> None:
