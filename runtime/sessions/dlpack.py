@@ -107,7 +107,6 @@ class Foreign:
         if tensor.strides and not _contiguous(self.shape, [tensor.strides[i] for i in range(tensor.ndim)]):
             raise SessionError("a DLPack tensor is not contiguous", hint="pass tensor.contiguous()")
         self.dtype = kinds[kind]
-        self.device = (tensor.device.device_type, tensor.device.device_id)
         self.pointer = int(tensor.data or 0) + int(tensor.byte_offset)
         _rename(capsule, _USED)
         self._managed = managed

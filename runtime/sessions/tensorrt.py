@@ -18,6 +18,7 @@ import numpy as np
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, Tensor
 from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, size_of
+from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
 from ditc.runtime.sessions.dlpack import Foreign
 from ditc.runtime.sessions.engine import Context, Engine, Shape
@@ -61,7 +62,7 @@ class TensorRTSession:
         Raises:
             SessionError: a feed is missing, or its type or shape is outside the spec or the engine's profiles.
         """
-        given = {name: self._known(feed) for name, feed in feeds.items()}
+        given = {name: self._known(name, feed) for name, feed in feeds.items()}
         check_feeds(self.spec, given)
         with self._device.lock:
             profile = self._prepare({name: tuple(feed.shape) for name, feed in given.items()})
@@ -88,7 +89,7 @@ class TensorRTSession:
         keep: Collection[str],
     ) -> dict[str, Tensor]:
         """Several runs in one launch; see `LoopSession`. From the second time with the same shapes as one graph."""
-        given = {name: self._known(feed) for name, feed in feeds.items()}
+        given = {name: self._known(name, feed) for name, feed in feeds.items()}
         for step in per_step:
             check_feeds(self.spec, {**given, **step})
         with self._device.lock:
@@ -185,16 +186,23 @@ class TensorRTSession:
             )
         return shape
 
-    def _known(self, feed: Tensor) -> Any:
-        """The feed as an array of ours: DLPack tensors of other libraries are taken where they lie."""
+    def _known(self, name: str, feed: Tensor) -> Any:
+        """The feed as an array of ours: DLPack tensors on our device are taken where they lie."""
         if isinstance(feed, (np.ndarray, DeviceArray)):
             return feed
         if not hasattr(feed, "__dlpack__"):
             return feed.numpy()
-        device = self._device
-        foreign = Foreign(feed, device.stream if device.cuda.dlpack_device[0] != 1 else None)
-        if foreign.device != device.cuda.dlpack_device:
-            return feed.numpy()
+        producer: Any = feed
+        device, where = self._device, tuple(map(int, producer.__dlpack_device__()))
+        if where != device.cuda.dlpack_device:
+            try:
+                return np.from_dlpack(producer)
+            except (BufferError, RuntimeError, TypeError) as e:  # which of them depends on the producer
+                raise SessionError(
+                    f"{self.spec.name}: {name}, on DLPack's device {where}, cannot be read: {e}",
+                    hint="pass it on the engine's GPU, or as a numpy array (bfloat16 as its bits, in uint16)",
+                ) from e
+        foreign = Foreign(feed, device.stream if where[0] != DLPACK_CPU else None)
         lease = Lease(foreign.pointer)
         array = DeviceArray(device, lease, foreign.shape, foreign.dtype)
         # Ours until the stream is done with it: the producer's allocator knows nothing of our stream.
