@@ -1,13 +1,15 @@
 """A GPU for tests: the CUDA calls of sessions/cuda.py over host memory, and engines that ONNX Runtime computes.
 
 Every call is recorded. The fake is stricter than a GPU: freed and foreign addresses, copies past the end of an
-allocation, outputs over inputs, unaligned tensors and allocations while capturing are errors; new memory is NaN.
+allocation, outputs over inputs, unaligned tensors and allocations while capturing are errors; new memory is NaN; work
+in the stream is done as late as it may be, when somebody waits for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -34,7 +36,9 @@ class FakeCuda:
     dlpack_device: tuple[int, int] = (1, 0)  # the host: numpy and torch can read it
     calls: list[str] = field(default_factory=list)
     blocks: dict[int, tuple[Any, int]] = field(default_factory=dict)
-    recording: list[Callable[[], None]] | None = None
+    streams: set[int] = field(default_factory=lambda: {0})  # 0 is the legacy default stream
+    waiting: list[Callable[[], Any]] = field(default_factory=list)
+    recording: list[Callable[[], Any]] | None = None
     refuse_capture: bool = False
 
     def allocate(self, size_bytes: int) -> int:
@@ -50,6 +54,7 @@ class FakeCuda:
 
     def free(self, pointer: int) -> None:
         self._note("free")
+        self._finish()  # as cudaFree does
         del self.blocks[pointer]
 
     def memory(self) -> tuple[int, int]:
@@ -60,38 +65,48 @@ class FakeCuda:
 
     def create_stream(self) -> int:
         self._note("create_stream")
+        self.streams.add(7)
         return 7
 
     def destroy_stream(self, stream: int) -> None:
-        self._note("destroy_stream")
+        self._note("destroy_stream", stream)
+        self.streams.remove(stream)
 
     def synchronize(self, stream: int) -> None:
-        self._note("synchronize")
+        self._note("synchronize", stream)
+        self._finish()
 
     def upload(self, pointer: int, source: np.ndarray, stream: int) -> None:
-        self._note("upload")
+        self._note("upload", stream)
         assert self.recording is None, "a captured upload would read the same host bytes for ever"
+        assert source.flags.c_contiguous
         self.check(pointer, source.nbytes)
-        contiguous = np.ascontiguousarray(source)
-        ctypes.memmove(pointer, contiguous.ctypes.data, contiguous.nbytes)
+        size_bytes, kept = source.nbytes, weakref.ref(source)
+
+        def read() -> None:
+            array = kept()
+            assert array is not None, "the host bytes are gone before they were read"
+            ctypes.memmove(pointer, array.ctypes.data, size_bytes)
+
+        self.do(read)
 
     def download(self, target: np.ndarray, pointer: int, stream: int) -> None:
-        self._note("download")
+        self._note("download", stream)
         self.check(pointer, target.nbytes)
-        ctypes.memmove(target.ctypes.data, pointer, target.nbytes)
+        self.do(lambda: ctypes.memmove(target.ctypes.data, pointer, target.nbytes))
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
-        self._note("copy")
+        self._note("copy", stream)
         self.check(target, size_bytes)
         self.check(source, size_bytes)
         self.do(lambda: ctypes.memmove(target, source, size_bytes))
 
     def begin_capture(self, stream: int) -> None:
-        self._note("begin_capture")
+        self._note("begin_capture", stream)
         self.recording = []
 
     def end_capture(self, stream: int) -> Any:
-        self._note("end_capture")
+        self._note("end_capture", stream)
         recorded, self.recording = self.recording, None
         if self.refuse_capture:
             raise SessionError(
@@ -100,19 +115,19 @@ class FakeCuda:
         return recorded
 
     def launch(self, graph: Any, stream: int) -> None:
-        self._note("launch")
+        self._note("launch", stream)
         for work in graph:
-            work()
+            self.do(work)
 
     def destroy_graph(self, graph: Any) -> None:
         self._note("destroy_graph")
 
     def do(self, work: Callable[[], Any]) -> None:
-        """Work in the stream: now, or later as a part of the graph that is being captured."""
+        """Work in the stream: later, or as a part of the graph that is being captured."""
         if self.recording is None:
-            work()
-        else:
-            self.recording.append(work)
+            self.waiting.append(work)
+            return
+        self.recording.append(work)
 
     def check(self, pointer: int, size_bytes: int) -> None:
         """The range lies within one live allocation."""
@@ -121,7 +136,12 @@ class FakeCuda:
         )
         assert inside, f"{size_bytes} bytes at {pointer:#x} are not allocated"
 
-    def _note(self, name: str) -> None:
+    def _finish(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for work in waiting:
+            work()
+
+    def _note(self, name: str, stream: int = 0) -> None:
         self.calls.append(name)
 
 

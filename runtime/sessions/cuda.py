@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
-
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.session import Array
 
@@ -32,7 +30,10 @@ class Cuda(Protocol):
     def destroy_stream(self, stream: int) -> None: ...
     def synchronize(self, stream: int) -> None: ...
 
-    def upload(self, pointer: int, source: Array, stream: int) -> None: ...
+    def upload(self, pointer: int, source: Array, stream: int) -> None:
+        """From a contiguous array, which must stay as it is until the stream is waited for."""
+        ...
+
     def download(self, target: Array, pointer: int, stream: int) -> None: ...
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None: ...
 
@@ -99,10 +100,8 @@ class CudaRuntime:
         self._call(self._cuda.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
 
     def upload(self, pointer: int, source: Array, stream: int) -> None:
-        # From pageable memory the driver stages the bytes before it returns: the array may change afterwards.
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        contiguous = np.ascontiguousarray(source)
-        self._copy(pointer, contiguous.ctypes.data, contiguous.nbytes, kind, stream)
+        self._copy(pointer, source.ctypes.data, source.nbytes, kind, stream)
 
     def download(self, target: Array, pointer: int, stream: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost

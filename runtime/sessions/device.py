@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+
+from ditc.runtime.session import Array
 from ditc.runtime.sessions.cuda import Cuda
 
 # TensorRT wants the workspace at multiples of 256 (IExecutionContext::setDeviceMemory); cudaMalloc gives them. ditc
@@ -29,6 +32,7 @@ class Device:
         self.stream = cuda.create_stream()
         self.allocated_bytes = 0
         self.workspace = (0, 0)  # pointer, size
+        self._uploads: list[Array] = []
         self._users = 0
         self._used_before = self._used()
         self.peak_bytes = 0
@@ -71,9 +75,21 @@ class Device:
             self.workspace = (0, 0)
             self.free(pointer, size_bytes)
 
+    def upload(self, pointer: int, source: Array) -> None:
+        """Copy from the host, in the stream's order. The caller may change or drop the array at once.
+
+        CUDA only says that such a copy from pageable memory "might be synchronous" (API synchronization behavior), so
+        the bytes are kept until the stream is waited for: a copy of them, unless nobody can write them.
+        """
+        fixed = source.flags.c_contiguous and not source.flags.writeable
+        kept = source if fixed else np.array(source, order="C")
+        self._uploads.append(kept)
+        self.cuda.upload(pointer, kept, self.stream)
+
     def synchronize(self) -> None:
         """Wait for everything in the stream."""
         self.cuda.synchronize(self.stream)
+        self._uploads.clear()
 
     def measure(self) -> int:
         """Bytes in use on the whole GPU since this device was opened, by ditc and its libraries; keeps the peak."""

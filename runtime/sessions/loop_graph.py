@@ -91,7 +91,7 @@ class Loop:
     def launch(self, per_step: Sequence[Mapping[str, Array]]) -> None:
         """Write the table and run all steps. Raises SessionError when the engine does not run."""
         device, workspace = self._device, self._device.workspace
-        device.cuda.upload(self._table, self._packed(per_step), device.stream)
+        device.upload(self._table, self._packed(per_step))
         if self.graph is not None and self._captured_with != workspace:
             self._drop_graph()
         if self.graph is None and self.launches and not self.uncapturable:

@@ -196,7 +196,7 @@ class TensorRTSession:
         device, where = self._device, tuple(map(int, producer.__dlpack_device__()))
         if where != device.cuda.dlpack_device:
             try:
-                return np.from_dlpack(producer)
+                return np.array(np.from_dlpack(producer))
             except (BufferError, RuntimeError, TypeError) as e:  # which of them depends on the producer
                 raise SessionError(
                     f"{self.spec.name}: {name}, on DLPack's device {where}, cannot be read: {e}",
@@ -229,11 +229,11 @@ class TensorRTSession:
         return pointer
 
     def _copy_in(self, pointer: int, feed: Any) -> None:
-        cuda, stream = self._device.cuda, self._device.stream
-        if isinstance(feed, DeviceArray) and feed.device is self._device:
-            cuda.copy(pointer, feed.pointer, feed.size_bytes, stream)
+        device = self._device
+        if isinstance(feed, DeviceArray) and feed.device is device:
+            device.cuda.copy(pointer, feed.pointer, feed.size_bytes, device.stream)
         else:
-            cuda.upload(pointer, feed if isinstance(feed, np.ndarray) else feed.numpy(), stream)
+            device.upload(pointer, feed if isinstance(feed, np.ndarray) else feed.numpy())
 
     def _array(self, lease: Lease, name: str, shape: Shape) -> DeviceArray:
         return DeviceArray(self._device, lease, shape, self._dtypes[name])

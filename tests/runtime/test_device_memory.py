@@ -35,9 +35,22 @@ def test_a_tensor_of_another_library_in_host_memory_is_copied_to_the_gpu(tiny_bu
 
     session = _decoder(tiny_bundle, FakeCuda(dlpack_device=(2, 0)))
     latents = _latents(session)
-    (ours,) = session.run({"latents": torch.from_numpy(latents)}).values()
+    given = torch.from_numpy(latents.copy())
+    (ours,) = session.run({"latents": given}).values()
+    given += 1
     (expected,) = session.run({"latents": latents}).values()
     assert np.array_equal(to_numpy(ours), to_numpy(expected))
+    session.close()
+
+
+def test_an_array_that_changes_after_the_call_changes_no_result(tiny_bundle: Path) -> None:
+    """The copy to the device may be made after the call has returned."""
+    session = _decoder(tiny_bundle, FakeCuda())
+    latents = _latents(session)
+    (expected,) = (to_numpy(tensor) for tensor in session.run({"latents": latents}).values())
+    (ours,) = session.run({"latents": latents}).values()
+    latents += 1
+    assert np.array_equal(to_numpy(ours), expected)
     session.close()
 
 
