@@ -142,6 +142,7 @@ class FakeCuda:
             work()
 
     def _note(self, name: str, stream: int = 0) -> None:
+        assert stream in self.streams, f"{name} in a stream that was destroyed"
         self.calls.append(name)
 
 

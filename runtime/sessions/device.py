@@ -42,11 +42,16 @@ class Device:
         self._users += 1
 
     def leave(self) -> None:
-        """A session has ended; after the last, stream and workspace are freed."""
+        """A session has ended; after the last, stream and workspace are freed.
+
+        Tensors may outlive it: they are read and freed through CUDA's own stream 0.
+        """
         self._users -= 1
         if self._users == 0:
             self.trim()
+            self.synchronize()
             self.cuda.destroy_stream(self.stream)
+            self.stream = 0
 
     def allocate(self, size_bytes: int) -> int:
         """Memory that `free` gives back. Raises SessionError when there is none."""

@@ -43,6 +43,15 @@ def test_a_tensor_of_another_library_in_host_memory_is_copied_to_the_gpu(tiny_bu
     session.close()
 
 
+def test_a_tensor_outlives_its_session_and_the_stream(tiny_bundle: Path) -> None:
+    session = _decoder(tiny_bundle, FakeCuda())
+    latents = _latents(session)
+    (ours,) = session.run({"latents": latents}).values()
+    expected = to_numpy(ours)
+    session.close()
+    assert np.array_equal(to_numpy(ours), expected)
+
+
 def test_an_array_that_changes_after_the_call_changes_no_result(tiny_bundle: Path) -> None:
     """The copy to the device may be made after the call has returned."""
     session = _decoder(tiny_bundle, FakeCuda())
