@@ -8,6 +8,7 @@ in the stream is done as late as it may be, when somebody waits for it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -74,6 +75,7 @@ class FakeCuda:
 
     def synchronize(self, stream: int) -> None:
         self._note("synchronize", stream)
+        assert self.recording is None, "waiting ends a capture"
         self._finish()
 
     def upload(self, pointer: int, source: np.ndarray, stream: int) -> None:
@@ -127,6 +129,7 @@ class FakeCuda:
         if self.recording is None:
             self.waiting.append(work)
             return
+        assert not gc.isenabled(), "a finaliser could free memory or wait in the middle of a capture"
         self.recording.append(work)
 
     def check(self, pointer: int, size_bytes: int) -> None:

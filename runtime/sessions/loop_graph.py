@@ -10,8 +10,10 @@ request of its shapes, whatever its prompt, guidance and schedule.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,20 +120,22 @@ class Loop:
         # The first enqueue after a change of shapes or workspace updates TensorRT's state and must not be captured
         # (developer guide, "CUDA Graphs"); other loops may have run since ours. Step 0 leaves its inputs as they are.
         self._enqueue(0)
-        device.cuda.begin_capture(device.stream)
         problem = ""
-        try:
-            self._enqueue_all()
-        except SessionError as e:
-            problem = str(e)
-        try:  # in every case: the stream must leave its capturing state
-            graph = device.cuda.end_capture(device.stream)
-        except SessionError as e:
-            problem = problem or str(e)
-        else:
-            if not problem:
-                self.graph, self._captured_with = graph, device.workspace
-                return
+        with _no_finalisers():
+            device.cuda.begin_capture(device.stream)
+            try:
+                self._enqueue_all()
+            except SessionError as e:
+                problem = str(e)
+            try:  # in every case: the stream must leave its capturing state
+                graph = device.cuda.end_capture(device.stream)
+            except SessionError as e:
+                problem = problem or str(e)
+                graph = None
+        if not problem:
+            self.graph, self._captured_with = graph, device.workspace
+            return
+        if graph is not None:
             device.cuda.destroy_graph(graph)
         self.uncapturable = problem
         log.warning("no CUDA graph for %d steps: %s; they run one by one", self.plan.count, problem)
@@ -173,6 +177,18 @@ class Loop:
         if self.graph is not None:
             self._device.cuda.destroy_graph(self.graph)
             self.graph = None
+
+
+@contextmanager
+def _no_finalisers() -> Iterator[None]:
+    """The garbage collector waits: tensors that it frees free memory or wait for the stream, which breaks a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def loop_plan(

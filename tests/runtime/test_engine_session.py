@@ -171,6 +171,7 @@ def test_what_cannot_be_captured_runs_step_by_step(tiny_bundle: Path, expected: 
     for _ in range(3):
         assert np.array_equal(gpu.draw(), expected())
     assert "launch" not in gpu.cuda.calls and gpu.cuda.calls.count("begin_capture") == (how == "driver")
+    assert gc.isenabled()  # off while a loop is captured
     gpu.pipeline.close()
 
 
