@@ -214,6 +214,8 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.workspace = (0, 0)
         self.changed = True  # since the last enqueue outside of a capture
+        # The shapes of the last enqueue: TensorRT keeps data that depends on them.
+        self.state: dict[str, Shape] = {}
 
     def set_shape(self, name: str, shape: Shape) -> bool:
         self.changed |= self.shapes.get(name) != tuple(shape)
@@ -256,6 +258,7 @@ class FakeContext:
             "captured before a plain run with these shapes"
         )
         self.changed = False
+        self.state = dict(self.shapes)
         assert self.workspace[1] >= self.engine.workspace
         spec = self.engine.spec
         inputs = [self._range(t.name, t.dtype) for t in spec.inputs]
@@ -266,7 +269,16 @@ class FakeContext:
                     f"{one[0]} aliases {other[0]}"
                 )
         workspace = self.workspace
-        self.cuda.do(lambda: self._compute(inputs, outputs, workspace))
+        if self.cuda.recording is None:
+            self.cuda.do(lambda: self._compute(inputs, outputs, workspace))
+            return True
+        captured_with = self.state
+
+        def replay() -> None:
+            assert self.state == captured_with, "a graph is replayed after its context ran other shapes"
+            self._compute(inputs, outputs, workspace)
+
+        self.cuda.do(replay)
         return True
 
     def _range(self, name: str, dtype: DType) -> tuple[str, int, int, Shape, DType]:

@@ -60,7 +60,8 @@ class Loop:
         self.graph: Any = None
         self.uncapturable = ""  # why, if so
         self.launches = 0
-        self._device, self._context, self._constants = device, context, dict(constants)
+        self.context = context  # nobody else's; the caller sets its shapes, and its workspace before a launch
+        self._device, self._constants = device, dict(constants)
         sizes = {name: size_of(shape, dtype) for name, shape, dtype in (*plan.inputs, *plan.outputs)}
         self._carried = {inp: out for out, inp in plan.carry}
         self._offsets, self.row_bytes = _row(plan.per_step, sizes)
@@ -113,12 +114,12 @@ class Loop:
 
     def _capture(self) -> None:
         device = self._device
-        if not self._context.capturable(device.stream):
+        if not self.context.capturable(device.stream):
             self.uncapturable = "the library says that this engine cannot be captured"
             log.info("no CUDA graph: %s", self.uncapturable)
             return
         # The first enqueue after a change of shapes or workspace updates TensorRT's state and must not be captured
-        # (developer guide, "CUDA Graphs"); other loops may have run since ours. Step 0 leaves its inputs as they are.
+        # (developer guide, "CUDA Graphs"); the workspace may have moved. Step 0 leaves its inputs as they are.
         self._enqueue(0)
         problem = ""
         with _no_finalisers():
@@ -145,7 +146,7 @@ class Loop:
             self._enqueue(step)
 
     def _enqueue(self, step: int) -> None:
-        context = self._context
+        context = self.context
         if step == 0:  # what no step changes
             for name, pointer in (*self._constants.items(), *self._last.items()):
                 context.set_address(name, pointer)

@@ -96,6 +96,7 @@ class TensorRTSession:
             inputs = {**given, **per_step[0]}
             profile = self._prepare({name: tuple(feed.shape) for name, feed in inputs.items()})
             loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
+            loop.context.set_workspace(*self._device.reserve(self._engine.workspace_bytes(profile)))
             for name in carry.values():
                 self._copy_in(loop.start(name), given[name])
             with self._said():
@@ -166,16 +167,19 @@ class TensorRTSession:
         if profile not in self._contexts:
             self._contexts[profile] = self._engine.context(profile, self._device.stream)
         context, known = self._contexts[profile], self._shapes.setdefault(profile, {})
+        changed = {name: shape for name, shape in shapes.items() if known.get(name) != shape}
+        for name in changed:
+            known.pop(name, None)
+        self._set_shapes(context, changed)
+        known.update(changed)
+        return context
+
+    def _set_shapes(self, context: Context, shapes: Mapping[str, Shape]) -> None:
         for name, shape in shapes.items():
-            if known.get(name) == shape:
-                continue
             if not context.set_shape(name, shape):
-                known.pop(name, None)
                 raise SessionError(
                     f"{self.spec.name}: the engine refuses {name} {shape}: {self._engine.last_error()}"
                 )
-            known[name] = shape
-        return context
 
     def _known_shape(self, context: Context, name: str) -> Shape:
         shape = context.shape(name)
@@ -257,7 +261,11 @@ class TensorRTSession:
         if plan not in self._loops:
             while len(self._loops) >= MAX_LOOPS:
                 self._loops.popitem(last=False)[1].close()
-            self._loops[plan] = Loop(self._device, context, plan, constants)
+            # Of its own: a graph is replayed with the state of its context, which other shapes would change
+            # (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
+            own = self._engine.context(profile, self._device.stream)
+            self._set_shapes(own, {name: shape for name, (shape, _) in inputs.items()})
+            self._loops[plan] = Loop(self._device, own, plan, constants)
         self._loops.move_to_end(plan)
         return self._loops[plan]
 
