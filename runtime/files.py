@@ -1,0 +1,31 @@
+"""Places for results: refused before the work whose result they are to hold."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ditc.runtime.errors import UsageError
+
+
+def check_writable(path: Path, argument: str) -> None:
+    """Refuse a path that no file can be written to; folders that are missing on the way can be made.
+
+    Args:
+        argument: what the path was given as, for the hint: "-o", "--html".
+
+    Raises:
+        UsageError: a directory, a parent that is a file, or a place without permission.
+    """
+    hint = f"choose another {argument}"
+    if os.path.isdir(path):  # noqa: PTH112 (Path's raises where a parent may not be searched)
+        raise UsageError(f"cannot write {path}: it is a directory", hint=hint)
+    existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
+    if not existing.is_dir():
+        raise UsageError(f"cannot write {path}: {existing} is a file", hint=hint)
+    try:
+        # Not os.access: it lets root write to /proc, and nobody can.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e

@@ -1,0 +1,41 @@
+"""Places for results are tried before the work, without leaving anything there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.files import check_writable
+
+
+@pytest.mark.parametrize("place", ["new.html", "there.html", "a/b/new.html"])
+def test_a_file_may_be_new_or_there_already_and_its_folders_missing(tmp_path: Path, place: str) -> None:
+    (tmp_path / "there.html").touch()
+    check_writable(tmp_path / place, "--html")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.html"]
+
+
+def test_a_relative_place_is_looked_for_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("new.html"), "--html")
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("folder", "it is a directory"), ("file/new.html", "file is a file"), ("file/a/new.html", "is a file")],
+)
+def test_a_folder_and_a_place_below_a_file_are_refused(tmp_path: Path, place: str, why: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"cannot write .*{place}: .*{why}") as caught:
+        check_writable(tmp_path / place, "--html")
+    assert caught.value.hint == "choose another --html"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
+@pytest.mark.parametrize("place", ["/proc/new.html", "/proc/self/a/new.html"])
+def test_a_place_without_permission_is_refused_even_to_root(place: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot write {place}: /proc"):
+        check_writable(Path(place), "--html")
