@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn
 
-from ditc.runtime.errors import DitcError, MissingExtra
+from ditc.runtime.errors import DitcError, MissingExtra, UsageError
 
 FAILED = 1
 USAGE = 2
@@ -90,9 +91,12 @@ def report(error: DitcError, *, as_json: bool = False) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """The top-level parser, with its verbs' parsers at hand so that only the typed one is filled."""
+    """Refuses as every other part does; the top-level one has its verbs' at hand so that only the typed is filled."""
 
-    verbs: dict[str, argparse.ArgumentParser]
+    verbs: dict[str, _Parser]
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
 
 
 def _parser() -> _Parser:

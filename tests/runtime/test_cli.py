@@ -159,12 +159,23 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "arguments", [["draw"], ["run"], ["run", "x", "y", "--steps", "many"], ["--nonsense"]]
+    ("arguments", "message", "hint"),
+    [
+        (["draw"], "argument VERB: invalid choice: 'draw'", "ditc --help"),
+        (["--nonsense"], "unrecognized arguments: --nonsense", "ditc --help"),
+        (["run"], "the following arguments are required: bundle", "ditc run --help"),
+        (["run", "x", "y", "--steps", "many"], "argument --steps: invalid int value: 'many'", "ditc run --help"),
+    ],
 )
-def test_what_argparse_refuses_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == USAGE and "usage: ditc" in capsys.readouterr().err
+def test_a_line_that_does_not_parse_ends_with_2_and_two_lines(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == USAGE
+    error, advice = errors(capsys)
+    assert error.startswith(f"error: {message}") and advice == f"hint: {hint}"
+    assert main([*arguments, "--json"]) == USAGE
+    result = json.loads(capsys.readouterr().out)
+    assert result["error"] == "UsageError" and result["message"].startswith(message) and result["hint"] == hint
 
 
 def test_no_verb_prints_the_help_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
