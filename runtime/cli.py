@@ -60,17 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    verb = next((a for a in arguments if not a.startswith("-")), None)
+    place = next((i for i, a in enumerate(arguments) if not a.startswith("-")), len(arguments))
     try:
-        if verb not in VERBS:
-            options = parser.parse_args(arguments)  # --help, --version, or an error that lists the verbs
+        if place == len(arguments) or arguments[place] not in VERBS:
+            parser.parse_args(arguments)  # --help, --version, or an error that lists the verbs
             parser.print_help()
             return USAGE
-        module = _resolve(VERBS[verb])
-        module.add_arguments(parser.verbs[verb])
-        options = parser.parse_args(arguments)
+        parser.parse_args(arguments[:place])
+        verb, typed = VERBS[arguments[place]], parser.verbs[arguments[place]]
+        module = _resolve(verb)
+        module.add_arguments(typed)
+        # Intermixed, or `run BUNDLE --steps 2 PROMPT` has no PROMPT: argparse of Python 3.11 fills an optional
+        # positional together with the one before it.
+        options = typed.parse_intermixed_args(arguments[place + 1 :])
         _configure_logging(options.verbose)
-        return _run(VERBS[verb], module, options)
+        return _run(verb, module, options)
     except DitcError as error:
         report(error, as_json="--json" in arguments)
         return USAGE

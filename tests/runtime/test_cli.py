@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from PIL import Image
 from ditc.runtime import cli
 from ditc.runtime.certificate import Line
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
+from ditc.runtime.commands import run
 from ditc.runtime.manifest import load_manifest
 from ditc.runtime.selftest import describe
 
@@ -162,9 +164,15 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFi
     ("arguments", "message", "hint"),
     [
         (["draw"], "argument VERB: invalid choice: 'draw'", "ditc --help"),
+        (["-v", "run"], "unrecognized arguments: -v", "ditc --help"),
         (["--nonsense"], "unrecognized arguments: --nonsense", "ditc --help"),
         (["run"], "the following arguments are required: bundle", "ditc run --help"),
-        (["run", "x", "y", "--steps", "many"], "argument --steps: invalid int value: 'many'", "ditc run --help"),
+        (["run", "x", "y", "z"], "unrecognized arguments: z", "ditc run --help"),
+        (
+            ["run", "x", "y", "--steps", "many"],
+            "argument --steps: invalid int value: 'many'",
+            "ditc run --help",
+        ),
     ],
 )
 def test_a_line_that_does_not_parse_ends_with_2_and_two_lines(
@@ -175,7 +183,28 @@ def test_a_line_that_does_not_parse_ends_with_2_and_two_lines(
     assert error.startswith(f"error: {message}") and advice == f"hint: {hint}"
     assert main([*arguments, "--json"]) == USAGE
     result = json.loads(capsys.readouterr().out)
-    assert result["error"] == "UsageError" and result["message"].startswith(message) and result["hint"] == hint
+    assert (
+        result["error"] == "UsageError" and result["message"].startswith(message) and result["hint"] == hint
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["BUNDLE", "cat", "--steps", "2", "--seed", "-1"],
+        ["BUNDLE", "--steps", "2", "--seed", "-1", "cat"],
+        ["--steps", "2", "BUNDLE", "--seed", "-1", "--", "cat"],
+        ["--seed=-1", "--steps=2", "BUNDLE", "cat"],
+    ],
+)
+def test_options_may_stand_before_between_and_after_the_prompt(
+    line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(run, "run", lambda arguments: seen.append(arguments) or 0)
+    assert main(["run", *line]) == 0
+    (read,) = seen
+    assert (read.bundle, read.prompt, read.num_inference_steps, read.seed) == (Path("BUNDLE"), "cat", 2, -1)
 
 
 def test_no_verb_prints_the_help_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
