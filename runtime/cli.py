@@ -78,11 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DitcError as error:
         report(error, as_json="--json" in arguments)
         return USAGE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if not _is_interrupt(error):
+            raise
         print("interrupted", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether ctrl-C is what happened: while a compiled module starts (onnxruntime 1.31's), it ends as ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def report(error: DitcError, *, as_json: bool = False) -> None:

@@ -114,6 +114,26 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, 
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_an_interrupt_while_a_compiled_module_is_imported_ends_with_130_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: argparse.Namespace) -> int:
+        try:
+            raise ImportError("initialization failed") from KeyboardInterrupt()
+        except ImportError as e:
+            raise ImportError("numpy wraps it once more") from e
+
+    def broken(arguments: argparse.Namespace) -> int:
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr(run, "run", interrupted)
+    assert main(["run", "x", "y"]) == INTERRUPTED
+    assert errors(capsys) == ["interrupted"]
+    monkeypatch.setattr(run, "run", broken)
+    with pytest.raises(ImportError, match="initialization failed"):
+        main(["run", "x", "y"])
+
+
 # Errors
 
 
