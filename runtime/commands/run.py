@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.files import check_writable
 from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text"
         )
+    for path in _paths(arguments, len(prompts) * arguments.num_images_per_prompt):
+        check_writable(path, "-o")
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 

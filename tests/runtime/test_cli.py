@@ -169,6 +169,25 @@ def test_wrong_arguments_end_with_2_and_two_lines(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("output", "several", "message"),
+    [
+        ("folder.png/", "1", "folder.png: it is a directory"),
+        ("file/x.png", "1", "file/x.png: .*file is a file"),
+        ("x.png", "2", "x-1.png: it is a directory"),
+    ],
+)
+def test_a_place_that_takes_no_picture_is_refused_before_the_bundle_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, several: str, message: str
+) -> None:
+    for name in ("folder.png", "x-1.png"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    assert main(["run", "no-bundle", "cat", "-n", several, "-o", f"{tmp_path}/{output}"]) == USAGE
+    error, hint = errors(capsys)
+    assert re.search(f"cannot write .*{message}", error) and hint == "hint: choose another -o"
+
+
 def test_a_missing_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path / "nothing"), "cat"]) == USAGE
     assert "is not a bundle" in errors(capsys)[0]
