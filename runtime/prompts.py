@@ -1,23 +1,50 @@
-"""A file of prompts: one a line, UTF-8, empty lines skipped."""
+"""A file of prompts: one a line, UTF-8; blank lines and lines that start with # are skipped."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ditc.runtime.errors import UsageError
 
+STDIN = Path("-")
+
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file.
+    """The prompts of a file, in order; "-" is stdin.
+
+    Raises:
+        UsageError: it cannot be read, or holds none.
+    """
+    return [prompt for _, prompt in numbered_prompts(path)]
+
+
+def numbered_prompts(path: Path) -> list[tuple[int, str]]:
+    """As `read_prompts`, each with the number of its line.
 
     Raises:
         UsageError: it cannot be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read prompts from {path}: {e}", hint="one prompt a line, UTF-8") from e
-    prompts = [line.strip() for line in lines if line.strip()]
+        data = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+    except OSError as e:
+        raise UsageError(
+            f"cannot read prompts from {path}: {e.strerror or e}", hint="one prompt a line, UTF-8"
+        ) from e
+    # Not splitlines: it also splits at form feeds and other characters that a prompt may have copied along.
+    lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    stripped = [(number, _decode(line, path, number).strip()) for number, line in lines]
+    prompts = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     if not prompts:
-        raise UsageError(f"{path} holds no prompts", hint="write one prompt a line")
+        raise UsageError(f"{path} holds no prompts", hint="write one prompt a line; # begins a comment")
     return prompts
+
+
+def _decode(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(
+            f"cannot read prompts from {path}, line {number}: not UTF-8 at byte {e.start}",
+            hint="save the file as UTF-8",
+        ) from e

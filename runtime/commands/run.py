@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Names are diffusers' where it has one; every default is the bundle's."""
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", nargs="?", help="what to draw")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT; - is stdin"
+    )
     parser.add_argument(
         "-o",
         "--output",
