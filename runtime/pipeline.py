@@ -20,18 +20,17 @@ import numpy as np
 from PIL import Image
 
 from ditc.runtime import denoise
-from ditc.runtime.conditioning import Conditioning, stack_texts
-from ditc.runtime.denoise import DenoiseState, Guard, Rows
+from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.denoise import DenoiseState, Guard
 from ditc.runtime.errors import NumericsError, UsageError
-from ditc.runtime.guidance import guidance_feeds
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.manifest import Manifest, Tiling
 from ditc.runtime.plan import Plan, make_plan, starting_latents
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
-from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.start import first_state
 from ditc.runtime.vae import check_tiles, decode_tiled
 
 if TYPE_CHECKING:
@@ -220,7 +219,8 @@ class Pipeline:
         for i in range(0, samples, largest):
             chunk = slice(i, i + largest)
             stream = generator if isinstance(generator, Generator) else generator[chunk]
-            states.append(self._state(plan, latents[chunk], positive[chunk], negative[chunk], stream))
+            rows = (positive[chunk], negative[chunk])
+            states.append(first_state(plan, self.manifest.scheduler, spec, latents[chunk], *rows, stream))
         return tuple(states)
 
     def run(
@@ -296,50 +296,6 @@ class Pipeline:
         """One row of conditioning a sample."""
         rows = self.conditioning.rows(request, negative=negative)
         return [row for row in rows for _ in range(samples // len(rows))]
-
-    def _state(
-        self,
-        plan: Plan,
-        latents: Array,
-        positive: Sequence[Mapping[str, Array]],
-        negative: Sequence[Mapping[str, Array]],
-        generator: Generator | Sequence[Generator],
-    ) -> DenoiseState:
-        batch, history = latents.shape[0], self._history_length()
-        rows = [*negative, *positive]  # diffusers' order
-        if plan.skip_layer_guidance is not None:
-            rows += positive
-        table = coefficient_table(self.manifest.scheduler, plan.num_inference_steps, history_length=history)
-        schedule = tuple(
-            {
-                denoise.TIMESTEP: np.repeat(timestep, batch),
-                denoise.COEFFICIENTS: np.repeat(coefficients[None], batch, axis=0),
-                **guidance,
-            }
-            for timestep, coefficients, guidance in zip(
-                table.timesteps, table.coefficients, self._guidance(plan, batch, bool(negative)), strict=True
-            )
-        )
-        return DenoiseState(
-            latents=latents * np.float32(table.init_noise_sigma),
-            history=np.zeros((batch, history, *latents.shape[1:]), np.float32),
-            schedule=schedule,
-            rows=Rows(
-                row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
-                conditioning=stack_texts(rows),
-            ),
-            generator=generator,
-        )
-
-    def _guidance(self, plan: Plan, batch: int, guided: bool) -> list[dict[str, Array]]:
-        scale, steps = plan.guidance_scale if guided else 1.0, plan.num_inference_steps
-        gated = any(tensor.name == denoise.SKIP_GATE for tensor in self.sessions[DENOISER].spec.inputs)
-        return guidance_feeds(batch, scale, plan.skip_layer_guidance, steps, gated=gated)
-
-    def _history_length(self) -> int:
-        length = self.sessions[DENOISER].spec.input(denoise.HISTORY).shape[1]
-        assert isinstance(length, int)
-        return length
 
     def _called_back(self, callback: StepCallback, state: DenoiseState, timestep: float) -> DenoiseState:
         given = {denoise.LATENTS: to_numpy(state.latents)}
