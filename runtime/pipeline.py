@@ -22,11 +22,11 @@ from PIL import Image
 from ditc.runtime import denoise
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.denoise import DenoiseState, Guard
-from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.errors import NumericsError, SessionError, UsageError
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.manifest import Manifest, Tiling
 from ditc.runtime.plan import Plan, make_plan, starting_latents
-from ditc.runtime.request import Request
+from ditc.runtime.request import Request, make_request
 from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
@@ -90,6 +90,7 @@ class Pipeline:
         self.steps_per_launch: int | None = None
         # Set it to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
+        self._closed = False
 
     @classmethod
     def load(
@@ -101,7 +102,7 @@ class Pipeline:
         threads: int = 0,
         provider: str = "auto",
         low_vram: bool = False,
-        require_signature: Path | None = None,
+        require_signature: str | Path | None = None,
         require_certificate: bool = False,
         self_test: bool = True,
     ) -> Self:
@@ -131,7 +132,7 @@ class Pipeline:
             threads=threads,
             provider=provider,
             low_vram=low_vram,
-            require_signature=require_signature,
+            require_signature=None if require_signature is None else Path(require_signature),
         )
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device
@@ -153,12 +154,12 @@ class Pipeline:
 
         Args:
             callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}); latents that it returns
-                replace the loop's.
+                replace the loop's. What it raises ends the run: diffusers' `_interrupt` is not read.
 
         Raises:
             UsageError: before any work. NumericsError: NaN, Inf or a picture of one colour.
         """
-        return self.draw(Request(prompt=prompt, **arguments), callback_on_step_end=callback_on_step_end)
+        return self.draw(make_request(prompt=prompt, **arguments), callback_on_step_end=callback_on_step_end)
 
     def draw(
         self,
@@ -189,8 +190,10 @@ class Pipeline:
         """Fill in the defaults and refuse what cannot be served.
 
         Raises:
-            UsageError: naming the argument, its value and the nearest that works.
+            UsageError: naming the argument, its value and the nearest that works. SessionError: after `close`.
         """
+        if self._closed:
+            raise SessionError("the pipeline is closed", hint="load the bundle again")
         plan = make_plan(request, self.manifest, self.sessions[DENOISER].spec, self.conditioning)
         if request.output_type != "latent":
             scale = self.manifest.latents.scale_factor
@@ -280,6 +283,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Release all sessions."""
+        self._closed = True
         for session in self.sessions.values():
             session.close()
         device, self.device = self.device, None

@@ -76,17 +76,25 @@ def starting_latents(
     """(samples,C,H,W) fp32: the caller's own, else noise.
 
     Raises:
-        UsageError: the caller's are of another shape.
+        UsageError: the caller's are of another shape, or no finite numbers.
     """
     cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
     shape = (samples, latent.channels, *cells)
     if plan.request.latents is None:
         return randn_latents(shape, generator)
-    given = np.asarray(plan.request.latents, np.float32)
+    try:
+        given = np.asarray(plan.request.latents, np.float32)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"latents are no array: {e}", hint=f"pass an array of {shape}") from e
     if given.shape != shape:
         raise UsageError(
             f"latents are {given.shape}, this request needs {shape}",
             hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
+        )
+    if not np.isfinite(given).all():
+        raise UsageError(
+            f"latents have {np.count_nonzero(~np.isfinite(given))} values that are NaN or Inf",
+            hint="pass finite ones, or a seed",
         )
     return given
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.manifest import Defaults, LatentSpec
@@ -14,6 +16,14 @@ from ditc.runtime.session import Array
 from ditc.runtime.spec import Range, StageSpec
 
 OutputType = Literal["pil", "np", "latent"]
+
+INTEGERS = ("num_inference_steps", "height", "width", "seed", "num_images_per_prompt")
+NUMBERS = (
+    *("guidance_scale", "skip_layer_guidance_scale"),
+    *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
+)
+# Arguments of diffusers that ask for what is done anyway, and how they do.
+IMPLIED = {"return_dict": (True,), "callback_on_step_end_tensor_inputs": (["latents"], ("latents",))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +115,27 @@ class Request:
         return list(text)
 
 
+def make_request(**arguments: Any) -> Request:
+    """A request from a caller's keyword arguments; those of diffusers that change nothing are taken too.
+
+    Raises:
+        UsageError: an argument that a request does not have, with the nearest that it has.
+    """
+    known = [field.name for field in fields(Request)]
+    for name, value in arguments.items():
+        if name in IMPLIED and value not in IMPLIED[name]:
+            raise UsageError(
+                f"{name} is {value!r:.80}, here it is always {IMPLIED[name][0]}", hint="leave it out"
+            )
+        if name not in known and name not in IMPLIED:
+            close = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"there is no argument {name}",
+                hint=f"did you mean {close[0]}?" if close else "ditc.runtime.request.Request lists them",
+            )
+    return Request(**{name: value for name, value in arguments.items() if name not in IMPLIED})
+
+
 def check_request(request: Request) -> None:
     """Refuse what no bundle can serve.
 
@@ -113,6 +144,8 @@ def check_request(request: Request) -> None:
     """
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
+    _check_numbers(request)
+    _check_arrays(request)
     _check_texts("prompt", request.prompt)
     _check_texts("negative_prompt", request.negative_prompt)
     further = request.further_texts(negative=False) | request.further_texts(negative=True)
@@ -136,14 +169,6 @@ def check_request(request: Request) -> None:
     _check_embeds(request)
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
         raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="take at least 1 step")
-    if request.guidance_scale is not None and not math.isfinite(request.guidance_scale):
-        raise UsageError(f"guidance_scale is {request.guidance_scale}", hint="1 draws without guidance")
-    for name in ("scale", "start", "stop"):
-        value = getattr(request, f"skip_layer_guidance_{name}")
-        if value is not None and not math.isfinite(value):
-            raise UsageError(
-                f"skip_layer_guidance_{name} is {value}", hint="leave it out for the bundle's default"
-            )
     for name, pixels in (("height", request.height), ("width", request.width)):
         if pixels is not None and pixels < 1:
             raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
@@ -181,6 +206,30 @@ def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, de
                 f"from {allowed.min} to {allowed.max}, which this bundle was built for",
                 hint=f"take {name} {nearest}; the default is {defaults.height}x{defaults.width}",
             )
+
+
+def _check_numbers(request: Request) -> None:
+    for name in (*INTEGERS, *NUMBERS):
+        value = getattr(request, name)
+        if value is None and getattr(Request, name) is None:  # the class holds the defaults
+            continue
+        try:
+            fits = math.isfinite(value) if name in NUMBERS else operator.index(value) is not None
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            kind = "a finite" if name in NUMBERS else "a whole"
+            raise UsageError(f"{name} is {value!r:.80}", hint=f"pass {kind} number, or leave it out")
+
+
+def _check_arrays(request: Request) -> None:
+    for negative in (False, True):
+        for name, array in request.embeds(negative=negative).items():
+            if not getattr(array, "ndim", 0):
+                raise UsageError(
+                    f"{'negative_' if negative else ''}{name} is {array!r:.80}",
+                    hint="pass a numpy array with one row for each prompt",
+                )
 
 
 def _check_texts(name: str, texts: object) -> None:

@@ -13,7 +13,7 @@ from pictures import Drawn, Reference, assert_same, draw, psnr_db, relative_l2
 
 from ditc.export.bundle import BuildReport
 from ditc.runtime import denoise
-from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.errors import NumericsError, SessionError, UsageError
 from ditc.runtime.manifest import Tiling
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -276,6 +276,30 @@ def test_a_stopped_generator_leaves_nothing_behind(pipeline: Pipeline) -> None:
     next(abandoned)
     abandoned.close()  # type: ignore[attr-defined]
     np.testing.assert_array_equal(list(pipeline.steps(request))[-1].state.latents, expected)
+
+
+def test_a_callback_that_raises_stops_the_run_and_leaves_nothing_behind(pipeline: Pipeline) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(_: object, index: int, __: float, ___: dict[str, Array]) -> None:
+        if index == 1:
+            raise Stopped
+
+    before = pipeline("cat", seed=1, num_inference_steps=4, output_type="np").images
+    with pytest.raises(Stopped):
+        pipeline("cat", seed=1, num_inference_steps=4, callback_on_step_end=stop)
+    after = pipeline("cat", seed=1, num_inference_steps=4, output_type="np").images
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_closed_pipeline_says_that_it_is_closed(tiny_bundle: Path) -> None:
+    with Pipeline.load(tiny_bundle, threads=1) as pipeline:
+        pass
+    pipeline.close()  # a second time is nothing
+    with pytest.raises(SessionError, match="the pipeline is closed") as caught:
+        pipeline("cat")
+    assert caught.value.hint
 
 
 def test_a_state_replaced_from_outside_goes_on_from_there(pipeline: Pipeline) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.request import Request
+from ditc.runtime.request import Request, make_request
 from ditc.runtime.rng import Generator
 
 EMBEDS = np.zeros((2, 12, 24), np.float32)
@@ -43,6 +43,18 @@ MASK = np.ones((2, 12), np.int64)
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"num_inference_step": 3}, "there is no argument num_inference_step"),
+        ({"max_sequence_length": 300}, "there is no argument max_sequence_length"),
+        ({"return_dict": False}, "return_dict is False, here it is always True"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            r"is \['prompt_embeds'\], here it is always \['latents'\]",
+        ),
+        ({"width": 128.0}, "width is 128.0"),
+        ({"seed": 3.0}, "seed is 3.0"),
+        ({"num_inference_steps": "3"}, "num_inference_steps is '3'"),
+        ({"num_images_per_prompt": None}, "num_images_per_prompt is None"),
+        ({"guidance_scale": "3"}, "guidance_scale is '3'"),
         ({"height": 0}, "height is 0"),
         ({"width": -64}, "width is -64"),
         ({"height": 63}, "height 63 is not a multiple of 2 from 32 to 128"),
@@ -56,6 +68,8 @@ MASK = np.ones((2, 12), np.int64)
             {"latents": np.zeros((1, 8, 16, 16), np.float32)},
             r"latents are \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
         ),
+        ({"latents": np.full((1, 8, 32, 32), np.nan, np.float32)}, "latents have 8192 values that are NaN"),
+        ({"latents": "noise"}, "latents are no array: could not convert string"),
         ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
     ],
 )
@@ -71,6 +85,8 @@ def test_requests_that_cannot_be_served_are_refused(
     ("arguments", "message"),
     [
         ({"prompt_embeds": EMBEDS}, "prompt_embeds and prompt_attention_mask go together"),
+        ({"prompt_embeds": [[1]]}, r"prompt_embeds is \[\[1\]\]"),
+        ({"prompt_embeds": np.float32(1)}, r"prompt_embeds is .*1.0"),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK, "pooled_prompt_embeds": EMBEDS[:, 0]},
             "prompt_embeds and prompt_attention_mask go together",
@@ -114,6 +130,17 @@ def test_embeddings_that_do_not_fit_are_refused(
     with pytest.raises(UsageError, match=message) as caught:
         pipeline(num_inference_steps=1, **arguments)
     assert caught.value.hint
+
+
+def test_a_misspelled_argument_is_told_the_right_one(pipeline: Pipeline) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipeline("cat", num_inference_step=3)
+    assert caught.value.hint == "did you mean num_inference_steps?"
+
+
+def test_arguments_of_diffusers_that_ask_for_what_is_done_anyway_are_taken() -> None:
+    implied = {"return_dict": True, "callback_on_step_end_tensor_inputs": ["latents"]}
+    assert make_request(prompt="cat", seed=np.int64(3), guidance_scale=np.float32(2), **implied).seed == 3
 
 
 def test_the_hint_of_a_wrong_size_names_one_that_works(pipeline: Pipeline) -> None:

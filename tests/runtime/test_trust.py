@@ -19,6 +19,7 @@ from ditc.runtime.errors import BundleError, DitcError, MissingExtra, SessionErr
 from ditc.runtime.gpu import Gpu, check_engine
 from ditc.runtime.integrity import check_files
 from ditc.runtime.manifest import Artifact, FileRef, load_manifest, save_manifest
+from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.signature import SIGNATURE, check_signature, sign
 from ditc.runtime.spec import DENOISER, Backend
 
@@ -159,6 +160,7 @@ def test_a_signed_bundle_is_run_and_an_unsigned_one_is_not(
     assert main(["sign", str(copy), "--key", str(private)]) == 0
     assert main(["verify", str(copy), "--require-signature", str(public)]) == 0
     assert main(draw) == 0 and (tmp_path / "x.png").is_file()
+    Pipeline.load(str(copy), require_signature=str(public)).close()
 
 
 def test_a_forged_manifest_does_not_fit_the_signature(copy: Path, keys: tuple[Path, Path]) -> None:
