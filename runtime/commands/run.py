@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="TEXT",
             help="its negative text (default: --negative-prompt)",
         )
-    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
+    parser.add_argument("--steps", "--num-inference-steps", type=int, metavar="N", dest="num_inference_steps")
     parser.add_argument("--guidance-scale", type=float, metavar="G")
     parser.add_argument(
         "--skip-layer-guidance-scale",

@@ -233,7 +233,7 @@ def test_a_line_that_does_not_parse_ends_with_2_and_two_lines(
         ["BUNDLE", "cat", "--steps", "2", "--seed", "-1"],
         ["BUNDLE", "--steps", "2", "--seed", "-1", "cat"],
         ["--steps", "2", "BUNDLE", "--seed", "-1", "--", "cat"],
-        ["--seed=-1", "--steps=2", "BUNDLE", "cat"],
+        ["--seed=-1", "--num-inference-steps=2", "BUNDLE", "cat"],
     ],
 )
 def test_options_may_stand_before_between_and_after_the_prompt(
