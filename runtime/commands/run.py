@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         output = _draw(pipeline, request, arguments.preview)
         peak = pipeline.device.peak_bytes if pipeline.device is not None else None
         files = [
-            _save(picture, path, _metadata(pipeline, output, prompts[i // arguments.num_images_per_prompt]))
+            _save(picture, path, _metadata(pipeline, output, prompts, i))
             for i, (picture, path) in enumerate(
                 zip(output.images, _paths(arguments, len(output.images)), strict=True)
             )
@@ -182,7 +182,9 @@ def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:
     )
 
 
-def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]:
+def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int) -> dict[str, str]:
+    from ditc.runtime.machine import library_versions
+
     plan, skip = output.plan, output.plan.skip_layer_guidance
     settings = {
         "num_inference_steps": plan.num_inference_steps,
@@ -192,15 +194,19 @@ def _metadata(pipeline: Pipeline, output: Output, prompt: str) -> dict[str, str]
         "height": plan.height,
         "width": plan.width,
         "backend": pipeline.chosen,
+        # One seed draws the noise of all of them: which of how many this one is belongs to it.
+        "index": index,
+        "num_prompts": len(prompts),
+        "num_images_per_prompt": plan.request.num_images_per_prompt,
     }
     given = {name: getattr(plan.request, name) for name in TEXTS}
     return {
-        "prompt": prompt,
+        "prompt": prompts[index // plan.request.num_images_per_prompt],
         **{name: text for name, text in given.items() if text is not None},
         "seed": str(plan.seed),
         "settings": json.dumps(settings),
         "bundle": pipeline.manifest.digest,
-        "software": f"ditc {pipeline.manifest.tools.get('ditc', '')}",
+        "software": f"ditc {library_versions().get('ditc', '')}".strip(),
     }
 
 

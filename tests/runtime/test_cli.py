@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from ditc.runtime import cli
 from ditc.runtime.certificate import Line
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
 from ditc.runtime.commands import run
-from ditc.runtime.manifest import load_manifest
+from ditc.runtime.manifest import load_manifest, save_manifest
 from ditc.runtime.selftest import describe
 
 FAST = ["--steps", "1", "--threads", "1"]
@@ -66,17 +68,29 @@ def test_a_chosen_seed_is_printed_and_reproduces_the_picture(
     np.testing.assert_array_equal(a, b)
 
 
+def _built_by(bundle: Path, ditc: str, place: Path) -> Path:
+    """A copy that says it was built by that version of ditc."""
+    copy = Path(shutil.copytree(bundle, place / "bundle"))
+    manifest = load_manifest(copy)
+    save_manifest(replace(manifest, tools={**manifest.tools, "ditc": ditc}), copy)
+    return copy
+
+
 def test_several_pictures_get_numbered_names(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("cat\n\n  a photo of an apple \n", encoding="utf-8")
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "2", "--json", "--seed", "1"]
-    assert draw(tiny_bundle, *arguments, "-o", str(tmp_path / "x.png")) == 0
+    assert draw(_built_by(tiny_bundle, "0.0.1", tmp_path), *arguments, "-o", str(tmp_path / "x.png")) == 0
     result = json.loads(capsys.readouterr().out)
     assert [Path(f).name for f in result["files"]] == ["x-0.png", "x-1.png", "x-2.png", "x-3.png"]
     assert result["seed"] == 1 and set(result["seconds"]) == {"text", "denoise", "decode"}
-    prompts = [Image.open(f).text["prompt"] for f in result["files"]]  # type: ignore[attr-defined]
-    assert prompts == ["cat", "cat", "a photo of an apple", "a photo of an apple"]
+    texts = [Image.open(f).text for f in result["files"]]  # type: ignore[attr-defined]
+    assert [t["prompt"] for t in texts] == ["cat", "cat", "a photo of an apple", "a photo of an apple"]
+    settings = [json.loads(t["settings"]) for t in texts]
+    assert [s["index"] for s in settings] == [0, 1, 2, 3]
+    assert all(s["num_prompts"] == s["num_images_per_prompt"] == 2 for s in settings)
+    assert {t["software"] for t in texts} == {f"ditc {version('ditc')}"}
 
 
 def test_previews_are_written_after_every_step(tiny_bundle: Path, tmp_path: Path) -> None:
