@@ -90,22 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build and print one line a stage to stderr and one summary line to stdout."""
-    from ditc.export.options import BuildOptions
     from ditc.export.uptodate import up_to_date
 
-    options = BuildOptions(
-        precision=Precision(arguments.precision),
-        backend=Backend(arguments.backend),
-        resolution=arguments.resolution,
-        max_batch=arguments.max_batch,
-        recipe=arguments.recipe,
-        ranges=arguments.ranges,
-        base_precision=arguments.base_precision and Precision(arguments.base_precision),
-        opset=arguments.opset,
-        targets=tuple(filter(None, arguments.targets.split(","))),
-        linear_attention=arguments.linear_attention,
-        weight_streaming=arguments.weight_streaming,
-    )
+    options = build_options(arguments)
     report = up_to_date(arguments.checkpoint, arguments.output, options)
     if report is not None:  # said without importing torch, which takes seconds
         for event in report.events:
@@ -123,6 +110,26 @@ def run(arguments: argparse.Namespace) -> int:
         sign(report.bundle, arguments.sign)
     _print(report, as_json=arguments.json)
     return 0
+
+
+def build_options(arguments: argparse.Namespace) -> BuildOptions:
+    """The arguments as the build takes them."""
+    from ditc.export.options import BuildOptions
+
+    return BuildOptions(
+        precision=Precision(arguments.precision),
+        backend=Backend(arguments.backend),
+        resolution=arguments.resolution,
+        max_batch=arguments.max_batch,
+        targets=tuple(filter(None, map(str.strip, arguments.targets.split(",")))),
+        raw=arguments.raw,
+        recipe=arguments.recipe,
+        ranges=arguments.ranges,
+        base_precision=arguments.base_precision and Precision(arguments.base_precision),
+        opset=arguments.opset,
+        linear_attention=arguments.linear_attention,
+        weight_streaming=arguments.weight_streaming,
+    )
 
 
 def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
