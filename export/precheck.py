@@ -34,6 +34,21 @@ def check_options(options: BuildOptions) -> None:
             f"opset {options.opset} cannot be built into engines: their parser takes no Attention with an fp32 softmax",
             hint=f"leave --opset out: opset {OPSETS[0]} has the same attention in plain nodes",
         )
+    if options.backend is Backend.ONNXRUNTIME:
+        _check_no_engine_options(options)
+
+
+def _check_no_engine_options(options: BuildOptions) -> None:
+    for text, given in (
+        (f"--targets {','.join(options.targets)}", options.targets),
+        ("--linear-attention plugin", options.linear_attention == "plugin"),
+        ("--weight-streaming", options.weight_streaming),
+    ):
+        if given:
+            raise UsageError(
+                f"{text} belongs to an engine, this build makes ONNX graphs alone",
+                hint="add --backend tensorrt-rtx or --backend tensorrt",
+            )
 
 
 def check_weights(

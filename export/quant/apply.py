@@ -42,7 +42,11 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Q
             another checkpoint.
     """
     if not options.quantized:
-        for name, value in (("--recipe", options.recipe), ("--ranges", options.ranges)):
+        for name, value in (
+            ("--recipe", options.recipe),
+            ("--ranges", options.ranges),
+            ("--base-precision", options.base_precision),
+        ):
             if value is not None:
                 raise UsageError(
                     f"{name} {value} belongs to an 8-bit build, this one is {options.precision.value}",
