@@ -74,9 +74,10 @@ def save_reference(path: Path, context: Context) -> Path:
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(contiguous, partial, metadata={METADATA: json.dumps(described)})
         os.replace(partial, path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise UsageError(
-            f"cannot write {path}: {e.strerror or e}", hint="choose another --save-reference"
+            f"cannot write {path}: {getattr(e, 'strerror', None) or e}",
+            hint="choose another --save-reference",
         ) from e
     finally:
         partial.unlink(missing_ok=True)

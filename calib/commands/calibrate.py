@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.files import check_writable
 from ditc.runtime.spec import Precision
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"output {arguments.output} is not a .safetensors", hint="name it ranges.safetensors"
         )
+    check_writable(arguments.output, "-o")
     if arguments.merge:
         return _merge(arguments)
     from ditc.calib.collect import collect

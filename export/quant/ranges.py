@@ -134,8 +134,10 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
-    except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another -o") from e
+    except (OSError, SafetensorError) as e:
+        raise UsageError(
+            f"cannot write {path}: {getattr(e, 'strerror', None) or e}", hint="choose another -o"
+        ) from e
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.files import check_writable
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             "parity needs one reference: a checkpoint or a saved file",
             hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
-    for place in (arguments.html, arguments.save_reference):
+    for argument, place in (("--html", arguments.html), ("--save-reference", arguments.save_reference)):
         if place is not None:
-            _check_writable(place)
+            check_writable(place, argument)
     manifest = check_bundle(arguments.bundle)
     recorded = None if arguments.reference is None else read_reference(arguments.reference, manifest)
     if recorded is None:
@@ -89,21 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.save_reference is not None:
             save_reference(arguments.save_reference, context)
     _certify(arguments, context, report)
-    if arguments.html is not None:
-        write_page(arguments.html, report)
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
     else:
         sys.stdout.write(to_text(report))
+    if arguments.html is not None:
+        write_page(arguments.html, report)
     context.close()
     return 0 if report.passed else 1
-
-
-def _check_writable(place: Path) -> None:
-    """Raise UsageError before minutes of work, not after them."""
-    existing = next(parent for parent in (place.parent, *place.parent.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"cannot write {place}: {existing} takes no files", hint="choose another place")
 
 
 def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:

@@ -38,3 +38,10 @@ def test_bad_arguments_are_refused_with_a_hint(tmp_path, capsys, monkeypatch, ar
     error = capsys.readouterr().err
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path, capsys):
+    place = tmp_path / "folder.safetensors"
+    place.mkdir()
+    assert main(["calibrate", "nowhere", "-o", str(place)]) == USAGE
+    assert f"cannot write {place}: it is a directory" in capsys.readouterr().err

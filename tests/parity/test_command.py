@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -103,11 +104,28 @@ def test_missing_foreign_and_damaged_reference_files_are_refused_by_name(proven,
 
 
 @pytest.mark.parametrize("option", ["--html", "--save-reference"])
-def test_a_place_that_takes_no_files_is_refused_before_any_work(option, bundle, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("place", ["file/out", "."])
+def test_a_place_that_takes_no_files_is_refused_before_any_work(
+    option, place, bundle, tmp_path, capsys
+) -> None:
     (tmp_path / "file").write_text("no folder")
-    place = tmp_path / "file" / "out"
+    place = tmp_path / place
     assert main(["parity", str(bundle), "--against", "no checkpoint", option, str(place)]) == 2
     assert f"cannot write {place}" in capsys.readouterr().err
+
+
+def test_the_report_is_printed_even_where_the_page_cannot_be_written(
+    bundle, tiny_checkpoint, tmp_path, capsys, monkeypatch
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ditc.parity.page.to_page", full)
+    arguments = ["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "graph"]
+    assert main([*arguments, "--html", str(tmp_path / "page.html")]) == 2
+    out, err = capsys.readouterr()
+    assert "PASS" in out
+    assert "No space left on device" in err
 
 
 def test_a_reference_is_needed_and_only_one(bundle, tmp_path, capsys) -> None:

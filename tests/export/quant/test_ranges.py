@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,13 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert (loaded.origin, loaded.site_of, loaded.prompts) == (saved.origin, saved.site_of, saved.prompts)
     np.testing.assert_array_equal(loaded.of("b").histogram, saved.sites["a"].histogram)
     np.testing.assert_array_equal(loaded.of("b").channel_squares, saved.sites["a"].channel_squares)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
+def test_a_place_that_takes_no_file_is_an_error_with_a_hint():
+    with pytest.raises(UsageError, match="cannot write /proc/r.safetensors") as error:
+        save_ranges(ranges(), Path("/proc/r.safetensors"))  # safetensors raises an error of its own
+    assert error.value.hint == "choose another -o"
 
 
 def test_ranges_of_another_checkpoint_are_refused(tmp_path):
