@@ -22,6 +22,7 @@ from ditc.export.checkpoints.sana_native import (
 from ditc.export.checkpoints.stability import is_stability
 from ditc.export.checkpoints.tensors import TensorSource
 from ditc.export.checkpoints.writer import MAX_SHARD_BYTES, write_weights
+from ditc.export.umask import apply_umask
 from ditc.runtime.errors import CheckpointError, UsageError
 
 
@@ -105,6 +106,7 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
     partial = out.with_name(out.name + ".partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in native.items()}, partial)
+        apply_umask(partial)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

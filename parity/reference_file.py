@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ditc.export.umask import apply_umask
 from ditc.parity.cases import Case, CaseRun, Losses, Recorded, Settings, StageCase
 from ditc.parity.context import Context
 from ditc.parity.levels.picture import pytorch_psnr
@@ -73,6 +74,7 @@ def save_reference(path: Path, context: Context) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(contiguous, partial, metadata={METADATA: json.dumps(described)})
+        apply_umask(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as e:
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditc.export.checkpoint import Checkpoint
+from ditc.export.umask import apply_umask
 from ditc.runtime.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        apply_umask(temporary)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -49,9 +49,3 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Indented, with a newline at the end; parent directories are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

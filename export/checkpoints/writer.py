@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ditc.export.checkpoints.tensors import TensorSource
+from ditc.export.umask import apply_umask
 from ditc.runtime.errors import CheckpointError
 
 # diffusers' default is 10 GB; a shard's cast copy is in memory while it is written, so less is better here.
@@ -35,6 +36,7 @@ def write_weights(
         save_file(
             {name: _cast(name, tensors[name], dtype) for name in names}, path, metadata={"format": "pt"}
         )
+        apply_umask(path)
     if len(shards) > 1:
         weight_map = {name: path.name for path, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": _total_bytes(tensors, dtype)}, "weight_map": weight_map}

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from ditc.export.checkpoint import Checkpoint
 from ditc.export.keys import digest
 from ditc.export.quant.histogram import BINS, CHANNEL_BINS
+from ditc.export.umask import apply_umask
 from ditc.runtime.errors import UsageError
 from ditc.runtime.integrity import sha256
 from ditc.runtime.jsondata import Mismatch, from_json, to_json
@@ -133,6 +134,7 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata=metadata)
+        apply_umask(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as e:
         raise UsageError(

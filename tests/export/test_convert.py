@@ -73,6 +73,10 @@ def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
     second = convert(native, tmp_path / "second", options=OPTIONS)
     for path in sorted(first.rglob("*.*")):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+    # safetensors makes its files private; these may be read by whom the umask lets.
+    config = first / "transformer" / "config.json"
+    modes = {path.stat().st_mode for path in (native, config, *first.rglob("*.safetensors"))}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,11 @@ def test_the_report_is_printed_even_where_the_page_cannot_be_written(
     assert "No space left on device" in err
 
 
+def test_others_may_read_a_reference_file_as_they_may_the_page(proven) -> None:
+    _, page, reference, _ = proven
+    assert reference.stat().st_mode == page.stat().st_mode
+
+
 def test_a_reference_is_needed_and_only_one(bundle, tmp_path, capsys) -> None:
     assert main(["parity", str(bundle)]) == 2
     assert "--against CHECKPOINT" in capsys.readouterr().err

@@ -32,6 +32,12 @@ def test_what_is_saved_is_loaded(tmp_path):
     np.testing.assert_array_equal(loaded.of("b").channel_squares, saved.sites["a"].channel_squares)
 
 
+def test_others_may_read_the_file_as_they_may_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    path = save_ranges(ranges(), tmp_path / "r.safetensors")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
 def test_a_place_that_takes_no_file_is_an_error_with_a_hint():
     with pytest.raises(UsageError, match="cannot write /proc/r.safetensors") as error:
