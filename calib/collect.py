@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+import torch
+
 from ditc.calib.observe import Observer, watching
 from ditc.export.checkpoint import Checkpoint
 from ditc.export.quant.layers import linear_layers
@@ -72,6 +74,7 @@ def collect(
     Raises:
         UsageError: settings that cannot be served. CheckpointError: a checkpoint that cannot be read.
     """
+    _check_device(settings.device)
     twin = Twin(checkpoint, options=BuildOptions(precision=settings.precision))
     origin = _origin(twin, settings)
     partial = out.with_name(f"{out.name}.unfinished")
@@ -102,6 +105,16 @@ def collect(
     save_ranges(ranges, out)
     partial.unlink(missing_ok=True)
     return ranges
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: "Torch not compiled with CUDA enabled"
+        raise UsageError(
+            f"PyTorch cannot compute on {device!r}: {str(e).splitlines()[0]}",
+            hint="take cpu, or cuda with a CUDA build of torch",
+        ) from e
 
 
 def _steps(

@@ -45,3 +45,12 @@ def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path, capsys)
     place.mkdir()
     assert main(["calibrate", "nowhere", "-o", str(place)]) == USAGE
     assert f"cannot write {place}: it is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path, capsys, device):
+    arguments = ["calibrate", "nowhere", "-o", str(tmp_path / "r.safetensors"), "--device", device]
+    assert main(arguments) == USAGE
+    error = capsys.readouterr().err
+    assert f"error: PyTorch cannot compute on '{device}': " in error
+    assert "hint: take cpu" in error
