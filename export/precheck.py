@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ditc.export import budget
 from ditc.export.checkpoint import Checkpoint, check_finite
+from ditc.export.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
 from ditc.export.stages import Adapter, BuildOptions, ModelPlan
 from ditc.runtime.errors import UsageError
@@ -18,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def check_options(options: BuildOptions) -> None:
-    """Raise UsageError for options that no checkpoint could be built with."""
+    """Refuse options that no checkpoint could be built with.
+
+    Raises:
+        UsageError: which, with its value. MissingExtra: Triton, for --linear-attention plugin.
+    """
     if options.max_batch < 1:
         raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
     if options.resolution is not None and options.resolution < 1:
@@ -36,6 +41,8 @@ def check_options(options: BuildOptions) -> None:
         )
     if options.backend is Backend.ONNXRUNTIME:
         _check_no_engine_options(options)
+    elif options.linear_attention == "plugin":
+        load_kernels()
 
 
 def _check_no_engine_options(options: BuildOptions) -> None:

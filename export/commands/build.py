@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.errors import MissingExtra, UsageError
 from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.export.uptodate import up_to_date
 
     options = build_options(arguments)
+    if arguments.sign is not None:
+        _check_key(arguments.sign)
     report = up_to_date(arguments.checkpoint, arguments.output, options)
     if report is not None:  # said without importing torch, which takes seconds
         for event in report.events:
@@ -104,11 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         for line in quantization.report(report.bundle, report.manifest, options.precision):
             sys.stderr.write(line + "\n")
+    _print(report, as_json=arguments.json)
     if arguments.sign is not None:
         from ditc.runtime.signature import sign
 
         sign(report.bundle, arguments.sign)
-    _print(report, as_json=arguments.json)
     return 0
 
 
@@ -130,6 +133,22 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         linear_attention=arguments.linear_attention,
         weight_streaming=arguments.weight_streaming,
     )
+
+
+def _check_key(path: Path) -> None:
+    """Refuse before the build a key that could not sign after it."""
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    except ImportError as e:
+        raise MissingExtra("cryptography", "sign") from e
+    hint = "openssl genpkey -algorithm ed25519 -out key.pem"
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as e:  # TypeError: the key is encrypted
+        raise UsageError(f"--sign {path} cannot be read as a PEM key: {e}", hint=hint) from e
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UsageError(f"--sign {path} is no ed25519 private key", hint=hint)
 
 
 def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditc.export import bundle as bundle_module
+from ditc.export.ops import relu_linear_attention as ops
 from ditc.export.options import BuildOptions
 from ditc.export.uptodate import up_to_date
 from ditc.runtime.cli import USAGE, main
@@ -195,6 +196,35 @@ def test_a_missing_library_names_the_pip_line(
     out = tmp_path / "bundle"
     assert main(["build", str(tiny_checkpoint), "-o", str(out), "--backend", "tensorrt-rtx"]) == USAGE
     assert 'hint: pip install "ditc[rtx]"' in capsys.readouterr().err and not out.exists()
+
+
+def test_a_missing_triton_is_said_before_the_export(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "library_version", lambda *_: "1.0")
+    monkeypatch.delitem(sys.modules, f"{ops.__name__}.kernels", raising=False)
+    monkeypatch.delattr(ops, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    engine = ["--backend", "tensorrt-rtx", "--linear-attention", "plugin"]
+    assert main(["build", str(tiny_checkpoint), "-o", str(tmp_path / "bundle"), *engine]) == USAGE
+    assert 'hint: pip install "ditc[plugin]"' in capsys.readouterr().err
+
+
+def test_a_key_that_cannot_sign_is_refused_before_the_build(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    other = ec.generate_private_key(ec.SECP256R1())
+    pem = other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "ec.pem").write_bytes(pem)
+    (tmp_path / "text.pem").write_text("no key")
+    build = ["build", tiny_checkpoint, "-o", tmp_path / "bundle", "--sign"]
+    assert "is no ed25519 private key" in refused(capsys, *build, tmp_path / "ec.pem")
+    assert "cannot be read as a PEM key" in refused(capsys, *build, tmp_path / "text.pem")
+    assert "No such file" in refused(capsys, *build, tmp_path / "missing.pem")
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.fixture
