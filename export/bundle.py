@@ -68,7 +68,7 @@ def build_bundle(
     started = perf_counter()
     check_options(options)
     check_ours(out)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, variant=options.variant)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     quantization = prepare(options, checkpoint, plan)

@@ -39,7 +39,12 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything that a diffusers directory says. tokenizers maps a component's name to its folder."""
+    """Everything that a diffusers directory says.
+
+    Attributes:
+        tokenizers: a component's name -> its folder.
+        variant: whose weight files were taken, where a component has them.
+    """
 
     path: Path
     model_index: dict[str, Any]
@@ -47,6 +52,7 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     tokenizers: dict[str, Path]
     defaults: dict[str, Any]
+    variant: str | None = None
 
     def component(self, name: str) -> Component:
         """The network of that name. Raises CheckpointError with the names there are."""
@@ -116,6 +122,7 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
         scheduler_config=scheduler_config,
         tokenizers=tokenizers,
         defaults=read_defaults(path / "ditc.json"),
+        variant=variant,
     )
 
 

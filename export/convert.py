@@ -32,6 +32,7 @@ def convert(
     *,
     options: NativeOptions,
     base: str | Path | None = None,
+    variant: str | None = None,
     ema: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
@@ -43,6 +44,7 @@ def convert(
         options: what the checkpoint's keys cannot tell.
         base: a diffusers checkpoint whose other parts (text encoder, tokenizer, VAE) are copied; without it
             only what the file holds and the scheduler are written.
+        variant: of base's weight files.
         ema: take the averaged weights of a training file.
 
     Raises:
@@ -51,7 +53,7 @@ def convert(
     """
     check_free(out)
     native = read_native(source, ema=ema)
-    others = open_checkpoint(base) if base is not None else None
+    others = open_checkpoint(base, variant=variant) if base is not None else None
     if is_stability(native):
         with whole_directory(out) as directory:
             convert_sd3.write_directory(

@@ -18,6 +18,7 @@ class BuildOptions:
 
     Attributes:
         precision: of the denoiser; the other stages follow by the adapter's rule.
+        variant: of the checkpoint's weight files ("fp16"); None for those without one.
         resolution: nominal square size, for checkpoints that serve several.
         max_batch: most samples in one run of the denoiser.
         targets: SMs to build engines for ("sm89"); empty for the backend's default.
@@ -33,6 +34,7 @@ class BuildOptions:
 
     precision: Precision = Precision.FP32
     backend: Backend = Backend.ONNXRUNTIME
+    variant: str | None = None
     resolution: int | None = None
     max_batch: int = 4
     targets: tuple[str, ...] = ()

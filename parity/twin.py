@@ -77,7 +77,9 @@ class Twin:
         options: BuildOptions = FP32,
         like: Manifest | None = None,
     ) -> None:
-        self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+        self.checkpoint = (
+            source if isinstance(source, Checkpoint) else open_checkpoint(source, variant=options.variant)
+        )
         self.adapter = find_adapter(self.checkpoint)
         self.options = options if like is None else _sized(options, like)
         self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)

@@ -154,7 +154,12 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     # What was left out is null in model_index.json, and from_pretrained wants to be told so all the same.
     left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
     return DiffusionPipeline.from_pretrained(
-        str(checkpoint.path), dtype=dtype, local_files_only=True, trust_remote_code=False, **left_out
+        str(checkpoint.path),
+        dtype=dtype,
+        variant=checkpoint.variant,
+        local_files_only=True,
+        trust_remote_code=False,
+        **left_out,
     )
 
 

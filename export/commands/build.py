@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a diffusers directory")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of the checkpoint's weight files, such as fp16 (default: those without one)",
+    )
+    parser.add_argument(
         "--precision",
         default=Precision.FP32.value,
         choices=[p.value for p in Precision],
@@ -122,6 +127,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         precision=Precision(arguments.precision),
         backend=Backend(arguments.backend),
+        variant=arguments.variant,
         resolution=arguments.resolution,
         max_batch=arguments.max_batch,
         targets=tuple(filter(None, map(str.strip, arguments.targets.split(",")))),

@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory to make; with --to-native a .safetensors file")
     parser.add_argument("--to-native", action="store_true", help="write diffusers weights under native names")
     parser.add_argument("--base", help="diffusers checkpoint to copy text encoder, tokenizer and VAE from")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of a diffusers checkpoint's weight files, such as fp16 (default: none)",
+    )
     parser.add_argument("--ema", action="store_true", help="take state_dict_ema of a training file")
     group = parser.add_argument_group("what a native checkpoint's keys cannot tell")
     group.add_argument("--resolution", type=int, help="pixels of a side it was trained for, say 1024")
@@ -35,12 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.export.convert import convert, convert_to_native
 
     if arguments.to_native:
-        written = convert_to_native(arguments.source, arguments.out)
+        written = convert_to_native(arguments.source, arguments.out, variant=arguments.variant)
     else:
         names = (field.name for field in fields(NativeOptions))
         options = NativeOptions(**{name: getattr(arguments, name) for name in names})
         written = convert(
-            Path(arguments.source), arguments.out, options=options, base=arguments.base, ema=arguments.ema
+            Path(arguments.source),
+            arguments.out,
+            options=options,
+            base=arguments.base,
+            variant=arguments.variant,
+            ema=arguments.ema,
         )
     sys.stdout.write(f"{written}\n")
     return 0

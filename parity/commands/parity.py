@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--against", metavar="CHECKPOINT", help="the checkpoint it was built from")
     parser.add_argument(
+        "--variant", metavar="NAME", help="of its weight files, as in the build (default: those without one)"
+    )
+    parser.add_argument(
         "--level",
         action="append",
         choices=[level.value for level in Level],
@@ -163,6 +166,7 @@ def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
 def _open(
     arguments: argparse.Namespace, settings: Settings, recorded: Recorded | None, tick: Callable[[str], None]
 ) -> Context:
+    from ditc.export.options import BuildOptions
     from ditc.parity.candidate import open_candidate
     from ditc.parity.context import Context
     from ditc.parity.twin import Twin
@@ -170,8 +174,11 @@ def _open(
     candidate = open_candidate(
         arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
     )
+    options = BuildOptions(variant=arguments.variant)
     return Context(
-        twin_or_none=None if recorded is not None else Twin(arguments.against, like=candidate.manifest),
+        twin_or_none=Twin(arguments.against, options=options, like=candidate.manifest)
+        if recorded is None
+        else None,
         candidate=candidate,
         settings=settings,
         with_upstream=not arguments.no_diffusers,

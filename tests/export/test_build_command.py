@@ -14,6 +14,7 @@ from ditc.export.options import BuildOptions
 CHOICES = {
     "precision": ["--precision", "fp8"],
     "backend": ["--backend", "tensorrt-rtx"],
+    "variant": ["--variant", "fp16"],
     "resolution": ["--resolution", "512"],
     "max_batch": ["--max-batch", "2"],
     "targets": ["--targets", "sm89"],
