@@ -24,6 +24,7 @@ from ditc.export.checkpoints.tensors import TensorSource
 from ditc.export.checkpoints.writer import MAX_SHARD_BYTES, write_weights
 from ditc.export.umask import apply_umask
 from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.files import check_writable
 
 
 def convert(
@@ -91,8 +92,9 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
         CheckpointError: a checkpoint that is neither Sana's nor SD3's.
     """
     if out.suffix != ".safetensors":
-        raise UsageError(f"{out} must end in .safetensors")
+        raise UsageError(f"{out} is not a .safetensors", hint="name it native.safetensors")
     check_free(out)
+    check_writable(out, "OUT")
     checkpoint = open_checkpoint(source, variant=variant)
     transformer = checkpoint.component("transformer")
     if transformer.config.get("_class_name") == convert_sd3.CLASSES["transformer"][1]:

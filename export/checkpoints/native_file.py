@@ -24,12 +24,20 @@ def read_native(path: Path, *, ema: bool = False) -> TensorSource:
     Raises:
         CheckpointError: missing, damaged, of another format, or with more than tensors and plain data.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a directory, a native checkpoint is one file",
+            hint="to write a diffusers directory as such a file, add --to-native",
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", hint="check the path")
     if path.suffix == ".safetensors":
         return TensorSource(read_safetensors(path))
     if path.suffix not in TORCH_SUFFIXES:
-        raise CheckpointError(f"{path} is neither .safetensors nor {', '.join(sorted(TORCH_SUFFIXES))}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist", hint="check the path")
+        raise CheckpointError(
+            f"{path} is neither .safetensors nor {', '.join(sorted(TORCH_SUFFIXES))}",
+            hint="give the file as it was released",
+        )
     tensors = _state_dict(path, _load(path), ema)
     return TensorSource({name: _entry(tensor) for name, tensor in tensors.items()})
 

@@ -268,6 +268,24 @@ def test_a_native_file_given_as_a_checkpoint_is_sent_to_convert(tmp_path: Path) 
     assert "ditc convert" in str(caught.value.hint)
 
 
+def test_a_directory_is_sent_to_the_other_direction_and_a_missing_file_is_said(
+    tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "checkpoint").mkdir()
+    assert main(["convert", str(tmp_path / "checkpoint"), str(out)]) == 2
+    assert "hint: to write a diffusers directory as such a file, add --to-native" in capsys.readouterr().err
+    for missing in ("net.pth", "net.safetensors", "net"):
+        assert main(["convert", str(tmp_path / missing), str(out)]) == 2
+        assert f"{missing} does not exist" in capsys.readouterr().err
+
+
+def test_a_place_that_takes_no_native_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"):
+        convert_to_native("nowhere", tmp_path / "file" / "out.safetensors")
+
+
 def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     (tmp_path / "out").mkdir()
