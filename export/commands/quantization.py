@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditc.export.quant.measure import Measurement, measure, save_measurement
+from ditc.export.quant.measure import Measurement, known_measurement, measure, save_measurement
 from ditc.export.quant.record import QuantRecord, read_record
 from ditc.runtime.manifest import Manifest
 from ditc.runtime.spec import DENOISER, Backend, Precision
@@ -23,6 +23,9 @@ def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
     lines = coverage_lines(read_record(bundle / artifact.quantization.path))
     if any(t.dtype.value == "bfloat16" for t in artifact.spec.inputs):
         return [*lines, "fidelity and speed: not measured, ONNX Runtime's CPU provider has no bf16"]
+    known = known_measurement(bundle, manifest, artifact.key)
+    if known is not None:
+        return [*lines, *measured_lines(known, precision)]
     measurement = measure(bundle, manifest, precision)
     if measurement is None:
         hint = "build it into this bundle without --precision, then build again"

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ditc.runtime.jsondata import to_json
+from ditc.runtime.jsondata import from_json, to_json
 from ditc.runtime.loader import load_parts
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.manifest import Artifact, Manifest
@@ -114,6 +114,22 @@ def measure(
         speedup_low=float(np.quantile(ratios, 0.25)),
         speedup_high=float(np.quantile(ratios, 0.75)),
     )
+
+
+def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measurement | None:
+    """What was measured of this artifact in this very bundle, on this machine and with these versions."""
+    here = {
+        "manifest": manifest.digest,
+        "artifact": artifact,
+        "machine": str(this_machine()),
+        "versions": library_versions(),
+    }
+    try:
+        entries = json.loads((bundle / FILE).read_bytes())
+        found = [entry for entry in entries if here.items() <= entry.items()]
+        return from_json(Measurement, found[0]) if found else None
+    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not ours: measured again
+        return None
 
 
 def save_measurement(measurement: Measurement, bundle: Path) -> Path:

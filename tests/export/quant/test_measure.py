@@ -1,0 +1,91 @@
+"""What a quantized build says of fidelity and speed is measured once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditc.export.commands import quantization
+from ditc.export.quant.coverage import Coverage
+from ditc.export.quant.measure import Measurement, known_measurement, save_measurement
+from ditc.export.quant.recipes import RECIPES
+from ditc.export.quant.record import QuantRecord
+from ditc.runtime.jsondata import to_json
+from ditc.runtime.machine import library_versions, this_machine
+from ditc.runtime.manifest import FileRef, Manifest, Stage, load_manifest
+from ditc.runtime.spec import DENOISER, Precision
+
+
+@pytest.fixture
+def manifest(tiny_bundle: Path) -> Manifest:
+    return load_manifest(tiny_bundle)
+
+
+def measured(of: Manifest, **changes: object) -> Measurement:
+    made = Measurement(
+        manifest=of.digest,
+        artifact="key",
+        recipe="sana-int8",
+        machine=str(this_machine()),
+        versions=library_versions(),
+        prompts=4,
+        num_inference_steps=20,
+        psnr_db=38.9,
+        worst_db=24.5,
+        latents_rel_l2=0.05,
+        step_ms=1.0,
+        base_step_ms=1.5,
+        speedup=1.5,
+        speedup_low=1.4,
+        speedup_high=1.6,
+    )
+    return replace(made, **changes)
+
+
+def test_a_measurement_of_this_bundle_on_this_machine_is_known(manifest: Manifest, tmp_path: Path) -> None:
+    save_measurement(measured(manifest, artifact="another"), tmp_path)
+    save_measurement(measured(manifest), tmp_path)
+    assert known_measurement(tmp_path, manifest, "key") == measured(manifest)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"manifest": "0"}, {"artifact": "0"}, {"machine": "a faster one"}, {"versions": {"ditc": "0"}}],
+)
+def test_one_of_anything_else_is_not(changes: dict[str, object], manifest: Manifest, tmp_path: Path) -> None:
+    save_measurement(measured(manifest, **changes), tmp_path)
+    assert known_measurement(tmp_path, manifest, "key") is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "damaged"])
+def test_a_file_that_holds_none_is_none(content: str, manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "quantized.json").write_text(content)
+    assert known_measurement(tmp_path, manifest, "key") is None
+
+
+def test_a_build_that_changed_nothing_draws_no_pictures_again(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coverage = Coverage(
+        layers=1, gemm_share=1, product_share=1, weight_share=1, size_bytes=1, fp16_bytes=1, high=()
+    )
+    record = QuantRecord(recipe=RECIPES["sana-int8"], ranges=None, coverage=coverage, inputs=(), layers={})
+    (tmp_path / "record.json").write_text(json.dumps(to_json(record)))
+    (graph,) = manifest.stages[DENOISER].artifacts
+    int8 = replace(
+        graph,
+        precision=Precision.INT8,
+        key="key",
+        quantization=FileRef("record.json", size_bytes=0, sha256=""),
+    )
+    with_int8 = replace(manifest, stages={**manifest.stages, DENOISER: Stage(artifacts=(graph, int8))})
+    save_measurement(measured(manifest), tmp_path)
+
+    def measure(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(quantization, "measure", measure)
+    assert "PSNR 38.9 dB" in "\n".join(quantization.report(tmp_path, with_int8, Precision.INT8))
