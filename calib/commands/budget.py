@@ -14,6 +14,7 @@ from ditc.calib.chart import curve_svg
 from ditc.calib.search import Budget, Point, Result, save_result, search
 from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Trial
+from ditc.export.checkpoint import Checkpoint
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Ranges
@@ -35,7 +36,7 @@ class Files:
 
 
 def find_mixed(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     ranges: Ranges,
     prompts: Sequence[str],
     budget: Budget,

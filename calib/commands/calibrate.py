@@ -14,17 +14,23 @@ from ditc.runtime.spec import Precision
 if TYPE_CHECKING:
     from ditc.calib.collect import Progress, Settings
     from ditc.calib.search import Budget
+    from ditc.export.checkpoint import Checkpoint
     from ditc.export.quant.formats import Format
     from ditc.export.quant.ranges import Ranges
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Settings of the measurement, or of the search that follows it."""
-    parser.add_argument("checkpoint", help="a diffusers directory")
+    parser.add_argument("checkpoint", nargs="?", help="a diffusers directory; --merge alone needs none")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="ranges, .safetensors"
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: ours, 256)")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of the checkpoint's weight files, such as fp16 (default: those without one)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: ours)")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="only the first N")
     parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
     parser.add_argument("--guidance-scale", type=float, metavar="G")
@@ -65,39 +71,60 @@ def run(arguments: argparse.Namespace) -> int:
             f"output {arguments.output} is not a .safetensors", hint="name it ranges.safetensors"
         )
     check_writable(arguments.output, "-o")
-    if arguments.merge:
-        return _merge(arguments)
-    from ditc.calib.collect import collect
+    if arguments.merge and arguments.budget is None:
+        _merge(arguments)
+        return 0
+    if arguments.checkpoint is None:
+        raise UsageError(
+            "calibrate has no checkpoint to run",
+            hint="ditc calibrate CHECKPOINT -o FILE; --merge alone needs none",
+        )
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.calib.search import parse_budget
+    from ditc.export.checkpoint import open_checkpoint
 
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
-    formats = _formats(arguments.formats)
+    formats, settings = _formats(arguments.formats), _settings(arguments)
     prompts = read_prompts(arguments.prompts or GENERAL)[: arguments.num_prompts]
+    checkpoint = open_checkpoint(arguments.checkpoint, variant=arguments.variant)
+    if arguments.merge:
+        ranges = _merge(arguments, checkpoint)
+    else:
+        ranges = _measure(arguments.output, checkpoint, prompts, settings)
+    if budget is not None:
+        _search(arguments, checkpoint, ranges, prompts, budget, formats)
+    return 0
+
+
+def _measure(output: Path, checkpoint: Checkpoint, prompts: list[str], settings: Settings) -> Ranges:
+    from ditc.calib.collect import collect
+
     with _Bar() as bar:
-        ranges = collect(
-            arguments.checkpoint, prompts, arguments.output, _settings(arguments), on_progress=bar
-        )
+        ranges = collect(checkpoint, prompts, output, settings, on_progress=bar)
     sys.stdout.write(
-        f"{arguments.output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
+        f"{output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
         f"{ranges.origin.num_inference_steps} steps, {bar.seconds:.1f} s{bar.per_step()}\n"
     )
-    if budget is not None:
-        _search(arguments, ranges, prompts, budget, formats)
-    return 0
+    return ranges
 
 
-def _merge(arguments: argparse.Namespace) -> int:
-    from ditc.export.quant.ranges import load_ranges, merge_ranges, save_ranges
+def _merge(arguments: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Ranges:
+    """Write the sum of the files; with a checkpoint, they must have been measured on it."""
+    from ditc.export.quant.ranges import checkpoint_identity, load_ranges, merge_ranges, save_ranges
 
-    merged = merge_ranges([load_ranges(path) for path in arguments.merge])
+    parts = [load_ranges(path) for path in arguments.merge]
+    if checkpoint is not None:
+        identity = checkpoint_identity(checkpoint, parts[0].origin.network)
+        parts = [load_ranges(path, identity=identity) for path in arguments.merge]
+    merged = merge_ranges(parts)
     save_ranges(merged, arguments.output)
     sys.stdout.write(f"{arguments.output}: {len(merged.prompts)} prompts of {len(arguments.merge)} files\n")
-    return 0
+    return merged
 
 
 def _search(
     arguments: argparse.Namespace,
+    checkpoint: Checkpoint,
     ranges: Ranges,
     prompts: list[str],
     budget: Budget,
@@ -108,7 +135,7 @@ def _search(
     from ditc.calib.commands.budget import as_text, find_mixed, write_result
 
     result = find_mixed(
-        arguments.checkpoint,
+        checkpoint,
         ranges,
         prompts,
         budget,

@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import pytest
+from tiny_sana import make_checkpoint
 
 from ditc.export.quant.ranges import load_ranges
 from ditc.runtime.cli import USAGE, main
 
 
-def test_measuring_in_shards_and_merging_them(tiny_checkpoint, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("a red heart\nblue cat\n")
-    common = ["calibrate", str(tiny_checkpoint), "--prompts", str(tmp_path / "p.txt"), "--steps", "1"]
-    parts = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory):
+    """The same networks with other weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("other") / "checkpoint", seed=1)
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_checkpoint, tmp_path_factory):
+    """Ranges of two prompts, a file each."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "p.txt").write_text("a red heart\nblue cat\n")
+    common = ["calibrate", str(tiny_checkpoint), "--prompts", str(folder / "p.txt"), "--steps", "1"]
+    parts = [str(folder / f"{i}.safetensors") for i in range(2)]
     for i, part in enumerate(parts):
         assert main([*common, "-o", part, "--shard", f"{i}/2"]) == 0
-    assert main([*common, "-o", str(tmp_path / "r.safetensors"), "--merge", *parts]) == 0
+    return parts
+
+
+def test_measuring_in_shards_and_merging_them_needs_the_checkpoint_once(shards, tmp_path, capsys):
+    assert main(["calibrate", "-o", str(tmp_path / "r.safetensors"), "--merge", *shards]) == 0
     assert "2 prompts of 2 files" in capsys.readouterr().out
     assert len(load_ranges(tmp_path / "r.safetensors").prompts) == 2
+
+
+def test_a_budget_is_searched_for_in_merged_ranges_too(shards, tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red heart\n")
+    out = tmp_path / "r.safetensors"
+    search = ["--budget", "psnr=1", "--prompts", str(tmp_path / "p.txt"), "--search-minutes", "0"]
+    assert main(["calibrate", str(tiny_checkpoint), "-o", str(out), *search, "--merge", *shards]) == 0
+    assert "<- chosen, psnr=1" in capsys.readouterr().out
+    assert out.with_suffix(".mixed.json").is_file()
+
+
+def test_ranges_of_other_weights_are_not_searched(shards, other_weights, tmp_path, capsys):
+    out = tmp_path / "r.safetensors"
+    search = ["--budget", "psnr=1", "--merge", *shards]
+    assert main(["calibrate", str(other_weights), "-o", str(out), *search]) == USAGE
+    assert "was measured on other weights" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--budget", "psnr=1", "--merge", "r.safetensors"]])
+def test_what_runs_the_network_needs_a_checkpoint(tmp_path, capsys, arguments):
+    assert main(["calibrate", "-o", str(tmp_path / "r.safetensors"), *arguments]) == USAGE
+    assert "calibrate has no checkpoint to run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -48,9 +85,9 @@ def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path, capsys, device):
-    arguments = ["calibrate", "nowhere", "-o", str(tmp_path / "r.safetensors"), "--device", device]
-    assert main(arguments) == USAGE
+def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_checkpoint, tmp_path, capsys, device):
+    out = tmp_path / "r.safetensors"
+    assert main(["calibrate", str(tiny_checkpoint), "-o", str(out), "--device", device]) == USAGE
     error = capsys.readouterr().err
     assert error.startswith(
         f"error: PyTorch cannot compute on '{device}': "
