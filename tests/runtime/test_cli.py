@@ -222,8 +222,8 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFi
         (["run"], "the following arguments are required: bundle", "ditc run --help"),
         (["run", "x", "y", "z"], "unrecognized arguments: z", "ditc run --help"),
         (
-            ["run", "x", "y", "--steps", "many"],
-            "argument --steps: invalid int value: 'many'",
+            ["run", "x", "y", "--width", "wide"],
+            "argument --width: invalid int value: 'wide'",
             "ditc run --help",
         ),
     ],
