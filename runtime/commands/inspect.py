@@ -48,30 +48,33 @@ def run(arguments: argparse.Namespace) -> int:
         layers, window = ", ".join(map(str, skip.layers)), f"from {skip.start} to {skip.stop} of the steps"
         scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless asked for"
         console.print(f"skip-layer guidance: layers {layers}, {scale}")
-    table = Table(
-        "stage",
-        "precision",
-        "backend",
-        "targets",
-        "MB",
-        "built in",
-        "peak memory",
-        "inputs",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    # Narrow enough for 80 columns: inputs, which are long, have lines of their own below it.
+    columns = ("stage", "precision", "backend", "targets", "MB", "built in", "peak memory")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for name, stage in manifest.stages.items():
         for artifact in stage.artifacts:
             size = sum(ref.size_bytes for ref in artifact.files) / 1e6
-            inputs = ", ".join(f"{t.name}({','.join(map(str, t.shape))})" for t in artifact.spec.inputs)
             targets = " ".join(artifact.targets) or "-"
             backend = " ".join(filter(None, (artifact.backend.value, artifact.library)))
             cost = _cost(arguments.bundle, name, artifact)
-            table.add_row(name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost, inputs)
+            table.add_row(name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost)
     console.print(table)
+    for line in _inputs(manifest):
+        console.print(line)
     for line in _certificates(arguments.bundle, manifest):
         console.print(line)
     return 0
+
+
+def _inputs(manifest: Manifest) -> Iterator[str]:
+    """What each stage takes, said once where its artifacts agree."""
+    for name, stage in manifest.stages.items():
+        shapes = [
+            ", ".join(f"{t.name}({','.join(map(str, t.shape))})" for t in artifact.spec.inputs)
+            for artifact in stage.artifacts
+        ]
+        for inputs in dict.fromkeys(shapes):
+            yield f"{name} takes {inputs}"
 
 
 def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:

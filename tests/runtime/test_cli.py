@@ -300,6 +300,22 @@ def test_inspect_tells_stages_and_defaults(tiny_bundle: Path, capsys: pytest.Cap
     assert "64x64 (no resolution bins), 4 steps of flow_dpmsolver_multistep, guidance_scale 3.0" in out
 
 
+def test_inspect_fits_a_terminal_of_80_columns(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # 80 columns, no escape sequences
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("stage ")]
+    stages = load_manifest(tiny_bundle).stages
+    rows = [line for line in lines[head:] if len(line) <= 80 and line.split() and line.split()[0] in stages]
+    assert [row.split()[:3] for row in rows if " takes " not in row] == [
+        [name, "fp32", "onnxruntime"] for name in stages
+    ]
+    assert "vae_decoder takes latents(batch,8,height,width)" in lines
+
+
 def test_inspect_prints_a_path_with_brackets_as_it_is(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
