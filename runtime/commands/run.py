@@ -154,7 +154,9 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if preview is not None:
         _make_directory(preview)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Where nobody watches, a bar that is gone at the end still leaves an empty line (rich 15).
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("text", total=None)
 
         def on_step(step: Step) -> None:

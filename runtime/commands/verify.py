@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     refs = list(manifest.all_files())
     total = sum(ref.size_bytes for ref in refs)
     columns = (TextColumn("hashing"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         check_files(arguments.bundle, refs, done=lambda ref: progress.advance(task, ref.size_bytes))
     tested = _self_test(arguments) if arguments.run else None

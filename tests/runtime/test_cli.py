@@ -316,6 +316,14 @@ def test_inspect_fits_a_terminal_of_80_columns(
     assert "vae_decoder takes latents(batch,8,height,width)" in lines
 
 
+def test_what_nobody_watches_leaves_no_empty_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(tiny_bundle, "cat", "-o", str(tmp_path / "x.png")) == 0
+    assert main(["verify", str(tiny_bundle)]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if not line.strip()] == []
+
+
 def test_inspect_prints_a_path_with_brackets_as_it_is(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
