@@ -103,16 +103,13 @@ def choose(
         UsageError: an unknown backend or precision, or none that the bundle and this machine share.
         SessionError: an engine was asked for by name that is not for this machine's GPU or library.
     """
-    runnable = available_backends()
-    wanted = [Backend(backend)] if backend != "auto" and backend in set(Backend) else list(runnable)
-    if backend != "auto" and backend not in set(Backend):
-        raise UsageError(
-            f"backend {backend!r} is unknown", hint=f"take auto or one of {[b.value for b in Backend]}"
-        )
+    backends = [*ENGINES, Backend.ONNXRUNTIME]  # PyTorch is the references' alone
+    if backend not in ("auto", *backends):
+        raise UsageError(f"backend {backend!r} is unknown", hint=f"take auto, {', '.join(backends)}")
     if precision is not None and precision not in set(Precision):
-        raise UsageError(
-            f"precision {precision!r} is unknown", hint=f"take one of {[p.value for p in Precision]}"
-        )
+        raise UsageError(f"precision {precision!r} is unknown", hint=f"take one of {', '.join(Precision)}")
+    runnable = available_backends()
+    wanted = list(runnable) if backend == "auto" else [Backend(backend)]
     if DENOISER not in manifest.stages:
         raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
     denoisers = manifest.stages[DENOISER].artifacts

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditc.runtime.errors import UsageError
+
 if TYPE_CHECKING:
     from ditc.runtime.certificate import Record
 
@@ -39,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.selftest import describe
     from ditc.runtime.signature import check_signature
 
+    if not arguments.run and (arguments.backend != "auto" or arguments.precision is not None):
+        raise UsageError("--backend and --precision choose what --run runs", hint="add --run")
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:
         check_signature(arguments.bundle, manifest, arguments.require_signature)

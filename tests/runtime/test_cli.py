@@ -324,6 +324,24 @@ def test_what_nobody_watches_leaves_no_empty_line(
     assert [line for line in capsys.readouterr().err.splitlines() if not line.strip()] == []
 
 
+@pytest.mark.parametrize("choice", [["--backend", "nonsense"], ["--precision", "fp16"]])
+def test_verify_refuses_a_choice_of_what_it_does_not_run(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str], choice: list[str]
+) -> None:
+    assert main(["verify", str(tiny_bundle), *choice]) == USAGE
+    assert errors(capsys)[-1] == "hint: add --run"
+
+
+def test_the_hint_of_an_unknown_backend_names_those_that_run_a_bundle(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(tiny_bundle, "cat", "-o", str(tmp_path / "x.png"), "--backend", "torch") == USAGE
+    assert errors(capsys) == [
+        "error: backend 'torch' is unknown",
+        "hint: take auto, tensorrt, tensorrt-rtx, onnxruntime",
+    ]
+
+
 def test_inspect_prints_a_path_with_brackets_as_it_is(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
