@@ -76,7 +76,7 @@ def test_damaged_files_are_refused_by_name_before_a_session_is_made(
     path = {
         "graph": artifact.file.path,
         "weights": artifact.data[0].path,
-        "tokenizer": "tokenizer/tokenizer.json",
+        "tokenizer": load_manifest(copy).text[0].tokenizer,
     }
     damage(copy / path[which])
     opened: list[str] = []
