@@ -18,9 +18,9 @@ from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.results import Result, Verdict
 from ditc.parity.twin import Twin
-from ditc.runtime.denoise import DenoiseState
+from ditc.runtime.denoise import DenoiseState, Rows
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.session import Session
+from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.tolerances import Level
@@ -90,8 +90,13 @@ def block_forward(*, swap: bool = False, gate: bool = True) -> Callable[..., Ten
 class SwappedRows(Pipeline):
     """Conditional rows where diffusers has the unconditional ones."""
 
-    def _state(self, plan: Any, latents: Any, positive: Any, negative: Any, *rest: Any) -> DenoiseState:
-        return super()._state(plan, latents, negative, positive, *rest)
+    def start(self, plan: Any) -> tuple[DenoiseState, ...]:
+        return tuple(replace(state, rows=_swapped(state.rows)) for state in super().start(plan))
+
+
+def _swapped(rows: Rows) -> Rows:
+    arrays = {name: to_numpy(array) for name, array in rows.conditioning.items()}
+    return replace(rows, conditioning={n: np.roll(a, len(a) // 2, axis=0) for n, a in arrays.items()})
 
 
 class StrongerGuidance(Pipeline):
