@@ -25,11 +25,7 @@ def sign(bundle: Path, private_key: Path) -> Path:
     Raises:
         BundleError: no sound manifest. UsageError: no such key. MissingExtra: cryptography is not installed.
     """
-    manifest = load_manifest(bundle)
-    ed25519, serialization = _library()
-    key = _read(private_key, lambda data: serialization.load_pem_private_key(data, password=None))
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise UsageError(f"{private_key} is no ed25519 private key", hint=_MAKE_KEY)
+    manifest, key = load_manifest(bundle), load_private_key(private_key)
     record = {
         "algorithm": "ed25519",
         "digest": manifest.digest,
@@ -43,6 +39,19 @@ def sign(bundle: Path, private_key: Path) -> Path:
     except OSError as e:
         raise BundleError(f"cannot write {path}: {e.strerror}", hint="check the permissions") from e
     return path
+
+
+def load_private_key(path: Path) -> Any:
+    """The ed25519 key of a PEM file: what `sign` needs, to be tried before long work.
+
+    Raises:
+        UsageError: no such key. MissingExtra: cryptography is not installed.
+    """
+    ed25519, serialization = _library()
+    key = _read(path, lambda data: serialization.load_pem_private_key(data, password=None))
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UsageError(f"{path} is no ed25519 private key", hint=_MAKE_KEY)
+    return key
 
 
 def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:

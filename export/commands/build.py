@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditc.runtime.errors import MissingExtra, UsageError
 from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
@@ -100,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = build_options(arguments)
     if arguments.sign is not None:
-        _check_key(arguments.sign)
+        from ditc.runtime.signature import load_private_key
+
+        load_private_key(arguments.sign)  # refused before the build, not after it
     report = up_to_date(arguments.checkpoint, arguments.output, options)
     if report is not None:  # said without importing torch, which takes seconds
         for event in report.events:
@@ -139,22 +140,6 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         linear_attention=arguments.linear_attention,
         weight_streaming=arguments.weight_streaming,
     )
-
-
-def _check_key(path: Path) -> None:
-    """Refuse before the build a key that could not sign after it."""
-    try:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    except ImportError as e:
-        raise MissingExtra("cryptography", "sign") from e
-    hint = "openssl genpkey -algorithm ed25519 -out key.pem"
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as e:  # TypeError: the key is encrypted
-        raise UsageError(f"--sign {path} cannot be read as a PEM key: {e}", hint=hint) from e
-    if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"--sign {path} is no ed25519 private key", hint=hint)
 
 
 def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
