@@ -40,6 +40,7 @@ def test_kernels_are_kept_by_gpu_driver_library_and_engine(tmp_path: Path) -> No
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     kernel_cache(tmp_path / "file", **KEY).save(b"kernels")
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_what_speaks_against_an_engine_is_told_by_name() -> None:
