@@ -136,7 +136,10 @@ def _check_settings(name: str, config: Mapping[str, Any]) -> None:
 def _number(config: Mapping[str, Any], setting: str, default: float) -> float:
     value = config.get(setting, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{setting} is {value!r}, it must be a positive number")
+        raise CheckpointError(
+            f"{setting} is {value!r}, it must be a positive number",
+            hint="scheduler/scheduler_config.json is damaged, or was edited: fetch it again",
+        )
     return float(value)
 
 

@@ -193,6 +193,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_tensors_name(damage, message, re
     ("setting", "message"),
     [
         ({"use_rope": True}, "unknown setting use_rope = True"),
+        ({"num_layers": "six"}, "num_layers: expected int, got .six., in the Sana config.json"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
         ({"cross_attention_dim": 96}, "cross_attention_dim is 96"),
     ],
