@@ -36,7 +36,7 @@ from benchmarks.gpu_candidates import (
 )
 from benchmarks.machine import spread, write
 from ditc.runtime.errors import DitcError
-from ditc.runtime.gpu import find_gpu
+from ditc.runtime.gpu import NO_GPU, find_gpu
 from ditc.runtime.session import Array, Session
 from ditc.runtime.sessions import ENGINES
 from ditc.runtime.spec import DENOISER, Backend
@@ -253,7 +253,7 @@ def main() -> int:
     arguments = parser.parse_args()
     gpu = find_gpu()
     if gpu is None:
-        print("benchmarks.gpu: no NVIDIA GPU with a driver (nvidia-smi finds none)", file=sys.stderr)
+        print(f"benchmarks.gpu: {NO_GPU}", file=sys.stderr)
         return 2
     ceiling = ceilings()
     results: dict[str, Any] = {"gpu": f"{gpu.name} {gpu.sm}", "ceilings": ceiling}

@@ -14,6 +14,7 @@ from ditc.runtime.spec import Backend
 
 # The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.
 RTX_LIBRARY = "libtensorrt_rtx.so"
+NO_GPU = "no NVIDIA GPU with a driver (nvidia-smi finds none)"
 PACKAGES = {Backend.TENSORRT_RTX: "tensorrt-rtx", Backend.TENSORRT: "tensorrt"}
 
 

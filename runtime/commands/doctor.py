@@ -160,7 +160,7 @@ def _conflicts() -> list[Finding]:
                 "conflict",
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
                 False,
-                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'",
             )
         )
     torch = _installed("torch")

@@ -9,6 +9,7 @@ from pathlib import Path
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_library_folder
 from ditc.runtime.sessions import ENGINES, missing
+from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
 
 # tensorrt_rtx.ComputeCapability of 1.7.1.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -33,7 +34,15 @@ KNOWN_BAD = (
 def engine_findings() -> list[Finding]:
     """All of it."""
     gpu = find_gpu()
-    return [*_gpu(gpu), *_targets(), *_runs(), *_plugin(), *known_bad(), *missing_link(rtx_library_folder())]
+    return [
+        *_gpu(gpu),
+        *_targets(),
+        *_runs(),
+        *_onnxruntime(gpu),
+        *_plugin(),
+        *known_bad(),
+        *missing_link(rtx_library_folder()),
+    ]
 
 
 def _gpu(gpu: Gpu | None) -> list[Finding]:
@@ -63,6 +72,16 @@ def _runs() -> list[Finding]:
         for backend in ENGINES
         if (lack := missing(backend))
     ]
+
+
+def _onnxruntime(gpu: Gpu | None) -> list[Finding]:
+    """ONNX Runtime on the GPU, where there is one or the wheel for it."""
+    if gpu is None and _version("onnxruntime-gpu") is None:
+        return []
+    lack = cuda_lack()
+    if lack:
+        return [Finding("runs not", f"onnxruntime on a GPU: {lack}", None, INSTALL if gpu else None)]
+    return [Finding("runs", "onnxruntime on the GPU, by its CUDA provider")]
 
 
 def _plugin() -> list[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.gpu import check_engine, find_gpu, library_version
+from ditc.runtime.gpu import NO_GPU, check_engine, find_gpu, library_version
 from ditc.runtime.manifest import Artifact
 from ditc.runtime.session import Session
 from ditc.runtime.spec import Backend
@@ -42,7 +42,7 @@ def missing(backend: Backend) -> str:
         found = None
     if found is None:
         return f'cuda-python is not installed: pip install "ditc[{extra}]"'
-    return "" if find_gpu() is not None else "no NVIDIA GPU with a driver (nvidia-smi finds none)"
+    return "" if find_gpu() is not None else NO_GPU
 
 
 def open_session(

@@ -9,12 +9,12 @@ from typing import Any
 
 from ditc.runtime.errors import MissingExtra, SessionError, UsageError
 from ditc.runtime.session import Session, Tensor, to_numpy
+from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
 from ditc.runtime.spec import DENOISER, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
 PROVIDERS = ("auto", "cpu", "cuda", "openvino")
 
@@ -44,7 +44,7 @@ class OnnxRuntimeSession:
         import onnxruntime as ort
 
         self.spec = spec
-        self.provider = provider or (CUDA if CUDA in ort.get_available_providers() else CPU)
+        self.provider = provider or (CPU if cuda_lack() else CUDA)
         if precision is Precision.BF16 and self.provider == CPU:
             raise SessionError(
                 f"{spec.name}: ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)",
@@ -70,9 +70,16 @@ class OnnxRuntimeSession:
             _add_openvino(options, threads)
             providers = None
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=providers)
+            # Without fallback: ONNX Runtime would say on stdout that it goes on with other providers, and go on.
+            self._session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             raise SessionError(f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}") from e
+        if self.provider not in self._session.get_providers():
+            raise SessionError(
+                f"{spec.name}: ONNX Runtime made a session without {self.provider}, only with "
+                f"{', '.join(self._session.get_providers())}",
+                hint="ONNX Runtime's log, above, has the reason; or run with --provider cpu",
+            )
         self._outputs = [out.name for out in self._session.get_outputs()]
         self._check_graph()
 
@@ -109,25 +116,20 @@ def open_onnxruntime(
     Raises:
         UsageError: an unknown provider. SessionError: no CUDA provider here. MissingExtra: no OpenVINO here.
     """
-    import onnxruntime as ort
-
     if provider not in PROVIDERS:
         raise UsageError(f"provider {provider!r} is unknown", hint=f"take one of {', '.join(PROVIDERS)}")
-    has_cuda = CUDA in ort.get_available_providers()
-    if provider == "cuda" and not has_cuda:
-        raise SessionError(
-            f"{spec.name}: this ONNX Runtime has no CUDA provider: {', '.join(ort.get_available_providers())}",
-            hint='pip install "ditc[gpu]" in an environment without the CPU wheel, or --provider cpu',
-        )
     if provider in ("cpu", "openvino"):
         name = OPENVINO if provider == "openvino" else CPU
         return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=threads)
-    if has_cuda:
-        from ditc.runtime.sessions.onnxruntime_device import open_bound
+    lack = cuda_lack()
+    if lack and provider == "cuda":
+        raise SessionError(f"{spec.name}: {lack}", hint=f"{INSTALL}, or --provider cpu")
+    if lack:
+        return OnnxRuntimeSession(model, spec, precision=precision, provider=CPU, threads=threads)
+    from ditc.runtime.sessions.onnxruntime_device import open_bound
 
-        # The denoiser runs many times with one shape; the other stages once a request.
-        return open_bound(model, spec, precision=precision, graphs=spec.name == DENOISER)
-    return OnnxRuntimeSession(model, spec, precision=precision, threads=threads)
+    # The denoiser runs many times with one shape; the other stages once a request.
+    return open_bound(model, spec, precision=precision, graphs=spec.name == DENOISER)
 
 
 def _add_openvino(options: Any, threads: int) -> None:

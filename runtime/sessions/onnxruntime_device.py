@@ -17,7 +17,8 @@ import numpy as np
 
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, Tensor, to_numpy
-from ditc.runtime.sessions.onnxruntime import CPU, CUDA, OnnxRuntimeSession, first_line
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession, first_line
+from ditc.runtime.sessions.onnxruntime_cuda import CUDA
 from ditc.runtime.spec import DType, Precision, StageSpec
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditc.runtime.gpu import find_gpu
+from ditc.runtime.gpu import NO_GPU, find_gpu
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.sessions import missing, open_device
@@ -20,7 +20,7 @@ from ditc.runtime.spec import Backend
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver (nvidia-smi finds none)"),
+    pytest.mark.skipif(find_gpu() is None, reason=NO_GPU),
 ]
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 5,
