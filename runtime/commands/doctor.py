@@ -14,14 +14,14 @@ from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.sessions.onnxruntime_cuda import INSTALL
 
 PACKAGES = {
     "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
     "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors"),
     "parity": ("polygraphy",),
-    "rtx": ("tensorrt-rtx",),
-    "tensorrt": ("tensorrt",),
-    "gpu": ("onnxruntime-gpu", "cuda-python"),
+    "rtx": ("tensorrt-rtx", "cuda-python"),
+    "tensorrt": ("tensorrt", "cuda-python"),
     "sign": ("cryptography",),
 }
 
@@ -160,7 +160,7 @@ def _conflicts() -> list[Finding]:
                 "conflict",
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
                 False,
-                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'",
+                INSTALL,
             )
         )
     torch = _installed("torch")

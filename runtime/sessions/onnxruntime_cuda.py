@@ -20,7 +20,8 @@ from ditc.runtime.gpu import NO_GPU, find_gpu
 log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
-INSTALL = 'pip install "ditc[gpu]" in an environment without the CPU wheel'
+# Two wheels write the same files, and ditc requires the CPU's: an extra would install both, the CPU's last.
+INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
 @cache

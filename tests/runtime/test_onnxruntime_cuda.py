@@ -42,14 +42,16 @@ def test_a_cuda_provider_that_does_not_load_is_named_and_auto_takes_the_cpu(
     assert capsys.readouterr().out == ""
     with pytest.raises(SessionError, match="text_encoder: ONNX Runtime's CUDA provider does not load") as e:
         Pipeline.load(tiny_bundle, provider="cuda")
-    assert "ditc[gpu]" in str(e.value.hint)
+    assert "onnxruntime-gpu[cuda,cudnn]" in str(e.value.hint)
 
 
 @pytest.mark.usefixtures("broken_cuda")
 def test_doctor_says_why_the_cuda_provider_does_not_run() -> None:
     (finding,) = doctor_engines._onnxruntime(Gpu("a GPU", "sm90"))
     assert (
-        finding.topic == "runs not" and "does not load" in finding.text and "ditc[gpu]" in str(finding.hint)
+        finding.topic == "runs not"
+        and "does not load" in finding.text
+        and finding.hint == onnxruntime_cuda.INSTALL
     )
 
 
