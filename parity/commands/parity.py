@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-reference", type=Path, metavar="FILE", help="write what PyTorch computed, for --reference"
     )
     parser.add_argument(
+        "--save-polygraphy",
+        type=Path,
+        metavar="DIR",
+        help="write the stages' inputs and PyTorch's results for `polygraphy run`, and a script that runs it",
+    )
+    parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare with such a file, instead of --against"
     )
     parser.add_argument(
@@ -65,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """0: every bound holds and something was shown. 1: a bound was broken. 2 (raised): bad input."""
     from ditc.parity.candidate import check_bundle
     from ditc.parity.page import write_page
+    from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
     from ditc.parity.reference_file import read_reference, save_reference
     from ditc.parity.report import to_json, to_text
@@ -75,7 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
             "parity needs one reference: a checkpoint or a saved file",
             hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
-    for argument, place in (("--html", arguments.html), ("--save-reference", arguments.save_reference)):
+    folder = arguments.save_polygraphy
+    script = None if folder is None else folder / SCRIPT
+    places = {
+        "--html": arguments.html,
+        "--save-reference": arguments.save_reference,
+        "--save-polygraphy": script,
+    }
+    for argument, place in places.items():
         if place is not None:
             check_writable(place, argument)
     manifest = check_bundle(arguments.bundle)
@@ -91,6 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
         report = run_parity(context, levels)
         if arguments.save_reference is not None:
             save_reference(arguments.save_reference, context)
+        if folder is not None:
+            save_polygraphy(folder, context)
     _certify(arguments, context, report)
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(report)) + "\n")

@@ -68,7 +68,7 @@ def check_case(context: Context, case: StageCase) -> Result:
         return failed(Level.STAGE, case.stage, case.what, str(e), against="PyTorch fp32")
     results = [
         _result(context, case, compare(name, got[name], wanted, flat_is_normal=name in MAY_BE_FLAT), name)
-        for name, wanted in _judged_outputs(context, case).items()
+        for name, wanted in judged_outputs(context, case).items()
     ]
     worst = max(results, key=lambda r: r.headroom)
     if worst.verdict is not Verdict.FAIL:
@@ -81,7 +81,7 @@ def check_case(context: Context, case: StageCase) -> Result:
 
 def _result(context: Context, case: StageCase, comparison: Comparison, name: str) -> Result:
     what, against = f"{name}, {case.what}", "PyTorch fp32"
-    bound = _bound(context, case, name)
+    bound = stage_bound(context, case, name)
     if comparison.problem:
         return failed(
             Level.STAGE, case.stage, what, comparison.problem, worst=comparison.worst, against=against
@@ -107,7 +107,7 @@ def _result(context: Context, case: StageCase, comparison: Comparison, name: str
     )
 
 
-def _judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
+def judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
     """All outputs; below fp32 without the statistics: one maximum a sample is too few numbers to judge rounding by."""
     exact = context.candidate.precision(case.stage) is Precision.FP32
     return {name: array for name, array in case.outputs.items() if exact or name != denoise.STATS}
@@ -121,9 +121,9 @@ def _check_native(context: Context, case: StageCase) -> Result:
         got = session.run(fit_feeds(case.feeds, session.spec))
     except SessionError as e:
         return failed(Level.STAGE, case.stage, what, str(e), against="PyTorch fp32")
-    for name, wanted in _judged_outputs(context, case).items():
+    for name, wanted in judged_outputs(context, case).items():
         comparison = compare(name, to_numpy(got[name]), wanted, flat_is_normal=name in MAY_BE_FLAT)
-        bound = _bound(context, case, name)
+        bound = stage_bound(context, case, name)
         if comparison.problem or (bound is not None and not comparison.error <= bound.bound):
             detail = comparison.problem or f"{name} differs by {comparison.error:.2e}"
             return failed(
@@ -135,7 +135,8 @@ def _check_native(context: Context, case: StageCase) -> Result:
     return not_checked(Level.STAGE, case.stage, what, why, against="PyTorch fp32")
 
 
-def _bound(context: Context, case: StageCase, name: str) -> Limit | None:
+def stage_bound(context: Context, case: StageCase, name: str) -> Limit | None:
+    """How far an output may be off in this case; None where nobody has said."""
     lost = case.pytorch.get(name) if case.pytorch is not None else None
     return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=lost)
 

@@ -1,0 +1,116 @@
+"""The stage level's inputs and PyTorch's results in the files of Polygraphy, with the commands that compare by them.
+
+For whoever goes on in NVIDIA's tools: an engine's layers marked as outputs, other builder settings, another machine.
+The bounds are ours: Polygraphy's SNR, 10 log10(|reference|^2 / |error|^2), is -20 log10 of the relative L2 error
+(polygraphy/comparator/compare.py, SnrCompareFunc).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ditc.export.umask import apply_umask
+from ditc.parity.candidate import fit_feeds
+from ditc.parity.cases import StageCase
+from ditc.parity.context import Context
+from ditc.parity.levels.stage import judged_outputs, stage_bound, stage_cases
+from ditc.runtime.errors import MissingExtra, UsageError
+from ditc.runtime.session import Array, numpy_dtype
+from ditc.runtime.spec import Backend, DType
+
+SCRIPT = "compare.sh"
+
+
+def save_polygraphy(folder: Path, context: Context) -> Path:
+    """Write STAGE-inputs.json, STAGE-pytorch.json and a script of one `polygraphy run` a stage.
+
+    bf16 stages are left out, with a comment in the script: these files hold NumPy arrays, which have no bf16.
+
+    Raises:
+        MissingExtra: Polygraphy is not installed. UsageError: the folder cannot be written to.
+    """
+    try:
+        from polygraphy.comparator import RunResults
+    except ImportError as e:
+        raise MissingExtra("polygraphy", "parity") from e
+    lines = [
+        "#!/bin/sh",
+        "# Each stage as it is deployed, beside what PyTorch computed in fp32.",
+        'cd "$(dirname "$0")" || exit 2',
+        "failed=0",
+    ]
+    for stage, session in context.candidate.sessions.items():
+        if any(tensor.dtype is DType.BFLOAT16 for tensor in (*session.spec.inputs, *session.spec.outputs)):
+            lines.append(f"# {stage}: not here, Polygraphy's files have no bf16")
+            continue
+        cases = list(stage_cases(context, stage))
+        results = RunResults()
+        results.add([_judged(context, case) for case in cases], runner_name="PyTorch fp32")
+        kinds = {tensor.name: numpy_dtype(tensor.dtype) for tensor in session.spec.inputs}
+        feeds = [
+            {name: array.astype(kinds[name]) for name, array in fit_feeds(case.feeds, session.spec).items()}
+            for case in cases
+        ]
+        _save(feeds, folder / f"{stage}-inputs.json")
+        _save(results, folder / f"{stage}-pytorch.json")
+        lines.append(f"{_command(context, stage, _floors(context, cases))} || failed=1")
+    _replace(folder / SCRIPT, lambda partial: partial.write_text("\n".join([*lines, "exit $failed"]) + "\n"))
+    return folder
+
+
+def _judged(context: Context, case: StageCase) -> dict[str, Array]:
+    """Outputs that have a bound and a signal: zeros have no SNR."""
+    return {
+        name: array
+        for name, array in judged_outputs(context, case).items()
+        if array.any() and stage_bound(context, case, name) is not None
+    }
+
+
+def _floors(context: Context, cases: list[StageCase]) -> Mapping[str, float]:
+    """The least SNR of each output, in dB: of several cases the loosest, Polygraphy knows one."""
+    bounds: dict[str, float] = {}
+    for case in cases:
+        for name in _judged(context, case):
+            limit = stage_bound(context, case, name)
+            assert limit is not None
+            bounds[name] = max(bounds.get(name, 0.0), limit.bound)
+    return {name: -20 * math.log10(bound) for name, bound in bounds.items()}
+
+
+def _command(context: Context, stage: str, floors: Mapping[str, float]) -> str:
+    artifact = context.candidate.artifacts[stage]
+    assert context.candidate.bundle is not None
+    model = str((context.candidate.bundle / artifact.file.path).absolute())
+    runner = ["--onnxrt"] if artifact.backend is Backend.ONNXRUNTIME else ["--trt", "--model-type", "engine"]
+    words = ["polygraphy", "run", model, *runner, "--load-inputs", f"{stage}-inputs.json"]
+    words += ["--load-outputs", f"{stage}-pytorch.json", "--compare", "snr", "--snr-threshold"]
+    words += [f"{name}:{floor:.1f}" for name, floor in floors.items()]
+    rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if artifact.backend is Backend.TENSORRT_RTX else ""
+    return rtx + shlex.join(words)
+
+
+def _save(data: Any, path: Path) -> None:
+    from polygraphy.json import save_json
+
+    _replace(path, lambda partial: save_json(data, str(partial)))
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        apply_umask(partial)
+        os.replace(partial, path)
+    except OSError as e:
+        raise UsageError(
+            f"cannot write {path}: {e.strerror or e}", hint="choose another --save-polygraphy"
+        ) from e
+    finally:
+        partial.unlink(missing_ok=True)
