@@ -83,16 +83,20 @@ class Adapter(Protocol):
         ...
 
 
-def example_sizes(spec: StageSpec, *, second: bool = False) -> dict[str, int]:
+def example_sizes(spec: StageSpec, *, second: bool = False, most: int | None = None) -> dict[str, int]:
     """A size for every named dimension inside its range; `second` differs from the first wherever the range allows.
 
     They start at 2, even where the profile ends at 1: torch.export specialises sizes 0 and 1, and the graph is the
     same for all sizes.
+
+    Args:
+        most: at most so many times what the dimension is a multiple of, where its range allows; None: the likely size.
     """
     sizes = {}
     for index, (name, bounds) in enumerate(spec.profile.items()):
         step = bounds.multiple_of
-        size = max(min(bounds.opt, bounds.max), bounds.min, 2 * step)
+        likely = min(bounds.opt, bounds.max, *([] if most is None else [most * step]))
+        size = max(likely, bounds.min, 2 * step)
         size -= size % step
         if second:
             larger, smaller = size + step * (index + 1), size - step

@@ -190,5 +190,5 @@ def _defaults(
         guidance_scale=GUIDANCE_SCALE,
         bins=bins,
         # enable_tiling's defaults in AutoencoderDC, diffusers 0.42.1; needed from 2K on (upstream README: 4K).
-        tiling=Tiling(tile=512, stride=448) if native >= 4096 else None,
+        tiling=Tiling(tile=512, stride=448) if side >= 4096 else None,
     )

@@ -77,6 +77,14 @@ def test_a_resolution_moves_the_default_and_the_range(checkpoint: Path) -> None:
     assert (made.defaults.height, made.defaults.width) == (96, 96)
     height = made.stages[DENOISER].spec.profile["height"]
     assert (height.min, height.opt, height.max) == (24, 48, 96)
+    assert made.defaults.tiling is None
+
+
+def test_a_model_built_for_4k_decodes_in_tiles_whatever_it_was_trained_at(checkpoint: Path) -> None:
+    """In one piece, checking the demo's decoder at 4096 px took 11 GB."""
+    made = plan(checkpoint, BuildOptions(resolution=4096))
+    assert made.defaults.tiling is not None
+    assert made.stages[VAE_DECODER].spec.profile["height"].max == made.defaults.tiling.tile // 2
 
 
 def test_every_tile_of_a_tiled_picture_is_within_the_vaes_ranges(checkpoint: Path) -> None:
