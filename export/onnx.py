@@ -44,8 +44,8 @@ FP32_RELATIVE_L2 = 2e-5
 # rounding (rounding is parity's matter, through the round_to graph).
 FP16_RELATIVE_L2 = 2e-2
 
-# Of a stage that is run in ONNX Runtime and in PyTorch after its export. PyTorch has no fast fp16 GEMM on most CPUs, and
-# ONNX Runtime holds fp16 weights in fp32 there.
+# Of a stage that is run in ONNX Runtime and in PyTorch after its export. PyTorch has no fast fp16 GEMM on most CPUs,
+# and ONNX Runtime holds fp16 weights in fp32 there.
 MOST_CHECKED_PARAMETERS = {Precision.FP32: 1e9, Precision.TF32: 1e9, Precision.FP16: 1e8}
 # And at how many times what a size is a multiple of: at 4096 px the demo's decoder alone takes 11 GB and minutes. Two
 # small shapes show a size that was baked in just as well; parity runs the likely ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -28,20 +29,29 @@ class Gpu:
 
 @cache
 def find_gpu() -> Gpu | None:
-    """The first GPU that nvidia-smi knows; None without GPU or driver."""
-    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        name, capability = done.stdout.splitlines()[0].rsplit(",", 1)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-    return Gpu(name.strip(), "sm" + capability.strip().replace(".", ""))
+    """CUDA's first GPU as nvidia-smi knows it; None without GPU or driver, or where CUDA_VISIBLE_DEVICES hides all.
+
+    On a machine with different GPUs, numbers in CUDA_VISIBLE_DEVICES mean the same to both only with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID; UUIDs always do (CUDA programming guide, "CUDA Environment Variables").
+    """
+    name, _, capability = _nvidia_smi("name,compute_cap").rpartition(",")
+    return Gpu(name.strip(), "sm" + capability.strip().replace(".", "")) if name else None
 
 
 @cache
 def driver_version() -> str:
     """Version of the NVIDIA driver, as nvidia-smi says; "" without one."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _nvidia_smi("driver_version")
+
+
+def _nvidia_smi(fields: str) -> str:
+    """One line about the first visible GPU; "" where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if first in ("", "-1"):
+        return ""
+    if not first.startswith("MIG-"):  # a share of a GPU, which nvidia-smi lists by its GPU's number alone
+        command.append(f"--id={first}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
