@@ -9,7 +9,7 @@ from typing import Any
 
 from ditc.runtime.errors import MissingExtra, SessionError, UsageError
 from ditc.runtime.session import Session, Tensor, to_numpy
-from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
+from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
 from ditc.runtime.spec import DENOISER, Precision, StageSpec
 
 log = logging.getLogger(__name__)
@@ -121,10 +121,7 @@ def open_onnxruntime(
     if provider in ("cpu", "openvino"):
         name = OPENVINO if provider == "openvino" else CPU
         return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=threads)
-    lack = cuda_lack()
-    if lack and provider == "cuda":
-        raise SessionError(f"{spec.name}: {lack}", hint=f"{INSTALL}, or --provider cpu")
-    if lack:
+    if provider == "auto" and cuda_lack():
         return OnnxRuntimeSession(model, spec, precision=precision, provider=CPU, threads=threads)
     from ditc.runtime.sessions.onnxruntime_device import open_bound
 

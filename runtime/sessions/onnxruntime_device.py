@@ -18,7 +18,7 @@ import numpy as np
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, Tensor, to_numpy
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession, first_line
-from ditc.runtime.sessions.onnxruntime_cuda import CUDA
+from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
 from ditc.runtime.spec import DType, Precision, StageSpec
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,13 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
 def open_bound(
     model: Path, spec: StageSpec, *, precision: Precision, graphs: bool, device: str = "cuda"
 ) -> OnnxRuntimeDeviceSession:
-    """A session on the first GPU; with graphs where the provider takes every node, as it must to capture."""
+    """A session on the first GPU; with graphs where the provider takes every node, as it must to capture.
+
+    Raises:
+        SessionError: the CUDA provider cannot run here, or cannot load the file.
+    """
+    if device == "cuda" and (lack := cuda_lack()):
+        raise SessionError(f"{spec.name}: {lack}", hint=f"{INSTALL}, or --provider cpu")
     if graphs:
         try:
             return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device, graphs=True)
