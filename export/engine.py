@@ -44,7 +44,7 @@ class EngineReport:
     """What a build gave and what it took.
 
     peak_memory_bytes is the largest resident size of the whole process during the build. num_layers counts
-    the parsed network, before fusion; types are its element types; tf32 and user_allocation are the builder's flags
+    the parsed network, before fusion; types are its element types; tf32 is the builder's flag
     as read back.
     """
 
@@ -59,7 +59,6 @@ class EngineReport:
     num_layers: int
     types: tuple[str, ...]
     tf32: bool
-    user_allocation: bool
     warnings: tuple[str, ...]
 
 
@@ -141,11 +140,10 @@ def build_engine(
         tf32_flag = compiler.allow_tf32(tf32)
         if refit:
             compiler.allow_refit()
-        if (
-            weight_streaming
-        ):  # it "requires runtime allocation" (TensorRT-RTX 1.7.1 refuses it beside the flag below)
+        # REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile
+        # of more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
+        if weight_streaming:
             compiler.allow_weight_streaming()
-        user_allocation = not weight_streaming and compiler.require_user_allocation()
         if timing_cache and backend is Backend.TENSORRT:
             compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         _write(compiler, spec, out)
@@ -163,7 +161,6 @@ def build_engine(
         num_layers=compiler.num_layers,
         types=tuple(sorted(compiler.types())),
         tf32=tf32_flag,
-        user_allocation=user_allocation,
         warnings=tuple(compiler.warnings()),
     )
 

@@ -108,7 +108,6 @@ API: dict[str, tuple[str, ...]] = {
     "TensorLocation.HOST": (),
 }
 RTX_ONLY: dict[str, tuple[str, ...]] = {
-    "BuilderFlag.REQUIRE_USER_ALLOCATION": (),
     "ComputeCapability.SM75": (),
     "ComputeCapability.SM80": (),
     "ComputeCapability.SM86": (),

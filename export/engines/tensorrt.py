@@ -110,17 +110,6 @@ class Compiler:
         """Let the runtime keep weights on the host."""
         self._config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
 
-    def require_user_allocation(self) -> bool:
-        """Let the engine allocate nothing while it runs, and read the flag back.
-
-        TensorRT-RTX requires that for stream capture (release notes of 1.2); TensorRT has no such flag.
-        """
-        flag = getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
-        if flag is None:
-            return False
-        self._config.set_flag(flag)
-        return bool(self._config.get_flag(flag))
-
     def layer_kinds(self) -> list[str]:
         """Kind of every layer of the parsed network: "PLUGIN_V3", "MATRIX_MULTIPLY" and so on."""
         return [self._network.get_layer(index).type.name for index in range(self._network.num_layers)]

@@ -6,6 +6,7 @@ import errno
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,12 +65,20 @@ def test_tf32_is_cleared_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",), tf32=True).tf32
 
 
-def test_an_engine_allocates_nothing_while_it_runs_unless_its_weights_are_streamed(tmp_path: Path) -> None:
-    """What TensorRT-RTX requires of an engine that a CUDA graph captures."""
-    graph, out = _mlp(tmp_path), tmp_path / "net.engine"
-    assert build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",)).user_allocation
-    streamed = build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",), weight_streaming=True)
-    assert not streamed.user_allocation
+def test_no_engine_asks_for_what_ends_the_process_at_its_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REQUIRE_USER_ALLOCATION beside a profile of several sizes (TensorRT-RTX 1.7.1): SIGSEGV in execute_async_v3."""
+    build, flags = Compiler.build, []
+
+    def spied(compiler: Compiler, file: Any) -> bool:
+        flag = compiler._trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+        flags.append(compiler._config.get_flag(flag))
+        return build(compiler, file)
+
+    monkeypatch.setattr(Compiler, "build", spied)
+    build_engine(_mlp(tmp_path), tmp_path / "net.engine", spec=_spec(), backend=RTX, targets=("sm86",))
+    assert flags == [False]
 
 
 def test_every_network_is_strongly_typed() -> None:
