@@ -53,6 +53,7 @@ API: dict[str, tuple[str, ...]] = {
     "IExecutionContext.set_input_shape": ("name", "shape"),
     "IExecutionContext.set_optimization_profile_async": ("profile_index", "stream_handle"),
     "IExecutionContext.set_tensor_address": ("name", "memory"),
+    "IExecutionContext.update_device_memory_size_for_shapes": (),
     "ILogger.ERROR": (),
     "ILogger.INFO": (),
     "ILogger.INTERNAL_ERROR": (),

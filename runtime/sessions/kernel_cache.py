@@ -13,19 +13,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 @dataclass(frozen=True, slots=True)
 class KernelCache:
-    """One engine's file."""
+    """One engine's file: SHA-256 of the kernels, and the kernels."""
 
     file: Path
 
     def load(self) -> bytes:
         """The kernels; b"" if there are none."""
         try:
-            return self.file.read_bytes()
+            data = self.file.read_bytes()
         except OSError:
             return b""
+        # TensorRT-RTX 1.7.1 takes kernels with a flipped byte, and then makes no context.
+        digest, kernels = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        return kernels if hashlib.sha256(kernels).digest() == digest else b""
 
     def save(self, data: bytes) -> None:
         """Write in one move. A cache that cannot be written costs time at the next start, nothing else."""
@@ -34,7 +39,7 @@ class KernelCache:
             if data == self.load():
                 return
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
+            partial.write_bytes(hashlib.sha256(data).digest() + data)
             os.replace(partial, self.file)
 
     def discard(self) -> None:

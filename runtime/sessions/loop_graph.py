@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +54,20 @@ class Loop:
     """
 
     def __init__(
-        self, device: Device, context: Context, plan: LoopPlan, constants: Mapping[str, int]
+        self,
+        device: Device,
+        context: Context,
+        plan: LoopPlan,
+        constants: Mapping[str, int],
+        last_error: Callable[[], str],
     ) -> None:
         self.plan = plan
         self.graph: Any = None
         self.uncapturable = ""  # why, if so
         self.launches = 0
-        self.context = context  # nobody else's; the caller sets its shapes, and its workspace before a launch
+        self.context = context  # nobody else's, its shapes set; the caller sets its workspace before a launch
+        self.workspace_bytes = context.workspace_bytes()
+        self._last_error = last_error  # of the library
         self._device, self._constants = device, dict(constants)
         sizes = {name: size_of(shape, dtype) for name, shape, dtype in (*plan.inputs, *plan.outputs)}
         self._carried = {inp: out for out, inp in plan.carry}
@@ -127,7 +134,7 @@ class Loop:
             try:
                 self._enqueue_all()
             except SessionError as e:
-                problem = str(e)
+                problem = f"{e}: {self._last_error()}"
             try:  # in every case: the stream must leave its capturing state
                 graph = device.cuda.end_capture(device.stream)
             except SessionError as e:

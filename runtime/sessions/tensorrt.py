@@ -48,6 +48,7 @@ class TensorRTSession:
         self._check_bindings()
         self._contexts: dict[int, Context] = {}
         self._shapes: dict[int, dict[str, Shape]] = {}
+        self._workspace_bytes: dict[int, int] = {}  # of each context, for its shapes
         self._pools = {name: Pool(device, size) for name, size in self._largest_outputs().items()}
         self._tables: dict[int, Pool] = {}  # for what a loop keeps of every step, by size
         self._inputs: dict[str, tuple[int, int]] = {}
@@ -96,7 +97,7 @@ class TensorRTSession:
             inputs = {**given, **per_step[0]}
             profile = self._prepare({name: tuple(feed.shape) for name, feed in inputs.items()})
             loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
-            loop.context.set_workspace(*self._device.reserve(self._engine.workspace_bytes(profile)))
+            loop.context.set_workspace(*self._device.reserve(loop.workspace_bytes))
             for name in carry.values():
                 self._copy_in(loop.start(name), given[name])
             with self._said():
@@ -160,7 +161,7 @@ class TensorRTSession:
         """The profile for these shapes, its context set to them and to the workspace."""
         profile = choose_profile(self.spec, self._engine.profiles, shapes)
         context = self._prepared(profile, shapes)
-        context.set_workspace(*self._device.reserve(self._engine.workspace_bytes(profile)))
+        context.set_workspace(*self._device.reserve(self._workspace_bytes[profile]))
         return profile
 
     def _prepared(self, profile: int, shapes: Mapping[str, Shape]) -> Context:
@@ -172,6 +173,8 @@ class TensorRTSession:
             known.pop(name, None)
         self._set_shapes(context, changed)
         known.update(changed)
+        if changed:
+            self._workspace_bytes[profile] = context.workspace_bytes()
         return context
 
     def _set_shapes(self, context: Context, shapes: Mapping[str, Shape]) -> None:
@@ -265,7 +268,7 @@ class TensorRTSession:
             # (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
             own = self._engine.context(profile, self._device.stream)
             self._set_shapes(own, {name: shape for name, (shape, _) in inputs.items()})
-            self._loops[plan] = Loop(self._device, own, plan, constants)
+            self._loops[plan] = Loop(self._device, own, plan, constants, self._engine.last_error)
         self._loops.move_to_end(plan)
         return self._loops[plan]
 

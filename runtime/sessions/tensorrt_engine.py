@@ -94,9 +94,6 @@ class TensorRTEngine:
             for index in range(self._engine.num_optimization_profiles)
         )
 
-    def workspace_bytes(self, profile: int) -> int:
-        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
-
     def context(self, profile: int, stream: int) -> TensorRTContext:
         """Without memory of its own. On TensorRT-RTX this compiles kernels, unless the cache has them.
 
@@ -121,7 +118,7 @@ class TensorRTEngine:
         # Profile 0 is the library's own choice for the first context.
         if profile and not context.set_optimization_profile_async(profile, stream):
             raise SessionError(f"{self._stage}: profile {profile} is refused: {self.last_error()}")
-        return TensorRTContext(context)
+        return TensorRTContext(context, int(self._engine.get_device_memory_size_for_profile_v2(profile)))
 
     def last_error(self) -> str:
         errors = self._said.errors(self._opened_at)
@@ -150,7 +147,10 @@ class TensorRTEngine:
         raise SessionError(
             f"{self._stage}: {backend} {self._trt.__version__} refuses the engine on {where}: "
             f"{said or self.last_error()}",
-            hint=f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend}{target}",
+            hint=next(
+                (_HINTS[name] for name in reasons if name in _HINTS),
+                f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend}{target}",
+            ),
         )
 
     def _names(self) -> list[str]:
@@ -179,7 +179,7 @@ class TensorRTEngine:
             return
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         log.info(
-            "%s: %.2f GB of weights are streamed, %.2f GB of them stay on the GPU",
+            "%s: of %.2f GB of weights %.2f GB stay on the GPU, the others are streamed",
             self._stage,
             engine.streamable_weights_size / 1e9,
             engine.weight_streaming_budget_v2 / 1e9,
@@ -196,15 +196,19 @@ class TensorRTEngine:
                 self._kernels.discard()
                 cache = config.create_runtime_cache()
             self._cache = cache
+        else:
+            # A context finds the kernels that another one compiled only once they were serialised (1.7.1): without
+            # this, every new loop compiles its engine again.
+            self._cache.serialize()
         if not config.set_runtime_cache(self._cache):
             log.warning("%s: the cache of compiled kernels is not used", self._stage)
 
 
 class TensorRTContext:
-    """An execution context with one profile."""
+    """An execution context with one profile. largest: bytes of workspace at the profile's largest shapes."""
 
-    def __init__(self, context: Any) -> None:
-        self._context = context
+    def __init__(self, context: Any, largest: int) -> None:
+        self._context, self._largest = context, largest
 
     def set_shape(self, name: str, shape: Shape) -> bool:
         return bool(self._context.set_input_shape(name, shape))
@@ -215,6 +219,10 @@ class TensorRTContext:
     def set_address(self, name: str, pointer: int) -> None:
         if not self._context.set_tensor_address(name, pointer):
             raise SessionError(f"the engine refuses {pointer:#x} as the address of {name}")
+
+    def workspace_bytes(self) -> int:
+        # 0 is the library's "cannot say" (IExecutionContext::updateDeviceMemorySizeForShapes).
+        return int(self._context.update_device_memory_size_for_shapes()) or self._largest
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:
         self._context.set_device_memory(pointer, size_bytes)
@@ -244,6 +252,13 @@ _ADVICE = {
     "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory for it",
     "MALFORMED_ENGINE": "the file is not an engine of this library",
     "CUDA_ERROR": "CUDA does not work here (no GPU, or no driver)",
+}
+
+
+_HINTS = {
+    "OLD_CUDA_DRIVER": "update the NVIDIA driver",
+    "INSUFFICIENT_GPU_MEMORY": "run with --low-vram, or build it for smaller pictures and a smaller --max-batch",
+    "CUDA_ERROR": "see what ditc doctor says of the GPU and its driver",
 }
 
 

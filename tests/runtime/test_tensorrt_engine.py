@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,6 +36,19 @@ def test_kernels_are_kept_by_gpu_driver_library_and_engine(tmp_path: Path) -> No
         assert kernel_cache(tmp_path, **{**KEY, name: "other"}).load() == b""
     cache.discard()
     assert cache.load() == b"" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:40] + b"x" + data[41:], lambda data: b""]
+)
+def test_damaged_kernels_are_no_kernels(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """TensorRT-RTX 1.7.1 takes some of them, and makes no context from then on."""
+    cache = kernel_cache(tmp_path, **KEY)
+    cache.save(b"kernels" * 10)
+    cache.file.write_bytes(damage(cache.file.read_bytes()))
+    assert cache.load() == b""
+    cache.save(b"kernels" * 10)
+    assert cache.load() == b"kernels" * 10
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
@@ -157,6 +171,44 @@ def test_a_cache_of_kernels_that_the_library_does_not_take_is_told(
     library.refused = "set_runtime_cache"
     _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY)).context(0, STREAM)
     assert "denoiser: the cache of compiled kernels is not used" in caplog.text
+
+
+def test_a_context_gets_the_kernels_of_those_before_it(library: Library, tmp_path: Path) -> None:
+    """The library shares them once they were serialised: else every new loop compiles the engine again."""
+    engine = _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY))
+    for _ in range(2):
+        engine.context(0, STREAM)
+    names = [call[0] for call in library.calls if call[0] in ("serialize", "create_execution_context")]
+    assert names == ["create_execution_context", "serialize", "create_execution_context"]
+
+
+@pytest.mark.parametrize(("says", "needs"), [(123, 123), (0, 456)])
+def test_the_workspace_is_what_the_library_says_for_the_shapes(
+    says: int, needs: int, library: Library, tmp_path: Path
+) -> None:
+    """0 is that it cannot say: then what it says of the profile."""
+    library.__dict__["update_device_memory_size_for_shapes"] = lambda: says
+    library.__dict__["get_device_memory_size_for_profile_v2"] = lambda profile: 456
+    assert _engine(tmp_path).context(0, STREAM).workspace_bytes() == needs
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("INSUFFICIENT_GPU_MEMORY", "--low-vram"),
+        ("OLD_CUDA_DRIVER", "driver"),
+        ("UNSUPPORTED_CC", "ditc build"),
+    ],
+)
+def test_a_refused_engine_comes_with_what_helps(
+    reason: str, hint: str, library: Library, tmp_path: Path
+) -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    flag = int(getattr(trt.EngineInvalidityDiagnostics, reason))
+    library.__dict__["get_engine_validity"] = lambda header: (trt.EngineValidity.INVALID, flag)
+    with pytest.raises(SessionError, match=reason) as caught:
+        _engine(tmp_path)
+    assert hint in str(caught.value.hint)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
