@@ -51,6 +51,9 @@ MOST_CHECKED_PARAMETERS = {Precision.FP32: 1e9, Precision.TF32: 1e9, Precision.F
 # small shapes show a size that was baked in just as well; parity runs the likely ones.
 CHECKED_SIZE = 8
 
+# The first whose Conv takes bf16 (ONNX, Operators.md); ONNX Runtime refuses to load such a graph in an older one.
+BF16_OPSET = 22
+
 
 @dataclass(frozen=True, slots=True)
 class OnnxFiles:
@@ -126,6 +129,7 @@ def to_model(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
 def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     """The stage as torch.onnx.export leaves it: no pass has run, and custom ops have no bodies."""
     spec = stage.spec
+    opset = max(opset, BF16_OPSET) if stage.precision is Precision.BF16 else opset
     feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
     arguments = tuple(to_torch(feeds[tensor.name], tensor.dtype) for tensor in spec.inputs)
     with _quiet(), traced_once(stage.module):

@@ -15,6 +15,9 @@ from ditc.runtime.spec import Backend
 
 # The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.
 RTX_LIBRARY = "libtensorrt_rtx.so"
+# tensorrt_rtx.ComputeCapability of 1.7.1. It has no sm90 and no sm100, and says of an engine there: "TensorRT-RTX does
+# not support this compute capability, so the engine cannot be rebuilt for it".
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 NO_GPU = "no NVIDIA GPU with a driver (nvidia-smi finds none)"
 PACKAGES = {Backend.TENSORRT_RTX: "tensorrt-rtx", Backend.TENSORRT: "tensorrt"}
 
@@ -94,9 +97,10 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
             hint="run the ONNX Runtime artifact: --backend onnxruntime",
         )
     if artifact.backend is Backend.TENSORRT_RTX and gpu.sm not in artifact.targets:
+        other = f"TensorRT-RTX has none for {gpu.sm}: build here with --backend tensorrt, or run --backend onnxruntime"
         raise SessionError(
             f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
-            hint=f"{rebuild} --targets {gpu.sm}",
+            hint=f"{rebuild} --targets {gpu.sm}" if gpu.sm in RTX_TARGETS else other,
         )
     if artifact.gpu is not None and artifact.targets == ("this-gpu",) and artifact.gpu != gpu.name:
         raise SessionError(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ditc.runtime.errors import BuildError, UsageError
+from ditc.runtime.gpu import RTX_TARGETS
 from ditc.runtime.spec import Backend, Precision
-
-# tensorrt_rtx.ComputeCapability of 1.7.1. sm90 and sm100 are not in it.
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 # Enterprise TensorRT has no cross compiler: it builds on the GPU that will run the engine. These name its
 # HardwareCompatibilityLevel: this GPU model, any GPU of its compute capability, any GPU since Ampere.

@@ -7,12 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
-from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_library_folder
+from ditc.runtime.gpu import RTX_LIBRARY, RTX_TARGETS, Gpu, driver_version, find_gpu, rtx_library_folder
 from ditc.runtime.sessions import ENGINES, missing
 from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
 
-# tensorrt_rtx.ComputeCapability of 1.7.1.
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 # Package, version prefix, what happens, what to do. Sources: NVIDIA's release notes of the versions named.
 KNOWN_BAD = (
     (

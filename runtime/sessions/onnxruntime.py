@@ -73,7 +73,12 @@ class OnnxRuntimeSession:
             # Without fallback: ONNX Runtime would say on stdout that it goes on with other providers, and go on.
             self._session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
-            raise SessionError(f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}") from e
+            # Its CUDA provider has no Resize and no DepthToSpace in bf16 (1.31.1): a decoder in bf16 is an engine's.
+            lacks = "ONNX Runtime lacks some bf16 kernels: add fp32 stages, ditc build CHECKPOINT -o BUNDLE"
+            raise SessionError(
+                f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}",
+                hint=lacks if precision is Precision.BF16 else None,
+            ) from e
         if self.provider not in self._session.get_providers():
             raise SessionError(
                 f"{spec.name}: ONNX Runtime made a session without {self.provider}, only with "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,18 @@ def test_example_sizes_are_as_small_as_asked_where_the_range_allows() -> None:
     first, second = (example_sizes(spec, second=second, most=8) for second in (False, True))
     assert (first["height"], first["width"]) == (16, 64)
     assert second["height"] != first["height"] and 64 < second["width"] < 72
+
+
+def test_a_bf16_graph_is_one_that_onnx_runtime_can_load(tmp_path: Path) -> None:
+    """Conv has no bf16 before opset 22: INVALID_GRAPH, on every provider. The CPU's lacks the kernels, no more."""
+    tensors = {"inputs": SPEC.inputs, "outputs": SPEC.outputs}
+    bf16 = replace(
+        SPEC, **{k: tuple(replace(t, dtype=DType.BFLOAT16) for t in ts) for k, ts in tensors.items()}
+    )
+    made = replace(stage(Mixer().to(torch.bfloat16), bf16), precision=Precision.BF16)
+    model = to_onnx(made, tmp_path / "stage.onnx").model
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
 
 def test_bf16_crosses_the_boundary_as_its_bits() -> None:

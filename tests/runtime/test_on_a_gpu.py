@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from ditc.export.bundle import build_bundle
-from ditc.export.engines.targets import RTX_TARGETS
 from ditc.export.stages import BuildOptions
 from ditc.runtime.cli import main
-from ditc.runtime.gpu import NO_GPU, find_gpu
+from ditc.runtime.gpu import NO_GPU, RTX_TARGETS, find_gpu
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.sessions import ENGINES, missing, open_device

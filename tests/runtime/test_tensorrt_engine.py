@@ -20,7 +20,7 @@ from ditc.runtime.manifest import load_manifest
 from ditc.runtime.sessions import missing, open_device
 from ditc.runtime.sessions.kernel_cache import kernel_cache
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
-from ditc.runtime.sessions.tensorrt_log import KEPT, message_log
+from ditc.runtime.sessions.tensorrt_log import HARMLESS, KEPT, message_log
 from ditc.runtime.spec import Backend
 
 STREAM = 7
@@ -157,6 +157,16 @@ def test_the_last_error_of_an_engine_is_no_older_than_the_engine(library: Librar
         logger.log(trt.ILogger.ERROR, f"error {number}\nmore of it")
     logger.log(trt.ILogger.INFO, "and something else")
     assert engine.last_error() == f"error {2 * KEPT - 1}" and len(message_log(trt).since(0)) == KEPT
+
+
+def test_a_warning_that_is_not_so_is_not_passed_on(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    _engine(tmp_path)
+    for text in (f"{HARMLESS} will increase peak CPU memory", "a kernel is slow"):
+        message_log(trt).logger.log(trt.ILogger.WARNING, text)
+    assert caplog.messages == ["a kernel is slow"]
 
 
 def test_an_address_that_the_library_refuses_is_an_error(library: Library, tmp_path: Path) -> None:

@@ -234,6 +234,13 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_opened(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(("sm", "hint"), [("sm120", "--targets sm120"), ("sm90", "--backend onnxruntime")])
+def test_the_hint_names_no_target_that_cannot_be_built(tiny_bundle: Path, sm: str, hint: str) -> None:
+    with pytest.raises(SessionError) as caught:
+        check_engine(engine(tiny_bundle), gpu=Gpu("a GPU", sm), library="1.7.1.116")
+    assert hint in str(caught.value.hint) and "--targets sm90" not in str(caught.value.hint)
+
+
 def test_an_engine_for_this_machine_passes(tiny_bundle: Path) -> None:
     check_engine(engine(tiny_bundle), gpu=ADA, library="1.7.1.116")
 
