@@ -192,9 +192,11 @@ class TensorRTEngine:
         if self._cache is None:
             cache, known = config.create_runtime_cache(), self._kernels.load()
             if known and not cache.deserialize(known):
-                log.info("%s: the cached kernels do not fit any more, they are compiled again", self._stage)
+                log.info("%s: the cached kernels do not fit any more", self._stage)
                 self._kernels.discard()
-                cache = config.create_runtime_cache()
+                cache, known = config.create_runtime_cache(), b""
+            if not known:  # up to half a minute on two cores, for the demo
+                log.warning("%s: compiling its kernels for this GPU, the next start finds them", self._stage)
             self._cache = cache
         else:
             # A context finds the kernels that another one compiled only once they were serialised (1.7.1): without

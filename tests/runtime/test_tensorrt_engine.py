@@ -192,6 +192,19 @@ def test_a_context_gets_the_kernels_of_those_before_it(library: Library, tmp_pat
     assert names == ["create_execution_context", "serialize", "create_execution_context"]
 
 
+def test_a_first_start_says_what_takes_its_time(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = kernel_cache(tmp_path, **KEY)
+    for messages in (["denoiser: compiling its kernels for this GPU, the next start finds them"], []):
+        engine = _engine(tmp_path, kernels=kernels)
+        for _ in range(2):
+            engine.context(0, STREAM)
+        assert caplog.messages == messages
+        caplog.clear()
+        kernels.save(b"kernels")
+
+
 @pytest.mark.parametrize(("says", "needs"), [(123, 123), (0, 456)])
 def test_the_workspace_is_what_the_library_says_for_the_shapes(
     says: int, needs: int, library: Library, tmp_path: Path
