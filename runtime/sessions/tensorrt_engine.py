@@ -126,8 +126,7 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Keep the compiled kernels, then free the engine."""
-        if self._cache is not None and self._kernels is not None:
-            self._kernels.save(bytes(self._cache.serialize()))
+        self._keep_kernels()
         self._cache = self._engine = self._runtime = None
 
     def _check_validity(self, data: Any, gpu: Gpu | None) -> None:
@@ -201,9 +200,13 @@ class TensorRTEngine:
         else:
             # A context finds the kernels that another one compiled only once they were serialised (1.7.1): without
             # this, every new loop compiles its engine again.
-            self._cache.serialize()
+            self._keep_kernels()
         if not config.set_runtime_cache(self._cache):
             log.warning("%s: the cache of compiled kernels is not used", self._stage)
+
+    def _keep_kernels(self) -> None:
+        if self._cache is not None and self._kernels is not None:
+            self._kernels.save(bytes(self._cache.serialize()))
 
 
 class TensorRTContext:

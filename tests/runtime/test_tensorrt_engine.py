@@ -185,9 +185,13 @@ def test_a_cache_of_kernels_that_the_library_does_not_take_is_told(
 
 def test_a_context_gets_the_kernels_of_those_before_it(library: Library, tmp_path: Path) -> None:
     """The library shares them once they were serialised: else every new loop compiles the engine again."""
+    library.__dict__["serialize"] = lambda: library.calls.append(("serialize",)) or b"kernels"
     engine = _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY))
     for _ in range(2):
         engine.context(0, STREAM)
+    assert (
+        kernel_cache(tmp_path, **KEY).load() == b"kernels"
+    )  # and a process that is killed leaves them behind
     names = [call[0] for call in library.calls if call[0] in ("serialize", "create_execution_context")]
     assert names == ["create_execution_context", "serialize", "create_execution_context"]
 
