@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.session import Array, numpy_dtype
+from ditc.runtime.session import Array
 from ditc.runtime.sessions.buffers import size_of
 from ditc.runtime.sessions.device import Device, aligned
 from ditc.runtime.sessions.engine import Context, Shape
@@ -169,11 +169,9 @@ class Loop:
 
     def _packed(self, per_step: Sequence[Mapping[str, Array]]) -> Array:
         table = np.zeros((self.plan.count, self.row_bytes), np.uint8)
-        kinds = {name: numpy_dtype(dtype) for name, _, dtype in self.plan.inputs}
-        for row, feeds in zip(table, per_step, strict=True):
-            for name, offset in self._offsets.items():
-                flat = np.ascontiguousarray(feeds[name], kinds[name]).view(np.uint8).reshape(-1)
-                row[offset : offset + flat.size] = flat
+        for name, offset in self._offsets.items():
+            column = np.stack([feeds[name] for feeds in per_step])
+            table[:, offset : offset + self._sizes[name]] = column.view(np.uint8).reshape(self.plan.count, -1)
         return table
 
     def _allocate(self, size_bytes: int) -> int:
@@ -199,6 +197,15 @@ def _no_finalisers() -> Iterator[None]:
             gc.enable()
 
 
+def check_steps(per_step: Sequence[Mapping[str, Array]]) -> None:
+    """Raises SessionError: no step, or steps that differ in their feeds, shapes or element types."""
+    facts = [{name: (feed.shape, feed.dtype) for name, feed in step.items()} for step in per_step]
+    if not facts or any(other != facts[0] for other in facts):
+        raise SessionError(
+            f"a loop of {len(facts)} steps needs the same feeds in every step, and one at least"
+        )
+
+
 def loop_plan(
     inputs: Mapping[str, tuple[Shape, DType]],
     outputs: Mapping[str, tuple[Shape, DType]],
@@ -210,12 +217,8 @@ def loop_plan(
     """The plan of a loop.
 
     Raises:
-        SessionError: no step, steps that differ in their feeds, or a result that does not fit where it is fed back.
+        SessionError: a result that does not fit where it is fed back.
     """
-    if not per_step or any(step.keys() != per_step[0].keys() for step in per_step):
-        raise SessionError(
-            f"a loop of {len(per_step)} steps needs the same feeds in every step, and one at least"
-        )
     for out, inp in carry.items():
         if outputs[out] != inputs[inp]:
             raise SessionError(f"{out} {outputs[out]} cannot be fed back as {inp} {inputs[inp]}")

@@ -22,7 +22,7 @@ from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
 from ditc.runtime.sessions.dlpack import Foreign
 from ditc.runtime.sessions.engine import Context, Engine, Shape
-from ditc.runtime.sessions.loop_graph import Loop, loop_plan
+from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
 from ditc.runtime.spec import StageSpec
 
@@ -44,6 +44,7 @@ class TensorRTSession:
         self.spec = spec
         self.provider = name
         self._engine, self._device = engine, device
+        self._profiles = engine.profiles
         self._dtypes = {binding.name: binding.dtype for binding in engine.bindings}
         self._check_bindings()
         self._contexts: dict[int, Context] = {}
@@ -91,10 +92,10 @@ class TensorRTSession:
     ) -> dict[str, Tensor]:
         """Several runs in one launch; see `LoopSession`. From the second time with the same shapes as one graph."""
         given = {name: self._known(name, feed) for name, feed in feeds.items()}
-        for step in per_step:
-            check_feeds(self.spec, {**given, **step})
+        check_steps(per_step)
+        inputs = {**given, **per_step[0]}
+        check_feeds(self.spec, inputs)
         with self._device.lock:
-            inputs = {**given, **per_step[0]}
             profile = self._prepare({name: tuple(feed.shape) for name, feed in inputs.items()})
             loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
             loop.context.set_workspace(*self._device.reserve(loop.workspace_bytes))
@@ -151,7 +152,7 @@ class TensorRTSession:
     def _largest_outputs(self) -> dict[str, int]:
         """Bytes of each output at the largest shapes of any profile."""
         sizes = {tensor.name: 0 for tensor in self.spec.outputs}
-        for index, profile in enumerate(self._engine.profiles):
+        for index, profile in enumerate(self._profiles):
             context = self._prepared(index, {name: range_.max for name, range_ in profile.items()})
             for name in sizes:
                 sizes[name] = max(sizes[name], size_of(self._known_shape(context, name), self._dtypes[name]))
@@ -159,7 +160,7 @@ class TensorRTSession:
 
     def _prepare(self, shapes: Mapping[str, Shape]) -> int:
         """The profile for these shapes, its context set to them and to the workspace."""
-        profile = choose_profile(self.spec, self._engine.profiles, shapes)
+        profile = choose_profile(self.spec, self._profiles, shapes)
         context = self._prepared(profile, shapes)
         context.set_workspace(*self._device.reserve(self._workspace_bytes[profile]))
         return profile
@@ -225,7 +226,7 @@ class TensorRTSession:
     def _write(self, name: str, feed: Any) -> int:
         """Copy a feed into the input's buffer, unless it is there already and nobody can have changed it."""
         if name not in self._inputs:
-            largest = max(size_of(p[name].max, self._dtypes[name]) for p in self._engine.profiles)
+            largest = max(size_of(p[name].max, self._dtypes[name]) for p in self._profiles)
             self._inputs[name] = (self._device.allocate(largest), largest)
         pointer = self._inputs[name][0]
         last = self._written.pop(name, None)

@@ -203,6 +203,25 @@ def test_the_workspace_is_that_of_the_sizes_that_ran_and_grows_with_them(gpu: Gp
     assert taken[0] < taken[1] == taken[2] == taken[3]
 
 
+STEP = {"timestep": np.zeros(1, np.float32), "row_of": np.zeros(2, np.int64)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"timestep": STEP["timestep"]},
+        {**STEP, "row_of": np.zeros(3, np.int64)},
+        {**STEP, "timestep": np.zeros(1, np.float64)},
+    ],
+)
+def test_steps_of_a_loop_that_differ_in_names_sizes_or_types_are_refused(
+    gpu: Gpu, other: dict[str, np.ndarray]
+) -> None:
+    for per_step in ([], [STEP, other]):
+        with pytest.raises(SessionError, match=f"a loop of {len(per_step)} steps needs the same feeds"):
+            gpu.denoiser.run_loop({}, per_step, carry={}, keep=())
+
+
 def test_closing_frees_every_byte(tiny_bundle: Path) -> None:
     gpu = Gpu(tiny_bundle)
     for _ in range(2):
