@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.errors import CheckpointError
-from ditc.runtime.sessions.onnxruntime_cuda import INSTALL
 
 PACKAGES = {
     "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
@@ -153,6 +152,8 @@ def _packages() -> list[Finding]:
 
 
 def _conflicts() -> list[Finding]:
+    from ditc.runtime.sessions.onnxruntime_cuda import INSTALL
+
     findings = []
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         findings.append(
