@@ -15,6 +15,7 @@ export PROMPT  # recipes read it from the environment: it may hold quotes
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-to-test
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
@@ -33,6 +34,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
 	@touch $@
 
+# Triton runs the linear-attention kernels in its interpreter; 1 GB that nothing but tests and --linear-attention plugin needs.
+$(TESTED): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign,plugin]"
+	@touch $@
+
 # The engines are fp32, from the graphs that are there: in fp16 every stage would be exported once more.
 # Parity comes last: a certificate is of one manifest, and every build writes a new one.
 demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines, prove parity with diffusers
@@ -48,13 +54,13 @@ run: $(READY)  ## draw PROMPT with bundle OUT
 	$(BIN)/ditc run $(OUT) "$$PROMPT" -o build/out.png
 
 # Two processes, a file each at a time, one thread each: that is how two cores are busy all the time.
-test: $(READY)  ## all tests that a CPU runs in minutes
+test: $(TESTED)  ## all tests that a CPU runs in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
-test-slow: $(READY)  ## the long tests: full-width layers, random kills
+test-slow: $(TESTED)  ## the long tests: full-width layers, random kills
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow
 
-test-gpu: $(READY)  ## tests marked gpu; skipped with the reason where there is none
+test-gpu: $(TESTED)  ## tests marked gpu; skipped with the reason where there is none
 	$(BIN)/python -m pytest $(TESTS) -q -rs -m gpu
 
 check: $(READY) types  ## ruff and mypy --strict
