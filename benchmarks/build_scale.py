@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.machine import write
 
 if TYPE_CHECKING:
-    from ditc.export.checkpoint import Checkpoint
+    from ditc.export.checkpoint.open import Checkpoint
 
 SHARD_BYTES = 10**9
 TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
@@ -181,8 +181,8 @@ def checkpoint_around(
     case: Case, directory: Path, tokenizers: dict[str, Path], defaults: dict[str, Any]
 ) -> Checkpoint:
     """The component in `directory` as part of a whole checkpoint, whose other parts are configs only."""
-    from ditc.export.checkpoint import Checkpoint, Component, open_component
-    from ditc.export.checkpoints.tensors import TensorSource
+    from ditc.export.checkpoint.open import Checkpoint, Component, open_component
+    from ditc.export.checkpoint.tensors import TensorSource
 
     others = OTHERS[case.family].items()
     components = {key: Component(key, config, TensorSource({}), ()) for key, config in others}
@@ -201,14 +201,14 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     """Export and compile; call it in a fresh process."""
     import psutil
 
-    from ditc.export import budget
-    from ditc.export.adapters import find_adapter
-    from ditc.export.checkpoints.mapped import drop_pages
-    from ditc.export.engine import build_engine, estimate_memory_bytes
-    from ditc.export.engines.memory import PeakMemory
-    from ditc.export.engines.profiles import orientation_profiles
-    from ditc.export.onnx import to_onnx
-    from ditc.export.stages import BuildOptions
+    from ditc.export.build import estimates
+    from ditc.export.checkpoint.release_memory import drop_pages
+    from ditc.export.contract import BuildOptions
+    from ditc.export.engine.build import build_engine, estimate_memory_bytes
+    from ditc.export.engine.memory import PeakMemory
+    from ditc.export.engine.profiles import orientation_profiles
+    from ditc.export.families import find_adapter
+    from ditc.export.graph.onnx import to_onnx
     from ditc.runtime.spec import Backend, Precision
 
     case = CASES[name]
@@ -220,8 +220,8 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     precision = plan.stages[case.stage].precision
-    weights = budget.weight_bytes([component], precision)
-    estimate = budget.estimate_export_bytes(weights, precision)
+    weights = estimates.weight_bytes([component], precision)
+    estimate = estimates.estimate_export_bytes(weights, precision)
     started = perf_counter()
     with PeakMemory() as exporting:
         module = adapter.load(checkpoint, plan, case.stage, options)

@@ -21,7 +21,7 @@ from benchmarks.build_scale import CASES, DEFAULTS, GEMMA, TOKENIZER, checkpoint
 from benchmarks.machine import write
 
 if TYPE_CHECKING:
-    from ditc.export.checkpoint import Checkpoint
+    from ditc.export.checkpoint.open import Checkpoint
 
 MODEL = "sana-0.6b"
 GOAL_BYTES = 12e9
@@ -70,7 +70,7 @@ def make_parts(directory: Path) -> None:
 
 def open_parts(directory: Path, size: int) -> Checkpoint:
     """A checkpoint whose denoiser and text encoder have weights, and whose autoencoder is a config only."""
-    from ditc.export.checkpoint import open_component
+    from ditc.export.checkpoint.open import open_component
 
     defaults = {**DEFAULTS["sana"], "resolution_bins": None, "height": size, "width": size}
     checkpoint = checkpoint_around(
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from ditc.calib.collect import Progress, Settings, collect
     from ditc.calib.prompts import GENERAL, read_prompts
-    from ditc.export.engines.memory import PeakMemory
+    from ditc.export.engine.memory import PeakMemory
     from ditc.runtime.spec import Precision
 
     steps: list[Progress] = []

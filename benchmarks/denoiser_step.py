@@ -20,10 +20,11 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from benchmarks.machine import alternating_s, spread, write
-from ditc.export.adapters import find_adapter
-from ditc.export.checkpoint import open_checkpoint
-from ditc.export.onnx import to_onnx
-from ditc.export.stages import BuildOptions, example_feeds, example_sizes
+from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.contract import BuildOptions
+from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.export.families import find_adapter
+from ditc.export.graph.onnx import to_onnx
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER
 

@@ -74,9 +74,9 @@ def kernel_bandwidth(ceiling_bytes: float) -> dict[str, Any]:
     """The linear-attention kernels at Sana-1.6B's 1024 px: bytes that must be moved, over the time."""
     import torch
 
-    from ditc.export.ops.relu_linear_attention.reference import relu_linear_attention_reference
-    from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
-    from ditc.export.ops.relu_linear_attention.triton_op import (
+    from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_attention_reference
+    from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
+    from ditc.export.graph.ops.relu_linear_attention.triton_op import (
         relu_linear_attention_fused,
         relu_linear_attention_triton,
     )

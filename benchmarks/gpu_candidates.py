@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.build_scale import CASES, TOKENIZER, checkpoint_around, make
-from ditc.export.adapters import find_adapter
-from ditc.export.engine import LinearAttention, build_engine
-from ditc.export.onnx import to_onnx
-from ditc.export.stages import BuildOptions, StageModule, example_feeds, example_sizes
-from ditc.export.torch_session import TorchSession, to_torch
+from ditc.export.contract import BuildOptions, StageModule
+from ditc.export.engine.build import LinearAttention, build_engine
+from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.export.families import find_adapter
+from ditc.export.graph.onnx import to_onnx
+from ditc.export.graph.torch_session import TorchSession, to_torch
+from ditc.runtime.bundle.integrity import file_ref
+from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.errors import DitcError
 from ditc.runtime.gpu import find_gpu, library_version
-from ditc.runtime.integrity import file_ref
-from ditc.runtime.manifest import Artifact
 from ditc.runtime.session import Array, Session, to_numpy
 from ditc.runtime.sessions import ENGINES, missing, open_device, open_session
 from ditc.runtime.sessions.onnxruntime_device import open_bound

@@ -23,19 +23,20 @@ import onnx_ir as ir
 import torch
 
 from ditc.calib.observe import Observer, watching
-from ditc.export.adapters.sana import TORCH_DTYPES
-from ditc.export.models.loading import weight_map
-from ditc.export.models.sana import SanaDenoiser
-from ditc.export.models.sana_config import SanaConfig
-from ditc.export.onnx import to_model
-from ditc.export.passes.qdq import quantize_graph
+from ditc.export.contract import StageModule
+from ditc.export.example_inputs import example_feeds
+from ditc.export.families.sana.adapter import TORCH_DTYPES
+from ditc.export.families.sana.config import SanaConfig
+from ditc.export.families.sana.network import SanaDenoiser
+from ditc.export.graph.onnx import to_model
+from ditc.export.graph.passes.qdq import quantize_graph
+from ditc.export.graph.step import STATS, wrap
+from ditc.export.graph.torch_session import TorchSession
+from ditc.export.networks.loading import weight_map
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Origin, Ranges
 from ditc.export.quant.recipes import SANA_INT8
-from ditc.export.stages import StageModule, example_feeds
-from ditc.export.step import STATS, wrap
-from ditc.export.torch_session import TorchSession
 from ditc.runtime import denoise
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.session import Array

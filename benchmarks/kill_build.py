@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ditc.export.bundle import build_bundle
-from ditc.export.stages import BuildOptions
-from ditc.runtime.integrity import check_files
-from ditc.runtime.manifest import MANIFEST, load_manifest
+from ditc.export.build.builder import build_bundle
+from ditc.export.contract import BuildOptions
+from ditc.runtime.bundle.integrity import check_files
+from ditc.runtime.bundle.manifest import MANIFEST, load_manifest
 
 
 def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import spread, times_s, write
-from ditc.runtime.manifest import load_manifest
+from ditc.runtime.bundle.manifest import load_manifest
 
 
 def ditc(*arguments: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
 
 from benchmarks.machine import write
-from ditc.export.scheduler_config import scheduler_params
+from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.runtime.pipeline import Pipeline
 
 PROMPT = "a red heart, flat style"

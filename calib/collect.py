@@ -16,7 +16,9 @@ from time import monotonic
 import torch
 
 from ditc.calib.observe import Observer, watching
-from ditc.export.checkpoint import Checkpoint
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.contract import BuildOptions, StageModule
+from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import (
     Origin,
@@ -26,9 +28,7 @@ from ditc.export.quant.ranges import (
     load_ranges,
     save_ranges,
 )
-from ditc.export.stages import BuildOptions, StageModule
-from ditc.export.torch_session import TorchSession
-from ditc.parity.twin import Twin
+from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request

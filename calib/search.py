@@ -17,8 +17,8 @@ from ditc.calib.trial import Fidelity, Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.recipes import Recipe
+from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.jsondata import to_json
 
 CURVE_POINTS = 9
 OFFERS = 6  # layers offered back after the cut

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import Layer, linear_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
-from ditc.export.torch_session import TorchSession
-from ditc.parity.twin import Twin
+from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.denoise import X0
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ditc.export.graph.torch_session import from_torch
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.record import QuantRecord, read_record
-from ditc.export.torch_session import from_torch
-from ditc.parity.rounded import open_rounded
+from ditc.parity.simulated_16bit import open_rounded
+from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import UsageError
 from ditc.runtime.loader import load_parts
-from ditc.runtime.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
 from ditc.runtime.spec import CONDITIONER, Backend, DType, Precision, StageSpec

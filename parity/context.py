@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, CaseRun, Recorded, Settings, run_case, starting_noise
-from ditc.parity.eight_bits import simulated_twin
-from ditc.parity.references import upstream_name, why_no_upstream
+from ditc.parity.reference import upstream_name, why_no_upstream
+from ditc.parity.reference.pytorch import Twin, TwinSession
+from ditc.parity.reference.upstream import Upstream
 from ditc.parity.results import Culprit, Evidence
-from ditc.parity.twin import Twin, TwinSession
-from ditc.parity.upstream import Upstream
+from ditc.parity.simulated_quant import simulated_twin
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.spec import CONDITIONER, DENOISER, Precision

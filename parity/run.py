@@ -8,7 +8,7 @@ from time import perf_counter
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.results import Report, Result, not_checked
-from ditc.runtime.jsondata import to_json
+from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.tolerances import Level
 

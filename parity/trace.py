@@ -19,8 +19,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ditc.export.passes.scopes import scopes_of
-from ditc.export.torch_session import TorchSession, from_torch
+from ditc.export.graph.passes.scopes import scopes_of
+from ditc.export.graph.torch_session import TorchSession, from_torch
 from ditc.runtime.session import Array, Tensor, to_numpy
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

@@ -9,8 +9,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.errors import SessionError
-from ditc.runtime.manifest import Artifact
 from ditc.runtime.spec import Backend
 
 # The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.

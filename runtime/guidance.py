@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ditc.runtime.bundle.manifest import SkipLayerGuidance
 from ditc.runtime.denoise import GUIDANCE_WEIGHTS, SKIP_GATE
-from ditc.runtime.manifest import SkipLayerGuidance
 from ditc.runtime.session import Array
 
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ditc.runtime.bundle.integrity import check_files
+from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manifest
+from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import BundleError, SessionError, UsageError
 from ditc.runtime.gpu import check_engine, find_gpu, library_version
-from ditc.runtime.integrity import check_files
-from ditc.runtime.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session
 from ditc.runtime.sessions import ENGINES, available_backends, missing, open_device, open_session
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
-from ditc.runtime.signature import check_signature
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
 

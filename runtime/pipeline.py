@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from ditc.runtime import denoise
+from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.denoise import DenoiseState, Guard
 from ditc.runtime.errors import NumericsError, SessionError, UsageError
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
-from ditc.runtime.manifest import Manifest, Tiling
 from ditc.runtime.plan import Plan, make_plan, starting_latents
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.rng import Generator
@@ -121,9 +121,9 @@ class Pipeline:
         Raises:
             BundleError, SessionError, UsageError. NumericsError: the self-test failed.
         """
-        from ditc.runtime.certificate import check_standing
+        from ditc.runtime.bundle.certificate import check_standing
+        from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
-        from ditc.runtime.selftest import first_use
 
         parts = load_parts(
             Path(bundle),

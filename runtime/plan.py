@@ -11,9 +11,9 @@ import numpy as np
 
 from ditc.runtime import denoise
 from ditc.runtime.bins import classify
+from ditc.runtime.bundle.manifest import LatentSpec, Manifest, SkipLayerGuidance
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import UsageError
-from ditc.runtime.manifest import LatentSpec, Manifest, SkipLayerGuidance
 from ditc.runtime.request import Request, check_request, check_size
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array

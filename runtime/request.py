@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from ditc.runtime.bundle.manifest import Defaults, LatentSpec
 from ditc.runtime.errors import UsageError
-from ditc.runtime.manifest import Defaults, LatentSpec
 from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Range, StageSpec

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import UsageError
-from ditc.runtime.manifest import Tiling
 from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
 

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from ditc.export.bundle import BuildReport
+    from ditc.export.build.builder import BuildReport
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny_sana and other helpers
 
@@ -114,7 +114,7 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(checkpoint: Path, out: Path) -> BuildReport:
-    from ditc.export.bundle import build_bundle
-    from ditc.export.stages import BuildOptions
+    from ditc.export.build.builder import build_bundle
+    from ditc.export.contract import BuildOptions
 
     return build_bundle(checkpoint, out, BuildOptions())

@@ -16,8 +16,8 @@ from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, Settings
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
+from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Result, Verdict
-from ditc.parity.twin import Twin
 from ditc.runtime.denoise import DenoiseState, Rows
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ditc.calib.observe import Observer, watching
+from ditc.export.contract import StageModule
+from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.histogram import count, count_channels
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import Origin, Ranges, Statistics
-from ditc.export.stages import StageModule, example_feeds, example_sizes
-from ditc.export.torch_session import TorchSession
 from ditc.runtime.session import Array
 
 ORIGIN = Origin(

@@ -2,7 +2,7 @@
 
 Both libraries must have a name unless it stands in RTX_ONLY or TENSORRT_ONLY. Held once by hand against the bindings
 of tensorrt 11.4.0.106, imported over empty libraries: no difference. Used by runtime/sessions/tensorrt_engine.py,
-tensorrt_log.py, runtime/plugins/, export/engines/tensorrt.py and export/ops/relu_linear_attention/qdp.py.
+tensorrt_log.py, runtime/plugins/, export/engine/tensorrt.py and export/graph/ops/relu_linear_attention/qdp.py.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ TENSORRT_ONLY: dict[str, tuple[str, ...]] = {
     "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY": (),
     "IBuilderConfig.hardware_compatibility_level": (),
     "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": (),
-    # export/ops/relu_linear_attention/qdp.py; functions of the module tensorrt.plugin
+    # export/graph/ops/relu_linear_attention/qdp.py; functions of the module tensorrt.plugin
     "plugin.KernelLaunchParams": (),
     "plugin.SymInt32": (),
     "plugin.SymIntExprs": (),

@@ -13,7 +13,7 @@ from tiny_sana import make_pipeline
 from tiny_sd3 import JOINT, make_t5, make_t5_tokenizer, make_vae
 from torch import nn
 
-from ditc.export.checkpoints.mmdit import save_mmdit
+from ditc.export.families.lucidrains.keys import save_mmdit
 
 DIM_TEXT, DIM_IMAGE, DIM_COND = 24, 32, 16
 TWO: dict[str, Any] = {

@@ -14,12 +14,12 @@ from ditc.calib.chart import curve_svg
 from ditc.calib.search import Budget, Point, Result, save_result, search
 from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Trial
-from ditc.export.checkpoint import Checkpoint
+from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import save_recipe
-from ditc.parity.twin import Twin
+from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.errors import UsageError
 
 # Few pictures decide by chance: of four, one whose trajectory parts from the reference's moves the mean by 5 dB.

@@ -14,7 +14,7 @@ from ditc.runtime.spec import Precision
 if TYPE_CHECKING:
     from ditc.calib.collect import Progress, Settings
     from ditc.calib.search import Budget
-    from ditc.export.checkpoint import Checkpoint
+    from ditc.export.checkpoint.open import Checkpoint
     from ditc.export.quant.formats import Format
     from ditc.export.quant.ranges import Ranges
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.calib.search import parse_budget
-    from ditc.export.checkpoint import open_checkpoint
+    from ditc.export.checkpoint.open import open_checkpoint
 
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
     formats, settings = _formats(arguments.formats), _settings(arguments)

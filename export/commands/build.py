@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
+    from ditc.export.build.events import BuildEvent, BuildReport
     from ditc.export.options import BuildOptions
-    from ditc.export.report import BuildEvent, BuildReport
 
 # The event that says how much memory the build will take; it stays on the screen.
 MEMORY = "memory"
@@ -95,11 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build and print one line a stage to stderr and one summary line to stdout."""
-    from ditc.export.uptodate import up_to_date
+    from ditc.export.build.noop import up_to_date
 
     options = build_options(arguments)
     if arguments.sign is not None:
-        from ditc.runtime.signature import load_private_key
+        from ditc.runtime.bundle.signature import load_private_key
 
         load_private_key(arguments.sign)  # refused before the build, not after it
     report = up_to_date(arguments.checkpoint, arguments.output, options)
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stderr.write(line + "\n")
     _print(report, as_json=arguments.json)
     if arguments.sign is not None:
-        from ditc.runtime.signature import sign
+        from ditc.runtime.bundle.signature import sign
 
         sign(report.bundle, arguments.sign)
     return 0
@@ -145,7 +145,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
 def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
     from rich.console import Console
 
-    from ditc.export.bundle import build_bundle
+    from ditc.export.build.builder import build_bundle
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("reading the checkpoint") as status:

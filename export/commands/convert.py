@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and print the path of what was written."""
-    from ditc.export.checkpoints.sana_native import NativeOptions
-    from ditc.export.convert import convert, convert_to_native
+    from ditc.export.convert.native import convert, convert_to_native
+    from ditc.export.families.sana.native import NativeOptions
 
     if arguments.to_native:
         written = convert_to_native(arguments.source, arguments.out, variant=arguments.variant)

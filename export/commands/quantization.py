@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ditc.export.quant.measure import Measurement, known_measurement, measure, save_measurement
 from ditc.export.quant.record import QuantRecord, read_record
-from ditc.runtime.manifest import Manifest
+from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.spec import DENOISER, Backend, Precision
 
 NUMBERS_ONLY = "ONNX Runtime's CPU provider computes FP8 graphs in fp32: fidelity is FP8's, speed is not"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ditc.export.checkpoint import Checkpoint
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.contract import BuildOptions, ModelPlan, StageModule
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Ranges, checkpoint_identity, load_ranges
 from ditc.export.quant.recipes import Recipe, find_recipe
-from ditc.export.stages import BuildOptions, ModelPlan, StageModule
+from ditc.runtime.bundle.integrity import sha256
+from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.integrity import sha256
-from ditc.runtime.jsondata import to_json
 from ditc.runtime.spec import DENOISER
 
 

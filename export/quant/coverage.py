@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ditc.export.ops.relu_linear_attention.onnx_function import OP_TYPE as LINEAR_ATTENTION
+from ditc.export.graph.ops.relu_linear_attention.onnx_function import OP_TYPE as LINEAR_ATTENTION
 from ditc.export.quant.plan import QuantPlan
 from ditc.runtime.spec import StageSpec
 

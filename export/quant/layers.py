@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ditc.export.stages import StageModule
+from ditc.export.contract import StageModule
 from ditc.runtime.session import Array
 
 WEIGHT = ".weight"

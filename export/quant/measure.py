@@ -12,10 +12,10 @@ from time import perf_counter
 
 import numpy as np
 
-from ditc.runtime.jsondata import from_json, to_json
+from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.loader import load_parts
 from ditc.runtime.machine import library_versions, this_machine
-from ditc.runtime.manifest import Artifact, Manifest
 from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request

@@ -25,13 +25,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ditc.export.checkpoint import Checkpoint
-from ditc.export.keys import digest
+from ditc.export.build.build_key import digest
+from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.quant.histogram import BINS, CHANNEL_BINS
 from ditc.export.umask import apply_umask
+from ditc.runtime.bundle.integrity import sha256
+from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.integrity import sha256
-from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.session import Array
 
 VERSION = 2

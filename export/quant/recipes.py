@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ditc.export.quant.estimators import Method
 from ditc.export.quant.formats import Format
+from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.spec import Precision
 
 NO_RULE = "no rule of the recipe names it"

@@ -16,8 +16,8 @@ from ditc.export.quant.coverage import Coverage, measure_coverage
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.export.quant.recipes import Recipe
+from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
-from ditc.runtime.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ditc.parity.cases import Recorded, Settings
     from ditc.parity.context import Context
     from ditc.parity.results import Report
-    from ditc.runtime.manifest import Manifest
+    from ditc.runtime.bundle.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: every bound holds and something was shown. 1: a bound was broken. 2 (raised): bad input."""
     from ditc.parity.candidate import check_bundle
-    from ditc.parity.page import write_page
     from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
-    from ditc.parity.reference_file import read_reference, save_reference
-    from ditc.parity.report import to_json, to_text
+    from ditc.parity.reference.saved import read_reference, save_reference
+    from ditc.parity.report.page import write_page
+    from ditc.parity.report.text import to_json, to_text
     from ditc.parity.run import run_parity
 
     if (arguments.against is None) == (arguments.reference is None):
@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:
     """A whole run goes into certificate.json; one with levels left out proves less than that and does not."""
-    from ditc.parity.report import certificate_lines
-    from ditc.runtime.certificate import load_certificate, record, save_certificate
+    from ditc.parity.report.text import certificate_lines
+    from ditc.runtime.bundle.certificate import load_certificate, record, save_certificate
     from ditc.runtime.machine import this_machine
 
     if arguments.level or not context.candidate.artifacts:
@@ -185,7 +185,7 @@ def _open(
     from ditc.export.options import BuildOptions
     from ditc.parity.candidate import open_candidate
     from ditc.parity.context import Context
-    from ditc.parity.twin import Twin
+    from ditc.parity.reference.pytorch import Twin
 
     candidate = open_candidate(
         arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads

@@ -14,16 +14,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ditc.export.passes.islands import check_islands
-from ditc.export.passes.transposes import TRANSPOSE
+from ditc.export.build.weights import Weight
+from ditc.export.graph.passes.islands import check_islands
+from ditc.export.graph.passes.transposes import TRANSPOSE
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.verify import check_scales
-from ditc.export.weights import Weight
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, judged, not_checked
+from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.errors import BuildError
-from ditc.runtime.jsondata import from_json
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Precision, StageSpec

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from ditc.export.models.loading import WeightSource
+from ditc.export.networks.loading import WeightSource
 from ditc.parity.bisect import PlaceError, errors_by_place, find_culprit
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import CaseRun
 from ditc.parity.compare import compare
 from ditc.parity.context import Broken, Context
 from ditc.parity.feeds import record_feeds
+from ditc.parity.reference.pytorch import Twin, TwinSession
+from ditc.parity.reference.upstream import Call
 from ditc.parity.results import Culprit, ModuleError, Result, Verdict, judged, not_checked
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
-from ditc.parity.twin import Twin, TwinSession
-from ditc.parity.upstream import Call
 from ditc.runtime import denoise
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision

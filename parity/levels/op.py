@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ditc.export.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
-from ditc.export.ops.relu_linear_attention.reference import relu_linear_attention_reference
-from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS
-from ditc.export.passes.scopes import module_path
+from ditc.export.graph.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
+from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_attention_reference
+from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS
+from ditc.export.graph.passes.scopes import module_path
 from ditc.parity.compare import compare
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, failed, judged, not_checked

@@ -10,8 +10,8 @@ import numpy as np
 
 from ditc.parity.cases import Case, CaseRun
 from ditc.parity.context import Context
+from ditc.parity.recipe_budget import check_budget
 from ditc.parity.results import PicturePair, Result, failed, judged, not_checked
-from ditc.parity.searched import check_budget
 from ditc.runtime.errors import NumericsError, SessionError
 from ditc.runtime.images import is_uniform
 from ditc.runtime.metrics import psnr, ssim

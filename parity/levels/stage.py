@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ditc.export.stages import example_feeds, example_sizes
+from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import StageCase
 from ditc.parity.causes import range_causes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ditc.runtime.manifest import Artifact, Manifest
+    from ditc.runtime.bundle.manifest import Artifact, Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of stages, or the manifest itself."""
-    from ditc.runtime.jsondata import to_json
-    from ditc.runtime.manifest import load_manifest
+    from ditc.runtime.bundle.jsondata import to_json
+    from ditc.runtime.bundle.manifest import load_manifest
 
     manifest = load_manifest(arguments.bundle)
     if arguments.json:
@@ -79,7 +79,7 @@ def _inputs(manifest: Manifest) -> Iterator[str]:
 
 def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
     """What certificate.json says, one line a record."""
-    from ditc.runtime.certificate import load_certificate
+    from ditc.runtime.bundle.certificate import load_certificate
 
     certificate = load_certificate(bundle, manifest)
     if not certificate.entries:

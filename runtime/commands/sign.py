@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check every hash, then sign and print the signature's path."""
-    from ditc.runtime.integrity import check_files
-    from ditc.runtime.manifest import load_manifest
-    from ditc.runtime.signature import sign
+    from ditc.runtime.bundle.integrity import check_files
+    from ditc.runtime.bundle.manifest import load_manifest
+    from ditc.runtime.bundle.signature import sign
 
     check_files(arguments.bundle, load_manifest(arguments.bundle).all_files())
     sys.stdout.write(f"{sign(arguments.bundle, arguments.key)}\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ditc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from ditc.runtime.certificate import Record
+    from ditc.runtime.bundle.certificate import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from ditc.runtime.integrity import check_files
-    from ditc.runtime.jsondata import to_json
-    from ditc.runtime.manifest import load_manifest
-    from ditc.runtime.selftest import describe
-    from ditc.runtime.signature import check_signature
+    from ditc.runtime.bundle.integrity import check_files
+    from ditc.runtime.bundle.jsondata import to_json
+    from ditc.runtime.bundle.manifest import load_manifest
+    from ditc.runtime.bundle.selftest import describe
+    from ditc.runtime.bundle.signature import check_signature
 
     if not arguments.run and (arguments.backend != "auto" or arguments.precision is not None):
         raise UsageError("--backend and --precision choose what --run runs", hint="add --run")
@@ -78,8 +78,8 @@ def _self_test(arguments: argparse.Namespace) -> Record:
     """Run the stages and write the machine into the certificate."""
     from rich.console import Console
 
+    from ditc.runtime.bundle.selftest import certify, run_self_test
     from ditc.runtime.loader import load_parts
-    from ditc.runtime.selftest import certify, run_self_test
 
     with Console(stderr=True, highlight=False).status("opening the stages") as status:
         parts = load_parts(

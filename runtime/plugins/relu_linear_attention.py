@@ -1,8 +1,8 @@
 """The linear-attention plugin for TensorRT-RTX: an IPluginV3 that brings its kernels with it.
 
 An ONNX node ditc::ReluLinearAttention(q, k, v) with the attributes `eps` and `kernels` (PTX and sizes as JSON, see
-export/ops/relu_linear_attention/ptx.py) becomes this plugin. Both are stored in the engine, so that a machine needs
-neither the compiler nor the exporter to run it; it does need this module, cuda-python and Python.
+ptx.py of the exporter's op) becomes this plugin. Both are stored in the engine, so that a machine needs neither
+the compiler nor the exporter to run it; it does need this module, cuda-python and Python.
 """
 
 # B batch, N tokens, H heads, D head dim, S shares of the tokens

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.errors import SessionError
 from ditc.runtime.gpu import NO_GPU, check_engine, find_gpu, library_version
-from ditc.runtime.manifest import Artifact
 from ditc.runtime.session import Session
 from ditc.runtime.spec import Backend
 

@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ditc.calib.collect import Settings, collect
-from ditc.export.checkpoint import open_checkpoint
+from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.contract import BuildOptions
 from ditc.export.quant.ranges import Statistics, checkpoint_identity, load_ranges, merge_ranges
-from ditc.export.stages import BuildOptions
 from ditc.runtime.errors import UsageError
 
 PROMPTS = ["a red heart", "blue cat", "green dog", "an apple"]
@@ -91,7 +91,7 @@ def test_a_finished_file_is_not_measured_again(whole, tiny_checkpoint):
 def test_ranges_of_other_weights_are_refused_by_a_build(whole, tiny_checkpoint, tmp_path):
     from shutil import copytree
 
-    from ditc.export.bundle import build_bundle
+    from ditc.export.build.builder import build_bundle
     from ditc.runtime.spec import Precision
 
     other = copytree(tiny_checkpoint, tmp_path / "other")

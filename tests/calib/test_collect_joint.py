@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ditc.calib.collect import Settings, collect
 from ditc.export.quant.layers import linear_layers
-from ditc.parity.twin import Twin
+from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.spec import DENOISER
 
 

@@ -15,7 +15,7 @@ from ditc.calib.trial import Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, make_plan
 from ditc.export.quant.recipes import load_recipe, save_recipe
-from ditc.parity.twin import Twin
+from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.errors import UsageError
 
 PROMPTS = ["a red heart", "blue cat"]

@@ -9,16 +9,16 @@ import onnx_ir as ir
 import pytest
 from planted import SETTINGS
 
-from ditc.export.onnx import to_onnx
+from ditc.export.graph.onnx import to_onnx
 from ditc.export.options import BuildOptions
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
+from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Verdict
-from ditc.parity.rounded import open_rounded
-from ditc.parity.twin import Twin
+from ditc.parity.simulated_16bit import open_rounded
+from ditc.runtime.bundle.manifest import Artifact, FileRef
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.manifest import Artifact, FileRef
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision

@@ -12,8 +12,8 @@ import pytest
 from planted import SETTINGS
 from quant_helpers import ranges_of
 
-from ditc.export.onnx import to_onnx
-from ditc.export.passes.qdq import quantize_graph
+from ditc.export.graph.onnx import to_onnx
+from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.recipes import SANA_FP8, SANA_INT8, Recipe
@@ -21,8 +21,8 @@ from ditc.export.quant.record import read_record, write_record
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
+from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Verdict
-from ditc.parity.twin import Twin
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Precision

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ditc.parity.twin import Twin
-from ditc.runtime.certificate import (
+from ditc.parity.reference.pytorch import Twin
+from ditc.runtime.bundle.certificate import (
     Certificate,
     Line,
     load_certificate,
@@ -19,13 +19,13 @@ from ditc.runtime.certificate import (
     save_certificate,
     standing,
 )
+from ditc.runtime.bundle.golden import read_golden, self_test
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.cli import main
 from ditc.runtime.errors import BundleError
-from ditc.runtime.golden import read_golden, self_test
 from ditc.runtime.loader import choose
 from ditc.runtime.machine import this_machine
-from ditc.runtime.manifest import load_manifest
-from ditc.runtime.safetensors import read_safetensors
 from ditc.runtime.spec import DENOISER
 
 PASSED = record(True, (Line(name="stage", metric="relative L2", value=1e-7, bound=1e-5, passed=True),))

@@ -120,7 +120,7 @@ def test_the_report_is_printed_even_where_the_page_cannot_be_written(
     def full(*_: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ditc.parity.page.to_page", full)
+    monkeypatch.setattr("ditc.parity.report.page.to_page", full)
     arguments = ["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "graph"]
     assert main([*arguments, "--html", str(tmp_path / "page.html")]) == 2
     out, err = capsys.readouterr()

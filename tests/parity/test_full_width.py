@@ -9,9 +9,9 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
-from ditc.export.models.sana import SanaConfig, load_sana
-from ditc.export.onnx import to_model
-from ditc.export.stages import StageModule
+from ditc.export.contract import StageModule
+from ditc.export.families.sana.network import SanaConfig, load_sana
+from ditc.export.graph.onnx import to_model
 from ditc.parity.bisect import PlaceError, errors_by_place
 from ditc.parity.trace import OnnxTracer, TorchTracer
 from ditc.runtime.spec import NETWORK, DType, Precision, Range, StageSpec, TensorSpec

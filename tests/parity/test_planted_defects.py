@@ -32,8 +32,8 @@ from planted import (
 
 from ditc.parity.cases import Case
 from ditc.parity.levels import LEVELS
+from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Result, Verdict
-from ditc.parity.twin import Twin
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER
 from ditc.runtime.tolerances import Level
 

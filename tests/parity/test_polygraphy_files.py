@@ -14,8 +14,8 @@ from polygraphy.comparator import RunResults
 
 from ditc.parity.context import Context
 from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
-from ditc.runtime.manifest import load_manifest
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 
 

@@ -13,8 +13,8 @@ import torch
 from planted import SETTINGS, context_of, failures, module_of, patch_forward, torch_candidate
 
 from ditc.parity.levels import LEVELS
+from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Verdict
-from ditc.parity.twin import Twin
 from ditc.runtime.cli import main
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline

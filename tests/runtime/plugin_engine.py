@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import parser
 
-from ditc.export.engines.tensorrt import Compiler, load_library
+from ditc.export.engine.tensorrt import Compiler, load_library
 from ditc.runtime.plugins import register
 from ditc.runtime.spec import Backend
 

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from ditc.runtime import cli
+from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
 from ditc.runtime.commands import run
-from ditc.runtime.manifest import load_manifest, save_manifest
 
 FAST = ["--steps", "1", "--threads", "1"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ditc.runtime import cli
-from ditc.runtime.certificate import Line
+from ditc.runtime.bundle.certificate import Line
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.bundle.selftest import describe
 from ditc.runtime.cli import USAGE, main
-from ditc.runtime.manifest import load_manifest
-from ditc.runtime.selftest import describe
 
 FAST = ["--steps", "1", "--threads", "1"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ditc.runtime.bundle.manifest import SkipLayerGuidance
 from ditc.runtime.denoise import GUIDANCE_WEIGHTS, SKIP_GATE
 from ditc.runtime.guidance import guidance_feeds, guidance_weights
-from ditc.runtime.manifest import SkipLayerGuidance
 
 SKIP = SkipLayerGuidance(layers=(7, 8, 9), scale=2.8, start=0.01, stop=0.2)
 

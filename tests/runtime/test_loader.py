@@ -16,10 +16,10 @@ import onnxruntime
 import pytest
 
 from ditc.runtime import loader
+from ditc.runtime.bundle.integrity import check_file, check_files, file_ref
+from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, SessionError, UsageError
-from ditc.runtime.integrity import check_file, check_files, file_ref
 from ditc.runtime.loader import choose, load_parts
-from ditc.runtime.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, VAE_ENCODER, Backend, Precision

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditc.export.bundle import build_bundle
-from ditc.export.stages import BuildOptions
+from ditc.export.build.builder import build_bundle
+from ditc.export.contract import BuildOptions
 from ditc.runtime.cli import main
 from ditc.runtime.gpu import NO_GPU, RTX_TARGETS, find_gpu
 from ditc.runtime.pipeline import Pipeline
@@ -134,9 +134,9 @@ def test_kernels_on_the_gpu_are_no_further_from_fp64_than_the_op() -> None:
     pytest.importorskip("triton", reason='Triton is not installed: pip install "ditc[plugin]"')
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA")
-    from ditc.export.ops.relu_linear_attention.reference import relu_linear_attention_reference
-    from ditc.export.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
-    from ditc.export.ops.relu_linear_attention.triton_op import (
+    from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_attention_reference
+    from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
+    from ditc.export.graph.ops.relu_linear_attention.triton_op import (
         relu_linear_attention_fused,
         relu_linear_attention_triton,
     )

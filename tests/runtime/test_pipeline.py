@@ -10,9 +10,9 @@ import pytest
 import torch
 from pictures import Drawn, Reference, assert_same, draw, psnr_db, relative_l2
 
-from ditc.export.bundle import BuildReport
+from ditc.export.build.builder import BuildReport
+from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import SessionError, UsageError
-from ditc.runtime.manifest import Tiling
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
@@ -52,7 +52,7 @@ def test_pictures_of_the_demo_checkpoint_equal_diffusers(
 ) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from ditc.export.scheduler_config import scheduler_params
+    from ditc.export.checkpoint.scheduler_config import scheduler_params
 
     settings = {"height": height, "width": width, "seed": 7, "num_inference_steps": 20}
     original = demo_reference.pipeline.scheduler

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from ditc.export.scheduler_config import scheduler_params
+from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.errors import CheckpointError, UsageError
-from ditc.runtime.jsondata import from_json, to_json
 from ditc.runtime.schedulers import CoefficientTable, SchedulerParams, coefficient_table
 
 STEPS = (1, 2, 3, 14, 15, 20, 50)

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 
+from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.errors import BundleError, UsageError
-from ditc.runtime.jsondata import from_json, to_json
 from ditc.runtime.text import PaddingSide, Select, TextSpec, Tokenizer
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

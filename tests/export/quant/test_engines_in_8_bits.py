@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ditc.calib.collect import Settings, collect
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
-from ditc.runtime.manifest import load_manifest
 from ditc.runtime.spec import DENOISER, Backend
 
 pytest.importorskip("tensorrt_rtx")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
-from ditc.runtime.manifest import load_manifest
 from ditc.runtime.spec import DENOISER
 
 # One of each kind of block: with the second attention, and without the text's half.

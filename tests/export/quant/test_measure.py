@@ -13,9 +13,9 @@ from ditc.export.quant.coverage import Coverage
 from ditc.export.quant.measure import Measurement, known_measurement, save_measurement
 from ditc.export.quant.recipes import RECIPES
 from ditc.export.quant.record import QuantRecord
-from ditc.runtime.jsondata import to_json
+from ditc.runtime.bundle.jsondata import to_json
+from ditc.runtime.bundle.manifest import FileRef, Manifest, Stage, load_manifest
 from ditc.runtime.machine import library_versions, this_machine
-from ditc.runtime.manifest import FileRef, Manifest, Stage, load_manifest
 from ditc.runtime.spec import DENOISER, Precision
 
 

@@ -10,20 +10,20 @@ import onnx_ir as ir
 import pytest
 from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
 
-from ditc.export import ops
-from ditc.export.adapters.sd3 import Sd3Adapter
-from ditc.export.checkpoint import open_checkpoint
-from ditc.export.onnx import to_model
-from ditc.export.passes.qdq import quantize_graph
+from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.contract import BuildOptions, StageModule
+from ditc.export.families.sd3.adapter import Sd3Adapter
+from ditc.export.graph import ops
+from ditc.export.graph.onnx import to_model
+from ditc.export.graph.passes.qdq import quantize_graph
+from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.formats import Format
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import find_recipe
 from ditc.export.quant.simulate import quantized
-from ditc.export.stages import BuildOptions, StageModule
-from ditc.export.torch_session import TorchSession
-from ditc.runtime.manifest import load_manifest
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Backend, Precision
 
@@ -104,7 +104,7 @@ def test_all_gemms_of_the_blocks_and_nothing_else_become_8_bits(step: Denoiser) 
 @pytest.mark.parametrize("kind", list(Format))
 def test_an_engine_is_built_from_the_graph(kind: Format, sd3_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from ditc.export.engine import build_engine
+    from ditc.export.engine.build import build_engine
 
     stage = load(sd3_checkpoint, Precision.FP16)
     step = Denoiser(stage, to_model(stage), ranges_of(stage))

@@ -1,0 +1,112 @@
+"""What an artifact was made from, as one hash: equal keys mean that building again would change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ditc.runtime.bundle.integrity import sha256
+from ditc.runtime.bundle.jsondata import to_json
+
+TOOLS = (
+    "ditc",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "tensorrt-rtx",
+    "tensorrt",
+)
+
+# Of the runtime's source, what shapes a graph or an engine: the order of the step's columns, the vocabulary of the
+# specs, and what the plugin stores.
+GRAPH_SOURCES = ("denoise.py", "spec.py", "plugins/relu_linear_attention.py")
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data or dataclasses, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(to_json(value), sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Installed versions of everything that shapes an artifact."""
+    found = {}
+    for name in TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def source_hash(*, runtime: bool = False) -> str:
+    """Hash of the source that shapes an artifact, so that no hand-kept number can be forgotten.
+
+    Args:
+        runtime: hash all of the runtime too, which shapes the manifest around the artifacts.
+    """
+    root = Path(__file__).parents[2]
+    shared = (root / "runtime").rglob("*.py") if runtime else (root / "runtime" / n for n in GRAPH_SOURCES)
+    hasher = hashlib.sha256()
+    verbs = root / "export" / "commands"  # what the command line prints shapes nothing
+    exporter = (path for path in (root / "export").rglob("*.py") if verbs not in path.parents)
+    for path in sorted((*exporter, *shared)):
+        hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return hasher.hexdigest()
+
+
+class FileHashes:
+    """sha256 of input files, remembered by size, mtime and inode.
+
+    Only used to decide whether a rebuild is needed, never to trust a file that will be executed.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._known: dict[str, Any] = {}
+        if store.is_file():
+            try:
+                self._known = json.loads(store.read_bytes())
+            except ValueError:
+                self._known = {}  # a lost memory costs one hash
+
+    def of(self, path: Path) -> str:
+        """The file's sha256, from memory if nothing about the file has changed."""
+        stat = path.stat()
+        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(str(path.resolve()))
+        if not known or known[:3] != identity:
+            known = [*identity, sha256(path)]
+            self._known[str(path.resolve())] = known
+        return str(known[3])
+
+    def of_all(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Name to sha256 for several files of one directory."""
+        return {path.name: self.of(path) for path in paths}
+
+    def save(self) -> None:
+        """Remember for the next build, in one move."""
+        self._store.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._store.with_suffix(".partial")
+        partial.write_text(json.dumps(self._known))
+        partial.replace(self._store)
+
+
+def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which inputs of a key differ, in words."""
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return (
+        ", ".join(name.replace("_", " ") for name in changed) + " changed" if changed else "nothing changed"
+    )

@@ -1,0 +1,69 @@
+"""What a build needs: memory and disk, said before it starts and compared with what it took."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from ditc.export.checkpoint.open import Component
+from ditc.export.graph.onnx import MOST_CHECKED_PARAMETERS
+from ditc.runtime.errors import BuildError
+from ditc.runtime.spec import Precision
+
+ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
+
+# Peak resident size of a process that exports one stage. torch, diffusers and transformers alone take 0.7 GB; the
+# weights are there once (Sana 1.6B in fp16: 3.4 GB of 3.2 GB of weights). A stage that is small enough to be run after
+# its export is there again in PyTorch's activations and, packed, in ONNX Runtime, which holds fp16 in fp32.
+EXPORT_FIXED_BYTES = 900_000_000
+CHECKED = 3.5
+UNCHECKED = 1.0
+
+
+def weight_bytes(components: Iterable[Component], precision: Precision) -> int:
+    """Size of all tensors of the components in a precision (8 bits are made from its base)."""
+    item = ITEM_BYTES[precision]
+    return sum(math.prod(c.tensors.shape(name)) * item for c in components for name in c.tensors)
+
+
+def estimate_export_bytes(weights: int, precision: Precision) -> int:
+    """About the peak resident size of the process while a stage with that many bytes of weights is exported."""
+    limit = MOST_CHECKED_PARAMETERS.get(precision, 0) * ITEM_BYTES[precision]
+    return EXPORT_FIXED_BYTES + round((CHECKED if weights <= limit else UNCHECKED) * weights)
+
+
+def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool) -> None:
+    """Refuse a build that the disk cannot hold.
+
+    Args:
+        stages: name and bytes of weights of each stage that will be written.
+        engines: every stage is written a second time.
+
+    Raises:
+        BuildError: with what is needed and what there is.
+    """
+    needed = sum(size for _, size in stages) * (2 if engines else 1)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        largest, size = max(stages, key=lambda stage: stage[1])
+        raise BuildError(
+            f"{out} has {free / 1e6:.1f} MB free, the build needs about {needed / 1e6:.1f} MB "
+            f"({largest} alone {size / 1e6:.1f} MB)",
+            hint="free some space, or choose another -o directory",
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Resident size of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

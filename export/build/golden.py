@@ -1,0 +1,109 @@
+"""Write a stage's golden inputs and outputs: seeded inputs at small sizes, what PyTorch makes of them in fp32."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from safetensors.numpy import save
+
+from ditc.export.contract import StageModule
+from ditc.export.example_inputs import example_feeds
+from ditc.export.graph.torch_session import TorchSession
+from ditc.runtime import denoise
+from ditc.runtime.bundle.golden import METADATA, GoldenInfo
+from ditc.runtime.bundle.jsondata import to_json
+from ditc.runtime.metrics import relative_l2, widened
+from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import DType, Precision, StageSpec
+
+# A bundle's golden files stay below 2 MB: five stages have 16 float tensors, 16 * 24576 * 4 bytes = 1.6 MB.
+LARGEST = 24576
+# Precisions whose self-test is measured by what PyTorch loses in them.
+SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
+
+
+def write_golden(
+    reference: StageModule,
+    path: Path,
+    *,
+    deployed: StageModule | None = None,
+    losses: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
+    """Write one stage's file in one move.
+
+    Args:
+        reference: the stage in fp32. deployed: the same stage in the artifact's precision, if that is 16-bit: what
+            PyTorch itself loses in it is recorded, because the self-test's bound is a multiple of that.
+        losses: what was recorded of other precisions, which the file goes on to say.
+    """
+    feeds = golden_feeds(reference)
+    outputs = _run(reference, feeds)
+    strides = {name: -(-array.size // LARGEST) for name, array in outputs.items()}
+    info = GoldenInfo(
+        inputs={name: array.shape for name, array in feeds.items()},
+        outputs={name: array.shape for name, array in outputs.items()},
+        strides=strides,
+        losses={**losses, **_losses(deployed, feeds, outputs)},
+    )
+    tensors = {f"in.{name}": array.ravel()[:LARGEST].copy() for name, array in feeds.items()}
+    tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not save_file: it makes the file readable for its owner only (safetensors 0.6), and another user may serve it.
+    partial.write_bytes(save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
+    os.replace(partial, path)
+    return path
+
+
+def golden_feeds(stage: StageModule) -> dict[str, Array]:
+    """Inputs whose values every deployment type holds exactly, and that repeat after LARGEST values."""
+    feeds = example_feeds(stage.spec, _sizes(stage.spec), seed=7, integers=stage.integers)
+    return {
+        name: np.resize(_exact(name, array).ravel()[:LARGEST], array.shape) for name, array in feeds.items()
+    }
+
+
+def _exact(name: str, array: Array) -> Array:
+    """Multiples of 1/32 below 4: 8 significant bits, so bf16 and fp16 hold them."""
+    if array.dtype.kind != "f" or name == denoise.TIMESTEP:
+        return array
+    return (np.clip(np.round(array * 32), -127, 127) / 32).astype(np.float32)
+
+
+def _sizes(spec: StageSpec) -> dict[str, int]:
+    """As small as the profile allows, but several of what one alone would not test: rows, tokens, cells."""
+    several = {"batch": 1, "rows": 2}
+    sizes = {}
+    for name, bounds in spec.profile.items():
+        wanted = several.get(name, 4) * bounds.multiple_of
+        sizes[name] = min(max(bounds.min, wanted), bounds.max)
+    return sizes
+
+
+def _run(stage: StageModule, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    session = TorchSession(stage.module, stage.spec)
+    outputs = session.run(
+        {tensor.name: _fitted(feeds[tensor.name], tensor.dtype) for tensor in stage.spec.inputs}
+    )
+    return {name: np.array(widened(to_numpy(tensor)), np.float32) for name, tensor in outputs.items()}
+
+
+def _fitted(array: Array, dtype: DType) -> Array:
+    if dtype is DType.BFLOAT16:
+        return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return array.astype(np.float16) if dtype is DType.FLOAT16 else array
+
+
+def _losses(
+    deployed: StageModule | None, feeds: Mapping[str, Array], wanted: Mapping[str, Array]
+) -> dict[str, float]:
+    if deployed is None or deployed.precision not in SIXTEEN_BITS:
+        return {}
+    got = _run(deployed, feeds)
+    worst = max(relative_l2(got[name], wanted[name]) for name in wanted)
+    return {deployed.precision.value: worst} if np.isfinite(worst) else {}

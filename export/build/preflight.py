@@ -1,0 +1,114 @@
+"""Everything that a build can refuse before its first export: options, weights, free disk; and what it will need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ditc.export.build import estimates
+from ditc.export.checkpoint.open import Checkpoint, check_finite
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan
+from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
+from ditc.export.options import OPSETS
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import Backend
+
+log = logging.getLogger(__name__)
+
+
+def check_options(options: BuildOptions) -> None:
+    """Refuse options that no checkpoint could be built with.
+
+    Raises:
+        UsageError: which, with its value. MissingExtra: Triton, for --linear-attention plugin.
+    """
+    if options.max_batch < 1:
+        raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
+    if options.resolution is not None and options.resolution < 1:
+        raise UsageError(
+            f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
+        )
+    if options.opset not in OPSETS:
+        raise UsageError(f"opset is {options.opset}", hint=f"take one of {', '.join(map(str, OPSETS))}")
+    if options.opset != OPSETS[0] and options.backend is not Backend.ONNXRUNTIME:
+        # "Setting softmax precision is not supported in TensorRT Attention.", TensorRT-RTX 1.7.1's parser. Without it
+        # the softmax of a 16-bit graph would be 16-bit.
+        raise UsageError(
+            f"opset {options.opset} cannot be built into engines: their parser takes no Attention with an fp32 softmax",
+            hint=f"leave --opset out: opset {OPSETS[0]} has the same attention in plain nodes",
+        )
+    if options.backend is Backend.ONNXRUNTIME:
+        _check_no_engine_options(options)
+    elif options.linear_attention == "plugin":
+        load_kernels()
+
+
+def _check_no_engine_options(options: BuildOptions) -> None:
+    for text, given in (
+        (f"--targets {','.join(options.targets)}", options.targets),
+        ("--linear-attention plugin", options.linear_attention == "plugin"),
+        ("--weight-streaming", options.weight_streaming),
+    ):
+        if given:
+            raise UsageError(
+                f"{text} belongs to an engine, this build makes ONNX graphs alone",
+                hint="add --backend tensorrt-rtx or --backend tensorrt",
+            )
+
+
+def check_weights(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    plan: ModelPlan,
+    options: BuildOptions,
+    out: Path,
+    stages: Sequence[str],
+    say: Callable[[str, str], None],
+) -> None:
+    """Names, shapes and values of the stages' weights, and free space; says how much memory the export needs.
+
+    Args:
+        say: called with a component or "memory", and what is going on.
+
+    Raises:
+        CheckpointError, BuildError: what is wrong, with the values.
+    """
+    headers = {
+        name: replace(component, tensors=component.tensors.headers())
+        for name, component in checkpoint.components.items()
+    }
+    for name in stages:
+        adapter.load(replace(checkpoint, components=headers), plan, name, options)
+    sizes = {name: weight_bytes(checkpoint, plan, name) for name in stages}
+    components = {c: name for name in stages for c in plan.stages[name].components}
+    estimates.check_disk(
+        out,
+        [(component, sizes[name]) for component, name in components.items()],
+        engines=options.backend is not Backend.ONNXRUNTIME,
+    )
+    say("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
+    for component in components:
+        say(component, "reading every weight")
+        check_finite(checkpoint.component(component))
+
+
+def weight_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
+    """Bytes of the stage's weights in its deployment dtype."""
+    stage = plan.stages[name]
+    return estimates.weight_bytes(map(checkpoint.component, stage.components), stage.precision)
+
+
+def export_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
+    """The estimate of what exporting the stage needs in memory."""
+    return estimates.estimate_export_bytes(weight_bytes(checkpoint, plan, name), plan.stages[name].precision)
+
+
+def _memory_needed(needed: dict[str, int]) -> str:
+    name, most = max(needed.items(), key=lambda item: item[1])
+    free = estimates.available_memory_bytes()
+    text = f"needs about {most / 1e9:.1f} GB of memory (for {name}), {free / 1e9:.1f} GB are free"
+    if most > free:
+        log.warning("the build %s: it may swap or be killed", text)
+    return text

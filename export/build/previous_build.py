@@ -1,0 +1,124 @@
+"""What an earlier build left in a bundle: which of its artifacts stay, and what is swept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ditc.export.build.journal import Journal
+from ditc.runtime.bundle.golden import read_golden
+from ditc.runtime.bundle.jsondata import to_json
+from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
+from ditc.runtime.errors import BundleError
+from ditc.runtime.spec import Backend, Precision
+
+
+def existing(out: Path) -> Manifest | None:
+    """The manifest of the bundle in `out`, None where there is none or none that can be read."""
+    try:
+        return load_manifest(out)
+    except BundleError:
+        return None
+
+
+def unsealed(manifest: Manifest) -> dict[str, Any]:
+    """A manifest's content without its digest."""
+    return {**to_json(manifest), "digest": ""}
+
+
+def artifacts_that_stay(
+    old: Manifest | None, checkpoint: str, name: str, new: tuple[Artifact, ...], journal: Journal
+) -> list[Artifact]:
+    """The stage's artifacts of other precisions and backends that an earlier build left intact.
+
+    Args:
+        checkpoint: the name of what is built now; nothing of another checkpoint's bundle stays.
+        new: the graph just built or reused, then its engine if there is one.
+    """
+    if old is None or old.checkpoint != checkpoint or name not in old.stages:
+        return []
+    artifact, before = new[0], old.stages[name].artifacts
+    slots = {(a.precision, a.backend) for a in new}
+    others = [
+        a for a in before if (a.precision, a.backend) not in slots and all(map(journal.intact, a.files))
+    ]
+    graphs = [
+        a for a in others if a.backend is Backend.ONNXRUNTIME and _same_source(journal, name, a, artifact)
+    ]
+    current = {(graph.precision, graph.key) for graph in (artifact, *graphs)}
+    earlier = {a.precision: a.key for a in before if a.backend is Backend.ONNXRUNTIME}
+    engines = [
+        a
+        for a in others
+        # An engine was made from the graph of its precision, and goes when that graph goes.
+        if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
+    ]
+    return [*graphs, *engines]
+
+
+def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
+    """The same artifacts are the same manifest, whichever was built last: a signature and a certificate hold."""
+    precisions, backends = list(Precision), list(Backend)
+    return tuple(sorted(artifacts, key=lambda a: (precisions.index(a.precision), backends.index(a.backend))))
+
+
+def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float]:
+    """What the stage's golden file of the earlier build says of 16-bit precisions (GoldenInfo.losses)."""
+    golden = old.stages[stage].golden if old is not None and stage in old.stages else None
+    if golden is None:
+        return {}
+    try:
+        return read_golden(bundle / golden.path).info.losses
+    except BundleError:
+        return {}
+
+
+def but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
+    """What the artifact of a journal's record was made from, without what differs between precisions of one graph."""
+    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
+
+
+def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
+    """The artifacts whose stage, precision and backend the new manifest has no other for, in words."""
+    if old is None:
+        return ()
+    kept = set(_slots(new))
+    return tuple(
+        f"{stage} {precision} ({backend})"
+        for stage, precision, backend in _slots(old)
+        if (stage, precision, backend) not in kept
+    )
+
+
+def sweep(bundle: Path, manifest: Manifest) -> None:
+    """Remove files that the manifest does not name any more; the journal of what is kept stays."""
+    kept = {ref.path for ref in manifest.all_files()}
+    folders = {"onnx", "engines", "golden"} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
+    for path in (path for folder in folders for path in (bundle / folder).glob("*")):
+        if path.relative_to(bundle).as_posix() not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _slots(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [
+        (name, artifact.precision.value, artifact.backend.value)
+        for name, stage in manifest.stages.items()
+        for artifact in stage.artifacts
+    ]
+
+
+def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifact) -> bool:
+    """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
+    old, new = (journal.record(name, a.key) for a in (other, artifact))
+    if old is None or new is None:
+        return False
+    return but_for_precision(old) == but_for_precision(new)
+
+
+def _shapes(record: dict[str, Any]) -> Any:
+    """A stage's shapes and profile without element types, which follow the precision."""
+    spec = record["inputs"]["shapes"]
+    named = {kind: [(t["name"], t["shape"]) for t in spec[kind]] for kind in ("inputs", "outputs")}
+    return {**named, "profile": spec["profile"]}

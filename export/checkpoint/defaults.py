@@ -1,0 +1,67 @@
+"""ditc.json: the inference defaults that a checkpoint carries beside its model_index.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ditc.export.checkpoint.json_files import read_json
+from ditc.runtime.errors import CheckpointError
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and value >= 0  # type: ignore[operator]
+
+
+def _is_layers(value: object) -> bool:
+    return isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value)
+
+
+def _is_bins(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_size, pair)) for pair in value)
+    )
+
+
+def _is_lines(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(line, str) for line in value))
+
+
+# diffusers' argument names; resolution_bins are [height, width] pairs in pixels; null says: none.
+CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "height": (_is_size, "a positive integer"),
+    "width": (_is_size, "a positive integer"),
+    "resolution_bins": (_is_bins, "a list of [height, width] or null"),
+    "max_sequence_length": (_is_size, "a positive integer"),
+    "complex_human_instruction": (_is_lines, "a list of strings or null"),
+    "num_inference_steps": (_is_size, "a positive integer"),
+    "guidance_scale": (_is_number, "a number >= 0"),
+    "skip_guidance_layers": (_is_layers, "a list of layer numbers"),
+    "skip_layer_guidance_scale": (_is_number, "a number >= 0"),
+    "skip_layer_guidance_start": (_is_number, "a number >= 0"),
+    "skip_layer_guidance_stop": (_is_number, "a number >= 0"),
+}
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """The defaults in the file, {} if there is no file.
+
+    Raises:
+        CheckpointError: an unknown key or a value of the wrong type.
+    """
+    if not path.is_file():
+        return {}
+    defaults = read_json(path)
+    for name, value in defaults.items():
+        if name not in CHECKS:
+            raise CheckpointError(f"{path}: unknown key {name!r}", hint=f"known keys: {', '.join(CHECKS)}")
+        is_valid, wanted = CHECKS[name]
+        if not is_valid(value):
+            raise CheckpointError(f"{path}: {name} is {value!r}, not {wanted}")
+    return defaults

@@ -1,0 +1,110 @@
+"""The weight files of one diffusers or transformers component: single or sharded safetensors, by variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditc.export.checkpoint.json_files import read_json
+from ditc.export.checkpoint.tensors import TensorEntry, TensorSource, read_safetensors
+from ditc.runtime.errors import CheckpointError
+
+# diffusers and transformers name their weight files so (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME).
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tuple[Path, ...]]:
+    """Every tensor of a component and the files they lie in.
+
+    Raises:
+        CheckpointError: no weights, pickles, a missing variant, or an index that does not fit its shards.
+    """
+    refuse_pickles(directory)
+    for stem in STEMS:
+        for index in _index_names(stem, variant):
+            if (directory / index).is_file():
+                return _read_shards(directory / index)
+        single = directory / _single_name(stem, variant)
+        if single.is_file():
+            return TensorSource(read_safetensors(single)), (single,)
+    raise _no_weights(directory, variant)
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Raises CheckpointError if a pickle lies in the directory, beside or instead of safetensors."""
+    found = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    if not found:
+        return
+    if any(directory.glob("*.safetensors")):
+        hint = "only safetensors are read: delete or move the pickle files"
+    else:
+        hint = (
+            "pickles can run code and are never read: save the model with safe_serialization=True; "
+            "`ditc convert` takes a native .pth file"
+        )
+    raise CheckpointError(f"{directory} holds pickle files: {', '.join(found)}", hint=hint)
+
+
+def _single_name(stem: str, variant: str | None) -> str:
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def _index_names(stem: str, variant: str | None) -> tuple[str, ...]:
+    if variant is None:
+        return (f"{stem}.safetensors.index.json",)
+    # diffusers puts the variant before the last suffix (_add_variant); older uploads put it after the stem.
+    return (f"{stem}.safetensors.index.{variant}.json", f"{stem}.{variant}.safetensors.index.json")
+
+
+def _read_shards(index: Path) -> tuple[TensorSource, tuple[Path, ...]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {shard!r}, which is no safetensors file beside it")
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(missing)} of {len(shards)} shards that are not there: {', '.join(missing)}",
+            hint="fetch the missing shards",
+        )
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        _merge(entries, shard, read_safetensors(index.parent / shard), weight_map, index)
+    absent = sorted(set(weight_map) - set(entries))
+    if absent:
+        raise CheckpointError(f"{index} promises tensors that no shard holds: {_some(absent)}")
+    return TensorSource(entries), tuple(index.parent / shard for shard in shards)
+
+
+def _merge(
+    entries: dict[str, TensorEntry],
+    shard: str,
+    found: dict[str, TensorEntry],
+    weight_map: dict[str, str],
+    index: Path,
+) -> None:
+    foreign = sorted(name for name in found if weight_map.get(name) != shard)
+    if foreign:
+        raise CheckpointError(
+            f"{index.parent / shard} holds tensors that {index.name} does not place there: {_some(foreign)}",
+            hint="index and shards are from different saves: fetch both again",
+        )
+    entries.update(found)
+
+
+def _no_weights(directory: Path, variant: str | None) -> CheckpointError:
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    wanted = f"variant {variant!r}" if variant else "the default variant"
+    if found:
+        return CheckpointError(
+            f"{directory} has no weights of {wanted}, only {', '.join(found)}",
+            hint="name the variant that is there (--variant), or fetch the other",
+        )
+    return CheckpointError(f"{directory} has no safetensors weights", hint="fetch the component's weights")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,1 +1,0 @@
-"""Readers and writers of checkpoint layouts; export/checkpoint.py is the way in."""

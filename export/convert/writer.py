@@ -1,0 +1,89 @@
+"""Write tensors as safetensors, shard after shard: memory holds one shard at most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ditc.export.checkpoint.tensors import TensorSource
+from ditc.export.umask import apply_umask
+from ditc.runtime.errors import CheckpointError
+
+# diffusers' default is 10 GB; a shard's cast copy is in memory while it is written, so less is better here.
+MAX_SHARD_BYTES = 2 * 10**9
+
+
+def write_weights(
+    tensors: TensorSource,
+    directory: Path,
+    *,
+    stem: str = "diffusion_pytorch_model",
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> tuple[Path, ...]:
+    """Write all tensors, floating-point ones cast to dtype, as one file or as shards with an index.
+
+    Raises:
+        CheckpointError: a value that is finite in its own dtype and not in the new one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = _plan(tensors, dtype, max_shard_bytes)
+    files = [directory / _shard_name(stem, index, len(shards)) for index in range(len(shards))]
+    for path, names in zip(files, shards, strict=True):
+        save_file(
+            {name: _cast(name, tensors[name], dtype) for name in names}, path, metadata={"format": "pt"}
+        )
+        apply_umask(path)
+    if len(shards) > 1:
+        weight_map = {name: path.name for path, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": _total_bytes(tensors, dtype)}, "weight_map": weight_map}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return tuple(files)
+
+
+def _plan(tensors: TensorSource, dtype: torch.dtype | None, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled_bytes = 0
+    for name in tensors:
+        size_bytes = _size_bytes(tensors, name, dtype)
+        if shards[-1] and filled_bytes + size_bytes > max_shard_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(name)
+        filled_bytes += size_bytes
+    return shards
+
+
+def _shard_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor.contiguous()
+    if tensor.dtype.itemsize == 1:
+        return tensor.to(
+            dtype
+        )  # torch has no isfinite for 8-bit floats, and every other type holds their values
+    cast = tensor.to(dtype)
+    lost = int((torch.isfinite(tensor) & ~torch.isfinite(cast)).sum())
+    if lost:
+        raise CheckpointError(
+            f"{name} has {lost} values too large for {dtype}, the largest {tensor.abs().max().item():g}",
+            hint="convert to bfloat16 or float32",
+        )
+    return cast
+
+
+def _size_bytes(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> int:
+    entry = tensors.entry(name)
+    if dtype is None or not entry.dtype.is_floating_point:
+        return entry.size_bytes
+    return entry.size_bytes // int(entry.dtype.itemsize) * int(dtype.itemsize)
+
+
+def _total_bytes(tensors: TensorSource, dtype: torch.dtype | None) -> int:
+    return sum(_size_bytes(tensors, name, dtype) for name in tensors)

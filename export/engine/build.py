@@ -1,0 +1,291 @@
+"""Build an engine from ONNX: TensorRT-RTX ahead of time on any CPU, TensorRT on the GPU that will run it.
+
+Both take the same graph through the same code. Precision lies in the graph; the builder only gets
+sizes (optimisation profiles) and targets. One file serves all targets: see docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from ditc.export.engine.graph_files import graph_size_bytes, inlined
+from ditc.export.engine.memory import PeakMemory, estimate_build_bytes
+from ditc.export.engine.plugins import has_linear_attention, with_plugin
+from ditc.export.engine.targets import SM75_HINT, check_targets, check_types, engine_targets
+from ditc.export.engine.tensorrt import Compiler, Progress, ShapeRange, load_library
+from ditc.runtime.errors import BuildError
+from ditc.runtime.spec import Backend, Range, StageSpec
+
+__all__ = [
+    "EngineReport",
+    "build_engine",
+    "check_targets",
+    "engine_targets",
+    "estimate_memory_bytes",
+    "library_version",
+]
+
+logger = logging.getLogger(__name__)
+
+Profile = Mapping[str, Range]
+LinearAttention = Literal["decomposed", "plugin"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """What a build gave and what it took.
+
+    peak_memory_bytes is the largest resident size of the whole process during the build. num_layers counts
+    the parsed network, before fusion; types are its element types; tf32 is the builder's flag
+    as read back.
+    """
+
+    file: Path
+    size_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    targets: tuple[str, ...]
+    profiles: tuple[dict[str, Range], ...]
+    library: str
+    version: str
+    num_layers: int
+    types: tuple[str, ...]
+    tf32: bool
+    warnings: tuple[str, ...]
+
+
+def library_version(backend: Backend) -> str:
+    """Version of the installed builder. Raises MissingExtra."""
+    return str(load_library(backend).__version__)
+
+
+def estimate_memory_bytes(onnx_path: Path) -> int:
+    """About how much memory `build_engine` will take on top of what the process holds.
+
+    Raises:
+        BuildError: the file is missing or not ONNX, or its external data is.
+    """
+    if not onnx_path.is_file():
+        raise BuildError(f"{onnx_path} does not exist", hint="export the stage first")
+    return estimate_build_bytes(graph_size_bytes(onnx_path))
+
+
+def build_engine(
+    onnx_path: Path,
+    out: Path,
+    *,
+    spec: StageSpec,
+    backend: Backend,
+    targets: tuple[str, ...],
+    profiles: Sequence[Profile] | None = None,
+    timing_cache: Path | None = None,
+    refit: bool = False,
+    tf32: bool = False,
+    linear_attention: LinearAttention = "decomposed",
+    weight_streaming: bool = False,
+    progress: Progress | None = None,
+) -> EngineReport:
+    """Build one engine file for all targets and profiles.
+
+    Args:
+        onnx_path: the graph; external data is read from beside it.
+        out: the engine; written under a temporary name and renamed when whole.
+        spec: the stage's inputs, and the ranges of their named dimensions.
+        targets: see `engine_targets(backend)`.
+        profiles: one optimisation profile each, naming the dimensions that differ from spec.profile (say,
+            one a resolution bin). None: one profile with the ranges of spec.profile.
+        timing_cache: read if it is there, written after the build. `tensorrt` only: TensorRT-RTX times
+            nothing while it builds.
+        refit: let the weights be replaced later (REFIT_IDENTICAL). Needs a GPU.
+        tf32: let fp32 matrix products use TF32; fp32 means fp32 unless this is asked for.
+        linear_attention: "decomposed" inlines the op's function, "plugin" leaves it to ditc's plugin, where the graph
+            has any (docs/backends.md).
+        weight_streaming: let the runtime keep weights on the host (`ditc run --low-vram`). On TensorRT-RTX such an
+            engine may allocate while it runs, so that no CUDA graph is promised.
+        progress: called as progress(phase, step, steps); an exception in it stops the build.
+
+    Raises:
+        UsageError: a backend or target that cannot be served.
+        MissingExtra: the backend's library is not installed.
+        BuildError: naming the stage, the layer, the library's message and a hint.
+    """
+    check_targets(backend, targets)
+    if not onnx_path.is_file():
+        raise BuildError(f"{spec.name}: {onnx_path} does not exist", hint="export the stage first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(spec, onnx_path, out)
+    begin = time.monotonic()
+    with PeakMemory() as memory:
+        plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
+        if plugin and "sm75" in targets:
+            raise BuildError(
+                f"{spec.name}: sm75 cannot run the linear-attention plugin, its kernels are compiled for sm80",
+                hint="leave sm75 out, or --linear-attention decomposed",
+            )
+        compiler = Compiler(backend, progress, plugins=plugin)
+        _parse(compiler, spec, onnx_path, plugin=plugin)
+        check_types(targets, compiler.types())
+        used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
+        for profile in used:
+            _add_profile(compiler, spec, profile)
+        compiler.set_targets(targets)
+        tf32_flag = compiler.allow_tf32(tf32)
+        if refit:
+            compiler.allow_refit()
+        # REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile
+        # of more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
+        if weight_streaming:
+            compiler.allow_weight_streaming()
+        if timing_cache and backend is Backend.TENSORRT:
+            compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+        _write(compiler, spec, out)
+        if timing_cache and backend is Backend.TENSORRT:
+            _replace(timing_cache, compiler.timing_cache())
+    return EngineReport(
+        file=out,
+        size_bytes=out.stat().st_size,
+        seconds=time.monotonic() - begin,
+        peak_memory_bytes=memory.peak_bytes,
+        targets=targets,
+        profiles=used,
+        library=backend.value,
+        version=compiler.version,
+        num_layers=compiler.num_layers,
+        types=tuple(sorted(compiler.types())),
+        tf32=tf32_flag,
+        warnings=tuple(compiler.warnings()),
+    )
+
+
+def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path, *, plugin: bool) -> None:
+    with ExitStack() as stack:
+        if plugin:
+            onnx_path = stack.enter_context(with_plugin(onnx_path, compiler.backend))
+        complaint = compiler.parse(stack.enter_context(inlined(onnx_path)))
+    if complaint is not None:
+        raise BuildError(
+            f"{spec.name}: {compiler.backend} cannot read {onnx_path}: {complaint}",
+            hint=_parse_hint(complaint),
+        )
+    found, wanted = compiler.inputs(), {tensor.name: tensor.shape for tensor in spec.inputs}
+    if set(found) != set(wanted):
+        raise BuildError(
+            f"{spec.name}: {onnx_path} has inputs {sorted(found)}, the stage promises {sorted(wanted)}",
+            hint="graph and spec are from different exports: export the stage again",
+        )
+    for name, shape in found.items():
+        fits = len(shape) == len(wanted[name]) and all(
+            size in (-1, dim) for size, dim in zip(shape, wanted[name], strict=True)
+        )
+        if not fits:
+            raise BuildError(
+                f"{spec.name}: {onnx_path} has {name} {list(shape)}, the stage promises {list(wanted[name])}",
+                hint="-1 is dynamic; graph and spec are from different exports: export the stage again",
+            )
+
+
+def _add_profile(compiler: Compiler, spec: StageSpec, profile: Profile) -> None:
+    shapes: dict[str, ShapeRange] = {}
+    for tensor in spec.inputs:
+        if -1 not in compiler.inputs()[tensor.name]:
+            continue
+        unknown = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in profile]
+        if unknown:
+            raise BuildError(
+                f"{spec.name}: input {tensor.name} has dimension {unknown[0]!r} without a range",
+                hint=f"the profile has {', '.join(sorted(profile))}",
+            )
+        ranges = [Range(dim, dim, dim) if isinstance(dim, int) else profile[dim] for dim in tensor.shape]
+        shapes[tensor.name] = (
+            tuple(range_.min for range_ in ranges),
+            tuple(range_.opt for range_ in ranges),
+            tuple(range_.max for range_ in ranges),
+        )
+    if shapes and not compiler.add_profile(shapes):
+        raise BuildError(
+            f"{spec.name}: {compiler.backend} refuses the sizes {shapes}: {_last(compiler)}",
+            hint="every range must have min <= opt <= max",
+        )
+
+
+def _write(compiler: Compiler, spec: StageSpec, out: Path) -> None:
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            if not compiler.build(file):
+                raise _failure(compiler, spec)
+            _flush(file)
+        partial.replace(out)
+    except OSError as error:
+        raise BuildError(
+            f"{spec.name}: cannot write {out}: {error}", hint="check the free space and the permissions"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _failure(compiler: Compiler, spec: StageSpec) -> BuildError:
+    text = "; ".join(compiler.errors()) or "no message"
+    return BuildError(f"{spec.name}: {compiler.backend} {compiler.version} failed: {text}", hint=_hint(text))
+
+
+# What the libraries say, by substring, and what helps.
+HINTS = (
+    ("for Turing (SM75)", SM75_HINT),
+    ("HW-specific datatypes", "a target lacks an element type of the graph: build for fewer targets"),
+    # TensorRT-RTX 1.7.1 compiles kernels at once where weights stay refittable, so it asks for a device.
+    ("graph_jit.cpp", "this build needs a GPU (refit does): leave refit out, or build on a machine with one"),
+    ("CUDA driver version is insufficient", "this build needs a GPU and its driver"),
+    ("out of memory", "make the largest sizes of the profile smaller, or decode in tiles"),
+    ("OutOfMemory", "make the largest sizes of the profile smaller, or decode in tiles"),
+    ("Could not find any implementation", "split the profile: one a resolution bin, or a smaller maximum"),
+    ("optimization profile", "a dynamic input has no range: check the stage's profile"),
+)
+
+
+def _hint(text: str) -> str:
+    for part, hint in HINTS:
+        if part in text:
+            return hint
+    return "run the stage with --backend onnxruntime to tell a broken graph from a limit of the library"
+
+
+def _parse_hint(complaint: str) -> str:
+    if "Plugin not found" in complaint or "plugin" in complaint.lower():
+        return "the graph has an op that the library lacks: export custom ops with their function bodies"
+    return "the graph is broken or uses what the library lacks: check it with onnx.checker.check_model"
+
+
+def _last(compiler: Compiler) -> str:
+    return (compiler.errors() or ["no message"])[-1]
+
+
+def _check_space(spec: StageSpec, onnx_path: Path, out: Path) -> None:
+    """An engine holds the graph's weights: it is as large as the graph and its data."""
+    needed_bytes = graph_size_bytes(onnx_path)
+    free_bytes = shutil.disk_usage(out.parent).free
+    if free_bytes < needed_bytes:
+        raise BuildError(
+            f"{spec.name}: {out.parent} has {free_bytes / 2**20:.0f} MiB free, the engine needs about "
+            f"{needed_bytes / 2**20:.0f} MiB",
+            hint="free some space or build elsewhere",
+        )
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)

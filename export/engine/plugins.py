@@ -1,0 +1,142 @@
+"""Which form of the linear attention an engine is built from: standard ops, or ditc's plugin.
+
+The plugin's graph is the same ONNX without the function's body, and with compiled kernels as an attribute of each
+node; without a body, the parser has nothing to inline and looks for a plugin of that name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ditc.export.engine.tensorrt import load_library
+from ditc.export.graph.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
+from ditc.export.graph.ops.relu_linear_attention.ptx import pair_as_json
+from ditc.export.graph.ops.relu_linear_attention.qdp import register_qdp
+from ditc.runtime.errors import BuildError
+from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
+from ditc.runtime.plugins import register
+from ditc.runtime.plugins.relu_linear_attention import NAMESPACE, VERSION
+from ditc.runtime.spec import Backend, DType
+
+log = logging.getLogger(__name__)
+
+_TYPES = {
+    onnx.TensorProto.FLOAT: DType.FLOAT32,
+    onnx.TensorProto.FLOAT16: DType.FLOAT16,
+    onnx.TensorProto.BFLOAT16: DType.BFLOAT16,
+}
+
+
+@contextmanager
+def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
+    """A copy of the graph, beside it for its weights, whose linear attention is left to the backend's plugin.
+
+    TensorRT-RTX: the IPluginV3 of runtime/plugins, its kernels in the graph. TensorRT: the QDP plugin of
+    export/graph/ops/relu_linear_attention/qdp.py, whose kernel goes into the engine: nothing is needed to run it.
+
+    Raises:
+        BuildError: the graph has none. MissingExtra: Triton is not installed.
+    """
+    model = onnx.load(onnx_path, load_external_data=False)
+    if not use_plugin(model, kernels=backend is Backend.TENSORRT_RTX):
+        raise BuildError(
+            f"{onnx_path} has no linear attention that a plugin could compute",
+            hint="leave --linear-attention plugin out",
+        )
+    if backend is Backend.TENSORRT_RTX:
+        link_library()
+    _register(backend)
+    copy = onnx_path.with_name(f"{onnx_path.name}.plugin.{os.getpid()}.partial")
+    try:
+        copy.write_bytes(model.SerializeToString())
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def has_linear_attention(onnx_path: Path) -> bool:
+    """Whether a graph calls the op."""
+    model = onnx.load(onnx_path, load_external_data=False)
+    return any(_is_ours(node) for node in model.graph.node)
+
+
+def use_plugin(model: onnx.ModelProto, *, kernels: bool) -> int:
+    """Remove the op's body and name the plugin in each node, in place. Returns the number of nodes.
+
+    Args:
+        kernels: give each node its compiled kernels, too.
+
+    Raises:
+        BuildError: the type or head dimension of a node is unknown. MissingExtra: Triton is not installed.
+    """
+    values = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.input)}
+    nodes = [node for node in model.graph.node if _is_ours(node)]
+    for node in nodes:
+        facts = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+        if kernels:
+            facts["kernels"] = pair_as_json(*_facts(node, values))
+        node.attribute.extend(onnx.helper.make_attribute(name, text) for name, text in facts.items())
+    kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
+    del model.functions[:]
+    model.functions.extend(kept)
+    return len(nodes)
+
+
+def link_library() -> None:
+    """Make the link that the wheel of TensorRT-RTX lacks: its parser opens libtensorrt_rtx.so when it has made a
+    plugin, the wheel (1.7.1) ships libtensorrt_rtx.so.1 alone, and the process ends with "terminate called without
+    an active exception".
+
+    Raises:
+        BuildError: the folder cannot be written; with the command that makes the link.
+    """
+    folder = rtx_library_folder()
+    if folder is None or os.name == "nt" or _reachable(folder):
+        return
+    link = folder / RTX_LIBRARY
+    try:
+        link.symlink_to(f"{RTX_LIBRARY}.1")
+    except OSError as e:
+        raise BuildError(
+            f"{link} is missing, TensorRT-RTX's parser needs it for plugins: {e.strerror}",
+            hint=f"ln -s {RTX_LIBRARY}.1 {link}, or a link of that name in a folder of LD_LIBRARY_PATH",
+        ) from e
+    log.warning("made %s -> %s.1, which the wheel lacks and plugins need", link, RTX_LIBRARY)
+
+
+def _register(backend: Backend) -> None:
+    library = load_library(backend)
+    if backend is Backend.TENSORRT_RTX:
+        register(library)
+    else:
+        register_qdp(library)
+
+
+def _reachable(folder: Path) -> bool:
+    searched = [folder, *map(Path, filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))]
+    return any((path / RTX_LIBRARY).exists() for path in searched)
+
+
+def _is_ours(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+
+
+def _facts(node: onnx.NodeProto, values: dict[str, Any]) -> tuple[DType, int]:
+    """Element type and head dimension, from any of the node's tensors that the graph describes."""
+    for name in (*node.input, *node.output):
+        known = values.get(name)
+        if known is None or known.elem_type not in _TYPES or len(known.shape.dim) != 4:
+            continue
+        if known.shape.dim[3].HasField("dim_value"):
+            return _TYPES[known.elem_type], known.shape.dim[3].dim_value
+    raise BuildError(
+        f"{node.name}: the graph does not say the type and head dimension of {node.input[0]}",
+        hint="export the stage again",
+    )

@@ -1,0 +1,42 @@
+"""Optimisation profiles of an engine: by the orientation of the picture, so that memory follows real sizes.
+
+A bundle with resolution bins spans short and long sides, 512 to 2048 px at 1K say, but no bin is long on both.
+One profile over both ranges would plan workspace for four times the pixels of any picture; one for landscape and one
+for portrait plan for two times at most. `tensorrt`, which chooses kernels while it builds, gets a third one for the
+default size alone; TensorRT-RTX specialises its kernels to the shapes it meets (its runtime configuration's
+`dynamic_shapes_kernel_specialization_strategy`), and every profile costs it as long as the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ditc.runtime.bundle.manifest import Defaults
+from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
+
+_SIDES = (("height", "width"), ("image_height", "image_width"))
+
+
+def orientation_profiles(
+    spec: StageSpec, defaults: Defaults, backend: Backend
+) -> tuple[dict[str, Range], ...]:
+    """What differs from spec.profile, one mapping a profile; one empty mapping where one profile is enough.
+
+    Tiles are small on both sides and have no orientation.
+    """
+    named = [sides for sides in _SIDES if sides[0] in spec.profile]
+    tiles = defaults.tiling is not None and spec.name in (VAE_DECODER, VAE_ENCODER)
+    if not defaults.bins or not named or tiles:
+        return ({},)
+    ((height, width),) = named
+    tall, wide = spec.profile[height], spec.profile[width]
+    default = ({height: _exactly(tall), width: _exactly(wide)},) if backend is Backend.TENSORRT else ()
+    return (
+        *default,
+        {height: replace(tall, max=tall.opt), width: replace(wide, min=wide.opt)},
+        {height: replace(tall, min=tall.opt), width: replace(wide, max=wide.opt)},
+    )
+
+
+def _exactly(size: Range) -> Range:
+    return replace(size, min=size.opt, max=size.opt)

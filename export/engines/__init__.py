@@ -1,1 +1,0 @@
-"""What export/engine.py needs to build engines: targets, memory, and the only user of TensorRT's API."""

@@ -1,0 +1,174 @@
+"""What families with a Gemma-2 text encoder and a DC-AE share: those stages, and the sizes and steps of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+from torch import nn
+
+from ditc.export.checkpoint.open import Component
+from ditc.export.contract import StageModule, StagePlan
+from ditc.export.families.common.specs import (
+    STAGE_DTYPES,
+    TORCH_DTYPES,
+    DenoiserFacts,
+    companion_precision,
+    denoiser_spec,
+    network_spec,
+    vae_specs,
+)
+from ditc.export.networks.dc_ae import DcAeConfig, load_decoder, load_encoder
+from ditc.export.networks.gemma2 import load_gemma2
+from ditc.export.networks.loading import weight_map
+from ditc.export.options import BuildOptions
+from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.errors import CheckpointError
+from ditc.runtime.spec import (
+    CONDITIONER,
+    DENOISER,
+    NETWORK,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    DType,
+    Range,
+    StageSpec,
+    TensorSpec,
+)
+from ditc.runtime.text import TextSpec
+
+COMPONENTS = {
+    TEXT_ENCODER: "text_encoder",
+    CONDITIONER: "transformer",
+    DENOISER: "transformer",
+    NETWORK: "transformer",
+    VAE_DECODER: "vae",
+    VAE_ENCODER: "vae",
+}
+
+
+def stage_plans(
+    text: TextSpec,
+    caption_channels: int,
+    facts: DenoiserFacts,
+    latents: LatentSpec,
+    options: BuildOptions,
+    *,
+    history: int,
+    tiling: Tiling | None = None,
+) -> dict[str, StagePlan]:
+    """All plans, in the order in which a picture needs them.
+
+    Gemma overflows in fp16 (NVlabs/Sana's README: bf16 or fp32), and so does DC-AE: both are companions.
+    """
+    batch = options.max_batch
+    specs = {
+        TEXT_ENCODER: _text_encoder(text, caption_channels, batch),
+        CONDITIONER: _conditioner(caption_channels, facts, batch),
+        DENOISER: denoiser_spec(facts, history=history, max_batch=batch),
+        **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling),
+    }
+    if options.raw:
+        specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[options.base], max_batch=batch)
+    others = companion_precision(options)
+    return {
+        name: StagePlan(
+            spec=spec,
+            precision=options.base if COMPONENTS[name] == "transformer" else others,
+            components=(COMPONENTS[name],),
+        )
+        for name, spec in specs.items()
+    }
+
+
+def load_companion(component: Component, plan: StagePlan) -> nn.Module:
+    """The text encoder or one half of the VAE, with its weights.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or misshapen.
+    """
+    dtype = TORCH_DTYPES[plan.precision]
+    if plan.spec.name == TEXT_ENCODER:
+        return load_gemma2(component.config, component.tensors, dtype)
+    load = load_decoder if plan.spec.name == VAE_DECODER else load_encoder
+    return load(DcAeConfig.from_json(component.config), component.tensors, dtype)
+
+
+def stage_module(module: nn.Module, component: Component, plan: StagePlan) -> StageModule:
+    """A loaded module as the exporter takes it."""
+    name = plan.spec.name
+    return StageModule(
+        spec=plan.spec,
+        precision=plan.precision,
+        module=module,
+        weights=tuple(weight_map({name: module}, component.tensors)),
+        integers={"input_ids": int(component.config["vocab_size"])} if name == TEXT_ENCODER else {},
+    )
+
+
+def text_range(text: TextSpec) -> dict[str, Range]:
+    """The range of "text_length", the tokens that reach the denoiser."""
+    return {"text_length": Range(1, text.length, text.length)}
+
+
+def pad_token(tokenizer: RustTokenizer) -> int:
+    """The id that Gemma pads with. Raises CheckpointError where there is none."""
+    token: int | None = tokenizer.token_to_id("<pad>")
+    if token is None:
+        raise CheckpointError("tokenizer.json has no <pad> token", hint="Gemma's tokenizers have one")
+    return token
+
+
+def defaults_of(
+    given: Mapping[str, Any],
+    native: int,
+    options: BuildOptions,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    bins: Sequence[Sequence[int]] = (),
+    tiling: Tiling | None = None,
+) -> Defaults:
+    """Inference defaults: what was asked for, else what ditc.json says, else the family's.
+
+    Args:
+        native: side of a picture in pixels where nothing else is said.
+    """
+    side = options.resolution or native
+    return Defaults(
+        height=options.resolution or int(given.get("height", side)),
+        width=options.resolution or int(given.get("width", side)),
+        num_inference_steps=int(given.get("num_inference_steps", num_inference_steps)),
+        guidance_scale=float(given.get("guidance_scale", guidance_scale)),
+        bins=tuple((height, width) for height, width in bins),
+        tiling=tiling,
+    )
+
+
+def _text_encoder(text: TextSpec, caption_channels: int, max_batch: int) -> StageSpec:
+    tokens = ("batch", "length")
+    longest = max(text.max_length, text.negative_max_length)
+    return StageSpec(
+        TEXT_ENCODER,
+        inputs=(
+            TensorSpec("input_ids", DType.INT64, tokens),
+            TensorSpec("attention_mask", DType.INT64, tokens),
+        ),
+        outputs=(TensorSpec("text_embeds", DType.FLOAT32, (*tokens, caption_channels)),),
+        profile={"batch": Range(1, 1, max_batch), "length": Range(1, text.max_length, longest)},
+    )
+
+
+def _conditioner(caption_channels: int, facts: DenoiserFacts, max_batch: int) -> StageSpec:
+    rows, length = "rows", "text_length"
+    return StageSpec(
+        CONDITIONER,
+        inputs=(
+            TensorSpec("text_embeds", DType.FLOAT32, (rows, length, caption_channels)),
+            TensorSpec("text_mask", DType.INT64, (rows, length)),
+        ),
+        outputs=facts.conditioning,
+        profile={rows: Range(1, 1, facts.rows_per_sample * max_batch), **facts.text},
+    )

@@ -1,0 +1,199 @@
+"""lucidrains/mmdit 0.3.0 trunks as denoisers. The only file that knows this.
+
+Upstream is a trunk alone: no patches, time, positions, text, sampler or weights, and so no checkpoint layout. Ours is a
+diffusers directory (docs/mmdit.md):
+
+    model_index.json   _class_name LucidrainsMMDiTPipeline
+    transformer/       config.json (config.py), safetensors under the names of network.py
+    text_encoder/, tokenizer/   Gemma-2 or T5, as transformers saves them
+    vae/, scheduler/            AutoencoderDC or AutoencoderKL, as diffusers saves them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tokenizers import Tokenizer as RustTokenizer
+
+from ditc.export.checkpoint.open import Checkpoint, Component
+from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.contract import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.families.common.companions import (
+    COMPONENTS,
+    defaults_of,
+    load_companion,
+    pad_token,
+    stage_module,
+    stage_plans,
+    text_range,
+)
+from ditc.export.families.common.specs import (
+    STAGE_DTYPES,
+    TORCH_DTYPES,
+    DenoiserFacts,
+    check_precision,
+    history_length,
+    latent_ranges,
+)
+from ditc.export.families.lucidrains.config import CLASS_NAME, MMDiTConfig
+from ditc.export.families.lucidrains.network import load_mmdit
+from ditc.export.graph.step import wrap
+from ditc.export.networks.autoencoder_kl import AutoencoderKlConfig, load_kl_decoder, load_kl_encoder
+from ditc.export.networks.dc_ae import DcAeConfig
+from ditc.export.networks.t5 import MODEL_TYPE as T5
+from ditc.export.networks.t5 import load_t5
+from ditc.runtime.bundle.manifest import LatentSpec
+from ditc.runtime.errors import CheckpointError
+from ditc.runtime.spec import (
+    CONDITIONER,
+    DENOISER,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    DType,
+    Range,
+    TensorSpec,
+)
+from ditc.runtime.text import TextSpec
+
+# Upstream has no pipeline: these are StableDiffusion3Pipeline's (diffusers 0.42.1), the length is Gemma's in Sana.
+NUM_INFERENCE_STEPS = 28
+GUIDANCE_SCALE = 7.0
+MAX_SEQUENCE_LENGTH = 300
+
+AUTOENCODER_DC, AUTOENCODER_KL = "AutoencoderDC", "AutoencoderKL"
+
+
+class LucidrainsMMDiTAdapter:
+    """Plans and loads the five stages of such a checkpoint."""
+
+    family = "mmdit"
+
+    def accepts(self, checkpoint: Checkpoint) -> bool:
+        """Whether the transformer is ours around upstream's trunk."""
+        transformer = checkpoint.components.get("transformer")
+        return transformer is not None and transformer.config.get("_class_name") == CLASS_NAME
+
+    def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
+        """Everything that configs tell.
+
+        Raises:
+            CheckpointError: a config that these networks do not implement. UsageError: a precision that is refused.
+        """
+        check_precision(options, "lucidrains/mmdit")
+        transformer = MMDiTConfig.from_json(checkpoint.component("transformer").config)
+        vae = _autoencoder(checkpoint.component("vae"))
+        _check_widths(checkpoint, transformer, vae)
+        text = _text_spec(checkpoint)
+        scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+        defaults = defaults_of(
+            checkpoint.defaults,
+            transformer.sample_size * vae.scale_factor,
+            options,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            bins=checkpoint.defaults.get("resolution_bins") or (),
+        )
+        latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
+        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
+        return ModelPlan(
+            family=self.family,
+            stages=stage_plans(
+                text, transformer.caption_channels, facts, latents, options, history=history_length(scheduler)
+            ),
+            text=(text,),
+            scheduler=scheduler,
+            latents=latents,
+            defaults=defaults,
+        )
+
+    def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
+        """One stage with its weights."""
+        stage_plan = plan.stages[stage]
+        component = checkpoint.component(COMPONENTS[stage])
+        if COMPONENTS[stage] != "transformer":
+            return stage_module(_load_companion(component, stage_plan), component, stage_plan)
+        dtype = TORCH_DTYPES[stage_plan.precision]
+        config = MMDiTConfig.from_json(component.config)
+        conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
+        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
+        if stage == DENOISER:
+            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+        return stage_module(module, component, stage_plan)
+
+
+def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
+    """The settings of the autoencoder that vae/config.json names."""
+    kind = component.config.get("_class_name")
+    if kind not in (AUTOENCODER_DC, AUTOENCODER_KL):
+        raise CheckpointError(
+            f"the VAE is {kind!r}", hint=f"these trunks are served with {AUTOENCODER_DC} or {AUTOENCODER_KL}"
+        )
+    if kind == AUTOENCODER_KL:
+        return AutoencoderKlConfig.from_json(component.config)
+    return DcAeConfig.from_json(component.config)
+
+
+def _load_companion(component: Component, plan: StagePlan) -> torch.nn.Module:
+    """The text encoder or one half of the VAE, of the kind that its config names."""
+    dtype = TORCH_DTYPES[plan.precision]
+    if plan.spec.name == TEXT_ENCODER and component.config.get("model_type") == T5:
+        return load_t5(component.config, component.tensors, dtype)
+    if plan.spec.name != TEXT_ENCODER:
+        config = _autoencoder(component)
+        if isinstance(config, AutoencoderKlConfig):
+            load = load_kl_decoder if plan.spec.name == VAE_DECODER else load_kl_encoder
+            return load(config, component.tensors, dtype)
+    return load_companion(component, plan)
+
+
+def _check_widths(
+    checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig | AutoencoderKlConfig
+) -> None:
+    """Components of different models each load, and fail at the first picture."""
+    encoder = checkpoint.component("text_encoder").config
+    hidden = encoder.get("d_model" if encoder.get("model_type") == T5 else "hidden_size")
+    for what, found, wanted in (
+        ("the text encoder's states have", hidden, transformer.caption_channels),
+        ("the VAE's latents have", vae.latent_channels, transformer.in_channels),
+        ("the prediction has", transformer.out_channels, transformer.in_channels),
+    ):
+        if found != wanted:
+            raise CheckpointError(
+                f"{what} {found} channels, the transformer's config asks for {wanted}",
+                hint="the components belong to different models, or transformer/config.json is wrong",
+            )
+
+
+def _facts(
+    transformer: MMDiTConfig, text: TextSpec, sizes: Mapping[str, Range], options: BuildOptions
+) -> DenoiserFacts:
+    rows, length = "rows", "text_length"
+    return DenoiserFacts(
+        channels=transformer.in_channels,
+        out_channels=transformer.out_channels,
+        conditioning=(
+            TensorSpec("text_tokens", STAGE_DTYPES[options.base], (rows, length, transformer.dims[0])),
+            TensorSpec("key_mask", DType.FLOAT32, (rows, length)),
+        ),
+        sizes=sizes,
+        text=text_range(text),
+    )
+
+
+def _text_spec(checkpoint: Checkpoint) -> TextSpec:
+    """The prompt as it is, cut and padded on the right to one length; padding is masked."""
+    if "tokenizer" not in checkpoint.tokenizers:
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer", hint="save it into tokenizer/")
+    tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
+    length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
+    return TextSpec(
+        stage=TEXT_ENCODER,
+        tokenizer="tokenizer/tokenizer.json",
+        mask="text_mask",
+        max_length=length,
+        negative_max_length=length,
+        length=length,
+        pad_token_id=pad_token(tokenizer),
+    )

@@ -1,0 +1,158 @@
+"""The settings of a lucidrains/mmdit denoiser: upstream's own arguments for the trunk, ours for what is around it.
+
+transformer/config.json:
+
+    _class_name       "LucidrainsMMDiT"
+    trunk_class       "MMDiT", mmdit.mmdit_pytorch's, or "GeneralizedMMDiT", mmdit.mmdit_generalized_pytorch's MMDiT
+    trunk             that class's arguments, as they were given to it
+    in_channels ...   the fields of MMDiTConfig
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ditc.export.families.lucidrains.layers import check_feedforward
+from ditc.runtime.errors import CheckpointError
+
+CLASS_NAME = "LucidrainsMMDiT"
+TWO_MODALITIES = "MMDiT"
+GENERALIZED = "GeneralizedMMDiT"
+
+_BLOCK = {
+    "depth",
+    "dim_cond",
+    "dim_head",
+    "heads",
+    "qk_rmsnorm",
+    "flash_attn",
+    "num_residual_streams",
+    "ff_kwargs",
+}
+# should_skip_last_feedforward is an argument of upstream's forward.
+ARGUMENTS = {
+    TWO_MODALITIES: _BLOCK
+    | {"dim_text", "dim_image", "num_register_tokens", "final_norm", "should_skip_last_feedforward"},
+    GENERALIZED: _BLOCK | {"dim_modalities", "final_norms", "mhc_kwargs", "softclamp", "softclamp_value"},
+}
+REQUIRED = {
+    TWO_MODALITIES: {"depth", "dim_text", "dim_image", "dim_cond"},
+    GENERALIZED: {"depth", "dim_modalities", "dim_cond"},
+}
+_SHARED_STREAMS = ("add_stream_embed", "add_attn_pool_reduce_stream")
+MHC_ARGUMENTS = {*_SHARED_STREAMS, "dim"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MMDiTConfig:
+    """The trunk's class and arguments, and the shell around it, in diffusers' names.
+
+    Attributes:
+        sample_size: latent cells a side for which the position embedding's unit is one patch.
+        caption_channels: of the text encoder's states, projected to the trunk's text width.
+        interpolation_scale: of the position embedding, as in diffusers' get_2d_sincos_pos_embed.
+        timestep_scale: what the scheduler's timesteps are multiplied by before the network sees them.
+    """
+
+    trunk_class: str = TWO_MODALITIES
+    trunk: Mapping[str, Any] = field(default_factory=dict)
+    in_channels: int = 32
+    out_channels: int = 32
+    patch_size: int = 1
+    sample_size: int = 32
+    caption_channels: int = 2304
+    interpolation_scale: float = 1.0
+    timestep_scale: float = 1.0
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths of the trunk's modalities: text first, the image second."""
+        if self.trunk_class == GENERALIZED:
+            return tuple(self.trunk["dim_modalities"])
+        return self.trunk["dim_text"], self.trunk["dim_image"]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MMDiTConfig:
+        """Parse transformer/config.json.
+
+        Raises:
+            CheckpointError: an unknown or missing setting, or one that the networks here do not implement.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+        if unknown:
+            raise CheckpointError(
+                f"unknown setting {unknown[0]} = {values[unknown[0]]!r} in the {CLASS_NAME} config.json",
+                hint=f"known are {', '.join(sorted(known))}; the trunk's own arguments go into trunk",
+            )
+        config = cls(**{name: value for name, value in values.items() if name in known})
+        _check_trunk(config.trunk_class, config.trunk)
+        _check_shell(config)
+        return config
+
+
+def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
+    if trunk_class not in ARGUMENTS:
+        raise CheckpointError(
+            f"trunk_class is {trunk_class!r}", hint=f"known are {' and '.join(ARGUMENTS)} of mmdit 0.3.0"
+        )
+    unknown, missing = (
+        sorted(set(trunk) - ARGUMENTS[trunk_class]),
+        sorted(REQUIRED[trunk_class] - set(trunk)),
+    )
+    if unknown:
+        raise CheckpointError(
+            f"trunk has {unknown[0]} = {trunk[unknown[0]]!r}, which {trunk_class} of mmdit 0.3.0 does not take",
+            hint=f"it takes {', '.join(sorted(ARGUMENTS[trunk_class]))}",
+        )
+    if missing:
+        raise CheckpointError(
+            f"trunk lacks {', '.join(missing)}",
+            hint="a denoiser needs a time condition, dim_cond, among them",
+        )
+    check_feedforward(trunk.get("ff_kwargs") or {})
+    _check_streams(trunk)
+    if trunk.get("softclamp") and trunk.get("flash_attn"):
+        raise CheckpointError(
+            "softclamp and flash_attn exclude each other upstream",
+            hint="set flash_attn to false in the config",
+        )
+
+
+def _check_streams(trunk: Mapping[str, Any]) -> None:
+    """Upstream gives mhc_kwargs to the streams' expansion and sum alone: sinkhorn_iters there is a TypeError."""
+    mhc = trunk.get("mhc_kwargs") or {}
+    foreign = sorted(set(mhc) - MHC_ARGUMENTS)
+    if foreign:
+        raise CheckpointError(
+            f"mhc_kwargs has {foreign[0]} = {mhc[foreign[0]]!r}, which mmdit 0.3.0 cannot pass on to its blocks",
+            hint=f"it takes {', '.join(sorted(MHC_ARGUMENTS))}",
+        )
+    if any(mhc.get(name) for name in _SHARED_STREAMS) and {*trunk["dim_modalities"]} != {mhc.get("dim")}:
+        raise CheckpointError(
+            f"one stream embedding of {mhc.get('dim')} channels cannot serve modalities of {trunk['dim_modalities']}",
+            hint="give every modality that width, or leave mhc_kwargs out",
+        )
+
+
+def _check_shell(config: MMDiTConfig) -> None:
+    if len(config.dims) != 2:
+        raise CheckpointError(
+            f"a denoiser has two modalities, text and image, this trunk has {len(config.dims)}",
+            hint="a trunk of more modalities exports by itself: docs/mmdit.md",
+        )
+    if config.dims[1] % 4:
+        raise CheckpointError(
+            f"the position embedding needs an image width divisible by 4, not {config.dims[1]}"
+        )
+    for name in ("in_channels", "out_channels", "patch_size", "sample_size", "caption_channels"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{name} is {value!r}, it must be a positive integer")
+    if config.sample_size % config.patch_size:
+        raise CheckpointError(
+            f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}"
+        )

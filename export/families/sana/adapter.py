@@ -1,0 +1,194 @@
+"""Sana (NVlabs): linear DiT, DC-AE, Gemma-2. The only file that knows the family.
+
+Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5); diffusers 0.42.1 pipelines/sana/pipeline_sana.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as RustTokenizer
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.families.common.companions import (
+    COMPONENTS,
+    defaults_of,
+    load_companion,
+    pad_token,
+    stage_module,
+    stage_plans,
+    text_range,
+)
+from ditc.export.families.common.resolution_bins import resolution_bins
+from ditc.export.families.common.specs import (
+    STAGE_DTYPES,
+    TORCH_DTYPES,
+    DenoiserFacts,
+    check_precision,
+    history_length,
+    latent_ranges,
+)
+from ditc.export.families.sana.config import SanaConfig
+from ditc.export.families.sana.network import load_sana
+from ditc.export.graph.step import wrap
+from ditc.export.networks.dc_ae import DcAeConfig
+from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.spec import (
+    CONDITIONER,
+    DENOISER,
+    TEXT_ENCODER,
+    DType,
+    Range,
+    TensorSpec,
+)
+from ditc.runtime.text import Select, TextSpec
+
+# SanaPipeline.__call__'s defaults, diffusers 0.42.1.
+MAX_SEQUENCE_LENGTH = 300
+NUM_INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 4.5
+COMPLEX_HUMAN_INSTRUCTION = (
+    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image"
+    " generation. Evaluate the level of detail in the user prompt:",
+    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial"
+    " relationships to create vivid and concrete scenes.",
+    "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
+    "Here are examples of how to transform or refine prompts:",
+    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping"
+    " peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street"
+    " lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass"
+    " skyscrapers.",
+    "Please generate only the enhanced description for the prompt below and avoid including any additional commentary"
+    " or evaluations:",
+    "User Prompt: ",
+)
+# The pipeline picks its table of aspect ratios by the transformer's sample_size.
+BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
+
+
+class SanaAdapter:
+    """Plans and loads the five stages of a Sana checkpoint in diffusers layout."""
+
+    family = "sana"
+
+    def accepts(self, checkpoint: Checkpoint) -> bool:
+        """Whether the transformer is diffusers' SanaTransformer2DModel."""
+        transformer = checkpoint.components.get("transformer")
+        return transformer is not None and transformer.config.get("_class_name") == "SanaTransformer2DModel"
+
+    def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
+        """Everything that configs tell.
+
+        Raises:
+            CheckpointError: a config that these networks do not implement. UsageError: a precision that is refused.
+        """
+        transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
+        vae = DcAeConfig.from_json(checkpoint.component("vae").config)
+        check_precision(options, "Sana")
+        text = _text_spec(checkpoint)
+        scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+        defaults = _defaults(checkpoint, transformer, vae, options)
+        latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
+        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
+        return ModelPlan(
+            family=self.family,
+            stages=stage_plans(
+                text,
+                transformer.caption_channels,
+                facts,
+                latents,
+                options,
+                history=history_length(scheduler),
+                tiling=defaults.tiling,
+            ),
+            text=(text,),
+            scheduler=scheduler,
+            latents=latents,
+            defaults=defaults,
+        )
+
+    def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
+        """One stage with its weights."""
+        stage_plan = plan.stages[stage]
+        component = checkpoint.component(COMPONENTS[stage])
+        if COMPONENTS[stage] != "transformer":
+            return stage_module(load_companion(component, stage_plan), component, stage_plan)
+        dtype = TORCH_DTYPES[stage_plan.precision]
+        conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
+        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
+        if stage == DENOISER:
+            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+        return stage_module(module, component, stage_plan)
+
+
+def _facts(
+    transformer: SanaConfig, text: TextSpec, sizes: Mapping[str, Range], options: BuildOptions
+) -> DenoiserFacts:
+    kv = ("rows", transformer.num_layers, 2, "text_length", transformer.cross_width)
+    return DenoiserFacts(
+        channels=transformer.in_channels,
+        out_channels=transformer.out_channels,
+        conditioning=(
+            TensorSpec("cross_kv", STAGE_DTYPES[options.base], kv),
+            TensorSpec("text_bias", DType.FLOAT32, ("rows", "text_length")),
+        ),
+        sizes=sizes,
+        text=text_range(text),
+    )
+
+
+def _text_spec(checkpoint: Checkpoint) -> TextSpec:
+    """SanaPipeline.encode_prompt (diffusers 0.42.1) as data.
+
+    With the complex human instruction, 1 and length - 1 positions are kept: <bos>, and the prompt without the
+    instruction before it (SANA, arXiv 2410.10629, section 3.1).
+    """
+    directory = checkpoint.tokenizers["tokenizer"]
+    length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
+    lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
+    prefix = "\n".join(lines) if lines else ""
+    tokenizer = RustTokenizer.from_str(tokenizer_json(directory))
+    # The instruction is counted with its <bos>, hence 2 less: <bos> and one token of slack, as upstream has it.
+    longest = len(tokenizer.encode(prefix).ids) + length - 2 if prefix else length
+    return TextSpec(
+        stage=TEXT_ENCODER,
+        tokenizer="tokenizer/tokenizer.json",
+        mask="text_mask",
+        max_length=longest,
+        negative_max_length=length,
+        prefix=prefix,
+        length=length,
+        lower=True,
+        strip=True,
+        pad_token_id=pad_token(tokenizer),
+        select=Select(first=1, last=length - 1) if prefix else None,
+    )
+
+
+def _defaults(
+    checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAeConfig, options: BuildOptions
+) -> Defaults:
+    given: dict[str, Any] = checkpoint.defaults
+    native = transformer.sample_size * vae.scale_factor
+    side = options.resolution or native
+    bins: Sequence[Sequence[int]] = ()
+    if "resolution_bins" in given:
+        bins = given["resolution_bins"] or ()
+    elif side == BINS_BY_SAMPLE_SIZE.get(transformer.sample_size):
+        bins = resolution_bins(side)
+    return defaults_of(
+        given,
+        native,
+        options,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        bins=bins,
+        # enable_tiling's defaults in AutoencoderDC, diffusers 0.42.1; needed from 2K on (upstream README: 4K).
+        tiling=Tiling(tile=512, stride=448) if side >= 4096 else None,
+    )

@@ -1,0 +1,164 @@
+"""What a native Sana checkpoint is: all that keys and shapes tell, and options for what they cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditc.export.checkpoint.tensors import TensorSource
+from ditc.export.families.sana.keys import SanaKeys
+from ditc.runtime.errors import CheckpointError, UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POSITION_EMBEDDINGS = ("none", "sincos")
+
+# hidden size -> (self-attention head dim, cross-attention head dim) of the released networks: Sana 0.6B is
+# 36x32 and 16x72, 1.6B and 4.8B are 70x32 and 20x112 (configs of NVlabs/Sana).
+HEAD_DIMS = {1152: (32, 72), 2240: (32, 112)}
+
+# DC-AE f32: latents are 1/32 of the picture's height and width.
+PIXELS_PER_LATENT = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeOptions:
+    """What no key of a native checkpoint tells.
+
+    Released values: 512 and 1024 px: flow_shift 3.0, position_embedding none; 2048 px: 3.0, sincos with
+    interpolation_scale 1.0; 4096 px: 6.0, sincos with 2.0. SANA-Sprint has no flow_shift. dtype is fp32,
+    fp16 or bf16. The head dims are needed only for a hidden size that no release has.
+    """
+
+    resolution: int | None = None
+    flow_shift: float | None = None
+    position_embedding: str | None = None
+    interpolation_scale: float | None = None
+    dtype: str | None = None
+    attention_head_dim: int | None = None
+    cross_attention_head_dim: int | None = None
+
+
+def detect_keys(tensors: TensorSource) -> SanaKeys:
+    """Depth, qk-norm and guidance embedding, from the names alone.
+
+    Raises:
+        CheckpointError: not a native image-Sana checkpoint.
+    """
+    if "patch_embed.proj.weight" in tensors:
+        raise CheckpointError(
+            "the tensors have diffusers' names already", hint="open the diffusers directory instead"
+        )
+    if any(name.endswith("mlp.t_conv.weight") for name in tensors):
+        raise CheckpointError(
+            "this is a SANA-Video network (it has t_conv)", hint="only image networks are supported"
+        )
+    if "x_embedder.proj.weight" not in tensors or "blocks.0.attn.qkv.weight" not in tensors:
+        raise CheckpointError(
+            f"this is no native Sana network: its tensors begin with {', '.join(list(tensors)[:3])}",
+            hint="x_embedder.proj.weight and blocks.0.attn.qkv.weight are missing",
+        )
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if blocks != {str(index) for index in range(len(blocks))}:
+        raise CheckpointError(f"its {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
+    return SanaKeys(
+        num_layers=len(blocks),
+        qk_norm=any(name.endswith(".q_norm.weight") for name in tensors),
+        guidance_embeds=any(name.startswith("cfg_embedder.") for name in tensors),
+    )
+
+
+def transformer_config(tensors: TensorSource, keys: SanaKeys, options: NativeOptions) -> dict[str, Any]:
+    """diffusers' config.json of the network.
+
+    Raises:
+        UsageError: an option that is needed and not given, or a value that cannot be.
+        CheckpointError: shapes that are no Sana network's.
+    """
+    _check_options(keys, options)
+    hidden, in_channels, patch_size = _shape(tensors, "x_embedder.proj.weight", 4)[:3]
+    head_dim, cross_head_dim = _head_dims(hidden, options)
+    ff_channels = _shape(tensors, "blocks.0.mlp.inverted_conv.conv.weight", 4)[0] // 2  # value and gate
+    resolution = options.resolution or 0
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        "in_channels": in_channels,
+        "out_channels": _shape(tensors, "final_layer.linear.weight", 2)[0] // patch_size**2,
+        "num_attention_heads": hidden // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": keys.num_layers,
+        "num_cross_attention_heads": hidden // cross_head_dim,
+        "cross_attention_head_dim": cross_head_dim,
+        "cross_attention_dim": hidden,
+        "caption_channels": _shape(tensors, "y_embedder.y_proj.fc1.weight", 2)[1],
+        "mlp_ratio": ff_channels / hidden,
+        "attention_bias": False,
+        "sample_size": resolution // PIXELS_PER_LATENT,
+        "patch_size": patch_size,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": options.interpolation_scale
+        if options.position_embedding == "sincos"
+        else None,
+        "guidance_embeds": keys.guidance_embeds,
+        "guidance_embeds_scale": 0.1,
+        "qk_norm": "rms_norm_across_heads" if keys.qk_norm else None,
+        "timestep_scale": 1.0,
+    }
+
+
+def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
+    needed: dict[str, object] = {
+        "resolution": options.resolution,
+        "position-embedding": options.position_embedding,
+        "dtype": options.dtype,
+    }
+    if not keys.guidance_embeds:
+        needed["flow-shift"] = options.flow_shift
+    if options.position_embedding == "sincos":
+        needed["interpolation-scale"] = options.interpolation_scale
+    missing = [f"--{name}" for name, value in needed.items() if value is None]
+    if missing:
+        raise UsageError(
+            f"the checkpoint's keys cannot tell {', '.join(missing)}",
+            hint="released networks: 512 and 1024 px --flow-shift 3 --position-embedding none; 2048 px "
+            "--flow-shift 3 --position-embedding sincos --interpolation-scale 1; 4096 px --flow-shift 6 "
+            "--position-embedding sincos --interpolation-scale 2; --dtype as the name of the release says, "
+            "bf16 for BF16, SANA-1.5 and Sprint, else fp16",
+        )
+    for name, value, known in (
+        ("position-embedding", options.position_embedding, POSITION_EMBEDDINGS),
+        ("dtype", options.dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise UsageError(f"--{name} {value} is none of {', '.join(known)}")
+    if options.resolution is not None and (options.resolution <= 0 or options.resolution % PIXELS_PER_LATENT):
+        raise UsageError(
+            f"--resolution {options.resolution} is not a positive multiple of {PIXELS_PER_LATENT}"
+        )
+    if options.flow_shift is not None and not 0 < options.flow_shift < float("inf"):
+        raise UsageError(f"--flow-shift {options.flow_shift} is not a positive number")
+
+
+def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
+    known = HEAD_DIMS.get(hidden, (None, None))
+    head_dim = options.attention_head_dim or known[0]
+    cross_head_dim = options.cross_attention_head_dim or known[1]
+    if head_dim is None or cross_head_dim is None:
+        raise UsageError(
+            f"the checkpoint's keys cannot tell the head sizes of a network with hidden size {hidden}",
+            hint="give --attention-head-dim and --cross-attention-head-dim; known without them: "
+            + ", ".join(map(str, HEAD_DIMS)),
+        )
+    for name, size in (("attention", head_dim), ("cross-attention", cross_head_dim)):
+        if size <= 0 or hidden % size:
+            raise UsageError(f"--{name}-head-dim {size} does not divide the hidden size {hidden}")
+    return head_dim, cross_head_dim
+
+
+def _shape(tensors: TensorSource, name: str, rank: int) -> tuple[int, ...]:
+    if name not in tensors or len(tensors.shape(name)) != rank:
+        found = list(tensors.shape(name)) if name in tensors else "missing"
+        raise CheckpointError(f"{name} is {found}, not a tensor of {rank} dimensions")
+    return tensors.shape(name)

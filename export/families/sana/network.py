@@ -1,0 +1,286 @@
+"""Sana's transformer as two export-grade networks: what depends on the text alone, and what runs every step.
+
+They share the checkpoint: SanaConditioner holds the caption projection and every block's cross-attention to_k,
+to_v and norm_k, SanaDenoiser the rest. The reference is diffusers 0.42.1's SanaTransformer2DModel; the papers are
+SANA (arXiv 2410.10629), SANA-1.5 (2501.18427: qk-norm) and SANA-Sprint (2503.09641: embedded guidance).
+
+fp32 in 16-bit networks: norm statistics, linear attention, softmax, sinusoids, text_bias.
+"""
+
+# R rows, C latent channels, H/W latent size, h/w tokens a side, N = h*w tokens, S text tokens, L layers, D width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditc.export.families.sana.config import SanaConfig as SanaConfig
+from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
+from ditc.export.networks.layers import (
+    ConvAsLinear,
+    GLUMBConv,
+    LayerNorm,
+    RMSNorm,
+    TimestepEmbedder,
+    from_patches,
+    to_patches,
+)
+from ditc.export.networks.loading import build_empty, load_strict
+
+MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
+QK_NORM_EPS = 1e-5  # diffusers' Attention default, for both attentions; the native code has 1e-6
+CAPTION_NORM_EPS = 1e-5
+FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
+FP16_MAX = 65504.0
+
+
+def load_sana(
+    config: SanaConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[SanaConditioner, SanaDenoiser]:
+    """Both networks with the weights of a diffusers transformer/ directory, in dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or misshapen.
+    """
+    conditioner = build_empty(lambda: SanaConditioner(config))
+    denoiser = build_empty(lambda: SanaDenoiser(config))
+    load_strict({"conditioner": conditioner, "denoiser": denoiser}, tensors, dtype)
+    return conditioner, denoiser
+
+
+class SanaConditioner(nn.Module):
+    """Everything that depends on the text and not on the step: K and V of every cross-attention."""
+
+    weights_below = ""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.caption_projection = CaptionProjection(config.caption_channels, config.width)
+        self.caption_norm = RMSNorm(config.width, CAPTION_NORM_EPS)
+        self.transformer_blocks = nn.ModuleList(ConditionerBlock(config) for _ in range(config.num_layers))
+
+    def forward(self, text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of all layers, and the bias that hides padding.
+
+        Args:
+            text_embeds: (R,S,caption_channels), any float dtype. text_mask: (R,S), 1 for a token, 0 for padding.
+
+        Returns:
+            cross_kv (R,L,2,S,D) in the network's dtype; text_bias (R,S) fp32, 0 or -10000.
+        """
+        text = self.caption_norm(self.caption_projection(text_embeds.to(self.caption_norm.weight.dtype)))
+        cross_kv = torch.stack([block.attn2(text) for block in self.transformer_blocks], dim=1)
+        return cross_kv, (1.0 - text_mask.float()) * MASK_BIAS
+
+
+class SanaDenoiser(nn.Module):
+    """Predicts the velocity of the latents from the timestep and a conditioner's outputs."""
+
+    weights_below = ""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        width, patch = config.width, config.patch_size
+        self.patch_size = patch
+        self.position = None
+        if config.interpolation_scale is not None:
+            self.position = SincosPosition(width, config.sample_size // patch, config.interpolation_scale)
+        self.patch_embed = nn.ModuleDict({"proj": ConvAsLinear(config.in_channels, width, patch)})
+        self.time_embed: nn.Module = GuidedTimeEmbed(width) if config.guidance_embeds else TimeEmbed(width)
+        self.transformer_blocks = nn.ModuleList(DenoiserBlock(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
+        self.norm_out = LayerNorm(width, FINAL_NORM_EPS)
+        self.proj_out = nn.Linear(width, patch * patch * config.out_channels)
+
+    def forward(
+        self, latents: Tensor, t: Tensor, cross_kv: Tensor, text_bias: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Predict from one step's inputs.
+
+        Args:
+            latents: (R,C,H,W) in the network's dtype. t: (R,) fp32, times the config's timestep_scale.
+            cross_kv, text_bias: as SanaConditioner returns them.
+            guidance: (R,) fp32, the guidance scale times guidance_embeds_scale; for embedded guidance only.
+
+        Returns:
+            (R,out_channels,H,W) in the network's dtype.
+        """
+        height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
+        x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
+        if self.position is not None:
+            x_RND = (x_RND + self.position(height, width, x_RND.device)).to(x_RND.dtype)
+        time = (t,) if guidance is None else (t, guidance)
+        modulation_R6D, embedded_RD = self.time_embed(*time, dtype=x_RND.dtype)
+        mask_R11S = text_bias[:, None, None, :]
+        for i, block in enumerate(self.transformer_blocks):
+            x_RND = block(
+                x_RND, modulation_R6D, cross_kv[:, i, 0], cross_kv[:, i, 1], mask_R11S, height, width
+            )
+        shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
+        x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
+        return from_patches(x_RND, self.patch_size, height, width)
+
+
+class CaptionProjection(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        hidden: Tensor = self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+        return hidden
+
+
+class ConditionerBlock(nn.Module):
+    """One block's share of the conditioner."""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.attn2 = CrossKeyValue(config)
+
+
+class CrossKeyValue(nn.Module):
+    """(R,S,D) text -> (R,2,S,D): K, normalised if the model does that, and V."""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(config.width, config.cross_width)
+        self.to_v = nn.Linear(config.width, config.cross_width)
+        self.norm_k = RMSNorm(config.cross_width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+
+    def forward(self, text: Tensor) -> Tensor:
+        return torch.stack([self.norm_k(self.to_k(text)), self.to_v(text)], dim=1)
+
+
+class DenoiserBlock(nn.Module):
+    """Linear self-attention, cross-attention (no norm, no gate before it), Mix-FFN."""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, config.width))
+        self.norm1 = LayerNorm(config.width, config.norm_eps)
+        self.attn1 = LinearSelfAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = LayerNorm(config.width, config.norm_eps, affine=config.norm_elementwise_affine)
+        self.ff = GLUMBConv(config.width, config.mlp_ratio)
+
+    def forward(
+        self,
+        x_RND: Tensor,
+        modulation_R6D: Tensor,
+        key_RSD: Tensor,
+        value_RSD: Tensor,
+        mask_R11S: Tensor,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        modulation = (self.scale_shift_table + modulation_R6D).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x_RND = x_RND + gate_msa * self.attn1(self.norm1(x_RND) * (1 + scale_msa) + shift_msa)
+        x_RND = x_RND + self.attn2(x_RND, key_RSD, value_RSD, mask_R11S)
+        return x_RND + gate_mlp * self.ff(self.norm2(x_RND) * (1 + scale_mlp) + shift_mlp, height, width)
+
+
+class LinearSelfAttention(nn.Module):
+    """ReLU linear attention between its projections; qk-norm is over the full width, before the head split."""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.num_attention_heads
+        self.to_q = nn.Linear(width, width, bias=config.attention_bias)
+        self.to_k = nn.Linear(width, width, bias=config.attention_bias)
+        self.to_v = nn.Linear(width, width, bias=config.attention_bias)
+        self.norm_q = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x_RND: Tensor) -> Tensor:
+        q, k, v = self.norm_q(self.to_q(x_RND)), self.norm_k(self.to_k(x_RND)), self.to_v(x_RND)
+        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
+        out: Tensor = self.to_out[0](relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2))
+        # diffusers' guard, and the native code's: the projection can pass fp16's range.
+        return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention over text whose K and V are given; scores, mask and softmax in fp32."""
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.heads = config.num_cross_attention_heads
+        self.scale = config.cross_attention_head_dim**-0.5
+        self.to_q = nn.Linear(config.width, config.cross_width)
+        self.norm_q = RMSNorm(config.cross_width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(config.cross_width, config.width)])
+
+    def forward(self, x_RND: Tensor, key_RSD: Tensor, value_RSD: Tensor, mask_R11S: Tensor) -> Tensor:
+        # Scaled before the product: unscaled scores can pass fp16's range.
+        q = self.norm_q(self.to_q(x_RND)) * self.scale
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, key_RSD, value_RSD))
+        # softmax(x.float()), because F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
+        weights = torch.softmax((q @ k.transpose(2, 3)).float() + mask_R11S, dim=-1).to(v.dtype)
+        out: Tensor = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+class TimeEmbed(nn.Module):
+    """adaLN-single: one modulation (R,6,D) for all blocks, and the embedding itself for the final norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        embedded = self.emb["timestep_embedder"](t, dtype)
+        return self.linear(F.silu(embedded)).unflatten(1, (6, -1)), embedded
+
+
+class GuidedTimeEmbed(nn.Module):
+    """adaLN-single whose embedding also carries the guidance scale (SANA-Sprint)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(width)
+        self.guidance_embedder = TimestepEmbedder(width)
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, t: Tensor, guidance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(guidance, dtype)
+        return self.linear(F.silu(embedded)).unflatten(1, (6, -1)), embedded
+
+
+class SincosPosition:
+    """2-D sinusoids in fp32 for any size: every picture spans the same base_size / interpolation_scale units.
+
+    diffusers' get_2d_sincos_pos_embed: the first half of the channels is the column, the second the row.
+    """
+
+    def __init__(self, width: int, base_size: int, interpolation_scale: float) -> None:
+        self.base_size = base_size
+        self.interpolation_scale = interpolation_scale
+        count = width // 4
+        exponents = torch.arange(count, dtype=torch.float64, device="cpu") / count
+        self.frequencies = (1.0 / 10000**exponents).float()
+
+    def __call__(self, height: int, width: int, device: torch.device) -> Tensor:
+        """(1,h*w,D) fp32."""
+        column_WF, row_HF = self._axis(width, device), self._axis(height, device)
+        grid = torch.cat(
+            [column_WF[None].expand(height, -1, -1), row_HF[:, None].expand(-1, width, -1)], dim=2
+        )
+        return grid.flatten(0, 1)[None]
+
+    def _axis(self, size: int, device: torch.device) -> Tensor:
+        positions = (
+            torch.arange(size, device=device).float() / (size / self.base_size) / self.interpolation_scale
+        )
+        angles = positions[:, None] * self.frequencies.to(device)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)

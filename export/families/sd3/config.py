@@ -1,0 +1,108 @@
+"""The settings of an SD3 or SD3.5 transformer, as diffusers' transformer/config.json has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditc.export.networks.config import read_config
+from ditc.runtime.errors import CheckpointError, UsageError
+
+QK_NORM = "rms_norm"
+
+# Blocks whose activations pass fp16's range, by the shape of the released network that has them: block 35 of
+# SD3.5-large and its turbo (38 blocks, 38 heads). NVIDIA/TensorRT, demo/Diffusion, which runs it in fp32.
+WIDE_BLOCKS: dict[tuple[int, int], tuple[int, ...]] = {(38, 38): (35,)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sd3Config:
+    """Names and defaults are those of diffusers 0.42.1's SD3Transformer2DModel.
+
+    Attributes:
+        dual_attention_layers: blocks whose image stream has a second self-attention (MMDiT-X).
+        pos_embed_max_size: tokens a side of the stored position embedding; a picture uses its centre.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of a token, of either stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def largest_side(self) -> int:
+        """Latent cells a side of the largest picture that the position embedding covers."""
+        return self.pos_embed_max_size * self.patch_size
+
+    @property
+    def wide_blocks(self) -> tuple[int, ...]:
+        """Blocks that stay in fp32 in an fp16 network."""
+        return WIDE_BLOCKS.get((self.num_layers, self.num_attention_heads), ())
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Sd3Config:
+        """Parse transformer/config.json.
+
+        Raises:
+            CheckpointError: an unknown setting, or one that the network here does not implement.
+        """
+        values = {**values}
+        values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
+        config = read_config(cls, values, ignored=())
+        if config.qk_norm not in (None, QK_NORM):
+            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; known are None and {QK_NORM!r}")
+        if config.caption_projection_dim != config.width:
+            raise CheckpointError(
+                f"caption_projection_dim is {config.caption_projection_dim}, but both streams share one width, "
+                f"{config.num_attention_heads} heads of {config.attention_head_dim}: {config.width}"
+            )
+        if not config.pos_embed_max_size:
+            raise CheckpointError(
+                "pos_embed_max_size is not set: the position embedding has no size to crop from"
+            )
+        return config
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse latents that the position embedding does not cover.
+
+        Args:
+            height, width: in latent cells.
+
+        Raises:
+            UsageError: a side that is too large, or no whole number of patches.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side > self.largest_side:
+                raise UsageError(
+                    f"latent {name} {side} is larger than the position embedding, which covers {self.largest_side} "
+                    f"({self.pos_embed_max_size} patches of {self.patch_size})",
+                    hint=f"take at most {self.largest_side} cells a side, 8 times that in pixels",
+                )
+            if side % self.patch_size:
+                raise UsageError(
+                    f"latent {name} {side} is not a multiple of the patch size {self.patch_size}"
+                )
+
+    def check_skip_layers(self, skip_layers: tuple[int, ...]) -> None:
+        """Refuse blocks that skip-layer guidance cannot skip. Raises UsageError."""
+        foreign = [index for index in skip_layers if not 0 <= index < self.num_layers]
+        if foreign:
+            raise UsageError(
+                f"skip layers {foreign} are not blocks of this network, which has {self.num_layers}",
+                hint="SD3.5-medium's are 7, 8 and 9",
+            )

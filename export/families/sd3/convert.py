@@ -1,0 +1,167 @@
+"""Convert one of Stability's SD3 files to a diffusers directory, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
+from ditc.export.convert import kl_keys
+from ditc.export.convert.new_directory import copy_others, write_json
+from ditc.export.convert.writer import write_weights
+from ditc.export.families.sana.native import DTYPES, NativeOptions
+from ditc.export.families.sd3 import keys as sd3_keys
+from ditc.export.families.sd3 import native as stability
+from ditc.export.families.sd3.keys import Sd3Keys
+from ditc.runtime.errors import CheckpointError, UsageError
+
+CLASSES = {
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_3": ("transformers", "T5EncoderModel"),
+}
+ASKED = ("resolution", "flow_shift")
+Part = tuple[dict[str, Any], TensorSource]
+
+
+def write_directory(
+    native: TensorSource,
+    directory: Path,
+    *,
+    options: NativeOptions,
+    base: Checkpoint | None,
+    max_shard_bytes: int,
+) -> None:
+    """Write every network of the file, and of base what the file does not hold.
+
+    Raises:
+        UsageError: a missing option, or one that SD3 does not have.
+        CheckpointError: a foreign, damaged or misshapen file, or a value that dtype cannot hold.
+    """
+    resolution, flow_shift = _checked(options)
+    parts = _parts(stability.sections(native), resolution)
+    dtype = DTYPES[options.dtype] if options.dtype is not None else None
+    for name, (config, tensors) in parts.items():
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        write_weights(tensors, directory / name, stem=stem, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_json(directory / name / "config.json", config)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": flow_shift,
+    }
+    write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        **copy_others(base, directory, parts),
+        **{name: list(CLASSES[name]) for name in parts},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    write_json(directory / "model_index.json", index)
+
+
+def to_stability(checkpoint: Checkpoint) -> TensorSource:
+    """The transformer, and the VAE if there is one, under Stability's names and prefixes.
+
+    Raises:
+        CheckpointError: a tensor is missing or unknown.
+    """
+    tensors = checkpoint.component("transformer").tensors
+    keys = Sd3Keys(
+        num_layers=sum(name.endswith(".attn.to_q.weight") for name in tensors),
+        qk_norm=any(name.endswith(".attn.norm_q.weight") for name in tensors),
+        dual_attention_layers=tuple(
+            sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".attn2.to_q.weight"))
+        ),
+    )
+    parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
+    if "vae" in checkpoint.components:
+        vae = checkpoint.component("vae").tensors
+        parts[stability.VAE] = kl_keys.to_native(vae, kl_keys.kl_keys_of_diffusers(vae))
+    entries: dict[str, TensorEntry] = {
+        prefix + name: source.entry(name) for prefix, source in parts.items() for name in source
+    }
+    return TensorSource(entries)
+
+
+def _checked(options: NativeOptions) -> tuple[int, float]:
+    """Resolution and flow shift. Raises UsageError."""
+    missing = [f"--{name.replace('_', '-')}" for name in ASKED if getattr(options, name) is None]
+    if missing:
+        raise UsageError(
+            f"the file's keys cannot tell {', '.join(missing)}",
+            hint="released SD3 and SD3.5 networks: --resolution 1024 --flow-shift 3 (diffusers' schedulers; "
+            "Stability's own code takes 1 for SD3-medium)",
+        )
+    foreign = [name for name in NativeOptions.__slots__ if name not in (*ASKED, "dtype")]
+    given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: SD3's keys tell that", hint="leave it out")
+    resolution, flow_shift = int(options.resolution or 0), float(options.flow_shift or 0)
+    step = 2 * stability.PIXELS_PER_LATENT
+    if resolution <= 0 or resolution % step:
+        raise UsageError(f"--resolution {resolution} is not a positive multiple of {step}")
+    if not 0 < flow_shift < float("inf"):
+        raise UsageError(f"--flow-shift {flow_shift} is not a positive number")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype} is none of {', '.join(DTYPES)}")
+    return resolution, flow_shift
+
+
+def _parts(sections: dict[str, TensorSource], resolution: int) -> dict[str, Part]:
+    """Component -> its config and its tensors under the names of diffusers and transformers."""
+    if "transformer" not in sections:
+        raise CheckpointError("the file holds no transformer", hint=sd3_keys.FOREIGN)
+    parts: dict[str, Part] = {}
+    for name, section in sections.items():
+        if name == "transformer":
+            keys = stability.detect_keys(section)
+            config = stability.transformer_config(section, keys, resolution)
+            parts[name] = (config, sd3_keys.to_diffusers(section, keys))
+        elif name == "vae":
+            tensors = kl_keys.to_diffusers(section, kl_keys.kl_keys(section))
+            parts[name] = (stability.vae_config(section, resolution), tensors)
+        elif name == "text_encoder_3":
+            parts[name] = (stability.t5_config(section), section)
+        else:
+            parts[name] = (stability.clip_config(name, section), stability.with_projection(section))
+        _check_shapes(name, *parts[name])
+    return parts
+
+
+def _check_shapes(component: str, config: dict[str, Any], tensors: TensorSource) -> None:
+    """Hold every tensor's shape against upstream's own network, built without memory for its weights."""
+    with torch.device("meta"):
+        network = _upstream(component, config)
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if component == "text_encoder_3":
+        wanted.pop("encoder.embed_tokens.weight", None)  # the shared embedding once more
+    for name in sorted(wanted.keys() ^ set(tensors)):
+        what = "lacks" if name in wanted else "has an unknown"
+        raise CheckpointError(f"{component} {what} {name}", hint=sd3_keys.FOREIGN)
+    for name, shape in wanted.items():
+        if tensors.shape(name) != shape:
+            raise CheckpointError(
+                f"{component}: {name} has the shape {list(tensors.shape(name))}, the network needs {list(shape)}",
+                hint=sd3_keys.FOREIGN,
+            )
+
+
+def _upstream(component: str, config: dict[str, Any]) -> torch.nn.Module:
+    import diffusers
+    import transformers
+
+    library, class_name = CLASSES[component]
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    network: torch.nn.Module
+    if library == "diffusers":
+        network = getattr(diffusers, class_name)(**settings)
+    else:
+        kind = transformers.T5Config if component == "text_encoder_3" else transformers.CLIPTextConfig
+        network = getattr(transformers, class_name)(kind(**settings))
+    return network

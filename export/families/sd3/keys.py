@@ -1,0 +1,121 @@
+"""Names of SD3's transformer: Stability's and diffusers', as one table read in both directions.
+
+Source: Stability-AI/sd3.5, mmditx.py; diffusers 0.42.1, loaders/single_file_utils.py
+(convert_sd3_transformer_checkpoint_to_diffusers). Stability fuses q, k and v, and its last modulations, of the final
+layer and of the text in the last block, have shift before scale; diffusers' have scale before shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
+from ditc.export.convert.key_map import check_names, joined, split, swapped
+
+# Stability's -> diffusers'; each name stands for its .weight and .bias.
+_LAYERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_Parts = dict[str, tuple[str, ...]]
+_BLOCK: _Parts = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}
+# The last block drops the text.
+_TEXT_GOES_ON: _Parts = {
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+_DUAL: _Parts = {
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+}
+# Weights without a bias.
+_QK_NORM = {
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+}
+_DUAL_QK_NORM = {"x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k"}
+
+FOREIGN = "the file is damaged or of another network than SD3 or SD3.5"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sd3Keys:
+    """What decides which tensors an SD3 transformer has."""
+
+    num_layers: int
+    qk_norm: bool
+    dual_attention_layers: tuple[int, ...]
+
+    def rows(self) -> _Parts:
+        """Stability's name -> the diffusers names that it holds, for every tensor of the network."""
+        rows: _Parts = {"pos_embed": ("pos_embed.pos_embed",)}
+        for native, diffusers in _LAYERS.items():
+            rows.update(_both(native, (diffusers,)))
+        for index in range(self.num_layers):
+            for name, parts in self._block(index).items():
+                rows[f"joint_blocks.{index}.{name}"] = tuple(
+                    f"transformer_blocks.{index}.{part}" for part in parts
+                )
+        return rows
+
+    def swapped(self) -> frozenset[str]:
+        """Stability's names of what has shift before scale where diffusers has scale before shift."""
+        last = f"joint_blocks.{self.num_layers - 1}.context_block.adaLN_modulation.1"
+        modulations = ("final_layer.adaLN_modulation.1", last)
+        return frozenset(f"{name}.{kind}" for name in modulations for kind in ("weight", "bias"))
+
+    def _block(self, index: int) -> _Parts:
+        dual, last = index in self.dual_attention_layers, index == self.num_layers - 1
+        layers = _BLOCK | ({} if last else _TEXT_GOES_ON) | (_DUAL if dual else {})
+        norms = (_QK_NORM | (_DUAL_QK_NORM if dual else {})) if self.qk_norm else {}
+        block: _Parts = {f"{native}.weight": (f"{part}.weight",) for native, part in norms.items()}
+        for native, parts in layers.items():
+            block.update(_both(native, parts))
+        return block
+
+
+def to_diffusers(native: TensorSource, keys: Sd3Keys) -> TensorSource:
+    """The same weights under diffusers' names; nothing is read yet.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or cannot be split evenly.
+    """
+    rows, order = keys.rows(), keys.swapped()
+    check_names(set(native), set(rows), hint=FOREIGN)
+    entries: dict[str, TensorEntry] = {}
+    for name, parts in rows.items():
+        whole = swapped(name, native.entry(name)) if name in order else native.entry(name)
+        entries.update(zip(parts, split(name, whole, len(parts)), strict=True))
+    return TensorSource(entries)
+
+
+def to_native(diffusers: TensorSource, keys: Sd3Keys) -> TensorSource:
+    """The same weights under Stability's names. Raises CheckpointError: a tensor is missing or unknown."""
+    rows, order = keys.rows(), keys.swapped()
+    check_names(set(diffusers), {part for parts in rows.values() for part in parts}, hint=FOREIGN)
+    entries: dict[str, TensorEntry] = {}
+    for name, parts in rows.items():
+        whole = joined([diffusers.entry(part) for part in parts])
+        entries[name] = swapped(name, whole) if name in order else whole
+    return TensorSource(entries)
+
+
+def _both(native: str, parts: tuple[str, ...]) -> _Parts:
+    return {f"{native}.{kind}": tuple(f"{part}.{kind}" for part in parts) for kind in ("weight", "bias")}

@@ -1,0 +1,49 @@
+"""Custom ops, one folder each: a reference, a PyTorch op, an ONNX function or nodes.
+
+An export is two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
+into the graph, add_functions(program.model) then gives each its body. In that order, because every function that a
+model holds is inlined when it is optimised (torch's exporter, ditc's own passes) and when its opset is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from ditc.export.options import OPSETS
+
+
+def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch.onnx.export takes as custom_translation_table: PyTorch op -> its ONNX nodes in that opset."""
+    import torch
+
+    from ditc.export.graph.ops.attention import onnx_nodes
+    from ditc.export.graph.ops.attention import torch_op as attention_op  # noqa: F401  registers the op
+    from ditc.export.graph.ops.relu_linear_attention import onnx_function, torch_op  # noqa: F401  registers the op
+    from ditc.export.graph.ops.sinkhorn import onnx_function as sinkhorn
+    from ditc.export.graph.ops.sinkhorn import torch_op as sinkhorn_op  # noqa: F401  registers the op
+
+    has_standard = opset >= onnx_nodes.STANDARD_FROM
+    return {
+        torch.ops.ditc.relu_linear_attention.default: onnx_function.translate,
+        torch.ops.ditc.attention.default: onnx_nodes.translate_standard
+        if has_standard
+        else onnx_nodes.translate_plain,
+        torch.ops.ditc.sinkhorn.default: sinkhorn.translate,
+    }
+
+
+def add_functions(model: ir.Model) -> None:
+    """Add to the model, in place, the function of every ditc op that it calls."""
+    from ditc.export.graph.ops.relu_linear_attention import onnx_function as linear_attention
+    from ditc.export.graph.ops.sinkhorn import onnx_function as sinkhorn
+
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for proto in (linear_attention.function_proto(), sinkhorn.function_proto()):
+        function = ir.from_proto(proto)
+        if function.identifier() in used:
+            function.opset_imports[""] = model.opset_imports[""]
+            model.functions[function.identifier()] = function
+            model.opset_imports[function.domain] = 1

@@ -1,0 +1,247 @@
+"""Write a quantization plan into a graph: QuantizeLinear and DequantizeLinear in front of the planned GEMMs.
+
+    x -> [Mul 1/smooth] -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W (8-bit codes)
+
+Standard ops of opset 19 and later, symmetric: the only form that ONNX Runtime, TensorRT-RTX and TensorRT all take.
+Weights are stored as codes, with one scale an output channel; activations have one scale a tensor, and layers
+that read one tensor share its scale. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
+GEMM saved, and both libraries fuse what follows better from a high-precision tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ditc.export.graph.passes.parameters import add_transform
+from ditc.export.graph.passes.scopes import NAME_SCOPES
+from ditc.export.quant.formats import CODE_TYPE, Format, dequantize, quantize, scale_of, weight_amax
+from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
+from ditc.runtime.errors import BuildError
+from ditc.runtime.session import Array
+
+QUANTIZE = "quantize"
+SMOOTH = "smooth"
+SCALE = "_scale"
+# Metadata of a smoothed weight: the initializer with the reciprocals of its factors.
+SMOOTHING = "ditc.smoothing"
+# A pair for each GEMM, and one that ONNX Runtime 1.31 does not merge with its neighbour's: it makes integer kernels of
+# int8 pairs on x86 only where codes have one reader. With a scalar scale the axis means nothing (ONNX, QuantizeLinear);
+# nodes that differ in it are not common subexpressions.
+UNSHARED_AXES = (0, 1, 2)
+
+
+def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, str]) -> None:
+    """Quantize the planned layers in place.
+
+    Args:
+        parameters: layer -> name of its weight's initializer.
+
+    Raises:
+        BuildError: a layer's weight is not the direct second input of exactly one GEMM.
+    """
+    writer = _Writer(model.graph)
+    readers = {name: _gemm(model, name, parameters[name]) for name in plan.layers}
+    order = {node: index for index, node in enumerate(model.graph)}
+    for name in sorted(readers, key=lambda n: order[readers[n]]):
+        layer = plan.layers[name]
+        if layer.input is not None:
+            together = [readers[n] for n in readers if plan.layers[n].input is layer.input]
+            writer.quantize_input(readers[name], layer, together)
+        writer.quantize_weight(readers[name], layer, parameters[name])
+
+
+def dequantized(value: ir.Value, model: ir.Model) -> Array:
+    """The fp32 matrix that a weight's codes stand for, smoothing undone: what the layer computes with.
+
+    Raises:
+        BuildError: the graph lacks the scale or the factors.
+    """
+    assert value.const_value is not None
+    codes = value.const_value.numpy()
+    scale = _values(model, f"{value.name}{SCALE}")
+    reader = next(use.node for use in value.uses() if use.node.op_type == "DequantizeLinear")
+    axis = reader.attributes.get_int("axis", 1)
+    weight = dequantize(codes, np.expand_dims(scale, 1 - axis))
+    if SMOOTHING in value.metadata_props:
+        weight = weight * np.expand_dims(_values(model, value.metadata_props[SMOOTHING]), axis)
+    return weight
+
+
+def _values(model: ir.Model, name: str) -> Array:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise BuildError(f"the graph has no initializer {name}", hint="build again")
+    array: Array = value.const_value.numpy().astype(np.float32)
+    return array
+
+
+def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
+    """The one node that multiplies by the layer's weight."""
+    value = model.graph.initializers.get(parameter)
+    uses = [] if value is None else list(value.uses())
+    if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in ("MatMul", "Gemm"):
+        found = ", ".join(use.node.op_type for use in uses) or "nothing"
+        raise BuildError(
+            f"{layer}: the weight {parameter} must be the second input of one MatMul or Gemm, it is read by {found}",
+            hint="run the graph passes first; a layer used twice cannot be quantized",
+        )
+    return uses[0].node
+
+
+class _Writer:
+    """Adds nodes and initializers to one graph; remembers which tensor has its scale already."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._sources: dict[tuple[int, int], list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
+        self._zeros: dict[Format, ir.Value] = {}
+        self._smoothing: dict[int, str] = {}
+
+    def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
+        """Feed the GEMM from a Q/DQ pair with the scale of all layers that read the same tensor."""
+        x, planned = gemm.inputs[0], layer.input
+        assert x is not None and planned is not None
+        readers = self._sources.setdefault((id(x), id(planned)), [])
+        if not readers:
+            site = f"{_module(gemm)}.input"
+            source = x if planned.smooth is None else self._smoothed(x, planned, site, gemm, together)
+            scale = self._constant(site + SCALE, scale_of(planned.amax, layer.kind, _numpy(x)))
+            readers.append((source, scale, self._zero(layer.kind)))
+        else:
+            readers.append(readers[0])
+        source, scale, zero = readers[0]
+        name, axis = f"{_module(gemm)}.input", {"axis": UNSHARED_AXES[len(readers) % len(UNSHARED_AXES)]}
+        codes = self._node("QuantizeLinear", [source, scale, zero], f"{name}.quantize", gemm, axis, x.shape)
+        codes.type = ir.TensorType(_code_type(layer.kind))
+        back = self._node("DequantizeLinear", [codes, scale, zero], f"{name}.dequantize", gemm, axis, x.shape)
+        back.type = x.type
+        gemm.replace_input_with(0, back)
+
+    def quantize_weight(self, gemm: ir.Node, layer: LayerPlan, parameter: str) -> None:
+        """Store codes under the weight's own name, and dequantize them where the GEMM reads."""
+        value = gemm.inputs[1]
+        assert value is not None and value.const_value is not None
+        axis = 0 if gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) else 1
+        dtype = value.const_value.dtype
+        weight: Array = value.const_value.numpy().astype(np.float32)
+        if layer.input is not None and layer.input.smooth is not None:
+            weight = weight * np.expand_dims(layer.input.smooth, axis)
+            add_transform(value, SMOOTH)
+            value.metadata_props[SMOOTHING] = self._smoothing[id(layer.input)]
+        scale = scale_of(weight_amax(weight, axis, layer.kind), layer.kind, dtype.numpy())
+        codes = ir.Tensor(quantize(weight, scale, layer.kind), dtype=_code_type(layer.kind), name=parameter)
+        add_transform(value, QUANTIZE)
+        value.const_value, value.dtype = codes, codes.dtype
+        factors = self._constant(parameter + SCALE, scale.reshape(-1))
+        zeros = self._constant(f"{parameter}_zero_point", np.zeros(scale.size, CODE_TYPE[layer.kind]))
+        high = self._node(
+            "DequantizeLinear",
+            [value, factors, zeros],
+            f"{parameter}.dequantize",
+            gemm,
+            {"axis": axis},
+            value.shape,
+        )
+        high.dtype = dtype
+        gemm.replace_input_with(1, high)
+
+    def _smoothed(
+        self, x: ir.Value, planned: Input, site: str, gemm: ir.Node, together: Sequence[ir.Node]
+    ) -> ir.Value:
+        """x / smooth: on the scale and shift of an adaptive norm if x is one, which are a row each, else on x."""
+        assert planned.smooth is not None
+        inverse = self._constant(f"{site}_smoothing", (1 / planned.smooth).astype(_numpy(x)))
+        self._smoothing[id(planned)] = str(inverse.name)
+        modulation = _modulation(x, together)
+        if modulation is None:
+            return self._scaled(x, inverse, f"{site}.smooth", gemm)
+        add, product, shift_at, scale_at = modulation
+        for node, index in ((product, scale_at), (add, shift_at)):
+            row = node.inputs[index]
+            assert row is not None
+            node.replace_input_with(
+                index, self._scaled(row, inverse, f"{site}.smooth_{node.op_type}", product)
+            )
+        return x
+
+    def _scaled(self, x: ir.Value, factor: ir.Value, name: str, before: ir.Node) -> ir.Value:
+        out = self._node("Mul", [x, factor], name, before, shape=x.shape)
+        out.type = x.type
+        return out
+
+    def _node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        before: ir.Node,
+        attributes: Mapping[str, int] | None = None,
+        shape: ir.Shape | None = None,
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, dict(attributes or {}), name=name)
+        if NAME_SCOPES in before.metadata_props:
+            node.metadata_props[NAME_SCOPES] = before.metadata_props[NAME_SCOPES]
+        self._graph.insert_before(before, node)
+        node.outputs[0].name = name
+        node.outputs[0].shape = shape
+        return node.outputs[0]
+
+    def _zero(self, kind: Format) -> ir.Value:
+        if kind not in self._zeros:
+            self._zeros[kind] = self._constant(f"zero_point_{kind.value}", np.zeros((), CODE_TYPE[kind]))
+        return self._zeros[kind]
+
+    def _constant(self, name: str, values: Array) -> ir.Value:
+        tensor = ir.Tensor(values, dtype=ir.DataType.from_numpy(values.dtype), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+
+def _modulation(x: ir.Value, together: Sequence[ir.Node]) -> tuple[ir.Node, ir.Node, int, int] | None:
+    """norm * scale + shift with one scale and shift a row, which nothing but these GEMMs reads.
+
+    Returns:
+        The Add, the Mul, and where shift and scale are among their inputs.
+    """
+    add = x.producer()
+    if add is None or add.op_type != "Add" or {use.node for use in x.uses()} - set(together):
+        return None
+    for shift_at in (0, 1):
+        shift, scaled = add.inputs[shift_at], add.inputs[1 - shift_at]
+        product = scaled.producer() if scaled is not None else None
+        if (
+            product is None
+            or product.op_type != "Mul"
+            or not _one_row(shift)
+            or len(list(scaled.uses())) != 1
+        ):
+            continue
+        for scale_at in (0, 1):
+            if _one_row(product.inputs[scale_at]) and not _one_row(product.inputs[1 - scale_at]):
+                return add, product, shift_at, scale_at
+    return None
+
+
+def _one_row(value: ir.Value | None) -> bool:
+    """Whether a (R,1,C) tensor is broadcast over the tokens."""
+    shape = None if value is None else value.shape
+    return shape is not None and len(shape) == 3 and shape[1] == 1
+
+
+def _module(gemm: ir.Node) -> str:
+    weight = gemm.inputs[1]
+    assert weight is not None and weight.name is not None
+    return weight.name.removesuffix(".weight")
+
+
+def _numpy(value: ir.Value) -> np.dtype[np.generic]:
+    assert value.dtype is not None
+    return value.dtype.numpy()
+
+
+def _code_type(kind: Format) -> ir.DataType:
+    return ir.DataType.INT8 if kind is Format.INT8 else ir.DataType.FLOAT8E4M3FN

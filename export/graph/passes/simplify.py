@@ -1,0 +1,81 @@
+"""Constant folding, onnxscript's rewrite rules and common subexpressions, blind to the values of parameters.
+
+This is what torch.onnx.export(optimize=True) runs (onnxscript 0.7.2, optimizer/_optimizer.py), with two differences:
+parameters are neither folded (a Linear's transposed weight would become the anonymous val_62) nor rewritten (a bias
+of zeros would vanish, and with it the place where another checkpoint's bias goes), and equal ones are not merged
+(norm_k.weight would become norm_q.weight, both being ones).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
+
+from ditc.export.graph.passes.parameters import hidden_values
+
+# Larger constants than these stay computed; onnxscript's own limits.
+INPUT_SIZE_LIMIT = 8192
+OUTPUT_SIZE_LIMIT = 512 * 512
+ROUNDS = 2
+# Of onnxscript's defaults, those that meet something in exported diffusion transformers: matching all 46 takes six
+# times as long, and the others fold a parameter (batch norm into conv, pad into conv, a zero bias).
+RULES = (
+    *rules.mul_by_1_rule.commute(),
+    *rules.add_0_rule.commute(),
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.max_min_rule,
+    rules.min_max_rule,
+    rules.collapse_slice_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.reshape_reshape_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+)
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold and rewrite in place; every initializer that is there before is a parameter, and stays if it is used."""
+    steps = ir.passes.PassManager(
+        [
+            FoldConstantsPass(
+                shape_inference=True, input_size_limit=INPUT_SIZE_LIMIT, output_size_limit=OUTPUT_SIZE_LIMIT
+            ),
+            RewritePass(RULES),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(),
+        ],
+        steps=ROUNDS,
+        early_stop=True,
+    )
+    with hidden_values(dict(model.graph.initializers)):
+        common.InlinePass()(model)
+        steps(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.LiftSubgraphInitializersToMainGraphPass()(model)
+        _share_constants(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.OutputFixPass()(model)
+        common.NameFixPass()(model)
+
+
+def _share_constants(model: ir.Model) -> None:
+    """One initializer for equal small constants; parameters have no values here, so they keep to themselves."""
+    seen: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.size > INPUT_SIZE_LIMIT:
+            continue
+        kept = seen.setdefault((tensor.dtype, tensor.shape.numpy(), tensor.tobytes()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]

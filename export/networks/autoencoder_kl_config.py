@@ -1,0 +1,65 @@
+"""The settings of an AutoencoderKL, as diffusers' vae/config.json has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditc.export.networks.config import read_config
+from ditc.runtime.errors import CheckpointError
+
+# Settings with one value that the networks here implement.
+FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+DEFAULT_CHANNELS = (64,)
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoencoderKlConfig:
+    """Names and defaults are those of diffusers 0.42.1's AutoencoderKL.
+
+    Attributes:
+        block_out_channels: per stage; index 0 is the largest picture.
+        scaling_factor, shift_factor: the denoiser sees (latents - shift_factor) * scaling_factor. SD3: 1.5305, 0.0609.
+        sample_size: pixels of a side that it was trained with; also the side of a tile.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = DEFAULT_CHANNELS
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels a side of one latent cell."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AutoencoderKlConfig:
+        """Parse vae/config.json.
+
+        Raises:
+            CheckpointError: an unknown setting, or one that the networks here do not implement.
+        """
+        for name, implemented in FIXED.items():
+            if values.get(name, implemented) != implemented:
+                raise CheckpointError(f"{name} is {values[name]!r}; the autoencoder here has {implemented!r}")
+        stages = len(values.get("block_out_channels", DEFAULT_CHANNELS))
+        for name, block in BLOCKS.items():
+            if any(kind != block for kind in values.get(name, (block,))):
+                raise CheckpointError(f"{name} has other blocks than {block}: {values[name]}")
+            if len(values.get(name, (block,))) != stages:
+                raise CheckpointError(
+                    f"{name} has {len(values[name])} entries, block_out_channels has {stages}"
+                )
+        # force_upcast chooses a precision, which is the build's choice here.
+        return read_config(cls, values, ignored=(*FIXED, *BLOCKS, "force_upcast"))

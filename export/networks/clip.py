@@ -1,0 +1,105 @@
+"""CLIP's text model as a text encoder: the penultimate hidden states and the projected end of text.
+
+The layers are transformers' own (CLIPTextModelWithProjection, 5.23). Ours are the causal mask, the attention, the
+norms in fp32, and the search for the end of text, whose result must not depend on how a backend breaks ties.
+"""
+
+# B batch, S tokens, C channels, P channels of the projection
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from ditc.export.networks.layers import LayerNorm
+from ditc.export.networks.loading import Without, load_strict
+from ditc.export.networks.text_attention import use_exportable_attention
+from ditc.runtime.errors import CheckpointError
+
+MODEL_TYPE = "clip_text_model"
+# transformers < 4.31 saved this buffer; it holds 0, 1, 2, ... and is not read.
+POSITION_IDS = "text_model.embeddings.position_ids"
+# Configs from before transformers 4.31 say this, whatever the tokenizer's end of text is.
+LEGACY_EOS = 2
+
+
+def load_clip(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> ClipTextEncoder:
+    """The encoder with the weights of a diffusers text_encoder/ or text_encoder_2/ directory.
+
+    Raises:
+        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            hint="it must be a CLIPTextModelWithProjection",
+        )
+    with init_empty_weights(include_buffers=False):
+        encoder = ClipTextEncoder(CLIPTextConfig(**config))
+    load_strict({"text_encoder": encoder}, Without(tensors, POSITION_IDS), dtype)
+    return encoder.eval()
+
+
+class ClipTextEncoder(nn.Module):
+    """Token ids to the states before the last layer, and to the projected state of the end of text."""
+
+    weights_below = ""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        use_exportable_attention(config)
+        self.eos_token_id = int(config.eos_token_id)
+        model = CLIPTextModelWithProjection(config)
+        self.text_model = model.text_model
+        self.text_projection = model.text_projection
+        _norms_in_fp32(self.text_model)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,S) int64 -> penultimate hidden states (B,S,C), without the final norm, and pooled (B,P); both fp32."""
+        hidden = self.text_model.embeddings(input_ids=input_ids)
+        mask = causal_mask(input_ids)
+        *layers, last = self.text_model.encoder.layers
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        final = self.text_model.final_layer_norm(last(hidden, mask))
+        position = end_of_text(input_ids, self.eos_token_id)
+        at_end = final.gather(1, position[:, None, None].expand(-1, 1, final.shape[2]))[:, 0]
+        return hidden.float(), self.text_projection(at_end).float()
+
+
+def causal_mask(input_ids: Tensor) -> Tensor:
+    """(1,1,S,S) fp32: 0 where a query may look, else fp32's lowest. Padding is visible, as CLIP was trained."""
+    position = torch.arange(input_ids.shape[1], device=input_ids.device)
+    visible = position[:, None] >= position[None, :]
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+
+def end_of_text(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """(B,) int64: the first end of text of each row; 0 where there is none.
+
+    transformers takes an argmax over ids == eos, which has many equal maxima where eos also pads: ONNX's ArgMax takes
+    the first of them, TensorRT's TopK promises nothing. The smallest position has no ties. With the eos_token_id of old
+    configs it is the first of the largest ids (modeling_clip.py, 5.23).
+    """
+    ids = input_ids.float()  # exact: vocabularies are far below 2**24
+    end = ids.amax(dim=1, keepdim=True) if eos_token_id == LEGACY_EOS else float(eos_token_id)
+    length = input_ids.shape[1]
+    position = torch.arange(length, device=input_ids.device).float()
+    first = torch.where(ids == end, position, float(length)).amin(dim=1)
+    return torch.where(first < length, first, torch.zeros(())).long()
+
+
+def _norms_in_fp32(module: nn.Module) -> None:
+    for path, norm in list(module.named_modules()):
+        if isinstance(norm, nn.LayerNorm):
+            parent, _, name = path.rpartition(".")
+            setattr(
+                module.get_submodule(parent), name, LayerNorm(norm.normalized_shape[0], norm.eps, affine=True)
+            )

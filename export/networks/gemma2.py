@@ -1,0 +1,112 @@
+"""Gemma-2 as a text encoder: transformers' Gemma2Model with a mask and an attention that export.
+
+The layers are transformers' own. Two things are ours: the 4-D masks (transformers 5.23's mask creation looks at
+values, which torch.export cannot trace), and the attention function, whose softmax is fp32 in a 16-bit graph too.
+"""
+
+# B batch, S tokens, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AttentionInterface, Gemma2Config, Gemma2Model
+
+from ditc.export.networks.loading import Without, load_strict
+from ditc.runtime.errors import CheckpointError
+
+ATTENTION = "ditc_exportable_eager"
+CAUSAL_LM_PREFIX = "model."
+LM_HEAD = "lm_head.weight"  # tied to the embedding, and not read
+MODEL_TYPE = "gemma2"
+
+
+def load_gemma2(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Gemma2TextEncoder:
+    """The encoder with the weights of a diffusers text_encoder/ directory.
+
+    Args:
+        config: its config.json. tensors: named as Gemma2Model or Gemma2ForCausalLM names them.
+
+    Raises:
+        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            hint="Sana checkpoints carry Gemma-2",
+        )
+    with init_empty_weights(include_buffers=False):
+        encoder = Gemma2TextEncoder(Gemma2Config(**config))
+    if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
+        encoder.weights_below = ""  # our own paths begin with the same word
+    load_strict({"text_encoder": encoder}, Without(tensors, LM_HEAD), dtype)
+    return encoder.eval()
+
+
+class Gemma2TextEncoder(nn.Module):
+    """Token ids to the last hidden state, without a cache."""
+
+    weights_below = "model"
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        AttentionInterface.register(ATTENTION, eager_attention)
+        config._attn_implementation = ATTENTION
+        self.sliding_window: int = config.sliding_window
+        self.model = Gemma2Model(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B,S) int64 ids and mask (1 for a token, 0 for padding on the right) -> (B,S,C) fp32."""
+        masks = attention_masks(attention_mask, self.sliding_window)
+        hidden: Tensor = self.model(
+            input_ids=input_ids, attention_mask=masks, use_cache=False, return_dict=True
+        ).last_hidden_state
+        return hidden.float()  # what crosses a stage boundary is fp32
+
+
+def attention_masks(attention_mask: Tensor, sliding_window: int) -> dict[str, Tensor]:
+    """(B,1,S,S) fp32 biases for Gemma-2's two kinds of layer: 0 where a query may look, else fp32's lowest."""
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    distance = position[:, None] - position[None, :]
+    visible = (distance >= 0)[None, None] & (attention_mask != 0)[:, None, None, :]
+    near = visible & (distance < sliding_window)[None, None]
+    return {"full_attention": _bias(visible), "sliding_attention": _bias(near)}
+
+
+def eager_attention(
+    module: nn.Module,
+    query_BHSD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' eager attention for Gemma-2 (modeling_gemma2.py, 5.23), with fp32 from the scores to the softmax.
+
+    Its own F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
+    """
+    groups = module.num_key_value_groups
+    key_BHSD, value_BHSD = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    scores = (query_BHSD @ key_BHSD.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores + attention_mask, dim=-1).to(value.dtype)
+    return (weights @ value_BHSD).transpose(1, 2).contiguous(), None
+
+
+def _repeat_heads(x_BHSD: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return x_BHSD
+    return x_BHSD[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def _bias(visible: Tensor) -> Tensor:
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)

@@ -1,0 +1,176 @@
+"""Load a checkpoint into export-grade networks, each tensor exactly once, and say where each one went.
+
+Networks keep the checkpoint's module paths, so a parameter's name is its tensor's name. The one thing that
+changes is the shape of a convolution that a network holds as a Linear (`layers.ConvAsLinear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ditc.export.networks.layers import ConvAsLinear
+from ditc.runtime.errors import CheckpointError
+
+M = TypeVar("M", bound=nn.Module)
+Transform = Literal["identity", "reshape"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSource:
+    """Where one checkpoint tensor lies: the parameter of a stage that holds it, and how.
+
+    transform "reshape" means that the parameter holds the same values in row-major order under another shape.
+    shape and dtype are the tensor's own, in the checkpoint; dtype is None where the checkpoint was not at hand.
+    """
+
+    checkpoint: str
+    stage: str
+    parameter: str
+    transform: Transform
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def restore(self, parameter: Tensor) -> Tensor:
+        """The checkpoint's tensor from the parameter's value."""
+        return parameter.reshape(self.shape)
+
+
+def build_empty(make: Callable[[], M]) -> M:
+    """A network without memory for its weights, in eval mode; load_strict gives it both."""
+    with torch.device("meta"):
+        return make().eval().requires_grad_(False)
+
+
+def load_strict(
+    stages: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    unread: Collection[str] = (),
+    exceptions: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Give every parameter and buffer of the stages its tensor, cast to dtype where it is floating-point.
+
+    Args:
+        unread: stages that only claim their tensors' names, and stay empty.
+        exceptions: module paths of the checkpoint, and the dtype of everything below each of them.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, of another shape, or an integer where a float belongs.
+    """
+    sources = weight_map(stages)
+    _check_names({source.checkpoint for source in sources}, set(tensors))
+    states: dict[str, dict[str, Tensor]] = {stage: {} for stage in stages if stage not in unread}
+    for source in sources:
+        if source.stage in states:
+            wanted = _dtype_of(source.checkpoint, dtype, exceptions or {})
+            states[source.stage][source.parameter] = _fitted(source, stages[source.stage], tensors, wanted)
+    for stage, state in states.items():
+        stages[stage].load_state_dict(state, assign=True)
+        stages[stage].requires_grad_(False)
+
+
+def weight_map(
+    stages: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None = None
+) -> list[WeightSource]:
+    """Where each checkpoint tensor lies in the stages, in the stages' own order.
+
+    A stage may wrap its network: the network says with `weights_below` under which of its own paths the names are
+    the checkpoint's ("" if all are).
+
+    Args:
+        tensors: the checkpoint's, for their types.
+
+    Raises:
+        CheckpointError: two stages claim one tensor.
+    """
+    sources: dict[str, WeightSource] = {}
+    for stage, module in stages.items():
+        root = _root(module)
+        conv_shapes = {
+            f"{path}.weight": submodule.conv_shape
+            for path, submodule in module.named_modules()
+            if isinstance(submodule, ConvAsLinear)
+        }
+        for parameter, value in module.state_dict().items():
+            name = parameter.removeprefix(root)
+            if name in sources:
+                raise CheckpointError(f"{name} belongs to both {sources[name].stage} and {stage}")
+            sources[name] = WeightSource(
+                checkpoint=name,
+                stage=stage,
+                parameter=parameter,
+                transform="reshape" if parameter in conv_shapes else "identity",
+                shape=conv_shapes.get(parameter, tuple(value.shape)),
+                dtype=None if tensors is None else tensors[name].dtype,
+            )
+    return list(sources.values())
+
+
+class Without(Mapping[str, Tensor]):
+    """A checkpoint's tensors but for some names that are not read, such as a tied copy; still read one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *names: str) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name not in self._names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _root(module: nn.Module) -> str:
+    """The dotted prefix of the names that are the checkpoint's."""
+    for path, submodule in module.named_modules():
+        below = getattr(submodule, "weights_below", None)
+        if below is not None:
+            return "".join(f"{part}." for part in (path, below) if part)
+    return ""
+
+
+def _dtype_of(name: str, dtype: torch.dtype, exceptions: Mapping[str, torch.dtype]) -> torch.dtype:
+    return next((other for path, other in exceptions.items() if name.startswith(f"{path}.")), dtype)
+
+
+def _fitted(
+    source: WeightSource, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    tensor = tensors[source.checkpoint]
+    parameter = _state(module, source.parameter)
+    if tuple(tensor.shape) != source.shape:
+        raise CheckpointError(
+            f"{source.checkpoint} has shape {tuple(tensor.shape)}, its config asks for {source.shape}",
+            hint="config.json and the weights belong to different models",
+        )
+    if not parameter.is_floating_point():
+        return tensor.to(parameter.dtype)
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{source.checkpoint} is {tensor.dtype}: quantized checkpoints are not read")
+    return tensor.to(dtype).reshape(parameter.shape)
+
+
+def _check_names(wanted: set[str], found: set[str]) -> None:
+    for names, what in ((wanted - found, "lacks"), (found - wanted, "has an unknown tensor")):
+        if names:
+            first = sorted(names)
+            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+            raise CheckpointError(
+                f"the checkpoint {what} {', '.join(first[:3])}{more}",
+                hint="config.json and the weights belong to different models, or the file is of another family",
+            )
+
+
+def _state(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that path."""
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(path), leaf)
+    return value

@@ -1,0 +1,102 @@
+"""T5's encoder as a text encoder: transformers' layers, with buckets of the position bias that no backend can shift.
+
+fp16 is refused: activations pass 65504 in the real checkpoints (transformers keeps `wo` in fp32 and clamps for that
+reason, modeling_t5.py 5.23; NVIDIA's demoDiffusion knows "accuracy issues with FP16").
+"""
+
+# B batch, S tokens, C channels, H heads
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from ditc.export.graph.ops.attention.torch_op import MASKED
+from ditc.export.networks.loading import Without, load_strict
+from ditc.export.networks.text_attention import use_exportable_attention
+from ditc.runtime.errors import CheckpointError, UsageError
+
+MODEL_TYPE = "t5"
+EMBED_TOKENS = "encoder.embed_tokens.weight"  # tied to shared.weight; some files hold both
+
+
+def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> T5TextEncoder:
+    """The encoder with the weights of a diffusers text_encoder_3/ directory, whatever type they are stored in.
+
+    Raises:
+        UsageError: fp16 is asked for.
+        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+    """
+    if dtype is torch.float16:
+        raise UsageError(
+            "T5 is not built in fp16: its activations pass fp16's largest number, 65504",
+            hint="build this stage in bf16 or fp32",
+        )
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            hint="it must be a T5EncoderModel",
+        )
+    with init_empty_weights(include_buffers=False):
+        encoder = T5TextEncoder(T5Config(**config))
+    load_strict({"text_encoder": encoder}, Without(tensors, EMBED_TOKENS), dtype)
+    return encoder.eval()
+
+
+class T5TextEncoder(nn.Module):
+    """Token ids to the last hidden state. Without a mask padding takes part, as in diffusers' SD3 pipeline."""
+
+    weights_below = ""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        use_exportable_attention(config)
+        model = T5EncoderModel(config)
+        self.shared = model.shared
+        self.encoder = model.encoder
+        del self.encoder.embed_tokens
+        self.buckets: Tensor
+        self.register_buffer("buckets", distance_buckets(config), persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B,S) int64 ids and mask (1 for a token, 0 for padding) -> (B,S,C) fp32."""
+        hidden = self.shared(input_ids)
+        bias = self._position_bias(input_ids.shape[1])
+        if attention_mask is not None:
+            bias = bias.float() + (1.0 - attention_mask.float())[:, None, None] * MASKED
+        for block in self.encoder.block:
+            hidden = block(hidden, position_bias=bias)[0]
+        result: Tensor = self.encoder.final_layer_norm(hidden)
+        return result.float()
+
+    def _position_bias(self, length: int) -> Tensor:
+        """(1,H,S,S), from the first layer, for all layers."""
+        position = torch.arange(length, device=self.buckets.device)
+        offset = position[None, :] - position[:, None]  # of the key from the query
+        bucket = self.buckets[offset.abs().clamp(max=len(self.buckets) - 1), (offset > 0).long()]
+        first = self.encoder.block[0].layer[0].SelfAttention
+        bias: Tensor = first.relative_attention_bias(bucket)
+        return bias.permute(2, 0, 1)[None]
+
+
+def distance_buckets(config: T5Config) -> Tensor:
+    """(max_distance + 1, 2) int64: the bucket of a key before the query, and of one behind it, by distance.
+
+    A table, because transformers computes a logarithm and truncates it: at the borders of the buckets the last bit of a
+    backend's Log decides. At max_distance and beyond all distances share the last bucket.
+    """
+    distance = torch.arange(config.relative_attention_max_distance + 1)
+    signed = torch.stack([-distance, distance], dim=1)
+    buckets: Tensor = T5Attention._relative_position_bucket(
+        signed,
+        bidirectional=True,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    )
+    return buckets

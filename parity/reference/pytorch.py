@@ -1,0 +1,142 @@
+"""The reference in fp32: the same Pipeline, with PyTorch sessions over the adapter's networks.
+
+Everything of it comes from the checkpoint, nothing from the bundle: a scheduler, a text recipe or a latent scale that
+the bundle has wrong is then a difference, not a shared mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
+from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.families import find_adapter
+from ditc.export.graph.torch_session import TorchSession
+from ditc.runtime.bundle.integrity import sha256
+from ditc.runtime.bundle.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
+from ditc.runtime.conditioning import Conditioning, TextEncoder
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.session import Session, Tensor
+from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
+from ditc.runtime.text import Tokenizer
+
+FP32 = BuildOptions()
+
+
+class TwinSession:
+    """A stage in PyTorch whose weights are read on first use and can be let go."""
+
+    def __init__(self, twin: Twin, stage: str) -> None:
+        self.spec: StageSpec = twin.plan.stages[stage].spec
+        self._twin, self._stage = twin, stage
+        self._session: TorchSession | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, read from the checkpoint if it is not in memory."""
+        return self._loaded().module
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the stage once."""
+        return self._loaded().run(feeds)
+
+    def close(self) -> None:
+        """Forget the weights; the next run reads them again."""
+        self._session = None
+
+    def _loaded(self) -> TorchSession:
+        if self._session is None:
+            self._session = TorchSession(self._twin.load(self._stage).module, self.spec)
+        return self._session
+
+
+class Twin:
+    """A checkpoint as a pipeline of PyTorch sessions, in fp32 or in a deployment precision.
+
+    Args:
+        options: as for a build; the precision above all.
+        like: the bundle it will be compared with: its largest batch and its picture size are taken over.
+
+    Raises:
+        CheckpointError: a checkpoint that no adapter knows, or that its adapter refuses.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Checkpoint,
+        *,
+        options: BuildOptions = FP32,
+        like: Manifest | None = None,
+    ) -> None:
+        self.checkpoint = (
+            source if isinstance(source, Checkpoint) else open_checkpoint(source, variant=options.variant)
+        )
+        self.adapter = find_adapter(self.checkpoint)
+        self.options = options if like is None else _sized(options, like)
+        self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)
+        self.precision = self.options.precision
+        self.sessions: dict[str, TwinSession] = {name: TwinSession(self, name) for name in self.plan.stages}
+        self.pipeline = self._pipeline()
+
+    def load(self, stage: str) -> StageModule:
+        """The stage's network with its weights, freshly read."""
+        return self.adapter.load(self.checkpoint, self.plan, stage, self.options)
+
+    def weights_digest(self) -> str:
+        """One hash of all weight files of the checkpoint, read as a stream."""
+        files = [path for component in self.checkpoint.components.values() for path in component.files]
+        return hashlib.sha256("".join(map(sha256, sorted(files))).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Let all weights go."""
+        for session in self.sessions.values():
+            session.close()
+
+    def _pipeline(self) -> Pipeline:
+        with tempfile.TemporaryDirectory() as folder:
+            encoders = []
+            for spec in self.plan.text:
+                path = Path(folder) / "tokenizer.json"
+                directory = self.checkpoint.tokenizers[Path(spec.tokenizer).parent.name]
+                path.write_text(tokenizer_json(directory), encoding="utf-8")
+                encoders.append(TextEncoder(spec, Tokenizer(path), self.sessions[spec.stage]))
+        sessions: dict[str, Session] = dict(self.sessions)
+        conditioning = Conditioning(encoders, sessions[CONDITIONER], key="reference")
+        return Pipeline(self._manifest(), sessions, conditioning, chosen=f"PyTorch {self.precision.value}")
+
+    def _manifest(self) -> Manifest:
+        plan = self.plan
+        table = coefficient_table(plan.scheduler, plan.defaults.num_inference_steps)
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            family=plan.family,
+            checkpoint=self.checkpoint.path.name,
+            stages={name: Stage(artifacts=()) for name in plan.stages},
+            text=plan.text,
+            scheduler=plan.scheduler,
+            latents=plan.latents,
+            defaults=plan.defaults,
+            golden_table=GoldenTable(
+                num_inference_steps=plan.defaults.num_inference_steps,
+                timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
+                coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
+            ),
+            files=(),
+            tools={},
+        )
+
+
+def _sized(options: BuildOptions, like: Manifest) -> BuildOptions:
+    """The options with the bundle's largest batch, and its picture size where it has one size."""
+    batch = like.stages[DENOISER].artifacts[0].spec.profile["batch"].max
+    square = like.defaults.height == like.defaults.width and not like.defaults.bins
+    return replace(options, max_batch=batch, resolution=like.defaults.height if square else None)

@@ -1,0 +1,211 @@
+"""What PyTorch computed, as one safetensors file: a CPU box saves it, a GPU box without the checkpoint compares.
+
+stage.I.in.NAME, stage.I.out.NAME            one case of the stage level
+case.I.latents, .x0, .picture, .upstream.*   one case of the loop
+case.I.schedule.STEP.NAME, case.I.rows.NAME  what the denoiser was fed: per step, and for all steps
+metadata "ditc.reference"                    JSON: settings, names of the above, losses, origin
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ditc.export.umask import apply_umask
+from ditc.parity.cases import Case, CaseRun, Losses, Recorded, Settings, StageCase
+from ditc.parity.context import Context
+from ditc.parity.levels.picture import pytorch_psnr
+from ditc.parity.levels.stage import stage_cases
+from ditc.parity.levels.step import pytorch_losses
+from ditc.parity.levels.trajectory import pytorch_loss
+from ditc.runtime import denoise
+from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.manifest import Manifest
+from ditc.runtime.denoise import DenoiseState, Rows
+from ditc.runtime.errors import UsageError
+from ditc.runtime.machine import this_machine
+from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import DENOISER
+
+METADATA = "ditc.reference"
+VERSION = 2
+HINT = "make one with: ditc parity BUNDLE --against CHECKPOINT --save-reference FILE"
+
+
+def save_reference(path: Path, context: Context) -> Path:
+    """Write all reference results of a context in one move.
+
+    Raises:
+        UsageError: the place cannot be written to.
+    """
+    tensors: dict[str, Array] = {}
+    stages: list[dict[str, Any]] = []
+    for stage in context.candidate.sessions:
+        for case in stage_cases(context, stage):
+            index = len(stages)
+            stages.append({"stage": stage, "what": case.what, "pytorch": case.pytorch})
+            tensors |= {f"stage.{index}.in.{name}": array for name, array in case.feeds.items()}
+            tensors |= {f"stage.{index}.out.{name}": array for name, array in case.outputs.items()}
+    losses = [_losses(context, case) for case in context.settings.cases]
+    for index, one in enumerate(context.settings.cases):
+        tensors |= {f"case.{index}.{name}": array for name, array in _case_tensors(context, one)}
+    described = {
+        "version": VERSION,
+        "settings": to_json(context.settings),
+        "stages": stages,
+        "losses": losses,
+        "precision": context.candidate.precision(DENOISER).value,
+        "origin": {
+            "checkpoint": context.twin.checkpoint.path.name,
+            "weights": context.twin.weights_digest(),
+            "saved_on": str(this_machine()),
+            "upstream": context.upstream_name,
+        },
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        save_file(contiguous, partial, metadata={METADATA: json.dumps(described)})
+        apply_umask(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        raise UsageError(
+            f"cannot write {path}: {getattr(e, 'strerror', None) or e}",
+            hint="choose another --save-reference",
+        ) from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_reference(path: Path, manifest: Manifest) -> Recorded:
+    """Read a file and hold it against the bundle that it will be compared with.
+
+    Raises:
+        UsageError: it is missing, damaged, no reference file, or of a model with other stages or shapes.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no reference file {path}", hint=HINT)
+    try:
+        with safe_open(path, "np") as file:
+            described = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        recorded = _recorded(described, tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as e:
+        raise UsageError(f"{path} is no reference file: {e}", hint=HINT) from e
+    _check_fits(path, recorded, manifest)
+    return recorded
+
+
+def _recorded(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> Recorded:
+    if described["version"] != VERSION:
+        raise ValueError(f"version {described['version']}, this ditc reads {VERSION}")
+    settings = from_json(Settings, described["settings"])
+    groups = [_below(tensors, f"case.{index}.") for index in range(len(settings.cases))]
+    runs = {case: _run(case, group) for case, group in zip(settings.cases, groups, strict=True)}
+    upstream = {
+        case: CaseRun(case=case, latents=group["upstream.latents"], picture=group.get("upstream.picture"))
+        for case, group in zip(settings.cases, groups, strict=True)
+        if "upstream.latents" in group
+    }
+    losses = zip(settings.cases, described["losses"], strict=True)
+    return Recorded(
+        settings=settings,
+        origin={str(key): str(value) for key, value in described["origin"].items()},
+        runs=runs,
+        upstream=upstream,
+        stages=[
+            StageCase(
+                str(one["stage"]),
+                str(one["what"]),
+                _below(tensors, f"stage.{index}.in."),
+                _below(tensors, f"stage.{index}.out."),
+                one["pytorch"],
+            )
+            for index, one in enumerate(described["stages"])
+        ],
+        losses={case: from_json(Losses, one) for case, one in losses if one is not None},
+        precision=str(described["precision"]),
+    )
+
+
+def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
+    schedule, rows = _below(group, "schedule."), _below(group, "rows.")
+    steps = len(group["latents"]) - 1
+    start = DenoiseState(
+        latents=group["latents"][0],
+        history=group["history"],
+        schedule=tuple(_below(schedule, f"{step}.") for step in range(steps)),
+        rows=Rows(row_of=rows.pop(denoise.ROW_OF), conditioning=rows),
+    )
+    return CaseRun(
+        case=case, latents=group["latents"], x0=group["x0"], start=start, picture=group.get("picture")
+    )
+
+
+def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
+    run, upstream = context.twin_run(case), context.upstream_run(case)
+    assert run.x0 is not None and run.start is not None
+    yield "latents", run.latents
+    yield "x0", run.x0
+    yield "history", to_numpy(run.start.history)
+    for index, step in enumerate(run.start.schedule):  # one by one: a step may have more rows than another
+        yield from ((f"schedule.{index}.{name}", array) for name, array in step.items())
+    yield f"rows.{denoise.ROW_OF}", run.start.rows.row_of
+    for name, tensor in run.start.rows.conditioning.items():
+        yield f"rows.{name}", to_numpy(tensor)
+    if run.picture is not None:
+        yield "picture", run.picture
+    if upstream is not None:
+        yield "upstream.latents", upstream.latents
+        if upstream.picture is not None:
+            yield "upstream.picture", upstream.picture
+
+
+def _losses(context: Context, case: Case) -> dict[str, Any] | None:
+    """None for an fp32 bundle, and where PyTorch itself overflows in the precision: nothing to measure by."""
+    run = context.twin_run(case)
+    steps, end = pytorch_losses(context, case, run), pytorch_loss(context, case)
+    reference = context.upstream_run(case) or run
+    psnr = pytorch_psnr(context, case, reference.picture) if reference.picture is not None else None
+    if steps is None or end is None or psnr is None or not np.isfinite([*steps, end, psnr]).all():
+        return None
+    return {"steps": steps, "trajectory": end, "psnr": psnr}
+
+
+def _check_fits(path: Path, recorded: Recorded, manifest: Manifest) -> None:
+    for case in recorded.stages:
+        stage = manifest.stages.get(case.stage)
+        if stage is None:
+            raise UsageError(
+                f"{path} has a stage {case.stage}, the bundle has none", hint="it is of another model"
+            )
+        for tensor in stage.artifacts[0].spec.inputs:
+            held = case.feeds.get(tensor.name)
+            fixed = (
+                None
+                if held is None or held.ndim != len(tensor.shape)
+                else [
+                    (size, known)
+                    for size, known in zip(held.shape, tensor.shape, strict=True)
+                    if isinstance(known, int)
+                ]
+            )
+            if fixed is None or any(size != known for size, known in fixed):
+                found = "nothing" if held is None else held.shape
+                raise UsageError(
+                    f"{path} feeds {case.stage} {found} as {tensor.name}, the bundle takes {tensor.shape}",
+                    hint="the reference file is of another model",
+                )
+
+
+def _below(tensors: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,167 @@
+"""The other reference: the checkpoint in unmodified upstream code, drawing the same cases from the same noise.
+
+That is diffusers, or what references/ has for families that diffusers has no pipeline for.
+"""
+
+# N steps, B samples, C latent channels, H/W latent size
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.parity.cases import Case, CaseRun, Settings
+from ditc.parity.reference import find_pipeline, upstream_name
+from ditc.runtime.errors import CheckpointError
+from ditc.runtime.session import Array
+
+# The components that a pipeline calls on every step: once, or again for a further kind of guidance.
+DENOISERS = ("transformer", "unet")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a component: enough to repeat it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> object:
+        """Repeat the call."""
+        return self.module(*self.args, **self.kwargs)
+
+
+class Upstream:
+    """The checkpoint's own pipeline, in fp32 on the CPU.
+
+    Raises:
+        CheckpointError: upstream cannot load it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        self.checkpoint = checkpoint
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()
+            library.set_verbosity_error()  # what they warn about here, of absent extras and cut texts, is no finding
+        open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
+        try:
+            self.pipeline: Any = open_pipeline(checkpoint, dtype)
+        except (OSError, ValueError, TypeError, RuntimeError) as e:
+            name = upstream_name(checkpoint)
+            raise CheckpointError(
+                f"{name} cannot load {checkpoint.path}: {e}",
+                hint=f"check the checkpoint, or leave out the levels that need {name}: --level op --level stage",
+            ) from e
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
+
+    def draw(
+        self,
+        case: Case,
+        settings: Settings,
+        noise: Array,
+        *,
+        output_type: str = "np",
+        on_step: Callable[[], None] = lambda: None,
+    ) -> CaseRun:
+        """One case from noise (B,C,H,W) to picture, latents kept after every step."""
+        latents = [noise]
+
+        def keep(_: Any, index: int, timestep: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+            latents.append(given["latents"].float().numpy().copy())
+            on_step()
+            return {}
+
+        with torch.inference_mode():
+            images = self.pipeline(
+                **self._arguments(settings),
+                prompt=case.prompt,
+                latents=torch.from_numpy(noise.copy()),
+                output_type=output_type,
+                callback_on_step_end=keep,
+            ).images
+        picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
+        return CaseRun(case=case, latents=np.stack(latents), picture=picture)
+
+    def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
+        """The first call of every component, and the denoising network's first one of a step, by component name."""
+        found: dict[str, Call] = {}
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+
+        def keep(name: str, at: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if name not in found and done == at:
+                    copies = {key: _copied(value) for key, value in kwargs.items()}
+                    found[name] = Call(module, tuple(map(_copied, args)), copies)
+
+            return hook
+
+        watched = {
+            name: (module, step if name in DENOISERS else 0) for name, module in self.networks().items()
+        }
+        decoder = getattr(getattr(self.pipeline, "vae", None), "decoder", None)
+        if decoder is not None:
+            watched["vae"] = (decoder, settings.num_inference_steps)
+        handles = [
+            module.register_forward_pre_hook(keep(name, at), with_kwargs=True)
+            for name, (module, at) in watched.items()
+        ]
+        try:
+            self.draw(case, settings, noise, on_step=count)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Components that are called as modules; a VAE is reached through its decoder instead."""
+        parts = self.pipeline.components
+        return {n: m for n, m in parts.items() if isinstance(m, nn.Module) and n != "vae"}
+
+    def _arguments(self, settings: Settings) -> dict[str, Any]:
+        """Settings and the checkpoint's own defaults, as far as this pipeline takes them."""
+        given = dict(self.checkpoint.defaults)
+        given["use_resolution_binning"] = bool(given.get("resolution_bins", True))
+        if given.get("resolution_bins") is None and "resolution_bins" in given:
+            given["use_resolution_binning"] = False
+        given |= {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "height": settings.height,
+            "width": settings.width,
+        }
+        return {name: value for name, value in given.items() if name in self._takes}
+
+
+def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    # What was left out is null in model_index.json, and from_pretrained wants to be told so all the same.
+    left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(
+        str(checkpoint.path),
+        dtype=dtype,
+        variant=checkpoint.variant,
+        local_files_only=True,
+        trust_remote_code=False,
+        **left_out,
+    )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,166 @@
+"""A Report as text (one line a level) and as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ditc.parity.results import Report, Result, Verdict, verdict_of
+from ditc.runtime.bundle.certificate import Line
+from ditc.runtime.tolerances import Level, Metric
+
+MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not checked"}
+SHOWN_CULPRITS = 3
+# Where a level has several metrics, the one that people know.
+MAIN = {Level.PICTURE: Metric.PSNR}
+
+
+def to_text(report: Report) -> str:
+    """One line a level, then where it went wrong, then the verdict."""
+    lines = [_level_line(level, report.of_level(level)) for level in Level if report.of_level(level)]
+    lines += [f"  {line}" for line in _unchecked_lines(report)]
+    failures = [r for level in Level for r in report.of_level(level) if r.verdict is Verdict.FAIL]
+    for result in failures[:SHOWN_CULPRITS]:
+        lines += ["", *_story(result)]
+    if len(failures) > SHOWN_CULPRITS:
+        lines.append(
+            f"\n{len(failures) - SHOWN_CULPRITS} more comparisons failed; --json or --html shows all"
+        )
+    counts = {v: sum(r.verdict is v for r in report.results) for v in Verdict}
+    lines += [
+        "",
+        f"{MARKS[report.verdict].upper()}: {counts[Verdict.PASS]} comparisons passed, "
+        f"{counts[Verdict.FAIL]} failed, {counts[Verdict.NOT_CHECKED]} not checked",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Plain data; numbers that JSON has no word for are null."""
+    return {
+        "pass": report.passed,
+        "verdict": report.verdict.value,
+        "levels": [_result(result) for level in Level for result in report.of_level(level)],
+        "subject": report.subject,
+        "machine": report.machine,
+        "tools": report.tools,
+        "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
+    }
+
+
+def certificate_lines(report: Report) -> tuple[Line, ...]:
+    """The worst comparison of every level, for certificate.json."""
+    lines = []
+    for level in Level:
+        results = report.of_level(level)
+        if results:
+            shown = shown_of(results)
+            passed = None if shown.verdict is Verdict.NOT_CHECKED else shown.verdict is Verdict.PASS
+            lines.append(
+                Line(
+                    name=level.value,
+                    metric=shown.metric.value,
+                    value=_finite(shown.value),
+                    bound=shown.bound,
+                    passed=passed,
+                    detail=f"{shown.stage}: {shown.what}",
+                )
+            )
+    return tuple(lines)
+
+
+def number(value: float | None, metric: Metric) -> str:
+    """A value as people read it."""
+    if value is None:
+        return "-"
+    if metric is Metric.COUNT:
+        return f"{value:.0f}"
+    if metric in (Metric.PSNR, Metric.SSIM):
+        return f"{value:.4g}" if math.isfinite(value) else "equal" if value > 0 else "NaN"
+    return f"{value:.2e}"
+
+
+def _level_line(level: Level, results: list[Result]) -> str:
+    """The worst comparison of the level's main metric stands for it."""
+    verdict, shown = verdict_of(results), shown_of(results)
+    sign = ">=" if shown.metric.at_least else "<="
+    bound = f"{sign} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
+    counted = f"{sum(r.verdict is Verdict.PASS for r in results)}/{len(results)}"
+    return (
+        f"{level.value:<11}{MARKS[verdict]:<12}{counted:>7}  {shown.metric.value} {number(shown.value, shown.metric)} "
+        f"{bound}  {shown.stage}: {shown.what}"
+    )
+
+
+def shown_of(results: list[Result]) -> Result:
+    """Of the results that decide the level's verdict, the one closest to its bound."""
+    verdict = verdict_of(results)
+    deciding = [r for r in results if r.verdict is verdict]
+    main = MAIN.get(deciding[0].level, deciding[0].metric) if verdict is Verdict.PASS else deciding[0].metric
+    return next((r for r in deciding if r.metric is main), deciding[0])
+
+
+def _unchecked_lines(report: Report) -> list[str]:
+    """What was not checked and why, comparisons with one reason in one line."""
+    counts: dict[tuple[str, str], int] = {}
+    for level in Level:
+        for result in report.of_level(level):
+            if result.verdict is Verdict.NOT_CHECKED:
+                key = (
+                    f"{level.value}, {result.metric.value if result.metric is Metric.LPIPS else result.stage}",
+                    result.detail,
+                )
+                counts[key] = counts.get(key, 0) + 1
+    return [f"not checked: {what} ({count}): {why}" for (what, why), count in counts.items()]
+
+
+def _story(result: Result) -> list[str]:
+    lines = [f"{result.level.value}: {result.stage}, {result.what}"]
+    if result.detail:
+        lines.append(f"  {result.detail}")
+    if result.culprit is not None:
+        lines.append(f"  begins in {result.culprit}")
+    worst = (result.culprit.worst if result.culprit else None) or result.worst
+    if worst is not None:
+        lines.append(f"  worst element: {worst}")
+    lines += [f"  cause: {cause}" for cause in result.causes]
+    return lines
+
+
+def _result(result: Result) -> dict[str, Any]:
+    culprit = result.culprit
+    return {
+        "level": result.level.value,
+        "stage": result.stage,
+        "what": result.what,
+        "against": result.against,
+        "metric": result.metric.value,
+        "value": _finite(result.value),
+        "bound": result.bound,
+        "pass": None if result.verdict is Verdict.NOT_CHECKED else result.verdict is Verdict.PASS,
+        "verdict": result.verdict.value,
+        "reason": result.reason,
+        "detail": result.detail,
+        "where": None
+        if culprit is None
+        else {
+            "stage": culprit.stage,
+            "module": culprit.module,
+            "between": culprit.between,
+            "error": _finite(culprit.error),
+            "error_before": _finite(culprit.before),
+        },
+        "worst": None
+        if result.worst is None
+        else {
+            "tensor": result.worst.tensor,
+            "index": result.worst.index,
+            "candidate": _finite(result.worst.candidate),
+            "reference": _finite(result.worst.reference),
+        },
+        "causes": result.causes,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,180 @@
+"""certificate.json: what was shown of a bundle, beside its immutable manifest.
+
+    {"manifest": digest, "entries": [
+        {"artifact_set": ..., "artifacts": {stage: sha256}, "machine": {...},
+         "parity": {...} or null, "self_test": {...} or null}]}
+
+One entry an artifact set and machine. Parity needs the checkpoint and PyTorch; a self-test needs the bundle alone and
+extends a parity result to another machine. A certificate whose manifest digest does not fit says nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.manifest import Artifact, Manifest
+from ditc.runtime.errors import BundleError
+from ditc.runtime.machine import Machine, library_versions, this_machine
+
+CERTIFICATE = "certificate.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The worst comparison of one level (parity) or of one stage (self-test). passed None: not checked."""
+
+    name: str
+    metric: str
+    value: float | None
+    bound: float | None
+    passed: bool | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One run: passed as a whole, its lines, when, with which libraries, and what it was compared with."""
+
+    passed: bool
+    lines: tuple[Line, ...]
+    date: str
+    tools: dict[str, str]
+    reference: dict[str, str]
+
+    @property
+    def checked(self) -> int:
+        """How many lines this run could decide."""
+        return sum(line.passed is not None for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Everything that is known of one artifact set on one machine."""
+
+    artifact_set: str
+    artifacts: dict[str, str]
+    machine: Machine
+    parity: Record | None = None
+    self_test: Record | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """The whole file."""
+
+    manifest: str
+    entries: tuple[Entry, ...] = ()
+
+    def of(self, artifacts: Mapping[str, Artifact]) -> tuple[Entry, ...]:
+        """Entries of exactly these artifacts, on any machine."""
+        wanted = artifact_set(artifacts)
+        return tuple(entry for entry in self.entries if entry.artifact_set == wanted)
+
+    def with_record(
+        self,
+        artifacts: Mapping[str, Artifact],
+        *,
+        parity: Record | None = None,
+        self_test: Record | None = None,
+    ) -> Certificate:
+        """The certificate with one more record for this machine; an older one of the same kind is replaced."""
+        machine, wanted = this_machine(), artifact_set(artifacts)
+        old = next((e for e in self.entries if (e.artifact_set, e.machine) == (wanted, machine)), None)
+        entry = old or Entry(artifact_set=wanted, artifacts=_hashes(artifacts), machine=machine)
+        entry = replace(entry, parity=parity or entry.parity, self_test=self_test or entry.self_test)
+        return replace(self, entries=(*(e for e in self.entries if e is not old), entry))
+
+
+def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
+    """The bundle's certificate; an empty one if there is none or if it belongs to another manifest.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    path = bundle / CERTIFICATE
+    if not path.is_file():
+        return Certificate(manifest=manifest.digest)
+    try:
+        certificate = from_json(Certificate, json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as e:  # Mismatch is a ValueError
+        raise BundleError(f"{path} is no certificate: {e}", hint="remove it and run ditc parity again") from e
+    return certificate if certificate.manifest == manifest.digest else Certificate(manifest=manifest.digest)
+
+
+def save_certificate(bundle: Path, certificate: Certificate) -> Path:
+    """Write certificate.json in one move.
+
+    Raises:
+        BundleError: the bundle cannot be written to.
+    """
+    path = bundle / CERTIFICATE
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(
+            json.dumps(to_json(certificate), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(partial, path)
+    except OSError as e:
+        raise BundleError(
+            f"cannot write {path}: {e.strerror}", hint="make the bundle's folder writable"
+        ) from e
+    return path
+
+
+def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] | None = None) -> Record:
+    """A record of now, with the libraries of this machine."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(
+        passed=passed, lines=lines, date=now, tools=library_versions(), reference=dict(reference or {})
+    )
+
+
+def standing(certificate: Certificate, artifacts: Mapping[str, Artifact]) -> str:
+    """Why these artifacts are not certified for this machine; "" if they are.
+
+    Certified means: parity holds for exactly these files, and on this machine either parity or the self-test ran.
+    """
+    entries, here = certificate.of(artifacts), this_machine()
+    broken = [e for e in entries for r in (e.parity, e.self_test) if r is not None and not r.passed]
+    if any(entry.machine == here for entry in broken):
+        return "parity or the self-test of these artifacts failed on this machine"
+    proven = [entry for entry in entries if entry.parity is not None and entry.parity.passed]
+    if not proven:
+        return "there is no parity result for these artifacts: run ditc parity BUNDLE --against CHECKPOINT"
+    tested = any(e.machine == here and e.self_test is not None and e.self_test.passed for e in entries)
+    if tested or any(entry.machine == here for entry in proven):
+        return ""
+    return f"parity was shown on another machine ({proven[0].machine}): run ditc verify BUNDLE --run here"
+
+
+def check_standing(
+    bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], *, required: bool
+) -> str:
+    """What `standing` says of the bundle's certificate.
+
+    Raises:
+        BundleError: required, and the artifacts are not certified.
+    """
+    why = standing(load_certificate(bundle, manifest), artifacts)
+    if why and required:
+        raise BundleError(f"{bundle} is not certified: {why}", hint="or run it without --require-certificate")
+    return why
+
+
+def artifact_set(artifacts: Mapping[str, Artifact]) -> str:
+    """One hash of all files of the chosen artifacts."""
+    return hashlib.sha256(json.dumps(_hashes(artifacts), sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256("".join(ref.sha256 for ref in artifact.files).encode()).hexdigest()
+        for name, artifact in sorted(artifacts.items())
+    }

@@ -1,0 +1,131 @@
+"""Golden inputs and outputs of a stage: a self-test that needs the bundle alone, on the machine that will serve.
+
+    golden/STAGE-KEY.safetensors    tensors "in.NAME" and "out.NAME"; metadata "ditc.golden", JSON
+
+An input is stored as the values that, repeated, fill its shape; of an output every stride-th value is stored. So a
+conditioning tensor of 50 MB costs 100 KB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ditc.runtime.bundle.certificate import Line
+from ditc.runtime.bundle.jsondata import from_json
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.bundle.safetensors import read_safetensors
+from ditc.runtime.errors import BundleError, DitcError
+from ditc.runtime.metrics import relative_l2, widened
+from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
+from ditc.runtime.spec import Backend, DType, Precision
+from ditc.runtime.tolerances import Level, Metric, limit
+
+METADATA = "ditc.golden"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenInfo:
+    """What the file's metadata says.
+
+    Attributes:
+        inputs, outputs: full shapes. strides: of the stored values of each output.
+        losses: by precision, the relative L2 that PyTorch itself loses on these inputs, worst output.
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
+    strides: dict[str, int]
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One stage's test: full inputs, thinned fp32 outputs."""
+
+    info: GoldenInfo
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+def read_golden(path: Path) -> Golden:
+    """Read the file of one stage.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        info = from_json(GoldenInfo, json.loads(metadata[METADATA]))
+        inputs = {name: np.resize(tensors[f"in.{name}"], shape) for name, shape in info.inputs.items()}
+        outputs = {name: tensors[f"out.{name}"] for name in info.outputs}
+    except (ValueError, KeyError) as e:
+        raise BundleError(f"{path} holds no golden values: {e}", hint="rebuild the bundle") from e
+    return Golden(info, inputs, outputs)
+
+
+def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) -> Line:
+    """Run one stage on its golden inputs: the worst output against the tolerance of the artifact's precision."""
+    try:
+        got = session.run(_feeds(session, golden))
+    except DitcError as e:
+        return Line(
+            name=stage, metric=Metric.RELATIVE_L2, value=None, bound=None, passed=False, detail=str(e)
+        )
+    worst, detail = 0.0, ""
+    for name, wanted in golden.outputs.items():
+        array = widened(to_numpy(got[name]))
+        if array.shape != golden.info.outputs[name] or not np.isfinite(array).all():
+            problem = (
+                f"{name} is {array.shape}, has NaN or Inf"
+                if array.shape == golden.info.outputs[name]
+                else (f"{name} is {array.shape}, not {golden.info.outputs[name]}")
+            )
+            return Line(
+                name=stage, metric=Metric.RELATIVE_L2, value=None, bound=None, passed=False, detail=problem
+            )
+        error = relative_l2(array.ravel()[:: golden.info.strides[name]], wanted)
+        if error >= worst:
+            worst, detail = error, name
+    return _judged(stage, worst, detail, session, artifact, golden)
+
+
+def _judged(
+    stage: str, error: float, output: str, session: Session, artifact: Artifact, golden: Golden
+) -> Line:
+    precision = artifact.precision
+    bound = limit(Level.STAGE, Metric.RELATIVE_L2, precision, pytorch=golden.info.losses.get(precision.value))
+    passed: bool | None = None if bound is None else error <= bound.bound
+    if bound is None:
+        output += f": nothing is recorded to measure {precision.value} by"
+    elif passed and _is_widened(session, artifact):
+        passed, output = None, f"{output}: ONNX Runtime's CPU provider computes {precision.value} in fp32"
+    return Line(
+        name=stage,
+        metric=Metric.RELATIVE_L2,
+        value=error,
+        bound=bound.bound if bound else None,
+        passed=passed,
+        detail=output,
+    )
+
+
+def _is_widened(session: Session, artifact: Artifact) -> bool:
+    on_cpu = str(getattr(session, "provider", "CPU")).startswith("CPU")
+    return artifact.backend is Backend.ONNXRUNTIME and artifact.precision is Precision.FP16 and on_cpu
+
+
+def _feeds(session: Session, golden: Golden) -> dict[str, Array]:
+    feeds = {}
+    for spec in session.spec.inputs:
+        array = golden.inputs[spec.name]
+        if (
+            spec.dtype is DType.BFLOAT16
+        ):  # golden inputs are exact in 8 bits of mantissa: the upper half is all
+            array = (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        feeds[spec.name] = array.astype(numpy_dtype(spec.dtype))
+    return feeds

@@ -1,0 +1,69 @@
+"""Hashing of bundle files: everything that will be deserialised is read and compared first."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ditc.runtime.bundle.manifest import FileRef
+from ditc.runtime.errors import BundleError
+
+log = logging.getLogger(__name__)
+
+
+def file_ref(path: Path, bundle: Path) -> FileRef:
+    """The reference to a file of the bundle as it is now on disk."""
+    return FileRef(path.relative_to(bundle).as_posix(), sha256(path), path.stat().st_size)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of the file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(
+    bundle: Path, refs: Iterable[FileRef], *, done: Callable[[FileRef], None] | None = None
+) -> None:
+    """Compare size and hash of every file, several at once (hashlib releases the GIL).
+
+    Args:
+        done: called from worker threads after each file.
+
+    Raises:
+        BundleError: names the first file that is missing, truncated, changed, or a link that leaves the bundle.
+    """
+
+    def check(ref: FileRef) -> None:
+        check_file(bundle, ref)
+        if done is not None:
+            done(ref)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for future in [pool.submit(check, ref) for ref in refs]:
+            future.result()
+
+
+def check_file(bundle: Path, ref: FileRef) -> None:
+    """Raise BundleError unless the file is inside the bundle and has the size and hash that the manifest names."""
+    path, hint = bundle / ref.path, f"rebuild with: ditc build CHECKPOINT -o {bundle}"
+    if not path.is_file():
+        raise BundleError(f"{bundle}: {ref.path} is missing", hint=hint)
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise BundleError(f"{bundle}: {ref.path} is a link that leaves the bundle", hint=hint)
+    size = path.stat().st_size
+    if size != ref.size_bytes:
+        raise BundleError(
+            f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint
+        )
+    if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
+        log.warning("%s: every user of this machine may change %s; chmod o-w it", bundle, ref.path)
+    if sha256(path) != ref.sha256:
+        raise BundleError(
+            f"{bundle}: {ref.path} has been changed: its sha256 does not fit the manifest", hint=hint
+        )

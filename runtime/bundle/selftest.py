@@ -1,0 +1,102 @@
+"""The self-test of a bundle on this machine: every stage on its golden inputs, and the result in certificate.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ditc.runtime.bundle.certificate import (
+    Certificate,
+    Line,
+    Record,
+    load_certificate,
+    record,
+    save_certificate,
+)
+from ditc.runtime.bundle.golden import read_golden, self_test
+from ditc.runtime.bundle.integrity import check_files
+from ditc.runtime.bundle.manifest import Artifact, Manifest
+from ditc.runtime.errors import NumericsError
+from ditc.runtime.machine import this_machine
+from ditc.runtime.session import Session
+from ditc.runtime.spec import Backend
+
+
+def run_self_test(
+    bundle: Path,
+    manifest: Manifest,
+    sessions: Mapping[str, Session],
+    artifacts: Mapping[str, Artifact],
+    *,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Record:
+    """Run every stage that has golden values; a stage without them is told as not checked.
+
+    Raises:
+        BundleError: a golden file is damaged.
+    """
+    check_files(bundle, [g for name in artifacts if (g := manifest.stages[name].golden) is not None])
+    lines = []
+    for name, artifact in artifacts.items():
+        on_stage(name)
+        golden = manifest.stages[name].golden
+        if golden is None:
+            lines.append(_without_golden(name))
+            continue
+        lines.append(self_test(name, sessions[name], artifact, read_golden(bundle / golden.path)))
+    passed = all(line.passed is not False for line in lines) and any(line.passed for line in lines)
+    return record(passed, tuple(lines), {"golden": manifest.digest})
+
+
+def certify(
+    bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], result: Record
+) -> Certificate:
+    """Write a self-test's result for this machine."""
+    certificate = load_certificate(bundle, manifest).with_record(artifacts, self_test=result)
+    save_certificate(bundle, certificate)
+    return certificate
+
+
+def first_use(
+    bundle: Path, manifest: Manifest, sessions: Mapping[str, Session], artifacts: Mapping[str, Artifact]
+) -> None:
+    """Before an engine serves on a GPU for the first time: the self-test, once a machine and artifact set.
+
+    Raises:
+        NumericsError: a stage does not compute here what it computed in PyTorch.
+    """
+    if not any(needs_test(sessions[name], artifact) for name, artifact in artifacts.items()):
+        return
+    here = this_machine()
+    known = load_certificate(bundle, manifest).of(artifacts)
+    if any(
+        entry.machine == here and entry.self_test is not None and entry.self_test.passed for entry in known
+    ):
+        return
+    result = run_self_test(bundle, manifest, sessions, artifacts)
+    certify(bundle, manifest, artifacts, result)
+    broken = next((line for line in result.lines if line.passed is False), None)
+    if broken is not None:
+        raise NumericsError(
+            f"the self-test failed on this machine: {describe(broken)}",
+            hint="build the engine again with another version of its library; --no-self-test runs it all the same",
+        )
+
+
+def needs_test(session: Session, artifact: Artifact) -> bool:
+    """Whether a GPU computes this stage: kernels differ by GPU and driver, so each machine shows its own."""
+    on_gpu = not str(getattr(session, "provider", "CPU")).startswith("CPU")
+    return artifact.backend is not Backend.ONNXRUNTIME or on_gpu
+
+
+def describe(line: Line) -> str:
+    """One line of a result for people."""
+    verdict = {True: "pass", False: "FAIL", None: "not checked"}[line.passed]
+    value = "-" if line.value is None else f"{line.value:.2e}"
+    bound = "" if line.bound is None else f" <= {line.bound:.2e}"
+    return f"{line.name:<16}{verdict:<13}{line.metric} {value}{bound}  {line.detail}"
+
+
+def _without_golden(stage: str) -> Line:
+    detail = "the bundle holds no golden values for it"
+    return Line(name=stage, metric="relative L2", value=None, bound=None, passed=None, detail=detail)

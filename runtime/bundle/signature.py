@@ -1,0 +1,113 @@
+"""ed25519 signatures of bundles: who built it, where the manifest's digest alone says that nothing was damaged.
+
+`manifest.sig` beside the manifest holds a signature of its digest, which covers the hash of every file. Needs the
+`cryptography` package (`pip install "ditc[sign]"`); bundles without signature need nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ditc.runtime.bundle.manifest import Manifest, load_manifest
+from ditc.runtime.errors import BundleError, MissingExtra, UsageError
+
+SIGNATURE = "manifest.sig"
+# What is signed begins with its purpose, so that no signature made for something else fits.
+_PURPOSE = b"ditc bundle manifest, sha256 "
+
+
+def sign(bundle: Path, private_key: Path) -> Path:
+    """Sign the bundle's manifest with an ed25519 key in PEM, and return the signature's path.
+
+    Raises:
+        BundleError: no sound manifest. UsageError: no such key. MissingExtra: cryptography is not installed.
+    """
+    manifest, key = load_manifest(bundle), load_private_key(private_key)
+    record = {
+        "algorithm": "ed25519",
+        "digest": manifest.digest,
+        "signature": key.sign(_message(manifest)).hex(),
+    }
+    path = bundle / SIGNATURE
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as e:
+        raise BundleError(f"cannot write {path}: {e.strerror}", hint="check the permissions") from e
+    return path
+
+
+def load_private_key(path: Path) -> Any:
+    """The ed25519 key of a PEM file: what `sign` needs, to be tried before long work.
+
+    Raises:
+        UsageError: no such key. MissingExtra: cryptography is not installed.
+    """
+    ed25519, serialization = _library()
+    key = _read(path, lambda data: serialization.load_pem_private_key(data, password=None))
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UsageError(f"{path} is no ed25519 private key", hint=_MAKE_KEY)
+    return key
+
+
+def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
+    """Refuse a bundle whose manifest was not signed by the owner of the key.
+
+    Args:
+        manifest: as it was loaded, so that nobody can exchange the file in between.
+        public_key: ed25519, PEM.
+
+    Raises:
+        BundleError: unsigned, signed by another key, or changed after it was signed.
+        UsageError: no such key. MissingExtra: cryptography is not installed.
+    """
+    ed25519, serialization = _library()
+    key = _read(public_key, serialization.load_pem_public_key)
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UsageError(f"{public_key} is no ed25519 public key", hint=_MAKE_KEY)
+    path = bundle / SIGNATURE
+    hint = "do not run it, or sign it yourself: ditc sign BUNDLE --key KEY.pem"
+    if not path.is_file():
+        raise BundleError(f"{bundle} is not signed: it has no {SIGNATURE}", hint=hint)
+    try:
+        signature = bytes.fromhex(json.loads(path.read_bytes())["signature"])
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise BundleError(f"{path} is no signature: {type(e).__name__}", hint=hint) from e
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, _message(manifest))
+    except InvalidSignature as e:
+        raise BundleError(
+            f"{bundle}: {SIGNATURE} does not fit {public_key.name} and the manifest {manifest.digest[:12]}",
+            hint=hint,
+        ) from e
+
+
+_MAKE_KEY = (
+    "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem"
+)
+
+
+def _message(manifest: Manifest) -> bytes:
+    return _PURPOSE + manifest.digest.encode()
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as e:
+        raise MissingExtra("cryptography", "sign") from e
+    return ed25519, serialization
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_bytes())
+    except (OSError, ValueError, TypeError) as e:  # TypeError: the key is encrypted
+        raise UsageError(f"{path} cannot be read as a PEM key: {e}", hint=_MAKE_KEY) from e

@@ -1,0 +1,144 @@
+"""The linear-attention kernels: what they compute (in Triton's interpreter), what they compile to, who takes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditc.runtime.errors import BuildError, MissingExtra, SessionError
+from ditc.runtime.plugins.kernels import Pointer, PtxKernel
+from ditc.runtime.plugins.relu_linear_attention import SHARE, Launcher
+from ditc.runtime.spec import DType
+
+pytest.importorskip("triton", reason='Triton is not installed: pip install "ditc[plugin]"')
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("form", ["pair", "fused"])
+def test_kernels_are_no_further_from_fp64_than_the_op(interpreted: list[dict[str, Any]], form: str) -> None:
+    """Sums run in another order: a quarter more than the op's own error is allowed. bf16 is not there: Triton's
+    interpreter (3.9) multiplies the bits of bf16 numbers as integers."""
+    rows = [row for row in interpreted if "dtype" in row]
+    assert len(rows) == 10
+    for row in rows:
+        assert row[form] <= 1.25 * row["op"], row
+
+
+def test_nan_stays_in_its_row_and_zeros_give_zero(interpreted: list[dict[str, Any]]) -> None:
+    facts = {key: value for row in interpreted for key, value in row.items()}
+    assert facts["nan_rows"] == [3]  # ReLU written as a maximum would have made it 0
+    assert facts["zeros"] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+def test_ptx_is_made_without_a_gpu_and_names_no_file_of_this_machine(dtype: DType) -> None:
+    from ditc.export.graph.ops.relu_linear_attention.ptx import compile_fused, compile_pair
+
+    kv, out = compile_pair(dtype, 32)
+    for kernel, parameters in ((kv, 7), (out, 8), (compile_fused(dtype, 32, 1e-15), 6)):
+        assert f".visible .entry {kernel.name}(" in kernel.ptx and ".target sm_80" in kernel.ptx
+        header = kernel.ptx.split(".visible .entry", 1)[1].split("{", 1)[0]
+        assert header.count(".param") == parameters  # none for Triton's scratch memory
+        assert str(Path.home()) not in kernel.ptx and ".file" not in kernel.ptx
+    assert "mma.sync" in kv.ptx  # tensor cores, adding in fp32
+    assert "f32." + {DType.FLOAT16: "f16", DType.BFLOAT16: "bf16"}[dtype] in kv.ptx
+
+
+def test_the_launcher_covers_every_token_once_and_stays_inside_its_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ditc.export.graph.ops.relu_linear_attention.ptx import pair_as_json
+
+    launches: list[tuple[str, tuple[int, int], tuple[Any, ...]]] = []
+    monkeypatch.setattr(
+        PtxKernel, "launch", lambda self, grid, args, stream: launches.append((self.name, grid, args))
+    )
+    launcher = Launcher(1e-15, pair_as_json(DType.FLOAT16, 32))
+    batch, tokens, heads = 2, 1030, 3
+    launcher.launch((batch, tokens, heads, 32), 1 << 20, 2 << 20, 3 << 20, 4 << 20, 5 << 20, 0)
+    (kv, kv_grid, kv_args), (out, out_grid, out_args) = launches
+    assert (kv, kv_grid) == ("kv_kernel", (3, 6)) and (out, out_grid) == ("out_kernel", (17, 6))
+    assert kv_args[:2] == (2 << 20, 3 << 20) and kv_args[4:] == (tokens, heads, SHARE)
+    assert out_args[0] == 1 << 20 and out_args[3] == 4 << 20 and out_args[4:] == (tokens, heads, 3, 1e-15)
+    assert kv_args[2:4] == out_args[1:3] and all(isinstance(a, Pointer) for a in kv_args[:4])
+    sums, totals = kv_args[2:4]
+    needed = batch * heads * 3 * 32 * 33 * 4
+    assert totals - sums == batch * heads * 3 * 32 * 32 * 4
+    assert launcher.workspace_bytes(batch, tokens, heads) == needed
+
+
+def test_a_target_older_than_the_kernels_is_refused_before_the_build(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
+    from ditc.export.engine.build import build_engine
+    from ditc.runtime.bundle.manifest import load_manifest
+    from ditc.runtime.spec import DENOISER, Backend
+
+    artifact = load_manifest(tiny_bundle).stages[DENOISER].artifacts[0]
+    path, targets = tiny_bundle / artifact.file.path, ("sm75", "sm89")
+    with pytest.raises(BuildError, match="denoiser: sm75 cannot run the linear-attention plugin"):
+        build_engine(
+            path,
+            tmp_path / "engine",
+            spec=artifact.spec,
+            backend=Backend.TENSORRT_RTX,
+            targets=targets,
+            linear_attention="plugin",
+        )
+
+
+def test_foreign_kernels_are_refused() -> None:
+    with pytest.raises(SessionError, match="the plugin's kernels cannot be read"):
+        Launcher(1e-15, '{"dtype": "float16"}')
+
+
+def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditc.export.graph.ops import relu_linear_attention as package
+    from ditc.export.graph.ops.relu_linear_attention import ptx
+
+    monkeypatch.delattr(package, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "ditc.export.graph.ops.relu_linear_attention.kernels", None)
+    with pytest.raises(MissingExtra) as caught:
+        ptx.load_kernels()
+    assert "ditc[plugin]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("form", ["decomposed", "plugin"])
+def test_the_parser_takes_the_form_that_was_asked_for(tiny_bundle: Path, tmp_path: Path, form: str) -> None:
+    """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
+    pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
+    from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
+
+    folder = rtx_library_folder()
+    assert folder is not None
+    (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    script = Path(__file__).with_name("parsed.py")
+    command = [sys.executable, str(script), str(tiny_bundle), form, str(tmp_path / "engine")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["plugins"] == (2 if form == "plugin" else 0)  # layers of the checkpoint
+    engine = (tmp_path / "engine").read_bytes()
+    assert (b".visible .entry kv_kernel" in engine) == (form == "plugin")

@@ -1,0 +1,239 @@
+"""Quantized graphs compute what the plan says, share scales, store codes, and fuse in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
+
+from ditc.export.graph.passes.qdq import quantize_graph
+from ditc.export.graph.torch_session import TorchSession
+from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.plan import QuantPlan, make_plan
+from ditc.export.quant.ranges import load_ranges, save_ranges
+from ditc.export.quant.recipes import RECIPES, recipes_of
+from ditc.export.quant.simulate import quantized
+from ditc.export.quant.verify import check_scales
+from ditc.runtime.errors import BuildError
+from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+from ditc.runtime.spec import Precision
+
+BLOCK = "transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def make(exported):
+    """A quantized copy of the exported step in a recipe: the stage, its ranges, the plan, the graph."""
+    stage, graph = exported(Precision.FP32)
+    ranges = ranges_of(stage)
+
+    def build(recipe):
+        layers = linear_layers(stage)
+        plan = make_plan(recipe, ranges, layers)
+        model = graph.clone()
+        quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+        return stage, plan, model
+
+    return build
+
+
+OF_SANA = {
+    name: recipe for name, recipe in recipes_of("sana").items() if "sana" in name or "weight-only" in name
+}
+
+
+@pytest.mark.parametrize("name", OF_SANA)
+def test_the_graph_computes_what_the_simulation_computes(make, run, name):
+    stage, plan, model = make(recipes_of("sana")[name])
+    feeds, layers = feeds_of(stage, seed=9), linear_layers(stage)
+    session = TorchSession(stage.module, stage.spec)
+    exact = session.run(feeds)["x0"]
+    with quantized(layers, plan.layers):
+        simulated = session.run(feeds)["x0"]
+    got = replace(run, optimize=False)(model, feeds)["x0"]
+    # Sums in another order tip a few values over a rounding boundary: far less than what the rounding itself costs.
+    assert signal_to_noise_db(got, simulated) > signal_to_noise_db(got, exact) + 10
+    assert signal_to_noise_db(got, exact) > 20
+
+
+def test_layers_that_read_one_tensor_share_its_scale(make):
+    _, plan, model = make(RECIPES["sana-int8"])
+    quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    # q, k and v read one tensor: 8 layers, 6 tensors.
+    assert len(plan.layers) == len(quantizers) == 8
+    assert len({node.inputs[0] for node in quantizers}) == len({node.inputs[1] for node in quantizers}) == 6
+
+
+def test_weights_are_stored_as_codes_with_one_scale_an_output_channel(make):
+    stage, _, model = make(replace(RECIPES["sana-int8"], smooth=False))
+    layer = linear_layers(stage)[f"{BLOCK}.attn1.to_q"]
+    codes = model.graph.initializers[layer.parameter].const_value
+    scale = model.graph.initializers[layer.parameter + "_scale"].const_value.numpy()
+    weight = layer.weight()
+    assert codes.dtype == ir.DataType.INT8
+    np.testing.assert_array_equal(scale, (np.abs(weight).max(axis=1) / 127).astype(np.float32))
+    np.testing.assert_allclose(codes.numpy() * scale, weight.T, atol=scale.max() / 2 * 1.0001)
+
+
+def test_smoothing_rides_on_the_modulation_where_there_is_one(make):
+    _, plan, model = make(RECIPES["sana-int8"])
+    smoothed = plan.layers[f"{BLOCK}.attn1.to_q"].input.smooth
+    assert smoothed is not None
+    quantizer = next(n for n in model.graph if n.name == f"network.{BLOCK}.attn1.to_q.input.quantize")
+    assert quantizer.inputs[0].producer().op_type == "Add"  # no multiplication of all tokens in between
+
+
+def test_what_stays_high_has_no_quantizer(make):
+    _, _, model = make(RECIPES["sana-int8"])
+    for node in model.graph:
+        if node.op_type in ("ReluLinearAttention", "Softmax", "Conv", "LayerNormalization"):
+            makers = [value.producer() for value in node.inputs if value is not None]
+            assert not any(maker and maker.op_type == "DequantizeLinear" for maker in makers), node.name
+
+
+def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
+    _, plan, model = make(RECIPES["sana-int8"])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert nodes.count("MatMulIntegerToFloat") == len(plan.layers)
+    assert "DequantizeLinear" not in nodes
+
+
+@pytest.mark.parametrize("name", OF_SANA)
+def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
+    stage, _, model = make(recipes_of("sana")[name])
+    feeds = feeds_of(stage, seed=9)
+    precision = Precision.FP8 if "fp8" in name else Precision.INT8
+    session = OnnxRuntimeSession(
+        _save(model, tmp_path / "step.onnx"), stage.spec, precision=precision, provider=CPU
+    )
+    plain = replace(run, optimize=False)(model, feeds)["x0"]
+    # Integer kernels sum exactly, fp32 ones round: no saturation, no other scale.
+    assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
+
+
+def test_saved_ranges_give_the_same_graph_byte_for_byte(exported, tmp_path):
+    stage, graph = exported(Precision.FP32)
+    ranges, layers = ranges_of(stage), linear_layers(stage)
+    loaded = load_ranges(save_ranges(ranges, tmp_path / "ranges.safetensors"))
+    written = []
+    for source in (ranges, loaded):
+        model = graph.clone()
+        plan = make_plan(RECIPES["sana-int8"], source, layers)
+        quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+        written.append(ir.to_proto(model).SerializeToString(deterministic=True))
+    assert written[0] == written[1]
+
+
+def _save(model: ir.Model, path: Path) -> Path:
+    ir.save(model, path)
+    return path
+
+
+def _spoil(model: ir.Model, name: str, change) -> None:
+    value = model.graph.initializers[name]
+    value.const_value = ir.Tensor(change(value.const_value.numpy().copy()), name=name)
+
+
+def _one_channel(scale):
+    scale[3] *= 12
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("input_scale", lambda s: s * np.float32(12)),
+        ("input_scale", lambda s: s / np.float32(12)),
+        ("weight_scale", lambda s: s * np.float32(12)),
+        ("weight_scale", lambda s: s / np.float32(12)),
+        ("weight_scale", _one_channel),
+    ],
+)
+def test_a_planted_bad_scale_is_caught_by_name(make, tmp_path, what, change):
+    stage, plan, model = make(replace(RECIPES["sana-int8"], smooth=False))
+    layers = linear_layers(stage)
+    check_scales(ir.load(_save(model, tmp_path / "good.onnx")), plan.layers, layers)
+    parameter = f"network.{BLOCK}.ff.conv_point.weight"
+    name = (
+        f"{parameter}_scale" if what == "weight_scale" else parameter.removesuffix(".weight") + ".input_scale"
+    )
+    _spoil(model, name, change)
+    with pytest.raises(BuildError, match=r"ff\.conv_point"):
+        check_scales(ir.load(_save(model, tmp_path / "bad.onnx")), plan.layers, layers)
+
+
+def test_a_weight_that_the_graph_does_not_use_is_refused(make, exported):
+    stage, graph = exported(Precision.FP32)
+    plan = make_plan(RECIPES["sana-int8"], ranges_of(stage), linear_layers(stage))
+    names = dict.fromkeys(plan.layers, "network.nothing.weight")
+    with pytest.raises(BuildError, match="second input of one MatMul"):
+        quantize_graph(graph.clone(), plan, names)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_scales_have_the_type_of_the_graph(exported, precision):
+    stage, graph = exported(precision)
+    layers, model = linear_layers(stage), graph.clone()
+    plan: QuantPlan = make_plan(RECIPES["sana-fp8"], ranges_of(stage), layers)
+    quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+    scale = model.graph.initializers[f"network.{BLOCK}.ff.conv_point.input_scale"].const_value
+    wanted = ir.DataType.FLOAT16 if precision is Precision.FP16 else ir.DataType.BFLOAT16
+    amax = plan.layers[f"{BLOCK}.ff.conv_point"].input.amax
+    assert scale.dtype == wanted
+    assert float(scale.numpy()) == pytest.approx(amax / LARGEST_CODE[Format.FP8], rel=2**-7)
+
+
+@pytest.mark.parametrize(("name", "target"), [("sana-int8", "sm86"), ("sana-fp8", "sm89")])
+def test_tensorrt_rtx_builds_the_graph_ahead_of_time(exported, tmp_path, name, target):
+    pytest.importorskip("tensorrt_rtx")
+    from ditc.export.engine.build import build_engine
+    from ditc.export.graph import ops
+    from ditc.runtime.spec import Backend
+
+    stage, graph = exported(Precision.FP16)
+    layers, model = linear_layers(stage), graph.clone()
+    plan = make_plan(RECIPES[name], ranges_of(stage), layers)
+    quantize_graph(model, plan, {n: layer.parameter for n, layer in layers.items()})
+    ops.add_functions(model)
+    report = build_engine(
+        _save(model, tmp_path / "step.onnx"),
+        tmp_path / "step.engine",
+        spec=stage.spec,
+        backend=Backend.TENSORRT_RTX,
+        targets=(target,),
+    )
+    assert report.size_bytes > 0
+    if name == "sana-fp8":
+        with pytest.raises(BuildError, match="sm86 cannot run fp8"):
+            build_engine(
+                tmp_path / "step.onnx",
+                tmp_path / "old.engine",
+                spec=stage.spec,
+                backend=Backend.TENSORRT_RTX,
+                targets=("sm86",),
+            )
+
+
+@pytest.mark.parametrize("name", ["sana-int8", "sana-fp8"])
+def test_weights_can_be_rebuilt_from_their_codes(make, tmp_path, name):
+    from ditc.export.build.weights import rebuild, weights_of
+
+    stage, plan, model = make(RECIPES[name])
+    path = _save(model, tmp_path / "step.onnx")
+    rebuilt = dict(rebuild(weights_of(stage.weights, model), {stage.spec.name: path}))
+    for layer in plan.layers:
+        original = linear_layers(stage)[layer].weight()
+        got = rebuilt[f"{layer}.weight"].reshape(original.shape).numpy()
+        # Rounding alone: INT8 40 dB below the largest value of a channel, E4M3 about 30 dB of every value.
+        assert signal_to_noise_db(got, original) > 25

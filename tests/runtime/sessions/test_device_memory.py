@@ -1,0 +1,76 @@
+"""Tensors between the host, the device and other libraries: who may read what, and for how long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gpu import FakeCuda, FakeEngine
+
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.errors import SessionError
+from ditc.runtime.session import to_numpy
+from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.tensorrt import TensorRTSession
+from ditc.runtime.spec import VAE_DECODER
+
+
+def _decoder(bundle: Path, cuda: FakeCuda) -> TensorRTSession:
+    manifest = load_manifest(bundle)
+    artifact = manifest.stages[VAE_DECODER].artifacts[0]
+    scale = manifest.latents.scale_factor
+    engine = FakeEngine(cuda, bundle / artifact.file.path, artifact.spec, scale=scale)
+    return TensorRTSession(engine, artifact.spec, Device(cuda))
+
+
+def _latents(session: TensorRTSession) -> np.ndarray:
+    ranges = session.spec.profile
+    shape = [d if isinstance(d, int) else ranges[d].min for d in session.spec.inputs[0].shape]
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_a_tensor_of_another_library_in_host_memory_is_copied_to_the_gpu(tiny_bundle: Path) -> None:
+    import torch
+
+    session = _decoder(tiny_bundle, FakeCuda(dlpack_device=(2, 0)))
+    latents = _latents(session)
+    given = torch.from_numpy(latents.copy())
+    (ours,) = session.run({"latents": given}).values()
+    given += 1
+    (expected,) = session.run({"latents": latents}).values()
+    assert np.array_equal(to_numpy(ours), to_numpy(expected))
+    session.close()
+
+
+def test_a_tensor_outlives_its_session_and_the_stream(tiny_bundle: Path) -> None:
+    session = _decoder(tiny_bundle, FakeCuda())
+    latents = _latents(session)
+    (ours,) = session.run({"latents": latents}).values()
+    expected = to_numpy(ours)
+    session.close()
+    assert np.array_equal(to_numpy(ours), expected)
+
+
+def test_an_array_that_changes_after_the_call_changes_no_result(tiny_bundle: Path) -> None:
+    """The copy to the device may be made after the call has returned."""
+    session = _decoder(tiny_bundle, FakeCuda())
+    latents = _latents(session)
+    (expected,) = (to_numpy(tensor) for tensor in session.run({"latents": latents}).values())
+    (ours,) = session.run({"latents": latents}).values()
+    latents += 1
+    assert np.array_equal(to_numpy(ours), expected)
+    session.close()
+
+
+def test_a_tensor_elsewhere_that_numpy_cannot_read_is_refused_with_what_to_do(tiny_bundle: Path) -> None:
+    import torch
+
+    session = _decoder(tiny_bundle, FakeCuda(dlpack_device=(2, 0)))
+    latents = torch.from_numpy(_latents(session)).to(torch.bfloat16)
+    with pytest.raises(
+        SessionError, match=r"vae_decoder: latents, on DLPack's device \(1, 0\), cannot"
+    ) as caught:
+        session.run({"latents": latents})
+    assert "uint16" in str(caught.value.hint)
+    session.close()
