@@ -11,10 +11,23 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from benchmarks.machine import spread, times_s, write
-from ditc.runtime import denoise
-from ditc.runtime.denoise import DenoiseState, Guard, Rows, coefficient_columns, step
+from ditc.runtime.batch import Batch
+from ditc.runtime.denoise import step
+from ditc.runtime.guard import Guard
 from ditc.runtime.session import Tensor
-from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
+from ditc.runtime.spec import DENOISER, DType, Range, StageSpec, TensorSpec
+from ditc.runtime.state import DenoiseState, Rows
+from ditc.runtime.step_contract import (
+    COEFFICIENTS,
+    GUIDANCE_WEIGHTS,
+    NEXT_HISTORY,
+    NEXT_LATENTS,
+    ROWS,
+    STATS,
+    TIMESTEP,
+    X0,
+    StepContract,
+)
 
 GOAL_S = 100e-6
 STEPS = 20
@@ -25,24 +38,19 @@ class NullSession:
     """Returns the same outputs for every run."""
 
     def __init__(self, samples: int) -> None:
-        image = ("batch", CHANNELS, "height", "width")
-        names = (
-            denoise.LATENTS,
-            denoise.ROW_OF,
-            denoise.TIMESTEP,
-            denoise.GUIDANCE_WEIGHTS,
-            "cross_kv",
-            "text_bias",
+        conditioning = (
+            TensorSpec("cross_kv", DType.FLOAT32, (ROWS, LAYERS, 2, TOKENS, WIDTH // 16)),
+            TensorSpec("text_bias", DType.FLOAT32, (ROWS, TOKENS)),
         )
-        self.spec = StageSpec(
-            DENOISER, tuple(TensorSpec(name, DType.FLOAT32, image) for name in names), (), {}
-        )
+        contract = StepContract()
+        inputs, outputs = contract.inputs(CHANNELS, conditioning), contract.outputs(CHANNELS)
+        self.spec = StageSpec(DENOISER, inputs, outputs, {ROWS: Range(1, 2, 2 * samples)})
         latents = np.zeros((samples, CHANNELS, SIDE, SIDE), np.float32)
         self._outputs: dict[str, Tensor] = {
-            denoise.NEXT_LATENTS: latents,
-            denoise.X0: latents,
-            denoise.NEXT_HISTORY: latents[:, None],
-            denoise.STATS: np.zeros((samples, 2), np.float32),
+            NEXT_LATENTS: latents,
+            X0: latents,
+            NEXT_HISTORY: latents[:, None],
+            STATS: np.zeros((samples, 2), np.float32),
         }
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,9 +64,9 @@ def state(samples: int, steps: int) -> DenoiseState:
     """A guided request of `samples` pictures; conditioning of zeros in its real size."""
     rows = 2 * samples
     feeds = {
-        denoise.TIMESTEP: np.zeros(samples, np.float32),
-        denoise.COEFFICIENTS: np.zeros((samples, len(coefficient_columns(1, False))), np.float32),
-        denoise.GUIDANCE_WEIGHTS: np.zeros((samples, rows), np.float32),
+        TIMESTEP: np.zeros(samples, np.float32),
+        COEFFICIENTS: np.zeros((samples, len(StepContract().columns)), np.float32),
+        GUIDANCE_WEIGHTS: np.zeros((samples, rows), np.float32),
     }
     conditioning: dict[str, Tensor] = {
         "cross_kv": np.zeros((rows, LAYERS, 2, TOKENS, WIDTH // 16), np.float32),
@@ -74,11 +82,12 @@ def state(samples: int, steps: int) -> DenoiseState:
 
 
 def endless(start: list[DenoiseState], session: NullSession) -> Iterator[None]:
-    """Step the states through their schedule over and over, as a server would, one step an item."""
+    """Step the states through their schedule over and over, as a server would, yielding after each step."""
+    batch = Batch(session)
     while True:
         states, guards = start, [Guard(DENOISER) for _ in start]
         for _ in range(STEPS):
-            states = step(session, states)
+            states = batch.step(states) if len(states) > 1 else step(session, states)
             for guard, advanced in zip(guards, states, strict=True):
                 guard.watch(advanced)
             yield
@@ -90,7 +99,7 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
     results = {}
-    for requests in (1, 4):
+    for requests in (1, 4, 8):
         session = NullSession(requests)
         loop = endless([state(1, STEPS) for _ in range(requests)], session)
 

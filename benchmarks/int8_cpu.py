@@ -30,17 +30,17 @@ from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import SanaDenoiser
 from ditc.export.graph.onnx import to_model
 from ditc.export.graph.passes.qdq import quantize_graph
-from ditc.export.graph.step import STATS, wrap
+from ditc.export.graph.step import wrap
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.networks.loading import weight_map
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Origin, Ranges
 from ditc.export.quant.recipes import SANA_INT8
-from ditc.runtime import denoise
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.session import Array
 from ditc.runtime.spec import DENOISER, DType, Precision, Range, StageSpec, TensorSpec
+from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 
 RESULTS = Path(__file__).parent / "results" / "int8_cpu.json"
 TEXT, WIDTH, CHANNELS = 300, 1152, 32  # Sana-0.6B's text tokens, width and latent channels
@@ -110,33 +110,18 @@ def make_contestants(
 def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
     """The step around a random network, as an adapter would hand it over."""
     torch.manual_seed(0)
+    contract = StepContract()
     network = SanaDenoiser(SanaConfig.from_json({**CONFIG, "num_layers": layers, "sample_size": cells}))
-    step = wrap(network.to(TORCH_DTYPES[precision]), dtype=TORCH_DTYPES[precision], history_length=1)
+    step = wrap(network.to(TORCH_DTYPES[precision]), dtype=TORCH_DTYPES[precision], contract=contract)
     step.requires_grad_(False)
-    image = ("batch", CHANNELS, "height", "width")
-    past = ("batch", 1, *image[1:])
-
-    def fp32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
-        return TensorSpec(name, DType.FLOAT32, shape)
-
+    conditioning = (
+        TensorSpec("cross_kv", DType.FLOAT32, (ROWS, layers, 2, TEXT_LENGTH, WIDTH)),
+        TensorSpec("text_bias", DType.FLOAT32, (ROWS, TEXT_LENGTH)),
+    )
     spec = StageSpec(
         DENOISER,
-        (
-            fp32(denoise.LATENTS, image),
-            TensorSpec(denoise.ROW_OF, DType.INT64, ("rows",)),
-            fp32(denoise.TIMESTEP, ("batch",)),
-            fp32(denoise.GUIDANCE_WEIGHTS, ("batch", "rows")),
-            fp32(denoise.COEFFICIENTS, ("batch", len(denoise.coefficient_columns(1, noise=False)))),
-            fp32(denoise.HISTORY, past),
-            fp32("cross_kv", ("rows", layers, 2, "text_length", WIDTH)),
-            fp32("text_bias", ("rows", "text_length")),
-        ),
-        (
-            fp32(denoise.NEXT_LATENTS, image),
-            fp32(denoise.X0, image),
-            fp32(denoise.NEXT_HISTORY, past),
-            fp32(denoise.STATS, ("batch", STATS)),
-        ),
+        contract.inputs(CHANNELS, conditioning),
+        contract.outputs(CHANNELS),
         {
             "batch": Range(1, 1, 4),
             "rows": Range(1, 2, 8),

@@ -12,12 +12,12 @@ from ditc.export.quant.layers import Layer, linear_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import Twin
-from ditc.runtime.denoise import X0
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
+from ditc.runtime.step_contract import BATCH, X0
 
 FORCED_STEPS = 5  # of a trajectory, evenly spread: enough to rank layers, a quarter of the time of all 20
 
@@ -51,7 +51,7 @@ class Trial:
         self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
         recorder = _Recorder(self._session)
         self._latents, self._pictures = self._run(recorder)
-        largest = stage.spec.profile["batch"].max
+        largest = stage.spec.profile[BATCH].max
         self.recorded = recorder.spread(FORCED_STEPS, batches=-(-len(prompts) // largest))
 
     def step_error(self, plans: Mapping[str, LayerPlan], *, per_token: bool = False) -> float:

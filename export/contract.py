@@ -14,6 +14,7 @@ from ditc.export.options import BuildOptions as BuildOptions
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.step_contract import StepContract
 from ditc.runtime.text import TextSpec
 
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"]
@@ -44,6 +45,7 @@ class ModelPlan:
     scheduler: SchedulerParams
     latents: LatentSpec
     defaults: Defaults
+    step: StepContract
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.session import Array, numpy_dtype
 from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
@@ -50,9 +50,9 @@ def _example(
     tensor: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator, integers: Mapping[str, int]
 ) -> Array:
     shape = shape_of(tensor, sizes)
-    if tensor.name == denoise.ROW_OF:
-        return np.arange(shape[0], dtype=np.int64) % sizes["batch"]
-    if tensor.name == denoise.TIMESTEP:
+    if tensor.name == step_contract.ROW_OF:
+        return np.arange(shape[0], dtype=np.int64) % sizes[step_contract.BATCH]
+    if tensor.name == step_contract.TIMESTEP:
         return rng.uniform(1, 999, shape).astype(np.float32)
     if "mask" in tensor.name:
         mask = np.ones(shape, np.int64)
@@ -71,6 +71,7 @@ def _as_bits(values: Array) -> Array:
 
 
 def _rows_unlike_batch(sizes: dict[str, int]) -> dict[str, int]:
-    if "rows" in sizes and sizes["rows"] == sizes.get("batch"):
-        sizes["rows"] += 1
+    rows, batch = step_contract.ROWS, step_contract.BATCH
+    if rows in sizes and sizes[rows] == sizes.get(batch):
+        sizes[rows] += 1
     return sizes

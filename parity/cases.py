@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ditc.runtime import denoise
-from ditc.runtime.denoise import DenoiseState
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.plan import Plan
+from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
+from ditc.runtime.state import DenoiseState
 
 # Short and long, so that masks matter; words that the demo model knows, so that its page shows pictures.
 DEFAULT_PROMPTS = ("a red heart, flat style", "smiling face with sunglasses, 3d style")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array
 
@@ -59,11 +59,11 @@ def range_causes(candidate_finite: bool, reference_amax: float) -> tuple[str, ..
 
 
 def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool) -> str:
-    if name == denoise.HISTORY and first_step and not wanted.any():
+    if name == step_contract.HISTORY and first_step and not wanted.any():
         return "stale history: x0 of an earlier request is fed to the first step, whose history must be zeros"
-    if name == denoise.GUIDANCE_WEIGHTS:
+    if name == step_contract.GUIDANCE_WEIGHTS:
         return _guidance_cause(got, wanted)
-    if name in (denoise.TIMESTEP, denoise.COEFFICIENTS):
+    if name in (step_contract.TIMESTEP, step_contract.COEFFICIENTS):
         first, theirs = np.round(got.ravel()[:3], 4), np.round(wanted.ravel()[:3], 4)
         return f"shifted sigmas: {name} is {first}, the reference's is {theirs}"
     half = wanted.shape[0] // 2

@@ -3,8 +3,8 @@
     pred[b] = sum_r weights[b,r] * network(row r)
 
 A sample has up to three rows, in this order: unconditional, conditional, and conditional with some of the network's
-layers skipped. Without guidance there is only the conditional one. The third comes last because only some steps run on
-it: a step takes the first rows, as many as it has weights for.
+layers left out. Without classifier-free guidance there is only the conditional one. The third comes last because only
+some steps run on it: a step takes the first rows, as many as it has weights for.
 
 Sources: classifier-free guidance (arXiv 2207.12598), with diffusers' guidance_scale; skip-layer guidance as diffusers
 0.42.1 computes it: u + g*(c - u) + s*(c - k) has the weights (1 - g, g + s, -s).
@@ -14,44 +14,108 @@ Sources: classifier-free guidance (arXiv 2207.12598), with diffusers' guidance_s
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import numpy as np
 
-from ditc.runtime.bundle.manifest import SkipLayerGuidance
-from ditc.runtime.denoise import GUIDANCE_WEIGHTS, SKIP_GATE
+from ditc.runtime.bundle.manifest import Defaults, SkipLayerGuidance
+from ditc.runtime.errors import UsageError
+from ditc.runtime.request import Request
 from ditc.runtime.session import Array
+from ditc.runtime.step_contract import GUIDANCE, GUIDANCE_WEIGHTS, SKIP_GATE, GuidanceMode, StepContract
+
+log = logging.getLogger(__name__)
+
+
+def is_guided(contract: StepContract, guidance_scale: float) -> bool:
+    """Whether a request has unconditional rows, which read its negative prompt.
+
+    diffusers asks the same question as `do_classifier_free_guidance`: guidance_scale > 1.
+    """
+    return contract.guidance is GuidanceMode.CFG and guidance_scale > 1
+
+
+def decide_skip_layer_guidance(
+    request: Request, defaults: Defaults, contract: StepContract, guidance_scale: float
+) -> SkipLayerGuidance | None:
+    """The bundle's skip-layer guidance with what the request says of it; None where it is off.
+
+    Raises:
+        UsageError: the bundle's denoiser cannot leave layers out, or the window is empty.
+    """
+    asked = {
+        "scale": request.skip_layer_guidance_scale,
+        "start": request.skip_layer_guidance_start,
+        "stop": request.skip_layer_guidance_stop,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if defaults.skip_layer_guidance is None or not contract.skip_gate:
+        for name, value in given.items():
+            if name != "scale" or value != 0:
+                raise UsageError(
+                    f"skip_layer_guidance_{name} is {value}, but this bundle's denoiser cannot skip layers",
+                    hint="leave it out, or build with skip_guidance_layers in the checkpoint's ditc.json",
+                )
+        return None
+    default = defaults.skip_layer_guidance
+    skip = replace(
+        default,
+        scale=given.get("scale", default.scale),
+        start=given.get("start", default.start),
+        stop=given.get("stop", default.stop),
+    )
+    if not skip.scale:
+        if given.keys() & {"start", "stop"}:
+            log.warning("skip-layer guidance is off in this bundle: skip_layer_guidance_scale turns it on")
+        return None
+    if skip.start >= skip.stop:
+        raise UsageError(
+            f"skip-layer guidance starts at {skip.start} of the steps and stops at {skip.stop}",
+            hint="let it start before it stops; skip_layer_guidance_scale 0 turns it off",
+        )
+    if not is_guided(contract, guidance_scale):
+        if "scale" in given:
+            log.warning(
+                "skip-layer guidance needs guidance_scale above 1, it is %g: it stays off", guidance_scale
+            )
+        return None
+    return skip
 
 
 def guidance_feeds(
+    contract: StepContract,
     batch: int,
     guidance_scale: float,
     skip: SkipLayerGuidance | None,
     num_inference_steps: int,
-    *,
-    gated: bool,
 ) -> list[dict[str, Array]]:
     """What the denoiser is fed for guidance, step by step.
 
     Args:
-        guidance_scale: 1 or less draws without guidance, of either kind.
+        guidance_scale: with classifier-free guidance, 1 or less draws without guidance of either kind.
         skip: None where skip-layer guidance is off.
-        gated: whether the denoiser has a gate that tells it which rows skip layers.
     """
+    guided = is_guided(contract, guidance_scale)
+    fixed = {GUIDANCE: np.full(batch, guidance_scale, np.float32)} if contract.embeds_guidance else {}
     steps = []
     for index in range(num_inference_steps):
-        weights = guidance_weights(batch, guidance_scale, _skip_scale(skip, index, num_inference_steps))
-        steps.append({GUIDANCE_WEIGHTS: weights, **({SKIP_GATE: skip_gate(weights)} if gated else {})})
+        skip_scale = _skip_scale(skip, index, num_inference_steps)
+        weights = (
+            guidance_weights(batch, guidance_scale, skip_scale) if guided else np.eye(batch, dtype=np.float32)
+        )
+        gate = {SKIP_GATE: skip_gate(weights)} if contract.skip_gate else {}
+        steps.append({GUIDANCE_WEIGHTS: weights, **gate, **fixed})
     return steps
 
 
 def guidance_weights(batch: int, guidance_scale: float, skip_scale: float | None = None) -> Array:
-    """(B,R) fp32 for one step; R = B, 2B or 3B.
+    """(B,R) fp32 for one guided step; R = 2B or 3B.
 
     Args:
         skip_scale: of skip-layer guidance in this step; None where it is off.
     """
     one = np.eye(batch, dtype=np.float32)
-    if guidance_scale <= 1:
-        return one
     g = np.float32(guidance_scale)
     if skip_scale is None:
         return np.concatenate([(1 - g) * one, g * one], axis=1)
@@ -60,7 +124,7 @@ def guidance_weights(batch: int, guidance_scale: float, skip_scale: float | None
 
 
 def skip_gate(weights: Array) -> Array:
-    """(R,) fp32: 1 for rows that skip layers, the third of each sample."""
+    """(R,) fp32: 1 for rows that leave layers out, the third of each sample."""
     batch, rows = weights.shape
     gate = np.zeros(rows, np.float32)
     gate[2 * batch :] = 1

@@ -22,16 +22,16 @@ from PIL import Image
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.denoise import DenoiseState, Guard
 from ditc.runtime.errors import NumericsError, SessionError, UsageError
+from ditc.runtime.guard import Guard
 from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
-from ditc.runtime.plan import Plan, make_plan, starting_latents
+from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
-from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
-from ditc.runtime.start import first_state
-from ditc.runtime.vae import check_tiles, decode_tiled
+from ditc.runtime.state import DenoiseState
+from ditc.runtime.step_contract import LATENTS, TIMESTEP
+from ditc.runtime.vae import decode_tiled
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
@@ -91,6 +91,17 @@ class Pipeline:
         # Set it to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
         self._closed = False
+
+    @property
+    def drawable(self) -> Drawable:
+        """What decides which requests can be drawn."""
+        return Drawable(
+            manifest=self.manifest,
+            denoiser=self.sessions[DENOISER].spec,
+            decoder=self.sessions[VAE_DECODER].spec,
+            conditioning=self.conditioning,
+            tiling=self.tiling,
+        )
 
     @classmethod
     def load(
@@ -194,37 +205,11 @@ class Pipeline:
         """
         if self._closed:
             raise SessionError("the pipeline is closed", hint="load the bundle again")
-        plan = make_plan(request, self.manifest, self.sessions[DENOISER].spec, self.conditioning)
-        if request.output_type != "latent":
-            scale = self.manifest.latents.scale_factor
-            check_tiles(
-                plan.drawn_height // scale,
-                plan.drawn_width // scale,
-                self.sessions[VAE_DECODER].spec,
-                self.tiling,
-                scale=scale,
-                default=self.manifest.defaults.tiling,
-            )
-        return plan
+        return make_plan(request, self.drawable)
 
     def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
         """The states before the first step: one, or several where the pictures exceed the denoiser's batch."""
-        request, spec = plan.request, self.sessions[DENOISER].spec
-        samples = request.num_prompts * request.num_images_per_prompt
-        # Samplers that draw noise on every step go on with the stream that drew the starting latents.
-        generator = Generator(plan.seed or 0) if request.generator is None else request.generator
-        latents = starting_latents(plan, self.manifest.latents, samples, generator)
-        guided = plan.guidance_scale > 1
-        positive = self._rows(request, samples, negative=False)
-        negative = self._rows(request, samples, negative=True) if guided else []
-        largest = spec.profile["batch"].max
-        states = []
-        for i in range(0, samples, largest):
-            chunk = slice(i, i + largest)
-            stream = generator if isinstance(generator, Generator) else generator[chunk]
-            rows = (positive[chunk], negative[chunk])
-            states.append(first_state(plan, self.manifest.scheduler, spec, latents[chunk], *rows, stream))
-        return tuple(states)
+        return first_states(plan, self.drawable)
 
     def run(
         self,
@@ -247,7 +232,7 @@ class Pipeline:
                 state = denoise.advance(self.sessions[DENOISER], state, steps_per_launch)
                 guard.watch(state)
                 seconds = perf_counter() - before
-                timestep = float(state.schedule[state.step_index - 1][denoise.TIMESTEP][0])
+                timestep = float(state.schedule[state.step_index - 1][TIMESTEP][0])
                 if callback is not None:
                     state = self._called_back(callback, state, timestep)
                 index += state.step_index - begin
@@ -296,13 +281,8 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _rows(self, request: Request, samples: int, *, negative: bool) -> list[Mapping[str, Array]]:
-        """One row of conditioning a sample."""
-        rows = self.conditioning.rows(request, negative=negative)
-        return [row for row in rows for _ in range(samples // len(rows))]
-
     def _called_back(self, callback: StepCallback, state: DenoiseState, timestep: float) -> DenoiseState:
-        given = {denoise.LATENTS: to_numpy(state.latents)}
+        given = {LATENTS: to_numpy(state.latents)}
         returned = callback(self, state.step_index - 1, timestep, given) or {}
         if unknown := returned.keys() - given.keys():
             raise UsageError(
@@ -310,7 +290,7 @@ class Pipeline:
             )
         if not returned:
             return state
-        latents = np.asarray(returned[denoise.LATENTS], np.float32)
+        latents = np.asarray(returned[LATENTS], np.float32)
         if latents.shape != tuple(state.latents.shape):
             raise UsageError(
                 f"callback_on_step_end returned latents {latents.shape}, the loop's are {state.latents.shape}",

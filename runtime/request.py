@@ -9,11 +9,9 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from ditc.runtime.bundle.manifest import Defaults, LatentSpec
 from ditc.runtime.errors import UsageError
 from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array
-from ditc.runtime.spec import Range, StageSpec
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -184,28 +182,6 @@ def check_request(request: Request) -> None:
         )
     if request.output_type not in ("pil", "np", "latent"):
         raise UsageError(f"output_type is {request.output_type!r}", hint='take "pil", "np" or "latent"')
-
-
-def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, defaults: Defaults) -> None:
-    """Refuse a picture size that the denoiser was not built for.
-
-    Raises:
-        UsageError: with the size, the step and the range, and the nearest size that works.
-    """
-    for name, value in (("height", height), ("width", width)):
-        cells = spec.profile[name]
-        allowed = Range(
-            *(n * latents.scale_factor for n in (cells.min, cells.opt, cells.max, cells.multiple_of))
-        )
-        if value not in allowed:
-            nearest = min(
-                max(round(value / allowed.multiple_of) * allowed.multiple_of, allowed.min), allowed.max
-            )
-            raise UsageError(
-                f"{name} {value} is not a multiple of {allowed.multiple_of} "
-                f"from {allowed.min} to {allowed.max}, which this bundle was built for",
-                hint=f"take {name} {nearest}; the default is {defaults.height}x{defaults.width}",
-            )
 
 
 def _check_numbers(request: Request) -> None:

@@ -25,6 +25,14 @@ class DeviceTensor(Protocol):
 
     def numpy(self) -> Array: ...
 
+    def narrow(self, start: int, stop: int) -> DeviceTensor:
+        """The entries start to stop of the first dimension, in the same memory."""
+        ...
+
+    def assign(self, start: int, source: Tensor) -> None:
+        """Copy the source over the entries from `start` on. Only who made the buffer may write to it."""
+        ...
+
 
 Tensor = Array | DeviceTensor
 
@@ -77,6 +85,15 @@ class LoopSession(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceSession(Protocol):
+    """A session whose tensors live on a device, and that makes such tensors for whoever stacks its inputs."""
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
+        """A tensor with undefined content, for `assign`. Raises SessionError when there is no memory."""
+        ...
+
+
 def to_numpy(tensor: Tensor) -> Array:
     """The tensor on the host: itself if it is an array, else a copy."""
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
@@ -84,12 +101,39 @@ def to_numpy(tensor: Tensor) -> Array:
 
 def samples(tensor: Tensor) -> list[Tensor]:
     """The tensor's entries along its first dimension, each (1, ...), left where they are."""
-    if isinstance(tensor, np.ndarray):
-        return [tensor[i : i + 1] for i in range(tensor.shape[0])]
-    take = getattr(tensor, "sample", None)
-    if take is None:
-        return samples(tensor.numpy())
-    return [take(i) for i in range(tensor.shape[0])]
+    return [narrow(tensor, i, i + 1) for i in range(tensor.shape[0])]
+
+
+def narrow(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The entries start to stop of the first dimension, left where they are."""
+    return tensor[start:stop] if isinstance(tensor, np.ndarray) else tensor.narrow(start, stop)
+
+
+def assign(target: Tensor, start: int, source: Tensor) -> None:
+    """Copy the source over the target's entries from `start` on."""
+    if isinstance(target, np.ndarray):
+        target[start : start + source.shape[0]] = to_numpy(source)
+    else:
+        target.assign(start, source)
+
+
+def empty_like(tensor: Tensor, length: int, name: str, session: Session) -> Tensor:
+    """A tensor with undefined content for `length` entries of an input of the session, where the session reads it."""
+    shape = (length, *tensor.shape[1:])
+    if isinstance(session, DeviceSession):
+        return session.empty(shape, session.spec.input(name).dtype)
+    return np.empty(shape, to_numpy(tensor).dtype)
+
+
+def concatenate(parts: Sequence[Tensor], name: str, session: Session) -> Tensor:
+    """Parts of an input along the first dimension, copied to where the session reads them."""
+    if not isinstance(session, DeviceSession):
+        return np.concatenate([to_numpy(part) for part in parts])
+    whole, start = empty_like(parts[0], sum(part.shape[0] for part in parts), name, session), 0
+    for part in parts:
+        assign(whole, start, part)
+        start += part.shape[0]
+    return whole
 
 
 _NUMPY = {DType.BFLOAT16: np.dtype(np.uint16), DType.BOOL: np.dtype(np.bool_)}

@@ -18,11 +18,11 @@ from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Result, Verdict
-from ditc.runtime.denoise import DenoiseState, Rows
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
 from ditc.runtime.spec import StageSpec
+from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.tolerances import Level
 
 PROMPTS = ("a red heart", "blue")  # of different lengths, so that masks matter

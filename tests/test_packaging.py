@@ -9,6 +9,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def subpackages() -> set[str]:
 
 def test_the_list_of_packages_is_the_tree() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == subpackages()
+
+
+def test_no_tool_passes_over_a_folder_of_ours() -> None:
+    """pytest and ruff skip folders named build, dist and venv unless they are told otherwise."""
+    folders = {path.name for part in (*PARTS, "tests") for path in (ROOT / part).rglob("*") if path.is_dir()}
+    folders -= {"__pycache__"}
+    for tool, setting in (("pytest", "norecursedirs"), ("ruff", "exclude")):
+        options = PROJECT["tool"][tool].get("ini_options", PROJECT["tool"][tool])
+        skipped = {name for name in folders for pattern in options[setting] if fnmatch(name, pattern)}
+        assert not skipped, f"{tool} passes over {sorted(skipped)}"
 
 
 def test_the_runtime_alone_asks_for_no_training_library() -> None:

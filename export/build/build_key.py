@@ -30,7 +30,7 @@ TOOLS = (
 
 # Of the runtime's source, what shapes a graph or an engine: the order of the step's columns, the vocabulary of the
 # specs, and what the plugin stores.
-GRAPH_SOURCES = ("denoise.py", "spec.py", "plugins/relu_linear_attention.py")
+GRAPH_SOURCES = ("step_contract.py", "spec.py", "plugins/relu_linear_attention.py")
 
 
 def digest(value: Any) -> str:

@@ -338,6 +338,7 @@ class _Builder:
             scheduler=self.plan.scheduler,
             latents=latents,
             defaults=self.plan.defaults,
+            guidance=self.plan.step.guidance,
             golden_table=GoldenTable(
                 num_inference_steps=self.plan.defaults.num_inference_steps,
                 timesteps=tuple(table.timesteps.astype(np.float64).tolist()),

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds
 from ditc.export.graph.torch_session import TorchSession
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.bundle.golden import METADATA, GoldenInfo
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.metrics import relative_l2, widened
@@ -70,14 +70,14 @@ def golden_feeds(stage: StageModule) -> dict[str, Array]:
 
 def _exact(name: str, array: Array) -> Array:
     """Multiples of 1/32 below 4: 8 significant bits, so bf16 and fp16 hold them."""
-    if array.dtype.kind != "f" or name == denoise.TIMESTEP:
+    if array.dtype.kind != "f" or name == step_contract.TIMESTEP:
         return array
     return (np.clip(np.round(array * 32), -127, 127) / 32).astype(np.float32)
 
 
 def _sizes(spec: StageSpec) -> dict[str, int]:
     """As small as the profile allows, but several of what one alone would not test: rows, tokens, cells."""
-    several = {"batch": 1, "rows": 2}
+    several = {step_contract.BATCH: 1, step_contract.ROWS: 2}
     sizes = {}
     for name, bounds in spec.profile.items():
         wanted = several.get(name, 4) * bounds.multiple_of

@@ -11,30 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ditc.runtime.denoise import coefficient_columns
-
-STATS = 2  # non-finite count of x0, amax of x0
+from ditc.runtime import step_contract as names
+from ditc.runtime.step_contract import StepContract
 
 
 class DenoiserStep(nn.Module):
-    """One solver step around a network that predicts from (rows, timestep, *conditioning).
+    """One solver step around a network that predicts from (rows, timestep, [guidance], *conditioning).
 
     Args:
-        network: called as network(latents_RCHW, timestep_R, *conditioning) -> prediction_RCHW, any float dtype.
+        network: called as network(latents_RCHW, timestep_R, [guidance_R], *conditioning) -> prediction_RCHW, in any
+            float dtype; guidance_R is there where the contract embeds it.
         dtype: what the network's latents are cast to; everything outside the network stays fp32.
-        history_length: how many earlier x0 the update reads.
-        noise: whether the update adds fresh noise (stochastic samplers).
+        contract: how many earlier x0 the update reads, whether it adds noise, and how guidance comes in.
     """
 
-    def __init__(
-        self, network: nn.Module, *, dtype: torch.dtype, history_length: int, noise: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, *, dtype: torch.dtype, contract: StepContract) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
-        self.history_length = history_length
-        self.noise = noise
-        self.columns = coefficient_columns(history_length, noise)
+        self.contract = contract
 
     def forward(
         self,
@@ -51,29 +46,32 @@ class DenoiserStep(nn.Module):
         Args:
             latents: (B,C,H,W) fp32. row_of: (R,) int64, the sample each row belongs to. timestep: (B,) fp32.
             guidance_weights: (B,R) fp32; pred[b] = sum_r w[b,r] * out[r].
-            coefficients: (B,K) fp32, columns as `runtime.denoise.coefficient_columns` names them.
-            history: (B,P,C,H,W) fp32, newest x0 first. rest: the noise (B,C,H,W) if any, then the conditioning.
+            coefficients: (B,K) fp32, in the order of the contract's columns.
+            history: (B,P,C,H,W) fp32, newest x0 first.
+            rest: the noise (B,C,H,W) and the guidance (B,) where the contract has them, then the conditioning.
 
         Returns:
             next_latents (B,C,H,W), x0 (B,C,H,W), next_history (B,P,C,H,W), stats (B,2), all fp32.
         """
-        noise, conditioning = (rest[0], rest[1:]) if self.noise else (None, rest)
+        contract, remaining = self.contract, list(rest)
+        noise = remaining.pop(0) if contract.noise else None
+        embedded = [remaining.pop(0)[row_of]] if contract.embeds_guidance else []
 
         def column(name: str) -> Tensor:
-            index = self.columns.index(name)
+            index = contract.columns.index(name)
             return coefficients[:, index].reshape(-1, 1, 1, 1)
 
-        scaled = column("c_in") * latents
-        rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *conditioning)
+        scaled = column(names.C_IN) * latents
+        rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *embedded, *remaining)
         pred = guide(guidance_weights, rows.float())
-        x0 = column("a") * latents + column("b") * pred
-        following = column("cx") * latents + column("c0") * x0
-        for k in range(self.history_length):
-            following = following + column(f"h{k + 1}") * history[:, k]
+        x0 = column(names.A) * latents + column(names.B) * pred
+        following = column(names.CX) * latents + column(names.C0) * x0
+        for k in range(contract.history_length):
+            following = following + column(names.history_column(k + 1)) * history[:, k]
         if noise is not None:
-            following = following + column("cn") * noise
+            following = following + column(names.CN) * noise
         next_history = (
-            torch.cat([x0[:, None], history[:, :-1]], dim=1) if self.history_length > 1 else x0[:, None]
+            torch.cat([x0[:, None], history[:, :-1]], dim=1) if contract.history_length > 1 else x0[:, None]
         )
         return following, x0, next_history, statistics(x0)
 
@@ -98,6 +96,6 @@ def statistics(x0_BCHW: Tensor) -> Tensor:
     return torch.stack([bad, amax], dim=1)
 
 
-def wrap(network: nn.Module, *, dtype: torch.dtype, history_length: int, noise: bool = False) -> DenoiserStep:
+def wrap(network: nn.Module, *, dtype: torch.dtype, contract: StepContract) -> DenoiserStep:
     """The network as a whole-step denoiser in evaluation mode."""
-    return DenoiserStep(network, dtype=dtype, history_length=history_length, noise=noise).eval()
+    return DenoiserStep(network, dtype=dtype, contract=contract).eval()

@@ -22,6 +22,7 @@ from ditc.runtime.request import Request
 from ditc.runtime.session import Session, Tensor
 from ditc.runtime.sessions import open_session
 from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
+from ditc.runtime.step_contract import BATCH
 
 FILE = "quantized.json"
 PROMPTS = ("a red heart", "a photo of a dog", "three green apples", "a lighthouse at night")
@@ -81,7 +82,7 @@ def measure(
     parts = load_parts(bundle, backend=Backend.ONNXRUNTIME.value, precision=precision.value, threads=threads)
     other = open_session(bundle / base.file.path, base, threads=threads)
     pair = {"low": _Timed(parts.sessions[DENOISER]), "high": _Timed(other)}
-    prompts = list(PROMPTS[: quantized.spec.profile["batch"].max])
+    prompts = list(PROMPTS[: quantized.spec.profile[BATCH].max])
     request = Request(prompt=prompts, seed=SEED, output_type="np", allow_uniform=True)
     pictures, latents = {}, {}
     for name, session in pair.items():

@@ -19,7 +19,7 @@ from ditc.parity.reference.pytorch import Twin, TwinSession
 from ditc.parity.reference.upstream import Call
 from ditc.parity.results import Culprit, ModuleError, Result, Verdict, judged, not_checked
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision
 from ditc.runtime.tolerances import EIGHT, Level, Metric, limit
@@ -73,7 +73,7 @@ def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> C
 def _plain_step(run: CaseRun) -> int:
     """The middle step of those with fewest rows: upstream runs the rows of a further guidance in a second call."""
     assert run.start is not None
-    rows = [step[denoise.GUIDANCE_WEIGHTS].shape[1] for step in run.start.schedule]
+    rows = [step[step_contract.GUIDANCE_WEIGHTS].shape[1] for step in run.start.schedule]
     plain = [index for index, count in enumerate(rows) if count == min(rows)]
     return min(plain, key=lambda index: abs(index - len(rows) // 2))
 

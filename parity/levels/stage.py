@@ -14,7 +14,7 @@ from ditc.parity.context import Context
 from ditc.parity.feeds import record_feeds
 from ditc.parity.levels.module import bisect
 from ditc.parity.results import Result, Verdict, failed, judged, not_checked
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
@@ -22,7 +22,7 @@ from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Limit, Metric
 
 # Masks of a full text and counts of non-finite values are rightly one constant.
-MAY_BE_FLAT = ("text_bias", denoise.STATS)
+MAY_BE_FLAT = ("text_bias", step_contract.STATS)
 
 
 def check(context: Context) -> Iterator[Result]:
@@ -110,7 +110,7 @@ def _result(context: Context, case: StageCase, comparison: Comparison, name: str
 def judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
     """All outputs; below fp32 without the statistics: one maximum a sample is too few numbers to judge rounding by."""
     exact = context.candidate.precision(case.stage) is Precision.FP32
-    return {name: array for name, array in case.outputs.items() if exact or name != denoise.STATS}
+    return {name: array for name, array in case.outputs.items() if exact or name != step_contract.STATS}
 
 
 def _check_native(context: Context, case: StageCase) -> Result:
@@ -175,6 +175,7 @@ def _sizes(spec: StageSpec) -> Iterator[dict[str, int]]:
     yield example_sizes(spec)
     yield example_sizes(spec, second=True)
     smallest = {name: max(bounds.min, bounds.multiple_of) for name, bounds in spec.profile.items()}
-    if "rows" in smallest and "batch" in smallest:
-        smallest["rows"] = max(smallest["rows"], smallest["batch"])
+    rows, batch = step_contract.ROWS, step_contract.BATCH
+    if rows in smallest and batch in smallest:
+        smallest[rows] = max(smallest[rows], smallest[batch])
     yield smallest

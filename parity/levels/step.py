@@ -13,12 +13,12 @@ from ditc.parity.compare import Comparison, compare
 from ditc.parity.context import Context
 from ditc.parity.levels.module import bisect
 from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
-from ditc.runtime import denoise
-from ditc.runtime.denoise import DenoiseState
+from ditc.runtime import denoise, step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
+from ditc.runtime.state import DenoiseState
 from ditc.runtime.tolerances import Level, Metric
 
 AGAINST = "PyTorch fp32"
@@ -56,7 +56,7 @@ def _check_step(
     except (SessionError, IndexError) as e:
         return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=lost)
-    timestep = float(start.schedule[step][denoise.TIMESTEP][0])
+    timestep = float(start.schedule[step][step_contract.TIMESTEP][0])
     context.evidence.steps.append(
         StepError(
             case=str(case),
@@ -116,7 +116,7 @@ def _explained(context: Context, run: CaseRun, start: DenoiseState, step: int, r
 
 
 def _feeds(state: DenoiseState) -> dict[str, Array]:
-    return {name: to_numpy(tensor) for name, tensor in denoise.feeds_of(state).items()}
+    return {name: to_numpy(tensor) for name, tensor in state.feeds().items()}
 
 
 def pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:

@@ -16,7 +16,7 @@ from ditc.parity.compare import compare
 from ditc.parity.context import Context
 from ditc.parity.levels.step import _feeds
 from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.spec import DENOISER
@@ -95,7 +95,7 @@ def _errors(run: CaseRun, reference: CaseRun) -> list[float]:
 def _keep(context: Context, run: CaseRun, errors: list[float], against: str, bound: Limit | None) -> None:
     assert run.start is not None
     for step, error in enumerate(errors):
-        timestep = float(run.start.schedule[step][denoise.TIMESTEP][0])
+        timestep = float(run.start.schedule[step][step_contract.TIMESTEP][0])
         context.evidence.steps.append(
             StepError(
                 case=str(run.case),

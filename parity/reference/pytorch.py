@@ -27,6 +27,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session, Tensor
 from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
+from ditc.runtime.step_contract import BATCH
 from ditc.runtime.text import Tokenizer
 
 FP32 = BuildOptions()
@@ -125,6 +126,7 @@ class Twin:
             scheduler=plan.scheduler,
             latents=plan.latents,
             defaults=plan.defaults,
+            guidance=plan.step.guidance,
             golden_table=GoldenTable(
                 num_inference_steps=plan.defaults.num_inference_steps,
                 timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
@@ -137,6 +139,6 @@ class Twin:
 
 def _sized(options: BuildOptions, like: Manifest) -> BuildOptions:
     """The options with the bundle's largest batch, and its picture size where it has one size."""
-    batch = like.stages[DENOISER].artifacts[0].spec.profile["batch"].max
+    batch = like.stages[DENOISER].artifacts[0].spec.profile[BATCH].max
     square = like.defaults.height == like.defaults.width and not like.defaults.bins
     return replace(options, max_batch=batch, resolution=like.defaults.height if square else None)

@@ -25,14 +25,14 @@ from ditc.parity.levels.picture import pytorch_psnr
 from ditc.parity.levels.stage import stage_cases
 from ditc.parity.levels.step import pytorch_losses
 from ditc.parity.levels.trajectory import pytorch_loss
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Manifest
-from ditc.runtime.denoise import DenoiseState, Rows
 from ditc.runtime.errors import UsageError
 from ditc.runtime.machine import this_machine
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
+from ditc.runtime.state import DenoiseState, Rows
 
 METADATA = "ditc.reference"
 VERSION = 2
@@ -144,7 +144,7 @@ def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
         latents=group["latents"][0],
         history=group["history"],
         schedule=tuple(_below(schedule, f"{step}.") for step in range(steps)),
-        rows=Rows(row_of=rows.pop(denoise.ROW_OF), conditioning=rows),
+        rows=Rows(row_of=rows.pop(step_contract.ROW_OF), conditioning=rows),
     )
     return CaseRun(
         case=case, latents=group["latents"], x0=group["x0"], start=start, picture=group.get("picture")
@@ -159,7 +159,7 @@ def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
     yield "history", to_numpy(run.start.history)
     for index, step in enumerate(run.start.schedule):  # one by one: a step may have more rows than another
         yield from ((f"schedule.{index}.{name}", array) for name, array in step.items())
-    yield f"rows.{denoise.ROW_OF}", run.start.rows.row_of
+    yield f"rows.{step_contract.ROW_OF}", run.start.rows.row_of
     for name, tensor in run.start.rows.conditioning.items():
         yield f"rows.{name}", to_numpy(tensor)
     if run.picture is not None:

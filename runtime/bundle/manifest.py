@@ -21,6 +21,7 @@ from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Backend, Precision, StageSpec
+from ditc.runtime.step_contract import GuidanceMode, StepContract
 from ditc.runtime.text import TextSpec
 
 SCHEMA_VERSION = 1
@@ -139,7 +140,12 @@ class GoldenTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The whole of manifest.json. `family` is a label for people; no code reads it."""
+    """The whole of manifest.json.
+
+    Attributes:
+        family: a label for people; no code reads it.
+        guidance: how guidance_scale reaches the denoiser. Bundles from before this field was there all use CFG.
+    """
 
     schema_version: int
     family: str
@@ -152,7 +158,12 @@ class Manifest:
     golden_table: GoldenTable
     files: tuple[FileRef, ...]
     tools: dict[str, str]
+    guidance: GuidanceMode = GuidanceMode.CFG
     digest: str = ""
+
+    def step_contract(self, denoiser: StageSpec) -> StepContract:
+        """What the step of this bundle's denoiser takes, of the form that runs here."""
+        return StepContract.of(denoiser, self.guidance)
 
     def all_files(self) -> Iterator[FileRef]:
         """Every file that the bundle owns besides the manifest and the certificate, each once."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ditc.runtime.session import Array, numpy_dtype
+from ditc.runtime.session import Array, Tensor, numpy_dtype, to_numpy
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.spec import DType
@@ -97,11 +97,29 @@ class DeviceArray:
             host = host[:, : math.prod(self.shape[1:])].reshape(self.shape)
         return host
 
-    def sample(self, index: int) -> DeviceArray:
-        """The part (1, ...) of one first index, in the same memory."""
+    def narrow(self, start: int, stop: int) -> DeviceArray:
+        """The entries start to stop of the first dimension, in the same memory."""
+        if (start, stop) == (0, self.shape[0]):
+            return self
         step = self.pitch or size_of(self.shape[1:], self.dtype)
-        offset = self._offset + index * step
-        return DeviceArray(self.device, self._lease, (1, *self.shape[1:]), self.dtype, offset=offset)
+        return DeviceArray(
+            self.device,
+            self._lease,
+            (stop - start, *self.shape[1:]),
+            self.dtype,
+            offset=self._offset + start * step,
+            pitch=self.pitch if stop - start > 1 else 0,
+        )
+
+    def assign(self, start: int, source: Tensor) -> None:
+        """Copy the source over the entries from `start` on, in the stream's order."""
+        step = size_of(self.shape[1:], self.dtype)
+        pointer, device = self.pointer + start * step, self.device
+        with device.lock:
+            if isinstance(source, DeviceArray) and source.device is device and not source.pitch:
+                device.cuda.copy(pointer, source.pointer, source.size_bytes, device.stream)
+            else:
+                device.upload(pointer, to_numpy(source))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device.cuda.dlpack_device
@@ -109,7 +127,7 @@ class DeviceArray:
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         """A capsule of this memory, finished: the stream is waited for, whatever stream the consumer has."""
         if self.pitch:
-            raise BufferError("rows of this tensor are padded: take one with sample(), or numpy()")
+            raise BufferError("rows of this tensor are padded: take one with narrow(), or numpy()")
         with self.device.lock:
             self.device.synchronize()
         return to_capsule(self, self.pointer, self.shape, self.dtype, self.__dlpack_device__())

@@ -62,13 +62,22 @@ _alive: dict[int, tuple[Any, ...]] = {}
 
 
 def to_capsule(
-    owner: object, pointer: int, shape: tuple[int, ...], dtype: DType, device: tuple[int, int]
+    owner: object,
+    pointer: int,
+    shape: tuple[int, ...],
+    dtype: DType,
+    device: tuple[int, int],
+    *,
+    bool_as_uint8: bool = False,
 ) -> Any:
     """A capsule over contiguous memory; `owner` lives until the consumer has let go of it.
 
     A capsule that nobody consumes keeps its owner alive.
+
+    Args:
+        bool_as_uint8: for consumers that know no type code for bool, which DLPack has only since version 0.6.
     """
-    code, bits = _CODES[dtype]
+    code, bits = (1, 8) if bool_as_uint8 and dtype is DType.BOOL else _CODES[dtype]
     dims = (ctypes.c_int64 * len(shape))(*shape)
     managed = _Managed()
     managed.tensor = _Tensor(pointer, _Device(*device), len(shape), _DataType(code, bits, 1), dims, None, 0)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, Tensor, to_numpy
+from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession, first_line
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
 from ditc.runtime.spec import DType, Precision, StageSpec
@@ -27,7 +28,15 @@ log = logging.getLogger(__name__)
 MAX_GRAPHS = 4
 # ONNX Runtime's run option: -1 neither captures nor replays (CUDA execution provider, "Using CUDA Graphs").
 NO_GRAPH = "-1"
-BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+# onnx.TensorProto's numbers of the element types.
+ELEMENT_TYPES = {
+    DType.FLOAT32: 1,
+    DType.INT64: 7,
+    DType.BOOL: 9,
+    DType.FLOAT16: 10,
+    DType.BFLOAT16: 16,
+}
+BFLOAT16 = ELEMENT_TYPES[DType.BFLOAT16]
 
 
 class OrtTensor:
@@ -44,6 +53,21 @@ class OrtTensor:
             _bf16_bits(bits).update_inplace(self.value)
             return bits
         return np.array(self.value.numpy())
+
+    def narrow(self, start: int, stop: int) -> OrtTensor:
+        """The entries start to stop of the first dimension, in the same memory."""
+        whole = (start, stop) == (0, self.shape[0])
+        return self if whole else OrtTensor(_view(self.value, start, stop - start))
+
+    def assign(self, start: int, source: Tensor) -> None:
+        """Copy the source over the entries from `start` on."""
+        part = self.narrow(start, start + source.shape[0]).value
+        if isinstance(source, OrtTensor):
+            part.update_inplace(source.value)
+        elif self.value.element_type() == BFLOAT16:
+            part.update_inplace(_bf16_bits(np.ascontiguousarray(to_numpy(source))))
+        else:
+            part.update_inplace(np.ascontiguousarray(to_numpy(source)))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return tuple(self.value.__dlpack_device__())
@@ -115,6 +139,10 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         self._seen[key] = {name: (t.shape, t.value.element_type()) for name, t in results.items()}
         return dict(results)
 
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> OrtTensor:
+        """A tensor on the device with undefined content."""
+        return OrtTensor(_empty(shape, ELEMENT_TYPES[dtype], self._device))
+
     def close(self) -> None:
         """Release graphs, buffers and the session."""
         self._graphs.clear()
@@ -179,6 +207,20 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Memory inside a value, as DLPack offers it. ONNX Runtime reads bool as uint8 and asks `dtype` which it is."""
+
+    value: Any
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: DType
+    device: tuple[int, int]
+
+    def __dlpack__(self) -> Any:
+        return to_capsule(self.value, self.pointer, self.shape, self.dtype, self.device, bool_as_uint8=True)
+
+
 def open_bound(
     model: Path, spec: StageSpec, *, precision: Precision, graphs: bool, device: str = "cuda"
 ) -> OnnxRuntimeDeviceSession:
@@ -216,6 +258,19 @@ def _bf16_bits(bits: Array) -> Any:
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
+
+
+def _view(value: Any, first: int, length: int) -> Any:
+    """Entries of a value in the same memory, by way of DLPack: ONNX Runtime has no slices."""
+    import onnxruntime as ort
+
+    kind, shape = value.element_type(), tuple(value.shape())
+    dtype = next(dtype for dtype, number in ELEMENT_TYPES.items() if number == kind)
+    entry_bytes = value.tensor_size_in_bytes() // max(shape[0], 1)
+    device = tuple(map(int, value.__dlpack_device__()))
+    pointer = value.data_ptr() + first * entry_bytes
+    part = _Part(value, pointer, (length, *shape[1:]), dtype, (device[0], device[1]))
+    return ort.OrtValue.from_dlpack(part)
 
 
 def _copy(value: Any, device: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
-from ditc.runtime.session import Array, LoopSession, Session, Tensor
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.session import Array, DeviceSession, DeviceTensor, LoopSession, Session, Tensor
+from ditc.runtime.spec import DType, StageSpec
 
 
 class Residency:
@@ -51,6 +51,10 @@ class OnDemandSession:
     ) -> dict[str, Tensor]:
         """As the inner session, which must be one that loops."""
         return cast(LoopSession, self._ready()).run_loop(feeds, per_step, carry=carry, keep=keep)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
+        """As the inner session, which must be one on a device."""
+        return cast(DeviceSession, self._ready()).empty(shape, dtype)
 
     def unload(self) -> None:
         """Close the inner session; the next use opens it again."""

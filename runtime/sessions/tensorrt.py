@@ -24,7 +24,7 @@ from ditc.runtime.sessions.dlpack import Foreign
 from ditc.runtime.sessions.engine import Context, Engine, Shape
 from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.spec import DType, StageSpec
 
 # Loops whose buffers and graphs are kept: sizes and step counts that a server alternates between.
 MAX_LOOPS = 8
@@ -104,6 +104,14 @@ class TensorRTSession:
             with self._said():
                 loop.launch(per_step)
             return {tensor.name: self._taken(loop, tensor.name) for tensor in self.spec.outputs}
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
+        """A tensor on the device with undefined content; its memory is freed with its last holder."""
+        size_bytes = size_of(shape, dtype)
+        with self._device.lock:
+            lease = Lease(self._device.allocate(size_bytes))
+        weakref.finalize(lease, self._device.free, lease.pointer, size_bytes).atexit = False
+        return DeviceArray(self._device, lease, shape, dtype)
 
     def close(self) -> None:
         """Free contexts, buffers, graphs and the engine. Tensors that are still held stay valid."""

@@ -8,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ditc.runtime import denoise
-from ditc.runtime.denoise import DenoiseState, Rows, check_stats, coefficient_columns
+from ditc.runtime import denoise, step_contract
 from ditc.runtime.errors import NumericsError
+from ditc.runtime.guard import check_stats
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array, Session, Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
+from ditc.runtime.state import DenoiseState, Rows
 
 # Kernels choose their blocking by batch size: fp32 rounding over at most four steps of two layers.
 FP32_BOUND = 1e-5
@@ -77,22 +78,6 @@ def test_a_step_leaves_its_input_states_as_they_were(pipeline: Pipeline) -> None
         assert state.step_index == index
 
 
-def test_a_batch_that_stays_together_is_not_copied_between_steps() -> None:
-    together = np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
-    slices = [together[0:1], together[1:3], together[3:4]]
-    for parts, copied in (
-        (slices, False),
-        (slices[1:], False),
-        (slices[::-1], True),
-        ([slices[0], slices[2]], True),
-        ([slices[0], slices[1].copy(), slices[2]], True),
-        ([together[:, :, :1], together[:, :, 1:]], True),
-    ):
-        joined = denoise._joined(parts)
-        np.testing.assert_array_equal(joined, np.concatenate(parts))
-        assert np.shares_memory(joined, together) is not copied
-
-
 def test_a_finished_state_cannot_be_stepped(pipeline: Pipeline) -> None:
     (state,) = pipeline.start(pipeline.plan(Request(prompt="cat", num_inference_steps=1)))
     (finished,) = denoise.step(pipeline.sessions[DENOISER], [state])
@@ -105,21 +90,6 @@ def test_the_newest_x0_is_the_first_of_the_history(pipeline: Pipeline) -> None:
     (state,) = pipeline.start(pipeline.plan(Request(prompt="cat", num_inference_steps=3)))
     (after,) = denoise.step(pipeline.sessions[DENOISER], [state])
     np.testing.assert_array_equal(np.asarray(after.history)[:, 0], after.x0)
-
-
-def test_columns_of_the_coefficients_have_names() -> None:
-    assert coefficient_columns(2, True) == ("c_in", "a", "b", "cx", "c0", "h1", "h2", "cn")
-    assert coefficient_columns(0, False) == ("c_in", "a", "b", "cx", "c0")
-
-
-def test_rows_of_several_requests_point_at_their_own_samples() -> None:
-    def rows(samples: int, per_sample: int, value: float) -> Rows:
-        count = samples * per_sample
-        return Rows(np.tile(np.arange(samples), per_sample), {"kv": np.full((count, 3), value, np.float32)})
-
-    stacked = denoise.stack_rows((rows(2, 2, 1.0), rows(1, 1, 2.0), rows(1, 2, 3.0)))
-    assert stacked.row_of.tolist() == [0, 1, 0, 1, 2, 3, 3]
-    assert np.asarray(stacked.conditioning["kv"])[:, 0].tolist() == [1, 1, 1, 1, 2, 3, 3]
 
 
 def test_non_finite_values_are_named_with_stage_step_and_sample(pipeline: Pipeline) -> None:
@@ -139,7 +109,10 @@ class Recorder(Session):
 
     def __init__(self) -> None:
         self._spec = StageSpec(
-            DENOISER, (TensorSpec(denoise.NOISE, DType.FLOAT32, ("batch", 4, "height", "width")),), (), {}
+            DENOISER,
+            (TensorSpec(step_contract.NOISE, DType.FLOAT32, ("batch", 4, "height", "width")),),
+            (),
+            {},
         )
         self.noise: list[Array] = []
 
@@ -148,14 +121,14 @@ class Recorder(Session):
         return self._spec
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.noise.append(np.asarray(feeds[denoise.NOISE]))
-        latents, history = feeds[denoise.LATENTS], feeds[denoise.HISTORY]
+        self.noise.append(np.asarray(feeds[step_contract.NOISE]))
+        latents, history = feeds[step_contract.LATENTS], feeds[step_contract.HISTORY]
         stats = np.zeros((latents.shape[0], 2), np.float32)
         return {
-            denoise.NEXT_LATENTS: latents,
-            denoise.X0: latents,
-            denoise.NEXT_HISTORY: history,
-            denoise.STATS: stats,
+            step_contract.NEXT_LATENTS: latents,
+            step_contract.X0: latents,
+            step_contract.NEXT_HISTORY: history,
+            step_contract.STATS: stats,
         }
 
     def close(self) -> None:
@@ -164,7 +137,7 @@ class Recorder(Session):
 
 def noisy_state(samples: int, generator: Generator | list[Generator] | None) -> DenoiseState:
     latents = np.zeros((samples, 4, 8, 8), np.float32)
-    feeds = {denoise.GUIDANCE_WEIGHTS: np.eye(samples, dtype=np.float32)}
+    feeds = {step_contract.GUIDANCE_WEIGHTS: np.eye(samples, dtype=np.float32)}
     return DenoiseState(
         latents=latents,
         history=latents[:, None],

@@ -10,6 +10,7 @@ import pytest
 
 from ditc.runtime import denoise
 from ditc.runtime.errors import NumericsError
+from ditc.runtime.guard import check_stats
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, Tensor
@@ -96,4 +97,4 @@ def test_nan_in_one_sample_leaves_the_others_bit_equal(pipeline: Pipeline) -> No
     stats = np.asarray(bad.stats)
     assert stats[1, 0] > 0 and stats[0, 0] == stats[2, 0] == 0
     with pytest.raises(NumericsError, match="sample 1"):
-        denoise.check_stats(bad, DENOISER)
+        check_stats(bad, DENOISER)

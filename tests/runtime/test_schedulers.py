@@ -15,6 +15,7 @@ from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.schedulers import CoefficientTable, SchedulerParams, coefficient_table
+from ditc.runtime.step_contract import CN, coefficient_columns
 
 STEPS = (1, 2, 3, 14, 15, 20, 50)
 SHAPE = (2, 4, 8, 8)
@@ -123,9 +124,21 @@ def test_a_late_start_begins_with_a_first_order_step(make: Any, begin_index: int
 
 def test_euler_on_an_engine_with_history_gives_the_same_latents() -> None:
     params = scheduler_params({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
-    padded = coefficient_table(params, 8, history_length=1)
+    padded = coefficient_table(params, 8, columns=coefficient_columns(1, False))
     assert padded.coefficients.shape == (8, 6)
     np.testing.assert_array_equal(run_table(padded), run_table(coefficient_table(params, 8)))
+
+
+def test_a_step_that_takes_noise_gets_none_of_it_from_a_sampler_that_draws_none() -> None:
+    params = scheduler_params(config_of(dpmsolver(flow_shift=3.0)))
+    columns = coefficient_columns(2, True)
+    table, plain = coefficient_table(params, 8, columns=columns), coefficient_table(params, 8)
+    assert table.columns == columns
+    assert not table.coefficients[:, columns.index(CN)].any()
+    for index, name in enumerate(plain.columns):
+        np.testing.assert_array_equal(
+            table.coefficients[:, columns.index(name)], plain.coefficients[:, index]
+        )
 
 
 def test_timestep_scale_is_applied_to_what_the_network_sees() -> None:
@@ -200,8 +213,9 @@ def test_a_schedule_without_steps_is_refused(steps: int, begin_index: int) -> No
 
 
 def test_an_engine_with_too_little_history_is_refused() -> None:
-    with pytest.raises(UsageError, match="past predictions"):
-        coefficient_table(scheduler_params(config_of(dpmsolver())), 4, history_length=0)
+    columns = coefficient_columns(0, False)
+    with pytest.raises(UsageError, match="needs the coefficients h1"):
+        coefficient_table(scheduler_params(config_of(dpmsolver())), 4, columns=columns)
 
 
 @pytest.mark.parametrize("scheduler", [dpmsolver(solver_type="heun"), FlowMatchEulerDiscreteScheduler()])

@@ -37,6 +37,7 @@ from ditc.runtime.spec import (
     StageSpec,
     TensorSpec,
 )
+from ditc.runtime.step_contract import BATCH, ROWS, TEXT_LENGTH
 from ditc.runtime.text import TextSpec
 
 COMPONENTS = {
@@ -56,7 +57,6 @@ def stage_plans(
     latents: LatentSpec,
     options: BuildOptions,
     *,
-    history: int,
     tiling: Tiling | None = None,
 ) -> dict[str, StagePlan]:
     """All plans, in the order in which a picture needs them.
@@ -67,7 +67,7 @@ def stage_plans(
     specs = {
         TEXT_ENCODER: _text_encoder(text, caption_channels, batch),
         CONDITIONER: _conditioner(caption_channels, facts, batch),
-        DENOISER: denoiser_spec(facts, history=history, max_batch=batch),
+        DENOISER: denoiser_spec(facts, max_batch=batch),
         **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling),
     }
     if options.raw:
@@ -109,8 +109,8 @@ def stage_module(module: nn.Module, component: Component, plan: StagePlan) -> St
 
 
 def text_range(text: TextSpec) -> dict[str, Range]:
-    """The range of "text_length", the tokens that reach the denoiser."""
-    return {"text_length": Range(1, text.length, text.length)}
+    """The range of TEXT_LENGTH, the number of tokens that reach the denoiser."""
+    return {TEXT_LENGTH: Range(1, text.length, text.length)}
 
 
 def pad_token(tokenizer: RustTokenizer) -> int:
@@ -148,7 +148,7 @@ def defaults_of(
 
 
 def _text_encoder(text: TextSpec, caption_channels: int, max_batch: int) -> StageSpec:
-    tokens = ("batch", "length")
+    tokens = (BATCH, "length")
     longest = max(text.max_length, text.negative_max_length)
     return StageSpec(
         TEXT_ENCODER,
@@ -157,12 +157,12 @@ def _text_encoder(text: TextSpec, caption_channels: int, max_batch: int) -> Stag
             TensorSpec("attention_mask", DType.INT64, tokens),
         ),
         outputs=(TensorSpec("text_embeds", DType.FLOAT32, (*tokens, caption_channels)),),
-        profile={"batch": Range(1, 1, max_batch), "length": Range(1, text.max_length, longest)},
+        profile={BATCH: Range(1, 1, max_batch), "length": Range(1, text.max_length, longest)},
     )
 
 
 def _conditioner(caption_channels: int, facts: DenoiserFacts, max_batch: int) -> StageSpec:
-    rows, length = "rows", "text_length"
+    rows, length = ROWS, TEXT_LENGTH
     return StageSpec(
         CONDITIONER,
         inputs=(
@@ -170,5 +170,5 @@ def _conditioner(caption_channels: int, facts: DenoiserFacts, max_batch: int) ->
             TensorSpec("text_mask", DType.INT64, (rows, length)),
         ),
         outputs=facts.conditioning,
-        profile={rows: Range(1, 1, facts.rows_per_sample * max_batch), **facts.text},
+        profile={rows: Range(1, 1, facts.step.rows_per_sample * max_batch), **facts.text},
     )

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ditc.export.graph.step import STATS
 from ditc.export.options import BuildOptions
-from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
 from ditc.runtime.errors import UsageError
-from ditc.runtime.schedulers import SchedulerParams
+from ditc.runtime.schedulers import SchedulerParams, draws_noise, history_length
 from ditc.runtime.spec import (
     DENOISER,
     NETWORK,
@@ -30,6 +28,16 @@ from ditc.runtime.spec import (
     StageSpec,
     TensorSpec,
 )
+from ditc.runtime.step_contract import (
+    BATCH,
+    HEIGHT,
+    LATENTS,
+    PREDICTION,
+    ROWS,
+    WIDTH,
+    GuidanceMode,
+    StepContract,
+)
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 STAGE_DTYPES = {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}
@@ -41,9 +49,9 @@ class DenoiserFacts:
 
     Attributes:
         channels, out_channels: of the latents, and of the prediction.
-        conditioning: the conditioner's outputs, with "rows" first. extra: further inputs of the network, per row.
+        conditioning: the conditioner's outputs, with "rows" first.
         sizes: ranges of "height" and "width". text: ranges of the dimensions of the conditioning.
-        rows_per_sample: most rows that guidance gives a sample.
+        step: the solver's needs and how guidance comes in.
     """
 
     channels: int
@@ -51,36 +59,18 @@ class DenoiserFacts:
     conditioning: tuple[TensorSpec, ...]
     sizes: Mapping[str, Range]
     text: Mapping[str, Range]
-    extra: tuple[TensorSpec, ...] = ()
-    rows_per_sample: int = 2
+    step: StepContract
 
 
-def denoiser_spec(facts: DenoiserFacts, *, history: int, max_batch: int) -> StageSpec:
+def denoiser_spec(facts: DenoiserFacts, *, max_batch: int) -> StageSpec:
     """A whole step (export/graph/step.py)."""
-    image = ("batch", facts.channels, "height", "width")
-    past = ("batch", history, facts.channels, "height", "width")
-    columns = len(denoise.coefficient_columns(history, noise=False))
     return StageSpec(
         DENOISER,
-        inputs=(
-            TensorSpec(denoise.LATENTS, DType.FLOAT32, image),
-            TensorSpec(denoise.ROW_OF, DType.INT64, ("rows",)),
-            TensorSpec(denoise.TIMESTEP, DType.FLOAT32, ("batch",)),
-            TensorSpec(denoise.GUIDANCE_WEIGHTS, DType.FLOAT32, ("batch", "rows")),
-            TensorSpec(denoise.COEFFICIENTS, DType.FLOAT32, ("batch", columns)),
-            TensorSpec(denoise.HISTORY, DType.FLOAT32, past),
-            *facts.conditioning,
-            *facts.extra,
-        ),
-        outputs=(
-            TensorSpec(denoise.NEXT_LATENTS, DType.FLOAT32, image),
-            TensorSpec(denoise.X0, DType.FLOAT32, image),
-            TensorSpec(denoise.NEXT_HISTORY, DType.FLOAT32, past),
-            TensorSpec(denoise.STATS, DType.FLOAT32, ("batch", STATS)),
-        ),
+        inputs=facts.step.inputs(facts.channels, facts.conditioning),
+        outputs=facts.step.outputs(facts.channels),
         profile={
-            "batch": Range(1, 1, max_batch),
-            "rows": _rows(facts, max_batch),
+            BATCH: Range(1, 1, max_batch),
+            ROWS: _rows(facts, max_batch),
             **facts.sizes,
             **facts.text,
         },
@@ -89,16 +79,12 @@ def denoiser_spec(facts: DenoiserFacts, *, history: int, max_batch: int) -> Stag
 
 def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> StageSpec:
     """The denoiser without the step around it: for parity, and for guidance that is not a weighted sum."""
+    latents = TensorSpec(LATENTS, dtype, (ROWS, facts.channels, HEIGHT, WIDTH))
     return StageSpec(
         NETWORK,
-        inputs=(
-            TensorSpec(denoise.LATENTS, dtype, ("rows", facts.channels, "height", "width")),
-            TensorSpec(denoise.TIMESTEP, DType.FLOAT32, ("rows",)),
-            *facts.conditioning,
-            *facts.extra,
-        ),
-        outputs=(TensorSpec("prediction", dtype, ("rows", facts.out_channels, "height", "width")),),
-        profile={"rows": _rows(facts, max_batch), **facts.sizes, **facts.text},
+        inputs=(latents, *facts.step.network_inputs(facts.conditioning)),
+        outputs=(TensorSpec(PREDICTION, dtype, (ROWS, facts.out_channels, HEIGHT, WIDTH)),),
+        profile={ROWS: _rows(facts, max_batch), **facts.sizes, **facts.text},
     )
 
 
@@ -117,9 +103,9 @@ def vae_specs(
         f"image_{name}": Range(r.min * scale, r.opt * scale, r.max * scale, scale)
         for name, r in cells.items()
     }
-    batch = {"batch": Range(1, 1, max_batch)}
-    picture = TensorSpec("image", DType.FLOAT32, ("batch", 3, "image_height", "image_width"))
-    latent = TensorSpec("latents", DType.FLOAT32, ("batch", latents.channels, "height", "width"))
+    batch = {BATCH: Range(1, 1, max_batch)}
+    picture = TensorSpec("image", DType.FLOAT32, (BATCH, 3, f"image_{HEIGHT}", f"image_{WIDTH}"))
+    latent = TensorSpec(LATENTS, DType.FLOAT32, (BATCH, latents.channels, HEIGHT, WIDTH))
     return {
         VAE_DECODER: StageSpec(VAE_DECODER, (latent,), (picture,), {**batch, **cells}),
         VAE_ENCODER: StageSpec(VAE_ENCODER, (picture,), (latent,), {**batch, **pixels}),
@@ -136,7 +122,7 @@ def latent_ranges(defaults: Defaults, latents: LatentSpec, *, largest: int | Non
         UsageError: a default that patches do not divide.
     """
     cells, step, ranges = latents.scale_factor, latents.patch_size, {}
-    for axis, (name, default) in enumerate((("height", defaults.height), ("width", defaults.width))):
+    for axis, (name, default) in enumerate(((HEIGHT, defaults.height), (WIDTH, defaults.width))):
         if default % (cells * step):
             raise UsageError(
                 f"resolution {default} is not a multiple of {cells * step}",
@@ -148,9 +134,19 @@ def latent_ranges(defaults: Defaults, latents: LatentSpec, *, largest: int | Non
     return ranges
 
 
-def history_length(scheduler: SchedulerParams) -> int:
-    """One even for Euler, whose column is zero: every engine then takes both kinds of sampler."""
-    return max(1, scheduler.history_length)
+def step_contract(
+    scheduler: SchedulerParams, *, guidance: GuidanceMode = GuidanceMode.CFG, skip_gate: bool = False
+) -> StepContract:
+    """The contract of a step for the checkpoint's sampler.
+
+    The history is of length one even for Euler, whose column is zero: every engine then takes both kinds of sampler.
+    """
+    return StepContract(
+        history_length=max(1, history_length(scheduler)),
+        noise=draws_noise(scheduler),
+        guidance=guidance,
+        skip_gate=skip_gate,
+    )
 
 
 def companion_precision(options: BuildOptions) -> Precision:
@@ -172,4 +168,5 @@ def check_precision(options: BuildOptions, family: str) -> None:
 
 
 def _rows(facts: DenoiserFacts, max_batch: int) -> Range:
-    return Range(1, 2, facts.rows_per_sample * max_batch)
+    most = facts.step.rows_per_sample * max_batch
+    return Range(1, min(2, most), most)

@@ -34,8 +34,8 @@ from ditc.export.families.common.specs import (
     TORCH_DTYPES,
     DenoiserFacts,
     check_precision,
-    history_length,
     latent_ranges,
+    step_contract,
 )
 from ditc.export.families.lucidrains.config import CLASS_NAME, MMDiTConfig
 from ditc.export.families.lucidrains.network import load_mmdit
@@ -55,6 +55,7 @@ from ditc.runtime.spec import (
     Range,
     TensorSpec,
 )
+from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 from ditc.runtime.text import TextSpec
 
 # Upstream has no pipeline: these are StableDiffusion3Pipeline's (diffusers 0.42.1), the length is Gemma's in Sana.
@@ -96,16 +97,16 @@ class LucidrainsMMDiTAdapter:
             bins=checkpoint.defaults.get("resolution_bins") or (),
         )
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
-        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
+        sizes = latent_ranges(defaults, latents)
+        facts = _facts(transformer, text, sizes, step_contract(scheduler), options)
         return ModelPlan(
             family=self.family,
-            stages=stage_plans(
-                text, transformer.caption_channels, facts, latents, options, history=history_length(scheduler)
-            ),
+            stages=stage_plans(text, transformer.caption_channels, facts, latents, options),
             text=(text,),
             scheduler=scheduler,
             latents=latents,
             defaults=defaults,
+            step=facts.step,
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
@@ -119,7 +120,7 @@ class LucidrainsMMDiTAdapter:
         conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
         module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
         if stage == DENOISER:
-            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+            module = wrap(denoiser, dtype=dtype, contract=plan.step)
         return stage_module(module, component, stage_plan)
 
 
@@ -167,18 +168,22 @@ def _check_widths(
 
 
 def _facts(
-    transformer: MMDiTConfig, text: TextSpec, sizes: Mapping[str, Range], options: BuildOptions
+    transformer: MMDiTConfig,
+    text: TextSpec,
+    sizes: Mapping[str, Range],
+    step: StepContract,
+    options: BuildOptions,
 ) -> DenoiserFacts:
-    rows, length = "rows", "text_length"
     return DenoiserFacts(
         channels=transformer.in_channels,
         out_channels=transformer.out_channels,
         conditioning=(
-            TensorSpec("text_tokens", STAGE_DTYPES[options.base], (rows, length, transformer.dims[0])),
-            TensorSpec("key_mask", DType.FLOAT32, (rows, length)),
+            TensorSpec("text_tokens", STAGE_DTYPES[options.base], (ROWS, TEXT_LENGTH, transformer.dims[0])),
+            TensorSpec("key_mask", DType.FLOAT32, (ROWS, TEXT_LENGTH)),
         ),
         sizes=sizes,
         text=text_range(text),
+        step=step,
     )
 
 

@@ -30,8 +30,8 @@ from ditc.export.families.common.specs import (
     TORCH_DTYPES,
     DenoiserFacts,
     check_precision,
-    history_length,
     latent_ranges,
+    step_contract,
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
@@ -46,6 +46,7 @@ from ditc.runtime.spec import (
     Range,
     TensorSpec,
 )
+from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 from ditc.runtime.text import Select, TextSpec
 
 # SanaPipeline.__call__'s defaults, diffusers 0.42.1.
@@ -95,7 +96,8 @@ class SanaAdapter:
         scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
-        facts = _facts(transformer, text, latent_ranges(defaults, latents), options)
+        sizes = latent_ranges(defaults, latents)
+        facts = _facts(transformer, text, sizes, step_contract(scheduler), options)
         return ModelPlan(
             family=self.family,
             stages=stage_plans(
@@ -104,13 +106,13 @@ class SanaAdapter:
                 facts,
                 latents,
                 options,
-                history=history_length(scheduler),
                 tiling=defaults.tiling,
             ),
             text=(text,),
             scheduler=scheduler,
             latents=latents,
             defaults=defaults,
+            step=facts.step,
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
@@ -123,23 +125,28 @@ class SanaAdapter:
         conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
         module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
         if stage == DENOISER:
-            module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
+            module = wrap(denoiser, dtype=dtype, contract=plan.step)
         return stage_module(module, component, stage_plan)
 
 
 def _facts(
-    transformer: SanaConfig, text: TextSpec, sizes: Mapping[str, Range], options: BuildOptions
+    transformer: SanaConfig,
+    text: TextSpec,
+    sizes: Mapping[str, Range],
+    step: StepContract,
+    options: BuildOptions,
 ) -> DenoiserFacts:
-    kv = ("rows", transformer.num_layers, 2, "text_length", transformer.cross_width)
+    kv = (ROWS, transformer.num_layers, 2, TEXT_LENGTH, transformer.cross_width)
     return DenoiserFacts(
         channels=transformer.in_channels,
         out_channels=transformer.out_channels,
         conditioning=(
             TensorSpec("cross_kv", STAGE_DTYPES[options.base], kv),
-            TensorSpec("text_bias", DType.FLOAT32, ("rows", "text_length")),
+            TensorSpec("text_bias", DType.FLOAT32, (ROWS, TEXT_LENGTH)),
         ),
         sizes=sizes,
         text=text_range(text),
+        step=step,
     )
 
 

@@ -22,9 +22,9 @@ from ditc.export.families.common.specs import (
     check_precision,
     companion_precision,
     denoiser_spec,
-    history_length,
     latent_ranges,
     network_spec,
+    step_contract,
     vae_specs,
 )
 from ditc.export.families.sd3.config import Sd3Config
@@ -35,7 +35,6 @@ from ditc.export.networks.clip import load_clip
 from ditc.export.networks.joint_text import JointText
 from ditc.export.networks.loading import weight_map
 from ditc.export.networks.t5 import load_t5
-from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, SkipLayerGuidance
 from ditc.runtime.conditioning import POOLED, TEXT_EMBEDS
 from ditc.runtime.errors import CheckpointError, UsageError
@@ -51,6 +50,7 @@ from ditc.runtime.spec import (
     StageSpec,
     TensorSpec,
 )
+from ditc.runtime.step_contract import BATCH, ROWS, TEXT_LENGTH
 from ditc.runtime.text import TextSpec
 
 CLIP_L, CLIP_G, T5 = TEXT_ENCODER, f"{TEXT_ENCODER}_2", f"{TEXT_ENCODER}_3"
@@ -96,6 +96,7 @@ class Sd3Adapter:
             scheduler=facts.scheduler,
             latents=facts.latents,
             defaults=facts.defaults,
+            step=facts.step,
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
@@ -121,7 +122,7 @@ class Sd3Adapter:
             )
             module = network
             if stage == DENOISER:
-                module = wrap(network, dtype=dtype, history_length=history_length(plan.scheduler))
+                module = wrap(network, dtype=dtype, contract=plan.step)
         else:
             load = load_kl_decoder if stage == VAE_DECODER else load_kl_encoder
             module = load(AutoencoderKlConfig.from_json(component.config), component.tensors, dtype)
@@ -148,6 +149,8 @@ class _Facts:
         self.scheduler = scheduler_params(checkpoint.scheduler_config)
         self.sequence_length = _sequence_length(checkpoint.defaults)
         self.defaults = _defaults(checkpoint.defaults, self.transformer, self.latents, options)
+        gated = self.defaults.skip_layer_guidance is not None
+        self.step = step_contract(self.scheduler, skip_gate=gated)
         self.sizes = latent_ranges(self.defaults, self.latents, largest=self.transformer.largest_side)
         self.text = tuple(self._text(checkpoint, stage) for stage in self.encoders)
 
@@ -166,7 +169,7 @@ class _Facts:
             components=(),
             facts={"zero_tokens": 0 if T5 in self.encoders else self.sequence_length},
         )
-        specs = {DENOISER: denoiser_spec(facts, history=history_length(self.scheduler), max_batch=batch)}
+        specs = {DENOISER: denoiser_spec(facts, max_batch=batch)}
         if self.options.raw:
             specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[base], max_batch=batch)
         for stage, spec in specs.items():
@@ -200,13 +203,13 @@ class _Facts:
         """T5's length is dynamic, so that a build with another max_sequence_length reuses it; CLIP's is its own."""
         length = next(text.length for text in self.text if text.stage == stage)
         tokens: str | int = "length" if stage == T5 else length
-        profile = {"batch": Range(1, 1, self.options.max_batch)}
+        profile = {BATCH: Range(1, 1, self.options.max_batch)}
         if stage == T5:
             profile["length"] = Range(1, length, max(length, LONGEST_SEQUENCE))
         return StageSpec(
             stage,
-            inputs=(TensorSpec("input_ids", DType.INT64, ("batch", tokens)),),
-            outputs=self._states(stage, "batch", tokens),
+            inputs=(TensorSpec("input_ids", DType.INT64, (BATCH, tokens)),),
+            outputs=self._states(stage, BATCH, tokens),
             profile=profile,
         )
 
@@ -223,8 +226,8 @@ class _Facts:
     def _conditioner(self) -> StageSpec:
         inputs: list[TensorSpec] = []
         for text in self.text:
-            inputs += self._states(text.stage, "rows", "length" if text.stage == T5 else text.length)
-        profile = {"rows": Range(1, 1, 2 * self.options.max_batch)}
+            inputs += self._states(text.stage, ROWS, "length" if text.stage == T5 else text.length)
+        profile = {ROWS: Range(1, 1, 2 * self.options.max_batch)}
         if T5 in self.encoders:
             profile["length"] = Range(1, self.sequence_length, max(self.sequence_length, LONGEST_SEQUENCE))
         return StageSpec(
@@ -237,27 +240,25 @@ class _Facts:
     def _conditioning(self) -> tuple[TensorSpec, ...]:
         config = self.transformer
         return (
-            TensorSpec(TEXT_EMBEDS, DType.FLOAT32, ("rows", "text_length", config.joint_attention_dim)),
-            TensorSpec(POOLED, DType.FLOAT32, ("rows", config.pooled_projection_dim)),
+            TensorSpec(TEXT_EMBEDS, DType.FLOAT32, (ROWS, TEXT_LENGTH, config.joint_attention_dim)),
+            TensorSpec(POOLED, DType.FLOAT32, (ROWS, config.pooled_projection_dim)),
         )
 
     def _denoiser(self) -> DenoiserFacts:
-        gated = self.defaults.skip_layer_guidance is not None
         return DenoiserFacts(
             channels=self.transformer.in_channels,
             out_channels=self.transformer.out_channels,
             conditioning=self._conditioning(),
             sizes=self.sizes,
             text=self._text_range(),
-            extra=(TensorSpec(denoise.SKIP_GATE, DType.FLOAT32, ("rows",)),) if gated else (),
-            rows_per_sample=3 if gated else 2,
+            step=self.step,
         )
 
     def _text_range(self) -> dict[str, Range]:
         """From embeddings of one token that users bring, to CLIP's tokens and the longest T5 text."""
         clip = self.text[0].length
         usual = clip + self.sequence_length
-        return {"text_length": Range(1, usual, max(usual, clip + LONGEST_SEQUENCE))}
+        return {TEXT_LENGTH: Range(1, usual, max(usual, clip + LONGEST_SEQUENCE))}
 
 
 def _encoders(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

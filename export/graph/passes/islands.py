@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ditc.export.graph.passes.scopes import module_path, scopes_of
 from ditc.export.graph.passes.typed_copy import FUNCTION, typed_copy
-from ditc.runtime import denoise
+from ditc.runtime import step_contract
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import StageSpec
 
@@ -92,7 +92,7 @@ def check_islands(model: ir.Model, spec: StageSpec) -> None:
 
 
 def _island_nodes(graph: ir.Graph, spec: StageSpec) -> Iterator[tuple[str, ir.Node]]:
-    is_step = any(tensor.name == denoise.GUIDANCE_WEIGHTS for tensor in spec.inputs)
+    is_step = any(tensor.name == step_contract.GUIDANCE_WEIGHTS for tensor in spec.inputs)
     for node in graph:
         if is_step and node.op_type not in BORDERS and NETWORK not in (scopes_of(node) or [NETWORK]):
             yield "step (guidance, solver, statistics)", node

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ditc.export.graph.step import guide, statistics, wrap
-from ditc.runtime.denoise import coefficient_columns
+from ditc.runtime.step_contract import StepContract, coefficient_columns
 
 
 class Network(nn.Module):
@@ -46,7 +46,7 @@ def inputs(history: int = 1, *, noise: bool = False, seed: int = 1) -> dict[str,
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_a_step_is_rows_guidance_and_update(history: int, noise: bool) -> None:
     network, feeds = Network(), inputs(history, noise=noise)
-    step = wrap(network, dtype=torch.float32, history_length=history, noise=noise)
+    step = wrap(network, dtype=torch.float32, contract=StepContract(history_length=history, noise=noise))
     following, x0, next_history, stats = step(*feeds.values())
     latents, past = feeds["latents"].double(), feeds["history"].double()
     for b in range(2):
@@ -75,7 +75,7 @@ def test_a_step_is_rows_guidance_and_update(history: int, noise: bool) -> None:
 
 def test_only_the_network_sees_the_deployment_type() -> None:
     network = Network()
-    step = wrap(network, dtype=torch.float16, history_length=1)
+    step = wrap(network, dtype=torch.float16, contract=StepContract())
     results = step(*inputs().values())
     assert network.seen == [torch.float16]
     assert all(tensor.dtype == torch.float32 for tensor in results)
@@ -83,7 +83,7 @@ def test_only_the_network_sees_the_deployment_type() -> None:
 
 def test_a_sample_is_the_same_whatever_shares_its_batch() -> None:
     feeds = inputs()
-    step = wrap(Network(), dtype=torch.float32, history_length=1)
+    step = wrap(Network(), dtype=torch.float32, contract=StepContract())
     together = step(*feeds.values())
     alone = step(
         feeds["latents"][1:],

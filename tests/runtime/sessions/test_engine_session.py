@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_gpu import FakeCuda, FakeEngine
 
-from ditc.runtime import denoise
+from ditc.runtime import denoise, step_contract
 from ditc.runtime.bundle.manifest import Tiling, load_manifest
 from ditc.runtime.errors import NumericsError, SessionError
 from ditc.runtime.loader import load_parts
@@ -24,6 +24,7 @@ from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.sessions.tensorrt import MAX_LOOPS, TensorRTSession
 from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.state import Rows
 
 SETTINGS = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "seed": 3}
 
@@ -251,7 +252,7 @@ def test_constant_feeds_are_sent_once_and_a_changed_array_again(gpu: Gpu) -> Non
     name, rows = next(iter(state.rows.conditioning.items()))
     changed = np.array(rows)
     changed *= 0
-    other = replace(state, rows=denoise.Rows(state.rows.row_of, {**state.rows.conditioning, name: changed}))
+    other = replace(state, rows=Rows(state.rows.row_of, {**state.rows.conditioning, name: changed}))
     one, two = (to_numpy(denoise.step(gpu.denoiser, [s])[0].x0) for s in (state, other))
     assert not np.array_equal(one, two)
     changed += 1  # the same array object, other values
@@ -280,7 +281,7 @@ def test_a_step_that_leaves_nan_is_named_though_the_loop_was_one_launch(gpu: Gpu
     (state,) = gpu.pipeline.start(plan)
     spoiled = {
         **state.schedule[2],
-        denoise.COEFFICIENTS: np.full_like(state.schedule[2][denoise.COEFFICIENTS], np.nan),
+        step_contract.COEFFICIENTS: np.full_like(state.schedule[2][step_contract.COEFFICIENTS], np.nan),
     }
     state = replace(state, schedule=(*state.schedule[:2], spoiled, *state.schedule[3:]))
     with pytest.raises(NumericsError, match="denoiser: step 3 of 5 left"):

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_sd3 import T5_TOKENS, make_checkpoint
 
 from ditc.parity.reference.pytorch import Twin
-from ditc.runtime import denoise
+from ditc.runtime import denoise, step_contract
 from ditc.runtime.cli import main
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
@@ -200,7 +200,7 @@ class Counting:
         self.rows: list[int] = []
 
     def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.rows.append(feeds[denoise.ROW_OF].shape[0])
+        self.rows.append(feeds[step_contract.ROW_OF].shape[0])
         return self.session.run(feeds)
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class Looping(Counting):
         self.launches: list[list[int]] = []
 
     def run_loop(self, feeds: Any, per_step: Any, *, carry: Any, keep: Any) -> dict[str, Tensor]:
-        self.launches.append([step[denoise.GUIDANCE_WEIGHTS].shape[1] for step in per_step])
+        self.launches.append([step[step_contract.GUIDANCE_WEIGHTS].shape[1] for step in per_step])
         feeds, kept = dict(feeds), []
         for step in per_step:
             outputs = self.session.run({**feeds, **step})

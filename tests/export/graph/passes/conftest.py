@@ -20,6 +20,7 @@ from ditc.export.graph import ops
 from ditc.export.graph.step import wrap
 from ditc.export.networks.loading import weight_map
 from ditc.runtime.spec import DENOISER, DType, Precision, Range, StageSpec, TensorSpec
+from ditc.runtime.step_contract import StepContract
 
 CONFIG = SanaConfig.from_json(
     {
@@ -95,7 +96,7 @@ def denoiser_stage() -> Callable[[Precision], StageModule]:
             for parameter in network.parameters():
                 if parameter.dim() < 2:
                     parameter.add_(0.1 * torch.randn_like(parameter))  # ones and zeros would hide mistakes
-        step = wrap(network.to(torch_dtype), dtype=torch_dtype, history_length=1).requires_grad_(False)
+        step = wrap(network.to(torch_dtype), dtype=torch_dtype, contract=StepContract()).requires_grad_(False)
         spec = step_spec(dtype)
         return StageModule(
             spec=spec, precision=precision, module=step, weights=tuple(weight_map({spec.name: step}))

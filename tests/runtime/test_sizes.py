@@ -8,7 +8,7 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pix
 from diffusers.pipelines.sana import pipeline_sana
 
 from ditc.export.families.common.resolution_bins import resolution_bins
-from ditc.runtime.bins import classify
+from ditc.runtime.sizes import classify
 
 TABLES = {
     512: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,

@@ -1,0 +1,201 @@
+"""From a request to everything that is decided before the first step: sizes, guidance, noise, text rows, schedule.
+
+`make_plan` fills in the bundle's defaults and refuses what it cannot draw, before any work. `first_states` then reads
+the texts, draws the noise and lays out the schedule.
+"""
+
+# B pictures (prompts x num_images_per_prompt, prompt-major), R rows, C latent channels
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditc.runtime.bundle.manifest import Manifest, SkipLayerGuidance, Tiling
+from ditc.runtime.conditioning import Conditioning, stack_texts
+from ditc.runtime.errors import UsageError
+from ditc.runtime.guidance import decide_skip_layer_guidance, guidance_feeds, is_guided
+from ditc.runtime.request import Request, check_request
+from ditc.runtime.rng import Generator, randn_latents
+from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.session import Array
+from ditc.runtime.sizes import check_size, classify
+from ditc.runtime.spec import StageSpec
+from ditc.runtime.state import DenoiseState, Rows
+from ditc.runtime.step_contract import BATCH, COEFFICIENTS, TIMESTEP, StepContract
+from ditc.runtime.vae import check_tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawable:
+    """What decides which requests a pipeline can draw: its bundle, and the forms of the stages that run here.
+
+    Attributes:
+        tiling: of the decoder; None decodes in one piece.
+    """
+
+    manifest: Manifest
+    denoiser: StageSpec
+    decoder: StageSpec
+    conditioning: Conditioning
+    tiling: Tiling | None
+
+    @property
+    def contract(self) -> StepContract:
+        """What the denoiser's step takes."""
+        return self.manifest.step_contract(self.denoiser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request with every default filled in.
+
+    Attributes:
+        drawn_height, drawn_width: pixels that the network draws, before resizing to height and width.
+        guided: whether there are unconditional rows, which read the negative prompt.
+        skip_layer_guidance: None where it is off.
+    """
+
+    request: Request
+    num_inference_steps: int
+    guidance_scale: float
+    guided: bool
+    height: int
+    width: int
+    drawn_height: int
+    drawn_width: int
+    seed: int | None
+    skip_layer_guidance: SkipLayerGuidance | None = None
+
+
+def make_plan(request: Request, drawable: Drawable) -> Plan:
+    """Fill in the bundle's defaults.
+
+    Raises:
+        UsageError: naming the argument, its value and the nearest that works.
+    """
+    check_request(request)
+    drawable.conditioning.check_request(request)
+    manifest, contract = drawable.manifest, drawable.contract
+    defaults, scale = manifest.defaults, manifest.latents.scale_factor
+    height = defaults.height if request.height is None else request.height
+    width = defaults.width if request.width is None else request.width
+    drawn = (height, width)
+    if defaults.bins and request.use_resolution_binning:
+        drawn = classify(height, width, defaults.bins)
+    check_size(*drawn, manifest.latents, drawable.denoiser, defaults)
+    if request.output_type != "latent":
+        cells = (drawn[0] // scale, drawn[1] // scale)
+        check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    chosen = request.seed is not None or request.generator is not None or request.latents is not None
+    return Plan(
+        request=request,
+        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=guidance,
+        guided=is_guided(contract, guidance),
+        height=height,
+        width=width,
+        drawn_height=drawn[0],
+        drawn_width=drawn[1],
+        seed=request.seed if chosen else secrets.randbits(32),
+        skip_layer_guidance=decide_skip_layer_guidance(request, defaults, contract, guidance),
+    )
+
+
+def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
+    """The states before the first step: one, or several where the pictures exceed the denoiser's batch.
+
+    Raises:
+        UsageError: latents or embeddings that do not fit. NumericsError: a text encoder left NaN or Inf.
+    """
+    request = plan.request
+    pictures = request.num_prompts * request.num_images_per_prompt
+    # Samplers that draw noise in every step go on with the stream that drew the starting latents.
+    generator = Generator(plan.seed or 0) if request.generator is None else request.generator
+    latents = starting_latents(plan, drawable.manifest, pictures, generator)
+    positive = _rows(drawable.conditioning, request, pictures, negative=False)
+    negative = _rows(drawable.conditioning, request, pictures, negative=True) if plan.guided else []
+    largest = drawable.denoiser.profile[BATCH].max
+    states = []
+    for start in range(0, pictures, largest):
+        chunk = slice(start, start + largest)
+        stream = generator if isinstance(generator, Generator) else generator[chunk]
+        states.append(_first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], stream))
+    return tuple(states)
+
+
+def starting_latents(
+    plan: Plan, manifest: Manifest, pictures: int, generator: Generator | Sequence[Generator]
+) -> Array:
+    """(B,C,H,W) fp32: the caller's own latents, else noise.
+
+    Raises:
+        UsageError: the caller's latents have another shape, or hold NaN or Inf.
+    """
+    latent = manifest.latents
+    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
+    shape = (pictures, latent.channels, *cells)
+    if plan.request.latents is None:
+        return randn_latents(shape, generator)
+    try:
+        given = np.asarray(plan.request.latents, np.float32)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"latents are no array: {e}", hint=f"pass an array of {shape}") from e
+    if given.shape != shape:
+        raise UsageError(
+            f"latents are {given.shape}, this request needs {shape}",
+            hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
+        )
+    if not np.isfinite(given).all():
+        raise UsageError(
+            f"latents have {np.count_nonzero(~np.isfinite(given))} values that are NaN or Inf",
+            hint="pass finite ones, or a seed",
+        )
+    return given
+
+
+def _first_state(
+    plan: Plan,
+    drawable: Drawable,
+    latents: Array,
+    positive: Sequence[Mapping[str, Array]],
+    negative: Sequence[Mapping[str, Array]],
+    generator: Generator | Sequence[Generator],
+) -> DenoiseState:
+    """The state of as many pictures as there are latents, with one row of conditioning for each."""
+    batch, contract, skip = latents.shape[0], drawable.contract, plan.skip_layer_guidance
+    rows = [*negative, *positive, *(positive if skip is not None else [])]  # diffusers' order
+    steps = plan.num_inference_steps
+    table = coefficient_table(drawable.manifest.scheduler, steps, columns=contract.columns)
+    guidance = guidance_feeds(contract, batch, plan.guidance_scale, skip, steps)
+    return DenoiseState(
+        latents=latents * np.float32(table.init_noise_sigma),
+        history=np.zeros((batch, contract.history_length, *latents.shape[1:]), np.float32),
+        schedule=tuple(
+            {
+                TIMESTEP: np.repeat(timestep, batch),
+                COEFFICIENTS: np.repeat(coefficients[None], batch, axis=0),
+                **feeds,
+            }
+            for timestep, coefficients, feeds in zip(
+                table.timesteps, table.coefficients, guidance, strict=True
+            )
+        ),
+        rows=Rows(
+            row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
+            conditioning=stack_texts(rows),
+        ),
+        generator=generator,
+    )
+
+
+def _rows(
+    conditioning: Conditioning, request: Request, pictures: int, *, negative: bool
+) -> list[Mapping[str, Array]]:
+    """One row of conditioning for each picture."""
+    rows = conditioning.rows(request, negative=negative)
+    return [row for row in rows for _ in range(pictures // len(rows))]

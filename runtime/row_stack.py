@@ -1,0 +1,151 @@
+"""The text rows of a batch, one behind the other in one tensor for each name; a request's rows are copied once.
+
+A row of a large model's conditioning is 54 to 161 MB, so a change of members must not copy those that stay: a request
+that joins is written into the place of one that left, or behind the last; a gap is closed with the last request of the
+same size. The order of the rows means nothing to a denoiser, since `row_of` says whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.session import Session, Tensor, assign, empty_like, narrow
+from ditc.runtime.state import Rows
+from ditc.runtime.step_contract import ROWS
+
+
+@dataclass(slots=True)
+class _Member:
+    rows: Rows
+    start: int
+
+    @property
+    def count(self) -> int:
+        return len(self.rows.row_of)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+
+class RowStack:
+    """Rows of conditioning of several requests, where the session reads them.
+
+    Attributes:
+        tensors: by name, (R, ...) with R = size; they change only when members do.
+        size: how many rows are in use.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.size = 0
+        self._session = session
+        self._members: list[_Member] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._capacity = 0
+
+    def place(self, wanted: Sequence[Rows]) -> list[int]:
+        """Make these rows, and no others, the stack's; returns where each of them starts.
+
+        Raises:
+            UsageError: rows that cannot lie in one tensor, such as texts of different lengths.
+        """
+        known = {member.rows: member for member in self._members}
+        if len(known) != len(wanted) or any(rows not in known for rows in wanted):
+            try:
+                self._change(wanted)
+            except BaseException:
+                self.__init__(self._session)  # type: ignore[misc]  # nothing half-changed stays
+                raise
+            known = {member.rows: member for member in self._members}
+        return [known[rows].start for rows in wanted]
+
+    def _change(self, wanted: Sequence[Rows]) -> None:
+        unique = dict.fromkeys(wanted)
+        if len(unique) != len(wanted):
+            raise UsageError("the same request is in the batch twice", hint="step each state once")
+        _check_shapes(wanted)
+        members = [member for member in self._members if member.rows in unique]
+        holes = _holes(members)
+        new = [_Member(rows, -1) for rows in unique if all(rows is not m.rows for m in members)]
+        for member in new:  # into the place of one that left
+            hole = next((hole for hole in holes if hole[1] == member.count), None)
+            if hole is not None:
+                holes.remove(hole)
+                member.start = hole[0]
+        end = max((m.stop for m in (*members, *new) if m.start >= 0), default=0)
+        for member in new:
+            if member.start < 0:
+                member.start, end = end, end + member.count
+        self._grow(members, end, wanted[0])
+        for member in new:
+            self._write(member.start, member.rows)
+        self._members = sorted((*members, *new), key=lambda m: m.start)
+        self._close_gaps()
+        self.size = self._members[-1].stop
+        self.tensors = {name: narrow(buffer, 0, self.size) for name, buffer in self._buffers.items()}
+
+    def _grow(self, kept: Sequence[_Member], needed: int, example: Rows) -> None:
+        """Buffers for at least so many rows, with what is kept where it was."""
+        if needed <= self._capacity and _fits(self._buffers, example):
+            return
+        most = self._session.spec.profile[ROWS].max if ROWS in self._session.spec.profile else needed
+        capacity = max(needed, min(2 * self._capacity, most))
+        used = max((member.stop for member in kept), default=0)
+        for name, tensor in example.conditioning.items():
+            buffer = empty_like(tensor, capacity, name, self._session)
+            if used:
+                assign(buffer, 0, narrow(self._buffers[name], 0, used))
+            self._buffers[name] = buffer
+        self._capacity = capacity
+
+    def _write(self, start: int, rows: Rows) -> None:
+        for name, tensor in rows.conditioning.items():
+            assign(self._buffers[name], start, tensor)
+
+    def _close_gaps(self) -> None:
+        """Move the last members into gaps; where sizes do not fit, lay the members behind the gap anew."""
+        while holes := _holes(self._members):
+            start, count = holes[0]
+            last = self._members[-1]
+            if last.count == count:
+                for buffer in self._buffers.values():
+                    assign(buffer, start, narrow(buffer, last.start, last.stop))
+                last.start = start
+            else:
+                for member in self._members:
+                    if member.start > start:
+                        member.start, start = start, start + member.count
+                        self._write(member.start, member.rows)
+            self._members.sort(key=lambda m: m.start)
+
+
+def _holes(members: Sequence[_Member]) -> list[tuple[int, int]]:
+    """(start, count) of the gaps before and between members, which are in the order of their starts."""
+    holes, end = [], 0
+    for member in members:
+        if member.start > end:
+            holes.append((end, member.start - end))
+        end = member.stop
+    return holes
+
+
+def _fits(buffers: dict[str, Tensor], example: Rows) -> bool:
+    return all(
+        name in buffers and buffers[name].shape[1:] == tensor.shape[1:]
+        for name, tensor in example.conditioning.items()
+    )
+
+
+def _check_shapes(rows: Sequence[Rows]) -> None:
+    for name, tensor in rows[0].conditioning.items():
+        for index, other in enumerate(rows):
+            shape = tuple(other.conditioning[name].shape[1:])
+            if shape != tuple(tensor.shape[1:]):
+                raise UsageError(
+                    f"requests whose {name} differ in size cannot be stepped together: "
+                    f"request 0 has {tuple(tensor.shape[1:])} for each row, request {index} {shape}",
+                    hint="pad their texts to one number of tokens, or step them in batches of their own",
+                )

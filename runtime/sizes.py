@@ -1,0 +1,44 @@
+"""Picture sizes: which of the trained sizes serves a request, and which sizes a denoiser was built for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditc.runtime.bundle.manifest import Defaults, LatentSpec
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import Range, StageSpec
+from ditc.runtime.step_contract import HEIGHT, WIDTH
+
+
+def classify(height: int, width: int, bins: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) of the bin whose aspect ratio is nearest; the size itself where there are no bins.
+
+    Bins are compared by their ratio to two decimals, and the first of two equally near ones is taken: that is
+    what diffusers' classify_height_width_bin (0.42.1) does, whose tables are keyed so.
+    """
+    if not bins:
+        return height, width
+    ratio = height / width
+    return min(bins, key=lambda size: abs(round(size[0] / size[1], 2) - ratio))
+
+
+def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, defaults: Defaults) -> None:
+    """Refuse a picture size that the denoiser was not built for.
+
+    Raises:
+        UsageError: with the size, the step and the range, and the nearest size that works.
+    """
+    for name, dimension, value in (("height", HEIGHT, height), ("width", WIDTH, width)):
+        cells = spec.profile[dimension]
+        allowed = Range(
+            *(n * latents.scale_factor for n in (cells.min, cells.opt, cells.max, cells.multiple_of))
+        )
+        if value not in allowed:
+            nearest = min(
+                max(round(value / allowed.multiple_of) * allowed.multiple_of, allowed.min), allowed.max
+            )
+            raise UsageError(
+                f"{name} {value} is not a multiple of {allowed.multiple_of} "
+                f"from {allowed.min} to {allowed.max}, which this bundle was built for",
+                hint=f"take {name} {nearest}; the default is {defaults.height}x{defaults.width}",
+            )

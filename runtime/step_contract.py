@@ -1,0 +1,168 @@
+"""The contract of a denoising step: what the denoiser takes and gives, by name, and what its coefficients mean.
+
+A denoiser is one whole solver step. The exporter builds it to this contract, the manifest states the guidance mode, and
+everything that prepares, runs or checks a step reads the names here.
+
+    pred  = sum_r guidance_weights[b,r] * network(c_in * latents[row_of[r]], timestep, [guidance], row r)
+    x0    = a * latents + b * pred
+    next  = cx * latents + c0 * x0 + sum_k h_k * history_k + [cn * noise]
+
+history_k is the x0 of k steps ago. A solver is a table with one row for each step and one column for each coefficient.
+"""
+
+# B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ditc.runtime.spec import DType, StageSpec, TensorSpec
+
+# Inputs. Those in brackets above are there only where the denoiser needs them.
+LATENTS = "latents"  # (B,C,H,W) fp32
+ROW_OF = "row_of"  # (R,) int64: the sample that each row of the network belongs to
+TIMESTEP = "timestep"  # (B,) fp32, as the network sees it
+GUIDANCE_WEIGHTS = "guidance_weights"  # (B,R) fp32
+COEFFICIENTS = "coefficients"  # (B,K) fp32
+HISTORY = "history"  # (B,P,C,H,W) fp32, newest x0 first, zeros at the start
+NOISE = "noise"  # (B,C,H,W) fp32, fresh in every step
+GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that have it as an embedding
+SKIP_GATE = "skip_gate"  # (R,) fp32: 1 for rows of the network that leave some layers out
+
+# Outputs, all fp32.
+NEXT_LATENTS = "next_latents"
+X0 = "x0"
+NEXT_HISTORY = "next_history"
+STATS = "stats"  # (B,2): how many values of x0 are not finite, and the largest finite magnitude
+STATS_SIZE = 2
+
+# What the outputs of one step are in the next step.
+CARRY = {NEXT_LATENTS: LATENTS, NEXT_HISTORY: HISTORY}
+
+# Inputs with one value for each row of the network; the others have one for each sample.
+PER_ROW = frozenset({ROW_OF, SKIP_GATE})
+
+# The network alone, without the step around it.
+PREDICTION = "prediction"
+
+# Names of dimensions.
+BATCH = "batch"
+ROWS = "rows"
+HEIGHT = "height"  # in latent cells
+WIDTH = "width"
+TEXT_LENGTH = "text_length"
+
+# Names of coefficient columns.
+C_IN, A, B, CX, C0, CN = "c_in", "a", "b", "cx", "c0", "cn"
+
+
+class GuidanceMode(StrEnum):
+    """How guidance_scale reaches a denoiser.
+
+    Attributes:
+        CFG: as weights of unconditional and conditional rows (arXiv 2207.12598); a negative prompt has an effect.
+        EMBEDDED: as an input of the network, which was distilled with it; one row for each sample.
+        NONE: not at all; one row for each sample.
+    """
+
+    CFG = "cfg"
+    EMBEDDED = "embedded"
+    NONE = "none"
+
+
+def history_column(steps_ago: int) -> str:
+    """The name of the coefficient of the x0 of so many steps ago, 1 or more."""
+    return f"h{steps_ago}"
+
+
+def coefficient_columns(history_length: int, noise: bool) -> tuple[str, ...]:
+    """The names of the K columns, in the order in which a denoiser takes them."""
+    history = tuple(history_column(k + 1) for k in range(history_length))
+    return (C_IN, A, B, CX, C0, *history, *((CN,) if noise else ()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContract:
+    """What distinguishes one denoiser's step from another's.
+
+    Attributes:
+        history_length: P, how many earlier x0 the update reads.
+        noise: whether the update adds fresh noise, as stochastic samplers do.
+        guidance: how guidance_scale reaches the network.
+        skip_gate: whether some rows may leave layers out (skip-layer guidance).
+    """
+
+    history_length: int = 1
+    noise: bool = False
+    guidance: GuidanceMode = GuidanceMode.CFG
+    skip_gate: bool = False
+
+    @classmethod
+    def of(cls, spec: StageSpec, guidance: GuidanceMode) -> StepContract:
+        """The contract that a denoiser's spec and its manifest state."""
+        names = {tensor.name for tensor in spec.inputs}
+        length = spec.input(HISTORY).shape[1] if HISTORY in names else 0
+        assert isinstance(length, int)
+        return cls(
+            history_length=length, noise=NOISE in names, guidance=guidance, skip_gate=SKIP_GATE in names
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the coefficient columns, in order."""
+        return coefficient_columns(self.history_length, self.noise)
+
+    def inputs(self, channels: int, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """The inputs of the whole step, in the order in which the exported module takes them.
+
+        Args:
+            channels: C. conditioning: what the conditioner gives, (R, ...) each.
+        """
+        image = (BATCH, channels, HEIGHT, WIDTH)
+        return (
+            TensorSpec(LATENTS, DType.FLOAT32, image),
+            TensorSpec(ROW_OF, DType.INT64, (ROWS,)),
+            TensorSpec(TIMESTEP, DType.FLOAT32, (BATCH,)),
+            TensorSpec(GUIDANCE_WEIGHTS, DType.FLOAT32, (BATCH, ROWS)),
+            TensorSpec(COEFFICIENTS, DType.FLOAT32, (BATCH, len(self.columns))),
+            TensorSpec(HISTORY, DType.FLOAT32, (BATCH, self.history_length, *image[1:])),
+            *((TensorSpec(NOISE, DType.FLOAT32, image),) if self.noise else ()),
+            *((TensorSpec(GUIDANCE, DType.FLOAT32, (BATCH,)),) if self.embeds_guidance else ()),
+            *conditioning,
+            *((TensorSpec(SKIP_GATE, DType.FLOAT32, (ROWS,)),) if self.skip_gate else ()),
+        )
+
+    def network_inputs(self, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """The inputs of the network alone after its latents; everything is given per row."""
+        return (
+            TensorSpec(TIMESTEP, DType.FLOAT32, (ROWS,)),
+            *((TensorSpec(GUIDANCE, DType.FLOAT32, (ROWS,)),) if self.embeds_guidance else ()),
+            *conditioning,
+            *((TensorSpec(SKIP_GATE, DType.FLOAT32, (ROWS,)),) if self.skip_gate else ()),
+        )
+
+    def outputs(self, channels: int) -> tuple[TensorSpec, ...]:
+        """The outputs of the whole step, in the order in which the exported module gives them."""
+        image = (BATCH, channels, HEIGHT, WIDTH)
+        return (
+            TensorSpec(NEXT_LATENTS, DType.FLOAT32, image),
+            TensorSpec(X0, DType.FLOAT32, image),
+            TensorSpec(NEXT_HISTORY, DType.FLOAT32, (BATCH, self.history_length, *image[1:])),
+            TensorSpec(STATS, DType.FLOAT32, (BATCH, STATS_SIZE)),
+        )
+
+    @property
+    def rows_per_sample(self) -> int:
+        """The most rows that guidance gives a sample: unconditional, conditional, and with layers left out."""
+        return (2 if self.guidance is GuidanceMode.CFG else 1) + self.skip_gate
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance_scale is an input of the network."""
+        return self.guidance is GuidanceMode.EMBEDDED
+
+
+def is_whole_step(spec: StageSpec) -> bool:
+    """Whether a stage is a denoiser with its solver step, and not a network alone or another stage."""
+    return any(tensor.name == GUIDANCE_WEIGHTS for tensor in spec.inputs)

@@ -1,0 +1,145 @@
+"""Batches whose tensors live on a device: nothing of a steady batch crosses to the host, and little when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import FakeCuda, FakeEngine
+
+from ditc.runtime import denoise
+from ditc.runtime.batch import Batch
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.session import Session, to_numpy
+from ditc.runtime.sessions.buffers import DeviceArray
+from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.onnxruntime_device import OnnxRuntimeDeviceSession, OrtTensor
+from ditc.runtime.sessions.tensorrt import TensorRTSession
+from ditc.runtime.spec import DENOISER
+from ditc.runtime.state import DenoiseState
+
+# Kernels choose their blocking by batch size: fp32 rounding over at most eight steps of two layers.
+FP32_BOUND = 1e-5
+PROMPTS = ("red cat", "blue dog", "a photo of an apple", "green tree")
+
+
+class OnFakeGpu:
+    """The tiny denoiser as an engine session on a fake GPU."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.cuda = FakeCuda()
+        manifest = load_manifest(bundle)
+        artifact = manifest.stages[DENOISER].artifacts[0]
+        scale = manifest.latents.scale_factor
+        engine = FakeEngine(self.cuda, bundle / artifact.file.path, artifact.spec, scale=scale)
+        self.session = TensorRTSession(engine, engine.spec, Device(self.cuda))
+
+
+@pytest.fixture
+def gpu(tiny_bundle: Path) -> Iterator[OnFakeGpu]:
+    gpu = OnFakeGpu(tiny_bundle)
+    yield gpu
+    gpu.session.close()
+
+
+@pytest.fixture
+def bound(tiny_bundle: Path) -> Iterator[OnnxRuntimeDeviceSession]:
+    artifact = load_manifest(tiny_bundle).stages[DENOISER].artifacts[0]
+    session = OnnxRuntimeDeviceSession(
+        tiny_bundle / artifact.file.path, artifact.spec, device="cpu", threads=1, graphs=True
+    )
+    yield session
+    session.close()
+
+
+def start(pipeline: Pipeline, index: int, **settings: Any) -> DenoiseState:
+    request = Request(
+        prompt=PROMPTS[index],
+        seed=index,
+        **{"num_inference_steps": 8, "guidance_scale": 3.0, "height": 64, "width": 64, **settings},
+    )
+    (state,) = pipeline.start(pipeline.plan(request))
+    return state
+
+
+def check_alone(states: list[DenoiseState], expected: list[DenoiseState]) -> None:
+    for index, (state, alone) in enumerate(zip(states, expected, strict=True)):
+        assert state.step_index == alone.step_index
+        for name in ("latents", "history", "x0"):
+            ours, theirs = to_numpy(getattr(state, name)), to_numpy(getattr(alone, name))
+            error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            assert error <= FP32_BOUND, f"{name} of request {index}: {error}"
+
+
+def changing_batch(session: Session, pipeline: Pipeline) -> Iterator[list[DenoiseState]]:
+    """Requests join, leave and change places; each is compared with itself, drawn alone on the CPU."""
+    alone = pipeline.sessions[DENOISER]
+    batch = Batch(session)
+    states = {i: start(pipeline, i, guidance_scale=1.0 if i == 2 else 3.0 + i) for i in range(4)}
+    expected = dict(states)
+    for members in ((0, 1), (0, 1), (0, 1, 2), (2, 0, 1, 3), (2, 1, 3), (3, 1), (1, 3), (3,)):
+        stepped = batch.step([states[i] for i in members])
+        for i, state in zip(members, stepped, strict=True):
+            states[i] = state
+            (expected[i],) = denoise.step(alone, [expected[i]])
+        check_alone([states[i] for i in members], [expected[i] for i in members])
+        yield stepped
+
+
+def test_strangers_on_a_fake_gpu_get_what_they_get_alone(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+    for stepped in changing_batch(gpu.session, pipeline):
+        assert all(isinstance(state.latents, DeviceArray) for state in stepped)
+
+
+def test_strangers_in_onnxruntimes_memory_get_what_they_get_alone(
+    bound: OnnxRuntimeDeviceSession, pipeline: Pipeline
+) -> None:
+    for stepped in changing_batch(bound, pipeline):
+        assert all(isinstance(state.latents, OrtTensor) for state in stepped)
+
+
+def test_a_steady_batch_copies_nothing_to_the_host_and_only_its_small_feeds_to_the_device(
+    gpu: OnFakeGpu, pipeline: Pipeline
+) -> None:
+    batch, states = Batch(gpu.session), [start(pipeline, i) for i in range(4)]
+    states = batch.step(states)
+    for _ in range(4):
+        gpu.cuda.calls.clear()
+        states = batch.step(states)
+        assert gpu.cuda.calls.count("download") == gpu.cuda.calls.count("copy") == 0
+        assert gpu.cuda.calls.count("synchronize") == 0, "nobody waits for the device"
+        assert gpu.cuda.calls.count("upload") == 3, "timestep, guidance_weights and coefficients"
+
+
+def test_a_change_of_members_sends_only_the_rows_of_who_joined(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+    batch, states = Batch(gpu.session), [start(pipeline, i) for i in range(4)]
+    together = batch.step(states[:3])
+    conditioning = len(states[0].rows.conditioning)
+
+    def uploads(members: list[DenoiseState]) -> tuple[list[DenoiseState], int]:
+        gpu.cuda.calls.clear()
+        after = batch.step(members)
+        assert gpu.cuda.calls.count("download") == 0
+        return after, gpu.cuda.calls.count("upload")
+
+    small = 4  # timestep, guidance_weights, coefficients, and row_of, which changed
+    together, count = uploads(together[1:])
+    assert count == small, "who stays is not sent again"
+    together, count = uploads([*together, states[3]])
+    assert count == small + conditioning + 2, "the rows, latents and history of the request that joined"
+    together, count = uploads(together[::-1])
+    assert count == small, "another order sends nothing but row_of"
+
+
+def test_memory_of_a_batch_goes_with_it(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+    states = [start(pipeline, i) for i in range(2)]
+    denoise.step(gpu.session, states)  # pools and buffers of the session are made
+    before = gpu.cuda.used()
+    for _ in range(3):
+        denoise.step(gpu.session, states)
+    assert gpu.cuda.used() == before
