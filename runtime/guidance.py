@@ -36,6 +36,26 @@ def is_guided(contract: StepContract, guidance_scale: float) -> bool:
     return contract.guidance is GuidanceMode.CFG and guidance_scale > 1
 
 
+def check_guidance(request: Request, contract: StepContract) -> None:
+    """Refuse a guidance_scale that nothing reads, and warn of a negative prompt that nothing reads.
+
+    diffusers' pipelines of such networks have no argument negative_prompt.
+
+    Raises:
+        UsageError: the network takes no guidance, and the request asks for it.
+    """
+    if contract.guidance is GuidanceMode.CFG:
+        return
+    if contract.guidance is GuidanceMode.NONE and (request.guidance_scale or 0) > 1:
+        raise UsageError(
+            f"guidance_scale is {request.guidance_scale}, but this bundle's denoiser takes no guidance",
+            hint="leave guidance_scale out",
+        )
+    negative = [*request.negative_prompts, *request.embeds(negative=True)]
+    if any(negative):
+        log.warning("negative prompts have no effect: this bundle's denoiser has no unconditional rows")
+
+
 def decide_skip_layer_guidance(
     request: Request, defaults: Defaults, contract: StepContract, guidance_scale: float
 ) -> SkipLayerGuidance | None:

@@ -17,7 +17,7 @@ import numpy as np
 from ditc.runtime.bundle.manifest import Manifest, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
 from ditc.runtime.errors import UsageError
-from ditc.runtime.guidance import decide_skip_layer_guidance, guidance_feeds, is_guided
+from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
 from ditc.runtime.request import Request, check_request
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.schedulers import coefficient_table
@@ -86,6 +86,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     drawn = (height, width)
     if defaults.bins and request.use_resolution_binning:
         drawn = classify(height, width, defaults.bins)
+    check_guidance(request, contract)
     check_size(*drawn, manifest.latents, drawable.denoiser, defaults)
     if request.output_type != "latent":
         cells = (drawn[0] // scale, drawn[1] // scale)

@@ -46,12 +46,14 @@ PER_ROW = frozenset({ROW_OF, SKIP_GATE})
 # The network alone, without the step around it.
 PREDICTION = "prediction"
 
-# Names of dimensions.
+# Names of dimensions, those of the stages around the denoiser included.
 BATCH = "batch"
 ROWS = "rows"
 HEIGHT = "height"  # in latent cells
 WIDTH = "width"
-TEXT_LENGTH = "text_length"
+IMAGE_HEIGHT = "image_height"  # in pixels
+IMAGE_WIDTH = "image_width"
+TEXT_LENGTH = "text_length"  # tokens that reach the denoiser
 
 # Names of coefficient columns.
 C_IN, A, B, CX, C0, CN = "c_in", "a", "b", "cx", "c0", "cn"

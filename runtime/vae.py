@@ -17,6 +17,7 @@ from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
+from ditc.runtime.step_contract import HEIGHT, WIDTH
 
 Span = tuple[int, int]
 
@@ -87,7 +88,7 @@ def check_tiles(
     if tiling is not None:
         check_tiling(tiling.tile, tiling.stride, scale)
         sizes = tile_sizes(height, width, tile=tiling.tile // scale, stride=tiling.stride // scale)
-    rows, columns = spec.profile["height"], spec.profile["width"]
+    rows, columns = spec.profile[HEIGHT], spec.profile[WIDTH]
     wrong = sorted(size for size in sizes if size[0] not in rows or size[1] not in columns)
     if not wrong:
         return

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from ditc.runtime.bundle.manifest import Defaults
 from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
+from ditc.runtime.step_contract import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 
-_SIDES = (("height", "width"), ("image_height", "image_width"))
+_SIDES = ((HEIGHT, WIDTH), (IMAGE_HEIGHT, IMAGE_WIDTH))
 
 
 def orientation_profiles(

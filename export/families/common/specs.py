@@ -31,6 +31,8 @@ from ditc.runtime.spec import (
 from ditc.runtime.step_contract import (
     BATCH,
     HEIGHT,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
     LATENTS,
     PREDICTION,
     ROWS,
@@ -41,6 +43,8 @@ from ditc.runtime.step_contract import (
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 STAGE_DTYPES = {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}
+
+IN_PIXELS = {HEIGHT: IMAGE_HEIGHT, WIDTH: IMAGE_WIDTH}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +104,11 @@ def vae_specs(
     if tiling is not None:
         cells = dict.fromkeys(cells, Range(1, tiling.tile // scale, tiling.tile // scale))
     pixels = {
-        f"image_{name}": Range(r.min * scale, r.opt * scale, r.max * scale, scale)
+        IN_PIXELS[name]: Range(r.min * scale, r.opt * scale, r.max * scale, scale)
         for name, r in cells.items()
     }
     batch = {BATCH: Range(1, 1, max_batch)}
-    picture = TensorSpec("image", DType.FLOAT32, (BATCH, 3, f"image_{HEIGHT}", f"image_{WIDTH}"))
+    picture = TensorSpec("image", DType.FLOAT32, (BATCH, 3, IMAGE_HEIGHT, IMAGE_WIDTH))
     latent = TensorSpec(LATENTS, DType.FLOAT32, (BATCH, latents.channels, HEIGHT, WIDTH))
     return {
         VAE_DECODER: StageSpec(VAE_DECODER, (latent,), (picture,), {**batch, **cells}),
