@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
-from ditc.export.contract import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
@@ -121,6 +121,9 @@ class LucidrainsMMDiTAdapter:
         if stage == DENOISER:
             module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
         return stage_module(module, component, stage_plan)
+
+
+ADAPTER: Adapter = LucidrainsMMDiTAdapter()
 
 
 def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
-from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
@@ -125,6 +125,9 @@ class SanaAdapter:
         if stage == DENOISER:
             module = wrap(denoiser, dtype=dtype, history_length=history_length(plan.scheduler))
         return stage_module(module, component, stage_plan)
+
+
+ADAPTER: Adapter = SanaAdapter()
 
 
 def _facts(
