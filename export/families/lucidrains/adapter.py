@@ -1,4 +1,4 @@
-"""lucidrains/mmdit 0.3.0 trunks as denoisers. The only file that knows this.
+"""lucidrains/mmdit 0.3.0 trunks as denoisers.
 
 Upstream is a trunk alone: no patches, time, positions, text, sampler or weights, and so no checkpoint layout. Ours is a
 diffusers directory (docs/mmdit.md):
