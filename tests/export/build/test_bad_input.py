@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_while_writing_is_named(
         path.with_name(path.name + ".partial").write_bytes(bytes(10**6))
 
     monkeypatch.setattr(bundle_module, "to_onnx", export)
-    monkeypatch.setattr(bundle_module.budget, "check_disk", lambda *_, **__: None)
+    monkeypatch.setattr(bundle_module.estimates, "check_disk", lambda *_, **__: None)
     out = small_disk / "bundle"
     assert "no space left" in refused(capsys, "build", tiny_checkpoint, "-o", out)
     assert not (out / "manifest.json").exists()
