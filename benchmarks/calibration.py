@@ -65,11 +65,11 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     """Our SNRs by layer and format; writes weights and inputs for the other side."""
     from ditc.calib.observe import watching
     from ditc.calib.prompts import GENERAL, read_prompts
+    from ditc.export.families.sana.recipe import RECIPES
     from ditc.export.graph.torch_session import TorchSession
     from ditc.export.quant.layers import linear_layers
     from ditc.export.quant.plan import make_plan
     from ditc.export.quant.ranges import load_ranges
-    from ditc.export.quant.recipes import RECIPES
     from ditc.export.quant.simulate import quantized
     from ditc.parity.reference.pytorch import Twin
     from ditc.runtime.pipeline import Pipeline

@@ -28,6 +28,7 @@ from ditc.export.example_inputs import example_feeds
 from ditc.export.families.sana.adapter import TORCH_DTYPES
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import SanaDenoiser
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.onnx import to_model
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.step import wrap
@@ -36,7 +37,6 @@ from ditc.export.networks.loading import weight_map
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Origin, Ranges
-from ditc.export.quant.recipes import SANA_INT8
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.session import Array
 from ditc.runtime.spec import DENOISER, DType, Precision, Range, StageSpec, TensorSpec
@@ -146,7 +146,9 @@ def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) ->
     )
     ranges = Ranges(origin=origin, sites=observer.sites, site_of=observer.site_of, prompts=())
     quantize_graph(
-        model, make_plan(SANA_INT8, ranges, layers), {n: layer.parameter for n, layer in layers.items()}
+        model,
+        make_plan(RECIPES["sana-int8"], ranges, layers),
+        {n: layer.parameter for n, layer in layers.items()},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -11,7 +11,8 @@ from ditc.export.quant.formats import Format
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import LayerPlan, make_plan
 from ditc.export.quant.ranges import Ranges
-from ditc.export.quant.recipes import RECIPES, Recipe, Rule
+from ditc.export.quant.recipes import Recipe, Rule, find_recipe
+from ditc.runtime.spec import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +44,16 @@ def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float
     return {name: value / total for name, value in flops.items()}
 
 
-def base_recipe(kind: Format, layers: Iterable[str]) -> Recipe:
-    """The recipe that a search begins with: the one in the format that names most of the layers."""
-    names = list(layers)
-    return max(RECIPES.values(), key=lambda recipe: list(recipe.formats(names).values()).count(kind))
+def base_recipe(kind: Format, family: str) -> Recipe:
+    """The recipe that a search begins with: the family's own in the format."""
+    return find_recipe(None, Precision(kind.value), family)
 
 
 def candidate_plans(
     trial: Trial, ranges: Ranges, formats: Sequence[Format]
 ) -> dict[Format, Mapping[str, LayerPlan]]:
     """For each format, what every layer that its recipe names would get."""
-    return {kind: make_plan(base_recipe(kind, trial.layers), ranges, trial.layers).layers for kind in formats}
+    return {kind: make_plan(base_recipe(kind, trial.family), ranges, trial.layers).layers for kind in formats}
 
 
 def measure_effects(

@@ -45,6 +45,7 @@ class Trial:
 
     def __init__(self, twin: Twin, prompts: Sequence[str], *, seed: int) -> None:
         stage = twin.load(DENOISER)
+        self.family = twin.adapter.family
         self.layers: dict[str, Layer] = linear_layers(stage)
         self._session = TorchSession(stage.module, stage.spec)
         self._twin = twin

@@ -65,7 +65,7 @@ class StageModule:
 
 
 class Adapter(Protocol):
-    """The only place that knows a model family."""
+    """What a family plans and loads: `ADAPTER` in its adapter.py."""
 
     family: str
 

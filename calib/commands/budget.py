@@ -66,7 +66,7 @@ def find_mixed(
         def on_point(point: Point) -> None:
             status.update(f"{point.share:.0%} of FLOPs in 8 bits: {point.fidelity.psnr_db:.1f} dB")
 
-        base = base_recipe(formats[0], trial.layers)
+        base = base_recipe(formats[0], trial.family)
         result = search(trial, plans, effects, budget, base, on_point=on_point)
         if not result.chosen.layers:
             raise UsageError(

@@ -28,10 +28,6 @@ TOOLS = (
     "tensorrt",
 )
 
-# Of the runtime's source, what shapes a graph or an engine: the order of the step's columns, the vocabulary of the
-# specs, and what the plugin stores.
-GRAPH_SOURCES = ("step_contract.py", "spec.py", "plugins/relu_linear_attention.py")
-
 
 def digest(value: Any) -> str:
     """sha256 of plain data or dataclasses, independent of the order of keys."""
@@ -48,23 +44,6 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@cache
-def source_hash(*, runtime: bool = False) -> str:
-    """Hash of the source that shapes an artifact, so that no hand-kept number can be forgotten.
-
-    Args:
-        runtime: hash all of the runtime too, which shapes the manifest around the artifacts.
-    """
-    root = Path(__file__).parents[2]
-    shared = (root / "runtime").rglob("*.py") if runtime else (root / "runtime" / n for n in GRAPH_SOURCES)
-    hasher = hashlib.sha256()
-    verbs = root / "export" / "commands"  # what the command line prints shapes nothing
-    exporter = (path for path in (root / "export").rglob("*.py") if verbs not in path.parents)
-    for path in sorted((*exporter, *shared)):
-        hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return hasher.hexdigest()
 
 
 class FileHashes:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from ditc.export.build import estimates, noop, previous_build
-from ditc.export.build.build_key import digest, source_hash, tool_versions
+from ditc.export.build.build_key import digest, tool_versions
 from ditc.export.build.events import BuildEvent, BuildReport, Status
 from ditc.export.build.golden import SIXTEEN_BITS, write_golden
 from ditc.export.build.journal import Journal, check_ours, check_writable, locked, unwritten, write_json
 from ditc.export.build.latent_rgb import fit_latent_rgb
 from ditc.export.build.preflight import check_options, check_weights, export_bytes
+from ditc.export.build.source_hash import engine_source, graph_source
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.release_memory import drop_pages
 from ditc.export.checkpoint.tokenizer import write_tokenizer
@@ -222,6 +223,7 @@ class _Builder:
             "gpu": to_json(gpu),
             "linear_attention": options.linear_attention,
             "weight_streaming": options.weight_streaming,
+            "engine_source": engine_source(),
         }
         key = digest(inputs)
         finished = self._reused(stage, self.journal.finished(record, key))
@@ -301,7 +303,7 @@ class _Builder:
             "backend": Backend.ONNXRUNTIME.value,
             "opset": self.options.opset,
             "quantization": self._quantization.facts() if self._quantization and name == DENOISER else None,
-            "export_source": source_hash(),
+            "export_source": graph_source(),
             "tool_versions": tool_versions(),
         }
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ditc.export.build.build_key import digest, source_hash, tool_versions
+from ditc.export.build.build_key import digest, tool_versions
 from ditc.export.build.events import BuildEvent, BuildReport
 from ditc.export.build.journal import FOLDER, Journal
+from ditc.export.build.source_hash import bundle_source
 from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import load_manifest
@@ -71,7 +72,7 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> dict[s
             field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
         },
         "option_files": {str(path): journal.hashes.of(path) for path in options_files},
-        "ditc_source": source_hash(runtime=True),
+        "ditc_source": bundle_source(),
         "tool_versions": tool_versions(),
         "gpu": to_json(find_gpu()) if options.backend is Backend.TENSORRT else None,
     }

@@ -1,4 +1,4 @@
-"""`ditc convert`: a native checkpoint, Sana's or SD3's, as a diffusers directory, and back."""
+"""`ditc convert`: a checkpoint in its family's own layout as a diffusers directory, and back."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="take state_dict_ema of a training file")
     group = parser.add_argument_group("what a native checkpoint's keys cannot tell")
     group.add_argument("--resolution", type=int, help="pixels of a side it was trained for, say 1024")
-    group.add_argument("--flow-shift", type=float, help="of the sampler; Sprint has none")
+    group.add_argument("--flow-shift", type=float, help="of the sampler, if it has one")
     group.add_argument("--position-embedding", choices=("none", "sincos"))
     group.add_argument("--interpolation-scale", type=float, help="of the sincos position embedding")
     group.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), help="element type to write; SD3: as it is"
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="element type to write (default: the file's, where the family allows it)",
     )
     group.add_argument("--attention-head-dim", type=int, help="for a hidden size that no release has")
     group.add_argument("--cross-attention-head-dim", type=int, help="for a hidden size that no release has")
@@ -36,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and print the path of what was written."""
+    from ditc.export.convert.layout import NativeOptions
     from ditc.export.convert.native import convert, convert_to_native
-    from ditc.export.families.sana.native import NativeOptions
 
     if arguments.to_native:
         written = convert_to_native(arguments.source, arguments.out, variant=arguments.variant)

@@ -1,29 +1,105 @@
-"""Model families. An adapter is the only place that knows one; a new family is one file here and one row below."""
+"""The table of model families: one folder and one row each. Importing it imports no family, and no torch.
+
+Every folder has the same file names, so that a row needs to name no more than the folder:
+
+    adapter.py   ADAPTER, which plans and loads the stages (contract.Adapter)
+    recipe.py    RECIPES by name: which layers become 8 bits (quant.recipes.Recipe)
+    convert.py   LAYOUT, where the family's own files can be converted (convert.layout.NativeLayout)
+"""
 
 from __future__ import annotations
 
-from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.contract import Adapter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ditc.runtime.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from ditc.export.checkpoint.open import Checkpoint
+    from ditc.export.contract import Adapter
+    from ditc.export.convert.layout import NativeLayout
+    from ditc.export.quant.recipes import Recipe
 
-def find_adapter(checkpoint: Checkpoint) -> Adapter:
-    """The adapter whose family the checkpoint belongs to.
+DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family. Its modules are imported when they are asked for.
+
+    Attributes:
+        label: what manifests, recipes and messages call it.
+        package: the folder, as a package's dotted name.
+        has_native_layout: whether `ditc convert` knows files of the family that are not diffusers'.
+        upstream: the package whose own modules parity compares with. Where it is not diffusers,
+            parity/reference/ has a module of the folder's name that assembles them into a pipeline.
+    """
+
+    label: str
+    package: str
+    has_native_layout: bool = False
+    upstream: str = DIFFUSERS
+
+    @property
+    def folder(self) -> str:
+        """The folder's name, which the family's module in parity/reference/ has too."""
+        return self.package.rpartition(".")[2]
+
+    @property
+    def adapter(self) -> Adapter:
+        """What plans and loads the family's stages."""
+        adapter: Adapter = self._module("adapter").ADAPTER
+        return adapter
+
+    @property
+    def recipes(self) -> Mapping[str, Recipe]:
+        """The family's recipes by name."""
+        recipes: Mapping[str, Recipe] = self._module("recipe").RECIPES
+        return recipes
+
+    @property
+    def layout(self) -> NativeLayout | None:
+        """How its own files are converted; None where it has none."""
+        if not self.has_native_layout:
+            return None
+        layout: NativeLayout = self._module("convert").LAYOUT
+        return layout
+
+    def _module(self, name: str) -> Any:
+        return import_module(f"{self.package}.{name}")
+
+
+FAMILIES = (
+    Family(label="sana", package="ditc.export.families.sana", has_native_layout=True),
+    Family(label="sd3", package="ditc.export.families.sd3", has_native_layout=True),
+    Family(label="mmdit", package="ditc.export.families.lucidrains", upstream="mmdit"),
+)
+
+
+def find_family(checkpoint: Checkpoint) -> Family:
+    """The family that the checkpoint belongs to.
 
     Raises:
         CheckpointError: none; names the classes found and the families known.
     """
-    from ditc.export.families.lucidrains.adapter import LucidrainsMMDiTAdapter
-    from ditc.export.families.sana.adapter import SanaAdapter
-    from ditc.export.families.sd3.adapter import Sd3Adapter
-
-    adapters: tuple[Adapter, ...] = (SanaAdapter(), Sd3Adapter(), LucidrainsMMDiTAdapter())
-    for adapter in adapters:
-        if adapter.accepts(checkpoint):
-            return adapter
+    for family in FAMILIES:
+        if family.adapter.accepts(checkpoint):
+            return family
     classes = [str(c.config.get("_class_name", "?")) for c in checkpoint.components.values()]
     raise CheckpointError(
         f"{checkpoint.path} holds {checkpoint.model_index.get('_class_name', 'an unnamed pipeline')} "
         f"({', '.join(classes)}), which no adapter knows",
-        hint=f"known families: {', '.join(adapter.family for adapter in adapters)}",
+        hint=f"known families: {', '.join(family.label for family in FAMILIES)}",
     )
+
+
+def find_adapter(checkpoint: Checkpoint) -> Adapter:
+    """The adapter of the checkpoint's family. Raises CheckpointError: no family knows the checkpoint."""
+    return find_family(checkpoint).adapter
+
+
+def family_of(label: str) -> Family:
+    """The family that a manifest or a plan calls so. Raises KeyError: there is none."""
+    return {family.label: family for family in FAMILIES}[label]

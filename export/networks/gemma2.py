@@ -39,7 +39,7 @@ def load_gemma2(
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            hint="Sana checkpoints carry Gemma-2",
+            hint="the text encoder of such a checkpoint is Gemma-2",
         )
     with init_empty_weights(include_buffers=False):
         encoder = Gemma2TextEncoder(Gemma2Config(**config))

@@ -1,9 +1,10 @@
 """Recipes: named rules over module names that say what becomes 8 bits. Formats, ranges and scales follow at build.
 
-What stays high, and who found that out:
+Each family states its layers in its `recipe.py`; here is what a recipe is, how one is found, and the rules that
+families share. What those rules keep in high precision, and who found that out:
     modulation, time and text embedding, patch embed, final layer   FP8 on every Linear gives noise, without these
         it does not (vllm-omni #2728); NVIDIA's diffusers presets exclude them too
-    cross-attention K and V, norms, linear attention                SANA, arXiv 2410.10629 section 4
+    norms, linear attention                                         SANA, arXiv 2410.10629 section 4
     depthwise convolution                                           SANA-Video section 5; nunchaku's Sana
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ditc.export.families import family_of
 from ditc.export.quant.estimators import Method
 from ditc.export.quant.formats import Format
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
@@ -74,8 +76,6 @@ NEVER = (
     Rule(layers="proj_out", why="final layer: its error is the picture's"),
     Rule(layers="*conv_depth", why="depthwise convolution: no GEMM, and sensitive"),
 )
-# Not for joint attention: there attn2 is the image's own attention, on every step.
-NEVER_CROSS = (Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt"),)
 # What FP8 on every Linear spoils in a joint-attention transformer (vllm-omni #2728 and #2795).
 NEVER_JOINT = (
     Rule(layers="*time_text_embed*", why="time and pooled text embedding: every layer depends on it"),
@@ -84,65 +84,33 @@ NEVER_JOINT = (
     Rule(layers="*norm1.linear", why="adaLN modulation: scales every token"),
     Rule(layers="*norm1_context.linear", why="adaLN modulation: scales every token"),
     Rule(layers="norm_out.linear", why="final modulation: its error is the picture's"),
-    Rule(layers="*.to_cond.*", why="adaLN modulation: scales every token"),
-    Rule(layers="*.to_post_branch_gammas.*", why="adaLN modulation: scales every token"),
-    Rule(layers="*.to_attn_logits", why="weights of the residual streams: scale every token"),
 )
-SANA_LAYERS = (
-    "transformer_blocks.*.attn1.to_[qkv]",
-    "transformer_blocks.*.attn1.to_out.0",
-    "transformer_blocks.*.attn2.to_q",
-    "transformer_blocks.*.attn2.to_out.0",
-    "transformer_blocks.*.ff.conv_inverted",
-    "transformer_blocks.*.ff.conv_point",
-)
-SD3_LAYERS = (
-    "transformer_blocks.*.attn.to_[qkv]",
-    "transformer_blocks.*.attn.add_[qkv]_proj",
-    "transformer_blocks.*.attn.to_out.0",
-    "transformer_blocks.*.attn.to_add_out",
-    "transformer_blocks.*.attn2.to_[qkv]",
-    "transformer_blocks.*.attn2.to_out.0",
-    "transformer_blocks.*.ff.net.*",
-    "transformer_blocks.*.ff_context.net.*",
-)
-MMDIT_LAYERS = (
-    "trunk.blocks.*.joint_attn.to_qkv.*",
-    "trunk.blocks.*.joint_attn.to_out.*",
-    "trunk.blocks.*.image_ff.ff.*",
-    "trunk.blocks.*.text_ff.ff.*",
-    "trunk.blocks.*.feedforwards.*.ff.*",
-)
-CROSS, JOINT = (*NEVER, *NEVER_CROSS), (*NEVER, *NEVER_JOINT)
 
 
-def _rules(kind: Format, never: tuple[Rule, ...], *layers: str) -> tuple[Rule, ...]:
-    return (*never, *(Rule(layers=pattern, kind=kind) for pattern in layers))
+def int8_and_fp8(family: str, layers: tuple[str, ...], *, high: tuple[Rule, ...]) -> dict[str, Recipe]:
+    """A family's two recipes by name, with the same layers in 8 bits.
 
-
-def _fp8(recipe: Recipe, name: str) -> Recipe:
-    """The same layers in FP8, whose relative error does not depend on the scale."""
-    rules = tuple(rule if rule.kind is None else replace(rule, kind=Format.FP8) for rule in recipe.rules)
-    return replace(recipe, name=name, rules=rules, smooth=False)
-
-
-SANA_INT8 = Recipe(name="sana-int8", rules=_rules(Format.INT8, CROSS, *SANA_LAYERS))
-SANA_FP8 = _fp8(SANA_INT8, "sana-fp8")
-SD3_INT8 = Recipe(name="sd3-int8", rules=_rules(Format.INT8, JOINT, *SD3_LAYERS))
-SD3_FP8 = _fp8(SD3_INT8, "sd3-fp8")
-MMDIT_INT8 = Recipe(name="mmdit-int8", rules=_rules(Format.INT8, JOINT, *MMDIT_LAYERS))
-MMDIT_FP8 = _fp8(MMDIT_INT8, "mmdit-fp8")
-RECIPES = {recipe.name: recipe for recipe in (SANA_INT8, SANA_FP8, SD3_INT8, SD3_FP8, MMDIT_INT8, MMDIT_FP8)}
+    Args:
+        layers: patterns of what becomes 8 bits.
+        high: rules that are asked first, of what stays in high precision.
+    """
+    recipes = {}
+    for kind in Format:
+        rules = (*high, *(Rule(layers=pattern, kind=kind) for pattern in layers))
+        name = f"{family}-{kind.value}"
+        recipes[name] = Recipe(name=name, rules=rules, smooth=kind is Format.INT8)
+    return recipes
 
 
 def recipes_of(family: str) -> dict[str, Recipe]:
-    """All recipes by name. Of those for weights alone, the layers are the family's: its attn2 may be either kind."""
-    recipes = dict(RECIPES)
-    for kind in Format:
-        if own := RECIPES.get(f"{family}-{kind.value}"):
-            alone = replace(own, name=f"{kind.value}-weight-only", activations=False, smooth=False)
-            recipes[alone.name] = alone
-    return recipes
+    """The family's recipes by name: its own, and for each format the one that quantizes the same weights alone."""
+    own = dict(family_of(family).recipes)
+    alone = [
+        replace(own[name], name=f"{kind.value}-weight-only", activations=False, smooth=False)
+        for kind in Format
+        if (name := f"{family}-{kind.value}") in own
+    ]
+    return own | {recipe.name: recipe for recipe in alone}
 
 
 def default_recipe(family: str, precision: Precision) -> str:
@@ -153,8 +121,11 @@ def default_recipe(family: str, precision: Precision) -> str:
 def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
     """A recipe by name, or from a .json file as the search writes it; None is the family's default.
 
+    Args:
+        family: a label of the table in families/.
+
     Raises:
-        UsageError: an unknown name, a file that is no recipe, or one without a layer in that precision's format.
+        UsageError: an unknown name, a file that is not a recipe, or one without a layer in that precision's format.
     """
     default, known = default_recipe(family, precision), recipes_of(family)
     name = default if name is None else name

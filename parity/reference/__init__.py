@@ -1,22 +1,27 @@
-"""Second references of families that diffusers has no pipeline for: upstream's own modules in a plain torch loop."""
+"""The second reference: diffusers' pipeline, or the family's module here where diffusers has no pipeline for it.
+
+A family whose row names another package than diffusers has a module here of its folder's name. Its `open_pipeline`
+assembles upstream's own modules into a pipeline that is called as diffusers' are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.families import DIFFUSERS, Family, find_family
 
-# model_index.json's _class_name -> the package that holds upstream's modules.
-PACKAGES = {"LucidrainsMMDiTPipeline": "mmdit"}
+OpenPipeline = Callable[[Checkpoint, torch.dtype], Any]
 
 
 def upstream_name(checkpoint: Checkpoint) -> str:
     """What reports call the second reference."""
-    return PACKAGES.get(_class_name(checkpoint), "diffusers")
+    return find_family(checkpoint).upstream
 
 
 def why_no_upstream(checkpoint: Checkpoint) -> str:
@@ -25,14 +30,14 @@ def why_no_upstream(checkpoint: Checkpoint) -> str:
     return "" if find_spec(package) else f"the {package} package is not installed"
 
 
-def find_pipeline(checkpoint: Checkpoint) -> Callable[[Checkpoint, torch.dtype], Any] | None:
+def find_pipeline(checkpoint: Checkpoint) -> OpenPipeline | None:
     """What loads the checkpoint's second reference; None where that is diffusers' own pipeline."""
-    if _class_name(checkpoint) not in PACKAGES:
+    return pipeline_of(find_family(checkpoint))
+
+
+def pipeline_of(family: Family) -> OpenPipeline | None:
+    """What loads the second reference of a family; None where that is diffusers' own pipeline."""
+    if family.upstream == DIFFUSERS:
         return None
-    from ditc.parity.reference.lucidrains import open_pipeline
-
+    open_pipeline: OpenPipeline = import_module(f"{__name__}.{family.folder}").open_pipeline
     return open_pipeline
-
-
-def _class_name(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.model_index.get("_class_name", ""))

@@ -75,7 +75,7 @@ def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(fo
     everything = trial.fidelity(plans[Format.INT8]).psnr_db
     results = [
         search(
-            trial, plans, effects, Budget("psnr", everything + more), base_recipe(Format.INT8, trial.layers)
+            trial, plans, effects, Budget("psnr", everything + more), base_recipe(Format.INT8, trial.family)
         )
         for more in (-1, 2, 6)
     ]

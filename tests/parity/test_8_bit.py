@@ -12,11 +12,12 @@ import pytest
 from planted import SETTINGS
 from quant_helpers import ranges_of
 
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.onnx import to_onnx
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
-from ditc.export.quant.recipes import SANA_FP8, SANA_INT8, Recipe
+from ditc.export.quant.recipes import Recipe
 from ditc.export.quant.record import read_record, write_record
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
@@ -57,7 +58,7 @@ def quantize(
 
 @pytest.fixture(scope="module")
 def int8(quantize) -> tuple[Path, QuantPlan]:
-    return quantize(SANA_INT8)
+    return quantize(RECIPES["sana-int8"])
 
 
 def context_of(
@@ -91,7 +92,7 @@ def test_a_right_graph_passes_every_level_without_a_budget_by_hand(twin, int8) -
 
 
 def test_an_fp8_graph_follows_its_plan_too(twin, quantize) -> None:
-    context = context_of(twin, *quantize(SANA_FP8), precision=Precision.FP8)
+    context = context_of(twin, *quantize(RECIPES["sana-fp8"]), precision=Precision.FP8)
     found = [r for level in (Level.MODULE, Level.STEP) for r in results(context, level)]
     assert {r.verdict for r in found if r.against.startswith("PyTorch")} == {Verdict.PASS}
 

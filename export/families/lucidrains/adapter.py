@@ -1,4 +1,4 @@
-"""lucidrains/mmdit 0.3.0 trunks as denoisers. The only file that knows this.
+"""lucidrains/mmdit 0.3.0 trunks as denoisers.
 
 Upstream is a trunk alone: no patches, time, positions, text, sampler or weights, and so no checkpoint layout. Ours is a
 diffusers directory (docs/mmdit.md):
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
-from ditc.export.contract import BuildOptions, ModelPlan, StageModule, StagePlan
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
@@ -122,6 +122,9 @@ class LucidrainsMMDiTAdapter:
         if stage == DENOISER:
             module = wrap(denoiser, dtype=dtype, contract=plan.step)
         return stage_module(module, component, stage_plan)
+
+
+ADAPTER: Adapter = LucidrainsMMDiTAdapter()
 
 
 def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:

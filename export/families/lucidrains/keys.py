@@ -1,4 +1,8 @@
-"""Save a lucidrains/mmdit denoiser as a checkpoint: upstream has no layout of its own (docs/mmdit.md)."""
+"""The layout of a lucidrains/mmdit checkpoint, which ditc defines, and how to save one (docs/mmdit.md).
+
+Upstream publishes a trunk and no checkpoints, so there are no native files, and nothing for `ditc convert` to read.
+`save_mmdit` writes the trunk under TRUNK beside the layers around it, and names the other components' classes.
+"""
 
 from __future__ import annotations
 

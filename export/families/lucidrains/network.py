@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ditc.export.families.lucidrains.config import GENERALIZED, MMDiTConfig
 from ditc.export.families.lucidrains.generalized import GeneralizedMMDiT
 from ditc.export.families.lucidrains.trunk import MMDiT
-from ditc.export.families.sana.network import SincosPosition
 from ditc.export.networks.layers import ConvAsLinear, TimestepEmbedder, from_patches, to_patches
 from ditc.export.networks.loading import Without, build_empty, load_strict
+from ditc.export.networks.position import SincosPosition
 
 TRUNK = "trunk."
 

@@ -1,4 +1,4 @@
-"""Sana (NVlabs): linear DiT, DC-AE, Gemma-2. The only file that knows the family.
+"""Sana (NVlabs): linear DiT, DC-AE, Gemma-2.
 
 Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5); diffusers 0.42.1 pipelines/sana/pipeline_sana.py.
 """
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
-from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
@@ -24,7 +24,6 @@ from ditc.export.families.common.companions import (
     stage_plans,
     text_range,
 )
-from ditc.export.families.common.resolution_bins import resolution_bins
 from ditc.export.families.common.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
@@ -35,6 +34,7 @@ from ditc.export.families.common.specs import (
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
+from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
@@ -127,6 +127,9 @@ class SanaAdapter:
         if stage == DENOISER:
             module = wrap(denoiser, dtype=dtype, contract=plan.step)
         return stage_module(module, component, stage_plan)
+
+
+ADAPTER: Adapter = SanaAdapter()
 
 
 def _facts(

@@ -1,17 +1,17 @@
-"""What a native Sana checkpoint is: all that keys and shapes tell, and options for what they cannot."""
+"""What a native Sana checkpoint is: all that keys and shapes tell, and the options that say the rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
-import torch
-
 from ditc.export.checkpoint.tensors import TensorSource
+from ditc.export.convert.layout import DTYPES, NativeOptions
 from ditc.export.families.sana.keys import SanaKeys
 from ditc.runtime.errors import CheckpointError, UsageError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BLOCK_0 = "blocks.0.attn.qkv.weight"
+VIDEO = "mlp.t_conv.weight"  # the temporal convolution that only SANA-Video has
 POSITION_EMBEDDINGS = ("none", "sincos")
 
 # hidden size -> (self-attention head dim, cross-attention head dim) of the released networks: Sana 0.6B is
@@ -22,42 +22,20 @@ HEAD_DIMS = {1152: (32, 72), 2240: (32, 112)}
 PIXELS_PER_LATENT = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NativeOptions:
-    """What no key of a native checkpoint tells.
-
-    Released values: 512 and 1024 px: flow_shift 3.0, position_embedding none; 2048 px: 3.0, sincos with
-    interpolation_scale 1.0; 4096 px: 6.0, sincos with 2.0. SANA-Sprint has no flow_shift. dtype is fp32,
-    fp16 or bf16. The head dims are needed only for a hidden size that no release has.
-    """
-
-    resolution: int | None = None
-    flow_shift: float | None = None
-    position_embedding: str | None = None
-    interpolation_scale: float | None = None
-    dtype: str | None = None
-    attention_head_dim: int | None = None
-    cross_attention_head_dim: int | None = None
+def is_native(names: Collection[str]) -> bool:
+    """Whether the names are those of a Sana network in NVlabs' form."""
+    return BLOCK_0 in names or any(name.endswith(VIDEO) for name in names)
 
 
 def detect_keys(tensors: TensorSource) -> SanaKeys:
     """Depth, qk-norm and guidance embedding, from the names alone.
 
     Raises:
-        CheckpointError: not a native image-Sana checkpoint.
+        CheckpointError: a video network, or blocks that are not numbered from 0 on.
     """
-    if "patch_embed.proj.weight" in tensors:
-        raise CheckpointError(
-            "the tensors have diffusers' names already", hint="open the diffusers directory instead"
-        )
-    if any(name.endswith("mlp.t_conv.weight") for name in tensors):
+    if any(name.endswith(VIDEO) for name in tensors):
         raise CheckpointError(
             "this is a SANA-Video network (it has t_conv)", hint="only image networks are supported"
-        )
-    if "x_embedder.proj.weight" not in tensors or "blocks.0.attn.qkv.weight" not in tensors:
-        raise CheckpointError(
-            f"this is no native Sana network: its tensors begin with {', '.join(list(tensors)[:3])}",
-            hint="x_embedder.proj.weight and blocks.0.attn.qkv.weight are missing",
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditc.export.families.sana.blocks import QK_NORM_EPS, DenoiserBlock
 from ditc.export.families.sana.config import SanaConfig as SanaConfig
-from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 from ditc.export.networks.layers import (
     ConvAsLinear,
-    GLUMBConv,
     LayerNorm,
     RMSNorm,
     TimestepEmbedder,
@@ -29,12 +28,11 @@ from ditc.export.networks.layers import (
     to_patches,
 )
 from ditc.export.networks.loading import build_empty, load_strict
+from ditc.export.networks.position import SincosPosition
 
 MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
-QK_NORM_EPS = 1e-5  # diffusers' Attention default, for both attentions; the native code has 1e-6
 CAPTION_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
-FP16_MAX = 65504.0
 
 
 def load_sana(
@@ -158,78 +156,6 @@ class CrossKeyValue(nn.Module):
         return torch.stack([self.norm_k(self.to_k(text)), self.to_v(text)], dim=1)
 
 
-class DenoiserBlock(nn.Module):
-    """Linear self-attention, cross-attention (no norm, no gate before it), Mix-FFN."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, config.width))
-        self.norm1 = LayerNorm(config.width, config.norm_eps)
-        self.attn1 = LinearSelfAttention(config)
-        self.attn2 = CrossAttention(config)
-        self.norm2 = LayerNorm(config.width, config.norm_eps, affine=config.norm_elementwise_affine)
-        self.ff = GLUMBConv(config.width, config.mlp_ratio)
-
-    def forward(
-        self,
-        x_RND: Tensor,
-        modulation_R6D: Tensor,
-        key_RSD: Tensor,
-        value_RSD: Tensor,
-        mask_R11S: Tensor,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        modulation = (self.scale_shift_table + modulation_R6D).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x_RND = x_RND + gate_msa * self.attn1(self.norm1(x_RND) * (1 + scale_msa) + shift_msa)
-        x_RND = x_RND + self.attn2(x_RND, key_RSD, value_RSD, mask_R11S)
-        return x_RND + gate_mlp * self.ff(self.norm2(x_RND) * (1 + scale_mlp) + shift_mlp, height, width)
-
-
-class LinearSelfAttention(nn.Module):
-    """ReLU linear attention between its projections; qk-norm is over the full width, before the head split."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.num_attention_heads
-        self.to_q = nn.Linear(width, width, bias=config.attention_bias)
-        self.to_k = nn.Linear(width, width, bias=config.attention_bias)
-        self.to_v = nn.Linear(width, width, bias=config.attention_bias)
-        self.norm_q = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x_RND: Tensor) -> Tensor:
-        q, k, v = self.norm_q(self.to_q(x_RND)), self.norm_k(self.to_k(x_RND)), self.to_v(x_RND)
-        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
-        out: Tensor = self.to_out[0](relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2))
-        # diffusers' guard, and the native code's: the projection can pass fp16's range.
-        return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
-
-
-class CrossAttention(nn.Module):
-    """Softmax attention over text whose K and V are given; scores, mask and softmax in fp32."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        self.heads = config.num_cross_attention_heads
-        self.scale = config.cross_attention_head_dim**-0.5
-        self.to_q = nn.Linear(config.width, config.cross_width)
-        self.norm_q = RMSNorm(config.cross_width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(config.cross_width, config.width)])
-
-    def forward(self, x_RND: Tensor, key_RSD: Tensor, value_RSD: Tensor, mask_R11S: Tensor) -> Tensor:
-        # Scaled before the product: unscaled scores can pass fp16's range.
-        q = self.norm_q(self.to_q(x_RND)) * self.scale
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, key_RSD, value_RSD))
-        # softmax(x.float()), because F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
-        weights = torch.softmax((q @ k.transpose(2, 3)).float() + mask_R11S, dim=-1).to(v.dtype)
-        out: Tensor = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
-        return out
-
-
 class TimeEmbed(nn.Module):
     """adaLN-single: one modulation (R,6,D) for all blocks, and the embedding itself for the final norm."""
 
@@ -255,32 +181,3 @@ class GuidedTimeEmbed(nn.Module):
     def forward(self, t: Tensor, guidance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(guidance, dtype)
         return self.linear(F.silu(embedded)).unflatten(1, (6, -1)), embedded
-
-
-class SincosPosition:
-    """2-D sinusoids in fp32 for any size: every picture spans the same base_size / interpolation_scale units.
-
-    diffusers' get_2d_sincos_pos_embed: the first half of the channels is the column, the second the row.
-    """
-
-    def __init__(self, width: int, base_size: int, interpolation_scale: float) -> None:
-        self.base_size = base_size
-        self.interpolation_scale = interpolation_scale
-        count = width // 4
-        exponents = torch.arange(count, dtype=torch.float64, device="cpu") / count
-        self.frequencies = (1.0 / 10000**exponents).float()
-
-    def __call__(self, height: int, width: int, device: torch.device) -> Tensor:
-        """(1,h*w,D) fp32."""
-        column_WF, row_HF = self._axis(width, device), self._axis(height, device)
-        grid = torch.cat(
-            [column_WF[None].expand(height, -1, -1), row_HF[:, None].expand(-1, width, -1)], dim=2
-        )
-        return grid.flatten(0, 1)[None]
-
-    def _axis(self, size: int, device: torch.device) -> Tensor:
-        positions = (
-            torch.arange(size, device=device).float() / (size / self.base_size) / self.interpolation_scale
-        )
-        angles = positions[:, None] * self.frequencies.to(device)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)

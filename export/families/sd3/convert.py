@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert import kl_keys
+from ditc.export.convert.layout import DTYPES, NativeLayout, NativeOptions
 from ditc.export.convert.new_directory import copy_others, write_json
 from ditc.export.convert.writer import write_weights
-from ditc.export.families.sana.native import DTYPES, NativeOptions
 from ditc.export.families.sd3 import keys as sd3_keys
 from ditc.export.families.sd3 import native as stability
 from ditc.export.families.sd3.keys import Sd3Keys
@@ -29,64 +30,65 @@ ASKED = ("resolution", "flow_shift")
 Part = tuple[dict[str, Any], TensorSource]
 
 
-def write_directory(
-    native: TensorSource,
-    directory: Path,
-    *,
-    options: NativeOptions,
-    base: Checkpoint | None,
-    max_shard_bytes: int,
-) -> None:
-    """Write every network of the file, and of base what the file does not hold.
+class StabilityLayout:
+    """Stability's files: the transformer, and in most of them the VAE and text encoders."""
 
-    Raises:
-        UsageError: a missing option, or one that SD3 does not have.
-        CheckpointError: a foreign, damaged or misshapen file, or a value that dtype cannot hold.
-    """
-    resolution, flow_shift = _checked(options)
-    parts = _parts(stability.sections(native), resolution)
-    dtype = DTYPES[options.dtype] if options.dtype is not None else None
-    for name, (config, tensors) in parts.items():
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_weights(tensors, directory / name, stem=stem, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        write_json(directory / name / "config.json", config)
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": flow_shift,
-    }
-    write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        **copy_others(base, directory, parts),
-        **{name: list(CLASSES[name]) for name in parts},
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-    }
-    write_json(directory / "model_index.json", index)
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether the names are those of an SD3 network."""
+        return stability.is_stability(names)
+
+    def write_directory(
+        self,
+        native: TensorSource,
+        directory: Path,
+        *,
+        options: NativeOptions,
+        base: Checkpoint | None,
+        max_shard_bytes: int,
+    ) -> None:
+        """Write every network of the file, and of base what the file does not hold."""
+        resolution, flow_shift = _checked(options)
+        parts = _parts(stability.sections(native), resolution)
+        dtype = DTYPES[options.dtype] if options.dtype is not None else None
+        for name, (config, tensors) in parts.items():
+            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+            write_weights(tensors, directory / name, stem=stem, dtype=dtype, max_shard_bytes=max_shard_bytes)
+            write_json(directory / name / "config.json", config)
+        scheduler = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": flow_shift,
+        }
+        write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+        index = {
+            "_class_name": "StableDiffusion3Pipeline",
+            **copy_others(base, directory, parts),
+            **{name: list(CLASSES[name]) for name in parts},
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
+        write_json(directory / "model_index.json", index)
+
+    def to_native(self, checkpoint: Checkpoint) -> TensorSource:
+        """The transformer, and the VAE if there is one, under Stability's names and prefixes."""
+        tensors = checkpoint.component("transformer").tensors
+        keys = Sd3Keys(
+            num_layers=sum(name.endswith(".attn.to_q.weight") for name in tensors),
+            qk_norm=any(name.endswith(".attn.norm_q.weight") for name in tensors),
+            dual_attention_layers=tuple(
+                sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".attn2.to_q.weight"))
+            ),
+        )
+        parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
+        if "vae" in checkpoint.components:
+            vae = checkpoint.component("vae").tensors
+            parts[stability.VAE] = kl_keys.to_native(vae, kl_keys.kl_keys_of_diffusers(vae))
+        entries: dict[str, TensorEntry] = {
+            prefix + name: source.entry(name) for prefix, source in parts.items() for name in source
+        }
+        return TensorSource(entries)
 
 
-def to_stability(checkpoint: Checkpoint) -> TensorSource:
-    """The transformer, and the VAE if there is one, under Stability's names and prefixes.
-
-    Raises:
-        CheckpointError: a tensor is missing or unknown.
-    """
-    tensors = checkpoint.component("transformer").tensors
-    keys = Sd3Keys(
-        num_layers=sum(name.endswith(".attn.to_q.weight") for name in tensors),
-        qk_norm=any(name.endswith(".attn.norm_q.weight") for name in tensors),
-        dual_attention_layers=tuple(
-            sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".attn2.to_q.weight"))
-        ),
-    )
-    parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
-    if "vae" in checkpoint.components:
-        vae = checkpoint.component("vae").tensors
-        parts[stability.VAE] = kl_keys.to_native(vae, kl_keys.kl_keys_of_diffusers(vae))
-    entries: dict[str, TensorEntry] = {
-        prefix + name: source.entry(name) for prefix, source in parts.items() for name in source
-    }
-    return TensorSource(entries)
+LAYOUT: NativeLayout = StabilityLayout()
 
 
 def _checked(options: NativeOptions) -> tuple[int, float]:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save
 
 from ditc.export.build import builder as bundle_module
+from ditc.export.build import noop
 from ditc.export.build.build_key import digest
 from ditc.export.build.builder import BuildEvent, BuildReport, build_bundle
 from ditc.export.build.journal import Journal
@@ -193,6 +194,23 @@ def test_another_opset_rebuilds_every_stage(
 ) -> None:
     reasons = would_build(tiny_checkpoint, bundle, BuildOptions(opset=23), monkeypatch)
     assert reasons == dict.fromkeys(ALL, "opset changed")
+
+
+def test_other_source_rebuilds_every_stage(
+    tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "graph_source", lambda: "0" * 64)
+    reasons = would_build(tiny_checkpoint, bundle, BuildOptions(), monkeypatch)
+    assert reasons == dict.fromkeys(ALL, "export source changed")
+
+
+def test_edited_words_are_looked_at_and_rebuild_nothing(
+    tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a comment changes is the text of the source alone, which decides whether a build looks at its stages."""
+    monkeypatch.setattr(noop, "bundle_source", lambda: "0" * 64)
+    assert noop.up_to_date(tiny_checkpoint, bundle, BuildOptions()) is None
+    assert would_build(tiny_checkpoint, bundle, BuildOptions(), monkeypatch) == {}
 
 
 def test_a_damaged_graph_is_built_again(

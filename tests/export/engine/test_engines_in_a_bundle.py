@@ -78,6 +78,21 @@ def test_a_second_build_does_nothing(engines: tuple[Path, list[BuildEvent]], tin
     assert sum(event.stage.endswith("engine") for event in report.events) == 5
 
 
+def test_other_source_of_the_engines_rebuilds_engines_alone(
+    engines: tuple[Path, list[BuildEvent]], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[BuildEvent] = []
+
+    def stop(*_: object, **__: object) -> None:
+        raise BuildError("stopped before the first engine")
+
+    monkeypatch.setattr(bundle_module, "engine_source", lambda: "0" * 64)
+    monkeypatch.setattr(bundle_module, "build_engine", stop)
+    with pytest.raises(BuildError, match="stopped"):
+        build_bundle(tiny_checkpoint, engines[0], RTX, on_event=events.append)
+    assert [event.why for event in events if event.status == "building"] == ["engine source changed"]
+
+
 def test_other_targets_rebuild_engines_alone_and_a_failure_keeps_the_bundle(
     engines: tuple[Path, list[BuildEvent]],
     tiny_checkpoint: Path,

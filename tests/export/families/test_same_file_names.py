@@ -8,7 +8,7 @@ import pytest
 
 FAMILIES = Path(__file__).parents[3] / "export" / "families"
 # What a family must have; further files of its own are welcome.
-NAMES = {"__init__.py", "adapter.py", "config.py", "keys.py", "network.py"}
+NAMES = {"__init__.py", "adapter.py", "config.py", "keys.py", "network.py", "recipe.py"}
 
 
 def folders() -> list[Path]:

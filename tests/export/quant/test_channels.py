@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from quant_helpers import signal_to_noise_db, statistics
 
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.quant.channels import channel_counts
 from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
 from ditc.export.quant.histogram import count, count_channels
 from ditc.export.quant.plan import ALPHAS, CLIPS, choose_input, smoothing
-from ditc.export.quant.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ditc.export.commands import quantization
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.quant.coverage import Coverage
 from ditc.export.quant.measure import Measurement, known_measurement, save_measurement
-from ditc.export.quant.recipes import RECIPES
 from ditc.export.quant.record import QuantRecord
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import FileRef, Manifest, Stage, load_manifest

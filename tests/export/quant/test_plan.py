@@ -11,13 +11,13 @@ from quant_helpers import ORIGIN, signal_to_noise_db, statistics
 from torch import nn
 
 from ditc.calib.sensitivity import base_recipe
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import choose_input, make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import (
     NO_RULE,
-    RECIPES,
     find_recipe,
     load_recipe,
     recipes_of,
@@ -99,10 +99,18 @@ def test_recipes_of_joint_attention_quantize_the_layers_that_are_written_here(fa
 
 
 @pytest.mark.parametrize("family", ["sana", *JOINT])
-def test_a_search_begins_with_the_recipe_of_the_layers_family(family):
-    layers = SANA if family == "sana" else [*JOINT[family][0], *JOINT[family][1]]
+def test_a_search_begins_with_the_recipe_of_the_family(family):
+    expected = EXPECTED if family == "sana" else JOINT[family][1]
     for kind in Format:
-        assert base_recipe(kind, layers).name == f"{family}-{kind.value}"
+        base = base_recipe(kind, family)
+        assert base.name == f"{family}-{kind.value}"
+        assert base.formats(expected) == dict.fromkeys(expected, kind)
+
+
+def test_a_recipe_of_another_family_is_unknown_and_the_familys_own_are_named():
+    with pytest.raises(UsageError, match="'sd3-int8' is unknown") as caught:
+        find_recipe("sd3-int8", Precision.INT8, "sana")
+    assert "sana-int8, sana-fp8, int8-weight-only, fp8-weight-only" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

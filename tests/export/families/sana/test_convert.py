@@ -14,9 +14,10 @@ from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.convert.layout import DTYPES, NativeOptions
 from ditc.export.convert.native import convert, convert_to_native
 from ditc.export.convert.native_file import read_native
-from ditc.export.families.sana.native import DTYPES, NativeOptions, detect_keys
+from ditc.export.families.sana.native import detect_keys
 from ditc.runtime.cli import main
 from ditc.runtime.errors import CheckpointError, UsageError
 
@@ -254,7 +255,10 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
 def test_other_networks_are_refused_by_what_they_are(tmp_path: Path) -> None:
     for tensors, message in (
         ({"blocks.0.mlp.t_conv.weight": torch.ones(1)}, "SANA-Video"),
-        ({"double_blocks.0.img_mod.lin.weight": torch.ones(1)}, "no native Sana network.*double_blocks"),
+        (
+            {"double_blocks.0.img_mod.lin.weight": torch.ones(1)},
+            "no family has tensors of these names.*double_blocks",
+        ),
         (_network("sana").state_dict(), "diffusers' names already"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.convert.layout import NativeOptions
 from ditc.export.convert.native import convert, convert_to_native
-from ditc.export.families.sana.native import NativeOptions
 from ditc.runtime.cli import main
 from ditc.runtime.errors import CheckpointError, UsageError
 

@@ -12,13 +12,14 @@ import onnxruntime
 import pytest
 from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
 
+from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.formats import LARGEST_CODE, Format
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import load_ranges, save_ranges
-from ditc.export.quant.recipes import RECIPES, recipes_of
+from ditc.export.quant.recipes import recipes_of
 from ditc.export.quant.simulate import quantized
 from ditc.export.quant.verify import check_scales
 from ditc.runtime.errors import BuildError
@@ -44,12 +45,7 @@ def make(exported):
     return build
 
 
-OF_SANA = {
-    name: recipe for name, recipe in recipes_of("sana").items() if "sana" in name or "weight-only" in name
-}
-
-
-@pytest.mark.parametrize("name", OF_SANA)
+@pytest.mark.parametrize("name", recipes_of("sana"))
 def test_the_graph_computes_what_the_simulation_computes(make, run, name):
     stage, plan, model = make(recipes_of("sana")[name])
     feeds, layers = feeds_of(stage, seed=9), linear_layers(stage)
@@ -109,7 +105,7 @@ def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
     assert "DequantizeLinear" not in nodes
 
 
-@pytest.mark.parametrize("name", OF_SANA)
+@pytest.mark.parametrize("name", recipes_of("sana"))
 def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
     stage, _, model = make(recipes_of("sana")[name])
     feeds = feeds_of(stage, seed=9)

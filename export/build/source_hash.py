@@ -1,0 +1,103 @@
+"""Hashes of ditc's own source, so that no hand-kept version number can be forgotten.
+
+What shapes a graph or an engine is hashed as code: comments, docstrings and formatting do not count, so that editing
+them rebuilds nothing. A syntax tree's text may differ between versions of Python: changing Python builds everything
+once more. Free of torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# What decides the bytes of a stage's graph, its weight map and its golden file, and what a checkpoint is read as.
+# Of the runtime that is the step's tensors and columns, and the vocabulary of the specs.
+GRAPH_SOURCES = (
+    "export/families",
+    "export/networks",
+    "export/graph",
+    "export/quant",
+    "export/checkpoint",
+    "export/contract.py",
+    "export/example_inputs.py",
+    "export/build/golden.py",
+    "export/build/latent_rgb.py",
+    "export/build/weights.py",
+    "runtime/step_contract.py",
+    "runtime/spec.py",
+)
+# Files of those folders that no graph depends on: the table of families; the conversion of native files; recipes, which
+# are in the key of the stage that they quantize; and the comparison of finished graphs.
+NOT_IN_GRAPHS = (
+    "export/families/__init__.py",
+    "export/families/*/convert.py",
+    "export/families/*/keys.py",
+    "export/families/*/native.py",
+    "export/families/*/recipe.py",
+    "export/quant/measure.py",
+)
+# What else decides an engine: its building, and what the plugin stores in it.
+ENGINE_SOURCES = ("export/engine", "runtime/plugins/relu_linear_attention.py")
+# What the command line prints shapes nothing.
+NOT_IN_BUNDLES = ("export/commands/*.py",)
+
+
+@cache
+def graph_source(root: Path = ROOT) -> str:
+    """Of the code that shapes a stage's graph."""
+    return _hash(source_files(GRAPH_SOURCES, but=NOT_IN_GRAPHS, root=root), root, code_of)
+
+
+@cache
+def engine_source(root: Path = ROOT) -> str:
+    """Of the code that makes an engine from a graph."""
+    return _hash(source_files(ENGINE_SOURCES, root=root), root, code_of)
+
+
+@cache
+def bundle_source(root: Path = ROOT) -> str:
+    """Of the text of everything that may shape a bundle: reading text takes 10 ms, reading code half a second.
+
+    It decides only whether a build looks at its stages. An edited comment costs that look, and rebuilds nothing.
+    """
+    files = source_files(("export", "runtime"), but=NOT_IN_BUNDLES, root=root)
+    return _hash(files, root, lambda source: source)
+
+
+def source_files(names: Iterable[str], *, but: tuple[str, ...] = (), root: Path = ROOT) -> list[Path]:
+    """The Python files of the named files and folders, without those that a pattern of `but` names."""
+    named = (root / name for name in names)
+    files = (file for path in named for file in (path.rglob("*.py") if path.is_dir() else (path,)))
+    return sorted(path for path in files if not any(path.match(pattern) for pattern in but))
+
+
+def code_of(source: bytes) -> bytes:
+    """The source's syntax tree as text, without docstrings; a tree has no comments and no formatting."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [child for child in node.body if not _is_docstring(child)]
+    return ast.dump(tree).encode()
+
+
+def _hash(files: Iterable[Path], root: Path, what: Callable[[bytes], bytes]) -> str:
+    """Of the files' names below root and of what counts of each file's content."""
+    hasher = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(root).as_posix().encode()
+        hasher.update(name + b"\0" + what(path.read_bytes()) + b"\0")
+    return hasher.hexdigest()
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    """A string that stands alone does nothing, wherever in a body it stands."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

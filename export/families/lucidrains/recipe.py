@@ -1,0 +1,20 @@
+"""A lucidrains/mmdit trunk in 8 bits: attention and feedforwards, but not what scales every token."""
+
+from __future__ import annotations
+
+from ditc.export.quant.recipes import NEVER, NEVER_JOINT, Rule, int8_and_fp8
+
+LAYERS = (
+    "trunk.blocks.*.joint_attn.to_qkv.*",
+    "trunk.blocks.*.joint_attn.to_out.*",
+    "trunk.blocks.*.image_ff.ff.*",
+    "trunk.blocks.*.text_ff.ff.*",
+    "trunk.blocks.*.feedforwards.*.ff.*",
+)
+SCALES = (
+    Rule(layers="*.to_cond.*", why="adaLN modulation: scales every token"),
+    Rule(layers="*.to_post_branch_gammas.*", why="adaLN modulation: scales every token"),
+    Rule(layers="*.to_attn_logits", why="weights of the residual streams: scale every token"),
+)
+
+RECIPES = int8_and_fp8("mmdit", LAYERS, high=(*NEVER, *NEVER_JOINT, *SCALES))

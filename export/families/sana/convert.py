@@ -1,0 +1,97 @@
+"""Convert one of NVlabs' Sana files to a diffusers directory, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.tensors import TensorSource
+from ditc.export.convert.layout import DTYPES, NativeLayout, NativeOptions
+from ditc.export.convert.new_directory import copy_others, write_json
+from ditc.export.convert.writer import write_weights
+from ditc.export.families.sana.keys import SanaKeys, to_diffusers, to_native
+from ditc.export.families.sana.native import detect_keys, is_native, transformer_config
+from ditc.runtime.errors import CheckpointError
+
+
+class SanaLayout:
+    """Files of NVlabs/Sana: the transformer alone, of Sana, SANA-1.5 or SANA-Sprint."""
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether the names are those of a Sana network, SANA-Video among them."""
+        return is_native(names)
+
+    def write_directory(
+        self,
+        native: TensorSource,
+        directory: Path,
+        *,
+        options: NativeOptions,
+        base: Checkpoint | None,
+        max_shard_bytes: int,
+    ) -> None:
+        """Write transformer and scheduler, and the other parts of base."""
+        keys = detect_keys(native)
+        config = transformer_config(native, keys, options)
+        tensors = to_diffusers(native, keys)
+        _check_shapes(config, tensors, keys)
+        assert options.dtype is not None  # transformer_config asked for it
+        write_weights(
+            tensors, directory / "transformer", dtype=DTYPES[options.dtype], max_shard_bytes=max_shard_bytes
+        )
+        write_json(directory / "transformer" / "config.json", config)
+        scheduler = _write_scheduler(directory / "scheduler", keys, options)
+        index = {
+            "_class_name": "SanaSprintPipeline" if keys.guidance_embeds else "SanaPipeline",
+            **copy_others(base, directory, ("transformer",)),
+            "scheduler": ["diffusers", scheduler],
+            "transformer": ["diffusers", "SanaTransformer2DModel"],
+        }
+        write_json(directory / "model_index.json", index)
+
+    def to_native(self, checkpoint: Checkpoint) -> TensorSource:
+        """The transformer under NVlabs' names. Training-only tensors do not come back."""
+        tensors = checkpoint.component("transformer").tensors
+        keys = SanaKeys(
+            num_layers=sum(name.endswith(".attn1.to_q.weight") for name in tensors),
+            qk_norm=any(name.endswith(".norm_q.weight") for name in tensors),
+            guidance_embeds=any(".guidance_embedder." in name for name in tensors),
+        )
+        return to_native(tensors, keys)
+
+
+LAYOUT: NativeLayout = SanaLayout()
+
+
+def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys) -> None:
+    """Hold every tensor's shape against diffusers' own network, built without memory for its weights."""
+    from diffusers import SanaTransformer2DModel
+
+    with torch.device("meta"):
+        network = SanaTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    native_names = {part: name for name, parts in keys.rows().items() for part in parts}
+    for name, parameter in network.state_dict().items():
+        if tensors.shape(name) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{native_names[name]} gives {name} the shape {list(tensors.shape(name))}, "
+                f"the network needs {list(parameter.shape)}",
+                hint="the file is damaged, or --attention-head-dim is not the network's",
+            )
+
+
+def _write_scheduler(directory: Path, keys: SanaKeys, options: NativeOptions) -> str:
+    """diffusers' scheduler of the network, as upstream's two converters choose it. Returns its class name."""
+    from diffusers import DPMSolverMultistepScheduler, SCMScheduler
+
+    if keys.guidance_embeds:
+        scheduler = SCMScheduler(num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            flow_shift=options.flow_shift, use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
+    scheduler.save_pretrained(directory)
+    return type(scheduler).__name__

@@ -1,0 +1,17 @@
+"""Sana in 8 bits: all GEMMs of a block but K and V of the cross-attention (SANA, arXiv 2410.10629, section 4)."""
+
+from __future__ import annotations
+
+from ditc.export.quant.recipes import NEVER, Rule, int8_and_fp8
+
+LAYERS = (
+    "transformer_blocks.*.attn1.to_[qkv]",
+    "transformer_blocks.*.attn1.to_out.0",
+    "transformer_blocks.*.attn2.to_q",
+    "transformer_blocks.*.attn2.to_out.0",
+    "transformer_blocks.*.ff.conv_inverted",
+    "transformer_blocks.*.ff.conv_point",
+)
+CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt")
+
+RECIPES = int8_and_fp8("sana", LAYERS, high=(*NEVER, CROSS))

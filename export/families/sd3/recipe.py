@@ -1,0 +1,19 @@
+"""SD3 and SD3.5 in 8 bits: all Linears of a block but its modulations."""
+
+from __future__ import annotations
+
+from ditc.export.quant.recipes import NEVER, NEVER_JOINT, int8_and_fp8
+
+# attn2 is not cross-attention here: it is the image's own attention, which runs on every step.
+LAYERS = (
+    "transformer_blocks.*.attn.to_[qkv]",
+    "transformer_blocks.*.attn.add_[qkv]_proj",
+    "transformer_blocks.*.attn.to_out.0",
+    "transformer_blocks.*.attn.to_add_out",
+    "transformer_blocks.*.attn2.to_[qkv]",
+    "transformer_blocks.*.attn2.to_out.0",
+    "transformer_blocks.*.ff.net.*",
+    "transformer_blocks.*.ff_context.net.*",
+)
+
+RECIPES = int8_and_fp8("sd3", LAYERS, high=(*NEVER, *NEVER_JOINT))

@@ -1,0 +1,7 @@
+"""The toy family in 8 bits."""
+
+from __future__ import annotations
+
+from ditc.export.quant.recipes import NEVER, int8_and_fp8
+
+RECIPES = int8_and_fp8("toy", ("toys.*",), high=NEVER)
