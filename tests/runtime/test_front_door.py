@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,7 +29,7 @@ def test_all_is_sorted_and_holds_what_programs_need() -> None:
 def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
     """Checkers read the imports, the interpreter the table of modules, and `import *` the list."""
     tree = ast.parse(Path(ditc.runtime.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     checked = {
         alias.name: (node.module or "").removeprefix("ditc.runtime.")
         for node in block.body
@@ -44,6 +45,28 @@ def test_every_name_is_that_of_its_own_module(name: str) -> None:
     home = importlib.import_module(f"ditc.runtime.{ditc.runtime._MODULES[name]}")
     assert getattr(ditc.runtime, name) is getattr(home, name)
     assert name in dir(ditc.runtime)
+
+
+def test_type_checkers_know_the_names_and_refuse_others(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "ditc").mkdir()
+    (tmp_path / "ditc" / "runtime").symlink_to(ROOT / "runtime", target_is_directory=True)
+    code = f"from ditc.runtime import {', '.join(ditc.runtime.__all__)}\nreveal_type(Pipeline.load)\n"
+    code += "from ditc.runtime import Pipelin\n"
+    command = [sys.executable, "-m", "mypy", "--strict", "--explicit-package-bases", "--config-file="]
+    done = subprocess.run(
+        [*command, "--ignore-missing-imports", "--cache-dir", str(tmp_path / "cache"), "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    problems = [
+        line for line in done.stdout.splitlines() if line.startswith("<string>") and ": error: " in line
+    ]
+    assert len(problems) == 1 and '"Pipelin"' in problems[0], done.stdout + done.stderr
+    assert "-> ditc.runtime.pipeline.Pipeline" in done.stdout
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
