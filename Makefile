@@ -24,7 +24,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo "Options: MODEL=$(MODEL) OUT=$(OUT) BACKEND=$(BACKEND) PRECISION=$(PRECISION) PROMPT='$$PROMPT'"
 
-setup: $(READY)  ## a virtual environment with everything that the other targets need
+setup: $(READY) types  ## a virtual environment with everything that the other targets need, and links for editors
 
 # torch first and alone: with it in place, no later requirement can pull another build of it.
 $(READY): pyproject.toml constraints.txt
@@ -68,7 +68,7 @@ check: $(READY) types  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .types/ditc
 
-# mypy sees the folders as the package that they are installed as.
+# mypy and editors (Pyright) see the folders as the package that they are installed as.
 types:
 	@mkdir -p .types/ditc
 	@for part in runtime export parity calib; do ln -sfn ../../$$part .types/ditc/$$part; done

@@ -72,17 +72,14 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     from ditc.export.quant.ranges import load_ranges
     from ditc.export.quant.simulate import quantized
     from ditc.parity.reference.pytorch import Twin
-    from ditc.runtime.pipeline import Pipeline
-    from ditc.runtime.request import Request
+    from ditc.runtime import Request
     from ditc.runtime.spec import DENOISER
 
     twin, ranges = Twin(arguments.checkpoint), load_ranges(arguments.ranges)
     stage = twin.load(DENOISER)
     layers = linear_layers(stage)
     session = TorchSession(stage.module, stage.spec)
-    pipeline = Pipeline(
-        twin.pipeline.manifest, {**twin.pipeline.sessions, DENOISER: session}, twin.pipeline.conditioning
-    )
+    pipeline = twin.pipeline.with_sessions({DENOISER: session})
     plans = {kind: make_plan(RECIPES[name], ranges, layers) for kind, name in OURS.items()}
     wanted = {name: layers[name] for name in plans["int8"].layers}
     prompts = read_prompts(arguments.prompts or GENERAL)

@@ -135,8 +135,7 @@ def _steps(
 
 
 def _pipeline(twin: Twin, stage: StageModule, device: str) -> Pipeline:
-    sessions = {**twin.pipeline.sessions, DENOISER: TorchSession(stage.module, stage.spec, device=device)}
-    return Pipeline(twin.pipeline.manifest, sessions, twin.pipeline.conditioning)
+    return twin.pipeline.with_sessions({DENOISER: TorchSession(stage.module, stage.spec, device=device)})
 
 
 def _origin(twin: Twin, settings: Settings) -> Origin:

@@ -13,7 +13,6 @@ from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.metrics import psnr
-from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
@@ -76,10 +75,7 @@ class Trial:
         )
 
     def _run(self, session: Session) -> tuple[Array, Array]:
-        reference = self._twin.pipeline
-        pipeline = Pipeline(
-            reference.manifest, {**reference.sessions, DENOISER: session}, reference.conditioning
-        )
+        pipeline = self._twin.pipeline.with_sessions({DENOISER: session})
         plan = pipeline.plan(self._request)
         states = list(pipeline.start(plan))
         for step in pipeline.run(states):

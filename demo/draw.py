@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime import Pipeline
 
 PROMPTS = (
     "red heart, 3d style",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    from ditc.runtime.errors import DitcError
+    from ditc.runtime import DitcError
 
     try:
         _draw(arguments.bundle, arguments.output)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _draw(bundle: Path, output: Path) -> None:
-    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime import Pipeline
 
     before = perf_counter()
     with Pipeline.load(bundle) as pipeline:

@@ -14,12 +14,11 @@ from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.record import QuantRecord, read_record
 from ditc.parity.simulated_16bit import open_rounded
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
-from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import UsageError
 from ditc.runtime.loader import load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
-from ditc.runtime.spec import CONDITIONER, Backend, DType, Precision, StageSpec
+from ditc.runtime.spec import Backend, DType, Precision, StageSpec
 
 SIXTEEN_BITS = (Precision.FP16, Precision.BF16)
 
@@ -89,9 +88,7 @@ def open_candidate(
             sessions[name], traced[name] = open_rounded(
                 bundle / artifact.file.path, artifact, threads=threads
             )
-    old = parts.conditioning
-    encoders = [TextEncoder(e.spec, e.tokenizer, sessions[e.spec.stage]) for e in old.encoders]
-    conditioning = Conditioning(encoders, sessions[CONDITIONER], key="candidate")
+    conditioning = parts.conditioning.with_sessions(sessions)
     records = _records(bundle, chosen)
     how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
     return Candidate(

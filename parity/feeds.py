@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from ditc.parity.cases import Case, CaseRun, Settings, forced_state, start_case
 from ditc.runtime import denoise
-from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, to_numpy
-from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
+from ditc.runtime.spec import DENOISER, StageSpec
 
 
 class Recorder:
@@ -36,10 +35,7 @@ def record_feeds(
 ) -> dict[str, dict[str, Array]]:
     """The feeds of every stage: the prompt's texts, the denoiser at `step` of `run`, the picture of the run's end."""
     recorders = {name: Recorder(session) for name, session in pipeline.sessions.items()}
-    old = pipeline.conditioning
-    encoders = [TextEncoder(e.spec, e.tokenizer, recorders[e.spec.stage]) for e in old.encoders]
-    conditioning = Conditioning(encoders, recorders[CONDITIONER], key="recorded")
-    recording = Pipeline(pipeline.manifest, recorders, conditioning)
+    recording = pipeline.with_sessions(recorders)
     case: Case = run.case
     plan, start = start_case(recording, case, settings, run.latents[0])
     forced = (

@@ -11,7 +11,6 @@ from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import Twin, TwinSession
-from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.spec import DENOISER, Precision
 
 
@@ -41,11 +40,7 @@ def simulated_twin(twin: Twin, plans: Mapping[str, LayerPlan], base: Precision) 
     other = Twin(twin.checkpoint, options=replace(twin.options, precision=base))
     session = SimulatedSession(other, plans)
     other.sessions[DENOISER] = session
-    plain = other.pipeline
-    other.pipeline = Pipeline(
-        plain.manifest,
-        {**plain.sessions, DENOISER: session},
-        plain.conditioning,
-        chosen=f"{plain.chosen}, 8 bits simulated",
+    other.pipeline = other.pipeline.with_sessions(
+        {DENOISER: session}, chosen=f"{other.pipeline.chosen}, 8 bits simulated"
     )
     return other

@@ -199,7 +199,8 @@ def places_of(model: ir.Model) -> dict[Place, list[ir.Value]]:
         for value in node.inputs:
             if value is None or value.is_initializer() or not _is_float(value):
                 continue
-            made_in = inside.get(value.producer(), frozenset[str]()) if value.producer() else frozenset[str]()
+            producer = value.producer()
+            made_in = frozenset[str]() if producer is None else inside.get(producer, frozenset[str]())
             for module in modules - made_in:
                 if value not in entering[module]:
                     entering[module].append(value)

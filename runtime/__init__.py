@@ -1,0 +1,44 @@
+"""The names that programs import: `from ditc.runtime import Pipeline`.
+
+Each is loaded when it is first asked for, so `import ditc.runtime`, and with it `ditc --help`, loads neither numpy nor
+ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ditc.runtime.errors import DitcError
+    from ditc.runtime.pipeline import Output, Pipeline, Step
+    from ditc.runtime.request import Request
+    from ditc.runtime.rng import Generator
+    from ditc.runtime.version import __version__
+
+__all__ = ["__version__", "DitcError", "Generator", "Output", "Pipeline", "Request", "Step"]
+
+_MODULES = {
+    "__version__": "version",
+    "DitcError": "errors",
+    "Generator": "rng",
+    "Output": "pipeline",
+    "Pipeline": "pipeline",
+    "Request": "request",
+    "Step": "pipeline",
+}
+
+if (
+    not TYPE_CHECKING
+):  # where type checkers see a __getattr__, they take every misspelt name for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

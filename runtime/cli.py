@@ -127,9 +127,9 @@ def _parser() -> _Parser:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
+        from ditc.runtime.version import __version__
 
-        print(f"ditc {version('ditc')}")  # noqa: T201
+        print(f"ditc {__version__}")  # noqa: T201
         parser.exit()
 
 

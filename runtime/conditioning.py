@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,17 @@ class Conditioning:
         self.conditioner = conditioner
         self.cache = cache if cache is not None else RowCache()
         self._key = key
+
+    def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
+        """The same over other sessions, by stage. Cached rows are shared where none of them computes rows."""
+        if sessions.keys().isdisjoint({CONDITIONER, *(encoder.spec.stage for encoder in self.encoders)}):
+            return self
+        return Conditioning(
+            [replace(e, session=sessions.get(e.spec.stage, e.session)) for e in self.encoders],
+            sessions.get(CONDITIONER, self.conditioner),
+            key=self._key,
+            cache=RowCache(self.cache.max_bytes),
+        )
 
     def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array]]:
         """One row a prompt, from its texts or from its embeddings.

@@ -91,6 +91,7 @@ class Pipeline:
         # Set it to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
         self._closed = False
+        self._borrowed: frozenset[str] = frozenset()  # stages whose sessions another pipeline closes
 
     @property
     def drawable(self) -> Drawable:
@@ -153,6 +154,35 @@ class Pipeline:
             Path(bundle), parts.manifest, parts.artifacts, required=require_certificate
         )
         return pipeline
+
+    def with_sessions(
+        self, sessions: Mapping[str, Session], *, owned: bool = False, chosen: str | None = None
+    ) -> Self:
+        """The same pipeline with other sessions for some stages, text encoders and conditioner among them.
+
+        Args:
+            sessions: by stage; a stage that is not named keeps this pipeline's session.
+            owned: whether `close` of the new pipeline closes them. This pipeline's own sessions it never closes.
+            chosen: what the sessions are, in words; None keeps this pipeline's.
+
+        Raises:
+            UsageError: a stage that this pipeline does not have.
+        """
+        if unknown := sessions.keys() - self.sessions.keys():
+            raise UsageError(
+                f"the pipeline has no stage {', '.join(sorted(unknown))}",
+                hint=f"take one of {', '.join(sorted(self.sessions))}",
+            )
+        other = type(self)(
+            self.manifest,
+            {**self.sessions, **sessions},
+            self.conditioning.with_sessions(sessions),
+            chosen=self.chosen if chosen is None else chosen,
+        )
+        other.uncertified = "its sessions are not the bundle's" if sessions else self.uncertified
+        other.steps_per_launch, other.tiling = self.steps_per_launch, self.tiling
+        other._borrowed = frozenset(other.sessions.keys() - (sessions.keys() if owned else ()))
+        return other
 
     def __call__(
         self,
@@ -267,10 +297,10 @@ class Pipeline:
         return [preview(sample[None], matrix[:, :-1], matrix[:, -1]) for sample in x0]
 
     def close(self) -> None:
-        """Release all sessions."""
+        """Release all sessions that are this pipeline's own."""
         self._closed = True
-        for session in self.sessions.values():
-            session.close()
+        for name in self.sessions.keys() - self._borrowed:
+            self.sessions[name].close()
         device, self.device = self.device, None
         if device is not None:
             device.leave()

@@ -53,6 +53,21 @@ def test_no_tool_passes_over_a_folder_of_ours() -> None:
         assert not skipped, f"{tool} passes over {sorted(skipped)}"
 
 
+def test_make_setup_makes_the_links_that_mypy_and_editors_follow(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+    planned = subprocess.run(
+        ["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    subprocess.run(["make", "types"], cwd=tmp_path, check=True)
+    links = tmp_path / PROJECT["tool"]["mypy"]["mypy_path"] / "ditc"
+    assert ".types/ditc" in planned.stdout
+    assert {link.name: link.resolve() for link in links.iterdir()} == {p: tmp_path / p for p in PARTS}
+    assert PROJECT["tool"]["mypy"]["mypy_path"] in PROJECT["tool"]["pyright"]["extraPaths"]
+
+
 def test_the_runtime_alone_asks_for_no_training_library() -> None:
     names = {line.split(">")[0].split("=")[0].strip() for line in PROJECT["project"]["dependencies"]}
     assert not names & {"torch", "transformers", "diffusers", "onnx", "accelerate"}

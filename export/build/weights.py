@@ -80,8 +80,8 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
     first = () if source.transform == IDENTITY else (source.transform,)
     # Codes have the scale's type outside the GEMM.
     scale = model.graph.initializers.get(source.parameter + SCALE)
-    stored = value if scale is None or scale.const_value is None else scale
-    dtype = source.dtype or to_torch_dtype(stored.const_value.dtype)
+    stored = value.const_value if scale is None or scale.const_value is None else scale.const_value
+    dtype = source.dtype or to_torch_dtype(stored.dtype)
     return Weight(
         checkpoint=source.checkpoint,
         stage=source.stage,

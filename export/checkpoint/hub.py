@@ -35,6 +35,8 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     except ImportError as error:
         raise MissingExtra("huggingface-hub", "export") from error
+    # OSError, and the HTTP library's own: httpx or httpx2, by version.
+    transport_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     match = HUB_ID.fullmatch(source)
     if match is None:
         raise CheckpointError(f"{source!r} is no hub id", hint="the form is org/name or org/name@revision")
@@ -51,7 +53,7 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
     except RepositoryNotFoundError as error:
         hint = "check the id, or run `hf auth login`"
         raise CheckpointError(f"the hub has no model {repo}", hint=hint) from error
-    except HfHubHTTPError.__bases__ as error:  # OSError, and the HTTP library's: httpx or httpx2, by version
+    except transport_errors as error:
         return _cached(repo, revision, cache_dir, error)
 
 

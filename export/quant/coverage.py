@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -115,8 +115,8 @@ def _sizes(model: ir.Model, spec: StageSpec) -> dict[str, int]:
 
 def _count(shape: ir.Shape, sizes: Mapping[str, int]) -> int | None:
     """Elements of a tensor; None where a dimension has no size."""
-    dims = [d if isinstance(d, int) else d.evaluate(sizes) for d in shape.dims]
-    return math.prod(dims) if all(isinstance(d, int) for d in dims) else None
+    known = shape.evaluate(sizes)
+    return math.prod(known.numpy()) if known.is_static() else None
 
 
 def _weight_of(value: ir.Value | None) -> tuple[str | None, bool]:
@@ -128,9 +128,9 @@ def _weight_of(value: ir.Value | None) -> tuple[str | None, bool]:
     return (value.name if value is not None and value.is_initializer() else None), False
 
 
-def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
+def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> Sequence[int]:
     assert value is not None and value.shape is not None
-    return [int(d) if isinstance(d, int) else int(d.evaluate(sizes)) for d in value.shape.dims]
+    return value.shape.evaluate(sizes).numpy()
 
 
 def _is(parameter: str, layer: str) -> bool:

@@ -84,9 +84,10 @@ def measure(
     pair = {"low": _Timed(parts.sessions[DENOISER]), "high": _Timed(other)}
     prompts = list(PROMPTS[: quantized.spec.profile[BATCH].max])
     request = Request(prompt=prompts, seed=SEED, output_type="np", allow_uniform=True)
+    drawn = Pipeline(parts.manifest, parts.sessions, parts.conditioning)
     pictures, latents = {}, {}
     for name, session in pair.items():
-        pipeline = Pipeline(parts.manifest, {**parts.sessions, DENOISER: session}, parts.conditioning)
+        pipeline = drawn.with_sessions({DENOISER: session})
         plan = pipeline.plan(request)
         states = list(pipeline.start(plan))
         for step in pipeline.run(states):

@@ -18,8 +18,6 @@ from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Verdict
 from ditc.parity.simulated_16bit import open_rounded
 from ditc.runtime.bundle.manifest import Artifact, FileRef
-from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision
 from ditc.runtime.tolerances import Level, Metric, limit
@@ -41,7 +39,7 @@ def graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def context_of(checkpoint: Path, graphs: dict[str, Path]) -> Context:
     """The fp16 graphs, rounded, in the place of a bundle's; texts and pictures stay PyTorch's."""
     twin = Twin(checkpoint, options=FP16)
-    sessions, native, traced = dict(twin.pipeline.sessions), {}, {}
+    rounded, native, traced = {}, {}, {}
     for stage, path in graphs.items():
         spec = twin.plan.stages[stage].spec
         artifact = Artifact(
@@ -49,10 +47,9 @@ def context_of(checkpoint: Path, graphs: dict[str, Path]) -> Context:
             file=FileRef(path.name, "", 0), key="",
         )  # fmt: skip
         native[stage] = OnnxRuntimeSession(path, spec, precision=Precision.FP16, provider=CPU, threads=1)
-        sessions[stage], traced[stage] = open_rounded(path, artifact, threads=1)
-    conditioning = Conditioning(twin.pipeline.conditioning.encoders, sessions[CONDITIONER], key="fp16")
+        rounded[stage], traced[stage] = open_rounded(path, artifact, threads=1)
     candidate = Candidate(
-        pipeline=Pipeline(twin.pipeline.manifest, sessions, conditioning),
+        pipeline=twin.pipeline.with_sessions(rounded),
         graphs=dict(graphs), traced=traced, native=native,
         precisions=dict.fromkeys(STAGES, Precision.FP16),
     )  # fmt: skip

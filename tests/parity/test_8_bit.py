@@ -24,7 +24,6 @@ from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.reference.pytorch import Twin
 from ditc.parity.results import Verdict
-from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Precision
 from ditc.runtime.tolerances import Level
@@ -67,9 +66,8 @@ def context_of(
     """The 8-bit denoiser in the place of a bundle's; everything else stays PyTorch's."""
     spec = twin.plan.stages[DENOISER].spec
     session = OnnxRuntimeSession(graph, spec, precision=precision, provider=CPU, threads=1)
-    sessions = {**twin.pipeline.sessions, DENOISER: session}
     candidate = Candidate(
-        pipeline=Pipeline(twin.pipeline.manifest, sessions, twin.pipeline.conditioning),
+        pipeline=twin.pipeline.with_sessions({DENOISER: session}),
         graphs={DENOISER: graph},
         precisions={DENOISER: precision},
         plans={} if plan is None else {DENOISER: dict(plan.layers)},

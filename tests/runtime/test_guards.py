@@ -36,8 +36,7 @@ class Broken:
 
 
 def _with(pipeline: Pipeline, stage: str, spoil: object) -> Pipeline:
-    sessions = {**pipeline.sessions, stage: Broken(pipeline.sessions[stage], spoil)}
-    return Pipeline(pipeline.manifest, sessions, pipeline.conditioning)
+    return pipeline.with_sessions({stage: Broken(pipeline.sessions[stage], spoil)})
 
 
 def test_nan_in_the_loop_is_reported_with_stage_and_step(pipeline: Pipeline) -> None:

@@ -354,7 +354,7 @@ def test_tiled_decoding_is_used_as_the_bundle_says(pipeline: Pipeline, reference
 def test_tiles_that_the_decoder_was_not_built_for_are_refused_before_the_first_step(
     pipeline: Pipeline, tiling: Tiling, message: str
 ) -> None:
-    tiled = Pipeline(pipeline.manifest, pipeline.sessions, pipeline.conditioning)
+    tiled = pipeline.with_sessions({})
     tiled.tiling = tiling
     with pytest.raises(UsageError, match=message) as caught:
         tiled.plan(Request(prompt="cat", height=64, width=64))

@@ -42,7 +42,7 @@ def add_functions(model: ir.Model) -> None:
 
     used = {node.op_identifier() for node in model.graph.all_nodes()}
     for proto in (linear_attention.function_proto(), sinkhorn.function_proto()):
-        function = ir.from_proto(proto)
+        function = ir.serde.deserialize_function(proto)
         if function.identifier() in used:
             function.opset_imports[""] = model.opset_imports[""]
             model.functions[function.identifier()] = function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -123,10 +123,11 @@ def _initializer(graph: ir.Graph, name: str, weights: Mapping[str, Tensor]) -> i
     return graph.initializers[name]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, values: list[ir.Value | None]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value | None]) -> None:
     """Whoever reads the node's outputs reads the values, and the node is gone."""
     for old, new in zip(node.outputs, values, strict=True):
-        if old.is_graph_output() and new is not None:
+        assert new is not None, f"{node.name}: nothing stands for {old.name}"
+        if old.is_graph_output():
             new.name = old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)

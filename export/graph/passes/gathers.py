@@ -31,7 +31,8 @@ def _row_index(node: ir.Node) -> ir.Value | None:
     producer = indices.producer() if indices is not None else None
     if producer is None or producer.op_type != "Unsqueeze":
         return None
-    index, axes = producer.inputs[0], ir.convenience.get_const_tensor(producer.inputs[1])
+    index, axis = producer.inputs
+    axes = None if axis is None else ir.convenience.get_const_tensor(axis)
     if index is None or index.shape is None or axes is None:
         return None
     return index if axes.numpy().tolist() in ([-1], [len(index.shape)]) else None

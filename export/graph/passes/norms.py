@@ -34,7 +34,10 @@ class _RmsNorm(pattern.RewriteRuleClassBase):
         normed = op.Div(wide, op.Sqrt(op.Add(mean, epsilon)))
         return op.Mul(op.Cast(normed, to=low) if self.is_cast else normed, weight)
 
-    def check(self, context: Any, x: Any, weight: Any, two: Any, axes: Any, epsilon: Any, **_: Any) -> bool:
+    # onnxscript types the result as MatchResult; its own examples return a bool, which it takes.
+    def check(  # type: ignore[override]
+        self, context: Any, x: Any, weight: Any, two: Any, axes: Any, epsilon: Any, **_: Any
+    ) -> bool:
         return (
             _constant(two) == 2
             and _constant(axes) in (-1, None if x.shape is None else len(x.shape) - 1)
@@ -53,4 +56,8 @@ def _constant(value: ir.Value | None) -> float | None:
     return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
 
-RULES = (_RmsNorm.rule("rms_norm", is_cast=False), _RmsNorm.rule("rms_norm_16_bit", is_cast=True))
+# onnxscript 0.7.2 left `rule` untyped.
+RULES = (
+    _RmsNorm.rule("rms_norm", is_cast=False),  # type: ignore[no-untyped-call]
+    _RmsNorm.rule("rms_norm_16_bit", is_cast=True),  # type: ignore[no-untyped-call]
+)

@@ -124,7 +124,7 @@ class _Writer:
         """Store codes under the weight's own name, and dequantize them where the GEMM reads."""
         value = gemm.inputs[1]
         assert value is not None and value.const_value is not None
-        axis = 0 if gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) else 1
+        axis = 0 if gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1 else 1
         dtype = value.const_value.dtype
         weight: Array = value.const_value.numpy().astype(np.float32)
         if layer.input is not None and layer.input.smooth is not None:
@@ -214,7 +214,8 @@ def _modulation(x: ir.Value, together: Sequence[ir.Node]) -> tuple[ir.Node, ir.N
         shift, scaled = add.inputs[shift_at], add.inputs[1 - shift_at]
         product = scaled.producer() if scaled is not None else None
         if (
-            product is None
+            scaled is None
+            or product is None
             or product.op_type != "Mul"
             or not _one_row(shift)
             or len(list(scaled.uses())) != 1

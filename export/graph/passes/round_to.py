@@ -135,5 +135,5 @@ def _widened(value: ir.Value) -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
     return ir.LazyTensor(
-        partial(widen, tensor), dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape), name=value.name
+        partial(widen, tensor), dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=value.name
     )

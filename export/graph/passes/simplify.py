@@ -50,7 +50,7 @@ def simplify(model: ir.Model) -> None:
             ),
             RewritePass(RULES),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # onnx-ir 1.1.0 left it untyped
             common.RemoveUnusedOpsetsPass(),
         ],
         steps=ROUNDS,
@@ -75,7 +75,7 @@ def _share_constants(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is None or tensor.size > INPUT_SIZE_LIMIT:
             continue
-        kept = seen.setdefault((tensor.dtype, tensor.shape.numpy(), tensor.tobytes()), value)
+        kept = seen.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()), value)
         if kept is not value:
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]

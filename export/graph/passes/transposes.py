@@ -36,7 +36,7 @@ def _store_transposed(parameter: ir.Value) -> None:
     tensor = parameter.const_value
     assert tensor is not None, f"{parameter.name} has no values"
     parameter.const_value = _transposed(tensor)
-    parameter.shape = ir.Shape(reversed(tensor.shape))
+    parameter.shape = ir.Shape(reversed(tensor.shape.numpy()))
     add_transform(parameter, TRANSPOSE)
 
 

@@ -44,10 +44,7 @@ class Gpu:
             for name, artifact in parts.artifacts.items()
         }
         sessions = {n: TensorRTSession(e, e.spec, self.device) for n, e in self.engines.items()}
-        for encoder in parts.conditioning.encoders:
-            object.__setattr__(encoder, "session", sessions[encoder.spec.stage])
-        parts.conditioning.conditioner = sessions["conditioner"]
-        self.pipeline = Pipeline(parts.manifest, sessions, parts.conditioning)
+        self.pipeline = Pipeline(parts.manifest, sessions, parts.conditioning.with_sessions(sessions))
 
     @property
     def denoiser(self) -> TensorRTSession:
@@ -409,10 +406,7 @@ def test_on_demand_stages_are_loaded_one_at_a_time_and_draw_the_same(
     for session in gpu.pipeline.sessions.values():
         session.close()
     lazy = {n: OnDemandSession(e.spec, opener(n), residency, provider="fake") for n, e in gpu.engines.items()}
-    gpu.pipeline.sessions.update(lazy)
-    gpu.pipeline.conditioning.conditioner = lazy["conditioner"]
-    for encoder in gpu.pipeline.conditioning.encoders:
-        object.__setattr__(encoder, "session", lazy[encoder.spec.stage])
+    gpu.pipeline = gpu.pipeline.with_sessions(lazy, owned=True)
     for _ in range(2):
         assert np.array_equal(gpu.draw(), expected())
         most.append([name for name, session in lazy.items() if session._inner is not None])

@@ -8,8 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx.defs import OpSchema, get_schema
-from onnxscript import opset20 as op
-from onnxscript import values
+from onnxscript import opset20, values
+
+# onnxscript types operands as unions of element types, which it then refuses as operands of the next operator.
+op: Any = opset20
 
 FP32 = int(ir.DataType.FLOAT)
 STANDARD = "Attention"

@@ -209,7 +209,7 @@ class Counting:
 
 def test_the_third_row_is_computed_in_its_window_only(pipeline) -> None:
     counting = Counting(pipeline.sessions[DENOISER])
-    watched = Pipeline(pipeline.manifest, {**pipeline.sessions, DENOISER: counting}, pipeline.conditioning)
+    watched = pipeline.with_sessions({DENOISER: counting})
     watched("a red cat", seed=1)
     assert counting.rows == [2, 3, 3, 3, 2]
 
@@ -233,7 +233,7 @@ class Looping(Counting):
 
 def test_a_launch_of_many_steps_ends_where_the_number_of_rows_changes(pipeline) -> None:
     looping = Looping(pipeline.sessions[DENOISER])
-    launching = Pipeline(pipeline.manifest, {**pipeline.sessions, DENOISER: looping}, pipeline.conditioning)
+    launching = pipeline.with_sessions({DENOISER: looping})
     request = {"seed": 1, "output_type": "np", "num_inference_steps": 6}
     picture = launching("a red cat", **request).images
     assert looping.launches == [[3, 3, 3, 3]], "single steps before and behind need no loop"
