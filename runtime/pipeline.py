@@ -9,7 +9,6 @@ Progress, previews, cancel, timing and parity are what callers do with `steps(re
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,21 +21,19 @@ from PIL import Image
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.errors import NumericsError, SessionError, UsageError
+from ditc.runtime.decode import as_requested, decode_sample
+from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.guard import Guard
-from ditc.runtime.images import is_uniform, preview, resize_and_crop, to_pil, to_uint8, to_unit_range
+from ditc.runtime.images import preview
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
-from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
+from ditc.runtime.session import Array, Session, samples, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.step_contract import LATENTS, TIMESTEP
-from ditc.runtime.vae import decode_tiled
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
-
-log = logging.getLogger(__name__)
 
 StepCallback = Callable[["Pipeline", int, float, dict[str, Array]], Mapping[str, Array] | None]
 
@@ -278,13 +275,13 @@ class Pipeline:
         """
         if plan.request.output_type == "latent":
             return np.concatenate([to_numpy(state.latents) for state in states])
-        pictures = [self._picture(sample, plan) for state in states for sample in samples(state.latents)]
-        for index, picture in enumerate(pictures):
-            if is_uniform(to_uint8(picture)):
-                _complain(f"picture {index} has one colour only", allowed=plan.request.allow_uniform)
-        if plan.request.output_type == "np":
-            return np.concatenate([to_unit_range(picture) for picture in pictures])
-        return [image for picture in pictures for image in to_pil(to_uint8(picture))]
+        decoder, scale = self.sessions[VAE_DECODER], self.manifest.latents.scale_factor
+        pictures = [
+            decode_sample(decoder, sample, plan, scale=scale, tiling=self.tiling)
+            for state in states
+            for sample in samples(state.latents)
+        ]
+        return as_requested(pictures, plan)
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """What the current x0 looks like, through the matrix fitted at build: quick and rough, one per sample."""
@@ -328,30 +325,6 @@ class Pipeline:
             )
         return replace(state, latents=latents)
 
-    def _picture(self, latents_1CHW: Tensor, plan: Plan) -> Array:
-        """One picture (1,3,H,W), nominal range [-1,1], at the asked size."""
-        session, spec = self.sessions[VAE_DECODER], self.sessions[VAE_DECODER].spec
-
-        def decode_one(latents: Tensor) -> Array:
-            (image,) = session.run({spec.inputs[0].name: latents}).values()
-            return to_numpy(image)
-
-        scale = self.manifest.latents.scale_factor
-        if self.tiling is None or max(latents_1CHW.shape[2:]) * scale <= self.tiling.tile:
-            image = decode_one(latents_1CHW)  # in one piece, on the device if that is where it is
-        else:
-            latents = to_numpy(latents_1CHW)
-            image = decode_tiled(
-                decode_one, latents, tile=self.tiling.tile, stride=self.tiling.stride, scale=scale
-            )
-        if not np.isfinite(image).all():
-            raise NumericsError(
-                f"{VAE_DECODER}: the picture has NaN or Inf", hint="rebuild this stage in bf16 or fp32"
-            )
-        if image.shape[2:] != (plan.height, plan.width):
-            image = resize_and_crop(image, plan.height, plan.width)
-        return image
-
 
 class _Clock:
     def __init__(self) -> None:
@@ -362,11 +335,3 @@ class _Clock:
         now = perf_counter()
         self.laps[name] = now - self._last
         self._last = now
-
-
-def _complain(message: str, *, allowed: bool) -> None:
-    if not allowed:
-        raise NumericsError(
-            message, hint="a picture of one colour is almost always a defect; allow_uniform=True keeps it"
-        )
-    log.warning("%s", message)
