@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.convert.native_file import read_native
-from ditc.export.convert.new_directory import check_free, copy_others, whole_directory, write_json
+from ditc.export.convert.new_directory import check_free, copy_others, write_json
 from ditc.export.convert.writer import MAX_SHARD_BYTES, write_weights
 from ditc.export.families.sana.keys import SanaKeys, to_diffusers, to_native
 from ditc.export.families.sana.native import (
@@ -22,7 +23,7 @@ from ditc.export.families.sana.native import (
 )
 from ditc.export.families.sd3 import convert as convert_sd3
 from ditc.export.families.sd3.native import is_stability
-from ditc.export.umask import apply_umask
+from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.files import check_writable
 
@@ -56,7 +57,7 @@ def convert(
     native = read_native(source, ema=ema)
     others = open_checkpoint(base, variant=variant) if base is not None else None
     if is_stability(native):
-        with whole_directory(out) as directory:
+        with atomic_folder(out) as directory:
             convert_sd3.write_directory(
                 native, directory, options=options, base=others, max_shard_bytes=max_shard_bytes
             )
@@ -66,7 +67,7 @@ def convert(
     tensors = to_diffusers(native, keys)
     _check_shapes(config, tensors, keys)
     assert options.dtype is not None  # transformer_config asked for it
-    with whole_directory(out) as directory:
+    with atomic_folder(out) as directory:
         write_weights(
             tensors, directory / "transformer", dtype=DTYPES[options.dtype], max_shard_bytes=max_shard_bytes
         )
@@ -106,14 +107,8 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
             guidance_embeds=any(".guidance_embedder." in name for name in transformer.tensors),
         )
         native = to_native(transformer.tensors, keys)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with safetensors_path(out, hint="choose another OUT") as partial:
         save_file({name: tensor.contiguous() for name, tensor in native.items()}, partial)
-        apply_umask(partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 
