@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ditc.export.build.builder import build_bundle
+from ditc.export.build.journal import Journal
 from ditc.export.contract import BuildOptions
+from ditc.runtime.atomic import SUFFIX
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import MANIFEST, load_manifest
 
@@ -49,7 +51,7 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
         status = _end(child, rng.uniform(0, whole_s))
         if os.WIFSIGNALED(status):
             killed += 1
-            kept.append(len(list((out / ".build").glob("*-*.json"))))
+            kept.append(len(Journal(out).records()))
             if (out / MANIFEST).exists():
                 check_files(out, load_manifest(out).all_files())
         else:
@@ -59,7 +61,7 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
             shutil.rmtree(out)
     report = build_bundle(checkpoint, out, BuildOptions())
     _check_same(out, reference)
-    leftovers = [path.name for path in out.rglob("*.partial")]
+    leftovers = [path.name for path in out.rglob(f"*{SUFFIX}")]
     assert not leftovers, leftovers
     return {
         "kills": killed,

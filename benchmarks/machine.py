@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.machine import library_versions, this_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,13 +74,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def write(name: str, results: dict[str, Any]) -> Path:
     """benchmarks/results/NAME-DATE.json with the machine beside the numbers."""
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path = RESULTS / f"{name}-{today}.json"
-    path.parent.mkdir(exist_ok=True)
     content = {"command": _command(), "date": today, "machine": facts(), "results": results}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_atomic(RESULTS / f"{name}-{today}.json", json.dumps(content, indent=1) + "\n")
 
 
 def _command() -> str:

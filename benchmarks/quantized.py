@@ -22,6 +22,7 @@ from rich.progress import track
 from demo.concepts import CHECKPOINT_DIR, Pair, caption, load_split, order_by_hash
 from demo.evaluate import seed_of
 from demo.references import concept_ranks
+from ditc.runtime.atomic import atomic_path
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline
@@ -104,10 +105,8 @@ def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None
             )
             pictures.append(pipeline.draw(request).images)
             if known is not None:
-                partial = known.with_suffix(".partial")
-                with partial.open("wb") as file:
+                with atomic_path(known) as partial, partial.open("wb") as file:
                     np.save(file, pictures[-1])
-                partial.replace(known)
     return np.concatenate(pictures)
 
 

@@ -17,6 +17,7 @@ from ditc.calib.trial import Fidelity, Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.recipes import Recipe
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
 
@@ -117,10 +118,8 @@ def search(
 
 
 def save_result(result: Result, path: Path) -> Path:
-    """Write the whole result, table and curve included, as JSON in one move."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    """Write the whole result, table and curve included, as JSON."""
+    return write_atomic(path, json.dumps(to_json(result), indent=1) + "\n")
 
 
 def _best_format(effects: Sequence[Effect]) -> dict[str, Effect]:

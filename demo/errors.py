@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ditc.runtime.errors import OutputError
+
 
 class DemoError(Exception):
     """A failure that the reader can act on; printed without a traceback by the command lines.
@@ -17,3 +22,12 @@ class DemoError(Exception):
 
     def __str__(self) -> str:
         return f"{super().__str__()} hint: {self.hint}"
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Inside, a place that cannot be written to is a DemoError with the writer's words."""
+    try:
+        yield
+    except OutputError as e:
+        raise DemoError(f"{e}.", f"{e.hint}.") from e

@@ -8,22 +8,22 @@ The bounds are ours: Polygraphy's SNR, 10 log10(|reference|^2 / |error|^2), is -
 from __future__ import annotations
 
 import math
-import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ditc.export.umask import apply_umask
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import StageCase
 from ditc.parity.context import Context
 from ditc.parity.levels.stage import judged_outputs, stage_bound, stage_cases
-from ditc.runtime.errors import MissingExtra, UsageError
+from ditc.runtime.atomic import atomic_path, write_atomic
+from ditc.runtime.errors import MissingExtra
 from ditc.runtime.session import Array, numpy_dtype
 from ditc.runtime.spec import Backend, DType
 
 SCRIPT = "compare.sh"
+HINT = "choose another --save-polygraphy"
 
 
 def save_polygraphy(folder: Path, context: Context) -> Path:
@@ -32,7 +32,7 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
     bf16 stages are left out, with a comment in the script: these files hold NumPy arrays, which have no bf16.
 
     Raises:
-        MissingExtra: Polygraphy is not installed. UsageError: the folder cannot be written to.
+        MissingExtra: Polygraphy is not installed. OutputError: the folder cannot be written to.
     """
     try:
         from polygraphy.comparator import RunResults
@@ -59,7 +59,7 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
         _save(feeds, folder / f"{stage}-inputs.json")
         _save(results, folder / f"{stage}-pytorch.json")
         lines.append(f"{_command(context, stage, _floors(context, cases))} || failed=1")
-    _replace(folder / SCRIPT, lambda partial: partial.write_text("\n".join([*lines, "exit $failed"]) + "\n"))
+    write_atomic(folder / SCRIPT, "\n".join([*lines, "exit $failed"]) + "\n", hint=HINT)
     return folder
 
 
@@ -98,20 +98,5 @@ def _command(context: Context, stage: str, floors: Mapping[str, float]) -> str:
 def _save(data: Any, path: Path) -> None:
     from polygraphy.json import save_json
 
-    _replace(path, lambda partial: save_json(data, str(partial)))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, then move it to its own."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        apply_umask(partial)
-        os.replace(partial, path)
-    except OSError as e:
-        raise UsageError(
-            f"cannot write {path}: {e.strerror or e}", hint="choose another --save-polygraphy"
-        ) from e
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path, hint=HINT) as partial:
+        save_json(data, str(partial))

@@ -2,6 +2,7 @@
 
 DitcError                 one line of what, where, with which values; .hint says what to do
 |-- UsageError            an argument or option that cannot be served
+|   `-- OutputError       a place where a result cannot be written
 |-- BundleError           a bundle that is missing, damaged, foreign or too new
 |-- CheckpointError       a checkpoint that cannot be read or does not fit its family
 |-- BuildError            an export or an engine build that failed
@@ -28,6 +29,10 @@ class DitcError(Exception):
 
 class UsageError(DitcError):
     """An argument or option that cannot be served."""
+
+
+class OutputError(UsageError):
+    """A place where a result cannot be written: no space, no permission, or something else is there."""
 
 
 class BundleError(DitcError):

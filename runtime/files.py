@@ -1,4 +1,4 @@
-"""Places for results: refused before the work whose result they are to hold."""
+"""Check output paths before long work starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import OutputError
 
 
 def check_writable(path: Path, argument: str) -> None:
@@ -16,16 +16,18 @@ def check_writable(path: Path, argument: str) -> None:
         argument: what the path was given as, for the hint: "-o", "--html".
 
     Raises:
-        UsageError: a directory, a parent that is a file, or a place without permission.
+        OutputError: a directory, a device, a parent that is a file, or a place without permission.
     """
     hint = f"choose another {argument}"
     if os.path.isdir(path):  # noqa: PTH112 (Path's raises where a parent may not be searched)
-        raise UsageError(f"cannot write {path}: it is a directory", hint=hint)
+        raise OutputError(f"cannot write {path}: it is a directory", hint=hint)
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+        raise OutputError(f"cannot write {path}: it is a device or a pipe, not a file", hint=hint)
     existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
     if not existing.is_dir():
-        raise UsageError(f"cannot write {path}: {existing} is a file", hint=hint)
+        raise OutputError(f"cannot write {path}: {existing} is a file", hint=hint)
     try:
         # Not os.access: it lets root write to /proc, and nobody can.
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as e:
-        raise UsageError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e
+        raise OutputError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e

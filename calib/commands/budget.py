@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import save_recipe
 from ditc.parity.reference.pytorch import Twin
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import UsageError
 
 # Few pictures decide by chance: of four, one whose trajectory parts from the reference's moves the mean by 5 dB.
@@ -89,9 +89,7 @@ def write_result(result: Result, ranges: Path) -> Files:
     )
     save_recipe(result.recipe, files.recipe)
     save_result(result, files.table)
-    partial = files.curve.with_name(f".{files.curve.name}.{os.getpid()}.partial")
-    partial.write_text(curve_svg(result), encoding="utf-8")
-    os.replace(partial, files.curve)
+    write_atomic(files.curve, curve_svg(result))
     return files
 
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from demo.errors import DemoError
+from demo.errors import DemoError, explained
 from demo.train import packages
+from ditc.runtime.atomic import atomic_path, write_atomic
 
 SIZE = 128
 _MARGIN = 8  # white on every side, so that no shape touches the border
@@ -46,9 +47,8 @@ def build(cache: Path) -> None:
         pictures.append(picture)
         images.append(image)
     save_array(cache / "art.npy", np.stack(images))
-    partial = cache / "art.json.partial"
-    partial.write_text(json.dumps([asdict(p) for p in pictures]))
-    partial.replace(cache / "art.json")
+    with explained():
+        write_atomic(cache / "art.json", json.dumps([asdict(p) for p in pictures]))
 
 
 def load(cache: Path) -> tuple[NDArray[np.uint8], list[Picture]]:
@@ -68,14 +68,8 @@ def on_background(rgba: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDAr
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array so that the file is either whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        partial.replace(path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise DemoError(f"writing {path} failed: {e}.", "free some disk space.") from e
+    with explained(), atomic_path(path) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
 
 
 def _render_all(cache: Path) -> Iterator[tuple[Picture, NDArray[np.uint8]]]:

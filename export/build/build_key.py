@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.bundle.jsondata import to_json
 
@@ -76,16 +78,14 @@ class FileHashes:
         return {path.name: self.of(path) for path in paths}
 
     def save(self) -> None:
-        """Remember for the next build, in one move."""
-        self._store.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._store.with_suffix(".partial")
-        partial.write_text(json.dumps(self._known))
-        partial.replace(self._store)
+        """Remember for the next build."""
+        write_atomic(self._store, json.dumps(self._known), durable=False)
 
 
-def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which inputs of a key differ, in words."""
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+def explain(old: Any, new: Any) -> str:
+    """Which fields of two inputs of the same kind differ, in words."""
+    names = sorted(field.name for field in fields(new))
+    changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     return (
         ", ".join(name.replace("_", " ") for name in changed) + " changed" if changed else "nothing changed"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds
 from ditc.export.graph.torch_session import TorchSession
 from ditc.runtime import step_contract
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.golden import METADATA, GoldenInfo
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.metrics import relative_l2, widened
@@ -34,7 +34,7 @@ def write_golden(
     deployed: StageModule | None = None,
     losses: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
-    """Write one stage's file in one move.
+    """Write one stage's file.
 
     Args:
         reference: the stage in fp32. deployed: the same stage in the artifact's precision, if that is 16-bit: what
@@ -52,12 +52,7 @@ def write_golden(
     )
     tensors = {f"in.{name}": array.ravel()[:LARGEST].copy() for name, array in feeds.items()}
     tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    # Not save_file: it makes the file readable for its owner only (safetensors 0.6), and another user may serve it.
-    partial.write_bytes(save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
-    os.replace(partial, path)
-    return path
+    return write_atomic(path, save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
 
 
 def golden_feeds(stage: StageModule) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 bundle/.build/STAGE-KEY.json      one finished artifact: its inputs, its files, seconds and peak memory
 bundle/.build/request-KEY.json    one finished build: what was asked for, and the manifest that answered it
 bundle/.build/inputs.json         sha256 of files by size, mtime and inode
+bundle/.build/timing.cache        what TensorRT has timed
 bundle/.build/lock                held while building; the operating system frees it when the owner dies
 
 Free of torch.
@@ -12,21 +13,24 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import filelock
 
 from ditc.export.build.build_key import FileHashes, digest, explain
-from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
+from ditc.export.build.records import EngineRecord, Inputs, Record, StageRecord
+from ditc.runtime.atomic import output_error, remove_leftovers, write_atomic
+from ditc.runtime.bundle.build_cost import FOLDER, record_path
+from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import MANIFEST, Artifact, FileRef
-from ditc.runtime.errors import BuildError, DitcError
+from ditc.runtime.errors import BuildError, DitcError, OutputError
 
-FOLDER = ".build"
+R = TypeVar("R", bound=Record)
+OUTPUT_HINT = "choose another -o directory"
 
 
 class Journal:
@@ -35,40 +39,56 @@ class Journal:
     def __init__(self, bundle: Path) -> None:
         self.bundle, self.folder = bundle, bundle / FOLDER
         self.hashes = FileHashes(self.folder / "inputs.json")
+        self.timing_cache = self.folder / "timing.cache"
 
-    def record(self, name: str, key: str) -> dict[str, Any] | None:
-        """What was written under the key, None if nothing or nothing whole was."""
-        return read_object(self._path(name, key))
+    def record(self, kind: type[R], name: str, key: str) -> R | None:
+        """What was written under the name and key; None if nothing was, or nothing that this version can read."""
+        return _read(kind, record_path(self.bundle, name, key))
 
-    def write(self, name: str, inputs: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-        """Remember what was made from the inputs, under their digest."""
-        write_json(self._path(name, digest(inputs)), {"inputs": to_json(inputs), **content})
+    def record_of(self, kind: type[R], inputs: Inputs) -> R | None:
+        """What was made from the inputs."""
+        return self.record(kind, inputs.record_name, digest(inputs))
 
-    def finished(self, name: str, key: str) -> Artifact | None:
-        """The artifact made under the key, if all of its files are still what they were."""
-        record = self.record(name, key)
-        try:
-            artifact = from_json(Artifact, record["artifact"]) if record else None
-        except (Mismatch, KeyError):
-            return None
-        return artifact if artifact is not None and all(map(self.intact, artifact.files)) else None
+    def write(self, record: Record) -> None:
+        """Remember what was made, under the digest of its inputs."""
+        path = record_path(self.bundle, record.inputs.record_name, digest(record.inputs))
+        write_atomic(path, json.dumps(to_json(record), indent=1, ensure_ascii=False))
+
+    def records(self) -> list[Path]:
+        """The files of all records."""
+        return sorted(self.folder.glob("*-*.json"))
+
+    def finished(self, kind: type[StageRecord] | type[EngineRecord], inputs: Inputs) -> Artifact | None:
+        """The artifact made from the inputs, if all of its files are still what they were."""
+        record = self.record_of(kind, inputs)
+        return (
+            record.artifact if record is not None and all(map(self.intact, record.artifact.files)) else None
+        )
 
     def intact(self, ref: FileRef) -> bool:
         """Whether the file has its size and hash; an unchanged size, mtime and inode stand for the hash."""
         path = self.bundle / ref.path
         return path.is_file() and path.stat().st_size == ref.size_bytes and self.hashes.of(path) == ref.sha256
 
-    def why(self, name: str, inputs: Mapping[str, Any]) -> str:
+    def why(self, kind: type[R], inputs: Inputs) -> str:
         """What differs from the last time that something of this name was made."""
-        earlier = sorted(self.folder.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
-        record = read_object(earlier[-1]) if earlier else None
-        if record is None:
+        earlier = sorted(
+            self.folder.glob(f"{inputs.record_name}-*.json"), key=lambda path: path.stat().st_mtime
+        )
+        if not earlier:
             return "not built yet"
-        reason = explain(record.get("inputs", {}), to_json(inputs))
+        record = _read(kind, earlier[-1])
+        if record is None:
+            return "the record of its last build cannot be read"
+        reason = explain(record.inputs, inputs)
         return "its files are missing or damaged" if reason == "nothing changed" else reason
 
-    def _path(self, name: str, key: str) -> Path:
-        return self.folder / f"{name}-{key[:16]}.json"
+
+def _read(kind: type[R], path: Path) -> R | None:
+    try:
+        return from_json(kind, json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):  # Mismatch is a ValueError
+        return None
 
 
 @contextmanager
@@ -86,11 +106,7 @@ def locked(out: Path) -> Iterator[None]:
             f"another build is working in {out}", hint="wait for it; a killed build frees its lock by itself"
         ) from e
     try:
-        for leftover in (*out.rglob("*.partial"), *(out / FOLDER).glob("probe.*")):
-            if leftover.is_file():
-                leftover.unlink()
-        for folder in (out / "onnx").glob(".*.partial"):
-            shutil.rmtree(folder)
+        remove_leftovers(out)
         yield
     finally:
         lock.release()
@@ -105,47 +121,23 @@ def check_ours(out: Path) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Make the directory, and write and remove a file in it."""
+    """Make the directory, and write a file in it that is gone at once.
+
+    Raises:
+        OutputError: it cannot be made, or not be written to.
+    """
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        probe = out / FOLDER / f"probe.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=out / FOLDER).close()
     except OSError as e:
-        raise BuildError(f"cannot write into {out}: {e.strerror}", hint="choose another -o directory") from e
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one move."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text in one move, unless the file holds it already."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        raise OutputError(f"cannot write into {out}: {e.strerror}", hint=OUTPUT_HINT) from e
 
 
 def unwritten(error: OSError, out: Path) -> DitcError:
-    """What went wrong with a file, for people."""
+    """What went wrong with a file while building, for people."""
     where = error.filename or out
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BuildError(
-            f"no space left on the disk of {out} ({where})", hint="free some space, then build again"
-        )
+        return output_error(Path(where), error, OUTPUT_HINT)
     return BuildError(
         f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
     )

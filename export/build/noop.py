@@ -10,20 +10,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from ditc.export.build.build_key import digest, tool_versions
+from ditc.export.build.build_key import tool_versions
 from ditc.export.build.events import BuildEvent, BuildReport
-from ditc.export.build.journal import FOLDER, Journal
+from ditc.export.build.journal import Journal
+from ditc.export.build.records import RequestInputs, RequestRecord
 from ditc.export.build.source_hash import bundle_source
 from ditc.export.options import BuildOptions
-from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.spec import Backend
 
-REQUEST = "request"
 # Everything that is read of a checkpoint: weights, configs, tokenizers (SentencePiece models, vocabularies, templates).
 SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 
@@ -32,21 +30,21 @@ def up_to_date(source: str | Path, out: Path, options: BuildOptions) -> BuildRep
     """The report of a build that changes nothing, or None where there may be something to do."""
     started = perf_counter()
     checkpoint = Path(source)
-    if not checkpoint.is_dir() or not (out / FOLDER).is_dir():
-        return None
     journal = Journal(out)
-    record = journal.record(REQUEST, digest(request(checkpoint, options, journal)))
+    if not checkpoint.is_dir() or not journal.folder.is_dir():
+        return None
+    record = journal.record_of(RequestRecord, request(checkpoint, options, journal))
     if record is None:
         return None
     try:
         manifest = load_manifest(out)
     except BundleError:
         return None
-    if manifest.digest != record.get("manifest") or not all(map(journal.intact, manifest.all_files())):
+    if manifest.digest != record.manifest or not all(map(journal.intact, manifest.all_files())):
         return None
     events = tuple(
-        BuildEvent(stage=name, status="reused", why="nothing changed", size_bytes=int(size))
-        for name, size in record["stages"].items()
+        BuildEvent(stage=name, status="reused", why="nothing changed", size_bytes=size)
+        for name, size in record.stages.items()
     )
     return BuildReport(bundle=out, manifest=manifest, events=events, seconds=perf_counter() - started)
 
@@ -55,28 +53,22 @@ def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: 
     """Let the next call of `up_to_date` know that this build is done."""
     for ref in report.manifest.all_files():
         journal.hashes.of(report.bundle / ref.path)
-    facts = request(checkpoint, options, journal)
+    inputs = request(checkpoint, options, journal)
     journal.hashes.save()
     stages = {event.stage: event.size_bytes for event in report.events}
-    journal.write(REQUEST, facts, {"manifest": report.manifest.digest, "stages": stages})
+    journal.write(RequestRecord(inputs=inputs, manifest=report.manifest.digest, stages=stages))
 
 
-def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> dict[str, Any]:
+def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> RequestInputs:
     """Everything that a build depends on."""
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     options_files = [Path(name) for name in (options.ranges, options.recipe) if name and Path(name).is_file()]
-    return {
-        "checkpoint": checkpoint.resolve().name,
-        "files": {path.relative_to(checkpoint).as_posix(): journal.hashes.of(path) for path in files},
-        "options": {
-            field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
-        },
-        "option_files": {str(path): journal.hashes.of(path) for path in options_files},
-        "ditc_source": bundle_source(),
-        "tool_versions": tool_versions(),
-        "gpu": to_json(find_gpu()) if options.backend is Backend.TENSORRT else None,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else to_json(value)
+    return RequestInputs(
+        checkpoint=checkpoint.resolve().name,
+        files={path.relative_to(checkpoint).as_posix(): journal.hashes.of(path) for path in files},
+        options={field.name: str(getattr(options, field.name)) for field in dataclasses.fields(options)},
+        option_files={str(path): journal.hashes.of(path) for path in options_files},
+        ditc_source=bundle_source(),
+        tool_versions=tool_versions(),
+        gpu=find_gpu() if options.backend is Backend.TENSORRT else None,
+    )

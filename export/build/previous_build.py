@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ditc.export.build.journal import Journal
+from ditc.export.build.layout import ENGINES, GOLDEN, GRAPHS
+from ditc.export.build.records import StageInputs, StageRecord
+from ditc.runtime.bundle.build_cost import artifact_record
 from ditc.runtime.bundle.golden import read_golden
-from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import BundleError
-from ditc.runtime.spec import Backend, Precision
+from ditc.runtime.spec import Backend, DType, Precision, TensorSpec
 
 
 def existing(out: Path) -> Manifest | None:
@@ -23,9 +25,9 @@ def existing(out: Path) -> Manifest | None:
         return None
 
 
-def unsealed(manifest: Manifest) -> dict[str, Any]:
-    """A manifest's content without its digest."""
-    return {**to_json(manifest), "digest": ""}
+def unsealed(manifest: Manifest) -> Manifest:
+    """A manifest without its digest."""
+    return replace(manifest, digest="")
 
 
 def artifacts_that_stay(
@@ -75,9 +77,13 @@ def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float
         return {}
 
 
-def but_for_precision(record: dict[str, Any]) -> dict[str, Any]:
-    """What the artifact of a journal's record was made from, without what differs between precisions of one graph."""
-    return {**record["inputs"], "precision": "", "quantization": None, "shapes": _shapes(record)}
+def but_for_precision(inputs: StageInputs) -> StageInputs:
+    """The same inputs for all precisions of one graph: in fp32, and so are the tensors of the stage."""
+    spec = inputs.shapes
+    shapes = replace(
+        spec, inputs=tuple(map(_in_fp32, spec.inputs)), outputs=tuple(map(_in_fp32, spec.outputs))
+    )
+    return replace(inputs, precision=Precision.FP32, quantization=None, shapes=shapes)
 
 
 def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
@@ -95,7 +101,7 @@ def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
 def sweep(bundle: Path, manifest: Manifest) -> None:
     """Remove files that the manifest does not name any more; the journal of what is kept stays."""
     kept = {ref.path for ref in manifest.all_files()}
-    folders = {"onnx", "engines", "golden"} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
+    folders = {GRAPHS, ENGINES, GOLDEN} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
     for path in (path for folder in folders for path in (bundle / folder).glob("*")):
         if path.relative_to(bundle).as_posix() not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -111,14 +117,13 @@ def _slots(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifact) -> bool:
     """Whether two artifacts of a stage differ in precision only: same weights, same config, same exporter."""
-    old, new = (journal.record(name, a.key) for a in (other, artifact))
+    old, new = (
+        journal.record(StageRecord, artifact_record(name, a.backend), a.key) for a in (other, artifact)
+    )
     if old is None or new is None:
         return False
-    return but_for_precision(old) == but_for_precision(new)
+    return but_for_precision(old.inputs) == but_for_precision(new.inputs)
 
 
-def _shapes(record: dict[str, Any]) -> Any:
-    """A stage's shapes and profile without element types, which follow the precision."""
-    spec = record["inputs"]["shapes"]
-    named = {kind: [(t["name"], t["shape"]) for t in spec[kind]] for kind in ("inputs", "outputs")}
-    return {**named, "profile": spec["profile"]}
+def _in_fp32(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, dtype=DType.FLOAT32)

@@ -29,6 +29,7 @@ GRAPH_SOURCES = (
     "export/build/latent_rgb.py",
     "export/build/weights.py",
     "runtime/step_contract.py",
+    "runtime/weight_map.py",
     "runtime/spec.py",
 )
 # Files of those folders that no graph depends on: the table of families; the conversion of native files; recipes, which

@@ -1,9 +1,8 @@
-"""The weight map: which initializer of which stage holds each checkpoint tensor, and how to get the tensor back."""
+"""The weight map of a finished graph, and the way back from a bundle's ONNX files to the checkpoint's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +12,11 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from ditc.export.graph.passes.parameters import transforms_of
-from ditc.export.graph.passes.qdq import QUANTIZE, SCALE, SMOOTH, dequantized
-from ditc.export.graph.passes.transposes import TRANSPOSE
+from ditc.export.graph.passes.qdq import codes_of
 from ditc.export.networks.loading import WeightSource
 from ditc.runtime.errors import BuildError
-
-IDENTITY = "identity"
-RESHAPE = "reshape"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """One checkpoint tensor inside an ONNX file.
-
-    Attributes:
-        initializer: its name in the stage's graph, which is the PyTorch parameter's.
-        transforms: what was done to the values, first step first: "reshape" (same values in row-major order), then
-            "transpose" (a matrix's axes swapped), then "smooth" and "quantize" (graph/passes/qdq.py). Empty: as it is.
-        shape, dtype: the tensor's own, in the checkpoint.
-    """
-
-    checkpoint: str
-    stage: str
-    initializer: str
-    transforms: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+from ditc.runtime.session import Array
+from ditc.runtime.weight_map import Transform, Weight, invert, is_lossless
 
 
 def weights_of(sources: Iterable[WeightSource], model: ir.Model) -> tuple[Weight, ...]:
@@ -64,10 +42,22 @@ def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tu
     """
     models = {stage: ir.load(path) for stage, path in files.items()}
     for weight in weights:
-        tensor = _read(weight, models[weight.stage])
-        for transform in reversed([t for t in weight.transforms if t not in (QUANTIZE, SMOOTH)]):
-            tensor = tensor.T if transform == TRANSPOSE else tensor.reshape(weight.shape)
+        model = models[weight.stage]
+        if is_lossless(weight):
+            tensor: Tensor = invert(weight, stored_tensor(_initializer(weight.initializer, model)))
+        else:
+            tensor = torch.from_numpy(_decoded(weight, model))
         yield weight.checkpoint, tensor.to(getattr(torch, weight.dtype)).contiguous()
+
+
+def stored_tensor(value: ir.Value) -> Tensor:
+    """A copy of an initializer's values in their own type. The file is mapped read-only, and numpy has no bf16."""
+    stored = value.const_value
+    assert stored is not None
+    array = np.array(stored.numpy())
+    if stored.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _weight(source: WeightSource, model: ir.Model) -> Weight:
@@ -77,29 +67,43 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
             f"{source.stage}: the graph does not use {source.parameter}, which holds {source.checkpoint}",
             hint="the network must compute with every tensor that it loads",
         )
-    first = () if source.transform == IDENTITY else (source.transform,)
+    codes = codes_of(value)
     # Codes have the scale's type outside the GEMM.
-    scale = model.graph.initializers.get(source.parameter + SCALE)
-    stored = value.const_value if scale is None or scale.const_value is None else scale.const_value
+    stored = value.const_value if codes is None else _initializer(codes.scale, model).const_value
+    assert stored is not None
     dtype = source.dtype or to_torch_dtype(stored.dtype)
     return Weight(
         checkpoint=source.checkpoint,
         stage=source.stage,
         initializer=source.parameter,
-        transforms=(*first, *transforms_of(value)),
+        transforms=(*_first(source), *transforms_of(value)),
         shape=source.shape,
         dtype=str(dtype).removeprefix("torch."),
+        stored_shape=tuple(map(int, value.const_value.shape.numpy())),
+        codes=codes,
     )
 
 
-def _read(weight: Weight, model: ir.Model) -> Tensor:
-    value = model.graph.initializers.get(weight.initializer)
+def _first(source: WeightSource) -> tuple[Transform, ...]:
+    """What loading did to the tensor, before any graph pass."""
+    return () if source.transform == "identity" else (Transform(source.transform),)
+
+
+def _decoded(weight: Weight, model: ir.Model) -> Array:
+    how = weight.codes
+    names = [] if how is None else [name for name in (how.scale, how.reciprocals) if name is not None]
+    arrays = {name: _array(name, model) for name in (weight.initializer, *names)}
+    return invert(weight, arrays[weight.initializer], arrays)
+
+
+def _array(name: str, model: ir.Model) -> Array:
+    value = _initializer(name, model).const_value
+    assert value is not None
+    return value.numpy()
+
+
+def _initializer(name: str, model: ir.Model) -> ir.Value:
+    value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
-        raise BuildError(f"{weight.stage}: the graph has no initializer {weight.initializer}")
-    if QUANTIZE in weight.transforms:
-        return torch.from_numpy(dequantized(value, model))
-    stored = value.const_value
-    array = np.array(stored.numpy())  # a copy of one tensor: the file is mapped read-only
-    if stored.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        raise BuildError(f"the graph has no initializer {name}", hint="build the bundle again")
+    return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditc.export.build.journal import write_text
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import FileRef
 from ditc.runtime.errors import CheckpointError
@@ -40,7 +40,8 @@ def write_tokenizer(directories: Mapping[str, Path], spec: TextSpec, bundle: Pat
     folder = (bundle / spec.tokenizer).parent
     text = tokenizer_json(directories[folder.name])
     path = folder / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    write_text(path, text)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomic(path, text)
     return file_ref(path, bundle)
 
 

@@ -8,12 +8,13 @@ from safetensors.torch import save_file
 
 from ditc.export import families
 from ditc.export.checkpoint.open import open_checkpoint
+from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.convert.layout import NativeLayout, NativeOptions
 from ditc.export.convert.native_file import read_native
-from ditc.export.convert.new_directory import check_free, whole_directory
+from ditc.export.convert.new_directory import check_free
 from ditc.export.convert.writer import MAX_SHARD_BYTES
-from ditc.export.umask import apply_umask
+from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.files import check_writable
 
@@ -50,7 +51,7 @@ def convert(
     native = read_native(source, ema=ema)
     layout = _layout_of(native)
     others = open_checkpoint(base, variant=variant) if base is not None else None
-    with whole_directory(out) as directory:
+    with atomic_folder(out) as directory:
         layout.write_directory(
             native, directory, options=options, base=others, max_shard_bytes=max_shard_bytes
         )
@@ -78,14 +79,8 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
             hint=f"families with one: {', '.join(_layouts())}",
         )
     native = family.layout.to_native(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with safetensors_path(out, hint="choose another OUT") as partial:
         save_file({name: tensor.contiguous() for name, tensor in native.items()}, partial)
-        apply_umask(partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

@@ -1,17 +1,14 @@
-"""Make a diffusers directory that appears whole or not at all."""
+"""What a new diffusers directory is filled with, beside the converted weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.umask import apply_umask
 from ditc.runtime.errors import UsageError
 
 
@@ -19,20 +16,6 @@ def check_free(out: Path) -> None:
     """Raises UsageError if the path is taken."""
     if out.exists():
         raise UsageError(f"{out} exists already", hint="give a new name, or delete it first")
-
-
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory beside out, renamed to out if the block succeeds and removed if it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        apply_umask(temporary)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def copy_others(base: Checkpoint | None, directory: Path, made: Collection[str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Write tensors as safetensors, shard after shard: memory holds one shard at most."""
+"""Write tensors as safetensors, shard after shard: memory holds one shard at most.
+
+For a folder that is itself written as a whole (atomic_folder), which has the disk hold the shards at its end.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.checkpoint.tensors import TensorSource
-from ditc.export.umask import apply_umask
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import CheckpointError
 
 # diffusers' default is 10 GB; a shard's cast copy is in memory while it is written, so less is better here.
@@ -33,14 +37,15 @@ def write_weights(
     shards = _plan(tensors, dtype, max_shard_bytes)
     files = [directory / _shard_name(stem, index, len(shards)) for index in range(len(shards))]
     for path, names in zip(files, shards, strict=True):
-        save_file(
-            {name: _cast(name, tensors[name], dtype) for name in names}, path, metadata={"format": "pt"}
-        )
-        apply_umask(path)
+        shard = {name: _cast(name, tensors[name], dtype) for name in names}
+        with safetensors_path(path, durable=False) as partial:
+            save_file(shard, partial, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: path.name for path, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": _total_bytes(tensors, dtype)}, "weight_map": weight_map}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_atomic(
+            directory / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n", durable=False
+        )
     return tuple(files)
 
 

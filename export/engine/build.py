@@ -7,20 +7,20 @@ sizes (optimisation profiles) and targets. One file serves all targets: see docs
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from ditc.export.engine.graph_files import graph_size_bytes, inlined
 from ditc.export.engine.memory import PeakMemory, estimate_build_bytes
 from ditc.export.engine.plugins import has_linear_attention, with_plugin
 from ditc.export.engine.targets import SM75_HINT, check_targets, check_types, engine_targets
 from ditc.export.engine.tensorrt import Compiler, Progress, ShapeRange, load_library
+from ditc.runtime.atomic import atomic_path, write_atomic
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import Backend, Range, StageSpec
 
@@ -116,6 +116,7 @@ def build_engine(
         UsageError: a backend or target that cannot be served.
         MissingExtra: the backend's library is not installed.
         BuildError: naming the stage, the layer, the library's message and a hint.
+        OutputError: the engine cannot be written.
     """
     check_targets(backend, targets)
     if not onnx_path.is_file():
@@ -148,7 +149,7 @@ def build_engine(
             compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         _write(compiler, spec, out)
         if timing_cache and backend is Backend.TENSORRT:
-            _replace(timing_cache, compiler.timing_cache())
+            write_atomic(timing_cache, compiler.timing_cache(), durable=False)
     return EngineReport(
         file=out,
         size_bytes=out.stat().st_size,
@@ -217,19 +218,9 @@ def _add_profile(compiler: Compiler, spec: StageSpec, profile: Profile) -> None:
 
 
 def _write(compiler: Compiler, spec: StageSpec, out: Path) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            if not compiler.build(file):
-                raise _failure(compiler, spec)
-            _flush(file)
-        partial.replace(out)
-    except OSError as error:
-        raise BuildError(
-            f"{spec.name}: cannot write {out}: {error}", hint="check the free space and the permissions"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(out, hint="build elsewhere") as partial, partial.open("wb") as file:
+        if not compiler.build(file):
+            raise _failure(compiler, spec)
 
 
 def _failure(compiler: Compiler, spec: StageSpec) -> BuildError:
@@ -278,14 +269,3 @@ def _check_space(spec: StageSpec, onnx_path: Path, out: Path) -> None:
             f"{needed_bytes / 2**20:.0f} MiB",
             hint="free some space or build elsewhere",
         )
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

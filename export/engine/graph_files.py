@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError
 
+from ditc.runtime.atomic import scratch_file
 from ditc.runtime.errors import BuildError
 
 
@@ -48,12 +48,8 @@ def inlined(onnx_path: Path) -> Iterator[Path]:
     model = onnx.inliner.inline_local_functions(model)
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
-    copy = onnx_path.with_name(f"{onnx_path.name}.{os.getpid()}.partial")
-    try:
-        copy.write_bytes(model.SerializeToString())
+    with scratch_file(onnx_path, model.SerializeToString()) as copy:
         yield copy
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _external_ends(onnx_path: Path) -> dict[str, int]:

@@ -19,6 +19,7 @@ from ditc.export.engine.tensorrt import load_library
 from ditc.export.graph.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
 from ditc.export.graph.ops.relu_linear_attention.ptx import pair_as_json
 from ditc.export.graph.ops.relu_linear_attention.qdp import register_qdp
+from ditc.runtime.atomic import scratch_file
 from ditc.runtime.errors import BuildError
 from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 from ditc.runtime.plugins import register
@@ -53,12 +54,8 @@ def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
     if backend is Backend.TENSORRT_RTX:
         link_library()
     _register(backend)
-    copy = onnx_path.with_name(f"{onnx_path.name}.plugin.{os.getpid()}.partial")
-    try:
-        copy.write_bytes(model.SerializeToString())
+    with scratch_file(onnx_path, model.SerializeToString()) as copy:
         yield copy
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def has_linear_attention(onnx_path: Path) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ditc.export.build.weights import Weight, weights_of
+from ditc.export.build.weights import weights_of
 from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph import ops
@@ -31,10 +29,12 @@ from ditc.export.options import OPSETS
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan
 from ditc.export.quant.verify import check_scales
+from ditc.runtime.atomic import atomic_files
 from ditc.runtime.errors import BuildError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.weight_map import Weight
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,13 @@ def to_onnx(
     Raises:
         BuildError: torch.export refuses the module, a dynamic dimension was specialised, or ONNX Runtime
             disagrees with PyTorch at either of two shapes.
+        OutputError: the files cannot be written.
     """
     model = to_model(stage, opset)
-    path.parent.mkdir(parents=True, exist_ok=True)
     final = OnnxFiles(path, path.with_name(path.name + ".data"))
-    # The graph names its weights file, so the files get their final names inside a directory of their own.
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    partial.mkdir(exist_ok=True)
-    written = OnnxFiles(partial / final.model.name, partial / final.weights.name)
-    try:
+    # The graph names its weights file, so both have their final names in the temporary folder.
+    with atomic_files(final.weights, final.model) as folder:
+        written = OnnxFiles(folder / final.model.name, folder / final.weights.name)
         ir.save(model, written.model, external_data=written.weights.name)
         if check and _can_check(stage):
             check_export(stage, written.model)
@@ -105,11 +103,6 @@ def to_onnx(
             check_scales(ir.load(written.model), quantize.layers, layers)
         weight_map = weights_of(stage.weights, model)
         del model
-        for source, target in ((written.weights, final.weights), (written.model, final.model)):
-            if source.exists():
-                os.replace(source, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # onnx_ir makes folders of its own in it
     return replace(final, weight_map=weight_map)
 
 

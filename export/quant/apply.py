@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
@@ -12,7 +11,6 @@ from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Ranges, checkpoint_identity, load_ranges
 from ditc.export.quant.recipes import Recipe, find_recipe
 from ditc.runtime.bundle.integrity import sha256
-from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import DENOISER
 
@@ -24,10 +22,6 @@ class Quantization:
     recipe: Recipe
     ranges: Ranges | None
     ranges_sha256: str | None
-
-    def facts(self) -> dict[str, Any]:
-        """What the artifact depends on."""
-        return {"recipe": to_json(self.recipe), "ranges": self.ranges_sha256}
 
     def plan(self, stage: StageModule) -> QuantPlan:
         """The plan for a stage whose weights are there. Raises UsageError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.loader import load_parts
@@ -140,10 +140,7 @@ def save_measurement(measurement: Measurement, bundle: Path) -> Path:
     known = json.loads(path.read_bytes()) if path.is_file() else []
     slot = (measurement.artifact, measurement.machine)
     kept = [entry for entry in known if (entry["artifact"], entry["machine"]) != slot]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps([*kept, to_json(measurement)], indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_atomic(path, json.dumps([*kept, to_json(measurement)], indent=1) + "\n")
 
 
 class _Timed:

@@ -15,7 +15,6 @@ Bucket b holds the steps with step_index * B // num_inference_steps = b. No scal
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from safetensors.numpy import save_file
 
 from ditc.export.build.build_key import digest
 from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.quant.histogram import BINS, CHANNEL_BINS
-from ditc.export.umask import apply_umask
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import UsageError
@@ -114,10 +113,10 @@ def checkpoint_identity(checkpoint: Checkpoint, component: str) -> str:
 
 
 def save_ranges(ranges: Ranges, path: Path) -> Path:
-    """Write the file in one move.
+    """Write the file as a whole.
 
     Raises:
-        UsageError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     tensors: dict[str, Array] = {}
     for site, statistics in ranges.sites.items():
@@ -130,18 +129,8 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
     }
     # One entry: safetensors writes several in an order of its own, and equal ranges must give equal files.
     metadata = {METADATA: json.dumps(facts, sort_keys=True)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with safetensors_path(path, hint="choose another -o") as partial:
         save_file(tensors, partial, metadata=metadata)
-        apply_umask(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as e:
-        raise UsageError(
-            f"cannot write {path}: {getattr(e, 'strerror', None) or e}", hint="choose another -o"
-        ) from e
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

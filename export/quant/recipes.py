@@ -19,6 +19,7 @@ from pathlib import Path
 from ditc.export.families import family_of
 from ditc.export.quant.estimators import Method
 from ditc.export.quant.formats import Format
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Precision
@@ -158,7 +159,5 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> Path:
-    """Write the recipe in its JSON form, in one move."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(to_json(recipe), indent=1) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    """Write the recipe in its JSON form."""
+    return write_atomic(path, json.dumps(to_json(recipe), indent=1) + "\n")

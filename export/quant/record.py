@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ditc.export.quant.coverage import Coverage, measure_coverage
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.export.quant.recipes import Recipe
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.session import Array
@@ -84,7 +84,7 @@ class QuantRecord:
 
 
 def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None) -> Path:
-    """Write the record of a finished graph beside it, in one move."""
+    """Write the record of a finished graph beside it."""
     inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
     record = QuantRecord(
         recipe=plan.recipe,
@@ -93,11 +93,7 @@ def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | No
         inputs=tuple(InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth)) for i in inputs),
         layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
     )
-    path = graph.with_name(graph.name + SUFFIX)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_atomic(graph.with_name(graph.name + SUFFIX), json.dumps(to_json(record), indent=1) + "\n")
 
 
 def read_record(path: Path) -> QuantRecord:

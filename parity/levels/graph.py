@@ -6,7 +6,6 @@ the same token ids.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,22 +13,20 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ditc.export.build.weights import Weight
+from ditc.export.build.weights import stored_tensor
 from ditc.export.graph.passes.islands import check_islands
-from ditc.export.graph.passes.transposes import TRANSPOSE
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.verify import check_scales
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, judged, not_checked
-from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.errors import BuildError
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Metric, limit
+from ditc.runtime.weight_map import Weight, apply, is_lossless, read_weight_map
 
-PLAIN = {"identity", "reshape", TRANSPOSE}
 EXACT = limit(Level.GRAPH, Metric.COUNT, Precision.FP32)
 SHOWN = 3
 
@@ -79,7 +76,7 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     wrong, skipped = [], 0
     for weight in weights:
         value = model.graph.initializers.get(weight.initializer)
-        if not set(weight.transforms) <= PLAIN or (value is not None and _is_quantized(value)):
+        if not is_lossless(weight) or (value is not None and _is_quantized(value)):
             skipped += 1
             continue
         source = next(
@@ -134,11 +131,11 @@ def _check_codes(context: Context, stage: str, model: ir.Model) -> Result:
     )
 
 
-def _weight_map(context: Context, stage: str) -> list[Weight]:
+def _weight_map(context: Context, stage: str) -> tuple[Weight, ...]:
     bundle, artifact = context.candidate.bundle, context.candidate.artifacts.get(stage)
     if bundle is None or artifact is None or artifact.weights is None:
-        return []
-    return [from_json(Weight, item) for item in json.loads((bundle / artifact.weights.path).read_bytes())]
+        return ()
+    return read_weight_map(bundle / artifact.weights.path)
 
 
 def _is_quantized(value: ir.Value) -> bool:
@@ -152,10 +149,10 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
         return "is not in the checkpoint"
     if value is None or value.const_value is None:
         return "is not in the graph"
-    stored = _stored(value)
-    wanted = source.to(stored.dtype)
-    for transform in weight.transforms:
-        wanted = wanted.T if transform == TRANSPOSE else wanted.reshape(_unreshaped(weight, stored))
+    stored = stored_tensor(value)
+    wanted: Tensor = source.to(stored.dtype)
+    if wanted.numel() == stored.numel():
+        wanted = apply(weight, wanted, stored_shape=tuple(stored.shape))
     if stored.shape != wanted.shape:
         return f"is {tuple(stored.shape)}, the checkpoint has {tuple(wanted.shape)}"
     if torch.equal(stored, wanted):
@@ -165,19 +162,6 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
     if stored.dim() == 2 and stored.shape[0] == stored.shape[1] and torch.equal(stored.T, wanted):
         return "is transposed"
     return f"differs in {int((stored != wanted).sum())} of {stored.numel()} values"
-
-
-def _unreshaped(weight: Weight, stored: Tensor) -> tuple[int, ...]:
-    """The parameter's shape, before the transposes that follow the reshape."""
-    return tuple(reversed(stored.shape)) if TRANSPOSE in weight.transforms else tuple(stored.shape)
-
-
-def _stored(value: ir.Value) -> Tensor:
-    assert value.const_value is not None
-    array = np.array(value.const_value.numpy())
-    if value.const_value.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _check_schedule(context: Context) -> Result:

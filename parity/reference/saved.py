@@ -9,7 +9,6 @@ metadata "ditc.reference"                    JSON: settings, names of the above,
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ditc.export.umask import apply_umask
+from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.parity.cases import Case, CaseRun, Losses, Recorded, Settings, StageCase
 from ditc.parity.context import Context
 from ditc.parity.levels.picture import pytorch_psnr
@@ -40,10 +39,10 @@ HINT = "make one with: ditc parity BUNDLE --against CHECKPOINT --save-reference 
 
 
 def save_reference(path: Path, context: Context) -> Path:
-    """Write all reference results of a context in one move.
+    """Write all reference results of a context as one file.
 
     Raises:
-        UsageError: the place cannot be written to.
+        OutputError: the place cannot be written to.
     """
     tensors: dict[str, Array] = {}
     stages: list[dict[str, Any]] = []
@@ -69,20 +68,9 @@ def save_reference(path: Path, context: Context) -> Path:
             "upstream": context.upstream_name,
         },
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with safetensors_path(path, hint="choose another --save-reference") as partial:
         save_file(contiguous, partial, metadata={METADATA: json.dumps(described)})
-        apply_umask(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as e:
-        raise UsageError(
-            f"cannot write {path}: {getattr(e, 'strerror', None) or e}",
-            hint="choose another --save-reference",
-        ) from e
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
@@ -18,7 +17,7 @@ from ditc.parity.report.chart import step_chart
 from ditc.parity.report.style import CSS
 from ditc.parity.report.text import number, shown_of
 from ditc.parity.results import ModuleError, PicturePair, Report, Result, Verdict, verdict_of
-from ditc.runtime.errors import UsageError
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.session import Array
 from ditc.runtime.tolerances import TABLE, Form, Level, Metric
 
@@ -41,21 +40,12 @@ ABOUT = {
 
 
 def write_page(path: Path, report: Report) -> Path:
-    """Write the page in one move.
+    """Write the page as a whole.
 
     Raises:
-        UsageError: the place cannot be written to.
+        OutputError: the place cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_page(report), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another --html") from e
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_atomic(path, to_page(report), hint="choose another --html")
 
 
 def to_page(report: Report) -> str:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import BundleError
@@ -109,23 +109,13 @@ def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
 
 
 def save_certificate(bundle: Path, certificate: Certificate) -> Path:
-    """Write certificate.json in one move.
+    """Write certificate.json as a whole.
 
     Raises:
-        BundleError: the bundle cannot be written to.
+        OutputError: the bundle cannot be written to.
     """
-    path = bundle / CERTIFICATE
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(
-            json.dumps(to_json(certificate), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(partial, path)
-    except OSError as e:
-        raise BundleError(
-            f"cannot write {path}: {e.strerror}", hint="make the bundle's folder writable"
-        ) from e
-    return path
+    text = json.dumps(to_json(certificate), indent=1, ensure_ascii=False) + "\n"
+    return write_atomic(bundle / CERTIFICATE, text, hint="make the bundle's folder writable")
 
 
 def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] | None = None) -> Record:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
@@ -182,12 +182,8 @@ def sealed(manifest: Manifest) -> Manifest:
 
 
 def save_manifest(manifest: Manifest, bundle: Path) -> Path:
-    """Write manifest.json (sealed) in one move."""
-    path = bundle / MANIFEST
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(_written(to_json(sealed(manifest))))
-    os.replace(partial, path)
-    return path
+    """Seal the manifest and write manifest.json as a whole."""
+    return write_atomic(bundle / MANIFEST, _written(to_json(sealed(manifest))))
 
 
 def load_manifest(bundle: Path) -> Manifest:

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, UsageError
 
@@ -23,7 +23,8 @@ def sign(bundle: Path, private_key: Path) -> Path:
     """Sign the bundle's manifest with an ed25519 key in PEM, and return the signature's path.
 
     Raises:
-        BundleError: no sound manifest. UsageError: no such key. MissingExtra: cryptography is not installed.
+        BundleError: no sound manifest. UsageError: no such key, or the signature cannot be written.
+        MissingExtra: cryptography is not installed.
     """
     manifest, key = load_manifest(bundle), load_private_key(private_key)
     record = {
@@ -31,14 +32,7 @@ def sign(bundle: Path, private_key: Path) -> Path:
         "digest": manifest.digest,
         "signature": key.sign(_message(manifest)).hex(),
     }
-    path = bundle / SIGNATURE
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as e:
-        raise BundleError(f"cannot write {path}: {e.strerror}", hint="check the permissions") from e
-    return path
+    return write_atomic(bundle / SIGNATURE, json.dumps(record) + "\n", hint="sign a copy of the bundle")
 
 
 def load_private_key(path: Path) -> Any:

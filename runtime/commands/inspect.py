@@ -98,10 +98,8 @@ def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _cost(bundle: Path, stage: str, artifact: Artifact) -> tuple[str, str]:
-    """Seconds and memory of the build, from its journal; a bundle that was copied without it has none."""
-    prefix = "engine-" if artifact.targets else ""
-    try:
-        record = json.loads((bundle / ".build" / f"{prefix}{stage}-{artifact.key[:16]}.json").read_bytes())
-        return f"{record['seconds']:.1f} s", f"{record['peak_memory_bytes'] / 1e9:.1f} GB"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "-", "-"
+    """Seconds and memory of the build, where the bundle still has its records."""
+    from ditc.runtime.bundle.build_cost import read_cost
+
+    cost = read_cost(bundle, stage, artifact)
+    return ("-", "-") if cost is None else (f"{cost.seconds:.1f} s", f"{cost.peak_memory_bytes / 1e9:.1f} GB")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditc.runtime.atomic import atomic_path
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
 from ditc.runtime.prompts import read_prompts
@@ -218,16 +217,8 @@ def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
     info = PngInfo()
     for name, text in metadata.items():
         info.add_itxt(name, text)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path, hint="choose another -o") as partial:
         picture.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror or e}", hint="choose another -o") from e
-    finally:
-        with suppress(OSError):  # gone, or its directory never was one
-            partial.unlink()
     return path
 
 

@@ -13,6 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ditc.runtime.atomic import write_atomic
+from ditc.runtime.errors import OutputError
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -33,14 +36,10 @@ class KernelCache:
         return kernels if hashlib.sha256(kernels).digest() == digest else b""
 
     def save(self, data: bytes) -> None:
-        """Write in one move. A cache that cannot be written costs time at the next start, nothing else."""
-        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
-        with suppress(OSError):
-            if data == self.load():
-                return
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(hashlib.sha256(data).digest() + data)
-            os.replace(partial, self.file)
+        """Write the kernels as a whole. A cache that cannot be written costs time at the next start, nothing else."""
+        if data != self.load():
+            with suppress(OutputError):
+                write_atomic(self.file, hashlib.sha256(data).digest() + data, durable=False)
 
     def discard(self) -> None:
         """Forget a file that the library refuses."""

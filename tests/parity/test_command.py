@@ -117,10 +117,10 @@ def test_a_place_that_takes_no_files_is_refused_before_any_work(
 def test_the_report_is_printed_even_where_the_page_cannot_be_written(
     bundle, tiny_checkpoint, tmp_path, capsys, monkeypatch
 ) -> None:
-    def full(*_: object) -> str:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ditc.parity.report.page.to_page", full)
+    monkeypatch.setattr("ditc.runtime.atomic.os.fsync", full)
     arguments = ["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "graph"]
     assert main([*arguments, "--html", str(tmp_path / "page.html")]) == 2
     out, err = capsys.readouterr()

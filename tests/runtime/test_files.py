@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_writable
 
 
@@ -32,6 +32,12 @@ def test_a_folder_and_a_place_below_a_file_are_refused(tmp_path: Path, place: st
     with pytest.raises(UsageError, match=f"cannot write .*{place}: .*{why}") as caught:
         check_writable(tmp_path / place, "--html")
     assert caught.value.hint == "choose another --html"
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs a device")
+def test_a_device_is_refused_even_to_root() -> None:
+    with pytest.raises(OutputError, match="cannot write /dev/null: it is a device or a pipe, not a file"):
+        check_writable(Path("/dev/null"), "--html")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")

@@ -7,7 +7,7 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from diffusers.pipelines.sana import pipeline_sana
 
-from ditc.export.families.common.resolution_bins import resolution_bins
+from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.runtime.sizes import classify
 
 TABLES = {

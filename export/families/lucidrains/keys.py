@@ -7,8 +7,6 @@ Upstream publishes a trunk and no checkpoints, so there are no native files, and
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert.writer import write_weights
 from ditc.export.families.lucidrains.config import CLASS_NAME, MMDiTConfig
 from ditc.export.families.lucidrains.network import TRUNK, load_mmdit
+from ditc.runtime.atomic import atomic_folder, write_atomic
 from ditc.runtime.errors import CheckpointError
 
 PIPELINE = "LucidrainsMMDiTPipeline"
@@ -64,13 +63,9 @@ def save_mmdit(
     tensors = {f"{TRUNK}{name}": tensor for name, tensor in trunk.items()} | dict(shell)
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     load_mmdit(MMDiTConfig.from_json(config), tensors, torch.float32)  # refuses what does not fit
-    partial_folder = directory / f".transformer.{os.getpid()}.partial"
-    try:
-        write_weights(_source(tensors), partial_folder)
-        _write_json(partial_folder / "config.json", {"_class_name": CLASS_NAME, **config})
-        os.replace(partial_folder, transformer)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    with atomic_folder(transformer) as folder:
+        write_weights(_source(tensors), folder)
+        _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **config})
     _write_json(
         directory / "model_index.json",
         {"_class_name": PIPELINE, "transformer": ["ditc", CLASS_NAME], **components},
@@ -110,6 +105,4 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial_file, path)
+    write_atomic(path, json.dumps(values, indent=2) + "\n")

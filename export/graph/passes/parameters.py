@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 
+from ditc.runtime.weight_map import Transform
+
 # Metadata of the initializer's value, written to the file: names of transforms, first applied first.
 TRANSFORMS = "ditc.transforms"
 
@@ -28,11 +30,11 @@ def hidden_values(initializers: Mapping[str, ir.Value]) -> Iterator[None]:
             value.const_value = tensor
 
 
-def transforms_of(value: ir.Value) -> tuple[str, ...]:
+def transforms_of(value: ir.Value) -> tuple[Transform, ...]:
     """What was done to the parameter's values when they became this initializer."""
-    return tuple(part for part in value.metadata_props.get(TRANSFORMS, "").split(",") if part)
+    return tuple(Transform(part) for part in value.metadata_props.get(TRANSFORMS, "").split(",") if part)
 
 
-def add_transform(value: ir.Value, transform: str) -> None:
+def add_transform(value: ir.Value, transform: Transform) -> None:
     """Record one more transform of the initializer."""
     value.metadata_props[TRANSFORMS] = ",".join((*transforms_of(value), transform))

@@ -17,13 +17,12 @@ import onnx_ir as ir
 
 from ditc.export.graph.passes.parameters import add_transform
 from ditc.export.graph.passes.scopes import NAME_SCOPES
-from ditc.export.quant.formats import CODE_TYPE, Format, dequantize, quantize, scale_of, weight_amax
+from ditc.export.quant.formats import CODE_TYPE, Format, quantize, scale_of, weight_amax
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
+from ditc.runtime.weight_map import Codes, Transform
 
-QUANTIZE = "quantize"
-SMOOTH = "smooth"
 SCALE = "_scale"
 # Metadata of a smoothed weight: the initializer with the reciprocals of its factors.
 SMOOTHING = "ditc.smoothing"
@@ -53,29 +52,16 @@ def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, st
         writer.quantize_weight(readers[name], layer, parameters[name])
 
 
-def dequantized(value: ir.Value, model: ir.Model) -> Array:
-    """The fp32 matrix that a weight's codes stand for, smoothing undone: what the layer computes with.
-
-    Raises:
-        BuildError: the graph lacks the scale or the factors.
-    """
-    assert value.const_value is not None
-    codes = value.const_value.numpy()
-    scale = _values(model, f"{value.name}{SCALE}")
-    reader = next(use.node for use in value.uses() if use.node.op_type == "DequantizeLinear")
-    axis = reader.attributes.get_int("axis", 1)
-    weight = dequantize(codes, np.expand_dims(scale, 1 - axis))
-    if SMOOTHING in value.metadata_props:
-        weight = weight * np.expand_dims(_values(model, value.metadata_props[SMOOTHING]), axis)
-    return weight
-
-
-def _values(model: ir.Model, name: str) -> Array:
-    value = model.graph.initializers.get(name)
-    if value is None or value.const_value is None:
-        raise BuildError(f"the graph has no initializer {name}", hint="build again")
-    array: Array = value.const_value.numpy().astype(np.float32)
-    return array
+def codes_of(value: ir.Value) -> Codes | None:
+    """How the codes that a weight is stored as are read; None for a weight that is not stored in 8 bits."""
+    reader = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
+    if reader is None:
+        return None
+    return Codes(
+        axis=reader.attributes.get_int("axis", 1),
+        scale=f"{value.name}{SCALE}",
+        reciprocals=value.metadata_props.get(SMOOTHING),
+    )
 
 
 def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
@@ -129,11 +115,11 @@ class _Writer:
         weight: Array = value.const_value.numpy().astype(np.float32)
         if layer.input is not None and layer.input.smooth is not None:
             weight = weight * np.expand_dims(layer.input.smooth, axis)
-            add_transform(value, SMOOTH)
+            add_transform(value, Transform.SMOOTH)
             value.metadata_props[SMOOTHING] = self._smoothing[id(layer.input)]
         scale = scale_of(weight_amax(weight, axis, layer.kind), layer.kind, dtype.numpy())
         codes = ir.Tensor(quantize(weight, scale, layer.kind), dtype=_code_type(layer.kind), name=parameter)
-        add_transform(value, QUANTIZE)
+        add_transform(value, Transform.QUANTIZE)
         value.const_value, value.dtype = codes, codes.dtype
         factors = self._constant(parameter + SCALE, scale.reshape(-1))
         zeros = self._constant(f"{parameter}_zero_point", np.zeros(scale.size, CODE_TYPE[layer.kind]))

@@ -10,8 +10,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from ditc.export.graph.passes.parameters import add_transform
-
-TRANSPOSE = "transpose"
+from ditc.runtime.weight_map import Transform
 
 
 def fold_transposes(model: ir.Model) -> None:
@@ -37,7 +36,7 @@ def _store_transposed(parameter: ir.Value) -> None:
     assert tensor is not None, f"{parameter.name} has no values"
     parameter.const_value = _transposed(tensor)
     parameter.shape = ir.Shape(reversed(tensor.shape.numpy()))
-    add_transform(parameter, TRANSPOSE)
+    add_transform(parameter, Transform.TRANSPOSE)
 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditc.export.build import builder as bundle_module
+from ditc.export.build import estimates, graph_artifact
 from ditc.export.build.noop import up_to_date
 from ditc.export.graph.ops import relu_linear_attention as ops
 from ditc.export.options import BuildOptions
+from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import MissingExtra
@@ -37,7 +39,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*_: object, **__: object) -> None:
         raise AssertionError("an export was begun")
 
-    monkeypatch.setattr(bundle_module, "to_onnx", export)
+    monkeypatch.setattr(graph_artifact, "to_onnx", export)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -254,14 +256,14 @@ def test_a_disk_that_fills_up_while_writing_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def export(module: object, path: Path, **_: object) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(path.name + ".partial").write_bytes(bytes(10**6))
+        write_atomic(path, bytes(10**6))
 
-    monkeypatch.setattr(bundle_module, "to_onnx", export)
-    monkeypatch.setattr(bundle_module.estimates, "check_disk", lambda *_, **__: None)
+    monkeypatch.setattr(graph_artifact, "to_onnx", export)
+    monkeypatch.setattr(estimates, "check_disk", lambda *_, **__: None)
     out = small_disk / "bundle"
-    assert "no space left" in refused(capsys, "build", tiny_checkpoint, "-o", out)
+    assert "No space left" in refused(capsys, "build", tiny_checkpoint, "-o", out)
     assert not (out / "manifest.json").exists()
+    assert not list((out / "onnx").iterdir())
 
 
 def test_a_read_only_output_is_refused(

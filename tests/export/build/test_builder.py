@@ -14,18 +14,22 @@ import pytest
 from safetensors.numpy import save
 
 from ditc.export.build import builder as bundle_module
-from ditc.export.build import noop
+from ditc.export.build import graph_artifact, noop
 from ditc.export.build.build_key import digest
 from ditc.export.build.builder import BuildEvent, BuildReport, build_bundle
+from ditc.export.build.context import BuildContext
+from ditc.export.build.graph_artifact import stage_inputs
 from ditc.export.build.journal import Journal
-from ditc.export.contract import BuildOptions, StagePlan
+from ditc.export.build.records import StageRecord
+from ditc.export.contract import BuildOptions
+from ditc.runtime.bundle.build_cost import FOLDER
 from ditc.runtime.bundle.golden import METADATA, read_golden
 from ditc.runtime.bundle.integrity import check_files, file_ref
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import Artifact, load_manifest, save_manifest
 from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.cli import USAGE, main
-from ditc.runtime.errors import BuildError, CheckpointError, DitcError, UsageError
+from ditc.runtime.errors import BuildError, CheckpointError, DitcError, OutputError, UsageError
 from ditc.runtime.schedulers import SchedulerKind
 from ditc.runtime.spec import Backend, Precision
 
@@ -54,19 +58,19 @@ def would_build(
     """Stages that a build would export, with the reasons given, without exporting them."""
     reasons: dict[str, str] = {}
 
-    def note(self: Any, name: str, stage: StagePlan) -> Artifact | None:
-        inputs = self._inputs(name, stage)
-        finished: Artifact | None = self.journal.finished(name, digest(inputs))
+    def note(build: BuildContext, name: str) -> Artifact | None:
+        inputs = stage_inputs(build, name)
+        finished = build.journal.finished(StageRecord, inputs)
         if finished is None:
-            reasons[name] = self.journal.why(name, inputs)
+            reasons[name] = build.journal.why(StageRecord, inputs)
         return finished
 
     def stop(*_: Any) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_module._Builder, "_artifact", note)
-        patch.setattr(bundle_module._Builder, "_manifest", stop)
+        patch.setattr(bundle_module, "graph_artifact", note)
+        patch.setattr(bundle_module, "assemble", stop)
         with pytest.raises(Stopped):
             build_bundle(checkpoint, bundle, options)
     return reasons
@@ -77,7 +81,7 @@ def contents(bundle: Path) -> dict[str, tuple[int, int]]:
     return {
         path.relative_to(bundle).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in bundle.rglob("*")
-        if path.is_file() and not path.is_relative_to(bundle / ".build")
+        if path.is_file() and not path.is_relative_to(bundle / FOLDER)
     }
 
 
@@ -110,11 +114,11 @@ def test_the_same_artifacts_are_the_same_manifest_whichever_was_built_last(
     manifest, journal = load_manifest(bundle), Journal(bundle)
     stage = manifest.stages["conditioner"]
     fp32 = stage.artifacts[0]
-    record = journal.record("conditioner", fp32.key)
+    record = journal.record(StageRecord, "conditioner", fp32.key)
     assert record is not None and stage.golden is not None
-    inputs = {**record["inputs"], "precision": "fp16"}
+    inputs = replace(record.inputs, precision=Precision.FP16)
     fp16 = replace(fp32, precision=Precision.FP16, key=digest(inputs))
-    journal.write("conditioner", inputs, {"artifact": to_json(fp16)})
+    journal.write(replace(record, inputs=inputs, artifact=fp16))
     golden = read_golden(bundle / stage.golden.path)
     info = replace(golden.info, losses={"fp16": 1e-3})
     tensors, _ = read_safetensors(bundle / stage.golden.path)
@@ -199,7 +203,7 @@ def test_another_opset_rebuilds_every_stage(
 def test_other_source_rebuilds_every_stage(
     tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle_module, "graph_source", lambda: "0" * 64)
+    monkeypatch.setattr(graph_artifact, "graph_source", lambda: "0" * 64)
     reasons = would_build(tiny_checkpoint, bundle, BuildOptions(), monkeypatch)
     assert reasons == dict.fromkeys(ALL, "export source changed")
 
@@ -258,7 +262,7 @@ def test_a_checkpoint_that_changes_during_the_build_is_refused(checkpoint: Path,
 
 def test_two_builds_at_once_are_refused(tiny_checkpoint: Path, bundle: Path) -> None:
     with (
-        filelock.FileLock(bundle / ".build" / "lock"),
+        filelock.FileLock(bundle / FOLDER / "lock"),
         pytest.raises(BuildError, match="another build is working"),
     ):
         build_bundle(tiny_checkpoint, bundle, BuildOptions())
@@ -310,7 +314,7 @@ def test_a_file_in_the_place_of_the_bundle_is_refused(tiny_checkpoint: Path, tmp
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_write_permission_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(BuildError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write"):
         build_bundle(tiny_checkpoint, tmp_path / "bundle", BuildOptions())
 
 

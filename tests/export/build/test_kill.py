@@ -61,7 +61,6 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
     (half / ".denoiser.onnx.data.x1y2").mkdir()  # as onnx_ir makes it
     (half / ".denoiser.onnx.data.x1y2" / "denoiser.onnx.data").write_bytes(b"half")
     (tmp_path / "manifest.json.123.partial").write_bytes(b"{")
-    (tmp_path / FOLDER / "probe.123").write_bytes(b"")
     with locked(tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
         assert not half.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import pytest
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from ditc.export.build.weights import Weight, rebuild, weights_of
+from ditc.export.build.weights import rebuild, weights_of
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.graph.passes import fold_transposes
 from ditc.export.networks.loading import WeightSource
-from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BuildError
+from ditc.runtime.weight_map import Weight, read_weight_map
 
 COMPONENTS = {
     "text_encoder": "text_encoder",
@@ -33,7 +32,7 @@ def weights(tiny_bundle) -> list[Weight]:
     """The weight maps of all stages as a bundle stores them."""
     stages = load_manifest(tiny_bundle).stages
     maps = [tiny_bundle / stage.artifacts[0].weights.path for stage in stages.values()]
-    return [from_json(Weight, record) for path in maps for record in json.loads(path.read_bytes())]
+    return [weight for path in maps for weight in read_weight_map(path)]
 
 
 @pytest.fixture(scope="module")

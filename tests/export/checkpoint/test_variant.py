@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ditc.export.build import builder as bundle_module
+from ditc.export.build import graph_artifact
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.parity.reference.upstream import Upstream
 from ditc.runtime.cli import USAGE, main
@@ -39,7 +39,7 @@ def test_a_build_reads_it(checkpoint: Path, output: str, monkeypatch: pytest.Mon
     def export(*_: object, **__: object) -> None:
         raise ExportHasBegun
 
-    monkeypatch.setattr(bundle_module, "to_onnx", export)
+    monkeypatch.setattr(graph_artifact, "to_onnx", export)
     with pytest.raises(ExportHasBegun):
         main(["build", str(checkpoint), "-o", output, "--variant", "fp16"])
 

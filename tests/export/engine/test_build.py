@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnx import TensorProto, parser
 from ditc.export.engine import build as engine_module
 from ditc.export.engine.build import build_engine, check_targets, engine_targets, estimate_memory_bytes
 from ditc.export.engine.tensorrt import Compiler
-from ditc.runtime.errors import BuildError, DitcError, MissingExtra, UsageError
+from ditc.runtime.errors import BuildError, DitcError, MissingExtra, OutputError, UsageError
 from ditc.runtime.spec import Backend, DType, Precision, Range, StageSpec, TensorSpec
 
 pytest.importorskip("tensorrt_rtx")
@@ -316,11 +317,11 @@ def test_refit_without_a_gpu_says_that_it_needs_one(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, out = _mlp(tmp_path), tmp_path / "e"
 
-    def fail(file: object) -> None:
+    def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(engine_module, "_flush", fail)
-    with pytest.raises(BuildError, match=r"cannot write .*No space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*No space left"):
         build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",))
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 

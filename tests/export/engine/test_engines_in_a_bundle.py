@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ditc.export.build import builder as bundle_module
+from ditc.export.build import engine_artifact
 from ditc.export.build.builder import build_bundle
 from ditc.export.build.events import BuildEvent
 from ditc.export.build.noop import up_to_date
@@ -86,8 +86,8 @@ def test_other_source_of_the_engines_rebuilds_engines_alone(
     def stop(*_: object, **__: object) -> None:
         raise BuildError("stopped before the first engine")
 
-    monkeypatch.setattr(bundle_module, "engine_source", lambda: "0" * 64)
-    monkeypatch.setattr(bundle_module, "build_engine", stop)
+    monkeypatch.setattr(engine_artifact, "engine_source", lambda: "0" * 64)
+    monkeypatch.setattr(engine_artifact, "build_engine", stop)
     with pytest.raises(BuildError, match="stopped"):
         build_bundle(tiny_checkpoint, engines[0], RTX, on_event=events.append)
     assert [event.why for event in events if event.status == "building"] == ["engine source changed"]
@@ -105,7 +105,7 @@ def test_other_targets_rebuild_engines_alone_and_a_failure_keeps_the_bundle(
     def fail(*_: object, **__: object) -> None:
         raise BuildError("denoiser: the library's words", hint="its hint")
 
-    monkeypatch.setattr(bundle_module, "build_engine", fail)
+    monkeypatch.setattr(engine_artifact, "build_engine", fail)
     with pytest.raises(BuildError, match="the library's words"):
         build_bundle(
             tiny_checkpoint,

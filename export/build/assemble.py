@@ -1,0 +1,80 @@
+"""The manifest of a build: finished artifacts, what stays of earlier builds, and everything that is not a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ditc.export.build import previous_build
+from ditc.export.build.build_key import tool_versions
+from ditc.export.build.context import BuildContext
+from ditc.export.build.golden_artifact import golden_artifact
+from ditc.export.build.records import StageRecord
+from ditc.export.checkpoint.tokenizer import write_tokenizer
+from ditc.runtime.bundle.build_cost import artifact_record
+from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Artifact, GoldenTable, Manifest, Stage
+from ditc.runtime.errors import BuildError
+from ditc.runtime.schedulers import SchedulerParams, coefficient_table
+from ditc.runtime.spec import VAE_ENCODER
+
+
+def assemble(
+    build: BuildContext, graphs: Mapping[str, Artifact], engines: Mapping[str, Artifact]
+) -> Manifest:
+    """The manifest, unsealed; tokenizers and golden files are written on the way.
+
+    Args:
+        graphs: every stage's. engines: those of stages that have one.
+    """
+    plan = build.plan
+    records = {name: _record(build, name, graph) for name, graph in graphs.items()}
+    rgb = records[VAE_ENCODER].latent_rgb if VAE_ENCODER in records else None
+    tokenizers = [write_tokenizer(build.checkpoint.tokenizers, spec, build.out) for spec in plan.text]
+    kept = {name: _kept(build, name, graph, engines.get(name)) for name, graph in graphs.items()}
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=plan.family,
+        checkpoint=build.checkpoint.path.name,
+        stages={
+            name: Stage(
+                artifacts=kept[name],
+                golden=golden_artifact(build, records[name].inputs, graph, kept[name]),
+            )
+            for name, graph in graphs.items()
+        },
+        text=tuple(
+            replace(spec, tokenizer=ref.path) for spec, ref in zip(plan.text, tokenizers, strict=True)
+        ),
+        scheduler=plan.scheduler,
+        latents=replace(plan.latents, rgb=rgb) if rgb else plan.latents,
+        defaults=plan.defaults,
+        guidance=plan.step.guidance,
+        golden_table=_golden_table(plan.scheduler, plan.defaults.num_inference_steps),
+        files=tuple(tokenizers),
+        tools=tool_versions(),
+    )
+
+
+def _record(build: BuildContext, name: str, graph: Artifact) -> StageRecord:
+    record = build.journal.record(StageRecord, artifact_record(name, graph.backend), graph.key)
+    if record is None:
+        raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
+    return record
+
+
+def _kept(build: BuildContext, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
+    """The stage's new artifacts, and those of earlier builds that stay."""
+    new = (graph,) if engine is None else (graph, engine)
+    stay = previous_build.artifacts_that_stay(build.old, build.checkpoint.path.name, name, new, build.journal)
+    return previous_build.in_order((*new, *stay))
+
+
+def _golden_table(scheduler: SchedulerParams, num_inference_steps: int) -> GoldenTable:
+    table = coefficient_table(scheduler, num_inference_steps)
+    return GoldenTable(
+        num_inference_steps=num_inference_steps,
+        timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
+        coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
+    )

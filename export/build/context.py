@@ -1,0 +1,35 @@
+"""What every part of one build has at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditc.export.build.events import EventLog
+from ditc.export.build.journal import Journal
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan
+from ditc.export.quant.apply import Quantization
+from ditc.runtime.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildContext:
+    """One build.
+
+    Attributes:
+        out: the bundle's folder. old: its manifest before this build, None where there is none.
+        targets: what engines are built for; empty where none are.
+        quantization: of an 8-bit denoiser.
+    """
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    plan: ModelPlan
+    options: BuildOptions
+    out: Path
+    old: Manifest | None
+    targets: tuple[str, ...]
+    quantization: Quantization | None
+    journal: Journal
+    events: EventLog

@@ -1,0 +1,86 @@
+"""One stage's engine in a bundle: what it depends on, reused or built anew from the stage's graph."""
+
+from __future__ import annotations
+
+import gc
+
+from ditc.export.build import estimates
+from ditc.export.build.build_key import digest
+from ditc.export.build.context import BuildContext
+from ditc.export.build.layout import engine_path
+from ditc.export.build.records import EngineInputs, EngineRecord
+from ditc.export.build.source_hash import engine_source
+from ditc.export.checkpoint.release_memory import drop_pages
+from ditc.export.engine.build import build_engine, estimate_memory_bytes, library_version
+from ditc.export.engine.profiles import orientation_profiles
+from ditc.runtime.bundle.build_cost import BuildCost
+from ditc.runtime.bundle.integrity import file_ref
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.gpu import find_gpu
+from ditc.runtime.spec import Backend, Precision
+
+
+def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInputs:
+    """Everything that the stage's engine depends on."""
+    options = build.options
+    return EngineInputs(
+        stage=name,
+        graph=graph.key,
+        backend=options.backend,
+        targets=build.targets,
+        profiles=orientation_profiles(graph.spec, build.plan.defaults, options.backend),
+        library_version=library_version(options.backend),
+        gpu=find_gpu() if options.backend is Backend.TENSORRT else None,
+        linear_attention=options.linear_attention,
+        weight_streaming=options.weight_streaming,
+        engine_source=engine_source(),
+    )
+
+
+def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact:
+    """The engine of a finished graph for all targets, from an earlier build if nothing that it depends on changed."""
+    inputs, stage, options = engine_inputs(build, name, graph), f"{name} engine", build.options
+    finished = build.journal.finished(EngineRecord, inputs)
+    if finished is not None:
+        build.events.reused(stage, finished)
+        return finished
+    why, onnx, key = build.journal.why(EngineRecord, inputs), build.out / graph.file.path, digest(inputs)
+    gc.collect()  # exported modules hold cycles, and with them their weights
+    for component in build.plan.stages[name].components:
+        drop_pages(build.checkpoint.component(component).files)
+    estimate = estimates.resident_bytes() + estimate_memory_bytes(onnx)
+    build.events.building(stage, why)
+    report = build_engine(
+        onnx,
+        engine_path(build.out, name, graph.precision, options.backend, key),
+        spec=graph.spec,
+        backend=options.backend,
+        targets=inputs.targets,
+        profiles=inputs.profiles,
+        timing_cache=build.journal.timing_cache,
+        tf32=graph.precision is Precision.TF32,
+        linear_attention=options.linear_attention,
+        weight_streaming=options.weight_streaming,
+        progress=lambda phase, step, steps: build.events.working(stage, f"{phase} {step}/{steps}"),
+    )
+    artifact = Artifact(
+        spec=graph.spec,
+        precision=graph.precision,
+        backend=options.backend,
+        targets=inputs.targets,
+        file=file_ref(report.file, build.out),
+        weights=graph.weights,
+        key=key,
+        recipe=graph.recipe,
+        quantization=graph.quantization,
+        library=inputs.library_version,
+        gpu=inputs.gpu.name if inputs.gpu else None,
+    )
+    cost = BuildCost(
+        seconds=report.seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+        estimated_memory_bytes=estimate,
+    )
+    build.journal.write(EngineRecord(inputs=inputs, artifact=artifact, cost=cost))
+    build.events.built(stage, why, artifact, cost)
+    return artifact

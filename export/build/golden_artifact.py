@@ -1,0 +1,52 @@
+"""One stage's golden file in a bundle: for all precisions of the stage, reused or written anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ditc.export.build import previous_build
+from ditc.export.build.build_key import digest
+from ditc.export.build.context import BuildContext
+from ditc.export.build.golden import SIXTEEN_BITS, write_golden
+from ditc.export.build.layout import golden_path
+from ditc.export.build.records import GoldenInputs, GoldenRecord, StageInputs
+from ditc.runtime.bundle.integrity import file_ref
+from ditc.runtime.bundle.manifest import Artifact, FileRef
+from ditc.runtime.spec import Precision
+
+
+def golden_artifact(
+    build: BuildContext, graph: StageInputs, artifact: Artifact, kept: tuple[Artifact, ...]
+) -> FileRef:
+    """The self-test's inputs and fp32 outputs of a stage.
+
+    Its name follows from what all precisions have in common and from the 16-bit ones among them, whichever was built
+    last.
+
+    Args:
+        graph: what the stage's graph was made from. artifact: the graph.
+        kept: all artifacts of the stage.
+    """
+    name = graph.stage
+    precisions = sorted({a.precision.value for a in kept if a.precision in SIXTEEN_BITS})
+    inputs = GoldenInputs(of=previous_build.but_for_precision(graph), losses=tuple(precisions))
+    known = build.journal.record_of(GoldenRecord, inputs)
+    if known is not None and build.journal.intact(known.file):
+        return known.file
+    build.events.working(name, "golden inputs and outputs")
+    exact = replace(build.options, precision=Precision.FP32, recipe=None, ranges=None, base_precision=None)
+    plan = build.adapter.plan(build.checkpoint, exact)
+    reference = build.adapter.load(build.checkpoint, plan, name, exact)
+    deployed = None
+    if artifact.precision in SIXTEEN_BITS:
+        deployed = build.adapter.load(build.checkpoint, build.plan, name, build.options)
+    recorded = previous_build.losses_of(build.old, name, build.out)
+    path = write_golden(
+        reference,
+        golden_path(build.out, name, digest(inputs)),
+        deployed=deployed,
+        losses={p: recorded[p] for p in precisions if p in recorded},
+    )
+    ref = file_ref(path, build.out)
+    build.journal.write(GoldenRecord(inputs=inputs, file=ref))
+    return ref

@@ -1,0 +1,111 @@
+"""One stage's ONNX graph in a bundle: what it depends on, reused or exported anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import perf_counter
+
+from ditc.export.build.build_key import digest, tool_versions
+from ditc.export.build.context import BuildContext
+from ditc.export.build.latent_rgb import fit_latent_rgb
+from ditc.export.build.layout import graph_path
+from ditc.export.build.preflight import export_bytes
+from ditc.export.build.records import QuantizationInputs, StageInputs, StageRecord
+from ditc.export.build.source_hash import graph_source
+from ditc.export.contract import StageModule
+from ditc.export.engine.memory import PeakMemory
+from ditc.export.graph.onnx import OnnxFiles, to_onnx
+from ditc.export.quant.apply import Quantization
+from ditc.export.quant.plan import QuantPlan
+from ditc.export.quant.record import write_record
+from ditc.runtime.bundle.build_cost import BuildCost
+from ditc.runtime.bundle.integrity import file_ref
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
+from ditc.runtime.weight_map import weight_map_path, write_weight_map
+
+
+def stage_inputs(build: BuildContext, name: str) -> StageInputs:
+    """Everything that the stage's graph depends on."""
+    stage = build.plan.stages[name]
+    components = [build.checkpoint.component(component) for component in stage.components]
+    quantization = _quantization(build, name)
+    return StageInputs(
+        stage=name,
+        weights={c.name: build.journal.hashes.of_all(c.files) for c in components},
+        config={c.name: digest(c.config) for c in components},
+        facts={fact: json.dumps(value) for fact, value in stage.facts.items()},
+        shapes=stage.spec,
+        precision=stage.precision,
+        backend=Backend.ONNXRUNTIME,
+        opset=build.options.opset,
+        quantization=None
+        if quantization is None
+        else QuantizationInputs(recipe=digest(quantization.recipe), ranges=quantization.ranges_sha256),
+        export_source=graph_source(),
+        tool_versions=tool_versions(),
+    )
+
+
+def graph_artifact(build: BuildContext, name: str) -> Artifact:
+    """The stage's graph, from an earlier build if everything that it depends on is the same."""
+    inputs = stage_inputs(build, name)
+    finished = build.journal.finished(StageRecord, inputs)
+    if finished is not None:
+        build.events.reused(name, finished)
+        return finished
+    why, estimate = build.journal.why(StageRecord, inputs), export_bytes(build.checkpoint, build.plan, name)
+    build.events.building(name, why)
+    started = perf_counter()
+    key, quantization = digest(inputs), _quantization(build, name)
+    precision = inputs.precision if quantization is None else build.options.precision
+    path = graph_path(build.out, name, precision, key)
+    with PeakMemory() as memory:
+        module = build.adapter.load(build.checkpoint, build.plan, name, build.options)
+        plan = None if quantization is None else quantization.plan(module)
+        files = to_onnx(module, path, quantize=plan, opset=build.options.opset)
+    artifact = _written(build.out, module, files, precision, key, quantization, plan)
+    cost = BuildCost(
+        seconds=perf_counter() - started,
+        peak_memory_bytes=memory.peak_bytes,
+        estimated_memory_bytes=estimate,
+    )
+    rgb = None
+    if name == VAE_ENCODER:
+        rgb = tuple(map(tuple, fit_latent_rgb(module.module, build.plan.latents).tolist()))
+    build.journal.write(StageRecord(inputs=inputs, artifact=artifact, cost=cost, latent_rgb=rgb))
+    build.events.built(name, why, artifact, cost)
+    return artifact
+
+
+def _quantization(build: BuildContext, name: str) -> Quantization | None:
+    return build.quantization if name == DENOISER else None
+
+
+def _written(
+    bundle: Path,
+    module: StageModule,
+    files: OnnxFiles,
+    precision: Precision,
+    key: str,
+    quantization: Quantization | None,
+    plan: QuantPlan | None,
+) -> Artifact:
+    """Write what lies beside the graph, and refer to all of it."""
+    record = None
+    if quantization is not None and plan is not None:
+        record = write_record(files.model, plan, module.spec, quantization.ranges_sha256)
+    weight_map = write_weight_map(weight_map_path(files.model), files.weight_map)
+    model, *data = (file_ref(path, bundle) for path in files.paths)
+    return Artifact(
+        spec=module.spec,
+        precision=precision,
+        backend=Backend.ONNXRUNTIME,
+        file=model,
+        data=tuple(data),
+        weights=file_ref(weight_map, bundle),
+        key=key,
+        recipe=None if quantization is None else quantization.recipe.name,
+        quantization=None if record is None else file_ref(record, bundle),
+    )

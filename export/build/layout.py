@@ -1,0 +1,24 @@
+"""Where a build puts the files of a bundle. Names contain the key, so that no build overwrites another's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditc.runtime.spec import Backend, Precision
+
+GRAPHS, ENGINES, GOLDEN = "onnx", "engines", "golden"
+
+
+def graph_path(bundle: Path, stage: str, precision: Precision, key: str) -> Path:
+    """A stage's ONNX file."""
+    return bundle / GRAPHS / f"{stage}-{precision.value}-{key[:8]}.onnx"
+
+
+def engine_path(bundle: Path, stage: str, precision: Precision, backend: Backend, key: str) -> Path:
+    """A stage's engine."""
+    return bundle / ENGINES / f"{stage}-{precision.value}-{key[:8]}.{backend.value}"
+
+
+def golden_path(bundle: Path, stage: str, key: str) -> Path:
+    """A stage's golden inputs and outputs."""
+    return bundle / GOLDEN / f"{stage}-{key[:8]}.safetensors"
