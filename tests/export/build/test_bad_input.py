@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_while_writing_is_named(
         path.with_name(path.name + ".partial").write_bytes(bytes(10**6))
 
     monkeypatch.setattr(bundle_module, "to_onnx", export)
-    monkeypatch.setattr(bundle_module.budget, "check_disk", lambda *_, **__: None)
+    monkeypatch.setattr(bundle_module.estimates, "check_disk", lambda *_, **__: None)
     out = small_disk / "bundle"
     assert "no space left" in refused(capsys, "build", tiny_checkpoint, "-o", out)
     assert not (out / "manifest.json").exists()
@@ -271,9 +271,7 @@ def test_a_read_only_output_is_refused(
     assert "cannot write into" in refused(capsys, "build", tiny_checkpoint, "-o", small_disk / "bundle")
 
 
-def test_a_build_with_nothing_to_do_needs_no_torch(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_build_with_nothing_to_do_needs_no_torch(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     """Its second is what the whole command may take; torch alone takes longer to import."""
     assert up_to_date(tiny_checkpoint, tiny_bundle, BuildOptions(max_batch=3)) is None
     code = (
