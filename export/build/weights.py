@@ -19,7 +19,6 @@ from ditc.export.networks.loading import WeightSource
 from ditc.runtime.errors import BuildError
 
 IDENTITY = "identity"
-RESHAPE = "reshape"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
