@@ -124,7 +124,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes, without the versions of transformers and diffusers that wrote it."""
     stamp = rb'"_?(transformers|diffusers)_version": "[^"]*"'
     return {
-        str(f.relative_to(folder)): re.sub(stamp, b"", f.read_bytes()) if f.suffix == ".json" else f.read_bytes()
+        str(f.relative_to(folder)): re.sub(stamp, b"", f.read_bytes())
+        if f.suffix == ".json"
+        else f.read_bytes()
         for f in folder.rglob("*")
         if f.is_file()
     }

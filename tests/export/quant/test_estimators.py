@@ -28,7 +28,9 @@ def test_a_value_lies_between_the_edges_of_its_bin():
 
 
 def test_the_counts_are_those_between_the_edges(outliers):
-    np.testing.assert_array_equal(statistics(outliers).histogram[0], np.histogram(np.abs(outliers), edges())[0])
+    np.testing.assert_array_equal(
+        statistics(outliers).histogram[0], np.histogram(np.abs(outliers), edges())[0]
+    )
 
 
 def test_what_lies_outside_all_bins_is_counted_at_their_ends():
