@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -171,11 +170,3 @@ def forced_state(run: CaseRun, start: DenoiseState, step: int) -> DenoiseState:
     for k in range(min(length, step)):
         history[:, k] = run.x0[step - 1 - k]
     return replace(start, latents=run.latents[step], history=history, step_index=step)
-
-
-def array_digest(*arrays: Array) -> str:
-    """A short hash of arrays, to tell two sides' inputs apart."""
-    hasher = hashlib.sha256()
-    for array in arrays:
-        hasher.update(np.ascontiguousarray(array).tobytes())
-    return hasher.hexdigest()[:16]

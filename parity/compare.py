@@ -14,11 +14,19 @@ from ditc.runtime.session import Array
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """error: relative L2, NaN where the candidate is not finite. problem: why the two may not be compared by it."""
+    """What one tensor's comparison says.
+
+    Attributes:
+        error: relative L2; NaN where the shapes differ or the candidate is not finite.
+        problem: set when the error is not meaningful: another shape, NaN or Inf, or one value everywhere although
+            the reference varies.
+        finite: whether the candidate is free of NaN and Inf.
+    """
 
     error: float
     worst: Element
     problem: str = ""
+    finite: bool = True
 
 
 def check_reference(name: str, reference: Array) -> Array:
@@ -37,11 +45,11 @@ def check_reference(name: str, reference: Array) -> Array:
     return reference
 
 
-def compare(name: str, candidate: Array, reference: Array, *, flat_is_normal: bool = False) -> Comparison:
+def compare(name: str, candidate: Array, reference: Array) -> Comparison:
     """Compare one tensor.
 
-    Args:
-        flat_is_normal: the reference may be one constant (a mask without padding).
+    A reference that is one constant, such as the bias of a text without padding, is compared by the same error: each
+    value of the candidate must be near that constant, and near zero absolutely where the constant is zero.
 
     Raises:
         NumericsError: the reference is not finite.
@@ -56,10 +64,11 @@ def compare(name: str, candidate: Array, reference: Array, *, flat_is_normal: bo
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         worst = Element(tensor=name, index=at, candidate=float(candidate[at]), reference=float(reference[at]))
-        return Comparison(float("nan"), worst, f"{name} has {int((~finite).sum())} NaN or Inf values")
+        problem = f"{name} has {int((~finite).sum())} NaN or Inf values"
+        return Comparison(float("nan"), worst, problem, finite=False)
     worst = worst_element(name, candidate, reference)
     error = relative_l2(candidate, reference)
-    if not flat_is_normal and is_flat(candidate) and not is_flat(reference):
+    if is_flat(candidate) and not is_flat(reference):
         return Comparison(error, worst, f"{name} has one value only, {float(candidate.flat[0]):.6g}")
     return Comparison(error, worst)
 

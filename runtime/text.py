@@ -117,10 +117,6 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._special_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, special ones included: what len(tokenizer.encode(text)) is in transformers."""
-        return len(self._tokenizer.encode(text).ids)
-
     def encode(self, texts: Sequence[str], spec: TextSpec, *, negative: bool = False) -> TokenBatch:
         """Token ids and mask of every text, cut (with a warning in the log) and padded to the spec's length.
 

@@ -159,7 +159,6 @@ class FakeEngine:
     ranges: tuple[Mapping[str, Any], ...] = ({},)
     scale: int = 1  # pixels a cell, for stages whose outputs have dimensions of their own
     workspace: int = 4096
-    enqueued: int = 0
     closed: bool = False
     fail: bool = False
     refuse_address: str = ""
@@ -254,7 +253,6 @@ class FakeContext:
     def enqueue(self, stream: int) -> bool:
         if self.engine.fail:
             return False
-        self.engine.enqueued += 1
         assert self.cuda.recording is None or not self.changed, (
             "captured before a plain run with these shapes"
         )

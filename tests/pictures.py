@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import SanaPipeline
 
+from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Output, Pipeline
 from ditc.runtime.session import Array
 
@@ -67,20 +68,9 @@ def draw(pipeline: Pipeline, prompt: str | Sequence[str] | None, **arguments: An
     return Drawn(latents, output.images)
 
 
-def relative_l2(value: Array, reference: Array) -> float:
-    """|value - reference| / |reference| in fp64."""
-    value, reference = value.astype(np.float64), reference.astype(np.float64)
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def psnr_db(pictures: Array, reference: Array) -> float:
-    """Peak signal to noise ratio of pictures in [0,1]."""
-    return float(-10 * np.log10(np.mean((pictures.astype(np.float64) - reference) ** 2)))
-
-
 def assert_same(ours: Drawn, theirs: Drawn) -> None:
     """Every step within STEP_RELATIVE_L2, every picture within PICTURE_DB."""
     errors = [relative_l2(a, b) for a, b in zip(ours.latents, theirs.latents, strict=True)]
     assert max(errors) <= STEP_RELATIVE_L2, f"worst step {int(np.argmax(errors))}: {max(errors):.3g}"
     for index, (a, b) in enumerate(zip(ours.pictures, theirs.pictures, strict=True)):
-        assert psnr_db(a, b) >= PICTURE_DB, f"picture {index}: {psnr_db(a, b):.1f} dB"
+        assert psnr(a, b) >= PICTURE_DB, f"picture {index}: {psnr(a, b):.1f} dB"

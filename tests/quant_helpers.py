@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ditc.calib.observe import Observer, watching
 from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph.torch_session import TorchSession
-from ditc.export.quant.histogram import count, count_channels
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import Origin, Ranges, Statistics
 from ditc.runtime.session import Array
@@ -47,12 +47,8 @@ def signal_to_noise_db(value: Array, reference: Array) -> float:
 
 
 def statistics(*buckets: np.ndarray) -> Statistics:
-    """Of one (N,C) tensor a bucket."""
-    return Statistics(
-        amax=np.float32([np.abs(x).max() for x in buckets]),
-        histogram=np.stack([count(x) for x in buckets]),
-        channel_amax=np.stack([np.abs(x).max(axis=0) for x in buckets]).astype(np.float32),
-        channel_squares=np.stack([(x.astype(np.float64) ** 2).sum(axis=0) for x in buckets]),
-        rows=np.array([len(x) for x in buckets]),
-        channel_histogram=count_channels(np.concatenate(buckets)),
-    )
+    """What an observer counts of one (N,C) tensor a bucket."""
+    observer = Observer(len(buckets))
+    for observer.bucket, values in enumerate(buckets):
+        observer.see("x", torch.from_numpy(values))
+    return observer.sites["x"]

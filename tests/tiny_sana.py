@@ -9,8 +9,6 @@ from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-WORDS = ("red", "blue", "green", "heart", "cat", "dog", "a", "an", "with", "apple", ",", "photo", "of")
-
 
 def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads") -> SanaPipeline:
     """The pipeline in fp32 and eval mode; every call with one seed gives the same weights."""

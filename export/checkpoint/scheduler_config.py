@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,21 +51,6 @@ _OTHERS = {
     *("timestep_spacing", "steps_offset", "time_shift_type", "base_shift", "max_shift"),
     *("base_image_seq_len", "max_image_seq_len"),
 }
-
-
-def read_scheduler_params(path: Path, *, timestep_scale: float = 1.0) -> SchedulerParams:
-    """`scheduler_params` of a file.
-
-    Raises:
-        CheckpointError: the file is missing or no JSON object, or `scheduler_params` refuses it.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return scheduler_params(config, timestep_scale=timestep_scale)
 
 
 def scheduler_params(config: Mapping[str, Any], *, timestep_scale: float = 1.0) -> SchedulerParams:

@@ -18,20 +18,11 @@ from typing import Literal
 from ditc.export.engine.graph_files import graph_size_bytes, inlined
 from ditc.export.engine.memory import PeakMemory, estimate_build_bytes
 from ditc.export.engine.plugins import has_linear_attention, with_plugin
-from ditc.export.engine.targets import SM75_HINT, check_targets, check_types, engine_targets
+from ditc.export.engine.targets import SM75_HINT, check_targets, check_types
 from ditc.export.engine.tensorrt import Compiler, Progress, ShapeRange, load_library
 from ditc.runtime.atomic import atomic_path, write_atomic
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import Backend, Range, StageSpec
-
-__all__ = [
-    "EngineReport",
-    "build_engine",
-    "check_targets",
-    "engine_targets",
-    "estimate_memory_bytes",
-    "library_version",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +90,7 @@ def build_engine(
         onnx_path: the graph; external data is read from beside it.
         out: the engine; written under a temporary name and renamed when whole.
         spec: the stage's inputs, and the ranges of their named dimensions.
-        targets: see `engine_targets(backend)`.
+        targets: see `engine_targets(backend)` in engine/targets.py.
         profiles: one optimisation profile each, naming the dimensions that differ from spec.profile (say,
             one a resolution bin). None: one profile with the ranges of spec.profile.
         timing_cache: read if it is there, written after the build. `tensorrt` only: TensorRT-RTX times

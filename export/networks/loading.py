@@ -35,10 +35,6 @@ class WeightSource:
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
 
-    def restore(self, parameter: Tensor) -> Tensor:
-        """The checkpoint's tensor from the parameter's value."""
-        return parameter.reshape(self.shape)
-
 
 def build_empty(make: Callable[[], M]) -> M:
     """A network without memory for its weights, in eval mode; load_strict gives it both."""

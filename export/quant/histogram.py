@@ -33,18 +33,3 @@ def edges(per_octave: int = PER_OCTAVE) -> Array:
     """(BINS+1,) fp64: the lower edges of all bins and the upper edge of the last."""
     index = np.arange((LARGEST - SMALLEST) * per_octave + 1)
     return np.exp2(SMALLEST + index // per_octave) * (1 + (index % per_octave) / per_octave)
-
-
-def count(values: Array) -> Array:
-    """(BINS,) int64 counts of the magnitudes of the values."""
-    return np.bincount(bin_of(np.abs(values, dtype=np.float32).ravel()), minlength=BINS).astype(np.int64)
-
-
-def count_channels(values_NC: Array) -> Array:
-    """(C,CHANNEL_BINS) uint32 counts of the magnitudes of each channel."""
-    bits = np.ascontiguousarray(np.abs(values_NC), np.float32).view(np.int32) >> CHANNEL_DROPPED_BITS
-    bins = np.clip(bits - CHANNEL_FIRST, 0, CHANNEL_BINS - 1)
-    channels = values_NC.shape[1]
-    flat = (bins + np.arange(channels) * CHANNEL_BINS).ravel()
-    counts = np.bincount(flat, minlength=channels * CHANNEL_BINS)
-    return counts.reshape(channels, CHANNEL_BINS).astype(np.uint32)

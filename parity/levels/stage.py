@@ -21,9 +21,6 @@ from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Limit, Metric
 
-# Masks of a full text and counts of non-finite values are rightly one constant.
-MAY_BE_FLAT = ("text_bias", step_contract.STATS)
-
 
 def check(context: Context) -> Iterator[Result]:
     """All cases of all stages that the candidate has."""
@@ -66,17 +63,18 @@ def check_case(context: Context, case: StageCase) -> Result:
         got = {name: to_numpy(t) for name, t in session.run(fit_feeds(case.feeds, session.spec)).items()}
     except SessionError as e:
         return failed(Level.STAGE, case.stage, case.what, str(e), against="PyTorch fp32")
+    compared = {
+        name: compare(name, got[name], wanted) for name, wanted in judged_outputs(context, case).items()
+    }
     results = [
-        _result(context, case, compare(name, got[name], wanted, flat_is_normal=name in MAY_BE_FLAT), name)
-        for name, wanted in judged_outputs(context, case).items()
+        (_result(context, case, comparison, name), comparison) for name, comparison in compared.items()
     ]
-    worst = max(results, key=lambda r: r.headroom)
+    worst, comparison = max(results, key=lambda pair: pair[0].headroom)
     if worst.verdict is not Verdict.FAIL:
         return worst
-    value = worst.value if worst.value is not None else float("nan")
     amax = max(float(abs(widened(array)).max()) for array in case.outputs.values())
-    culprit = bisect(context, case.stage, case.feeds, value)
-    return replace(worst, culprit=culprit, causes=range_causes(worst.value is not None, amax))
+    culprit = bisect(context, case.stage, case.feeds, comparison.error)
+    return replace(worst, culprit=culprit, causes=range_causes(comparison.finite, amax))
 
 
 def _result(context: Context, case: StageCase, comparison: Comparison, name: str) -> Result:
@@ -122,7 +120,7 @@ def _check_native(context: Context, case: StageCase) -> Result:
     except SessionError as e:
         return failed(Level.STAGE, case.stage, what, str(e), against="PyTorch fp32")
     for name, wanted in judged_outputs(context, case).items():
-        comparison = compare(name, to_numpy(got[name]), wanted, flat_is_normal=name in MAY_BE_FLAT)
+        comparison = compare(name, to_numpy(got[name]), wanted)
         bound = stage_bound(context, case, name)
         if comparison.problem or (bound is not None and not comparison.error <= bound.bound):
             detail = comparison.problem or f"{name} differs by {comparison.error:.2e}"

@@ -82,7 +82,11 @@ def _check_step(
             worst=comparison.worst,
             against=AGAINST,
         )
-    return _explained(context, run, start, step, result) if result.verdict is Verdict.FAIL else result
+    return (
+        _explained(context, run, start, step, result, comparison)
+        if result.verdict is Verdict.FAIL
+        else result
+    )
 
 
 def _compared_step(
@@ -100,19 +104,21 @@ def _compared_step(
     return max(pairs, key=lambda c: np.inf if c.error != c.error else c.error), after
 
 
-def _explained(context: Context, run: CaseRun, start: DenoiseState, step: int, result: Result) -> Result:
+def _explained(
+    context: Context, run: CaseRun, start: DenoiseState, step: int, result: Result, comparison: Comparison
+) -> Result:
     """Whether the denoiser is wrong or what it is fed: the same step with the reference's feeds decides."""
     assert run.start is not None
     fed = _feeds(forced_state(run, start, step))
     wanted = _feeds(forced_state(run, run.start, step))
     causes = feed_causes(fed, wanted, first_step=step == 0)
-    value = result.value if result.value is not None else float("nan")
+    error = comparison.error
     if causes:
-        culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=value, before=0.0)
+        culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=error, before=0.0)
         return replace(result, stage="pipeline", culprit=culprit, causes=causes)
-    inside = bisect(context, DENOISER, wanted, value)
+    inside = bisect(context, DENOISER, wanted, error)
     amax = float(np.abs(run.latents).max())
-    return replace(result, culprit=inside, causes=range_causes(result.value is not None, amax))
+    return replace(result, culprit=inside, causes=range_causes(comparison.finite, amax))
 
 
 def _feeds(state: DenoiseState) -> dict[str, Array]:

@@ -85,7 +85,9 @@ def test_a_right_graph_passes_every_level_without_a_budget_by_hand(twin, int8) -
     for level in (Level.MODULE, Level.STAGE, Level.STEP, Level.TRAJECTORY):
         found = results(context, level)
         assert found and {r.verdict for r in found} <= {Verdict.PASS, Verdict.NOT_CHECKED}, level
-        assert any(r.verdict is Verdict.PASS and r.value > 1e-6 for r in found), level
+        # Beside PyTorch with the same codes only fp32 rounding must show; beside fp32 the codes' own loss does.
+        least = 0.0 if level is Level.MODULE else 1e-4
+        assert any(r.verdict is Verdict.PASS and r.value > least for r in found), level
     assert not [r for r in LEVELS[Level.PICTURE](context) if r.verdict is Verdict.FAIL]
 
 

@@ -32,7 +32,7 @@ def proven(bundle: Path, tiny_checkpoint: Path) -> tuple[Path, Path, Path, int]:
     return bundle, page, reference, code
 
 
-def test_a_bundle_that_computes_what_pytorch_computes_passes(proven, capsys) -> None:
+def test_a_bundle_that_computes_what_pytorch_computes_passes(proven) -> None:
     assert proven[3] == 0
 
 
@@ -133,9 +133,10 @@ def test_others_may_read_a_reference_file_as_they_may_the_page(proven) -> None:
     assert reference.stat().st_mode == page.stat().st_mode
 
 
-def test_a_reference_is_needed_and_only_one(bundle, tmp_path, capsys) -> None:
-    assert main(["parity", str(bundle)]) == 2
-    assert "--against CHECKPOINT" in capsys.readouterr().err
+def test_a_reference_is_needed_and_only_one(bundle, capsys) -> None:
+    for given in ([], ["--against", "checkpoint", "--reference", "ref.safetensors"]):
+        assert main(["parity", str(bundle), *given]) == 2
+        assert "--against CHECKPOINT, or --reference FILE" in capsys.readouterr().err
 
 
 def test_the_page_opens_in_a_browser_and_needs_nothing_else(proven, tmp_path) -> None:

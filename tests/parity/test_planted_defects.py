@@ -73,6 +73,11 @@ def _ignore_mask(twin: Twin) -> None:
     patch_forward(module, without_mask)
 
 
+def _grey(latents: torch.Tensor) -> torch.Tensor:
+    batch, _, height, width = latents.shape
+    return torch.full((batch, 3, 2 * height, 2 * width), 0.25)
+
+
 def _other_shift(twin: Twin) -> None:
     manifest = twin.pipeline.manifest
     twin.pipeline.manifest = replace(manifest, scheduler=replace(manifest.scheduler, shift=6.0))
@@ -186,6 +191,26 @@ def test_history_that_is_not_reset_between_requests_is_caught(tiny_checkpoint) -
     assert second.verdict is Verdict.FAIL
     assert second.culprit.module == "step 1"
     assert "stale history" in second.causes[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensor", "plant"),
+    [
+        (CONDITIONER, "text_bias has one value only, 0", _ignore_mask),
+        (
+            VAE_DECODER,
+            "image has one value only, 0.25",
+            lambda t: patch_forward(module_of(t, VAE_DECODER), lambda self, latents: _grey(latents)),
+        ),
+    ],
+)
+def test_a_stage_that_gives_one_value_is_named_by_it_and_not_called_nan(
+    stage, tensor, plant, tiny_checkpoint
+) -> None:
+    found = failures(context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, plant)), Level.STAGE)
+    assert {r.stage for r in found} == {stage}
+    assert tensor in [r.detail for r in found]
+    assert not any(r.causes for r in found), "its values are finite"
 
 
 def test_a_nan_in_one_latent_is_named_by_step_and_index(tiny_checkpoint, healthy) -> None:

@@ -69,14 +69,14 @@ def test_threads_that_miss_together_count_the_row_once() -> None:
     cache, barrier = RowCache(100), threading.Barrier(4)
 
     def compute() -> dict[str, Array]:
-        barrier.wait(timeout=10)
+        barrier.wait(timeout=60)  # the threads of a loaded machine start late
         return row(30)
 
     threads = [threading.Thread(target=cache.get, args=("a", compute)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
     assert cache.size_bytes == 30
 
 

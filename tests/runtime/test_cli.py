@@ -106,7 +106,8 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, 
     output, previews = tmp_path / "out" / "x.png", tmp_path / "steps"
     command = [sys.executable, "-m", "ditc.runtime.cli", "run", str(tiny_bundle), "cat", "-o", str(output)]
     process = subprocess.Popen(
-        [*command, "--steps", "900", "--threads", "1", "--preview", str(previews)],
+        # Ten batches of 900 steps: far from done on any machine when the first preview is seen.
+        [*command, "--steps", "900", "-n", "40", "--threads", "1", "--preview", str(previews)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ import pytest
 from ditc.runtime import denoise, step_contract
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.guard import check_stats
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
@@ -39,10 +40,6 @@ def states_of(pipeline: Pipeline) -> list[DenoiseState]:
         for _ in range(steps_ahead):
             (states[index],) = denoise.step(session, [states[index]])
     return states
-
-
-def relative_l2(value: Tensor, reference: Tensor) -> float:
-    return float(np.linalg.norm(np.subtract(value, reference)) / np.linalg.norm(np.asarray(reference)))
 
 
 def test_strangers_in_one_batch_get_what_they_get_alone(pipeline: Pipeline) -> None:

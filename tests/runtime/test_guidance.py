@@ -23,12 +23,21 @@ def test_the_weights_add_up_to_what_diffusers_computes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "start", "stop"), [(28, 0.01, 0.2), (20, 0.0, 0.2), (5, 0.2, 0.8), (10, 0.5, 0.5)]
+    ("steps", "start", "stop", "inside"),
+    [
+        (28, 0.01, 0.2, [1, 2, 3, 4, 5]),
+        (20, 0.0, 0.2, [1, 2, 3]),  # both ends are left out: steps 0 and 4 lie on them
+        (5, 0.2, 0.8, [2, 3]),
+        (10, 0.5, 0.5, []),
+    ],
 )
-def test_the_third_row_is_there_in_diffusers_window_only(steps: int, start: float, stop: float) -> None:
+def test_the_third_row_is_there_in_diffusers_window_only(
+    steps: int, start: float, stop: float, inside: list[int]
+) -> None:
     skip = SkipLayerGuidance(layers=(1,), scale=2.0, start=start, stop=stop)
     rows = [f[GUIDANCE_WEIGHTS].shape[1] for f in guidance_feeds(GATED, 1, 3.0, skip, steps)]
-    assert rows == [3 if steps * start < i < steps * stop else 2 for i in range(steps)]
+    assert [index for index, count in enumerate(rows) if count == 3] == inside
+    assert len(rows) == steps and set(rows) <= {2, 3}
 
 
 def test_only_the_third_rows_skip_layers() -> None:

@@ -14,6 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.schedulers import CoefficientTable, SchedulerParams, coefficient_table
 from ditc.runtime.step_contract import CN, coefficient_columns
 
@@ -53,11 +54,6 @@ def run_diffusers(scheduler: Any, steps: int, *, begin_index: int = 0) -> np.nda
     for t in scheduler.timesteps[begin_index:]:
         x = scheduler.step(torch.from_numpy(network(x.numpy(), float(t))), t, x, return_dict=False)[0]
     return x.numpy()
-
-
-def relative_l2(ours: np.ndarray, reference: np.ndarray) -> float:
-    difference = np.linalg.norm(ours.astype(np.float64) - reference)
-    return float(difference / np.linalg.norm(reference.astype(np.float64)))
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:

@@ -88,15 +88,15 @@ def ours(reference: Any, folder: Path) -> Tokenizer:
     return Tokenizer(folder / "tokenizer.json")
 
 
-def sana_spec(tokenizer: Tokenizer, pad_token_id: int) -> TextSpec:
+def sana_spec(reference: Any) -> TextSpec:
     prefix = "\n".join(INSTRUCTION)
     return TextSpec(
         stage="text_encoder",
         tokenizer="tokenizer/tokenizer.json",
         length=MAX_LENGTH,
-        max_length=tokenizer.count_tokens(prefix) + MAX_LENGTH - 2,
+        max_length=len(reference(prefix).input_ids) + MAX_LENGTH - 2,
         negative_max_length=MAX_LENGTH,
-        pad_token_id=pad_token_id,
+        pad_token_id=reference.pad_token_id,
         prefix=prefix,
         select=Select(first=1, last=MAX_LENGTH - 1),
         lower=True,
@@ -131,7 +131,7 @@ def test_prompts_reach_the_conditioner_as_in_sana_pipeline(
 ) -> None:
     reference = make()
     tokenizer = ours(reference, tmp_path)
-    spec = sana_spec(tokenizer, reference.pad_token_id)
+    spec = sana_spec(reference)
     texts, negatives = [prompt, "A second Prompt"], ["", prompt]
     expected = encode_with_diffusers(reference, texts, negatives)
     found = []
@@ -173,8 +173,8 @@ def test_a_cut_keeps_the_end_token_as_transformers_does(prompt: str, side: str, 
 def test_a_cut_is_logged_with_the_words_that_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = ours(gemma_like(), tmp_path)
-    spec = sana_spec(tokenizer, 0)
+    reference = gemma_like()
+    tokenizer, spec = ours(reference, tmp_path), sana_spec(reference)
     with caplog.at_level(logging.WARNING, logger="ditc"):
         tokenizer.encode(["a cat"], spec)
         assert not caplog.records
@@ -183,8 +183,8 @@ def test_a_cut_is_logged_with_the_words_that_are_left_out(
     assert record.getMessage().endswith("1999 zebra'")
 
 
-def test_states_without_a_token_axis_are_not_selected(tmp_path: Path) -> None:
-    spec = sana_spec(ours(gemma_like(), tmp_path), 0)
+def test_states_without_a_token_axis_are_not_selected() -> None:
+    spec = sana_spec(gemma_like())
     states = {"pooled": np.zeros((1, 8)), "states": np.zeros((1, spec.max_length, 4))}
     selected, mask = Tokenizer.select(states, np.ones((1, spec.max_length), np.int64), spec)
     assert selected["pooled"].shape == (1, 8)
@@ -193,8 +193,8 @@ def test_states_without_a_token_axis_are_not_selected(tmp_path: Path) -> None:
 
 
 def test_threads_that_share_a_tokenizer_get_what_each_gets_alone(tmp_path: Path) -> None:
-    tokenizer = ours(gemma_like(), tmp_path)
-    spec = sana_spec(tokenizer, 0)
+    reference = gemma_like()
+    tokenizer, spec = ours(reference, tmp_path), sana_spec(reference)
     shorter = replace(spec, negative_max_length=20, length=20, select=Select(1, 19))
     text = [PROMPTS["very long"]]
     alone = {s.length: tokenizer.encode(text, s, negative=True).input_ids for s in (spec, shorter)}
@@ -214,13 +214,13 @@ def test_threads_that_share_a_tokenizer_get_what_each_gets_alone(tmp_path: Path)
     assert not wrong
 
 
-def test_a_spec_survives_the_manifest(tmp_path: Path) -> None:
-    spec = sana_spec(ours(gemma_like(), tmp_path), 0)
+def test_a_spec_survives_the_manifest() -> None:
+    spec = sana_spec(gemma_like())
     assert from_json(TextSpec, to_json(spec)) == spec
 
 
-def test_a_spec_whose_lengths_do_not_fit_is_refused(tmp_path: Path) -> None:
-    spec = sana_spec(ours(gemma_like(), tmp_path), 0)
+def test_a_spec_whose_lengths_do_not_fit_is_refused() -> None:
+    spec = sana_spec(gemma_like())
     for change in ({"length": 299}, {"max_length": 200}, {"negative_max_length": 77}, {"select": None}):
         with pytest.raises(ValueError, match="selected"):
             replace(spec, **change)
@@ -228,9 +228,9 @@ def test_a_spec_whose_lengths_do_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["\ud83d broken", 7, None])
 def test_a_prompt_that_is_no_text_is_refused(prompt: Any, tmp_path: Path) -> None:
-    tokenizer = ours(gemma_like(), tmp_path)
+    reference = gemma_like()
     with pytest.raises(UsageError, match="prompt"):
-        tokenizer.encode([prompt], sana_spec(tokenizer, 0))
+        ours(reference, tmp_path).encode([prompt], sana_spec(reference))
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"model": 3}', "PK\x03\x04"])

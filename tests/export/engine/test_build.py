@@ -17,7 +17,8 @@ import pytest
 from onnx import TensorProto, parser
 
 from ditc.export.engine import build as engine_module
-from ditc.export.engine.build import build_engine, check_targets, engine_targets, estimate_memory_bytes
+from ditc.export.engine.build import build_engine, estimate_memory_bytes
+from ditc.export.engine.targets import check_targets, engine_targets
 from ditc.export.engine.tensorrt import Compiler
 from ditc.runtime.errors import BuildError, DitcError, MissingExtra, OutputError, UsageError
 from ditc.runtime.spec import Backend, DType, Precision, Range, StageSpec, TensorSpec

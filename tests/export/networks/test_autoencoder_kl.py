@@ -140,7 +140,9 @@ def test_tiles_of_the_encoder_are_those_of_diffusers(reference, relative_l2) -> 
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
     module = reference("sdxl")
     stages = dict(zip(("vae_decoder", "vae_encoder"), networks(module), strict=True))
-    rebuilt = {s.checkpoint: s.restore(stages[s.stage].state_dict()[s.parameter]) for s in weight_map(stages)}
+    rebuilt = {
+        s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in weight_map(stages)
+    }
     assert rebuilt.keys() == module.state_dict().keys()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in module.state_dict().items())
 

@@ -116,7 +116,9 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         "vae_decoder": load_decoder(config, module.state_dict(), torch.float32),
         "vae_encoder": load_encoder(config, module.state_dict(), torch.float32),
     }
-    rebuilt = {s.checkpoint: s.restore(stages[s.stage].state_dict()[s.parameter]) for s in weight_map(stages)}
+    rebuilt = {
+        s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in weight_map(stages)
+    }
     assert rebuilt.keys() == module.state_dict().keys()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in module.state_dict().items())
 

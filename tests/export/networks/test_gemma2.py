@@ -97,7 +97,9 @@ def test_names_of_a_causal_language_model_are_understood_and_its_head_ignored(re
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
     encoder = load_gemma2(reference.config.to_dict(), reference.state_dict(), torch.float32)
     state = encoder.state_dict()
-    rebuilt = {s.checkpoint: s.restore(state[s.parameter]) for s in weight_map({"text_encoder": encoder})}
+    rebuilt = {
+        s.checkpoint: state[s.parameter].reshape(s.shape) for s in weight_map({"text_encoder": encoder})
+    }
     assert rebuilt.keys() == reference.state_dict().keys()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in reference.state_dict().items())
 

@@ -9,7 +9,7 @@ from quant_helpers import signal_to_noise_db, statistics
 from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.quant.channels import channel_counts
 from ditc.export.quant.formats import Format, channel_amax, fake_quantize, scale_of
-from ditc.export.quant.histogram import count, count_channels
+from ditc.export.quant.histogram import CHANNEL_PER_OCTAVE, edges
 from ditc.export.quant.plan import ALPHAS, CLIPS, choose_input, smoothing
 
 
@@ -23,12 +23,15 @@ def outliers() -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), rng.standard_normal((24, 48)).astype(np.float32)
 
 
-def test_channels_counts_add_up_to_the_tensors(outliers):
+def test_channels_counts_lie_between_the_edges_and_add_up_to_the_tensors(outliers):
     x, _ = outliers
-    counts = count_channels(x)
-    np.testing.assert_array_equal(counts.sum(axis=1), len(x))
+    seen = statistics(x)
+    for counts, channel in zip(seen.channel_histogram, x.T, strict=True):
+        np.testing.assert_array_equal(counts, np.histogram(np.abs(channel), edges(CHANNEL_PER_OCTAVE))[0])
     # Eight of the tensor's bins make one of a channel's.
-    np.testing.assert_array_equal(counts.sum(axis=0), count(x).reshape(-1, 8).sum(axis=1))
+    np.testing.assert_array_equal(
+        seen.channel_histogram.sum(axis=0), seen.histogram[0].reshape(-1, 8).sum(axis=1)
+    )
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.5, 0.125])

@@ -155,7 +155,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         "denoiser": nn.ModuleDict({"network": denoiser}),
     }  # wrapped, as a step does
     sources = weight_map(stages)
-    rebuilt = {s.checkpoint: s.restore(stages[s.stage].state_dict()[s.parameter]) for s in sources}
+    rebuilt = {s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in sources}
     assert rebuilt.keys() == module.state_dict().keys()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in module.state_dict().items())
     reshaped = {s.checkpoint for s in sources if s.transform == "reshape"}

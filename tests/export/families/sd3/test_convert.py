@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sd3.5-large": QK_NORM,
     "sd3.5-medium": QK_NORM | {"dual_attention_layers": (0, 1)},
 }
-NETWORK, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+NETWORK = "model.diffusion_model."
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 
 

@@ -34,14 +34,18 @@ def interpreted() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("form", ["pair", "fused"])
-def test_kernels_are_no_further_from_fp64_than_the_op(interpreted: list[dict[str, Any]], form: str) -> None:
-    """Sums run in another order: a quarter more than the op's own error is allowed. bf16 is not there: Triton's
-    interpreter (3.9) multiplies the bits of bf16 numbers as integers."""
+# fp32: sums of up to 600 products in any order, each rounded by 6e-8; measured 4e-8 to 1.4e-7. fp16: one rounding of
+# the result.
+BOUNDS = {"torch.float32": 5e-7, "torch.float16": 2.0**-11}
+
+
+@pytest.mark.parametrize("form", ["pair", "fused", "op"])
+def test_kernels_are_as_close_to_fp64_as_the_op_must_be(interpreted: list[dict[str, Any]], form: str) -> None:
+    """bf16 is not there: Triton's interpreter (3.9) multiplies the bits of bf16 numbers as integers."""
     rows = [row for row in interpreted if "dtype" in row]
     assert len(rows) == 10
     for row in rows:
-        assert row[form] <= 1.25 * row["op"], row
+        assert row[form] <= BOUNDS[row["dtype"]], row
 
 
 def test_nan_stays_in_its_row_and_zeros_give_zero(interpreted: list[dict[str, Any]]) -> None:

@@ -169,7 +169,7 @@ def test_a_planted_bad_scale_is_caught_by_name(make, tmp_path, what, change):
         check_scales(ir.load(_save(model, tmp_path / "bad.onnx")), plan.layers, layers)
 
 
-def test_a_weight_that_the_graph_does_not_use_is_refused(make, exported):
+def test_a_weight_that_the_graph_does_not_use_is_refused(exported):
     stage, graph = exported(Precision.FP32)
     plan = make_plan(RECIPES["sana-int8"], ranges_of(stage), linear_layers(stage))
     names = dict.fromkeys(plan.layers, "network.nothing.weight")

@@ -1,0 +1,150 @@
+"""Loops of engine sessions over a fake GPU: one launch for many steps, with the states of single steps."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_pipeline import SETTINGS, Gpu
+from fake_gpu import FakeCuda
+
+from ditc.runtime import denoise, step_contract
+from ditc.runtime.errors import NumericsError, SessionError
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.session import to_numpy
+from ditc.runtime.sessions.tensorrt import MAX_LOOPS
+
+
+def test_a_loop_is_one_launch_and_draws_the_same_picture(gpu: Gpu, expected: Any) -> None:
+    first = gpu.draw()
+    assert "begin_capture" not in gpu.cuda.calls  # an engine runs once with its shapes before it is captured
+    second = gpu.draw(seed=4)
+    assert gpu.cuda.calls.count("begin_capture") == gpu.cuda.calls.count("launch") == 1
+    gpu.cuda.calls.clear()
+    third = gpu.draw("blue dog", guidance_scale=2.0, seed=5)
+    assert gpu.cuda.calls.count("launch") == 1 and "begin_capture" not in gpu.cuda.calls
+    assert np.array_equal(first, expected())
+    assert np.array_equal(second, expected(seed=4))
+    assert np.array_equal(third, expected("blue dog", guidance_scale=2.0, seed=5))
+
+
+def test_a_launch_makes_no_call_a_step(gpu: Gpu) -> None:
+    """Host work of a captured loop is the same for 5 steps and for 20."""
+    calls = {}
+    for count in (5, 20):
+        states = gpu.pipeline.start(
+            gpu.pipeline.plan(Request(prompt="red cat", **{**SETTINGS, "num_inference_steps": count}))
+        )
+        for _ in range(2):  # plain, then captured
+            denoise.advance(gpu.denoiser, states[0], count)
+        gpu.cuda.calls.clear()
+        denoise.advance(gpu.denoiser, states[0], count)
+        calls[count] = sorted(gpu.cuda.calls)
+    assert calls[5] == calls[20] and len(calls[20]) < 15, calls
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_chunks_draw_the_same_picture_and_show_the_states_between(
+    gpu: Gpu, expected: Any, at_once: int
+) -> None:
+    gpu.pipeline.steps_per_launch = at_once
+    for _ in range(2):
+        steps = []
+        request = Request(prompt="red cat", output_type="np", **SETTINGS)
+        output = gpu.pipeline.draw(request, on_step=steps.append)
+        assert [step.index for step in steps] == sorted({*range(at_once - 1, 5, at_once), 4})
+        assert np.array_equal(np.asarray(output.images), expected())
+    assert gpu.cuda.calls.count("launch") == {1: 0, 2: 3, 3: 2}[at_once]
+
+
+def test_every_state_between_is_that_of_onnx_runtime_and_stays_readable(gpu: Gpu, pipeline: Pipeline) -> None:
+    request = Request(prompt="red cat", **SETTINGS)
+    ours, theirs = list(gpu.pipeline.steps(request)), list(pipeline.steps(request))
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("latents", "history", "x0", "stats"):
+            assert np.array_equal(to_numpy(getattr(one.state, name)), to_numpy(getattr(other.state, name))), (
+                name
+            )
+
+
+def test_a_cancelled_request_leaves_nothing_behind(gpu: Gpu, expected: Any) -> None:
+    gpu.draw()
+    before = gpu.cuda.used()
+    steps = gpu.pipeline.steps(Request(prompt="blue dog", **SETTINGS))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    del steps
+    assert np.array_equal(gpu.draw(), expected())
+    assert gpu.cuda.used() - before <= gpu.denoiser._pools["next_latents"].size_bytes * 8
+
+
+def test_sizes_alternate_and_each_has_its_graph(gpu: Gpu, expected: Any) -> None:
+    for _ in range(3):
+        for height, width in ((64, 64), (32, 96)):
+            assert np.array_equal(gpu.draw(height=height, width=width), expected(height=height, width=width))
+    assert gpu.cuda.calls.count("begin_capture") == 2 and gpu.cuda.calls.count("launch") == 4
+
+
+def test_the_number_of_kept_loops_is_bounded(gpu: Gpu) -> None:
+    state = gpu.pipeline.start(
+        gpu.pipeline.plan(Request(prompt="red cat", **{**SETTINGS, "num_inference_steps": 20}))
+    )[0]
+    for count in range(2, MAX_LOOPS + 5):
+        denoise.advance(gpu.denoiser, state, count)
+    assert len(gpu.denoiser._loops) == MAX_LOOPS
+
+
+@pytest.mark.parametrize("how", ["library", "driver"])
+def test_what_cannot_be_captured_runs_step_by_step(tiny_bundle: Path, expected: Any, how: str) -> None:
+    gpu = Gpu(tiny_bundle, FakeCuda(refuse_capture=how == "driver"), can_capture=how != "library")
+    for _ in range(3):
+        assert np.array_equal(gpu.draw(), expected())
+    assert "launch" not in gpu.cuda.calls and gpu.cuda.calls.count("begin_capture") == (how == "driver")
+    assert gc.isenabled()  # off while a loop is captured
+    gpu.pipeline.close()
+
+
+def test_a_workspace_that_moved_makes_a_new_graph(gpu: Gpu, expected: Any) -> None:
+    for _ in range(2):
+        gpu.draw()
+    gpu.device.reserve(1 << 20)
+    assert np.array_equal(gpu.draw(), expected())
+    assert gpu.cuda.calls.count("begin_capture") == 2 and gpu.cuda.calls.count("destroy_graph") == 1
+
+
+STEP = {"timestep": np.zeros(1, np.float32), "row_of": np.zeros(2, np.int64)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"timestep": STEP["timestep"]},
+        {**STEP, "row_of": np.zeros(3, np.int64)},
+        {**STEP, "timestep": np.zeros(1, np.float64)},
+    ],
+)
+def test_steps_of_a_loop_that_differ_in_names_sizes_or_types_are_refused(
+    gpu: Gpu, other: dict[str, np.ndarray]
+) -> None:
+    for per_step in ([], [STEP, other]):
+        with pytest.raises(SessionError, match=f"a loop of {len(per_step)} steps needs the same feeds"):
+            gpu.denoiser.run_loop({}, per_step, carry={}, keep=())
+
+
+def test_a_step_that_leaves_nan_is_named_though_the_loop_was_one_launch(gpu: Gpu) -> None:
+    plan = gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS))
+    (state,) = gpu.pipeline.start(plan)
+    spoiled = {
+        **state.schedule[2],
+        step_contract.COEFFICIENTS: np.full_like(state.schedule[2][step_contract.COEFFICIENTS], np.nan),
+    }
+    state = replace(state, schedule=(*state.schedule[:2], spoiled, *state.schedule[3:]))
+    with pytest.raises(NumericsError, match="denoiser: step 3 of 5 left"):
+        for _ in gpu.pipeline.run([state], steps_per_launch=5):
+            pass
