@@ -129,7 +129,7 @@ def make_request(**arguments: Any) -> Request:
             close = get_close_matches(name, known, n=1)
             raise UsageError(
                 f"there is no argument {name}",
-                hint=f"did you mean {close[0]}?" if close else "ditc.runtime.request.Request lists them",
+                hint=f"did you mean {close[0]}?" if close else "ditc.runtime.Request lists them",
             )
     return Request(**{name: value for name, value in arguments.items() if name not in IMPLIED})
 
