@@ -154,7 +154,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         ({"up_block_types": ("AttnUpDecoderBlock2D",) * 3}, "up_block_types has other blocks"),
         (
             {"down_block_types": ("DownEncoderBlock2D",)},
-            "down_block_types has 1 entries, block_out_channels has 3",
+            "down_block_types has 1 entries, but block_out_channels has 3",
         ),
     ],
 )

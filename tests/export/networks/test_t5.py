@@ -51,7 +51,7 @@ def test_the_table_of_buckets_is_transformers_formula_at_any_distance() -> None:
 
 
 def test_fp16_is_refused_with_what_to_take(reference) -> None:
-    with pytest.raises(UsageError, match="T5 is not built in fp16") as caught:
+    with pytest.raises(UsageError, match="T5 cannot be built in fp16") as caught:
         load_t5(reference.config.to_dict(), reference.state_dict(), torch.float16)
     assert "bf16 or fp32" in str(caught.value.hint)
 

@@ -214,7 +214,7 @@ def test_a_config_that_is_not_implemented_is_refused_before_weights_are_read(
 
 
 def test_tf32_is_refused(mmdit_checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="tf32 is not built for lucidrains/mmdit"):
+    with pytest.raises(UsageError, match="tf32 is not available for lucidrains/mmdit"):
         plan(mmdit_checkpoint, precision=Precision.TF32)
 
 

@@ -113,7 +113,7 @@ def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     with pytest.raises(UsageError) as caught:
         convert(path, tmp_path / "out", options=NativeOptions())
-    assert str(caught.value).endswith("cannot tell --resolution, --position-embedding, --dtype, --flow-shift")
+    assert str(caught.value).endswith("also give --resolution, --position-embedding, --dtype, --flow-shift")
     assert "4096 px --flow-shift 6" in str(caught.value.hint)
     with pytest.raises(UsageError, match=r"--interpolation-scale"):
         convert(path, tmp_path / "out", options=_options(position_embedding="sincos"))
@@ -301,7 +301,7 @@ def test_the_command_line_gives_every_option(tmp_path: Path, capsys: pytest.Capt
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     line = f"convert {path} {tmp_path / 'out'} --resolution 64 --flow-shift 3 --position-embedding none"
     assert main(line.split()) == 2
-    assert "cannot tell --dtype" in capsys.readouterr().err
+    assert "also give --dtype" in capsys.readouterr().err
     for dtype in DTYPES:
         heads = ["--attention-head-dim", "8", "--cross-attention-head-dim", "4"]
         assert main([*line.replace("/out", f"/{dtype}").split(), "--dtype", dtype, *heads]) == 0

@@ -176,7 +176,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         ),
         (
             lambda t: t.update({"proj_out.bias": torch.zeros(8, dtype=torch.int8)}),
-            r"proj_out\.bias is torch\.int8",
+            r"proj_out\.bias has the type torch\.int8",
         ),
     ],
     ids=["missing", "extra", "misshapen", "integer"],

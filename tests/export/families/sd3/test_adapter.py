@@ -95,7 +95,7 @@ def test_a_folder_that_is_named_but_not_there_is_said(checkpoint: Path) -> None:
         ("vae", {"latent_channels": 4}, "the VAE has 4 latent channels"),
         ("text_encoder_2", {"projection_dim": 30}, "the CLIPs give 38 pooled channels"),
         ("text_encoder_2", {"hidden_size": 64}, "the CLIPs' states have 80 channels"),
-        ("text_encoder_3", {"d_model": 64}, "text_encoder_3 gives 64"),
+        ("text_encoder_3", {"d_model": 64}, "text_encoder_3's states have 64 channels"),
         ("text_encoder", {"architectures": ["CLIPTextModel"]}, "is a CLIPTextModel, not a"),
         ("transformer", {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
         ("transformer", {"joint_norm": True}, "joint_norm"),

@@ -226,7 +226,7 @@ def _native_file(tmp_path: Path, variant: str) -> Path:
 
 def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -> None:
     path = _native_file(tmp_path, "sd3-medium")
-    with pytest.raises(UsageError, match="cannot tell --resolution, --flow-shift") as caught:
+    with pytest.raises(UsageError, match="also give --resolution, --flow-shift") as caught:
         convert(path, tmp_path / "out", options=NativeOptions())
     assert "--resolution 1024 --flow-shift 3" in str(caught.value.hint)
     for wrong in (
@@ -257,7 +257,7 @@ def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -
         (lambda t: t.update({NETWORK + "pos_embed": torch.zeros(1, 35, 64)}), "pos_embed has 35 positions"),
         (
             lambda t: t.update({NETWORK + "joint_blocks.0.x_block.mlp.fc2.bias": torch.zeros(9)}),
-            r"ff\.net\.2\.bias has the shape \[9\], the network needs \[64\]",
+            r"ff\.net\.2\.bias has the shape \[9\], but needs \[64\]",
         ),
     ],
     ids=["missing", "unknown", "foreign", "positions", "misshapen"],
@@ -275,7 +275,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
     path = _native_file(tmp_path, "sd3.5-large")
     line = f"convert {path} {tmp_path / 'out'} --resolution 64"
     assert main(line.split()) == 2
-    assert "cannot tell --flow-shift" in capsys.readouterr().err
+    assert "also give --flow-shift" in capsys.readouterr().err
     assert main([*line.split(), "--flow-shift", "3"]) == 0
     back = tmp_path / "back.safetensors"
     assert main(["convert", "--to-native", str(tmp_path / "out"), str(back)]) == 0

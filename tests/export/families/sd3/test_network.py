@@ -143,7 +143,7 @@ def test_the_timestep_is_not_rounded_in_a_16_bit_network(reference, relative_l2)
 
 def test_wide_blocks_stay_in_fp32_in_fp16_only(reference, monkeypatch, relative_l2) -> None:
     module = reference("3.5-large")
-    monkeypatch.setitem(Sd3Config.wide_blocks.fget.__globals__["WIDE_BLOCKS"], (3, 4), (1,))
+    monkeypatch.setitem(Sd3Config.fp32_blocks.fget.__globals__["FP32_BLOCKS"], (3, 4), (1,))
     latents, *rest = inputs(2, 8, 8, 7)
     network = load(module, torch.float16)
     types = [{p.dtype for p in block.parameters()} for block in network.transformer_blocks]
@@ -163,15 +163,15 @@ def test_a_wide_block_takes_values_beyond_fp16s_range(reference, monkeypatch) ->
     damaged["transformer_blocks.1.ff.net.2.weight"] = damaged["transformer_blocks.1.ff.net.2.weight"] * 1e-5
     config = Sd3Config.from_json(module.config)
     for wide, finite in (((), False), ((1,), True)):
-        monkeypatch.setitem(Sd3Config.wide_blocks.fget.__globals__["WIDE_BLOCKS"], (3, 4), wide)
+        monkeypatch.setitem(Sd3Config.fp32_blocks.fget.__globals__["FP32_BLOCKS"], (3, 4), wide)
         network = load_sd3(config, damaged, torch.float16)
         assert bool(network(latents.half(), *rest).isfinite().all()) is finite
 
 
 def test_block_35_of_the_large_network_is_wide() -> None:
     large = Sd3Config(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
-    assert large.wide_blocks == (35,)
-    assert Sd3Config(num_layers=24, num_attention_heads=24).wide_blocks == ()
+    assert large.fp32_blocks == (35,)
+    assert Sd3Config(num_layers=24, num_attention_heads=24).fp32_blocks == ()
 
 
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
@@ -194,7 +194,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         (lambda t: t.update({"lora.down": torch.zeros(1)}), r"unknown tensor lora\.down"),
         (
             lambda t: t.update({"pos_embed.pos_embed": torch.zeros(1, 64, 64)}),
-            r"pos_embed\.pos_embed has shape \(1, 64, 64\), its config asks for \(1, 144, 64\)",
+            r"pos_embed\.pos_embed has shape \(1, 64, 64\), but its config asks for \(1, 144, 64\)",
         ),
     ],
     ids=["missing", "extra", "misshapen"],
