@@ -54,8 +54,8 @@ class StageModule:
 
     Attributes:
         weights: for each parameter of the module, the checkpoint's tensor that it comes from.
-        integers: exclusive upper bound for the example values of each integer input. The vocabulary's size bounds
-            input_ids.
+        integers: for each integer input, the exclusive upper bound of its example values; for input_ids it is the
+            vocabulary's size.
     """
 
     spec: StageSpec
@@ -66,7 +66,7 @@ class StageModule:
 
 
 class Adapter(Protocol):
-    """What a family's `ADAPTER`, in its adapter.py, can do."""
+    """The interface of a family's `ADAPTER`, which is in its adapter.py."""
 
     family: str
 

@@ -89,8 +89,10 @@ class VaeEncoder(nn.Module):
 
 
 class DcAeDecoder(nn.Module):
-    """diffusers' Decoder: a convolution with a shortcut of repeated channels, stages from small to large, norm,
-    activation, and a convolution or an upsampling."""
+    """diffusers' Decoder: a convolution, stages from small to large, norm, activation, a convolution or upsampling.
+
+    The first convolution may have a shortcut of repeated channels.
+    """
 
     def __init__(self, config: DcAeConfig) -> None:
         super().__init__()

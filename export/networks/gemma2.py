@@ -92,7 +92,7 @@ def eager_attention(
 ) -> tuple[Tensor, None]:
     """transformers' eager attention for Gemma-2 (modeling_gemma2.py, 5.23), with fp32 from the scores to the softmax.
 
-    Its own F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
+    The F.softmax(x, dtype=torch.float32) in transformers exports as a 16-bit Softmax (torch 2.13).
     """
     groups = module.num_key_value_groups
     key_BHSD, value_BHSD = _repeat_heads(key, groups), _repeat_heads(value, groups)

@@ -1,6 +1,6 @@
 """Fixed position embeddings that several families add to their tokens."""
 
-# D channels, F frequencies, h/w tokens a side
+# D channels, F frequencies, h/w tokens per side
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def step_contract(
 ) -> StepContract:
     """The contract of a step for the checkpoint's sampler.
 
-    The history has at least one entry, so that an engine can run one-step and multistep samplers. Euler's coefficient
-    for it is zero.
+    The history has at least one entry even for Euler, whose coefficient for it is zero, so that every engine can run
+    both single-step and multistep samplers.
     """
     return StepContract(
         history_length=max(1, history_length(scheduler)),

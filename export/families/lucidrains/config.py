@@ -32,7 +32,7 @@ _BLOCK = {
     "num_residual_streams",
     "ff_kwargs",
 }
-# Upstream takes should_skip_last_feedforward in forward, not in the constructor; a config may state it here.
+# Upstream takes should_skip_last_feedforward in forward, not in the constructor; here it is one of the arguments.
 ARGUMENTS = {
     TWO_MODALITIES: _BLOCK
     | {"dim_text", "dim_image", "num_register_tokens", "final_norm", "should_skip_last_feedforward"},

@@ -8,7 +8,7 @@ prediction is a velocity. The two networks hold:
     denoiser      patch_embed.proj, time_embed, trunk, proj_out
 """
 
-# R rows, C latent channels, H/W latent size, h/w patches a side, N = h*w image tokens, S text tokens, D width
+# R rows, C latent channels, H/W latent size, h/w patches per side, N = h*w image tokens, S text tokens, D width
 
 from __future__ import annotations
 

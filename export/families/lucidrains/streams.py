@@ -2,7 +2,7 @@
 
 A branch is attention or a feedforward, and uses its connection twice: `width` makes the branch's input, and `depth`
 adds the branch's result. Residual streams have a dimension of their own before the channels, (B,N,S,D). Upstream's
-HyperConnections fold it into the batch; its mHCv2 has it where it is here.
+HyperConnections fold it into the batch; its mHCv2 keeps it separate, as here.
 
 Upstream chooses the stream that a new branch reads first with Python's random, not with torch's generator, so two
 networks made after torch.manual_seed(0) differ. A checkpoint stores the choice in static_alpha.

@@ -116,7 +116,7 @@ class MMDiTBlock(nn.Module):
         """The gammas of the text, those of the image, then the betas of the text and those of the image.
 
         The four gammas apply before and after the attention, and before and after the feedforward. The two betas apply
-        before each of the two.
+        before the attention and before the feedforward.
         """
         if self.to_cond is None or time_cond is None:
             return [(None,) * 4, (None,) * 4, (None,) * 2, (None,) * 2]

@@ -1,6 +1,6 @@
 """One block of Sana's denoiser: linear self-attention, cross-attention to text, Mix-FFN."""
 
-# R rows, h/w tokens a side, N = h*w tokens, S text tokens, D width
+# R rows, h/w tokens per side, N = h*w tokens, S text tokens, D width
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ditc.runtime.errors import CheckpointError
 
 
 class SanaLayout:
-    """The layout of NVlabs/Sana's files, which hold the transformer of Sana, SANA-1.5 or SANA-Sprint alone."""
+    """The layout of NVlabs/Sana's files, which hold only the transformer (of Sana, SANA-1.5 or SANA-Sprint)."""
 
     def recognises(self, names: Collection[str]) -> bool:
         """Whether the names are those of a Sana network. SANA-Video is one too, and is refused later by name."""

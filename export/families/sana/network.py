@@ -8,7 +8,7 @@ SanaTransformer2DModel; the papers are SANA (arXiv 2410.10629), SANA-1.5 (2501.1
 These stay fp32 in 16-bit networks: norm statistics, linear attention, softmax, sinusoids, text_bias.
 """
 
-# R rows, C latent channels, H/W latent size, h/w tokens a side, N = h*w tokens, S text tokens, L layers, D width
+# R rows, C latent channels, H/W latent size, h/w tokens per side, N = h*w tokens, S text tokens, L layers, D width
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ditc.export.families.sd3.config import Sd3Config
 from ditc.export.graph.ops.attention.torch_op import attention
 from ditc.export.networks.layers import LayerNorm, RMSNorm
 
-NORM_EPS = 1e-6  # of every norm in the network; diffusers does not read it from the config either
+NORM_EPS = 1e-6  # for every norm in the network; diffusers hard-codes it too
 FF_RATIO = 4
 
 

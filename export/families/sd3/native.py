@@ -1,4 +1,4 @@
-"""The networks in a native SD3 file of Stability, which have prefixes, and their configs, from names and shapes.
+"""Read a native SD3 file of Stability: prefixes separate its networks, and names and shapes give their configs.
 
     model.diffusion_model.*           the transformer; it has no prefix in a file that holds nothing else
     first_stage_model.* or vae.*      the autoencoder
@@ -34,9 +34,10 @@ PREFIXES = {
 UNREAD = (".logit_scale", ".embeddings.position_ids", ".encoder.embed_tokens.weight")
 BLOCK_0 = "joint_blocks.0.x_block.attn.qkv.weight"
 
-HEAD_DIM = 64  # of every MMDiT that Stability released (sd3_impls.py: depth = width // 64, heads = depth)
+# The head size of every MMDiT that Stability released (sd3_impls.py: depth = width // 64, heads = depth).
+HEAD_DIM = 64
 PIXELS_PER_LATENT = 8
-GROUPS = 32  # of every norm of the autoencoder (sd3_impls.py, Normalize)
+GROUPS = 32  # groups of every norm in the autoencoder (sd3_impls.py, Normalize)
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609  # sd3_impls.py, SD3LatentFormat
 ACTIVATIONS = {
     "text_encoder": "quick_gelu",
@@ -165,15 +166,16 @@ def clip_config(component: str, clip: TensorSource) -> dict[str, Any]:
         if "text_projection.weight" in clip
         else width,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # as released: the largest id ends the text, whatever 2 is (transformers #24773)
+        # As in the released configs: for 2, transformers takes the largest id as the end of text (#24773).
+        "eos_token_id": 2,
         "pad_token_id": 1,
     }
 
 
 def with_projection(clip: TensorSource) -> TensorSource:
-    """CLIP's tensors with a projection. Files leave CLIP-L's out, which then is the identity.
+    """CLIP's tensors, with the identity as text projection if the file has none.
 
-    diffusers does the same in create_diffusers_clip_model.
+    Files leave CLIP-L's projection out, because it is the identity (diffusers: create_diffusers_clip_model).
     """
     if "text_projection.weight" in clip:
         return clip

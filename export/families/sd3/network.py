@@ -6,7 +6,7 @@ The reference is diffusers 0.42.1's SD3Transformer2DModel; the paper is Scaling 
 These stay fp32 in 16-bit networks: norm statistics, softmax and sinusoids; in fp16 also the config's fp32_blocks.
 """
 
-# R rows, C latent channels, H/W latent size, h/w tokens a side, N = h*w image tokens, S text tokens, D width
+# R rows, C latent channels, H/W latent size, h/w tokens per side, N = h*w image tokens, S text tokens, D width
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Sd3Transformer(nn.Module):
 def _skip_block(
     gate_R: Tensor, after: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Both streams after a block, but as before it in the rows whose gate is 1.
+    """Both streams after a block. Rows whose gate is 1 keep their values from before it.
 
     diffusers' skip_layers does the same for a whole batch.
     """

@@ -49,7 +49,10 @@ class TextEncoders:
         return next(text.length for text in self.text if text.stage == stage)
 
     def t5_range(self) -> Range:
-        """Range of T5's number of tokens, which is dynamic: another max_sequence_length can reuse the built stage."""
+        """Range of T5's number of tokens.
+
+        It is dynamic, so that a build with another max_sequence_length reuses the stage.
+        """
         return Range(1, self.sequence_length, max(self.sequence_length, LONGEST_SEQUENCE))
 
     def spec(self, stage: str, max_batch: int) -> StageSpec:
@@ -77,7 +80,11 @@ class TextEncoders:
         )
 
     def text_range(self) -> dict[str, Range]:
-        """Range of the joined text's tokens: callers' embeddings may have one, the longest text has CLIP's and T5's."""
+        """Range of the joined text's number of tokens.
+
+        It starts at 1, because callers may bring embeddings of any length. It ends at CLIP's tokens plus the longest
+        T5 text.
+        """
         clip = self.tokens_of(CLIP_L)
         usual = clip + self.sequence_length
         return {TEXT_LENGTH: Range(1, usual, max(usual, clip + LONGEST_SEQUENCE))}

@@ -124,11 +124,11 @@ def test_a_round_trip_is_bit_for_bit_and_gives_the_same_configs(
         assert_same(second.component(name).tensors, first.component(name).tensors)
         loaded, report = type(made).from_pretrained(out / name, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        told = {k: v for k, v in second.component(name).config.items() if not k.startswith("_")}
-        assert {k: made.config[k] for k in told} == {
-            k: _same_kind(v, made.config[k]) for k, v in told.items()
+        settings = {k: v for k, v in second.component(name).config.items() if not k.startswith("_")}
+        assert {k: made.config[k] for k in settings} == {
+            k: _same_kind(v, made.config[k]) for k, v in settings.items()
         }
-        assert {k: loaded.config[k] for k in made.config if k[0] != "_"}.keys() >= told.keys()
+        assert {k: loaded.config[k] for k in made.config if k[0] != "_"}.keys() >= settings.keys()
     assert second.scheduler_config["shift"] == 3.0
     assert_same(load_file(convert_to_native(out, tmp_path / "again.safetensors")), load_file(native))
 

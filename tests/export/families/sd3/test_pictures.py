@@ -126,9 +126,11 @@ def test_a_long_text_is_cut_where_diffusers_cuts_it_and_a_warning_says_so(
     with caplog.at_level(logging.WARNING, logger="ditc"):
         ours = draw(pipeline, text, seed=8)
     assert_same(ours, reference.draw(text, seed=8, **SKIP))
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("ditc")]
-    assert [f"room for {n} tokens" in line for n, line in zip((77, 77, 16), said, strict=True)] == [True] * 3
-    assert all(line.rstrip("'").endswith("zebra") and "</w>" not in line for line in said)
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("ditc")]
+    assert [f"room for {n} tokens" in line for n, line in zip((77, 77, 16), warnings, strict=True)] == [
+        True
+    ] * 3
+    assert all(line.rstrip("'").endswith("zebra") and "</w>" not in line for line in warnings)
 
 
 def test_embeddings_that_diffusers_encoded_draw_the_same_picture(pipeline, reference) -> None:
