@@ -1,4 +1,4 @@
-"""What an adapter hands to the exporter: a plan without weights, and a stage with them."""
+"""What an adapter hands to the exporter: a plan made without weights, then each stage as a module with its weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ JsonValue = str | int | float | bool | None | Sequence["JsonValue"]
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage before its weights are read.
+    """One stage as it is known before its weights are read.
 
     Attributes:
-        components: names of the checkpoint's components whose weights and config it is made from.
-        facts: what else decides the graph and is not in the spec, such as layers that a gate skips; JSON.
+        components: names of the checkpoint's components whose weights and config the stage is made from.
+        facts: JSON values that shape the graph but are not in the spec, such as the layers that a gate skips.
     """
 
     spec: StageSpec
@@ -37,7 +37,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """Everything about a bundle that is known from configs alone."""
+    """Everything about a bundle that follows from the checkpoint's configs and the build's options."""
 
     family: str
     stages: dict[str, StagePlan]
@@ -53,8 +53,9 @@ class StageModule:
     """A stage ready for export: `module(*inputs in the order of spec.inputs) -> outputs in order`.
 
     Attributes:
-        weights: where each parameter of the module comes from.
-        integers: exclusive upper bounds of integer inputs, for example values (input_ids: the vocabulary).
+        weights: for each parameter of the module, the checkpoint's tensor that it comes from.
+        integers: for each integer input, the exclusive upper bound of its example values; for input_ids it is the
+            vocabulary's size.
     """
 
     spec: StageSpec
@@ -65,18 +66,18 @@ class StageModule:
 
 
 class Adapter(Protocol):
-    """What a family plans and loads: `ADAPTER` in its adapter.py."""
+    """The interface of a family's `ADAPTER`, which is in its adapter.py."""
 
     family: str
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
-        """Whether this family's networks are in the checkpoint, told from configs alone."""
+        """Whether the checkpoint's networks belong to this family. Only configs are read."""
         ...
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
-        """Everything that can be said, and refused, before weights are read."""
+        """Plan the bundle from configs, and refuse here what can be refused before weights are read."""
         ...
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
-        """The stage's module with its weights, in the deployment dtype."""
+        """Load the stage's module with its weights, in the dtype that it is deployed in."""
         ...

@@ -1,4 +1,4 @@
-"""Inputs that a stage is exported and checked with: a size for every named dimension, and plausible values."""
+"""Example inputs for exporting and checking a stage: a size for every named dimension, and plausible values."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from ditc.runtime.session import Array, numpy_dtype
 from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
 
-def example_sizes(spec: StageSpec, *, second: bool = False, most: int | None = None) -> dict[str, int]:
-    """A size for every named dimension inside its range; `second` differs from the first wherever the range allows.
+def example_sizes(
+    spec: StageSpec, *, second: bool = False, max_multiple: int | None = None
+) -> dict[str, int]:
+    """Choose a size for every named dimension inside its range.
 
-    They start at 2, even where the profile ends at 1: torch.export specialises sizes 0 and 1, and the graph is the
+    Sizes start at 2, even where the range ends at 1, because torch.export specialises sizes 0 and 1. The graph is the
     same for all sizes.
 
     Args:
-        most: at most so many times what the dimension is a multiple of, where its range allows; None: the likely size.
+        second: choose other sizes, which differ from the first ones wherever the ranges allow.
+        max_multiple: cap on each size, in multiples of the dimension's step (`Range.multiple_of`). The range's minimum
+            takes precedence over the cap. None: the range's likely size (`Range.opt`).
     """
     sizes = {}
     for index, (name, bounds) in enumerate(spec.profile.items()):
         step = bounds.multiple_of
-        likely = min(bounds.opt, bounds.max, *([] if most is None else [most * step]))
+        likely = min(bounds.opt, bounds.max, *([] if max_multiple is None else [max_multiple * step]))
         size = max(likely, bounds.min, 2 * step)
         size -= size % step
         if second:
@@ -36,7 +40,11 @@ def example_sizes(spec: StageSpec, *, second: bool = False, most: int | None = N
 def example_feeds(
     spec: StageSpec, sizes: Mapping[str, int], *, seed: int = 0, integers: Mapping[str, int] | None = None
 ) -> dict[str, Array]:
-    """Seeded inputs with plausible values: masks of ones with a padded tail, rows spread over the samples."""
+    """Draw seeded inputs with plausible values: masks are ones with a padded tail, rows are spread over the samples.
+
+    Args:
+        integers: exclusive upper bound for each integer input; 2 for an input without one.
+    """
     rng = np.random.default_rng(seed)
     return {tensor.name: _example(tensor, sizes, rng, integers or {}) for tensor in spec.inputs}
 
@@ -61,16 +69,19 @@ def _example(
     if tensor.dtype is DType.INT64:
         return rng.integers(0, integers.get(tensor.name, 2), shape)
     values = rng.standard_normal(shape, np.float32)
-    return _as_bits(values) if tensor.dtype is DType.BFLOAT16 else values.astype(numpy_dtype(tensor.dtype))
+    return (
+        _bfloat16_bits(values) if tensor.dtype is DType.BFLOAT16 else values.astype(numpy_dtype(tensor.dtype))
+    )
 
 
-def _as_bits(values: Array) -> Array:
-    """fp32 to bf16 bits, rounding to nearest even."""
+def _bfloat16_bits(values: Array) -> Array:
+    """The values rounded to bf16, to nearest even, as bits."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _rows_unlike_batch(sizes: dict[str, int]) -> dict[str, int]:
+    """Give rows and batch different sizes, so that a graph that confuses the two dimensions fails."""
     rows, batch = step_contract.ROWS, step_contract.BATCH
     if rows in sizes and sizes[rows] == sizes.get(batch):
         sizes[rows] += 1

@@ -39,8 +39,10 @@ GENERALIZED: dict[str, Any] = {
 
 
 def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of a trained network's size, and every vector off its default: upstream's gammas start at 1, its betas,
-    dynamic connections and modulation at 0."""
+    """Draw weights as large as a trained network's, and move every vector away from its default.
+
+    Upstream's gammas start at 1; its betas, dynamic connections and modulation start at 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -52,7 +54,7 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Companions:
-    """What stands around a trunk: text encoder, tokenizer and VAE, and what the shell must know of them."""
+    """The text encoder, tokenizer and VAE around a trunk, and their numbers of channels, which the shell needs."""
 
     components: dict[str, Any]
     channels: int
@@ -60,14 +62,14 @@ class Companions:
 
 
 def gemma_and_dc_ae(seed: int) -> Companions:
-    """Sana's."""
+    """The companions of the tiny Sana checkpoint."""
     pipeline = make_pipeline(seed)
     names = ("text_encoder", "tokenizer", "vae")
     return Companions({name: getattr(pipeline, name) for name in names}, channels=8, caption_channels=24)
 
 
 def t5_and_kl(seed: int) -> Companions:
-    """SD3's."""
+    """T5 and the VAE of the tiny SD3 checkpoint."""
     torch.manual_seed(seed)
     components = {"text_encoder": make_t5(), "tokenizer": make_t5_tokenizer(), "vae": make_vae()}
     return Companions(components, channels=16, caption_channels=JOINT)
@@ -80,7 +82,7 @@ def make_checkpoint(
     trunk: dict[str, Any] | None = None,
     companions: Callable[[int], Companions] = gemma_and_dc_ae,
 ) -> Path:
-    """Save the components as a user would: a trunk of the package, plain torch modules around it."""
+    """Save the components as a user would: a trunk of the package, with plain torch modules around it."""
     import mmdit.mmdit_generalized_pytorch
     import mmdit.mmdit_pytorch
 

@@ -1,4 +1,4 @@
-"""A seeded Sana checkpoint of a few hundred kilobytes, made with diffusers' own classes and saved as a user's is."""
+"""A seeded Sana checkpoint of a few hundred kilobytes, made with diffusers' classes and saved as a user would do it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads
         upsample_block_type="interpolate",
         scaling_factor=0.7,
     )
-    # diffusers' encoder halves once between two stages; Sana's height % 32 asks for f32 sizes all the same.
+    # This VAE halves the picture only once, but SanaPipeline still requires sizes that are multiples of 32.
     text_encoder = Gemma2Model(
         Gemma2Config(
             vocab_size=512,
@@ -72,7 +72,7 @@ def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads
 
 
 def make_tokenizer() -> GemmaTokenizer:
-    """Bytes and a few merges, with <bos> in front, as Gemma's."""
+    """A tokenizer of bytes that puts <bos> in front, as Gemma's does."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, "\u2581", *letters])}

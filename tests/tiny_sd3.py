@@ -1,4 +1,4 @@
-"""Seeded SD3 checkpoints of a few megabytes, made with diffusers' own classes and saved as a user's are."""
+"""Seeded SD3 checkpoints of a few megabytes, made with diffusers' own classes and saved as a user would save them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from transformers import (
     T5Tokenizer,
 )
 
-TOKENS = 77  # of CLIP
+TOKENS = 77  # CLIP's number of tokens
 T5_TOKENS = 16
-JOINT = 40  # width of the joined text, more than both CLIPs together
+JOINT = 40  # width of the joined text: more than that of both CLIPs together
 LAYERS = 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells the checkpoints of the family apart."""
+    """What differs between the checkpoints of the family."""
 
     qk_norm: str | None = None
     dual_attention_layers: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ VARIANTS = {
 
 
 def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
-    """The variant's network; seeded by whoever calls."""
+    """The variant's network. The caller seeds torch."""
     facts = VARIANTS[variant]
     model = SD3Transformer2DModel(
         sample_size=8,
@@ -71,9 +71,8 @@ def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
         qk_norm=facts.qk_norm,
         dual_attention_layers=facts.dual_attention_layers,
     ).eval()
-    with (
-        torch.no_grad()
-    ):  # SD3 starts its last layer and its modulations at random too: nothing may be silent
+    # Enlarge the modulations, so that an error in any of them changes the result.
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm_out.linear" in name or "norm1" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -81,7 +80,7 @@ def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """16 latent channels, 8 pixels a cell, no quant convolutions, a shift: SD3's form."""
+    """A VAE of SD3's form: 16 latent channels, 8 pixels per latent cell, no quant convolutions, a shift."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -122,7 +121,7 @@ def make_pipeline(variant: str = "sd3-medium", *, t5: bool = True, seed: int = 0
 def make_clip(
     tokenizer: CLIPTokenizer, *, hidden_size: int, projection: int, layers: int, activation: str
 ) -> CLIPTextModelWithProjection:
-    """A CLIP whose end of text is its tokenizer's."""
+    """A CLIP with the end-of-text id of its tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

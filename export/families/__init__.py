@@ -1,10 +1,10 @@
-"""The table of model families: one folder and one row each. Importing it imports no family, and no torch.
+"""The table of model families: each has one folder and one row. Importing this table imports no family and no torch.
 
-Every folder has the same file names, so that a row needs to name no more than the folder:
+Every folder has the same file names, so a row only names the folder:
 
-    adapter.py   ADAPTER, which plans and loads the stages (contract.Adapter)
-    recipe.py    RECIPES by name: which layers become 8 bits (quant.recipes.Recipe)
-    convert.py   LAYOUT, where the family's own files can be converted (convert.layout.NativeLayout)
+    adapter.py   ADAPTER plans and loads the stages (contract.Adapter)
+    recipe.py    RECIPES, by name, say which layers become 8-bit (quant.recipes.Recipe)
+    convert.py   LAYOUT converts the family's native files; only where it has any (convert.layout.NativeLayout)
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DIFFUSERS = "diffusers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One model family. Its modules are imported when they are asked for.
+    """One model family. Its modules are imported when a property first needs them.
 
     Attributes:
-        label: what manifests, recipes and messages call it.
-        package: the folder, as a package's dotted name.
-        has_native_layout: whether `ditc convert` knows files of the family that are not diffusers'.
-        upstream: the package whose own modules parity compares with. Where it is not diffusers,
-            parity/reference/ has a module of the folder's name that assembles them into a pipeline.
+        label: the family's name in manifests, recipes and messages.
+        package: the dotted name of the family's package, which is its folder.
+        has_native_layout: whether `ditc convert` knows files of the family in a layout other than diffusers'.
+        upstream: the package whose modules parity compares with. Where it is not diffusers, parity/reference/ has a
+            module with the folder's name that assembles upstream's modules into a pipeline.
     """
 
     label: str
@@ -44,12 +44,12 @@ class Family:
 
     @property
     def folder(self) -> str:
-        """The folder's name, which the family's module in parity/reference/ has too."""
+        """The folder's name. If the family has a module in parity/reference/, it has the same name."""
         return self.package.rpartition(".")[2]
 
     @property
     def adapter(self) -> Adapter:
-        """What plans and loads the family's stages."""
+        """The object that plans and loads the family's stages."""
         adapter: Adapter = self._module("adapter").ADAPTER
         return adapter
 
@@ -61,7 +61,7 @@ class Family:
 
     @property
     def layout(self) -> NativeLayout | None:
-        """How its own files are converted; None where it has none."""
+        """The converter of the family's native files; None where it has none."""
         if not self.has_native_layout:
             return None
         layout: NativeLayout = self._module("convert").LAYOUT
@@ -79,10 +79,10 @@ FAMILIES = (
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
-    """The family that the checkpoint belongs to.
+    """Find the family that the checkpoint belongs to.
 
     Raises:
-        CheckpointError: none; names the classes found and the families known.
+        CheckpointError: the checkpoint belongs to no known family.
     """
     for family in FAMILIES:
         if family.adapter.accepts(checkpoint):
@@ -90,16 +90,16 @@ def find_family(checkpoint: Checkpoint) -> Family:
     classes = [str(c.config.get("_class_name", "?")) for c in checkpoint.components.values()]
     raise CheckpointError(
         f"{checkpoint.path} holds {checkpoint.model_index.get('_class_name', 'an unnamed pipeline')} "
-        f"({', '.join(classes)}), which no adapter knows",
+        f"({', '.join(classes)}), which belongs to no known family",
         hint=f"known families: {', '.join(family.label for family in FAMILIES)}",
     )
 
 
 def find_adapter(checkpoint: Checkpoint) -> Adapter:
-    """The adapter of the checkpoint's family. Raises CheckpointError: no family knows the checkpoint."""
+    """The adapter of the checkpoint's family. Raises CheckpointError if the checkpoint belongs to no known family."""
     return find_family(checkpoint).adapter
 
 
 def family_of(label: str) -> Family:
-    """The family that a manifest or a plan calls so. Raises KeyError: there is none."""
+    """The family with the label that a manifest or a plan states. Raises KeyError if there is none."""
     return {family.label: family for family in FAMILIES}[label]

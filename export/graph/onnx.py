@@ -180,7 +180,7 @@ def check_export(stage: StageModule, model: Path) -> float:
     candidate = OnnxRuntimeSession(model, stage.spec, provider=CPU)
     worst = 0.0
     for second in (False, True):
-        sizes = example_sizes(stage.spec, second=second, most=CHECKED_SIZE)
+        sizes = example_sizes(stage.spec, second=second, max_multiple=CHECKED_SIZE)
         feeds = example_feeds(stage.spec, sizes, seed=1 + second, integers=stage.integers)
         expected, got = reference.run(feeds), candidate.run(feeds)
         for name in expected:

@@ -1,9 +1,10 @@
 """AutoencoderKL, the autoencoder of SD3 and its relatives (arXiv 2112.10752), as export-grade decoder and encoder.
 
-The reference is diffusers 0.42.1's AutoencoderKL. Scale, shift and range of the latents are inside: a pipeline does no
-arithmetic. The encoder gives the mode of the posterior; diffusers' image-to-image draws a sample from it.
+The reference is diffusers 0.42.1's AutoencoderKL. The networks apply the latents' scale and shift themselves, so a
+pipeline does no arithmetic on latents. The encoder returns the mode of the posterior, where diffusers' image-to-image
+draws a sample from it.
 
-fp32 in 16-bit networks: group norms and softmax.
+These stay fp32 in 16-bit networks: group norms and softmax.
 """
 
 # B batch, C channels, H/W picture, h/w latents
@@ -24,10 +25,10 @@ from ditc.export.networks.loading import build_empty, load_strict
 def load_kl_decoder(
     config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> KlVaeDecoder:
-    """The decoder with the weights of a diffusers vae/ directory.
+    """Load the decoder with the weights of a diffusers vae/ directory.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     return _load_both(config, tensors, dtype, unread="vae_encoder")[0]
 
@@ -35,10 +36,10 @@ def load_kl_decoder(
 def load_kl_encoder(
     config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> KlVaeEncoder:
-    """The encoder with the weights of a diffusers vae/ directory.
+    """Load the encoder with the weights of a diffusers vae/ directory.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     return _load_both(config, tensors, dtype, unread="vae_decoder")[1]
 
@@ -52,7 +53,7 @@ def _load_both(
 
 
 class KlVaeDecoder(nn.Module):
-    """Latents as the denoiser sees them -> picture."""
+    """Decodes latents, as the denoiser sees them, to a picture."""
 
     weights_below = ""
 
@@ -71,7 +72,7 @@ class KlVaeDecoder(nn.Module):
 
 
 class KlVaeEncoder(nn.Module):
-    """Picture -> latents as the denoiser sees them: the mode of the posterior."""
+    """Encodes a picture to latents as the denoiser sees them: the mode of the posterior."""
 
     weights_below = ""
 
@@ -90,7 +91,7 @@ class KlVaeEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """diffusers' Decoder: a convolution, the middle, stages from small to large, norm, SiLU, out."""
+    """diffusers' Decoder: a convolution, the middle block, stages from small to large, norm, SiLU, a convolution."""
 
     def __init__(self, config: AutoencoderKlConfig) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """diffusers' Encoder: stages from large to small, then the middle; out come mean and log variance."""
+    """diffusers' Encoder: stages from large to small, then the middle block. It returns mean and log variance."""
 
     def __init__(self, config: AutoencoderKlConfig) -> None:
         super().__init__()

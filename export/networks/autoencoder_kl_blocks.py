@@ -1,4 +1,4 @@
-"""The blocks of AutoencoderKL: residual convolutions, attention over the whole picture, up and down."""
+"""The blocks of AutoencoderKL: residual convolutions, attention over the whole picture, upsampling, downsampling."""
 
 # B batch, C channels, H/W picture, N = H*W tokens
 
@@ -14,7 +14,7 @@ NORM_EPS = 1e-6
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then twice the size."""
+    """Residual blocks, then (with `up`) upsampling to twice the size."""
 
     def __init__(self, before: int, width: int, groups: int, depth: int, *, up: bool) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class UpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then half the size."""
+    """Residual blocks, then (with `down`) downsampling to half the size."""
 
     def __init__(self, before: int, width: int, groups: int, depth: int, *, down: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ResnetBlock(nn.Module):
 
 
 class PictureAttention(nn.Module):
-    """One head over all cells of the picture, with a residual."""
+    """Attention with one head over all cells of the picture, with a residual."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any
 from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError
 
-# Settings with one value that the networks here implement.
+# Settings of which the networks here implement one value only.
 FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 DEFAULT_CHANNELS = (64,)
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
@@ -17,12 +17,13 @@ BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoencoderKlConfig:
-    """Names and defaults are those of diffusers 0.42.1's AutoencoderKL.
+    """The autoencoder's settings. Names and defaults are those of diffusers 0.42.1's AutoencoderKL.
 
     Attributes:
-        block_out_channels: per stage; index 0 is the largest picture.
-        scaling_factor, shift_factor: the denoiser sees (latents - shift_factor) * scaling_factor. SD3: 1.5305, 0.0609.
-        sample_size: pixels of a side that it was trained with; also the side of a tile.
+        block_out_channels: one value per stage; index 0 is the stage with the largest picture.
+        scaling_factor, shift_factor: the denoiser sees (latents - shift_factor) * scaling_factor. SD3 has 1.5305 and
+            0.0609.
+        sample_size: side in pixels of the pictures that it was trained with; also the side of a tile.
     """
 
     in_channels: int = 3
@@ -40,7 +41,7 @@ class AutoencoderKlConfig:
 
     @property
     def scale_factor(self) -> int:
-        """Pixels a side of one latent cell."""
+        """Side of one latent cell in pixels."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
@@ -48,18 +49,18 @@ class AutoencoderKlConfig:
         """Parse vae/config.json.
 
         Raises:
-            CheckpointError: an unknown setting, or one that the networks here do not implement.
+            CheckpointError: a setting is unknown, or the networks here do not implement it.
         """
         for name, implemented in FIXED.items():
             if values.get(name, implemented) != implemented:
-                raise CheckpointError(f"{name} is {values[name]!r}; the autoencoder here has {implemented!r}")
+                raise CheckpointError(f"{name} is {values[name]!r}; only {implemented!r} is implemented")
         stages = len(values.get("block_out_channels", DEFAULT_CHANNELS))
         for name, block in BLOCKS.items():
             if any(kind != block for kind in values.get(name, (block,))):
-                raise CheckpointError(f"{name} has other blocks than {block}: {values[name]}")
+                raise CheckpointError(f"{name} has other blocks than the implemented {block}: {values[name]}")
             if len(values.get(name, (block,))) != stages:
                 raise CheckpointError(
-                    f"{name} has {len(values[name])} entries, block_out_channels has {stages}"
+                    f"{name} has {len(values[name])} entries, but block_out_channels has {stages}"
                 )
-        # force_upcast chooses a precision, which is the build's choice here.
+        # force_upcast is ignored, because the build chooses the precision.
         return read_config(cls, values, ignored=(*FIXED, *BLOCKS, "force_upcast"))

@@ -1,7 +1,8 @@
 """CLIP's text model as a text encoder: the penultimate hidden states and the projected end of text.
 
-The layers are transformers' own (CLIPTextModelWithProjection, 5.23). Ours are the causal mask, the attention, the
-norms in fp32, and the search for the end of text, whose result must not depend on how a backend breaks ties.
+The layers are transformers' own (CLIPTextModelWithProjection, 5.23). ditc replaces four things: the causal mask, the
+attention, the norms, which it computes in fp32, and the search for the end of text, which must not depend on how a
+backend breaks ties.
 """
 
 # B batch, S tokens, C channels, P channels of the projection
@@ -24,17 +25,17 @@ from ditc.runtime.errors import CheckpointError
 MODEL_TYPE = "clip_text_model"
 # transformers < 4.31 saved this buffer; it holds 0, 1, 2, ... and is not read.
 POSITION_IDS = "text_model.embeddings.position_ids"
-# Configs from before transformers 4.31 say this, whatever the tokenizer's end of text is.
+# The eos_token_id of configs from before transformers 4.31, whatever the tokenizer's end of text is.
 LEGACY_EOS = 2
 
 
 def load_clip(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> ClipTextEncoder:
-    """The encoder with the weights of a diffusers text_encoder/ or text_encoder_2/ directory.
+    """Load the encoder with the weights of a diffusers text_encoder/ or text_encoder_2/ directory.
 
     Raises:
-        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -48,7 +49,7 @@ def load_clip(
 
 
 class ClipTextEncoder(nn.Module):
-    """Token ids to the states before the last layer, and to the projected state of the end of text."""
+    """Encodes token ids to the hidden states before the last layer, and to the projected state at the end of text."""
 
     weights_below = ""
 
@@ -75,18 +76,18 @@ class ClipTextEncoder(nn.Module):
 
 
 def causal_mask(input_ids: Tensor) -> Tensor:
-    """(1,1,S,S) fp32: 0 where a query may look, else fp32's lowest. Padding is visible, as CLIP was trained."""
+    """(1,1,S,S) fp32: 0 for keys that a query sees, else fp32's lowest number. As in training, padding is seen."""
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     visible = position[:, None] >= position[None, :]
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 def end_of_text(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """(B,) int64: the first end of text of each row; 0 where there is none.
+    """(B,) int64: position of each row's first end-of-text token; 0 where there is none.
 
-    transformers takes an argmax over ids == eos, which has many equal maxima where eos also pads: ONNX's ArgMax takes
-    the first of them, TensorRT's TopK promises nothing. The smallest position has no ties. With the eos_token_id of old
-    configs it is the first of the largest ids (modeling_clip.py, 5.23).
+    transformers takes an argmax over ids == eos, which has many equal maxima where eos also pads. ONNX's ArgMax takes
+    the first of them, and TensorRT's TopK promises nothing. The smallest position has no ties. With the eos_token_id of
+    old configs, the first of the largest ids is the end of text (modeling_clip.py, 5.23).
     """
     ids = input_ids.float()  # exact: vocabularies are far below 2**24
     end = ids.amax(dim=1, keepdim=True) if eos_token_id == LEGACY_EOS else float(eos_token_id)

@@ -1,4 +1,4 @@
-"""Read a diffusers config.json into a frozen dataclass, refusing what the dataclass does not know."""
+"""Read a diffusers config.json into a frozen dataclass, and refuse settings that the dataclass does not have."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ditc.runtime.errors import CheckpointError
 
 T = TypeVar("T")
 
-SCALARS = (int, float, bool, str)  # null is left to the family, some of which give it a meaning
+SCALARS = (int, float, bool, str)  # a null is not checked, because it has a meaning in some families
 
 
 def read_config(cls: type[T], values: Mapping[str, Any], *, ignored: Collection[str]) -> T:
-    """An instance of the dataclass cls: its defaults, overridden by values. Lists become tuples.
+    """Make an instance of the dataclass cls from its defaults, overridden by values. Lists become tuples.
 
     Args:
-        ignored: settings that do not change what inference computes. Names that begin with _ are diffusers' own.
+        ignored: settings that do not change what inference computes. Names that begin with _ are diffusers' own, and
+            are ignored too.
 
     Raises:
-        CheckpointError: a setting that cls does not know, or a number, text or flag of another type than cls has.
+        CheckpointError: cls does not have a setting, or a number, text or flag is not of the type that cls states.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(cls)
@@ -31,14 +32,14 @@ def read_config(cls: type[T], values: Mapping[str, Any], *, ignored: Collection[
         if name not in known and name not in ignored and not name.startswith("_"):
             raise CheckpointError(
                 f"unknown setting {name} = {value!r} in {name_of_config}",
-                hint="it may change what the network computes; this version does not know it",
+                hint="this version of ditc does not know the setting, which may change what the network computes",
             )
         if value is not None and kinds.get(name) in SCALARS:
             try:
                 from_json(kinds[name], value, name)
             except Mismatch as e:
                 raise CheckpointError(
-                    f"{e}, in {name_of_config}", hint="the file is damaged, or was edited: fetch it again"
+                    f"{e}, in {name_of_config}", hint="the file is damaged or was edited: download it again"
                 ) from e
     return cls(**{name: _frozen(value) for name, value in values.items() if name in known})
 

@@ -1,8 +1,8 @@
 """DC-AE, the deep-compression autoencoder (arXiv 2410.10733), as export-grade decoder and encoder.
 
-The reference is diffusers 0.42.1's AutoencoderDC. Two differences in form, none in value: the attention is always
-the linear one (diffusers takes the N x N form for small pictures, which is the same function), and norms of
-pictures need no transposes. Scale and range of the latents are inside: a pipeline does no arithmetic.
+The reference is diffusers 0.42.1's AutoencoderDC. Two things differ in form but not in value: the attention is always
+the linear form (diffusers uses the N x N form for small pictures, which is the same function), and norms of pictures
+need no transposes. The networks apply the latents' scale themselves, so a pipeline does no arithmetic on latents.
 """
 
 # B batch, C channels, H/W picture, h/w latents, N = H*W tokens, K heads over all scales, D head dim
@@ -30,19 +30,19 @@ OUT_NORM_EPS = 1e-5
 
 
 def load_decoder(config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> VaeDecoder:
-    """The decoder with the weights of a diffusers vae/ directory.
+    """Load the decoder with the weights of a diffusers vae/ directory.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     return _load_both(config, tensors, dtype, unread="vae_encoder")[0]
 
 
 def load_encoder(config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> VaeEncoder:
-    """The encoder with the weights of a diffusers vae/ directory.
+    """Load the encoder with the weights of a diffusers vae/ directory.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     return _load_both(config, tensors, dtype, unread="vae_decoder")[1]
 
@@ -56,7 +56,7 @@ def _load_both(
 
 
 class VaeDecoder(nn.Module):
-    """Latents as the denoiser sees them -> picture."""
+    """Decodes latents, as the denoiser sees them, to a picture."""
 
     weights_below = ""
 
@@ -73,7 +73,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Picture -> latents as the denoiser sees them."""
+    """Encodes a picture to latents as the denoiser sees them."""
 
     weights_below = ""
 
@@ -89,7 +89,10 @@ class VaeEncoder(nn.Module):
 
 
 class DcAeDecoder(nn.Module):
-    """diffusers' Decoder: a convolution with a repeat shortcut, stages from small to large, norm, activation, out."""
+    """diffusers' Decoder: a convolution, stages from small to large, norm, activation, a convolution or upsampling.
+
+    The first convolution may have a shortcut of repeated channels.
+    """
 
     def __init__(self, config: DcAeConfig) -> None:
         super().__init__()
@@ -135,7 +138,7 @@ class DcAeDecoder(nn.Module):
 
 
 class DcAeEncoder(nn.Module):
-    """diffusers' Encoder: the decoder's mirror, always with RMSNorm and SiLU."""
+    """diffusers' Encoder: the mirror image of the decoder, always with RMSNorm and SiLU."""
 
     def __init__(self, config: DcAeConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The blocks of DC-AE: residual convolutions, EfficientViT with multi-scale linear attention, up and down."""
+"""The blocks of DC-AE: residual convolutions, EfficientViT with multi-scale linear attention, up- and downsampling."""
 
 # B batch, C channels, H/W picture, N = H*W tokens, K heads over all scales, D head dim
 
@@ -12,7 +12,7 @@ from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, 
 from ditc.export.networks.layers import RMSNorm, to_nchw, to_tokens
 
 NORM_EPS = 1e-5
-FFN_RATIO = 4  # GLUMBConv's default in diffusers, which DC-AE takes
+FFN_RATIO = 4  # diffusers' default for GLUMBConv, which DC-AE uses
 FACTOR = 2  # every stage doubles or halves the picture
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -69,7 +69,7 @@ class EfficientViTBlock(nn.Module):
 
 
 class ConvolutionalGLUMBConv(nn.Module):
-    """Mix-FFN with a norm, in NCHW: the picture is large and the ratio 4, so tokens would cost big transposes."""
+    """Mix-FFN with a norm, in NCHW: at this picture size and ratio, a token layout would need large transposes."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class ConvolutionalGLUMBConv(nn.Module):
 
 
 class MultiscaleLinearAttention(nn.Module):
-    """ReLU linear attention over q, k, v and over their convolved copies, one set of heads a scale."""
+    """ReLU linear attention over q, k, v and over their convolved copies, with one set of heads per scale."""
 
     def __init__(self, channels: int, head_dim: int, norm: str, scales: tuple[int, ...]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class MultiscaleLinearAttention(nn.Module):
         if len(self.to_qkv_multiscale):
             qkv_BCHW = to_nchw(qkv_BNC, height, width)
             scales += [to_tokens(aggregate(qkv_BCHW)) for aggregate in self.to_qkv_multiscale]
-        # As trained: consecutive channels are one head's q, k and v, although the projections are not interleaved.
+        # As in training: consecutive channels hold one head's q, k and v, although the projections are not interleaved.
         q, k, v = torch.cat(scales, dim=2).unflatten(2, (-1, 3, self.head_dim)).unbind(3)
         out: Tensor = self.norm_out(self.to_out(relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2)))
         return out
@@ -133,7 +133,7 @@ class Aggregation(nn.Module):
 
 
 class TokenBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d's parameters on (B,N,C)."""
+    """BatchNorm2d, with its parameters' names, applied to (B,N,C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=NORM_EPS)
@@ -143,7 +143,10 @@ class TokenBatchNorm(nn.BatchNorm2d):
 
 
 class Downsample(nn.Module):
-    """Halve the picture: a convolution, plus averaged pixel_unshuffle as the shortcut."""
+    """Halve the picture: by a strided convolution, or by a convolution and pixel_unshuffle.
+
+    The shortcut is a pixel_unshuffle with averaged channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kind: str, shortcut: bool = True) -> None:
         super().__init__()
@@ -163,7 +166,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the picture: a convolution before or after, plus pixel_shuffle of repeated channels as the shortcut."""
+    """Double the picture: by interpolation and a convolution, or by a convolution and pixel_shuffle.
+
+    The shortcut is a pixel_shuffle of repeated channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kind: str, shortcut: bool = True) -> None:
         super().__init__()
@@ -184,7 +190,7 @@ class Upsample(nn.Module):
 
 
 def repeat_channels(x_BCHW: Tensor, repeats: int) -> Tensor:
-    """Each channel `repeats` times in a row: repeat_interleave(dim=1), in ops that export with free sizes."""
+    """Each channel `repeats` times in a row: repeat_interleave(dim=1), in ops that export with dynamic sizes."""
     return x_BCHW[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 

@@ -13,7 +13,7 @@ BLOCKS = ("ResBlock", "EfficientViTBlock")
 NORMS = ("rms_norm", "batch_norm")
 ACTIVATIONS = ("silu", "swish", "relu", "gelu", "mish")
 DEFAULT_CHANNELS = (128, 256, 512, 512, 1024, 1024)
-# Settings that are one name for all stages or a list, with diffusers' defaults.
+# Settings that are one name for all stages, or a list with a name per stage. The values are diffusers' defaults.
 PER_STAGE = {
     "encoder_block_types": "ResBlock",
     "decoder_block_types": "ResBlock",
@@ -24,7 +24,10 @@ PER_STAGE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DcAeConfig:
-    """Names and defaults are those of diffusers 0.42.1's AutoencoderDC. Per stage: index 0 is the largest picture."""
+    """The autoencoder's settings. Names and defaults are those of diffusers 0.42.1's AutoencoderDC.
+
+    Tuples have one value per stage; index 0 is the stage with the largest picture.
+    """
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -48,7 +51,7 @@ class DcAeConfig:
 
     @property
     def scale_factor(self) -> int:
-        """Pixels a side of one latent cell."""
+        """Side of one latent cell in pixels."""
         return int(2 ** (len(self.encoder_block_out_channels) - 1))
 
     @classmethod
@@ -56,7 +59,7 @@ class DcAeConfig:
         """Parse vae/config.json.
 
         Raises:
-            CheckpointError: an unknown setting, or one that the networks here do not implement.
+            CheckpointError: a setting is unknown, or the networks here do not implement it.
         """
         values = {**values}
         for name, default in PER_STAGE.items():
@@ -80,7 +83,7 @@ def _check_choices(config: DcAeConfig) -> None:
     for name, (values, known) in chosen.items():
         for value in values:
             if value not in known:
-                raise CheckpointError(f"{name} has {value!r}; known are {', '.join(known)}")
+                raise CheckpointError(f"{name} has {value!r}; implemented are {', '.join(known)}")
 
 
 def _check_lengths(config: DcAeConfig) -> None:
@@ -90,5 +93,5 @@ def _check_lengths(config: DcAeConfig) -> None:
             length = len(getattr(config, f"{side}_{name}"))
             if length != stages:
                 raise CheckpointError(
-                    f"{side}_{name} has {length} entries, {side}_block_out_channels has {stages}"
+                    f"{side}_{name} has {length} entries, but {side}_block_out_channels has {stages}"
                 )

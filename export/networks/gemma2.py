@@ -1,7 +1,7 @@
-"""Gemma-2 as a text encoder: transformers' Gemma2Model with a mask and an attention that export.
+"""Gemma-2 as a text encoder: transformers' Gemma2Model with masks and an attention that can be exported.
 
-The layers are transformers' own. Two things are ours: the 4-D masks (transformers 5.23's mask creation looks at
-values, which torch.export cannot trace), and the attention function, whose softmax is fp32 in a 16-bit graph too.
+The layers are transformers' own. ditc replaces two things: the 4-D masks (transformers 5.23 looks at values when it
+makes them, which torch.export cannot trace), and the attention function, whose softmax is fp32 in a 16-bit graph too.
 """
 
 # B batch, S tokens, H heads, D head dim
@@ -28,29 +28,30 @@ MODEL_TYPE = "gemma2"
 def load_gemma2(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Gemma2TextEncoder:
-    """The encoder with the weights of a diffusers text_encoder/ directory.
+    """Load the encoder with the weights of a diffusers text_encoder/ directory.
 
     Args:
-        config: its config.json. tensors: named as Gemma2Model or Gemma2ForCausalLM names them.
+        config: the content of config.json.
+        tensors: named as in Gemma2Model or Gemma2ForCausalLM.
 
     Raises:
-        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            hint="the text encoder of such a checkpoint is Gemma-2",
+            hint="the text encoder must be a Gemma-2",
         )
     with init_empty_weights(include_buffers=False):
         encoder = Gemma2TextEncoder(Gemma2Config(**config))
     if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
-        encoder.weights_below = ""  # our own paths begin with the same word
+        encoder.weights_below = ""  # the parameters' paths here begin with "model." too
     load_strict({"text_encoder": encoder}, Without(tensors, LM_HEAD), dtype)
     return encoder.eval()
 
 
 class Gemma2TextEncoder(nn.Module):
-    """Token ids to the last hidden state, without a cache."""
+    """Encodes token ids to the last hidden state, without a KV cache."""
 
     weights_below = "model"
 
@@ -67,11 +68,11 @@ class Gemma2TextEncoder(nn.Module):
         hidden: Tensor = self.model(
             input_ids=input_ids, attention_mask=masks, use_cache=False, return_dict=True
         ).last_hidden_state
-        return hidden.float()  # what crosses a stage boundary is fp32
+        return hidden.float()  # a stage's outputs are fp32
 
 
 def attention_masks(attention_mask: Tensor, sliding_window: int) -> dict[str, Tensor]:
-    """(B,1,S,S) fp32 biases for Gemma-2's two kinds of layer: 0 where a query may look, else fp32's lowest."""
+    """Biases (B,1,S,S) in fp32 for Gemma-2's two kinds of layer: 0 for keys that a query sees, else fp32's lowest."""
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     distance = position[:, None] - position[None, :]
     visible = (distance >= 0)[None, None] & (attention_mask != 0)[:, None, None, :]
@@ -91,7 +92,7 @@ def eager_attention(
 ) -> tuple[Tensor, None]:
     """transformers' eager attention for Gemma-2 (modeling_gemma2.py, 5.23), with fp32 from the scores to the softmax.
 
-    Its own F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
+    The F.softmax(x, dtype=torch.float32) in transformers exports as a 16-bit Softmax (torch 2.13).
     """
     groups = module.num_key_value_groups
     key_BHSD, value_BHSD = _repeat_heads(key, groups), _repeat_heads(value, groups)

@@ -1,7 +1,8 @@
-"""SD3's conditioner: the states of three text encoders side by side, without weights and without a mask.
+"""SD3's conditioner, which concatenates the states of three text encoders. It has no weights and no mask.
 
-diffusers 0.42.1, StableDiffusion3Pipeline.encode_prompt: CLIP-L and CLIP-G along the channels, zeros up to T5's width,
-then T5's tokens behind CLIP's; the two pooled texts along the channels. Padding is seen like any other token.
+It does what StableDiffusion3Pipeline.encode_prompt does (diffusers 0.42.1). The states of CLIP-L and CLIP-G are joined
+along the channels and filled with zeros up to T5's width, and T5's tokens follow. The two pooled texts are joined along
+the channels. Padding is attended to like any other token.
 """
 
 # R rows, S tokens of CLIP, T tokens of T5, D joint width
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 
 class JointText(nn.Module):
-    """Joins what the text encoders give.
+    """Joins the outputs of the text encoders.
 
     Args:
-        width: D. zero_tokens: T, where T5 is left out and its tokens are zeros; 0 where its states come in.
+        width: D.
+        zero_tokens: T if T5 is left out, so that zeros take the place of its tokens; 0 if its states are an input.
     """
 
     def __init__(self, width: int, zero_tokens: int = 0) -> None:

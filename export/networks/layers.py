@@ -1,7 +1,7 @@
-"""Layers that the networks share: token-major, with their norm statistics in fp32.
+"""Layers that the networks share. They are token-major, and their norm statistics are fp32.
 
-A 1x1 convolution is a Linear on tokens: it fuses, quantizes and shares scales like any other GEMM; only the
-3x3 depthwise convolution needs NCHW.
+A 1x1 convolution is a Linear on tokens, so it fuses, quantizes and shares scales like any other GEMM. Only the 3x3
+depthwise convolution needs NCHW.
 """
 
 # B batch, N tokens, C channels, F expanded channels, p side of a patch
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SINUSOID_WIDTH = 256  # of every timestep embedding here, as in diffusers
+SINUSOID_WIDTH = 256  # the width of the sinusoid in every timestep embedding here, as in diffusers
 
 
 class ConvAsLinear(nn.Linear):
     """A convolution whose stride is its kernel, as a Linear over flattened patches.
 
     Args:
-        kernel_size: side of the patch; the input has in_channels * kernel_size**2 features, channel first.
+        kernel_size: side of the patch. The input has in_channels * kernel_size**2 features, channel first.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True) -> None:
@@ -46,10 +46,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """diffusers' RMSNorm: statistics and scaling in fp32, weight and bias in the weight's type.
+    """diffusers' RMSNorm: statistics and division are fp32, weight and bias are applied in the weight's type.
 
     Args:
-        dim_of_channels: -1 for tokens; 1 for (B,C,H,W), which spares the two transposes that diffusers makes.
+        dim_of_channels: -1 for tokens; 1 for (B,C,H,W), which avoids the two transposes that diffusers makes.
     """
 
     def __init__(self, dim: int, eps: float, bias: bool = False, dim_of_channels: int = -1) -> None:
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_fp32 = x.float()
-        # A division, not rsqrt and a product: ONNX Runtime's fusion knows this pattern (SimplifiedLayerNormFusion).
+        # A division, not rsqrt and a product, because ONNX Runtime fuses this pattern (SimplifiedLayerNormFusion).
         x_fp32 = x_fp32 / torch.sqrt(x_fp32.pow(2).mean(self.dim, keepdim=True) + self.eps)
         x = x_fp32.to(self.weight.dtype) * self._along(self.weight)
         return x if self.bias is None else x + self._along(self.bias)
@@ -78,7 +78,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_1 = nn.Linear(SINUSOID_WIDTH, width)
         self.linear_2 = nn.Linear(width, width)
         half = SINUSOID_WIDTH // 2
-        # A plain tensor, not a buffer: module.to(float16) must not round it. Rounded as diffusers rounds it.
+        # A plain tensor, not a buffer, because module.to(float16) must not round it. It is computed as in diffusers.
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half
         self.frequencies = torch.exp(exponent)
 
@@ -90,9 +90,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Sana's Mix-FFN on tokens: expand, 3x3 depthwise convolution, gate, project; diffusers' GLUMBConv, no residual.
+    """Sana's Mix-FFN on tokens: expand, 3x3 depthwise convolution, gate, project.
 
-    The zero padding of the depthwise convolution is what tells Sana where a token is.
+    It is diffusers' GLUMBConv without the residual. The zero padding of the depthwise convolution tells Sana where a
+    token is.
     """
 
     def __init__(self, dim: int, expand_ratio: float) -> None:
@@ -121,7 +122,7 @@ def to_tokens(x_BCHW: Tensor) -> Tensor:
 
 
 def to_patches(x_BCHW: Tensor, p: int) -> Tensor:
-    """(B,C,h*p,w*p) -> (B,h*w,C*p*p): what ConvAsLinear reads."""
+    """(B,C,h*p,w*p) -> (B,h*w,C*p*p), the input of ConvAsLinear."""
     if p == 1:
         return to_tokens(x_BCHW)
     x = x_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B C h p w p
@@ -129,7 +130,7 @@ def to_patches(x_BCHW: Tensor, p: int) -> Tensor:
 
 
 def from_patches(x_BNF: Tensor, p: int, height: int, width: int) -> Tensor:
-    """(B,h*w,p*p*C) -> (B,C,h*p,w*p): the channels lie innermost in what a final layer writes."""
+    """(B,h*w,p*p*C) -> (B,C,h*p,w*p). In a final layer's output, the channels are the innermost dimension."""
     if p == 1:
         return to_nchw(x_BNF, height, width)
     x = x_BNF.unflatten(2, (p, p, -1)).unflatten(1, (height, width))  # B h w p p C

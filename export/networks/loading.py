@@ -1,7 +1,7 @@
-"""Load a checkpoint into export-grade networks, each tensor exactly once, and say where each one went.
+"""Load a checkpoint into export-grade networks, each tensor exactly once, and record where each one went.
 
-Networks keep the checkpoint's module paths, so a parameter's name is its tensor's name. The one thing that
-changes is the shape of a convolution that a network holds as a Linear (`layers.ConvAsLinear`).
+Networks keep the checkpoint's module paths, so a parameter has the name of its tensor. The only thing that changes is
+the shape of a convolution that a network holds as a Linear (`layers.ConvAsLinear`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ Transform = Literal["identity", "reshape"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSource:
-    """Where one checkpoint tensor lies: the parameter of a stage that holds it, and how.
+    """Which parameter of which stage holds one tensor of the checkpoint, and in which form.
 
-    transform "reshape" means that the parameter holds the same values in row-major order under another shape.
-    shape and dtype are the tensor's own, in the checkpoint; dtype is None where the checkpoint was not at hand.
+    Attributes:
+        checkpoint: the tensor's name in the checkpoint.
+        transform: "reshape" means that the parameter holds the same values, in row-major order, in another shape.
+        shape, dtype: the tensor's in the checkpoint; dtype is None if the checkpoint was not given.
     """
 
     checkpoint: str
@@ -37,7 +39,7 @@ class WeightSource:
 
 
 def build_empty(make: Callable[[], M]) -> M:
-    """A network without memory for its weights, in eval mode; load_strict gives it both."""
+    """Make a network in eval mode without allocating its weights. load_strict then gives it memory and values."""
     with torch.device("meta"):
         return make().eval().requires_grad_(False)
 
@@ -53,11 +55,11 @@ def load_strict(
     """Give every parameter and buffer of the stages its tensor, cast to dtype where it is floating-point.
 
     Args:
-        unread: stages that only claim their tensors' names, and stay empty.
-        exceptions: module paths of the checkpoint, and the dtype of everything below each of them.
+        unread: stages whose tensors must be in the checkpoint but are not loaded; the networks stay empty.
+        exceptions: another dtype for everything below a module path of the checkpoint, by path.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape, or an integer where a float belongs.
+        CheckpointError: a tensor is missing, unknown, or of another shape, or it holds integers where floats belong.
     """
     sources = weight_map(stages)
     _check_names({source.checkpoint for source in sources}, set(tensors))
@@ -74,16 +76,16 @@ def load_strict(
 def weight_map(
     stages: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None = None
 ) -> list[WeightSource]:
-    """Where each checkpoint tensor lies in the stages, in the stages' own order.
+    """List where each tensor of the checkpoint is in the stages, in the stages' order.
 
-    A stage may wrap its network: the network says with `weights_below` under which of its own paths the names are
-    the checkpoint's ("" if all are).
+    A stage may wrap its network. The network's attribute `weights_below` is the path inside the network below which
+    names are the checkpoint's; it is "" if all names are.
 
     Args:
-        tensors: the checkpoint's, for their types.
+        tensors: the checkpoint's tensors, whose dtypes are recorded.
 
     Raises:
-        CheckpointError: two stages claim one tensor.
+        CheckpointError: two stages hold the same tensor.
     """
     sources: dict[str, WeightSource] = {}
     for stage, module in stages.items():
@@ -96,7 +98,7 @@ def weight_map(
         for parameter, value in module.state_dict().items():
             name = parameter.removeprefix(root)
             if name in sources:
-                raise CheckpointError(f"{name} belongs to both {sources[name].stage} and {stage}")
+                raise CheckpointError(f"{name} belongs to two stages, {sources[name].stage} and {stage}")
             sources[name] = WeightSource(
                 checkpoint=name,
                 stage=stage,
@@ -109,7 +111,7 @@ def weight_map(
 
 
 class Without(Mapping[str, Tensor]):
-    """A checkpoint's tensors but for some names that are not read, such as a tied copy; still read one at a time."""
+    """A checkpoint's tensors without some that are not needed, such as a tied copy. Each is read when it is used."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *names: str) -> None:
         self._tensors, self._names = tensors, names
@@ -125,7 +127,7 @@ class Without(Mapping[str, Tensor]):
 
 
 def _root(module: nn.Module) -> str:
-    """The dotted prefix of the names that are the checkpoint's."""
+    """The dotted prefix that the stage's names have before the checkpoint's names."""
     for path, submodule in module.named_modules():
         below = getattr(submodule, "weights_below", None)
         if below is not None:
@@ -144,13 +146,16 @@ def _fitted(
     parameter = _state(module, source.parameter)
     if tuple(tensor.shape) != source.shape:
         raise CheckpointError(
-            f"{source.checkpoint} has shape {tuple(tensor.shape)}, its config asks for {source.shape}",
+            f"{source.checkpoint} has shape {tuple(tensor.shape)}, but its config asks for {source.shape}",
             hint="config.json and the weights belong to different models",
         )
     if not parameter.is_floating_point():
         return tensor.to(parameter.dtype)
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{source.checkpoint} is {tensor.dtype}: quantized checkpoints are not read")
+        raise CheckpointError(
+            f"{source.checkpoint} has the type {tensor.dtype}, but quantized checkpoints are not supported",
+            hint="use a checkpoint with floating-point weights",
+        )
     return tensor.to(dtype).reshape(parameter.shape)
 
 
@@ -161,12 +166,12 @@ def _check_names(wanted: set[str], found: set[str]) -> None:
             more = f" and {len(first) - 3} more" if len(first) > 3 else ""
             raise CheckpointError(
                 f"the checkpoint {what} {', '.join(first[:3])}{more}",
-                hint="config.json and the weights belong to different models, or the file is of another family",
+                hint="config.json and the weights belong to different models, or the file belongs to another family",
             )
 
 
 def _state(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that path."""
+    """The module's parameter or buffer with that dotted name."""
     path, _, leaf = name.rpartition(".")
     value: Tensor = getattr(module.get_submodule(path), leaf)
     return value

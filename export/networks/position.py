@@ -1,6 +1,6 @@
 """Fixed position embeddings that several families add to their tokens."""
 
-# D channels, F frequencies, h/w tokens a side
+# D channels, F frequencies, h/w tokens per side
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class SincosPosition:
-    """2-D sinusoids in fp32 for any size: every picture spans the same base_size / interpolation_scale units.
+    """2-D sinusoids in fp32 for any size. Every picture spans the same range, base_size / interpolation_scale units.
 
-    diffusers' get_2d_sincos_pos_embed: the first half of the channels is the column, the second the row.
+    As in diffusers' get_2d_sincos_pos_embed, the first half of the channels encodes the column, the second the row.
     """
 
     def __init__(self, width: int, base_size: int, interpolation_scale: float) -> None:

@@ -1,7 +1,7 @@
-"""T5's encoder as a text encoder: transformers' layers, with buckets of the position bias that no backend can shift.
+"""T5's encoder as a text encoder: transformers' layers, with the buckets of the position bias held as a table.
 
-fp16 is refused: activations pass 65504 in the real checkpoints (transformers keeps `wo` in fp32 and clamps for that
-reason, modeling_t5.py 5.23; NVIDIA's demoDiffusion knows "accuracy issues with FP16").
+fp16 is refused, because activations exceed 65504 in the real checkpoints (transformers keeps `wo` in fp32 and clamps
+for that reason, modeling_t5.py 5.23; NVIDIA's demoDiffusion notes "accuracy issues with FP16").
 """
 
 # B batch, S tokens, C channels, H heads
@@ -27,15 +27,15 @@ EMBED_TOKENS = "encoder.embed_tokens.weight"  # tied to shared.weight; some file
 
 
 def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> T5TextEncoder:
-    """The encoder with the weights of a diffusers text_encoder_3/ directory, whatever type they are stored in.
+    """Load the encoder with the weights of a diffusers text_encoder_3/ directory, whatever type they are stored in.
 
     Raises:
-        UsageError: fp16 is asked for.
-        CheckpointError: another model type; a tensor is missing, left over or misshapen.
+        UsageError: dtype is fp16.
+        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
     """
     if dtype is torch.float16:
         raise UsageError(
-            "T5 is not built in fp16: its activations pass fp16's largest number, 65504",
+            "T5 cannot be built in fp16: its activations exceed fp16's largest number, 65504",
             hint="build this stage in bf16 or fp32",
         )
     if config.get("model_type") != MODEL_TYPE:
@@ -50,7 +50,10 @@ def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: tor
 
 
 class T5TextEncoder(nn.Module):
-    """Token ids to the last hidden state. Without a mask padding takes part, as in diffusers' SD3 pipeline."""
+    """Encodes token ids to the last hidden state.
+
+    Without a mask, padding is attended to, as in diffusers' SD3 pipeline.
+    """
 
     weights_below = ""
 
@@ -76,9 +79,9 @@ class T5TextEncoder(nn.Module):
         return result.float()
 
     def _position_bias(self, length: int) -> Tensor:
-        """(1,H,S,S), from the first layer, for all layers."""
+        """The position bias (1,H,S,S) of the first layer, which all layers use."""
         position = torch.arange(length, device=self.buckets.device)
-        offset = position[None, :] - position[:, None]  # of the key from the query
+        offset = position[None, :] - position[:, None]  # the key's position minus the query's
         bucket = self.buckets[offset.abs().clamp(max=len(self.buckets) - 1), (offset > 0).long()]
         first = self.encoder.block[0].layer[0].SelfAttention
         bias: Tensor = first.relative_attention_bias(bucket)
@@ -86,10 +89,10 @@ class T5TextEncoder(nn.Module):
 
 
 def distance_buckets(config: T5Config) -> Tensor:
-    """(max_distance + 1, 2) int64: the bucket of a key before the query, and of one behind it, by distance.
+    """(max_distance + 1, 2) int64: for each distance, the bucket of a key before the query and of a key after it.
 
-    A table, because transformers computes a logarithm and truncates it: at the borders of the buckets the last bit of a
-    backend's Log decides. At max_distance and beyond all distances share the last bucket.
+    transformers truncates a logarithm instead, so at the border between two buckets the last bit of a backend's Log
+    would decide. All distances from max_distance on share the last bucket.
     """
     distance = torch.arange(config.relative_attention_max_distance + 1)
     signed = torch.stack([-distance, distance], dim=1)

@@ -1,7 +1,7 @@
-"""The attention of text encoders that export: transformers' eager form with fp32 from the scores to the softmax.
+"""An exportable attention for text encoders: transformers' eager form, in fp32 from the scores to the softmax.
 
-transformers 5.23's own sdpa path is refused by torch.export for T5 (a view of a non-contiguous tensor), and its eager
-F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).
+torch.export refuses the sdpa path of transformers 5.23 for T5 (a view of a non-contiguous tensor), and F.softmax(x,
+dtype=torch.float32) in its eager path exports as a 16-bit Softmax (torch 2.13).
 """
 
 # B batch, H heads, S tokens, D head dim

@@ -1,4 +1,4 @@
-"""What the tests of the networks share: seeded weights that exercise every path, and a metric."""
+"""Fixtures that the tests of the networks share: seeded weights that exercise every path, and a metric."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 def _seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of a trained network's size: matrices keep their input's scale, vectors (biases, norms) matter."""
+    """Draw weights as large as a trained network's: matrices keep the scale of their input, and vectors (biases, norms)
+    are large enough to change the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,8 @@
-"""What families with a Gemma-2 text encoder and a DC-AE share: those stages, and the sizes and steps of a picture."""
+"""Companions are the text encoder and the VAE beside a denoiser; this is what families with one text encoder share.
+
+The plans and defaults fit any such text encoder and any VAE. `load_companion` loads Gemma-2 and DC-AE; a family that
+takes other kinds loads those itself.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +63,10 @@ def stage_plans(
     *,
     tiling: Tiling | None = None,
 ) -> dict[str, StagePlan]:
-    """All plans, in the order in which a picture needs them.
+    """Plan all stages, in the order in which drawing a picture runs them.
 
-    Gemma overflows in fp16 (NVlabs/Sana's README: bf16 or fp32), and so does DC-AE: both are companions.
+    Gemma overflows in fp16 (NVlabs/Sana's README: bf16 or fp32), and so does DC-AE. Both therefore have the precision
+    of companions, not the denoiser's.
     """
     batch = options.max_batch
     specs = {
@@ -84,10 +89,10 @@ def stage_plans(
 
 
 def load_companion(component: Component, plan: StagePlan) -> nn.Module:
-    """The text encoder or one half of the VAE, with its weights.
+    """Load the text encoder, or one half of the VAE, with its weights.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     dtype = TORCH_DTYPES[plan.precision]
     if plan.spec.name == TEXT_ENCODER:
@@ -97,7 +102,7 @@ def load_companion(component: Component, plan: StagePlan) -> nn.Module:
 
 
 def stage_module(module: nn.Module, component: Component, plan: StagePlan) -> StageModule:
-    """A loaded module as the exporter takes it."""
+    """Describe a loaded module for the exporter."""
     name = plan.spec.name
     return StageModule(
         spec=plan.spec,
@@ -114,10 +119,13 @@ def text_range(text: TextSpec) -> dict[str, Range]:
 
 
 def pad_token(tokenizer: RustTokenizer) -> int:
-    """The id that Gemma pads with. Raises CheckpointError where there is none."""
+    """The id of the <pad> token. Raises CheckpointError if the tokenizer has none."""
     token: int | None = tokenizer.token_to_id("<pad>")
     if token is None:
-        raise CheckpointError("tokenizer.json has no <pad> token", hint="Gemma's tokenizers have one")
+        raise CheckpointError(
+            "tokenizer.json has no <pad> token",
+            hint="use the tokenizer that the text encoder was published with",
+        )
     return token
 
 
@@ -131,10 +139,12 @@ def defaults_of(
     bins: Sequence[Sequence[int]] = (),
     tiling: Tiling | None = None,
 ) -> Defaults:
-    """Inference defaults: what was asked for, else what ditc.json says, else the family's.
+    """Choose the inference defaults: from the build's options first, then from ditc.json, then the family's.
 
     Args:
-        native: side of a picture in pixels where nothing else is said.
+        given: the content of ditc.json.
+        native: side of a picture in pixels, for a build whose options and ditc.json state no size.
+        num_inference_steps, guidance_scale: the family's.
     """
     side = options.resolution or native
     return Defaults(

@@ -1,6 +1,6 @@
-"""Specs of the stages whose form no family changes: the step around a denoiser, its network alone, a VAE.
+"""Specs of the stages that have the same form in every family: the denoiser's step, its network alone, and the VAE.
 
-A family brings what differs: channels, conditioning, extra inputs of its network, and the ranges.
+A family supplies what differs: channels, conditioning, extra inputs of its network, and ranges of sizes.
 """
 
 # B samples, R network rows, C latent channels, H/W latent size, P history length, K coefficient columns
@@ -49,13 +49,14 @@ IN_PIXELS = {HEIGHT: IMAGE_HEIGHT, WIDTH: IMAGE_WIDTH}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiserFacts:
-    """What a family says of its denoiser.
+    """What a family states about its denoiser.
 
     Attributes:
-        channels, out_channels: of the latents, and of the prediction.
-        conditioning: the conditioner's outputs, with "rows" first.
-        sizes: ranges of "height" and "width". text: ranges of the dimensions of the conditioning.
-        step: the solver's needs and how guidance comes in.
+        channels, out_channels: number of channels of the latents, and of the prediction.
+        conditioning: specs of the conditioner's outputs, whose first dimension is "rows".
+        sizes: ranges of "height" and "width" in latent cells.
+        text: ranges of the other named dimensions of the conditioning.
+        step: the step's contract, which states what the solver needs and how guidance reaches the network.
     """
 
     channels: int
@@ -67,7 +68,7 @@ class DenoiserFacts:
 
 
 def denoiser_spec(facts: DenoiserFacts, *, max_batch: int) -> StageSpec:
-    """A whole step (export/graph/step.py)."""
+    """Spec of the denoiser as a whole step (export/graph/step.py)."""
     return StageSpec(
         DENOISER,
         inputs=facts.step.inputs(facts.channels, facts.conditioning),
@@ -82,7 +83,10 @@ def denoiser_spec(facts: DenoiserFacts, *, max_batch: int) -> StageSpec:
 
 
 def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> StageSpec:
-    """The denoiser without the step around it: for parity, and for guidance that is not a weighted sum."""
+    """Spec of the denoiser's network without the step around it.
+
+    Parity uses it, and so can callers whose guidance is not a weighted sum of predictions.
+    """
     latents = TensorSpec(LATENTS, dtype, (ROWS, facts.channels, HEIGHT, WIDTH))
     return StageSpec(
         NETWORK,
@@ -95,9 +99,10 @@ def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> Stage
 def vae_specs(
     latents: LatentSpec, sizes: Mapping[str, Range], *, max_batch: int, tiling: Tiling | None = None
 ) -> dict[str, StageSpec]:
-    """Decoder and encoder: any whole number of cells, for a VAE knows no patches.
+    """Specs of the VAE's decoder and encoder.
 
-    Where they run on tiles, no piece is larger than one, and those at the edges are as small as one cell.
+    Sizes are any whole number of latent cells, because only the denoiser works on patches. With tiling, the largest
+    input is one tile, and tiles at the edges are as small as one cell.
     """
     scale = latents.scale_factor
     cells = {name: Range(r.min, r.opt, r.max) for name, r in sizes.items()}
@@ -117,24 +122,24 @@ def vae_specs(
 
 
 def latent_ranges(defaults: Defaults, latents: LatentSpec, *, largest: int | None = None) -> dict[str, Range]:
-    """Latent height and width: what the bins span, else from half to twice the default.
+    """Ranges of the latent height and width: those of the resolution bins, or else half to twice the default.
 
     Args:
-        largest: most cells a side that the network can draw; None where it has no limit.
+        largest: largest side in latent cells that the network can draw; None where it has no limit.
 
     Raises:
-        UsageError: a default that patches do not divide.
+        UsageError: a default side does not divide into latent cells and patches.
     """
-    cells, step, ranges = latents.scale_factor, latents.patch_size, {}
+    scale, step, ranges = latents.scale_factor, latents.patch_size, {}
     for axis, (name, default) in enumerate(((HEIGHT, defaults.height), (WIDTH, defaults.width))):
-        if default % (cells * step):
+        if default % (scale * step):
             raise UsageError(
-                f"resolution {default} is not a multiple of {cells * step}",
-                hint="take a multiple: the VAE and the patches divide the picture",
+                f"resolution {default} is not a multiple of {scale * step}",
+                hint=f"choose a multiple: a latent cell is {scale} pixels wide, and a patch is {step} cells wide",
             )
         sides = [size[axis] for size in defaults.bins] or [default // 2, default * 2]
-        low, high = min(sides) // cells // step * step, max(sides) // cells // step * step
-        ranges[name] = Range(max(step, low), default // cells, min(high, largest or high), step)
+        low, high = min(sides) // scale // step * step, max(sides) // scale // step * step
+        ranges[name] = Range(max(step, low), default // scale, min(high, largest or high), step)
     return ranges
 
 
@@ -143,7 +148,8 @@ def step_contract(
 ) -> StepContract:
     """The contract of a step for the checkpoint's sampler.
 
-    The history is of length one even for Euler, whose column is zero: every engine then takes both kinds of sampler.
+    The history has at least one entry even for Euler, whose coefficient for it is zero, so that every engine can run
+    both single-step and multistep samplers.
     """
     return StepContract(
         history_length=max(1, history_length(scheduler)),
@@ -154,20 +160,21 @@ def step_contract(
 
 
 def companion_precision(options: BuildOptions) -> Precision:
-    """Of stages that overflow in fp16 (text encoders, VAEs) beside the denoiser.
+    """Precision of the stages beside the denoiser that overflow in fp16: text encoders and VAEs.
 
-    ONNX Runtime's CPU provider has no bf16: beside a 16-bit ONNX denoiser they stay fp32.
+    Beside a 16-bit denoiser they are bf16 in engines. In ONNX Runtime they stay fp32, because its CPU provider has no
+    bf16.
     """
     on_engines = options.backend is not Backend.ONNXRUNTIME
     return Precision.BF16 if on_engines and options.base is not Precision.FP32 else Precision.FP32
 
 
 def check_precision(options: BuildOptions, family: str) -> None:
-    """Refuse a denoiser in a type that the networks are not built in. Raises UsageError."""
+    """Refuse a precision that the networks cannot be exported in. Raises UsageError."""
     if options.base not in TORCH_DTYPES:
         raise UsageError(
-            f"precision {options.base.value} is not built for {family}",
-            hint=f"take one of {', '.join(p.value for p in TORCH_DTYPES)}",
+            f"precision {options.base.value} is not available for {family}",
+            hint=f"choose one of {', '.join(p.value for p in TORCH_DTYPES)}",
         )
 
 

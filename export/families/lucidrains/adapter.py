@@ -1,10 +1,10 @@
-"""lucidrains/mmdit 0.3.0 trunks as denoisers.
+"""The adapter for lucidrains/mmdit 0.3.0: upstream's trunks as denoisers.
 
-Upstream is a trunk alone: no patches, time, positions, text, sampler or weights, and so no checkpoint layout. Ours is a
-diffusers directory (docs/mmdit.md):
+Upstream publishes only the trunk: it has no patches, time or position embedding, text encoder, sampler or weights, and
+therefore no checkpoint layout. ditc defines one, which is a diffusers directory (docs/mmdit.md):
 
     model_index.json   _class_name LucidrainsMMDiTPipeline
-    transformer/       config.json (config.py), safetensors under the names of network.py
+    transformer/       config.json (see config.py), and safetensors with the parameter names of network.py
     text_encoder/, tokenizer/   Gemma-2 or T5, as transformers saves them
     vae/, scheduler/            AutoencoderDC or AutoencoderKL, as diffusers saves them
 """
@@ -58,7 +58,8 @@ from ditc.runtime.spec import (
 from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 from ditc.runtime.text import TextSpec
 
-# Upstream has no pipeline: these are StableDiffusion3Pipeline's (diffusers 0.42.1), the length is Gemma's in Sana.
+# Upstream has no pipeline. Steps and scale are StableDiffusion3Pipeline's defaults (diffusers 0.42.1), and the length
+# is the one that SanaPipeline gives Gemma.
 NUM_INFERENCE_STEPS = 28
 GUIDANCE_SCALE = 7.0
 MAX_SEQUENCE_LENGTH = 300
@@ -67,20 +68,21 @@ AUTOENCODER_DC, AUTOENCODER_KL = "AutoencoderDC", "AutoencoderKL"
 
 
 class LucidrainsMMDiTAdapter:
-    """Plans and loads the five stages of such a checkpoint."""
+    """Plans and loads the five stages of a checkpoint around a lucidrains/mmdit trunk."""
 
     family = "mmdit"
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
-        """Whether the transformer is ours around upstream's trunk."""
+        """Whether the transformer's config names ditc's class for upstream's trunks."""
         transformer = checkpoint.components.get("transformer")
         return transformer is not None and transformer.config.get("_class_name") == CLASS_NAME
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
-        """Everything that configs tell.
+        """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: a config that these networks do not implement. UsageError: a precision that is refused.
+            CheckpointError: the networks here do not implement a config, or the components do not fit together.
+            UsageError: the precision or the resolution is not available.
         """
         check_precision(options, "lucidrains/mmdit")
         transformer = MMDiTConfig.from_json(checkpoint.component("transformer").config)
@@ -110,7 +112,7 @@ class LucidrainsMMDiTAdapter:
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
-        """One stage with its weights."""
+        """Load one stage with its weights."""
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
         if COMPONENTS[stage] != "transformer":
@@ -128,11 +130,12 @@ ADAPTER: Adapter = LucidrainsMMDiTAdapter()
 
 
 def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
-    """The settings of the autoencoder that vae/config.json names."""
+    """The settings of the autoencoder class that vae/config.json names."""
     kind = component.config.get("_class_name")
     if kind not in (AUTOENCODER_DC, AUTOENCODER_KL):
         raise CheckpointError(
-            f"the VAE is {kind!r}", hint=f"these trunks are served with {AUTOENCODER_DC} or {AUTOENCODER_KL}"
+            f"the VAE is {kind!r}, which is not supported beside a lucidrains/mmdit trunk",
+            hint=f"use {AUTOENCODER_DC} or {AUTOENCODER_KL}",
         )
     if kind == AUTOENCODER_KL:
         return AutoencoderKlConfig.from_json(component.config)
@@ -140,7 +143,7 @@ def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
 
 
 def _load_companion(component: Component, plan: StagePlan) -> torch.nn.Module:
-    """The text encoder or one half of the VAE, of the kind that its config names."""
+    """Load the text encoder, or one half of the VAE, of the kind that its config names."""
     dtype = TORCH_DTYPES[plan.precision]
     if plan.spec.name == TEXT_ENCODER and component.config.get("model_type") == T5:
         return load_t5(component.config, component.tensors, dtype)
@@ -155,7 +158,7 @@ def _load_companion(component: Component, plan: StagePlan) -> torch.nn.Module:
 def _check_widths(
     checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig | AutoencoderKlConfig
 ) -> None:
-    """Components of different models each load, and fail at the first picture."""
+    """Refuse components of different models: each of them would load, and the first picture would fail."""
     encoder = checkpoint.component("text_encoder").config
     hidden = encoder.get("d_model" if encoder.get("model_type") == T5 else "hidden_size")
     for what, found, wanted in (
@@ -165,7 +168,7 @@ def _check_widths(
     ):
         if found != wanted:
             raise CheckpointError(
-                f"{what} {found} channels, the transformer's config asks for {wanted}",
+                f"{what} {found} channels, but the transformer's config asks for {wanted}",
                 hint="the components belong to different models, or transformer/config.json is wrong",
             )
 
@@ -191,9 +194,14 @@ def _facts(
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
-    """The prompt as it is, cut and padded on the right to one length; padding is masked."""
+    """How a prompt becomes tokens: its text is not changed, its tokens are cut or padded on the right to one length.
+
+    The padding is masked.
+    """
     if "tokenizer" not in checkpoint.tokenizers:
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer", hint="save it into tokenizer/")
+        raise CheckpointError(
+            f"{checkpoint.path} has no folder tokenizer/", hint="save the text encoder's tokenizer there"
+        )
     tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     return TextSpec(

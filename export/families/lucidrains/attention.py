@@ -1,8 +1,9 @@
-"""Attention of lucidrains/mmdit 0.3.0: one attention over all modalities, and the one that chooses among weights.
+"""The attentions of lucidrains/mmdit 0.3.0: a joint one over all modalities, and one that mixes several weight sets.
 
-Upstream's softmax, F.softmax(x, dtype=torch.float32), exports as a 16-bit one (torch 2.13); here it is fp32 in every
-graph. Flash attention is the same function, so that `flash` changes nothing. The mask is an addend, the fill of
-x-transformers' Attend, and the soft clamp (Gemma 2's, arXiv 2408.00118, section 2) comes before it.
+Upstream's softmax, F.softmax(x, dtype=torch.float32), exports as a 16-bit softmax (torch 2.13); here it is fp32 in
+every graph. Flash attention computes the same function, so upstream's `flash` changes nothing. The mask is added to the
+scores, with the value that x-transformers' Attend fills in. The soft clamp (Gemma 2's, arXiv 2408.00118, section 2) is
+applied before the mask.
 """
 
 # B batch, N tokens, S keys (tokens of all modalities), H heads, D head dim, W weight sets, E width
@@ -21,12 +22,12 @@ Masks = Sequence[Tensor | None]
 
 
 class JointAttention(nn.Module):
-    """Every modality has projections of its own; all tokens attend to all tokens.
+    """Attention of all tokens to all tokens, in which every modality has its own projections.
 
     Args:
-        qk_rmsnorm: norm q and k, a gamma a head and modality.
-        softclamp: bound of the scores; None for none.
-        outputs: which modalities' results are wanted; the others have no to_out. None: all.
+        qk_rmsnorm: normalise q and k, with one gamma per head and modality.
+        softclamp: bound of the scores; None for no bound.
+        outputs: for each modality, whether its result is wanted; one that is not wanted has no to_out. None: all are.
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class JointAttention(nn.Module):
             self.k_rmsnorms = nn.ModuleList(MultiHeadRMSNorm(dim_head, heads) for _ in dim_inputs)
 
     def forward(self, inputs: Sequence[Tensor], masks: Masks | None = None) -> tuple[Tensor, ...]:
-        """Attend.
+        """Let all tokens attend to all tokens.
 
         Args:
-            inputs: (B,n,dim) a modality. masks: (B,n) a modality, true or 1 for a token that is attended to; None
-                where all are.
+            inputs: one (B,n,dim) tensor per modality.
+            masks: one (B,n) mask per modality, true or 1 for the tokens that are attended to; None where all are.
 
         Returns:
-            (B,n,dim) a modality; zeros for a sample none of whose tokens is attended to.
+            One (B,n,dim) tensor per modality. A sample whose tokens are all masked gives zeros.
         """
         q, k, v = self._qkv(inputs)
         bias_B11S, keep_B1 = key_bias(inputs, masks)
@@ -87,10 +88,10 @@ class JointAttention(nn.Module):
 
 
 def key_bias(inputs: Sequence[Tensor], masks: Masks | None) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores of every key (B,1,1,S), and 1 for samples with a key (B,1), 0 for those without.
+    """The bias that is added to each key's scores (B,1,1,S), and 1 for samples with an unmasked key, else 0 (B,1).
 
-    None, None where nothing is masked; the second is None too where a modality cannot be masked, for then there
-    always is a key.
+    Both are None where nothing is masked. The second is also None where a modality has no mask, because then every
+    sample has an unmasked key.
     """
     masks = masks or (None,) * len(inputs)
     given = [mask for mask in masks if mask is not None]
@@ -107,10 +108,10 @@ def key_bias(inputs: Sequence[Tensor], masks: Masks | None) -> tuple[Tensor | No
 
 
 class AdaptiveAttention(nn.Module):
-    """Self-attention whose projections each token mixes from several sets of weights (GigaGAN, arXiv 2303.05511).
+    """Self-attention in which each token mixes its projections from several weight sets (GigaGAN, arXiv 2303.05511).
 
-    Upstream never sums over heads, and so the result is (B,H,N,dim) where tokens choose, (B,N,H*dim) where there is
-    one set. This is reproduced: to_out_weights then is no output projection, but one a head.
+    Upstream never sums over heads, so the result is (B,H,N,dim) with several sets and (B,N,H*dim) with one. This is
+    reproduced: to_out_weights is not one output projection but one per head.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class AdaptiveAttention(nn.Module):
         self.to_out_weights = nn.Parameter(torch.randn(heads, dim_head, dim * num_adaptive_weights))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B,N,dim), mask (B,N) as JointAttention's -> (B,H,N,dim), or (B,N,H*dim) with one set of weights."""
+        """x (B,N,dim), mask (B,N) as in JointAttention -> (B,H,N,dim), or (B,N,H*dim) with one weight set."""
         sets = (self.heads, self.dim_head, self.sets)
         q, k, v = (part.unflatten(2, sets) for part in self.to_qkv(x).chunk(3, dim=-1))  # B N H D W
         gates = None
@@ -145,7 +146,7 @@ class AdaptiveAttention(nn.Module):
             q, k, v = ((part * gates).sum(-1) for part in (q, k, v))
         bias, _ = key_bias((x,), (mask,))
         out = attention(q, k, v, self.dim_head**-0.5, bias, self.softclamp or 0.0)
-        # B H N D @ H D E: a projection a head, and no sum over heads.
+        # B H N D @ H D E: one projection per head, and no sum over heads.
         out_BHNE = out.transpose(1, 2) @ self.to_out_weights
         if gates is None:
             return out_BHNE.transpose(1, 2).flatten(2)

@@ -1,11 +1,11 @@
-"""The settings of a lucidrains/mmdit denoiser: upstream's own arguments for the trunk, ours for what is around it.
+"""The settings of a lucidrains/mmdit denoiser: upstream's arguments of the trunk, and ditc's of the layers around it.
 
 transformer/config.json:
 
     _class_name       "LucidrainsMMDiT"
-    trunk_class       "MMDiT", mmdit.mmdit_pytorch's, or "GeneralizedMMDiT", mmdit.mmdit_generalized_pytorch's MMDiT
-    trunk             that class's arguments, as they were given to it
-    in_channels ...   the fields of MMDiTConfig
+    trunk_class       "MMDiT" for mmdit.mmdit_pytorch's MMDiT, "GeneralizedMMDiT" for mmdit.mmdit_generalized_pytorch's
+    trunk             the arguments that were given to that class
+    in_channels ...   the other fields of MMDiTConfig
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BLOCK = {
     "num_residual_streams",
     "ff_kwargs",
 }
-# should_skip_last_feedforward is an argument of upstream's forward.
+# Upstream takes should_skip_last_feedforward in forward, not in the constructor; here it is one of the arguments.
 ARGUMENTS = {
     TWO_MODALITIES: _BLOCK
     | {"dim_text", "dim_image", "num_register_tokens", "final_norm", "should_skip_last_feedforward"},
@@ -48,13 +48,13 @@ MHC_ARGUMENTS = {*_SHARED_STREAMS, "dim"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MMDiTConfig:
-    """The trunk's class and arguments, and the shell around it, in diffusers' names.
+    """The trunk's class and arguments, and the settings of the layers around it, named as in diffusers.
 
     Attributes:
-        sample_size: latent cells a side for which the position embedding's unit is one patch.
-        caption_channels: of the text encoder's states, projected to the trunk's text width.
-        interpolation_scale: of the position embedding, as in diffusers' get_2d_sincos_pos_embed.
-        timestep_scale: what the scheduler's timesteps are multiplied by before the network sees them.
+        sample_size: side in latent cells at which the position embedding's unit is one patch.
+        caption_channels: channels of the text encoder's states, which are projected to the trunk's text width.
+        interpolation_scale: scale of the position embedding, as in diffusers' get_2d_sincos_pos_embed.
+        timestep_scale: factor that the scheduler's timesteps are multiplied by before the network sees them.
     """
 
     trunk_class: str = TWO_MODALITIES
@@ -69,7 +69,7 @@ class MMDiTConfig:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Widths of the trunk's modalities: text first, the image second."""
+        """Widths of the trunk's modalities: the text's first, then the image's."""
         if self.trunk_class == GENERALIZED:
             return tuple(self.trunk["dim_modalities"])
         return self.trunk["dim_text"], self.trunk["dim_image"]
@@ -79,14 +79,14 @@ class MMDiTConfig:
         """Parse transformer/config.json.
 
         Raises:
-            CheckpointError: an unknown or missing setting, or one that the networks here do not implement.
+            CheckpointError: a setting is unknown or missing, or the networks here do not implement it.
         """
         known = {item.name for item in dataclasses.fields(cls)}
         unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
         if unknown:
             raise CheckpointError(
                 f"unknown setting {unknown[0]} = {values[unknown[0]]!r} in the {CLASS_NAME} config.json",
-                hint=f"known are {', '.join(sorted(known))}; the trunk's own arguments go into trunk",
+                hint=f"known settings: {', '.join(sorted(known))}; arguments of the trunk's class belong under trunk",
             )
         config = cls(**{name: value for name, value in values.items() if name in known})
         _check_trunk(config.trunk_class, config.trunk)
@@ -97,7 +97,8 @@ class MMDiTConfig:
 def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
     if trunk_class not in ARGUMENTS:
         raise CheckpointError(
-            f"trunk_class is {trunk_class!r}", hint=f"known are {' and '.join(ARGUMENTS)} of mmdit 0.3.0"
+            f"trunk_class is {trunk_class!r}, which is not supported",
+            hint=f"supported are {' and '.join(ARGUMENTS)} of mmdit 0.3.0",
         )
     unknown, missing = (
         sorted(set(trunk) - ARGUMENTS[trunk_class]),
@@ -111,7 +112,7 @@ def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
     if missing:
         raise CheckpointError(
             f"trunk lacks {', '.join(missing)}",
-            hint="a denoiser needs a time condition, dim_cond, among them",
+            hint="a denoiser needs them all; dim_cond is the width of its time condition",
         )
     check_feedforward(trunk.get("ff_kwargs") or {})
     _check_streams(trunk)
@@ -123,7 +124,10 @@ def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
 
 
 def _check_streams(trunk: Mapping[str, Any]) -> None:
-    """Upstream gives mhc_kwargs to the streams' expansion and sum alone: sinkhorn_iters there is a TypeError."""
+    """Refuse mhc_kwargs that upstream cannot use.
+
+    Upstream passes them only to the modules that expand and reduce the streams, where sinkhorn_iters is a TypeError.
+    """
     mhc = trunk.get("mhc_kwargs") or {}
     foreign = sorted(set(mhc) - MHC_ARGUMENTS)
     if foreign:
@@ -133,7 +137,8 @@ def _check_streams(trunk: Mapping[str, Any]) -> None:
         )
     if any(mhc.get(name) for name in _SHARED_STREAMS) and {*trunk["dim_modalities"]} != {mhc.get("dim")}:
         raise CheckpointError(
-            f"one stream embedding of {mhc.get('dim')} channels cannot serve modalities of {trunk['dim_modalities']}",
+            f"mhc_kwargs asks for one stream embedding of {mhc.get('dim')} channels, but the modalities have "
+            f"{trunk['dim_modalities']} channels",
             hint="give every modality that width, or leave mhc_kwargs out",
         )
 
@@ -141,8 +146,8 @@ def _check_streams(trunk: Mapping[str, Any]) -> None:
 def _check_shell(config: MMDiTConfig) -> None:
     if len(config.dims) != 2:
         raise CheckpointError(
-            f"a denoiser has two modalities, text and image, this trunk has {len(config.dims)}",
-            hint="a trunk of more modalities exports by itself: docs/mmdit.md",
+            f"a denoiser has two modalities, text and image, but this trunk has {len(config.dims)}",
+            hint="a trunk of more modalities can be exported by itself: see docs/mmdit.md",
         )
     if config.dims[1] % 4:
         raise CheckpointError(
@@ -151,7 +156,7 @@ def _check_shell(config: MMDiTConfig) -> None:
     for name in ("in_channels", "out_channels", "patch_size", "sample_size", "caption_channels"):
         value = getattr(config, name)
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{name} is {value!r}, it must be a positive integer")
+            raise CheckpointError(f"{name} is {value!r}, but must be a positive integer")
     if config.sample_size % config.patch_size:
         raise CheckpointError(
             f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}"

@@ -1,10 +1,10 @@
 """lucidrains/mmdit 0.3.0's transformer over any number of modalities (mmdit.mmdit_generalized_pytorch).
 
-As in families/lucidrains/trunk.py, constructors take upstream's arguments and load its state_dict.
+As in families/lucidrains/trunk.py, constructors take upstream's arguments, and modules load upstream's state_dict.
 
-Upstream's own, reproduced: qk_rmsnorm never reaches the attention; final_norms is accepted, and the norms are always
-there; mhc_kwargs reach the streams' expansion and sum, never the blocks; every block runs every feedforward. A soft
-clamp can be had here and not in families/lucidrains/trunk.py.
+Upstream's peculiarities are reproduced: qk_rmsnorm never reaches the attention; final_norms is accepted, but the norms
+are always there; mhc_kwargs reach the modules that expand and reduce the streams, but never the blocks; every block
+runs every feedforward. The soft clamp exists here, but not in families/lucidrains/trunk.py.
 """
 
 # B batch, N tokens, S streams, D channels
@@ -38,8 +38,8 @@ class GeneralizedMMDiTBlock(nn.Module):
     """Joint attention of all modalities, then a feedforward for each.
 
     Args:
-        read: which modalities' tokens somebody reads after this block; None: all. What only serves the others is
-            left out.
+        read: for each modality, whether its tokens are used after this block. Layers that only serve tokens that are
+            not used are left out. None: all are used.
     """
 
     def __init__(
@@ -97,26 +97,31 @@ class GeneralizedMMDiTBlock(nn.Module):
         modality_masks: Masks | None = None,
         time_cond: Tensor | None = None,
     ) -> list[Tensor]:
-        """(B,N,D) a modality, with several streams (B,N,S,D); masks (B,N) or None; time_cond behind its SiLU.
+        """Run the block.
+
+        Args:
+            modality_tokens: one (B,N,D) tensor per modality; with several residual streams (B,N,S,D).
+            modality_masks: one (B,N) mask per modality, None where all tokens are attended to.
+            time_cond: (B,dim_cond), to which the SiLU has been applied already.
 
         Returns:
-            The tokens of every modality; those that nobody reads as they came.
+            The tokens of every modality. Tokens that are not used afterwards are returned unchanged.
         """
         gammas = self._post_branch_gammas(time_cond)
         attention, feedforward = gammas[: len(self.dims)], gammas[len(self.dims) :]
         tokens = list(modality_tokens)
-        read = [connection.width(x) for connection, x in zip(self.attn_residual_fns, tokens, strict=True)]
-        normed = [norm(x, time_cond) for norm, (x, _) in zip(self.attn_layernorms, read, strict=True)]
+        branches = [connection.width(x) for connection, x in zip(self.attn_residual_fns, tokens, strict=True)]
+        normed = [norm(x, time_cond) for norm, (x, _) in zip(self.attn_layernorms, branches, strict=True)]
         for i, out in enumerate(self.joint_attn(normed, modality_masks)):
             if self.read[i]:
-                tokens[i] = self.attn_residual_fns[i].depth(_scaled(out, attention[i]), read[i][1])
+                tokens[i] = self.attn_residual_fns[i].depth(_scaled(out, attention[i]), branches[i][1])
                 x, kept = self.ff_residual_fns[i].width(tokens[i])
                 x = self.feedforwards[i](self.ff_layernorms[i](x, time_cond))
                 tokens[i] = self.ff_residual_fns[i].depth(_scaled(x, feedforward[i]), kept)
         return tokens
 
     def _post_branch_gammas(self, time_cond: Tensor | None) -> Sequence[Tensor | None]:
-        """Of the attention a modality, then of the feedforward; (B,1,D)."""
+        """Scales (B,1,D) of the attention's result for each modality, then of each feedforward's result."""
         if self.to_post_branch_gammas is None or time_cond is None:
             return (None,) * (2 * len(self.dims))
         parts: Sequence[Tensor] = self.to_post_branch_gammas["2"](time_cond)[:, None].split(
@@ -126,13 +131,13 @@ class GeneralizedMMDiTBlock(nn.Module):
 
 
 class GeneralizedMMDiT(nn.Module):
-    """Blocks between an expansion to residual streams and their sum; every modality is normed at the end.
+    """Expands the tokens to residual streams, runs the blocks, reduces the streams, and norms every modality.
 
     Args:
-        mhc_kwargs: add_stream_embed and add_attn_pool_reduce_stream, with the dim that they then need. One
-            embedding serves all modalities, which must therefore be equally wide.
-        read: which modalities somebody reads; None: all. A denoiser reads one.
-        block: GeneralizedMMDiTBlock's arguments.
+        mhc_kwargs: add_stream_embed and add_attn_pool_reduce_stream, and dim, which both need. One embedding serves
+            all modalities, which must therefore have the same width.
+        read: for each modality, whether the caller uses its tokens; None: all. A denoiser uses the image's alone.
+        block: further arguments of GeneralizedMMDiTBlock.
     """
 
     def __init__(
@@ -169,10 +174,15 @@ class GeneralizedMMDiT(nn.Module):
         modality_masks: Masks | None = None,
         time_cond: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(B,N,dim) a modality, masks (B,N) or None a modality, time_cond (B,dim_cond).
+        """Run the trunk.
+
+        Args:
+            modality_tokens: one (B,N,dim) tensor per modality.
+            modality_masks: one (B,N) mask per modality, None where all tokens are attended to.
+            time_cond: (B,dim_cond).
 
         Returns:
-            (B,N,dim) of every modality that is read, in their order.
+            One (B,N,dim) tensor for each modality that is read, in the order of the inputs.
         """
         tokens = [self.expand_streams(x) for x in modality_tokens]
         time_cond = None if time_cond is None else F.silu(time_cond)
@@ -183,7 +193,7 @@ class GeneralizedMMDiT(nn.Module):
 
 
 def _streams(streams: int, mhc_kwargs: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """How one stream becomes several, and several one."""
+    """The module that expands one stream to several, and the one that reduces several to one."""
     if streams == 1:
         return nn.Identity(), nn.Identity()
     dim = mhc_kwargs.get("dim", 0)

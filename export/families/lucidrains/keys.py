@@ -1,7 +1,8 @@
 """The layout of a lucidrains/mmdit checkpoint, which ditc defines, and how to save one (docs/mmdit.md).
 
-Upstream publishes a trunk and no checkpoints, so there are no native files, and nothing for `ditc convert` to read.
-`save_mmdit` writes the trunk under TRUNK beside the layers around it, and names the other components' classes.
+Upstream publishes a trunk but no checkpoints, so there are no native files that `ditc convert` could read. `save_mmdit`
+writes the trunk's tensors with the prefix TRUNK, the tensors of the layers around the trunk, and a model_index.json
+that names the other components' classes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ditc.runtime.atomic import atomic_folder, write_atomic
 from ditc.runtime.errors import CheckpointError
 
 PIPELINE = "LucidrainsMMDiTPipeline"
-# What the caller saves first, each with its own save_pretrained: library, and the file and key that name the class.
+# The components that the caller saves beforehand, each with its own save_pretrained. For each: its library, and the
+# file and key that name its class.
 OTHERS = {
     "text_encoder": ("transformers", "config.json", "architectures"),
     "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
@@ -43,26 +45,28 @@ def save_mmdit(
     """Write transformer/ and model_index.json into a directory that already holds the other components.
 
     Args:
-        directory: with text_encoder/, tokenizer/, vae/ and scheduler/.
-        config: MMDiTConfig's fields: trunk_class, the trunk's own arguments as `trunk`, in_channels and the rest.
+        directory: holds text_encoder/, tokenizer/, vae/ and scheduler/.
+        config: the fields of MMDiTConfig: trunk_class, `trunk` with that class's arguments, in_channels and the rest.
         trunk: state_dict() of upstream's MMDiT.
-        shell: patch_embed.proj.{weight,bias}, a Conv2d's; time_embed.linear_{1,2}.{weight,bias};
-            context_embedder.{weight,bias}; proj_out.{weight,bias}.
+        shell: tensors of the layers around the trunk: patch_embed.proj.{weight,bias} of a Conv2d,
+            time_embed.linear_{1,2}.{weight,bias}, context_embedder.{weight,bias} and proj_out.{weight,bias}.
 
     Returns:
         The directory, ready for `ditc build`.
 
     Raises:
-        CheckpointError: before anything is written: a component is missing, transformer/ is there already, a setting
-            or a tensor does not fit.
+        CheckpointError: a component is missing, transformer/ exists already, or a setting or a tensor does not fit.
+            Nothing has been written then.
     """
     components = _others(directory)
     transformer = directory / "transformer"
     if transformer.exists():
-        raise CheckpointError(f"{transformer} exists", hint="remove it first, or choose another directory")
+        raise CheckpointError(
+            f"{transformer} exists already", hint="remove it first, or choose another directory"
+        )
     tensors = {f"{TRUNK}{name}": tensor for name, tensor in trunk.items()} | dict(shell)
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    load_mmdit(MMDiTConfig.from_json(config), tensors, torch.float32)  # refuses what does not fit
+    load_mmdit(MMDiTConfig.from_json(config), tensors, torch.float32)  # raises if the tensors do not fit
     with atomic_folder(transformer) as folder:
         write_weights(_source(tensors), folder)
         _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **config})
@@ -78,7 +82,7 @@ def _others(directory: Path) -> dict[str, list[str]]:
     if missing:
         raise CheckpointError(
             f"{directory} has no folder {', '.join(missing)}",
-            hint="save them there first: text_encoder.save_pretrained(directory / 'text_encoder'), and so on",
+            hint="save these components first, such as text_encoder.save_pretrained(directory / 'text_encoder')",
         )
     return {
         name: [library, _first(read_json(directory / name / file).get(key, ""))]
@@ -87,20 +91,20 @@ def _others(directory: Path) -> dict[str, list[str]]:
 
 
 def _first(value: Any) -> str:
-    """A class, or the first of a list of classes."""
+    """The name of a class, or the first name of a list."""
     return str(value[0] if isinstance(value, list) and value else value)
 
 
 def _source(tensors: Mapping[str, Tensor]) -> TensorSource:
     return TensorSource(
         {
-            name: TensorEntry(tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+            name: TensorEntry(tuple(tensor.shape), tensor.dtype, partial(_identity, tensor))
             for name, tensor in tensors.items()
         }
     )
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 

@@ -1,7 +1,7 @@
-"""Layers of lucidrains/mmdit 0.3.0, under its parameters' names: norms, feedforward, soft clamp.
+"""Layers of lucidrains/mmdit 0.3.0, with upstream's parameter names: norms, feedforward, soft clamp.
 
-Sources: mmdit 0.3.0, x-transformers 2.31.10 and hyper-connections 0.4.11, whose arithmetic this is. Norm statistics
-are fp32 in every precision; upstream's are the input's.
+The arithmetic is that of mmdit 0.3.0, x-transformers 2.31.10 and hyper-connections 0.4.11. One thing differs: norm
+statistics are fp32 in every precision, where upstream computes them in the input's type.
 """
 
 # B batch, N tokens, H heads, D head dim
@@ -19,7 +19,7 @@ from ditc.export.networks.layers import LayerNorm
 from ditc.runtime.errors import CheckpointError
 
 LAYER_NORM_EPS = 1e-5  # nn.LayerNorm's default, which upstream keeps
-NORMALIZE_EPS = 1e-12  # F.normalize's: a floor of the norm itself, not an addend inside the mean
+NORMALIZE_EPS = 1e-12  # F.normalize's: the norm's lower bound, not a term that is added inside the mean
 # FeedForward's arguments that change nothing once weights are loaded and dropout is off.
 FF_TRAINING_ONLY = frozenset({"dropout", "sublayer_dropout", "zero_init_output", "output_proj_depth"})
 FF_ARGUMENTS = frozenset(
@@ -28,9 +28,9 @@ FF_ARGUMENTS = frozenset(
 
 
 def l2_normalized(x: Tensor) -> Tensor:
-    """F.normalize(x, dim=-1) with its sum of squares in fp32; fp32 out."""
+    """F.normalize(x, dim=-1), computed and returned in fp32."""
     x = x.float()
-    # Sqrt of a sum, not a 2-norm: the check of fp32 islands knows this pattern.
+    # The square root of a sum instead of a 2-norm, because the check of fp32 islands recognises this pattern.
     return x / torch.sqrt((x * x).sum(-1, keepdim=True)).clamp_min(NORMALIZE_EPS)
 
 
@@ -40,7 +40,7 @@ def softclamp(x: Tensor, value: float) -> Tensor:
 
 
 class MultiHeadRMSNorm(nn.Module):
-    """A gamma for every head; tokens come as (B,N,H,D), upstream's as (B,H,N,D)."""
+    """RMS norm with one gamma per head. Tokens are (B,N,H,D) here, and (B,H,N,D) upstream."""
 
     def __init__(self, dim: int, heads: int = 1) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class MultiHeadRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x-transformers' RMSNorm, the norm behind the last block."""
+    """x-transformers' RMSNorm, which follows the last block."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 
 
 class StreamNorm(nn.Module):
-    """hyper-connections' RMSNorm, whose gamma is an offset from 1; fp32 out."""
+    """hyper-connections' RMSNorm, whose gamma is stored as an offset from 1. It returns fp32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class StreamNorm(nn.Module):
 
 
 class AdaptiveLayerNorm(nn.Module):
-    """LayerNorm whose gamma and beta come from the condition; gamma multiplies directly, it is no 1 + scale.
+    """LayerNorm whose gamma and beta come from the condition. Gamma itself is the factor, not 1 + gamma.
 
-    The condition comes behind its SiLU, which all layers share.
+    The condition comes with the SiLU applied, because all layers share that result.
     """
 
     def __init__(self, dim: int, dim_cond: int | None = None) -> None:
@@ -95,18 +95,18 @@ class AdaptiveLayerNorm(nn.Module):
 
 
 def condition_projection(dim_cond: int, width: int) -> nn.ModuleDict:
-    """The Linear of upstream's Sequential(Rearrange, SiLU, Linear), under its name there.
+    """The Linear of upstream's Sequential(Rearrange, SiLU, Linear), under the name that it has there.
 
-    The SiLU is the trunk's: every layer takes it of the same tensor, and one node in the graph serves them all.
+    The trunk applies the SiLU: every layer needs it for the same tensor, so one node in the graph serves them all.
     """
     return nn.ModuleDict({"2": nn.Linear(dim_cond, width)})
 
 
 class FeedForward(nn.Module):
-    """x-transformers' FeedForward: a Linear (or GLU), an activation, a Linear; GELU is the exact one.
+    """x-transformers' FeedForward: a Linear (or GLU), an activation, and a Linear. GELU is the exact form.
 
     Raises:
-        CheckpointError: an argument that is not implemented here.
+        CheckpointError: an argument is not implemented here.
     """
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class FeedForward(nn.Module):
             clamped = () if clamp is None else (SoftClamp(clamp),)
             first = nn.Sequential(nn.Linear(dim, inner, bias=bias), *clamped, activation)
         norm = (GammaLayerNorm(inner),) if kwargs.get("post_act_ln", False) else ()
-        # Identity is upstream's Dropout: the places in the Sequential are the parameters' names.
+        # Identity takes the place of upstream's Dropout, because positions in the Sequential are part of the names.
         self.ff = nn.Sequential(first, *norm, nn.Identity(), nn.Linear(inner, dim, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,19 +132,22 @@ class FeedForward(nn.Module):
 
 
 def check_feedforward(kwargs: Mapping[str, Any]) -> None:
-    """Refuse what FeedForward does not implement. Raises CheckpointError."""
+    """Refuse arguments that FeedForward does not implement. Raises CheckpointError."""
     unknown = sorted(
         name for name, value in kwargs.items() if value and name not in FF_ARGUMENTS | FF_TRAINING_ONLY
     )
     if unknown:
         raise CheckpointError(
             f"ff_kwargs has {', '.join(f'{name} = {kwargs[name]!r}' for name in unknown)}, which is not implemented",
-            hint=f"implemented are {', '.join(sorted(FF_ARGUMENTS))}",
+            hint=f"implemented arguments: {', '.join(sorted(FF_ARGUMENTS))}",
         )
 
 
 class GLU(nn.Module):
-    """x-transformers' GLU: one half of the projection times the activation of the other; its Linear has a bias."""
+    """x-transformers' GLU: one half of the projection times the activation of the other half.
+
+    Its Linear has a bias, whatever no_bias says.
+    """
 
     def __init__(self, dim: int, inner: int, activation: nn.Module, mult_bias: bool) -> None:
         super().__init__()
@@ -159,7 +162,7 @@ class GLU(nn.Module):
 
 
 class GammaLayerNorm(nn.Module):
-    """x-transformers' LayerNorm: a gamma and no beta."""
+    """x-transformers' LayerNorm, which has a gamma but no beta."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

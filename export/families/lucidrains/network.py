@@ -1,13 +1,14 @@
-"""A lucidrains/mmdit trunk as a denoiser: patches, positions and time around it, which upstream leaves to its user.
+"""A lucidrains/mmdit trunk as a denoiser, with the layers around it that upstream leaves to its user.
 
-Standard parts only: a patch embedding as SD3's, fixed 2-D sinusoids as Sana's, a timestep embedding as both, a Linear
-for the text's states, and a Linear back to patches behind the trunk's own final norm. The prediction is a velocity.
+The layers are standard ones: a patch embedding as in SD3, fixed 2-D sinusoids as in Sana, a timestep embedding as in
+both, a Linear for the text encoder's states, and a Linear back to patches after the trunk's own final norm. The
+prediction is a velocity. The two networks hold:
 
     conditioner   context_embedder
     denoiser      patch_embed.proj, time_embed, trunk, proj_out
 """
 
-# R rows, C latent channels, H/W latent size, h/w patches a side, N = h*w image tokens, S text tokens, D width
+# R rows, C latent channels, H/W latent size, h/w patches per side, N = h*w image tokens, S text tokens, D width
 
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ TRUNK = "trunk."
 def load_mmdit(
     config: MMDiTConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[MMDiTConditioner, MMDiTDenoiser]:
-    """Both networks with the weights of a transformer/ directory, in dtype.
+    """Load both networks with the weights of a transformer/ directory, in dtype.
+
+    The checkpoint may hold `unused_tensors`, which are not read.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen; `unused_tensors` may be there, and are not read.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     conditioner = build_empty(lambda: MMDiTConditioner(config))
     denoiser = build_empty(lambda: MMDiTDenoiser(config))
@@ -43,10 +46,10 @@ def load_mmdit(
 
 
 def unused_tensors(config: MMDiTConfig, names: Mapping[str, Tensor] | Sequence[str]) -> list[str]:
-    """Those of the names that no picture depends on: what only serves the text tokens behind the last attention.
+    """The names of tensors that no picture depends on: those that only serve the text tokens after the last attention.
 
-    Upstream's skip_feedforward_text_tokens makes the last text feedforward dead by itself; that nobody reads a
-    denoiser's text tokens makes the rest so.
+    Upstream's skip_feedforward_text_tokens leaves the last text feedforward unused. The others are unused because a
+    denoiser does not return its text tokens.
     """
     patterns = [TRUNK + pattern for pattern in _unused_patterns(config)]
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -63,10 +66,10 @@ def _unused_patterns(config: MMDiTConfig) -> list[str]:
             *(f"{last}attn_residual_fns.0.{name}" for name in residual),
         ]
     beta = ("static_beta", "dynamic_beta_fn", "dynamic_beta_scale")
+    # Without registers, upstream saves an empty (0, dim) tensor.
+    registers = () if config.trunk.get("num_register_tokens", 0) else ("register_tokens",)
     return [
-        *(
-            () if config.trunk.get("num_register_tokens", 0) else ("register_tokens",)
-        ),  # upstream saves (0, dim)
+        *registers,
         f"{last}joint_attn.to_out.0.weight",
         *(f"{last}{part}.*" for part in ("text_ff_residual_fn", "text_ff_layernorm", "text_ff")),
         *(f"{last}text_attn_residual_fn.{name}" for name in beta),
@@ -74,7 +77,10 @@ def _unused_patterns(config: MMDiTConfig) -> list[str]:
 
 
 class MMDiTConditioner(nn.Module):
-    """What depends on the text and not on the step: little, for joint attention mixes text and image in every block."""
+    """The layers that depend on the text but not on the step.
+
+    There is only one, because joint attention mixes text and image in every block.
+    """
 
     weights_below = ""
 
@@ -106,7 +112,8 @@ class MMDiTDenoiser(nn.Module):
         """Predict from one step's inputs.
 
         Args:
-            latents: (R,C,H,W) in the network's dtype. t: (R,) fp32, times the config's timestep_scale.
+            latents: (R,C,H,W) in the network's dtype.
+            t: (R,) fp32, already multiplied by the config's timestep_scale.
             text_tokens, key_mask: as MMDiTConditioner returns them.
 
         Returns:
@@ -124,7 +131,7 @@ class MMDiTDenoiser(nn.Module):
 
 
 def make_trunk(config: MMDiTConfig) -> MMDiT | GeneralizedMMDiT:
-    """The trunk of a denoiser: without what only serves the text tokens that it does not read."""
+    """Make the trunk of a denoiser, without the layers that only serve the text tokens after the last attention."""
     if config.trunk_class == GENERALIZED:
         return GeneralizedMMDiT(**config.trunk, read=(False, True))
     return MMDiT(**config.trunk, return_text=False)

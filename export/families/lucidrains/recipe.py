@@ -1,4 +1,4 @@
-"""A lucidrains/mmdit trunk in 8 bits: attention and feedforwards, but not what scales every token."""
+"""8-bit recipes of a lucidrains/mmdit trunk: attention and feedforwards, but no layer that scales every token."""
 
 from __future__ import annotations
 

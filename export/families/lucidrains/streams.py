@@ -1,11 +1,11 @@
-"""Residual connections of lucidrains/mmdit 0.3.0: plain, hyper-connections, manifold-constrained ones.
+"""Residual connections of lucidrains/mmdit 0.3.0: plain ones, hyper-connections, and manifold-constrained ones.
 
-A connection is used twice a branch: `width` gives what the branch reads, `depth` takes what it returns. Residual
-streams have a dimension of their own beside the channels, (B,N,S,D); upstream's HyperConnections fold it into the
-batch, its mHCv2 does as here.
+A branch is attention or a feedforward, and uses its connection twice: `width` makes the branch's input, and `depth`
+adds the branch's result. Residual streams have a dimension of their own before the channels, (B,N,S,D). Upstream's
+HyperConnections fold it into the batch; its mHCv2 keeps it separate, as here.
 
-Upstream draws the stream that a branch first reads with Python's random, not with torch's generator, so that two
-networks made after torch.manual_seed(0) differ: what counts is static_alpha in the checkpoint.
+Upstream chooses the stream that a new branch reads first with Python's random, not with torch's generator, so two
+networks made after torch.manual_seed(0) differ. A checkpoint stores the choice in static_alpha.
 """
 
 # B batch, N tokens, S streams, D channels
@@ -23,10 +23,10 @@ Kept = tuple[Tensor, Tensor | None]
 
 
 class Residual(nn.Module):
-    """One stream: the branch reads it, and its result is added."""
+    """One stream, which the branch reads and to which the branch's result is added."""
 
     def width(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """What the branch reads, and what `depth` needs."""
+        """The branch's input, and what `depth` needs."""
         return x, (x, None)
 
     def depth(self, out: Tensor, kept: Kept) -> Tensor:
@@ -38,8 +38,8 @@ class HyperConnections(nn.Module):
     """Hyper-connections (arXiv 2409.19606, appendix J, algorithm 2): tanh weights from the token, plus static ones.
 
     Args:
-        add_branch_out_to_residual: False for the last branch of a modality whose result nobody reads: `depth` is
-            never called, and what it needs has no parameters.
+        add_branch_out_to_residual: False for the last branch of a modality whose result is not used. `depth` is then
+            never called, and its parameters do not exist.
     """
 
     def __init__(self, streams: int, *, dim: int, add_branch_out_to_residual: bool = True) -> None:
@@ -55,7 +55,7 @@ class HyperConnections(nn.Module):
             self.dynamic_beta_scale = nn.Parameter(torch.zeros(()))
 
     def width(self, x_BNSD: Tensor) -> tuple[Tensor, Kept]:
-        """The branch's input (B,N,D); the mixed streams and the weights with which the result is added to each."""
+        """The branch's input (B,N,D), and for `depth` the mixed streams and the result's weight in each of them."""
         normed = self.norm(x_BNSD).to(x_BNSD.dtype)
         alpha = (normed @ self.dynamic_alpha_fn).tanh() * self.dynamic_alpha_scale + self.static_alpha
         if not self.continues:
@@ -71,7 +71,7 @@ class HyperConnections(nn.Module):
 
 
 class ManifoldConstrainedHyperConnections(nn.Module):
-    """mHC (arXiv 2512.24880): streams mix by a nearly doubly stochastic matrix, from Sinkhorn-Knopp; in fp32."""
+    """mHC (arXiv 2512.24880): a nearly doubly stochastic matrix, from Sinkhorn-Knopp, mixes the streams in fp32."""
 
     def __init__(self, streams: int, *, dim: int, add_branch_out_to_residual: bool = True) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ManifoldConstrainedHyperConnections(nn.Module):
             self.h_post_scale = nn.Parameter(torch.zeros(()))
 
     def width(self, x_BNSD: Tensor) -> tuple[Tensor, Kept]:
-        """As HyperConnections.width."""
+        """The same as HyperConnections.width."""
         normed, x = self.norm(x_BNSD), x_BNSD.float()
         logits, static = normed @ self.dynamic_alpha_fn[0].float(), self.static_alpha.float()
         pre = (logits[..., :1] * self.pre_branch_scale.float() + static[:, :1]).sigmoid()
@@ -102,14 +102,14 @@ class ManifoldConstrainedHyperConnections(nn.Module):
         return branch, (_mixed(residual, x).to(x_BNSD.dtype), beta.to(x_BNSD.dtype))
 
     def depth(self, out_BND: Tensor, kept: Kept) -> Tensor:
-        """As HyperConnections.depth, the product in fp32."""
+        """The same as HyperConnections.depth, with the product in fp32."""
         streams, beta = kept
         assert beta is not None
         return streams + (out_BND.float()[..., None, :] * beta.float()).to(streams.dtype)
 
 
 class StreamEmbed(nn.Module):
-    """Copy to every stream, and add the stream's own embedding."""
+    """Copies the tokens to every stream, and adds the stream's own embedding."""
 
     def __init__(self, streams: int, dim: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class StreamEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Streams to one by a softmax over them, a channel at a time (Enformer's attention pool)."""
+    """Reduces the streams to one by a softmax over them in each channel (Enformer's attention pool)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class AttentionPool(nn.Module):
 
 
 class Expand(nn.Module):
-    """Copy to every stream."""
+    """Copies the tokens to every stream."""
 
     def __init__(self, streams: int) -> None:
         super().__init__()
@@ -143,14 +143,14 @@ class Expand(nn.Module):
 
 
 class Sum(nn.Module):
-    """Streams to one by their sum."""
+    """Reduces the streams to one by their sum."""
 
     def forward(self, x_BNSD: Tensor) -> Tensor:
         return x_BNSD.sum(-2)
 
 
 def _mixed(weights_BNST: Tensor, x_BNSD: Tensor) -> Tensor:
-    """sum_s weights[s,t] x[s]: (B,N,T,D)."""
+    """(B,N,T,D): sum_s weights[s,t] * x[s]."""
     return weights_BNST.transpose(-1, -2) @ x_BNSD
 
 

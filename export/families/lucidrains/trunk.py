@@ -1,10 +1,10 @@
-"""lucidrains/mmdit 0.3.0's text and image transformer (mmdit.mmdit_pytorch), export-grade, under the same names.
+"""lucidrains/mmdit 0.3.0's text and image transformer (mmdit.mmdit_pytorch), export-grade, with the same names.
 
-Constructors take upstream's arguments and load its state_dict. What is settled at export is a constructor's argument
-here: whether the last block has a text feedforward, and whether anybody reads its text tokens.
+Constructors take upstream's arguments, and modules load upstream's state_dict. Two choices that are fixed at export are
+constructor arguments here: whether the last block has a text feedforward, and whether its text tokens are used.
 
-Upstream's own, reproduced: qk_rmsnorm is accepted by the block and never reaches its attention; a lone block skips
-the text feedforward unless told otherwise; flash changes no result.
+Upstream's peculiarities are reproduced: a block accepts qk_rmsnorm but never passes it to its attention, and a block
+that is used alone skips the text feedforward unless told otherwise. flash_attn is accepted and changes no result.
 """
 
 # B batch, N tokens, S streams, D channels
@@ -29,7 +29,7 @@ class MMDiTBlock(nn.Module):
 
     Args:
         skip_feedforward_text_tokens: leave the text feedforward out, as a model's last block does.
-        return_text: False where nobody reads this block's text: what only serves it is left out too.
+        return_text: False where this block's text tokens are not used. Layers that only serve them are left out too.
     """
 
     def __init__(
@@ -83,14 +83,15 @@ class MMDiTBlock(nn.Module):
         text_mask: Tensor | None = None,
         time_cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One block.
+        """Run the block.
 
         Args:
-            text_tokens, image_tokens: (B,N,D); with several streams (B,N,S,D). text_mask: (B,N), 1 for a token.
-            time_cond: (B,dim_cond) behind its SiLU, if the block has a dim_cond.
+            text_tokens, image_tokens: (B,N,D); with several residual streams (B,N,S,D).
+            text_mask: (B,N), 1 for a token that is attended to.
+            time_cond: (B,dim_cond), to which the SiLU has been applied; None for a block without dim_cond.
 
         Returns:
-            Text and image tokens; where nobody reads the text, the text that came.
+            Text and image tokens. With return_text=False the text tokens are returned unchanged.
         """
         text_gammas, image_gammas, text_betas, image_betas = self._conditions(time_cond)
         text, kept_text = self.text_attn_residual_fn.width(text_tokens)
@@ -112,7 +113,11 @@ class MMDiTBlock(nn.Module):
         return text_tokens, image_tokens
 
     def _conditions(self, time_cond: Tensor | None) -> list[tuple[Tensor | None, ...]]:
-        """Gammas of text and image (before and after attention, before and after the feedforward), then betas."""
+        """The gammas of the text, those of the image, then the betas of the text and those of the image.
+
+        The four gammas apply before and after the attention, and before and after the feedforward. The two betas apply
+        before the attention and before the feedforward.
+        """
         if self.to_cond is None or time_cond is None:
             return [(None,) * 4, (None,) * 4, (None,) * 2, (None,) * 2]
         parts = self.to_cond["2"](time_cond)[:, None].split(self.cond_dims, dim=-1)
@@ -120,12 +125,12 @@ class MMDiTBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """Blocks between an expansion to residual streams and their sum; the image tokens are normed at the end.
+    """Expands the tokens to residual streams, runs the blocks, sums the streams, and norms the image tokens.
 
     Args:
         should_skip_last_feedforward: the last block has no text feedforward (upstream's default).
-        return_text: False for a denoiser, which reads the image tokens alone.
-        block: MMDiTBlock's arguments.
+        return_text: False for a denoiser, which uses the image tokens alone.
+        block: further arguments of MMDiTBlock.
     """
 
     def __init__(
@@ -146,7 +151,7 @@ class MMDiT(nn.Module):
         self.reduce_streams = nn.Identity() if single else Sum()
         self.num_register_tokens = num_register_tokens
         registers = nn.Parameter(torch.zeros(num_register_tokens, dim_image))
-        # Upstream saves (0,dim_image) where there are none.
+        # Without registers, upstream saves an empty (0,dim_image) tensor.
         self.register_parameter("register_tokens", registers if num_register_tokens else None)
         self.blocks = nn.ModuleList(
             MMDiTBlock(
@@ -168,10 +173,15 @@ class MMDiT(nn.Module):
         text_mask: Tensor | None = None,
         time_cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """text_tokens (B,n,dim_text), image_tokens (B,N,dim_image), text_mask (B,n), time_cond (B,dim_cond).
+        """Run the trunk.
+
+        Args:
+            text_tokens: (B,n,dim_text). image_tokens: (B,N,dim_image).
+            text_mask: (B,n), 1 for a token that is attended to.
+            time_cond: (B,dim_cond).
 
         Returns:
-            Text and image tokens of the same shapes; with return_text=False the text is not meant to be read.
+            Text and image tokens in the shapes of the inputs. With return_text=False the text must not be used.
         """
         if self.num_register_tokens:
             registers = self.register_tokens.expand(image_tokens.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""Sana (NVlabs): linear DiT, DC-AE, Gemma-2.
+"""The adapter for Sana (NVlabs): a linear DiT with a Gemma-2 text encoder and a DC-AE.
 
 Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5); diffusers 0.42.1 pipelines/sana/pipeline_sana.py.
 """
@@ -69,7 +69,7 @@ COMPLEX_HUMAN_INSTRUCTION = (
     " or evaluations:",
     "User Prompt: ",
 )
-# The pipeline picks its table of aspect ratios by the transformer's sample_size.
+# The side in pixels of the resolution bins that SanaPipeline picks by the transformer's sample_size.
 BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 
 
@@ -84,10 +84,11 @@ class SanaAdapter:
         return transformer is not None and transformer.config.get("_class_name") == "SanaTransformer2DModel"
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
-        """Everything that configs tell.
+        """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: a config that these networks do not implement. UsageError: a precision that is refused.
+            CheckpointError: the networks here do not implement a config.
+            UsageError: the precision or the resolution is not available.
         """
         transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
         vae = DcAeConfig.from_json(checkpoint.component("vae").config)
@@ -116,7 +117,7 @@ class SanaAdapter:
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
-        """One stage with its weights."""
+        """Load one stage with its weights."""
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
         if COMPONENTS[stage] != "transformer":
@@ -156,15 +157,15 @@ def _facts(
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     """SanaPipeline.encode_prompt (diffusers 0.42.1) as data.
 
-    With the complex human instruction, 1 and length - 1 positions are kept: <bos>, and the prompt without the
-    instruction before it (SANA, arXiv 2410.10629, section 3.1).
+    With the complex human instruction, the first position and the last length - 1 positions are kept: <bos>, and the
+    prompt without the instruction before it (SANA, arXiv 2410.10629, section 3.1).
     """
     directory = checkpoint.tokenizers["tokenizer"]
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
     prefix = "\n".join(lines) if lines else ""
     tokenizer = RustTokenizer.from_str(tokenizer_json(directory))
-    # The instruction is counted with its <bos>, hence 2 less: <bos> and one token of slack, as upstream has it.
+    # Upstream subtracts 2: the <bos> that is counted with the instruction, and one token of slack.
     longest = len(tokenizer.encode(prefix).ids) + length - 2 if prefix else length
     return TextSpec(
         stage=TEXT_ENCODER,
@@ -199,6 +200,6 @@ def _defaults(
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         bins=bins,
-        # enable_tiling's defaults in AutoencoderDC, diffusers 0.42.1; needed from 2K on (upstream README: 4K).
+        # The defaults of AutoencoderDC.enable_tiling, diffusers 0.42.1. Upstream's README asks for tiling at 4K.
         tiling=Tiling(tile=512, stride=448) if side >= 4096 else None,
     )

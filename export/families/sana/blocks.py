@@ -1,6 +1,6 @@
 """One block of Sana's denoiser: linear self-attention, cross-attention to text, Mix-FFN."""
 
-# R rows, h/w tokens a side, N = h*w tokens, S text tokens, D width
+# R rows, h/w tokens per side, N = h*w tokens, S text tokens, D width
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FP16_MAX = 65504.0
 
 
 class DenoiserBlock(nn.Module):
-    """Linear self-attention, cross-attention (no norm, no gate before it), Mix-FFN."""
+    """Linear self-attention, cross-attention without a norm or a gate, Mix-FFN."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class DenoiserBlock(nn.Module):
 
 
 class LinearSelfAttention(nn.Module):
-    """ReLU linear attention between its projections; qk-norm is over the full width, before the head split."""
+    """ReLU linear attention with its projections. qk-norm covers the full width, before the split into heads."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class LinearSelfAttention(nn.Module):
         q, k, v = self.norm_q(self.to_q(x_RND)), self.norm_k(self.to_k(x_RND)), self.to_v(x_RND)
         q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
         out: Tensor = self.to_out[0](relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2))
-        # diffusers' guard, and the native code's: the projection can pass fp16's range.
+        # diffusers and the native code clamp here too, because the projection can exceed fp16's range.
         return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention over text whose K and V are given; scores, mask and softmax in fp32."""
+    """Softmax attention over the text, whose K and V are inputs. Mask and softmax are fp32."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.cross_width, config.width)])
 
     def forward(self, x_RND: Tensor, key_RSD: Tensor, value_RSD: Tensor, mask_R11S: Tensor) -> Tensor:
-        # Scaled before the product: unscaled scores can pass fp16's range.
+        # Scaled before the product, because unscaled scores can exceed fp16's range.
         q = self.norm_q(self.to_q(x_RND)) * self.scale
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, key_RSD, value_RSD))
         # softmax(x.float()), because F.softmax(x, dtype=torch.float32) exports as a 16-bit Softmax (torch 2.13).

@@ -14,9 +14,9 @@ QK_NORM = "rms_norm_across_heads"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SanaConfig:
-    """Names and defaults are those of diffusers 0.42.1's SanaTransformer2DModel.
+    """The transformer's settings. Names and defaults are those of diffusers 0.42.1's SanaTransformer2DModel.
 
-    timestep_scale and guidance_embeds_scale are applied by the caller: the network sees scaled values.
+    The caller applies timestep_scale and guidance_embeds_scale, so the network sees scaled values.
     """
 
     in_channels: int = 32
@@ -55,13 +55,13 @@ class SanaConfig:
         """Parse transformer/config.json.
 
         Raises:
-            CheckpointError: an unknown setting, or one that the networks here do not implement.
+            CheckpointError: a setting is unknown, or the networks here do not implement it.
         """
         values = {**values}
         values["out_channels"] = values.get("out_channels", 32) or values.get("in_channels", 32)
         config = read_config(cls, values, ignored=("dropout",))
         if config.qk_norm not in (None, QK_NORM):
-            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; known are None and {QK_NORM!r}")
+            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; implemented are None and {QK_NORM!r}")
         if config.cross_attention_dim != config.width:
             raise CheckpointError(
                 f"cross_attention_dim is {config.cross_attention_dim}, but captions are projected to {config.width}"

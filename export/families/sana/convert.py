@@ -1,4 +1,4 @@
-"""Convert one of NVlabs' Sana files to a diffusers directory, and back."""
+"""Convert a native Sana file of NVlabs to a diffusers directory, and back."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ditc.runtime.errors import CheckpointError
 
 
 class SanaLayout:
-    """Files of NVlabs/Sana: the transformer alone, of Sana, SANA-1.5 or SANA-Sprint."""
+    """The layout of NVlabs/Sana's files, which hold only the transformer (of Sana, SANA-1.5 or SANA-Sprint)."""
 
     def recognises(self, names: Collection[str]) -> bool:
-        """Whether the names are those of a Sana network, SANA-Video among them."""
+        """Whether the names are those of a Sana network. SANA-Video is one too, and is refused later by name."""
         return is_native(names)
 
     def write_directory(
@@ -34,7 +34,7 @@ class SanaLayout:
         base: Checkpoint | None,
         max_shard_bytes: int,
     ) -> None:
-        """Write transformer and scheduler, and the other parts of base."""
+        """Write the transformer and its scheduler, and copy the other components from base."""
         keys = detect_keys(native)
         config = transformer_config(native, keys, options)
         tensors = to_diffusers(native, keys)
@@ -54,7 +54,7 @@ class SanaLayout:
         write_json(directory / "model_index.json", index)
 
     def to_native(self, checkpoint: Checkpoint) -> TensorSource:
-        """The transformer under NVlabs' names. Training-only tensors do not come back."""
+        """The transformer's tensors under NVlabs' names. Training-only tensors cannot be restored."""
         tensors = checkpoint.component("transformer").tensors
         keys = SanaKeys(
             num_layers=sum(name.endswith(".attn1.to_q.weight") for name in tensors),
@@ -68,7 +68,7 @@ LAYOUT: NativeLayout = SanaLayout()
 
 
 def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys) -> None:
-    """Hold every tensor's shape against diffusers' own network, built without memory for its weights."""
+    """Compare every tensor's shape with diffusers' own network, which is built without allocating its weights."""
     from diffusers import SanaTransformer2DModel
 
     with torch.device("meta"):
@@ -78,13 +78,13 @@ def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys)
         if tensors.shape(name) != tuple(parameter.shape):
             raise CheckpointError(
                 f"{native_names[name]} gives {name} the shape {list(tensors.shape(name))}, "
-                f"the network needs {list(parameter.shape)}",
-                hint="the file is damaged, or --attention-head-dim is not the network's",
+                f"but the network needs {list(parameter.shape)}",
+                hint="the file is damaged, or --attention-head-dim is of another network",
             )
 
 
 def _write_scheduler(directory: Path, keys: SanaKeys, options: NativeOptions) -> str:
-    """diffusers' scheduler of the network, as upstream's two converters choose it. Returns its class name."""
+    """Write the diffusers scheduler that upstream's two converters choose for the network. Returns its class name."""
     from diffusers import DPMSolverMultistepScheduler, SCMScheduler
 
     if keys.guidance_embeds:

@@ -1,4 +1,4 @@
-"""Names of Sana's weights: NVlabs' native ones and diffusers', as one table read in both directions.
+"""The names of Sana's weights in NVlabs' native files and in diffusers, as one table that is read in both directions.
 
 Source: NVlabs/Sana tools/convert_scripts/convert_sana_to_diffusers.py and diffusers
 scripts/convert_sana_to_diffusers.py (the same map). Where the native network fuses projections, one native
@@ -55,17 +55,19 @@ _BLOCK_QK_NORM = {
     "cross_attn.k_norm.weight": ("attn2.norm_k.weight",),
 }
 
+FOREIGN = "the file is damaged, or its network is not an image network of Sana, SANA-1.5 or SANA-Sprint"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SanaKeys:
-    """What decides which tensors a Sana transformer has."""
+    """The facts that decide which tensors a Sana transformer has."""
 
     num_layers: int
     qk_norm: bool
     guidance_embeds: bool
 
     def rows(self) -> dict[str, tuple[str, ...]]:
-        """Native name -> the diffusers names that it holds, for every tensor of the network."""
+        """For the native name of every tensor, the names of the diffusers tensors that it holds."""
         embedder = "time_embed" if self.guidance_embeds else "time_embed.emb"
         layers = _LAYERS | {
             "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
@@ -87,13 +89,13 @@ class SanaKeys:
 
 
 def to_diffusers(native: TensorSource, keys: SanaKeys) -> TensorSource:
-    """The same weights under diffusers' names, split where the native network fuses; nothing is read yet.
+    """The same weights under diffusers' names, split where the native network fuses them. No weight is read yet.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or cannot be split evenly.
+        CheckpointError: a tensor is missing or unknown, or cannot be split evenly.
     """
     rows = keys.rows()
-    check_names(set(native) - DROPPED, set(rows), hint=_FOREIGN)
+    check_names(set(native) - DROPPED, set(rows), hint=FOREIGN)
     entries: dict[str, TensorEntry] = {}
     for name, parts in rows.items():
         entries.update(zip(parts, split(name, native.entry(name), len(parts)), strict=True))
@@ -101,18 +103,15 @@ def to_diffusers(native: TensorSource, keys: SanaKeys) -> TensorSource:
 
 
 def to_native(diffusers: TensorSource, keys: SanaKeys) -> TensorSource:
-    """The same weights under the native names, concatenated where the native network fuses.
+    """The same weights under the native names, concatenated where the native network fuses them.
 
-    Training-only tensors (DROPPED) cannot come back: the native network loads the result with strict=False.
+    Training-only tensors (DROPPED) cannot be restored, so the native network must load the result with strict=False.
 
     Raises:
         CheckpointError: a tensor is missing or unknown.
     """
     rows = keys.rows()
-    check_names(set(diffusers), {part for parts in rows.values() for part in parts}, hint=_FOREIGN)
+    check_names(set(diffusers), {part for parts in rows.values() for part in parts}, hint=FOREIGN)
     return TensorSource(
         {name: joined([diffusers.entry(part) for part in parts]) for name, parts in rows.items()}
     )
-
-
-_FOREIGN = "the file is damaged or of another network than image Sana, SANA-1.5 or SANA-Sprint"

@@ -1,4 +1,4 @@
-"""What a native Sana checkpoint is: all that keys and shapes tell, and the options that say the rest."""
+"""The config of a native Sana checkpoint: keys and shapes show most of it, and options give the rest."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.convert.layout import DTYPES, NativeOptions
-from ditc.export.families.sana.keys import SanaKeys
+from ditc.export.families.sana.keys import FOREIGN, SanaKeys
 from ditc.runtime.errors import CheckpointError, UsageError
 
 BLOCK_0 = "blocks.0.attn.qkv.weight"
 VIDEO = "mlp.t_conv.weight"  # the temporal convolution that only SANA-Video has
 POSITION_EMBEDDINGS = ("none", "sincos")
 
-# hidden size -> (self-attention head dim, cross-attention head dim) of the released networks: Sana 0.6B is
-# 36x32 and 16x72, 1.6B and 4.8B are 70x32 and 20x112 (configs of NVlabs/Sana).
+# hidden size -> (self-attention head dim, cross-attention head dim) of the released networks. In heads x head dim,
+# Sana 0.6B is 36x32 and 16x72, and 1.6B and 4.8B are 70x32 and 20x112 (configs of NVlabs/Sana).
 HEAD_DIMS = {1152: (32, 72), 2240: (32, 112)}
 
 # DC-AE f32: latents are 1/32 of the picture's height and width.
@@ -23,15 +23,15 @@ PIXELS_PER_LATENT = 32
 
 
 def is_native(names: Collection[str]) -> bool:
-    """Whether the names are those of a Sana network in NVlabs' form."""
+    """Whether the names are those of a Sana network in NVlabs' layout."""
     return BLOCK_0 in names or any(name.endswith(VIDEO) for name in names)
 
 
 def detect_keys(tensors: TensorSource) -> SanaKeys:
-    """Depth, qk-norm and guidance embedding, from the names alone.
+    """Detect depth, qk-norm and guidance embedding from the names alone.
 
     Raises:
-        CheckpointError: a video network, or blocks that are not numbered from 0 on.
+        CheckpointError: it is a video network, or its blocks are not numbered from 0 on.
     """
     if any(name.endswith(VIDEO) for name in tensors):
         raise CheckpointError(
@@ -39,7 +39,7 @@ def detect_keys(tensors: TensorSource) -> SanaKeys:
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:
-        raise CheckpointError(f"its {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
+        raise CheckpointError(f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
     return SanaKeys(
         num_layers=len(blocks),
         qk_norm=any(name.endswith(".q_norm.weight") for name in tensors),
@@ -48,11 +48,11 @@ def detect_keys(tensors: TensorSource) -> SanaKeys:
 
 
 def transformer_config(tensors: TensorSource, keys: SanaKeys, options: NativeOptions) -> dict[str, Any]:
-    """diffusers' config.json of the network.
+    """Make diffusers' config.json of the network.
 
     Raises:
-        UsageError: an option that is needed and not given, or a value that cannot be.
-        CheckpointError: shapes that are no Sana network's.
+        UsageError: a required option is missing, or an option has an impossible value.
+        CheckpointError: the shapes are not those of a Sana network.
     """
     _check_options(keys, options)
     hidden, in_channels, patch_size = _shape(tensors, "x_embedder.proj.weight", 4)[:3]
@@ -99,10 +99,10 @@ def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
         raise UsageError(
-            f"the checkpoint's keys cannot tell {', '.join(missing)}",
-            hint="released networks: 512 and 1024 px --flow-shift 3 --position-embedding none; 2048 px "
-            "--flow-shift 3 --position-embedding sincos --interpolation-scale 1; 4096 px --flow-shift 6 "
-            "--position-embedding sincos --interpolation-scale 2; --dtype as the name of the release says, "
+            f"the file's tensors do not show every setting; also give {', '.join(missing)}",
+            hint="for released networks, 512 and 1024 px: --flow-shift 3 --position-embedding none; 2048 px: "
+            "--flow-shift 3 --position-embedding sincos --interpolation-scale 1; 4096 px: --flow-shift 6 "
+            "--position-embedding sincos --interpolation-scale 2; --dtype follows the release's name: "
             "bf16 for BF16, SANA-1.5 and Sprint, else fp16",
         )
     for name, value, known in (
@@ -110,7 +110,7 @@ def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
         ("dtype", options.dtype, tuple(DTYPES)),
     ):
         if value not in known:
-            raise UsageError(f"--{name} {value} is none of {', '.join(known)}")
+            raise UsageError(f"--{name} {value} is not one of {', '.join(known)}")
     if options.resolution is not None and (options.resolution <= 0 or options.resolution % PIXELS_PER_LATENT):
         raise UsageError(
             f"--resolution {options.resolution} is not a positive multiple of {PIXELS_PER_LATENT}"
@@ -125,8 +125,8 @@ def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
     cross_head_dim = options.cross_attention_head_dim or known[1]
     if head_dim is None or cross_head_dim is None:
         raise UsageError(
-            f"the checkpoint's keys cannot tell the head sizes of a network with hidden size {hidden}",
-            hint="give --attention-head-dim and --cross-attention-head-dim; known without them: "
+            f"the file's tensors do not show the head sizes of a network with hidden size {hidden}",
+            hint="give --attention-head-dim and --cross-attention-head-dim; they are known for the hidden sizes "
             + ", ".join(map(str, HEAD_DIMS)),
         )
     for name, size in (("attention", head_dim), ("cross-attention", cross_head_dim)):
@@ -138,5 +138,5 @@ def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
 def _shape(tensors: TensorSource, name: str, rank: int) -> tuple[int, ...]:
     if name not in tensors or len(tensors.shape(name)) != rank:
         found = list(tensors.shape(name)) if name in tensors else "missing"
-        raise CheckpointError(f"{name} is {found}, not a tensor of {rank} dimensions")
+        raise CheckpointError(f"{name} is {found}, but must be a tensor of {rank} dimensions", hint=FOREIGN)
     return tensors.shape(name)

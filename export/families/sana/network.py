@@ -1,13 +1,14 @@
-"""Sana's transformer as two export-grade networks: what depends on the text alone, and what runs every step.
+"""Sana's transformer as two export-grade networks: one depends on the text alone, the other runs in every step.
 
-They share the checkpoint: SanaConditioner holds the caption projection and every block's cross-attention to_k,
-to_v and norm_k, SanaDenoiser the rest. The reference is diffusers 0.42.1's SanaTransformer2DModel; the papers are
-SANA (arXiv 2410.10629), SANA-1.5 (2501.18427: qk-norm) and SANA-Sprint (2503.09641: embedded guidance).
+The checkpoint's tensors are divided between them: SanaConditioner holds the caption projection and every block's
+cross-attention to_k, to_v and norm_k, and SanaDenoiser holds the rest. The reference is diffusers 0.42.1's
+SanaTransformer2DModel; the papers are SANA (arXiv 2410.10629), SANA-1.5 (2501.18427: qk-norm) and SANA-Sprint
+(2503.09641: embedded guidance).
 
-fp32 in 16-bit networks: norm statistics, linear attention, softmax, sinusoids, text_bias.
+These stay fp32 in 16-bit networks: norm statistics, linear attention, softmax, sinusoids, text_bias.
 """
 
-# R rows, C latent channels, H/W latent size, h/w tokens a side, N = h*w tokens, S text tokens, L layers, D width
+# R rows, C latent channels, H/W latent size, h/w tokens per side, N = h*w tokens, S text tokens, L layers, D width
 
 from __future__ import annotations
 
@@ -38,10 +39,10 @@ FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
 def load_sana(
     config: SanaConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[SanaConditioner, SanaDenoiser]:
-    """Both networks with the weights of a diffusers transformer/ directory, in dtype.
+    """Load both networks with the weights of a diffusers transformer/ directory, in dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     conditioner = build_empty(lambda: SanaConditioner(config))
     denoiser = build_empty(lambda: SanaDenoiser(config))
@@ -61,7 +62,7 @@ class SanaConditioner(nn.Module):
         self.transformer_blocks = nn.ModuleList(ConditionerBlock(config) for _ in range(config.num_layers))
 
     def forward(self, text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of all layers, and the bias that hides padding.
+        """Compute K and V of all layers, and the bias that masks padding.
 
         Args:
             text_embeds: (R,S,caption_channels), any float dtype. text_mask: (R,S), 1 for a token, 0 for padding.
@@ -99,9 +100,10 @@ class SanaDenoiser(nn.Module):
         """Predict from one step's inputs.
 
         Args:
-            latents: (R,C,H,W) in the network's dtype. t: (R,) fp32, times the config's timestep_scale.
+            latents: (R,C,H,W) in the network's dtype.
+            t: (R,) fp32, already multiplied by the config's timestep_scale.
             cross_kv, text_bias: as SanaConditioner returns them.
-            guidance: (R,) fp32, the guidance scale times guidance_embeds_scale; for embedded guidance only.
+            guidance: (R,) fp32, the guidance scale times guidance_embeds_scale; only for embedded guidance.
 
         Returns:
             (R,out_channels,H,W) in the network's dtype.
@@ -136,7 +138,7 @@ class CaptionProjection(nn.Module):
 
 
 class ConditionerBlock(nn.Module):
-    """One block's share of the conditioner."""
+    """The part of one transformer block that belongs to the conditioner."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class ConditionerBlock(nn.Module):
 
 
 class CrossKeyValue(nn.Module):
-    """(R,S,D) text -> (R,2,S,D): K, normalised if the model does that, and V."""
+    """(R,S,D) text -> (R,2,S,D): K, with qk-norm if the model has it, and V."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()

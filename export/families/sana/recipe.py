@@ -1,4 +1,4 @@
-"""Sana in 8 bits: all GEMMs of a block but K and V of the cross-attention (SANA, arXiv 2410.10629, section 4)."""
+"""8-bit recipes of Sana: all GEMMs of a block but the cross-attention's K and V (SANA, arXiv 2410.10629, section 4)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ LAYERS = (
     "transformer_blocks.*.ff.conv_inverted",
     "transformer_blocks.*.ff.conv_point",
 )
-CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once a prompt")
+CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once per prompt")
 
 RECIPES = int8_and_fp8("sana", LAYERS, high=(*NEVER, CROSS))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def resolution_bins(size: int) -> tuple[tuple[int, int], ...]:
-    """The bins of models trained at `size` x `size`: 512, 1024, 2048 or 4096; empty for every other size.
+    """The bins of models trained at `size` x `size` pixels: 512, 1024, 2048 or 4096. Empty for every other size.
 
-    SanaPipeline.__call__ (diffusers 0.42.1) takes them from the same tables, by the latent size.
+    SanaPipeline.__call__ (diffusers 0.42.1) takes them from the same tables, which it picks by the latent size.
     """
     # diffusers' pipelines are slow to import, and only this function needs them.
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Stability AI): MMDiT, two CLIPs, T5, a 16-channel VAE.
+"""The adapter for Stable Diffusion 3 and 3.5 (Stability AI): an MMDiT with two CLIPs, T5 and a 16-channel VAE.
 
 Sources: arXiv 2403.03206; diffusers 0.42.1, StableDiffusion3Pipeline; Stability-AI/sd3.5 (skip-layer guidance).
 SD3-medium, SD3.5-medium (MMDiT-X), SD3.5-large and its turbo differ in their configs alone.
@@ -41,11 +41,12 @@ class Sd3Adapter:
         return transformer is not None and transformer.config.get("_class_name") == "SD3Transformer2DModel"
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
-        """Everything that configs tell.
+        """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: a text encoder is missing, or components of different models.
-            UsageError: a precision or a size that this model does not draw.
+            CheckpointError: the networks here do not implement a config, a text encoder is missing, or the components
+                belong to different models.
+            UsageError: the precision, the size or a skip layer is not available for this model.
         """
         check_precision(options, "SD3")
         transformer = Sd3Config.from_json(checkpoint.component("transformer").config)
@@ -70,7 +71,7 @@ class Sd3Adapter:
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
-        """One stage with its weights."""
+        """Load one stage with its weights."""
         spec, precision = plan.stages[stage].spec, plan.stages[stage].precision
         if stage == CONDITIONER:
             return StageModule(spec=spec, precision=precision, module=_joint_text(plan), weights=())
@@ -92,7 +93,7 @@ ADAPTER: Adapter = Sd3Adapter()
 
 
 def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
-    """The stage's module with the component's weights."""
+    """Load the stage's module with the component's weights."""
     config, tensors, dtype = component.config, component.tensors, TORCH_DTYPES[plan.stages[stage].precision]
     if stage in TOKENIZERS:
         return (load_t5 if stage == T5 else load_clip)(config, tensors, dtype)

@@ -12,18 +12,19 @@ from ditc.export.families.sd3.config import Sd3Config
 from ditc.export.graph.ops.attention.torch_op import attention
 from ditc.export.networks.layers import LayerNorm, RMSNorm
 
-NORM_EPS = 1e-6  # of every norm of the network; diffusers reads none of them from the config
+NORM_EPS = 1e-6  # for every norm in the network; diffusers hard-codes it too
 FF_RATIO = 4
 
 
 class AdaNorm(nn.Module):
-    """LayerNorm without weights, modulated by the timestep; it gives what diffusers' adaptive norms give.
+    """LayerNorm without weights of its own, modulated by the timestep, as in diffusers' adaptive norms.
 
-    The chunks are in diffusers' order: shift before scale in a block, scale before shift in the last layers (its
-    AdaLayerNormContinuous). Stability's files have shift first everywhere.
+    The chunks are in diffusers' order: shift before scale in a block, scale before shift where a stream ends
+    (AdaLayerNormContinuous). Stability's files have shift first everywhere.
 
     Args:
-        chunks: 2 in the last layers; 6 in a block; 9 in one with a second self-attention (SD35AdaLayerNormZeroX).
+        chunks: number of modulation vectors: 2 where a stream ends, 6 in a block, 9 in a block with a second
+            self-attention (SD35AdaLayerNormZeroX).
     """
 
     def __init__(self, width: int, chunks: int) -> None:
@@ -33,7 +34,11 @@ class AdaNorm(nn.Module):
         self.norm = LayerNorm(width, NORM_EPS)
 
     def forward(self, x_RND: Tensor, time_RD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The modulated tokens, and factors (R,1,D) for later; of 9 chunks also the second tokens and their gate."""
+        """The modulated tokens, and what the block applies later.
+
+        With 6 chunks that is gate, shift_ff, scale_ff and gate_ff, (R,1,D) each. With 9 chunks the second
+        self-attention's modulated tokens and its gate follow. With 2 chunks it is empty.
+        """
         normed, factors = self.norm(x_RND), self.linear(time_RD)[:, None].chunk(self.chunks, dim=2)
         if self.chunks == 2:
             scale, shift = factors
@@ -47,11 +52,11 @@ class AdaNorm(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One attention over image and text together, then each stream's own feed-forward.
+    """One attention over image and text together, then a feed-forward for each stream.
 
     Args:
-        dual: the image stream also attends to itself alone (MMDiT-X).
-        last: the text stream ends here.
+        dual: the image stream also has a self-attention of its own (MMDiT-X).
+        last: this is the last block, where the text stream ends.
     """
 
     def __init__(self, config: Sd3Config, *, dual: bool, last: bool) -> None:
@@ -68,9 +73,9 @@ class JointBlock(nn.Module):
             self.ff_context = FeedForward(config.width)
 
     def forward(self, image_RND: Tensor, text_RSD: Tensor, time_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Both streams after the block, in the type they came in; the block computes in its weights' type."""
-        dtype, wide = image_RND.dtype, self.norm1.linear.weight.dtype
-        image, text = self._forward(image_RND.to(wide), text_RSD.to(wide), time_RD.to(wide))
+        """Both streams after the block, in the dtype of the inputs. The block computes in the dtype of its weights."""
+        dtype, inner = image_RND.dtype, self.norm1.linear.weight.dtype
+        image, text = self._forward(image_RND.to(inner), text_RSD.to(inner), time_RD.to(inner))
         return image.to(dtype), text.to(dtype)
 
     def _forward(self, image: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +95,7 @@ class JointBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention of one stream; qk-norm is over a head."""
+    """Softmax attention of one stream. qk-norm covers one head at a time."""
 
     def __init__(self, config: Sd3Config) -> None:
         super().__init__()
@@ -109,7 +114,7 @@ class SelfAttention(nn.Module):
         return out
 
     def _qkv(self, image_RND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(R,N,heads,head_dim) each."""
+        """q, k and v, each (R,N,heads,head_dim)."""
         q, k, v = (self._split(linear(image_RND)) for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
@@ -118,7 +123,7 @@ class SelfAttention(nn.Module):
 
 
 class JointAttention(SelfAttention):
-    """One softmax attention over both streams, image before text, each with projections of its own."""
+    """One softmax attention over both streams, image before text. Each stream has its own projections."""
 
     def __init__(self, config: Sd3Config, *, last: bool) -> None:
         super().__init__(config)

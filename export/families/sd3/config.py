@@ -11,18 +11,18 @@ from ditc.runtime.errors import CheckpointError, UsageError
 
 QK_NORM = "rms_norm"
 
-# Blocks whose activations pass fp16's range, by the shape of the released network that has them: block 35 of
-# SD3.5-large and its turbo (38 blocks, 38 heads). NVIDIA/TensorRT, demo/Diffusion, which runs it in fp32.
-WIDE_BLOCKS: dict[tuple[int, int], tuple[int, ...]] = {(38, 38): (35,)}
+# Blocks whose activations exceed fp16's range, by the network's numbers of blocks and heads: block 35 of SD3.5-large
+# and its turbo. Source: NVIDIA/TensorRT, demo/Diffusion, which runs that block in fp32.
+FP32_BLOCKS: dict[tuple[int, int], tuple[int, ...]] = {(38, 38): (35,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sd3Config:
-    """Names and defaults are those of diffusers 0.42.1's SD3Transformer2DModel.
+    """The transformer's settings. Names and defaults are those of diffusers 0.42.1's SD3Transformer2DModel.
 
     Attributes:
         dual_attention_layers: blocks whose image stream has a second self-attention (MMDiT-X).
-        pos_embed_max_size: tokens a side of the stored position embedding; a picture uses its centre.
+        pos_embed_max_size: side of the stored position embedding in patches; a picture uses its centre.
     """
 
     sample_size: int = 128
@@ -41,39 +41,39 @@ class Sd3Config:
 
     @property
     def width(self) -> int:
-        """Channels of a token, of either stream."""
+        """Channels of a token, the same in both streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def largest_side(self) -> int:
-        """Latent cells a side of the largest picture that the position embedding covers."""
+        """Side in latent cells of the largest picture that the position embedding covers."""
         return self.pos_embed_max_size * self.patch_size
 
     @property
-    def wide_blocks(self) -> tuple[int, ...]:
+    def fp32_blocks(self) -> tuple[int, ...]:
         """Blocks that stay in fp32 in an fp16 network."""
-        return WIDE_BLOCKS.get((self.num_layers, self.num_attention_heads), ())
+        return FP32_BLOCKS.get((self.num_layers, self.num_attention_heads), ())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Sd3Config:
         """Parse transformer/config.json.
 
         Raises:
-            CheckpointError: an unknown setting, or one that the network here does not implement.
+            CheckpointError: a setting is unknown, or the network here does not implement it.
         """
         values = {**values}
         values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
         config = read_config(cls, values, ignored=())
         if config.qk_norm not in (None, QK_NORM):
-            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; known are None and {QK_NORM!r}")
+            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; implemented are None and {QK_NORM!r}")
         if config.caption_projection_dim != config.width:
             raise CheckpointError(
-                f"caption_projection_dim is {config.caption_projection_dim}, but both streams share one width, "
-                f"{config.num_attention_heads} heads of {config.attention_head_dim}: {config.width}"
+                f"caption_projection_dim is {config.caption_projection_dim}, but must be {config.width}: both streams "
+                f"have {config.num_attention_heads} heads of {config.attention_head_dim} channels"
             )
         if not config.pos_embed_max_size:
             raise CheckpointError(
-                "pos_embed_max_size is not set: the position embedding has no size to crop from"
+                "pos_embed_max_size is not set, so the position embedding has no size to crop from"
             )
         return config
 
@@ -84,14 +84,14 @@ class Sd3Config:
             height, width: in latent cells.
 
         Raises:
-            UsageError: a side that is too large, or no whole number of patches.
+            UsageError: a side is too large, or is not a whole number of patches.
         """
         for name, side in (("height", height), ("width", width)):
             if side > self.largest_side:
                 raise UsageError(
                     f"latent {name} {side} is larger than the position embedding, which covers {self.largest_side} "
                     f"({self.pos_embed_max_size} patches of {self.patch_size})",
-                    hint=f"take at most {self.largest_side} cells a side, 8 times that in pixels",
+                    hint=f"use at most {self.largest_side} latent cells per side; a cell is 8 pixels wide",
                 )
             if side % self.patch_size:
                 raise UsageError(
@@ -104,5 +104,5 @@ class Sd3Config:
         if foreign:
             raise UsageError(
                 f"skip layers {foreign} are not blocks of this network, which has {self.num_layers}",
-                hint="SD3.5-medium's are 7, 8 and 9",
+                hint="for SD3.5-medium they are 7, 8 and 9",
             )

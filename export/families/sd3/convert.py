@@ -1,4 +1,4 @@
-"""Convert one of Stability's SD3 files to a diffusers directory, and back."""
+"""Convert a native SD3 file of Stability to a diffusers directory, and back."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CLASSES = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "text_encoder_3": ("transformers", "T5EncoderModel"),
 }
-ASKED = ("resolution", "flow_shift")
+REQUIRED = ("resolution", "flow_shift")
 Part = tuple[dict[str, Any], TensorSource]
 
 
 class StabilityLayout:
-    """Stability's files: the transformer, and in most of them the VAE and text encoders."""
+    """The layout of Stability's files, which hold the transformer and, in most cases, the VAE and text encoders."""
 
     def recognises(self, names: Collection[str]) -> bool:
         """Whether the names are those of an SD3 network."""
@@ -46,8 +46,8 @@ class StabilityLayout:
         base: Checkpoint | None,
         max_shard_bytes: int,
     ) -> None:
-        """Write every network of the file, and of base what the file does not hold."""
-        resolution, flow_shift = _checked(options)
+        """Write every network of the file and a scheduler, and copy the components that the file lacks from base."""
+        resolution, flow_shift = _check_options(options)
         parts = _parts(stability.sections(native), resolution)
         dtype = DTYPES[options.dtype] if options.dtype is not None else None
         for name, (config, tensors) in parts.items():
@@ -91,19 +91,22 @@ class StabilityLayout:
 LAYOUT: NativeLayout = StabilityLayout()
 
 
-def _checked(options: NativeOptions) -> tuple[int, float]:
-    """Resolution and flow shift. Raises UsageError."""
-    missing = [f"--{name.replace('_', '-')}" for name in ASKED if getattr(options, name) is None]
+def _check_options(options: NativeOptions) -> tuple[int, float]:
+    """Check the options, and return the resolution and the flow shift. Raises UsageError."""
+    missing = [f"--{name.replace('_', '-')}" for name in REQUIRED if getattr(options, name) is None]
     if missing:
         raise UsageError(
-            f"the file's keys cannot tell {', '.join(missing)}",
-            hint="released SD3 and SD3.5 networks: --resolution 1024 --flow-shift 3 (diffusers' schedulers; "
-            "Stability's own code takes 1 for SD3-medium)",
+            f"the file's tensors do not show every setting; also give {', '.join(missing)}",
+            hint="for released SD3 and SD3.5 networks: --resolution 1024 --flow-shift 3 (diffusers' schedulers; "
+            "Stability's own code uses 1 for SD3-medium)",
         )
-    foreign = [name for name in NativeOptions.__slots__ if name not in (*ASKED, "dtype")]
+    foreign = [name for name in NativeOptions.__slots__ if name not in (*REQUIRED, "dtype")]
     given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(options, name) is not None]
     if given:
-        raise UsageError(f"{', '.join(given)}: SD3's keys tell that", hint="leave it out")
+        raise UsageError(
+            f"{', '.join(given)} cannot be given: an SD3 file's tensors show these settings",
+            hint="leave the option out",
+        )
     resolution, flow_shift = int(options.resolution or 0), float(options.flow_shift or 0)
     step = 2 * stability.PIXELS_PER_LATENT
     if resolution <= 0 or resolution % step:
@@ -111,12 +114,12 @@ def _checked(options: NativeOptions) -> tuple[int, float]:
     if not 0 < flow_shift < float("inf"):
         raise UsageError(f"--flow-shift {flow_shift} is not a positive number")
     if options.dtype is not None and options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is none of {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype {options.dtype} is not one of {', '.join(DTYPES)}")
     return resolution, flow_shift
 
 
 def _parts(sections: dict[str, TensorSource], resolution: int) -> dict[str, Part]:
-    """Component -> its config and its tensors under the names of diffusers and transformers."""
+    """For each component, its config and its tensors under the names of diffusers and transformers."""
     if "transformer" not in sections:
         raise CheckpointError("the file holds no transformer", hint=sd3_keys.FOREIGN)
     parts: dict[str, Part] = {}
@@ -137,19 +140,19 @@ def _parts(sections: dict[str, TensorSource], resolution: int) -> dict[str, Part
 
 
 def _check_shapes(component: str, config: dict[str, Any], tensors: TensorSource) -> None:
-    """Hold every tensor's shape against upstream's own network, built without memory for its weights."""
+    """Compare every tensor's shape with upstream's own network, which is built without allocating its weights."""
     with torch.device("meta"):
         network = _upstream(component, config)
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if component == "text_encoder_3":
-        wanted.pop("encoder.embed_tokens.weight", None)  # the shared embedding once more
+        wanted.pop("encoder.embed_tokens.weight", None)  # a second name of the shared embedding
     for name in sorted(wanted.keys() ^ set(tensors)):
-        what = "lacks" if name in wanted else "has an unknown"
+        what = "lacks" if name in wanted else "has an unknown tensor"
         raise CheckpointError(f"{component} {what} {name}", hint=sd3_keys.FOREIGN)
     for name, shape in wanted.items():
         if tensors.shape(name) != shape:
             raise CheckpointError(
-                f"{component}: {name} has the shape {list(tensors.shape(name))}, the network needs {list(shape)}",
+                f"{component}: {name} has the shape {list(tensors.shape(name))}, but needs {list(shape)}",
                 hint=sd3_keys.FOREIGN,
             )
 

@@ -1,4 +1,4 @@
-"""What a picture of SD3 is by default: its size, steps and guidance."""
+"""The defaults of a request to SD3: size, steps and guidance."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SKIP_LAYERS = (7, 8, 9)
 def make_defaults(
     given: Mapping[str, Any], transformer: Sd3Config, latents: LatentSpec, options: BuildOptions
 ) -> Defaults:
-    """What was asked for, else what ditc.json says, else the pipeline's.
+    """Choose the defaults: from the build's options first, then from ditc.json, then the pipeline's.
 
     Args:
         given: the content of ditc.json.
 
     Raises:
-        UsageError: a size that the position embedding does not cover, or a skip layer that is not a block.
+        UsageError: the position embedding does not cover the size, or a skip layer is not a block.
     """
     native = transformer.sample_size * latents.scale_factor
     height = options.resolution or int(given.get("height", native))
@@ -36,9 +36,9 @@ def make_defaults(
     for side in (height, width):
         if side > largest:
             raise UsageError(
-                f"{side} pixels are more than the position embedding covers: {largest} a side "
+                f"{side} pixels are more than the position embedding covers: {largest} pixels per side "
                 f"({transformer.pos_embed_max_size} patches)",
-                hint=f"take a resolution of at most {largest}",
+                hint=f"choose a resolution of at most {largest}",
             )
     return Defaults(
         height=height,
@@ -50,7 +50,11 @@ def make_defaults(
 
 
 def _skip_layer_guidance(given: Mapping[str, Any], transformer: Sd3Config) -> SkipLayerGuidance | None:
-    """On by default where the checkpoint names layers, as in diffusers; ready but off for SD3.5-medium's form."""
+    """Skip-layer guidance of a checkpoint, or None for one that cannot skip layers.
+
+    It is on by default where ditc.json names layers, as in diffusers. For networks like SD3.5-medium's it is available
+    but off.
+    """
     named = given.get("skip_guidance_layers")
     layers = tuple(named or ())
     if named is None and transformer.dual_attention_layers and max(SKIP_LAYERS) < transformer.num_layers:

@@ -1,8 +1,8 @@
-"""Names of SD3's transformer: Stability's and diffusers', as one table read in both directions.
+"""The names of SD3's weights in Stability's files and in diffusers, as one table that is read in both directions.
 
 Source: Stability-AI/sd3.5, mmditx.py; diffusers 0.42.1, loaders/single_file_utils.py
-(convert_sd3_transformer_checkpoint_to_diffusers). Stability fuses q, k and v, and its last modulations, of the final
-layer and of the text in the last block, have shift before scale; diffusers' have scale before shift.
+(convert_sd3_transformer_checkpoint_to_diffusers). Stability fuses q, k and v. In two modulations, that of the final
+layer and that of the text in the last block, Stability has shift before scale and diffusers has scale before shift.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert.key_map import check_names, joined, split, swapped
 
-# Stability's -> diffusers'; each name stands for its .weight and .bias.
+# Native -> diffusers; each name stands for its .weight and .bias.
 _LAYERS = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -33,8 +33,8 @@ _BLOCK: _Parts = {
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
-# The last block drops the text.
-_TEXT_GOES_ON: _Parts = {
+# In every block but the last, where the text stream ends.
+_TEXT_OUTPUT: _Parts = {
     "context_block.attn.proj": ("attn.to_add_out",),
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
@@ -52,19 +52,19 @@ _QK_NORM = {
 }
 _DUAL_QK_NORM = {"x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k"}
 
-FOREIGN = "the file is damaged or of another network than SD3 or SD3.5"
+FOREIGN = "the file is damaged, or its network is not SD3 or SD3.5"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sd3Keys:
-    """What decides which tensors an SD3 transformer has."""
+    """The facts that decide which tensors an SD3 transformer has."""
 
     num_layers: int
     qk_norm: bool
     dual_attention_layers: tuple[int, ...]
 
     def rows(self) -> _Parts:
-        """Stability's name -> the diffusers names that it holds, for every tensor of the network."""
+        """For the native name of every tensor, the names of the diffusers tensors that it holds."""
         rows: _Parts = {"pos_embed": ("pos_embed.pos_embed",)}
         for native, diffusers in _LAYERS.items():
             rows.update(_both(native, (diffusers,)))
@@ -76,14 +76,14 @@ class Sd3Keys:
         return rows
 
     def swapped(self) -> frozenset[str]:
-        """Stability's names of what has shift before scale where diffusers has scale before shift."""
+        """The native names of the tensors with shift before scale where diffusers has scale before shift."""
         last = f"joint_blocks.{self.num_layers - 1}.context_block.adaLN_modulation.1"
         modulations = ("final_layer.adaLN_modulation.1", last)
         return frozenset(f"{name}.{kind}" for name in modulations for kind in ("weight", "bias"))
 
     def _block(self, index: int) -> _Parts:
         dual, last = index in self.dual_attention_layers, index == self.num_layers - 1
-        layers = _BLOCK | ({} if last else _TEXT_GOES_ON) | (_DUAL if dual else {})
+        layers = _BLOCK | ({} if last else _TEXT_OUTPUT) | (_DUAL if dual else {})
         norms = (_QK_NORM | (_DUAL_QK_NORM if dual else {})) if self.qk_norm else {}
         block: _Parts = {f"{native}.weight": (f"{part}.weight",) for native, part in norms.items()}
         for native, parts in layers.items():
@@ -92,10 +92,10 @@ class Sd3Keys:
 
 
 def to_diffusers(native: TensorSource, keys: Sd3Keys) -> TensorSource:
-    """The same weights under diffusers' names; nothing is read yet.
+    """The same weights under diffusers' names. No weight is read yet.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or cannot be split evenly.
+        CheckpointError: a tensor is missing or unknown, or cannot be split evenly.
     """
     rows, order = keys.rows(), keys.swapped()
     check_names(set(native), set(rows), hint=FOREIGN)
@@ -107,7 +107,7 @@ def to_diffusers(native: TensorSource, keys: Sd3Keys) -> TensorSource:
 
 
 def to_native(diffusers: TensorSource, keys: Sd3Keys) -> TensorSource:
-    """The same weights under Stability's names. Raises CheckpointError: a tensor is missing or unknown."""
+    """The same weights under Stability's names. Raises CheckpointError if a tensor is missing or unknown."""
     rows, order = keys.rows(), keys.swapped()
     check_names(set(diffusers), {part for parts in rows.values() for part in parts}, hint=FOREIGN)
     entries: dict[str, TensorEntry] = {}

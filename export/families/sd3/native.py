@@ -1,10 +1,10 @@
-"""What one of Stability's SD3 files holds: networks told apart by prefixes, and their configs from names and shapes.
+"""Read a native SD3 file of Stability: prefixes separate its networks, and names and shapes give their configs.
 
-    model.diffusion_model.*           the transformer; without a prefix in files of the transformer alone
+    model.diffusion_model.*           the transformer; it has no prefix in a file that holds nothing else
     first_stage_model.* or vae.*      the autoencoder
-    text_encoders.NAME.transformer.*  clip_l, clip_g and t5xxl, where the file includes them
+    text_encoders.NAME.transformer.*  clip_l, clip_g and t5xxl, if the file includes them
 
-Source: Stability-AI/sd3.5, sd3_infer.py and sd3_impls.py, where the same shapes tell the same facts.
+Source: Stability-AI/sd3.5, sd3_infer.py and sd3_impls.py, which read the same facts from the same shapes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ PREFIXES = {
     "text_encoder_2": ("text_encoders.clip_g.transformer.",),
     "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
 }
-# Tensors that tools leave in such files and no network reads: CLIP's training temperature, a buffer of 0, 1, 2, ...,
-# and T5's embedding once more, under the name of its encoder.
+# Tensors in such files that no network reads: CLIP's training temperature, a buffer of 0, 1, 2, ..., and a copy of T5's
+# embedding under the encoder's name.
 UNREAD = (".logit_scale", ".embeddings.position_ids", ".encoder.embed_tokens.weight")
 BLOCK_0 = "joint_blocks.0.x_block.attn.qkv.weight"
 
-HEAD_DIM = 64  # of every MMDiT that Stability released (sd3_impls.py: depth = width // 64, heads = depth)
+# The head size of every MMDiT that Stability released (sd3_impls.py: depth = width // 64, heads = depth).
+HEAD_DIM = 64
 PIXELS_PER_LATENT = 8
-GROUPS = 32  # of every norm of the autoencoder (sd3_impls.py, Normalize)
+GROUPS = 32  # groups of every norm in the autoencoder (sd3_impls.py, Normalize)
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609  # sd3_impls.py, SD3LatentFormat
 ACTIVATIONS = {
     "text_encoder": "quick_gelu",
@@ -46,23 +47,23 @@ CLIP_HEAD_DIM = 64
 
 
 def is_stability(tensors: Iterable[str]) -> bool:
-    """Whether the names are those of an SD3 network in Stability's form."""
+    """Whether the names are those of an SD3 network in Stability's layout."""
     names = set(tensors)
     return BLOCK_0 in names or TRANSFORMER + BLOCK_0 in names
 
 
 def sections(native: TensorSource) -> dict[str, TensorSource]:
-    """Component -> its tensors, without the prefix.
+    """Divide the file's tensors among their components, with the prefixes removed from their names.
 
     Raises:
-        CheckpointError: tensors that belong to no known component.
+        CheckpointError: a tensor belongs to no known component.
     """
     found: dict[str, dict[str, TensorEntry]] = {}
     unknown = []
     for name in native:
         if name.endswith(UNREAD):
             continue
-        component, short = _place(name, bare=TRANSFORMER + BLOCK_0 not in native)
+        component, short = _component_of(name, bare=TRANSFORMER + BLOCK_0 not in native)
         if component is None:
             unknown.append(name)
         else:
@@ -76,14 +77,14 @@ def sections(native: TensorSource) -> dict[str, TensorSource]:
 
 
 def detect_keys(transformer: TensorSource) -> Sd3Keys:
-    """Depth, qk-norm and dual attention, from the names alone.
+    """Detect depth, qk-norm and dual attention from the names alone.
 
     Raises:
-        CheckpointError: blocks that are not numbered from 0 on.
+        CheckpointError: the blocks are not numbered from 0 on.
     """
     blocks = {name.split(".")[1] for name in transformer if name.startswith("joint_blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:
-        raise CheckpointError(f"its {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
+        raise CheckpointError(f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
     dual = {int(name.split(".")[1]) for name in transformer if ".attn2." in name}
     return Sd3Keys(
         num_layers=len(blocks),
@@ -93,14 +94,15 @@ def detect_keys(transformer: TensorSource) -> Sd3Keys:
 
 
 def transformer_config(transformer: TensorSource, keys: Sd3Keys, resolution: int) -> dict[str, Any]:
-    """diffusers' config.json of the transformer. Raises CheckpointError: shapes that are no SD3 network's."""
+    """diffusers' config.json of the transformer. Raises CheckpointError if the shapes are not those of SD3."""
     width, in_channels, patch_size = _shape(transformer, "x_embedder.proj.weight", 4)[:3]
     positions = _shape(transformer, "pos_embed", 3)[1]
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
     head_dim = _shape(transformer, norm, 1)[0] if keys.qk_norm else HEAD_DIM
     if math.isqrt(positions) ** 2 != positions or width % head_dim:
         raise CheckpointError(
-            f"pos_embed has {positions} positions and the width is {width}, with heads of {head_dim}",
+            f"pos_embed has {positions} positions, which must be a square number, and the width is {width}, which must "
+            f"be a multiple of the head size {head_dim}",
             hint=sd3_keys.FOREIGN,
         )
     return {
@@ -122,7 +124,7 @@ def transformer_config(transformer: TensorSource, keys: Sd3Keys, resolution: int
 
 
 def vae_config(vae: TensorSource, resolution: int) -> dict[str, Any]:
-    """diffusers' config.json of the autoencoder. Raises CheckpointError: shapes that are no AutoencoderKL's."""
+    """diffusers' config.json of the autoencoder. Raises CheckpointError if the shapes are not an AutoencoderKL's."""
     keys = kl_keys.kl_keys(vae)
     widths = [_shape(vae, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(keys.stages)]
     return {
@@ -146,7 +148,7 @@ def vae_config(vae: TensorSource, resolution: int) -> dict[str, Any]:
 
 
 def clip_config(component: str, clip: TensorSource) -> dict[str, Any]:
-    """transformers' config.json of a CLIPTextModelWithProjection. Raises CheckpointError."""
+    """transformers' config.json of a CLIPTextModelWithProjection. Raises CheckpointError if a tensor is missing."""
     vocabulary, width = _shape(clip, "text_model.embeddings.token_embedding.weight", 2)
     fc1 = "text_model.encoder.layers.0.mlp.fc1.weight"
     return {
@@ -164,13 +166,17 @@ def clip_config(component: str, clip: TensorSource) -> dict[str, Any]:
         if "text_projection.weight" in clip
         else width,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # as in the released configs: the end of text is the largest id (transformers #24773)
+        # As in the released configs: for 2, transformers takes the largest id as the end of text (#24773).
+        "eos_token_id": 2,
         "pad_token_id": 1,
     }
 
 
 def with_projection(clip: TensorSource) -> TensorSource:
-    """CLIP-L's files leave its projection out where it is the identity (diffusers: create_diffusers_clip_model)."""
+    """CLIP's tensors, with the identity as text projection if the file has none.
+
+    Files leave CLIP-L's projection out, because it is the identity (diffusers: create_diffusers_clip_model).
+    """
     if "text_projection.weight" in clip:
         return clip
     embedding = clip.entry("text_model.embeddings.token_embedding.weight")
@@ -180,7 +186,7 @@ def with_projection(clip: TensorSource) -> TensorSource:
 
 
 def t5_config(t5: TensorSource) -> dict[str, Any]:
-    """transformers' config.json of a T5EncoderModel (v1.1). Raises CheckpointError."""
+    """transformers' config.json of a T5EncoderModel (v1.1). Raises CheckpointError if a tensor is missing."""
     vocabulary, width = _shape(t5, "shared.weight", 2)
     block = "encoder.block.0.layer"
     bias = _shape(t5, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
@@ -202,7 +208,12 @@ def t5_config(t5: TensorSource) -> dict[str, Any]:
     }
 
 
-def _place(name: str, *, bare: bool) -> tuple[str | None, str]:
+def _component_of(name: str, *, bare: bool) -> tuple[str | None, str]:
+    """The component that a tensor belongs to, and its name without the prefix.
+
+    Args:
+        bare: names without a known prefix are the transformer's.
+    """
     for component, prefixes in PREFIXES.items():
         for prefix in prefixes:
             if name.startswith(prefix):
@@ -213,5 +224,7 @@ def _place(name: str, *, bare: bool) -> tuple[str | None, str]:
 def _shape(tensors: TensorSource, name: str, rank: int) -> tuple[int, ...]:
     if name not in tensors or len(tensors.shape(name)) != rank:
         found = list(tensors.shape(name)) if name in tensors else "missing"
-        raise CheckpointError(f"{name} is {found}, not a tensor of {rank} dimensions", hint=sd3_keys.FOREIGN)
+        raise CheckpointError(
+            f"{name} is {found}, but must be a tensor of {rank} dimensions", hint=sd3_keys.FOREIGN
+        )
     return tensors.shape(name)

@@ -3,10 +3,10 @@
 The reference is diffusers 0.42.1's SD3Transformer2DModel; the paper is Scaling Rectified Flow Transformers
 (arXiv 2403.03206). SD3.5 adds qk-norm, and SD3.5-medium a second self-attention of the image in its first blocks.
 
-fp32 in 16-bit networks: norm statistics, softmax, sinusoids, and the blocks that the config calls wide.
+These stay fp32 in 16-bit networks: norm statistics, softmax and sinusoids; in fp16 also the config's fp32_blocks.
 """
 
-# R rows, C latent channels, H/W latent size, h/w tokens a side, N = h*w image tokens, S text tokens, D width
+# R rows, C latent channels, H/W latent size, h/w tokens per side, N = h*w image tokens, S text tokens, D width
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ def load_sd3(
     skip_layers: Sequence[int] = (),
     stage: str = "denoiser",
 ) -> Sd3Transformer:
-    """The network with the weights of a diffusers transformer/ directory.
+    """Load the network with the weights of a diffusers transformer/ directory.
 
     Args:
-        dtype: of everything but the config's wide blocks, which stay fp32 in an fp16 network.
-        skip_layers: blocks that a row's skip_gate switches off; the network then has that input.
-        stage: what an error calls it.
+        dtype: dtype of everything but the config's fp32_blocks, which stay fp32 in an fp16 network.
+        skip_layers: blocks that a row's skip_gate switches off. If there are any, the network has the input skip_gate.
+        stage: name of the stage, for error messages.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or misshapen. UsageError: a skip layer that is no block.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
+        UsageError: a skip layer is not a block of the network.
     """
     config.check_skip_layers(tuple(skip_layers))
     network = build_empty(lambda: Sd3Transformer(config, skip_layers))
-    wide = config.wide_blocks if dtype == torch.float16 else ()
+    fp32_blocks = config.fp32_blocks if dtype == torch.float16 else ()
     load_strict(
         {stage: network},
         tensors,
         dtype,
-        exceptions={f"transformer_blocks.{index}": torch.float32 for index in wide},
+        exceptions={f"transformer_blocks.{index}": torch.float32 for index in fp32_blocks},
     )
     return network
 
@@ -93,8 +94,9 @@ class Sd3Transformer(nn.Module):
         """Predict from one step's inputs.
 
         Args:
-            latents: (R,C,H,W) in the network's dtype. timestep: (R,) fp32, 0 to 1000.
-            text_embeds: (R,S,joint_attention_dim), all of them seen: there is no mask.
+            latents: (R,C,H,W) in the network's dtype.
+            timestep: (R,) fp32, 0 to 1000.
+            text_embeds: (R,S,joint_attention_dim). There is no mask: padding is attended to.
             pooled_projections: (R,pooled_projection_dim).
             skip_gate: (R,) fp32; 1 for a row that skips the network's skip_layers, 0 for one that does not.
 
@@ -109,23 +111,26 @@ class Sd3Transformer(nn.Module):
         for index, block in enumerate(self.transformer_blocks):
             streams = block(image_RND, text_RSD, time_RD)
             if skip_gate is not None and index in self.skip_layers:
-                streams = _unless(skip_gate, streams, (image_RND, text_RSD))
+                streams = _skip_block(skip_gate, streams, (image_RND, text_RSD))
             image_RND, text_RSD = streams
         modulated, _ = self.norm_out(image_RND, time_RD)
         return from_patches(self.proj_out(modulated), self.patch_size, height, width)
 
 
-def _unless(
+def _skip_block(
     gate_R: Tensor, after: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Both streams as they were before, in the rows whose gate is up: what diffusers' skip_layers does to a batch."""
+    """Both streams after a block. Rows whose gate is 1 keep their values from before it.
+
+    diffusers' skip_layers does the same for a whole batch.
+    """
     skipped = (gate_R > 0.5)[:, None, None]
     image, text = (torch.where(skipped, old, new) for old, new in zip(before, after, strict=True))
     return image, text
 
 
 class PatchEmbed(nn.Module):
-    """Patches of the latents plus the centre of a stored position embedding."""
+    """Embeds patches of the latents, and adds the centre of a stored position embedding."""
 
     def __init__(self, config: Sd3Config) -> None:
         super().__init__()
@@ -140,14 +145,17 @@ class PatchEmbed(nn.Module):
         return tokens + self._centre(height, width)
 
     def _centre(self, height: int, width: int) -> Tensor:
-        """(1,h*w,D): the middle of the square of max_size; an odd rest goes to the bottom and the right."""
+        """(1,h*w,D): the centre of the stored square. If it cannot be exact, it lies nearer to the top and the left."""
         table: Tensor = self.pos_embed.unflatten(1, (self.max_size, self.max_size))
-        top, left = self._before(height), self._before(width)
+        top, left = self._crop_start(height), self._crop_start(width)
         return table[:, top : top + height, left : left + width].flatten(1, 2)
 
-    def _before(self, side: int) -> int:
-        """(max_size - side) // 2, without a negative number: torch.export would write max_size//2 + (-side)//2, and
-        ONNX's Div truncates where Python floors (torch 2.13), one row off for an odd side."""
+    def _crop_start(self, side: int) -> int:
+        """(max_size - side) // 2, computed without negative numbers.
+
+        torch.export (2.13) writes the plain form as max_size//2 + (-side)//2. ONNX's Div truncates where Python floors,
+        so the crop would be one row off for an odd side.
+        """
         return self.max_size // 2 - (side + 1 - self.max_size % 2) // 2
 
 

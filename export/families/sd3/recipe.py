@@ -1,10 +1,10 @@
-"""SD3 and SD3.5 in 8 bits: all Linears of a block but its modulations."""
+"""8-bit recipes of SD3 and SD3.5: all Linears of a block except its modulations."""
 
 from __future__ import annotations
 
 from ditc.export.quant.recipes import NEVER, NEVER_JOINT, int8_and_fp8
 
-# attn2 is not cross-attention here: it is the image's own attention, which runs on every step.
+# attn2 is not cross-attention here, but the image's second self-attention, which runs in every step.
 LAYERS = (
     "transformer_blocks.*.attn.to_[qkv]",
     "transformer_blocks.*.attn.add_[qkv]_proj",

@@ -1,4 +1,4 @@
-"""The stages of an SD3 checkpoint before their weights are read: specs, precisions, and what else decides a graph."""
+"""Plans of an SD3 checkpoint's stages, made from configs alone: specs, precisions, and facts that shape graphs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import CONDITIONER, DENOISER, NETWORK, DType, Precision, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 
-# Of the conditioner's facts: how many tokens of zeros stand for a T5 that is left out.
+# The name of a fact of the conditioner: how many tokens of zeros replace the tokens of a T5 that is left out.
 ZERO_TOKENS = "zero_tokens"
 
 
 def denoiser_facts(
     transformer: Sd3Config, encoders: TextEncoders, sizes: Mapping[str, Range], step: StepContract
 ) -> DenoiserFacts:
-    """What SD3's denoiser takes."""
+    """The facts of SD3's denoiser: its channels, its conditioning, and the ranges of its dimensions."""
     return DenoiserFacts(
         channels=transformer.in_channels,
         out_channels=transformer.out_channels,
@@ -49,7 +49,7 @@ def stage_plans(
     latents: LatentSpec,
     options: BuildOptions,
 ) -> dict[str, StagePlan]:
-    """All plans, in the order in which a picture needs them."""
+    """Plan all stages, in the order in which drawing a picture runs them."""
     batch, base, others = options.max_batch, options.base, companion_precision(options)
     plans = {
         stage: StagePlan(spec=encoders.spec(stage, batch), precision=others, components=(stage,))
@@ -57,7 +57,7 @@ def stage_plans(
     }
     plans[CONDITIONER] = StagePlan(
         spec=_conditioner(encoders, facts, batch),
-        precision=Precision.FP32,  # it only lays tensors side by side
+        precision=Precision.FP32,  # it only concatenates tensors
         components=(),
         facts={ZERO_TOKENS: 0 if encoders.has_t5 else encoders.sequence_length},
     )
@@ -73,7 +73,7 @@ def stage_plans(
 
 
 def check_widths(transformer: Sd3Config, encoders: TextEncoders, latent_channels: int) -> None:
-    """Refuse a checkpoint put together from parts of different models. Raises CheckpointError."""
+    """Refuse a checkpoint whose components belong to different models. Raises CheckpointError."""
     configs, clips = encoders.configs, (CLIP_L, CLIP_G)
     pooled = sum(int(configs[stage]["projection_dim"]) for stage in clips)
     states = sum(int(configs[stage]["hidden_size"]) for stage in clips)
@@ -81,14 +81,14 @@ def check_widths(transformer: Sd3Config, encoders: TextEncoders, latent_channels
     for wrong, what in (
         (pooled != transformer.pooled_projection_dim, f"the CLIPs give {pooled} pooled channels together"),
         (states > wide, f"the CLIPs' states have {states} channels together"),
-        (t5 not in (None, wide), f"{T5} gives {t5}"),
+        (t5 not in (None, wide), f"{T5}'s states have {t5} channels"),
         (latent_channels != transformer.in_channels, f"the VAE has {latent_channels} latent channels"),
     ):
         if wrong:
             raise CheckpointError(
-                f"{what}, the transformer takes {transformer.pooled_projection_dim} pooled channels, text of {wide} "
-                f"and {transformer.in_channels} latent channels",
-                hint="the components are of different models",
+                f"{what}, but the transformer takes {transformer.pooled_projection_dim} pooled channels, text states "
+                f"of {wide} channels and {transformer.in_channels} latent channels",
+                hint="the components belong to different models: use those that were published together",
             )
 
 

@@ -1,4 +1,4 @@
-"""SD3's text encoders: which of the three a checkpoint has, what they read, and what they give."""
+"""SD3's text encoders: which of the three a checkpoint has, which tokens they take, and which states they return."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CLASSES = {
     CLIP_G: "CLIPTextModelWithProjection",
     T5: "T5EncoderModel",
 }
-# Of T5's texts: StableDiffusion3Pipeline.__call__'s default and limit, diffusers 0.42.1.
+# Number of T5's tokens: the default and the limit of StableDiffusion3Pipeline.__call__, diffusers 0.42.1.
 MAX_SEQUENCE_LENGTH = 256
 LONGEST_SEQUENCE = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoders:
-    """What the configs of a checkpoint's text encoders say.
+    """The text encoders of a checkpoint, as its configs describe them.
 
     Attributes:
-        configs: by stage; without T5, which users leave out for its size.
+        configs: each encoder's config, by stage. T5 may be missing, because users leave it out for its size.
         text: how each stage's prompt becomes tokens, in the same order.
-        sequence_length: tokens of a T5 text, zeros where there is no T5.
+        sequence_length: number of T5's tokens. Without T5, the conditioner puts as many zeros in their place.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
@@ -41,19 +41,22 @@ class TextEncoders:
 
     @property
     def has_t5(self) -> bool:
-        """Whether the third encoder is there."""
+        """Whether the checkpoint has the third encoder."""
         return T5 in self.configs
 
     def tokens_of(self, stage: str) -> int:
-        """Tokens of the stage's text."""
+        """Number of tokens of the stage's text."""
         return next(text.length for text in self.text if text.stage == stage)
 
     def t5_range(self) -> Range:
-        """Of T5's tokens: it is dynamic, so that a build with another max_sequence_length reuses the stage."""
+        """Range of T5's number of tokens.
+
+        It is dynamic, so that a build with another max_sequence_length reuses the stage.
+        """
         return Range(1, self.sequence_length, max(self.sequence_length, LONGEST_SEQUENCE))
 
     def spec(self, stage: str, max_batch: int) -> StageSpec:
-        """One encoder as a stage. CLIP's number of tokens is its own."""
+        """Spec of one encoder. CLIP's number of tokens is fixed, T5's is dynamic."""
         tokens: str | int = "length" if stage == T5 else self.tokens_of(stage)
         profile = {BATCH: Range(1, 1, max_batch)}
         if stage == T5:
@@ -66,7 +69,7 @@ class TextEncoders:
         )
 
     def states(self, stage: str, rows: str) -> tuple[TensorSpec, ...]:
-        """What an encoder gives, which the conditioner takes under the same names."""
+        """Specs of an encoder's outputs, which the conditioner takes under the same names."""
         config, name = self.configs[stage], stage.removeprefix(TEXT_ENCODER)
         if stage == T5:
             return (TensorSpec(f"states{name}", DType.FLOAT32, (rows, "length", int(config["d_model"]))),)
@@ -77,17 +80,21 @@ class TextEncoders:
         )
 
     def text_range(self) -> dict[str, Range]:
-        """From embeddings of one token that users bring, to CLIP's tokens and the longest T5 text."""
+        """Range of the joined text's number of tokens.
+
+        It starts at 1, because callers may bring embeddings of any length. It ends at CLIP's tokens plus the longest
+        T5 text.
+        """
         clip = self.tokens_of(CLIP_L)
         usual = clip + self.sequence_length
         return {TEXT_LENGTH: Range(1, usual, max(usual, clip + LONGEST_SEQUENCE))}
 
 
 def read_text_encoders(checkpoint: Checkpoint) -> TextEncoders:
-    """The checkpoint's text encoders.
+    """Read the configs of the checkpoint's text encoders.
 
     Raises:
-        CheckpointError: one is missing or of another class, or reads fewer tokens than its text has.
+        CheckpointError: an encoder is missing or of another class, or its text has more tokens than it can read.
     """
     configs = _configs(checkpoint)
     length = _sequence_length(checkpoint.defaults)
@@ -104,14 +111,14 @@ def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         if component is None or TOKENIZERS[stage] not in checkpoint.tokenizers:
             missing = stage if component is None else TOKENIZERS[stage]
             raise CheckpointError(
-                f"{checkpoint.path} has no {missing}, a {wanted if component is None else 'tokenizer'}",
-                hint=f"of the three text encoders only {T5} (T5) can be left out: null in model_index.json",
+                f"{checkpoint.path} has no {missing}, which must be a {wanted if component is None else 'tokenizer'}",
+                hint=f"of the three text encoders only {T5} (T5) can be left out, as null in model_index.json",
             )
         classes = component.config.get("architectures") or [wanted]
         if wanted not in classes:
             raise CheckpointError(
                 f"{checkpoint.path / stage} is a {classes[0]}, not a {wanted}",
-                hint="take the text encoders that the checkpoint was published with",
+                hint="use the text encoders that the checkpoint was published with",
             )
         found[stage] = component.config
     return found
@@ -121,21 +128,24 @@ def _sequence_length(given: Mapping[str, Any]) -> int:
     length = int(given.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     if length > LONGEST_SEQUENCE:
         raise CheckpointError(
-            f"ditc.json: max_sequence_length is {length}",
-            hint=f"T5 reads up to {LONGEST_SEQUENCE} tokens here",
+            f"max_sequence_length is {length} in ditc.json, but a T5 text has at most {LONGEST_SEQUENCE} tokens",
+            hint=f"set at most {LONGEST_SEQUENCE}, or leave it out for {MAX_SEQUENCE_LENGTH}",
         )
     return length
 
 
 def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequence_length: int) -> TextSpec:
-    """CLIP's tokens are 77 (the first tokenizer's limit), T5's max_sequence_length; there is no mask anywhere."""
+    """How a stage's prompt becomes tokens, without a mask.
+
+    Both CLIPs have 77 tokens (the first tokenizer's limit), and T5 has max_sequence_length.
+    """
     facts, length = tokenizer_facts(checkpoint.tokenizers[TOKENIZERS[stage]]), sequence_length
     if stage != T5:
         length = tokenizer_facts(checkpoint.tokenizers[TOKENIZERS[CLIP_L]]).model_max_length
         longest = int(config["max_position_embeddings"])
         if length > longest:
             raise CheckpointError(
-                f"{TOKENIZERS[CLIP_L]} gives {length} tokens, {stage} has positions for {longest}",
+                f"{TOKENIZERS[CLIP_L]} gives {length} tokens, but {stage} has only {longest} positions",
                 hint="set model_max_length in tokenizer_config.json: CLIP's is 77",
             )
     return TextSpec(

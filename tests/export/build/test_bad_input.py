@@ -95,7 +95,7 @@ def other_pipeline(data: dict[str, object]) -> None:
         (lambda path: shutil.rmtree(path), "is not a directory"),
         (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
         (lambda path: shutil.rmtree(path / "vae"), "has no folder 'vae'"),
-        (change_json("transformer/config.json", other_pipeline), "which no adapter knows"),
+        (change_json("transformer/config.json", other_pipeline), "which belongs to no known family"),
         (change_tensors(lambda tensors: tensors.pop("proj_out.bias")), "lacks proj_out.bias"),
         (
             change_tensors(lambda tensors: tensors.update(extra=torch.zeros(1))),

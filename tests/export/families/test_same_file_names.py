@@ -1,4 +1,4 @@
-"""A family is one folder, and every family has the same files in it."""
+"""A family is one folder, and all families have the same files in their folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FAMILIES = Path(__file__).parents[3] / "export" / "families"
-# What a family must have; further files of its own are welcome.
+# The files that a family must have. It may have others too.
 NAMES = {"__init__.py", "adapter.py", "config.py", "keys.py", "network.py", "recipe.py"}
 
 
@@ -22,5 +22,5 @@ def test_a_family_has_the_files_that_every_family_has(folder: Path) -> None:
     assert not NAMES - {path.name for path in folder.iterdir()}
 
 
-def test_nothing_but_the_table_lies_beside_the_families() -> None:
+def test_the_only_module_beside_the_family_folders_is_the_table() -> None:
     assert [path.name for path in FAMILIES.glob("*.py")] == ["__init__.py"]

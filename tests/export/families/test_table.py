@@ -1,4 +1,4 @@
-"""A family is one folder and one row: what a row gives, and that nothing else must be edited for a new one."""
+"""A family is one folder and one row: what a row provides, and that a new family needs no other edit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ by_label = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 
 
 @by_label
-def test_the_adapter_of_a_row_bears_its_label(family: Family) -> None:
+def test_the_adapter_of_a_row_has_its_label(family: Family) -> None:
     assert family.adapter.family == family.label and family_of(family.label) is family
 
 
@@ -38,13 +38,13 @@ def test_a_family_has_a_recipe_for_each_format(family: Family) -> None:
 
 
 @by_label
-def test_a_row_says_truly_whether_its_files_can_be_converted(family: Family) -> None:
+def test_has_native_layout_is_true_exactly_where_there_is_a_converter(family: Family) -> None:
     assert family.has_native_layout == (FOLDER / family.folder / "convert.py").is_file()
     assert (family.layout is None) == (not family.has_native_layout)
 
 
 @by_label
-def test_parity_has_a_pipeline_where_diffusers_has_none(family: Family) -> None:
+def test_parity_has_a_pipeline_exactly_where_diffusers_has_none(family: Family) -> None:
     assert (reference.pipeline_of(family) is None) == (family.upstream == DIFFUSERS)
 
 
@@ -55,7 +55,7 @@ def test_every_folder_has_a_row_and_every_row_a_folder() -> None:
 
 @by_label
 def test_no_family_imports_another(family: Family) -> None:
-    """What two of them need lies in common/ or networks/."""
+    """Code that two families need is in common/ or networks/."""
     others = tuple(other.package for other in FAMILIES if other is not family)
     for path in (FOLDER / family.folder).glob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -63,18 +63,18 @@ def test_no_family_imports_another(family: Family) -> None:
         assert not [name for name in modules if name.startswith(others)], path
 
 
-def test_the_table_is_read_without_torch_and_without_a_family() -> None:
+def test_the_table_is_imported_without_torch_and_without_a_family() -> None:
     code = "import sys, ditc.export.families as f; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "numpy", *(f"{family.package}.adapter" for family in FAMILIES)} & set(loaded.split())
 
 
-# A new one
+# A new family
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """One folder, tests/toy_family/, and one row."""
+    """A new family: the folder tests/toy_family/ and one row."""
     row = Family(label="toy", package="toy_family", has_native_layout=True, upstream="toy_package")
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, row))
     return row
@@ -90,7 +90,7 @@ def native(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(toy: Family, native: Path, tmp_path: Path) -> Checkpoint:
-    """The same file, converted by the command."""
+    """The native file, converted by `ditc convert`."""
     assert main(["convert", str(native), str(tmp_path / "diffusers")]) == 0
     return open_checkpoint(tmp_path / "diffusers")
 
@@ -127,7 +127,7 @@ def test_a_new_familys_upstream_is_found(
     assert reference.find_pipeline(checkpoint) is module.open_pipeline  # type: ignore[attr-defined]
 
 
-def test_a_file_of_no_family_is_refused_with_the_names_of_those_that_are_read(
+def test_a_file_of_no_family_is_refused_and_the_convertible_families_are_listed(
     toy: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "other.safetensors"
@@ -136,7 +136,7 @@ def test_a_file_of_no_family_is_refused_with_the_names_of_those_that_are_read(
     assert "can be converted: sana, sd3, toy" in capsys.readouterr().err
 
 
-def test_a_family_without_files_of_its_own_says_so(
+def test_a_family_without_a_native_layout_is_refused(
     mmdit_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out.safetensors")

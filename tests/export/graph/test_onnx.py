@@ -137,7 +137,7 @@ def test_example_sizes_differ_and_never_are_zero_or_one() -> None:
 def test_example_sizes_are_as_small_as_asked_where_the_range_allows() -> None:
     ranges = {"height": Range(1, 256, 512, 2), "width": Range(64, 256, 512), "rows": Range(1, 2, 8)}
     spec = replace(SPEC, profile={**SPEC.profile, **ranges})
-    first, second = (example_sizes(spec, second=second, most=8) for second in (False, True))
+    first, second = (example_sizes(spec, second=second, max_multiple=8) for second in (False, True))
     assert (first["height"], first["width"]) == (16, 64)
     assert second["height"] != first["height"] and 64 < second["width"] < 72
 

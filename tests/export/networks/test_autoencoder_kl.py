@@ -18,7 +18,7 @@ from ditc.export.networks.loading import weight_map
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.vae import decode_tiled, encode_tiled
 
-# fp32, the same kernels but for the scale. Measured 0 to 9e-7.
+# fp32 with the same kernels; only the scale is applied elsewhere. Measured 0 to 9e-7.
 FP32_BOUND = 1e-5
 BF16_BOUND = 4e-2  # about 30 dependent roundings to 8 bits; measured 1.2e-2, diffusers' own 1.3e-2
 
@@ -47,7 +47,7 @@ SIZES = [(2, 4, 6), (1, 9, 5)]  # latents (B,h,w)
 
 @pytest.fixture(scope="module")
 def reference(seed_weights):
-    """Config name -> seeded diffusers module, made once."""
+    """Gives the seeded diffusers module of a config by name. Each is made once."""
     made: dict[str, AutoencoderKL] = {}
 
     def get(name: str) -> AutoencoderKL:
@@ -74,19 +74,17 @@ def image_of(batch: int, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_decoder_is_diffusers_decode_of_unscaled_latents(name, size, reference, relative_l2) -> None:
+def test_the_decoder_equals_diffusers_decode_of_unscaled_latents(name, size, reference, relative_l2) -> None:
     module = reference(name)
     latents = latents_of(*size, channels=module.config.latent_channels)
-    # StableDiffusion3Pipeline.__call__'s words.
+    # As in StableDiffusion3Pipeline.__call__.
     unscaled = (latents / module.config.scaling_factor) + (module.config.shift_factor or 0)
     assert relative_l2(networks(module)[0](latents), module.decode(unscaled).sample) <= FP32_BOUND
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_encoder_is_the_mode_of_diffusers_posterior_then_scale(
-    name, size, reference, relative_l2
-) -> None:
+def test_the_encoder_is_the_mode_of_diffusers_posterior_scaled(name, size, reference, relative_l2) -> None:
     module = reference(name)
     batch, height, width = size
     image = image_of(batch, 4 * height, 4 * width)
@@ -103,7 +101,7 @@ def test_a_bf16_decoder_stays_close_to_fp32(reference, relative_l2) -> None:
     assert relative_l2(image, networks(reference("sd3"))[0](latents)) <= BF16_BOUND
 
 
-def test_tiles_of_the_decoder_are_those_of_diffusers(reference, relative_l2) -> None:
+def test_tiled_decoding_matches_diffusers(reference, relative_l2) -> None:
     module = reference("sd3")
     decoder = networks(module)[0]
     latents = latents_of(1, 20, 13)
@@ -117,12 +115,10 @@ def test_tiles_of_the_decoder_are_those_of_diffusers(reference, relative_l2) -> 
     expected = module.decode(latents / 1.5305 + 0.0609).sample
     module.disable_tiling()
     assert relative_l2(torch.from_numpy(tiled), expected) <= FP32_BOUND
-    assert relative_l2(decoder(latents), expected) > 0.01, (
-        "tiles see neither the whole norm nor the whole attention"
-    )
+    assert relative_l2(decoder(latents), expected) > 0.01, "norms and attention must differ within tiles"
 
 
-def test_tiles_of_the_encoder_are_those_of_diffusers(reference, relative_l2) -> None:
+def test_tiled_encoding_matches_diffusers(reference, relative_l2) -> None:
     module = reference("sd3")
     encoder = networks(module)[1]
     image = image_of(1, 80, 52)
@@ -156,7 +152,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         ({"up_block_types": ("AttnUpDecoderBlock2D",) * 3}, "up_block_types has other blocks"),
         (
             {"down_block_types": ("DownEncoderBlock2D",)},
-            "down_block_types has 1 entries, block_out_channels has 3",
+            "down_block_types has 1 entries, but block_out_channels has 3",
         ),
     ],
 )
@@ -165,7 +161,7 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) 
         AutoencoderKlConfig.from_json(TINY | setting)
 
 
-# A bundle's graphs are held against PyTorch and diffusers in every run: tests/export/families/sd3/test_pictures.py.
+# Every run compares a bundle's graphs with PyTorch and diffusers in tests/export/families/sd3/test_pictures.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
 def test_the_exported_graph_runs_at_another_shape_and_batch(side, reference, relative_l2) -> None:

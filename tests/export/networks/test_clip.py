@@ -10,7 +10,7 @@ from torch import Tensor
 from ditc.export.networks.clip import end_of_text, load_clip
 from ditc.runtime.errors import CheckpointError
 
-# The same fp32 operations but for the order of one sum. Measured 3e-7 of the largest value.
+# The same fp32 operations, except for the order of one sum. Measured 3e-7 of the largest value.
 BOUND = 1e-5
 SHAPES = {
     "quick_gelu": {"hidden_size": 16, "projection": 8, "layers": 2},
@@ -27,7 +27,7 @@ def reference(activation: str, eos_token_id: int = EOS):
 
 
 def prompts(pad: int) -> Tensor:
-    """Texts of 4, 30 and 77 tokens with their end, padded."""
+    """Padded texts of 4, 30 and 77 tokens, counting the end-of-text token."""
     ids = torch.randint(1, EOS - 1, (3, TOKENS), generator=torch.Generator().manual_seed(1))
     for row, end in enumerate((3, 29, TOKENS - 1)):
         ids[row, end] = EOS
@@ -38,7 +38,7 @@ def prompts(pad: int) -> Tensor:
 @pytest.mark.parametrize("eos_token_id", [EOS, 2], ids=["end of text", "old config"])
 @pytest.mark.parametrize("pad", [EOS, 0], ids=["padded with eos", "padded with !"])
 @pytest.mark.parametrize("activation", SHAPES)
-def test_states_and_pooled_text_are_transformers(activation, pad, eos_token_id) -> None:
+def test_states_and_pooled_text_match_transformers(activation, pad, eos_token_id) -> None:
     model = reference(activation, eos_token_id)
     encoder = load_clip(model.config.to_dict(), model.state_dict(), torch.float32)
     ids = prompts(pad)
@@ -49,10 +49,10 @@ def test_states_and_pooled_text_are_transformers(activation, pad, eos_token_id) 
         assert (got - expected).abs().max() <= BOUND * expected.abs().max()
 
 
-def test_the_end_of_text_is_the_first_one_and_does_not_hang_on_ties() -> None:
+def test_the_end_of_text_is_the_first_match_whatever_the_ties() -> None:
     ids = torch.tensor([[9, 5, 9, 9], [1, 2, 3, 9], [1, 2, 3, 4]])
     assert end_of_text(ids, 9).tolist() == [0, 3, 0]
-    assert end_of_text(ids, 2).tolist() == [0, 3, 3], "old configs: the first of the largest ids"
+    assert end_of_text(ids, 2).tolist() == [0, 3, 3], "with old configs it is the first of the largest ids"
 
 
 def test_another_model_type_is_refused() -> None:

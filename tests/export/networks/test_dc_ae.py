@@ -15,7 +15,7 @@ from ditc.export.networks.dc_ae import DcAeConfig, load_decoder, load_encoder
 from ditc.export.networks.loading import weight_map
 from ditc.runtime.errors import CheckpointError
 
-# fp32, other product orders (diffusers takes the N x N attention below 33 tokens). Measured 2e-7 to 8e-7.
+# fp32 with other orders of products (diffusers uses N x N attention below 33 tokens). Measured 2e-7 to 8e-7.
 FP32_BOUND = 1e-5
 BF16_BOUND = 4e-2  # about 20 dependent roundings to 8 bits; measured 1e-2
 
@@ -29,7 +29,10 @@ TINY |= {f"{side}_block_types": BLOCKS for side in ("encoder", "decoder")}
 TINY |= {f"{side}_block_out_channels": (8, 16, 32) for side in ("encoder", "decoder")}
 TINY |= {f"{side}_layers_per_block": (1, 1, 2) for side in ("encoder", "decoder")}
 TINY |= {f"{side}_qkv_multiscales": ((), (), (5,)) for side in ("encoder", "decoder")}
-CONV_FORM = {"upsample_block_type": "interpolate", "downsample_block_type": "Conv"}  # f32c32, Sana's own
+CONV_FORM = {
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+}  # Sana's f32c32 has this form
 NO_FIRST_STAGE = {"encoder_layers_per_block": (0, 1, 1), "decoder_layers_per_block": (0, 1, 1)}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pixel-shuffle": {},
@@ -42,13 +45,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one-scale": {"encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ())},
     "three-scales": {"decoder_qkv_multiscales": ((), (), (3, 5))},
 }
-# Latents (B,h,w): 24 and 6 tokens. diffusers changes to its N x N attention at 8 tokens here (the head dim).
+# Latents (B,h,w) of 24 and 6 tokens. diffusers uses N x N attention up to 8 tokens here, which is the head dim.
 SIZES = [(2, 4, 6), (1, 3, 2)]
 
 
 @pytest.fixture(scope="module")
 def reference(seed_weights):
-    """Config name -> seeded diffusers module, made once."""
+    """Gives the seeded diffusers module of a config by name. Each is made once."""
     made: dict[str, AutoencoderDC] = {}
 
     def get(name: str, **settings: Any) -> AutoencoderDC:
@@ -62,7 +65,7 @@ def reference(seed_weights):
 
 @pytest.mark.parametrize("size", SIZES, ids=["linear", "quadratic"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_decoder_is_diffusers_decode_of_unscaled_latents(name, size, reference, relative_l2) -> None:
+def test_the_decoder_equals_diffusers_decode_of_unscaled_latents(name, size, reference, relative_l2) -> None:
     module, (batch, height, width) = reference(name), size
     decoder = load_decoder(DcAeConfig.from_json(module.config), module.state_dict(), torch.float32)
     latents = torch.randn(batch, 8, height, width, generator=torch.Generator().manual_seed(1))
@@ -72,7 +75,7 @@ def test_the_decoder_is_diffusers_decode_of_unscaled_latents(name, size, referen
 
 @pytest.mark.parametrize("size", SIZES, ids=["linear", "quadratic"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_encoder_is_diffusers_encode_then_scale(name, size, reference, relative_l2) -> None:
+def test_the_encoder_equals_diffusers_encode_and_then_scales(name, size, reference, relative_l2) -> None:
     module, (batch, height, width) = reference(name), size
     config = DcAeConfig.from_json(module.config)
     encoder = load_encoder(config, module.state_dict(), torch.float32)
@@ -84,7 +87,7 @@ def test_the_encoder_is_diffusers_encode_then_scale(name, size, reference, relat
 
 
 @pytest.mark.slow
-def test_the_full_width_decoder_with_one_layer_a_stage_is_diffusers(seed_weights, relative_l2) -> None:
+def test_the_full_width_decoder_with_one_layer_per_stage_equals_diffusers(seed_weights, relative_l2) -> None:
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     module = seed_weights(
         AutoencoderDC(
@@ -144,7 +147,7 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) 
         DcAeConfig.from_json(TINY | setting)
 
 
-# One block a stage: an export costs 0.1 s a node.
+# One block per stage, because an export costs 0.1 s per node.
 SHALLOW = {f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")}
 EXPORTS = ["f32c32", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "f32c32")]
 

@@ -22,7 +22,7 @@ def reference():
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 5), (3, 16), (2, 60)])
-def test_the_states_are_transformers_at_every_length(reference, batch, length) -> None:
+def test_the_states_match_transformers_at_every_length(reference, batch, length) -> None:
     encoder = load_t5(reference.config.to_dict(), reference.state_dict(), torch.float32)
     ids = torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(length))
     with torch.inference_mode():
@@ -30,7 +30,7 @@ def test_the_states_are_transformers_at_every_length(reference, batch, length) -
     assert (got - wanted).abs().max() <= BOUND * wanted.abs().max()
 
 
-def test_with_a_mask_padding_is_not_looked_at_as_in_transformers(reference) -> None:
+def test_with_a_mask_padding_is_not_attended_to_as_in_transformers(reference) -> None:
     encoder = load_t5(reference.config.to_dict(), reference.state_dict(), torch.float32)
     ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
@@ -41,7 +41,7 @@ def test_with_a_mask_padding_is_not_looked_at_as_in_transformers(reference) -> N
     assert (got[1, :4] - unmasked[1, :4]).abs().max() > 0.01 * wanted.abs().max()
 
 
-def test_the_table_of_buckets_is_transformers_formula_at_any_distance() -> None:
+def test_the_table_of_buckets_matches_transformers_formula_at_any_distance() -> None:
     config = T5Config()  # 32 buckets up to distance 128, as in T5-XXL
     table = distance_buckets(config)
     offset = torch.arange(-600, 601)
@@ -50,13 +50,13 @@ def test_the_table_of_buckets_is_transformers_formula_at_any_distance() -> None:
     assert torch.equal(got, wanted)
 
 
-def test_fp16_is_refused_with_what_to_take(reference) -> None:
-    with pytest.raises(UsageError, match="T5 is not built in fp16") as caught:
+def test_fp16_is_refused_and_the_hint_names_other_types(reference) -> None:
+    with pytest.raises(UsageError, match="T5 cannot be built in fp16") as caught:
         load_t5(reference.config.to_dict(), reference.state_dict(), torch.float16)
     assert "bf16 or fp32" in str(caught.value.hint)
 
 
-def test_weights_that_are_stored_in_fp16_are_read(reference) -> None:
+def test_weights_stored_in_fp16_are_read(reference) -> None:
     stored = {name: tensor.half() for name, tensor in reference.state_dict().items()}
     encoder = load_t5(reference.config.to_dict(), stored, torch.bfloat16)
     assert encoder.shared.weight.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""lucidrains/mmdit checkpoints as a user has them: saved, planned, built, drawn, and refused where they are wrong."""
+"""lucidrains/mmdit checkpoints as a user has them: saving, planning, building and drawing, and refusing wrong ones."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
 
 pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip install ditc[dev]")
-# What the project promises for the same seed against upstream; measured 141.
-LEAST_PSNR = 45.0
+# The project's promise against upstream for the same seed; measured 141 dB.
+MIN_PSNR_DB = 45.0
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def draw_both(bundle: Path, checkpoint: Path, prompt: str, size: int = 64) -> tu
 def draw_with(
     pipeline: Pipeline, checkpoint: Path, prompt: str, size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The runtime's picture, and that of upstream's modules in a plain torch loop, from one noise."""
+    """The runtime's picture, and the picture of upstream's modules in a plain torch loop, from the same noise."""
     from ditc.parity.reference.lucidrains import open_pipeline
 
     latents = pipeline.manifest.latents
@@ -73,23 +73,23 @@ def draw_with(
     return np.asarray(ours), theirs
 
 
-def test_stages_with_the_same_weights_are_taken_over(mmdit_bundle: Path, tiny_bundle: Path) -> None:
-    """The fixture builds over another family's bundle."""
+def test_stages_with_the_same_weights_are_reused(mmdit_bundle: Path, tiny_bundle: Path) -> None:
+    """The fixture builds in a copy of another family's bundle."""
     ours, other = (load_manifest(bundle).stages for bundle in (mmdit_bundle, tiny_bundle))
     same = {name for name in ours if ours[name].artifacts[0].key == other[name].artifacts[0].key}
     assert set(ours) - same == {CONDITIONER, DENOISER}
 
 
-def test_the_picture_is_upstreams(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
+def test_the_picture_matches_upstream(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
     ours, theirs = draw_both(mmdit_bundle, mmdit_checkpoint, "a red cat with a blue apple")
-    assert psnr(ours, theirs) >= LEAST_PSNR
+    assert psnr(ours, theirs) >= MIN_PSNR_DB
     other, _ = draw_both(mmdit_bundle, mmdit_checkpoint, "dog")
-    assert psnr(ours, other) < LEAST_PSNR  # else the text does not matter, and neither does its mask
+    assert psnr(ours, other) < MIN_PSNR_DB  # or else text and mask would not matter
 
 
-def test_the_picture_is_upstreams_at_another_size(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
+def test_the_picture_matches_upstream_at_another_size(mmdit_bundle: Path, mmdit_checkpoint: Path) -> None:
     ours, theirs = draw_both(mmdit_bundle, mmdit_checkpoint, "a red cat", size=96)
-    assert ours.shape == (96, 96, 3) and psnr(ours, theirs) >= LEAST_PSNR
+    assert ours.shape == (96, 96, 3) and psnr(ours, theirs) >= MIN_PSNR_DB
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +97,24 @@ def with_t5_and_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("t5") / "checkpoint", companions=t5_and_kl)
 
 
-def test_a_trunk_with_t5_and_autoencoder_kl_draws_upstreams_picture(with_t5_and_kl: Path) -> None:
-    """Over PyTorch sessions. T5 does not look at padding here, unlike SD3's."""
+def test_the_picture_with_t5_and_autoencoder_kl_matches_upstream(with_t5_and_kl: Path) -> None:
+    """The pipeline runs over PyTorch sessions. Unlike in SD3, T5 does not attend to padding here."""
     index = json.loads((with_t5_and_kl / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     pipeline = Twin(with_t5_and_kl).pipeline
     ours, theirs = draw_with(pipeline, with_t5_and_kl, "a red cat")
-    assert psnr(ours, theirs) >= LEAST_PSNR
+    assert psnr(ours, theirs) >= MIN_PSNR_DB
     other, _ = draw_with(pipeline, with_t5_and_kl, "blue")
-    assert psnr(ours, other) < LEAST_PSNR
+    assert psnr(ours, other) < MIN_PSNR_DB
 
 
 @pytest.mark.slow
-def test_its_graphs_draw_it_too(with_t5_and_kl: Path, tmp_path: Path) -> None:
+def test_the_picture_from_the_graphs_with_t5_and_autoencoder_kl_matches_upstream(
+    with_t5_and_kl: Path, tmp_path: Path
+) -> None:
     bundle = build_bundle(with_t5_and_kl, tmp_path / "bundle", BuildOptions()).bundle
-    assert psnr(*draw_both(bundle, with_t5_and_kl, "a red cat")) >= LEAST_PSNR
+    assert psnr(*draw_both(bundle, with_t5_and_kl, "a red cat")) >= MIN_PSNR_DB
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_its_graphs_draw_it_too(with_t5_and_kl: Path, tmp_path: Path) -> None:
         ("text_encoder", {"d_model": 64}, "the text encoder's states have 64 channels"),
     ],
 )
-def test_other_companions_are_refused(
+def test_companions_that_do_not_fit_are_refused(
     with_t5_and_kl: Path, tmp_path: Path, folder: str, values: dict[str, Any], message: str
 ) -> None:
     checkpoint = Path(shutil.copytree(with_t5_and_kl, tmp_path / "checkpoint"))
@@ -134,21 +136,19 @@ def test_other_companions_are_refused(
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_generalized_trunk_with_four_streams_is_upstreams(
+def test_the_picture_of_the_generalized_trunk_with_four_streams_matches_upstream(
     tmp_path: Path, tiny_bundle: Path
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", trunk=GENERALIZED)
     out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     build_bundle(checkpoint, out, BuildOptions())
-    assert psnr(*draw_both(out, checkpoint, "a red cat")) >= LEAST_PSNR
+    assert psnr(*draw_both(out, checkpoint, "a red cat")) >= MIN_PSNR_DB
 
 
 @pytest.mark.parametrize(
     "trunk", [TWO, GENERALIZED, {**TWO, "num_register_tokens": 0, "num_residual_streams": 4}]
 )
-def test_every_tensor_is_read_or_on_the_list_of_those_that_no_picture_depends_on(
-    trunk, tmp_path: Path
-) -> None:
+def test_every_tensor_is_either_read_or_listed_as_unused(trunk, tmp_path: Path) -> None:
     component = open_checkpoint(make_checkpoint(tmp_path / "c", trunk=trunk)).component("transformer")
     config = MMDiTConfig.from_json(component.config)
     networks = load_mmdit(config, component.tensors, torch.float32)
@@ -159,7 +159,7 @@ def test_every_tensor_is_read_or_on_the_list_of_those_that_no_picture_depends_on
     assert all(name.startswith((last, "trunk.norms.0.", "trunk.register_tokens")) for name in unused)
 
 
-def test_a_tensor_that_no_network_knows_is_refused(mmdit_checkpoint: Path) -> None:
+def test_unknown_and_missing_tensors_are_refused(mmdit_checkpoint: Path) -> None:
     component = open_checkpoint(mmdit_checkpoint).component("transformer")
     tensors = {name: component.tensors[name] for name in component.tensors}
     config = MMDiTConfig.from_json(component.config)
@@ -170,7 +170,7 @@ def test_a_tensor_that_no_network_knows_is_refused(mmdit_checkpoint: Path) -> No
         load_mmdit(config, tensors, torch.float32)
 
 
-def test_profiles_agree_where_stages_meet(mmdit_checkpoint: Path) -> None:
+def test_specs_agree_between_connected_stages(mmdit_checkpoint: Path) -> None:
     made = plan(mmdit_checkpoint, max_batch=3)
     conditioner, denoiser = made.stages[CONDITIONER].spec, made.stages[DENOISER].spec
     for output in conditioner.outputs:
@@ -214,7 +214,7 @@ def test_a_config_that_is_not_implemented_is_refused_before_weights_are_read(
 
 
 def test_tf32_is_refused(mmdit_checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="tf32 is not built for lucidrains/mmdit"):
+    with pytest.raises(UsageError, match="tf32 is not available for lucidrains/mmdit"):
         plan(mmdit_checkpoint, precision=Precision.TF32)
 
 
@@ -262,11 +262,12 @@ def test_the_int8_recipe_names_every_gemm_of_the_blocks_and_nothing_else(
 
 
 def code_of_the_page() -> list[str]:
+    """The Python blocks of docs/mmdit.md."""
     page = (Path(__file__).parents[4] / "docs" / "mmdit.md").read_text(encoding="utf-8")
     return [block.split("```")[0] for block in page.split("```python\n")[1:]]
 
 
-def test_the_pages_code_saves_a_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_in_the_docs_saves_a_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmdit.mmdit_pytorch import MMDiT
 
     tensors = open_checkpoint(checkpoint).component("transformer").tensors
@@ -279,14 +280,13 @@ def test_the_pages_code_saves_a_checkpoint(checkpoint: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_the_pages_code_exports_a_trunk_of_three_modalities(
+def test_the_code_in_the_docs_exports_a_trunk_of_three_modalities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmdit.mmdit_generalized_pytorch import MMDiT
 
     upstream = MMDiT(depth=1, dim_modalities=(24, 32, 16), dim_cond=12, heads=2, dim_head=8)
     monkeypatch.chdir(tmp_path)
-    exec(
-        code_of_the_page()[1], {"state_dict": upstream.state_dict()}
-    )  # to_onnx holds the graph against PyTorch
+    # to_onnx compares the graph with PyTorch.
+    exec(code_of_the_page()[1], {"state_dict": upstream.state_dict()})
     assert Path("trunk.onnx").is_file()

@@ -1,4 +1,4 @@
-"""Every configuration of lucidrains/mmdit through ONNX Runtime at two sets of sizes, held against the package."""
+"""Every configuration of lucidrains/mmdit in ONNX Runtime, compared with the package at two sets of sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import mmdit.adaptive_attention as adaptive
 import mmdit.mmdit_generalized_pytorch as generalized
 import mmdit.mmdit_pytorch as two
 
-FP32_BOUND = 1e-5  # other kernels than PyTorch's; measured 2e-7 to 3e-6
+FP32_BOUND = 1e-5  # the kernels are not PyTorch's; measured 2e-7 to 3e-6
 DIMS = (24, 32, 16)  # text, image, a third modality
 COND = 12
 HEADS = {"dim_head": 8, "heads": 2}
@@ -41,7 +41,7 @@ Make = Callable[[], nn.Module]
 
 
 class Cased(nn.Module):
-    """A network under the inputs that all cases share: tokens and masks of three modalities, and a condition."""
+    """A network with the inputs that all cases share: tokens and masks of three modalities, and a condition."""
 
     def __init__(self, network: nn.Module, call: Call) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Make, Make, Call, Call]] = {
 
 
 def case(name: str) -> tuple[Cased, StageModule]:
-    """Upstream's module, seeded, and ours with its weights as a stage."""
+    """Upstream's seeded module, and ditc's module with the same weights as a stage."""
     make_upstream, make_ours, call_upstream, call_ours = CASES[name]
     upstream = seeded(make_upstream())
     ours = make_ours().eval()
@@ -141,7 +141,7 @@ def case(name: str) -> tuple[Cased, StageModule]:
 
 
 def inputs(sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Seeded; the first sample is whole, the second half masked, the third has no token that is attended to."""
+    """Seeded inputs. The first sample has no mask, the second is half masked, and the third is fully masked."""
     generator = torch.Generator().manual_seed(sizes["text"])
     batch = sizes["batch"]
     given = {
@@ -155,9 +155,9 @@ def inputs(sizes: dict[str, int]) -> dict[str, Tensor]:
     return {**given, "cond": torch.randn(batch, COND, generator=generator)}
 
 
-# Their networks are parts of the other cases', or of a bundle's (test_adapters_mmdit.py): left to the long run.
+# The networks of these cases are part of other cases, or of a bundle in test_adapter.py, so only the long run has them.
 SLOW = {
-    "joint attention, qk-norm, all masked",  # at opset 20; at 23 in every run
+    "joint attention, qk-norm, all masked",  # this is opset 20; every run tests it at opset 23
     "joint attention, soft clamp, no mask",
     "adaptive attention, 1 set",
     "block",
@@ -165,20 +165,20 @@ SLOW = {
     "3 modalities, 1 stream",
     "3 modalities, 4 streams",
 }
-# Most nodes; 3 modalities measured 339 without masks, where upstream's own export has 1,360.
+# Largest number of nodes. Measured: 339 for 3 modalities without masks, where upstream's own export has 1,360.
 NODES = {"2 modalities, 4 streams": 260, "3 modalities, 4 streams": 400}
 FAST_FIRST = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
 
 
 @pytest.mark.parametrize("name", FAST_FIRST)
-def test_the_graph_is_upstream_at_two_sets_of_sizes(name: str, tmp_path: Path, relative_l2) -> None:
+def test_the_graph_matches_upstream_at_two_sets_of_sizes(name: str, tmp_path: Path, relative_l2) -> None:
     reference, stage = case(name)
     model = check_graph(reference, stage, tmp_path / "trunk.onnx", relative_l2)
     if name in NODES:
         check_compact(model, modalities=int(name[0]), nodes=NODES[name])
 
 
-def test_a_mask_is_in_one_attention_node_at_opset_23(tmp_path: Path, relative_l2) -> None:
+def test_masked_attention_is_one_attention_node_at_opset_23(tmp_path: Path, relative_l2) -> None:
     masked = case("joint attention, qk-norm, all masked")
     model = check_graph(*masked, tmp_path / "trunk.onnx", relative_l2, opset=23)
     assert [node.op_type for node in model.graph if node.op_type in ("Attention", "Softmax")] == ["Attention"]
@@ -187,7 +187,7 @@ def test_a_mask_is_in_one_attention_node_at_opset_23(tmp_path: Path, relative_l2
 def check_graph(
     reference: Cased, stage: StageModule, path: Path, relative_l2: Callable[..., float], opset: int = 20
 ) -> ir.Model:
-    """Export, and hold the graph against the reference at both sizes."""
+    """Export the stage, and compare its graph with the reference at both sizes."""
     model = to_model(stage, opset)
     check_islands(model, stage.spec)
     ir.save(model, path)
@@ -201,7 +201,7 @@ def check_graph(
 
 
 def check_compact(model: ir.Model, *, modalities: int, nodes: int) -> None:
-    """One Sinkhorn node a modality and branch, and one function; not its 20 iterations each time."""
+    """Each modality and branch has one Sinkhorn node that calls one shared function, not 20 iterations of its own."""
     calls = [node for node in model.graph if node.op_type == OP_TYPE]
     assert len(calls) == 2 * modalities
     assert [function.name for function in model.functions.values()] == [OP_TYPE]

@@ -1,4 +1,4 @@
-"""Our networks against the installed mmdit 0.3.0, its defects included: each has a test that fails once it is fixed."""
+"""ditc's networks against the installed mmdit 0.3.0. Each of its defects has a test that fails once it is fixed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import mmdit.mmdit_generalized_pytorch as generalized
 import mmdit.mmdit_pytorch as two
 from x_transformers.x_transformers import FeedForward as UpstreamFeedForward
 
-# fp32, other product orders, up to 4 streams and 40 Sinkhorn divisions a branch. Measured 3e-8 to 1e-6.
+# fp32 with other orders of products, up to 4 streams and 40 Sinkhorn divisions per branch. Measured 3e-8 to 1e-6.
 FP32_BOUND = 1e-5
 TEXT, IMAGE, AUDIO, COND = 48, 64, 32, 24
 HEADS = {"dim_head": 16, "heads": 4}
@@ -60,7 +60,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 
 
 def mask(batch: int, length: int) -> Tensor:
-    """The first row whole, the second without its tail, the others without any token."""
+    """A mask that keeps the first row, half of the second, and no token of the others."""
     lengths = torch.tensor([length, length // 2, *(0,) * (batch - 2)])[:batch]
     return torch.arange(length)[None] < lengths[:, None]
 
@@ -73,7 +73,7 @@ def same(ours: Any, theirs: Any, relative_l2) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MMDITS)
-def test_text_and_image_are_upstreams(name: str, masked: bool, relative_l2) -> None:
+def test_text_and_image_match_upstream(name: str, masked: bool, relative_l2) -> None:
     arguments = {"depth": 2, **PAIR, **MMDITS[name]}
     upstream = seeded(two.MMDiT(**arguments))
     text, image, key_mask = tokens(3, 7, TEXT), tokens(3, 16, IMAGE), mask(3, 7) if masked else None
@@ -95,7 +95,7 @@ def test_text_and_image_are_upstreams(name: str, masked: bool, relative_l2) -> N
 
 
 @pytest.mark.parametrize("name", GENERALIZED)
-def test_three_modalities_are_upstreams(name: str, relative_l2) -> None:
+def test_three_modalities_match_upstream(name: str, relative_l2) -> None:
     arguments = {"depth": 2, **TRIO, **GENERALIZED[name]}
     upstream, ours = seeded(generalized.MMDiT(**arguments)), GeneralizedMMDiT(**arguments).eval()
     ours.load_state_dict(upstream.state_dict())
@@ -106,7 +106,7 @@ def test_three_modalities_are_upstreams(name: str, relative_l2) -> None:
         same(ours(given, masks, cond), theirs, relative_l2)
 
 
-def test_an_embedding_and_an_attention_pool_of_the_streams_are_upstreams(relative_l2) -> None:
+def test_an_embedding_and_an_attention_pool_of_the_streams_match_upstream(relative_l2) -> None:
     arguments = {"depth": 1, "dim_modalities": (TEXT, TEXT), "dim_cond": COND, **HEADS}
     arguments["mhc_kwargs"] = {"add_stream_embed": True, "add_attn_pool_reduce_stream": True, "dim": TEXT}
     upstream, ours = seeded(generalized.MMDiT(**arguments)), GeneralizedMMDiT(**arguments).eval()
@@ -115,7 +115,7 @@ def test_an_embedding_and_an_attention_pool_of_the_streams_are_upstreams(relativ
     same(ours(given, None, cond), upstream(modality_tokens=given, time_cond=cond), relative_l2)
 
 
-def test_what_a_denoiser_does_not_read_changes_nothing_that_it_reads(relative_l2) -> None:
+def test_leaving_out_what_a_denoiser_does_not_use_changes_nothing_that_it_uses(relative_l2) -> None:
     text, image, cond = tokens(2, 7, TEXT), tokens(2, 16, IMAGE), tokens(2, COND)
     upstream = seeded(two.MMDiT(depth=2, dim_cond=COND, **PAIR))
     pruned = MMDiT(depth=2, dim_cond=COND, **PAIR, return_text=False).eval()
@@ -132,7 +132,7 @@ def test_what_a_denoiser_does_not_read_changes_nothing_that_it_reads(relative_l2
 
 
 @pytest.mark.parametrize("arguments", [{}, {"qk_rmsnorm": True}, {"softclamp": True, "softclamp_value": 2.0}])
-def test_joint_attention_is_upstreams_and_rows_without_a_key_are_zeros(arguments, relative_l2) -> None:
+def test_joint_attention_matches_upstream_and_rows_without_a_key_are_zeros(arguments, relative_l2) -> None:
     dims = (TEXT, IMAGE, AUDIO)
     upstream = seeded(two.JointAttention(dim_inputs=dims, **HEADS, **arguments))
     clamp = arguments.get("softclamp_value")
@@ -146,7 +146,7 @@ def test_joint_attention_is_upstreams_and_rows_without_a_key_are_zeros(arguments
     assert all(out[2].count_nonzero() == 0 for out in ours(given, masks))
 
 
-def test_flash_is_the_same_function(relative_l2) -> None:
+def test_flash_attention_computes_the_same_function(relative_l2) -> None:
     upstream = seeded(two.JointAttention(dim_inputs=(TEXT, IMAGE), **HEADS, flash=True))
     ours = JointAttention((TEXT, IMAGE), **HEADS).eval()
     ours.load_state_dict(upstream.state_dict())
@@ -155,7 +155,7 @@ def test_flash_is_the_same_function(relative_l2) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_adaptive_weights": 4}, {"softclamp": True}])
-def test_adaptive_attention_is_upstreams(arguments: dict[str, Any], relative_l2) -> None:
+def test_adaptive_attention_matches_upstream(arguments: dict[str, Any], relative_l2) -> None:
     upstream = seeded(adaptive.AdaptiveAttention(dim=TEXT, **HEADS, **arguments))
     ours = AdaptiveAttention(dim=TEXT, **HEADS, **arguments).eval()
     ours.load_state_dict(upstream.state_dict())
@@ -172,7 +172,7 @@ def test_adaptive_attention_is_upstreams(arguments: dict[str, Any], relative_l2)
         {"softclamp_value": 3.0, "dropout": 0.1},
     ],
 )
-def test_feedforwards_are_upstreams(arguments: dict[str, Any], relative_l2) -> None:
+def test_feedforwards_match_upstream(arguments: dict[str, Any], relative_l2) -> None:
     upstream, ours = seeded(UpstreamFeedForward(TEXT, **arguments)), FeedForward(TEXT, **arguments).eval()
     ours.load_state_dict(upstream.state_dict())
     x = tokens(2, 5, TEXT)
@@ -185,7 +185,7 @@ def test_a_feedforward_that_is_not_implemented_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
-def test_the_norm_of_heads_has_its_floor_at_the_norm_not_in_the_mean(scale: float, relative_l2) -> None:
+def test_the_norm_of_heads_bounds_the_norm_and_adds_nothing_to_the_mean(scale: float, relative_l2) -> None:
     upstream = seeded(two.MultiHeadRMSNorm(16, heads=4))
     ours = MultiHeadRMSNorm(16, heads=4)
     ours.load_state_dict(upstream.state_dict())
@@ -193,7 +193,7 @@ def test_the_norm_of_heads_has_its_floor_at_the_norm_not_in_the_mean(scale: floa
     assert relative_l2(ours(x), upstream(x.transpose(1, 2)).transpose(1, 2)) <= FP32_BOUND
 
 
-# Upstream's defects. Each test says what upstream does today; one that fails means that upstream changed.
+# Upstream's defects. Each test states what upstream does today, and fails once upstream changes.
 
 
 def test_upstream_never_forwards_qk_rmsnorm_to_the_attention_of_a_block(relative_l2) -> None:
@@ -208,7 +208,7 @@ def test_upstream_never_forwards_qk_rmsnorm_to_the_attention_of_a_block(relative
     assert not any("rmsnorm" in name for name in trio.state_dict())
 
 
-def test_upstream_skips_the_text_feedforward_of_a_lone_block(relative_l2) -> None:
+def test_upstream_skips_the_text_feedforward_of_a_block_used_alone(relative_l2) -> None:
     upstream = seeded(two.MMDiTBlock(**PAIR))
     ours = MMDiTBlock(**PAIR).eval()
     loaded = ours.load_state_dict(upstream.state_dict(), strict=False)
@@ -230,7 +230,7 @@ def test_upstream_norms_every_modality_whatever_final_norms_says() -> None:
     assert {"norms.0.g", "norms.1.g", "norms.2.g"} <= set(upstream.state_dict()) == names
 
 
-def test_upstream_takes_a_soft_clamp_in_the_generalized_block_alone() -> None:
+def test_upstream_accepts_a_soft_clamp_in_the_generalized_block_only() -> None:
     generalized.MMDiTBlock(**TRIO, softclamp=True)
     with pytest.raises(TypeError):
         two.MMDiTBlock(**PAIR, softclamp=True)
@@ -243,7 +243,7 @@ def test_upstream_does_not_pass_mhc_kwargs_to_its_blocks() -> None:
         generalized.MMDiT(depth=1, **TRIO, mhc_kwargs={"sinkhorn_iters": 5})
 
 
-def test_upstream_draws_the_first_stream_outside_torchs_generator(relative_l2) -> None:
+def test_upstream_chooses_the_first_stream_without_torchs_generator(relative_l2) -> None:
     def made(state: int) -> Any:
         random.seed(state)
         torch.manual_seed(0)
@@ -260,7 +260,7 @@ def test_upstream_draws_the_first_stream_outside_torchs_generator(relative_l2) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_16_bits_our_norms_and_softmax_lose_no_more_than_upstreams(dtype, relative_l2) -> None:
+def test_in_16_bits_the_error_is_at_most_that_of_upstream(dtype, relative_l2) -> None:
     arguments = {"depth": 2, "dim_cond": COND, **PAIR}
     upstream, ours = seeded(two.MMDiT(**arguments)), MMDiT(**arguments).eval()
     ours.load_state_dict(upstream.state_dict(), strict=False)

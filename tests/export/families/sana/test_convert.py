@@ -47,7 +47,7 @@ TRAINING_ONLY = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", 
 
 @pytest.fixture(params=["sana", "sana-1.5", "sprint"])
 def network(request: pytest.FixtureRequest) -> SanaTransformer2DModel:
-    """A seeded network of each family; biases and norms are random too, so that no two tensors are equal."""
+    """A seeded network of each variant. Biases and norms are random too, so no two tensors are equal."""
     return _network(request.param)
 
 
@@ -61,7 +61,7 @@ def test_a_native_checkpoint_becomes_the_same_network_in_diffusers(
     _assert_same(open_checkpoint(out).component("transformer").tensors, expected)
     loaded, report = SanaTransformer2DModel.from_pretrained(out / "transformer", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    # Equal weights at other addresses: GEMM kernels differ in their last bits with the alignment.
+    # Not bit for bit: the weights are at other addresses, and a GEMM's last bits depend on the alignment.
     torch.testing.assert_close(_run(loaded), _run(network))
 
 
@@ -74,7 +74,7 @@ def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
     second = convert(native, tmp_path / "second", options=OPTIONS)
     for path in sorted(first.rglob("*.*")):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
-    # safetensors makes its files private; these may be read by whom the umask lets.
+    # safetensors makes its files private, but these have the permissions that the umask allows.
     config = first / "transformer" / "config.json"
     modes = {path.stat().st_mode for path in (native, config, *first.rglob("*.safetensors"))}
     assert len(modes) == 1
@@ -84,7 +84,7 @@ def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
     ("family", "qk_norm", "guidance"),
     [("sana", False, False), ("sana-1.5", True, False), ("sprint", True, True)],
 )
-def test_the_family_is_told_from_keys_not_from_the_path(
+def test_the_variant_is_detected_from_keys_not_from_the_path(
     tmp_path: Path, family: str, qk_norm: bool, guidance: bool
 ) -> None:
     misleading = tmp_path / "SANA1.5_Sprint_4.8B_video.pth"
@@ -92,7 +92,7 @@ def test_the_family_is_told_from_keys_not_from_the_path(
     assert (keys.num_layers, keys.qk_norm, keys.guidance_embeds) == (LAYERS, qk_norm, guidance)
 
 
-def test_the_scheduler_and_the_pipeline_are_those_of_the_family(tmp_path: Path) -> None:
+def test_the_scheduler_and_the_pipeline_class_follow_the_variant(tmp_path: Path) -> None:
     sana = convert(
         _save(_native_names(_network("sana")), tmp_path / "a.pth"), tmp_path / "a", options=OPTIONS
     )
@@ -109,11 +109,11 @@ def test_the_scheduler_and_the_pipeline_are_those_of_the_family(tmp_path: Path) 
     assert sprint.scheduler_config["_class_name"] == "SCMScheduler"
 
 
-def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -> None:
+def test_one_error_names_every_setting_that_the_tensors_do_not_show(tmp_path: Path) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     with pytest.raises(UsageError) as caught:
         convert(path, tmp_path / "out", options=NativeOptions())
-    assert str(caught.value).endswith("cannot tell --resolution, --position-embedding, --dtype, --flow-shift")
+    assert str(caught.value).endswith("also give --resolution, --position-embedding, --dtype, --flow-shift")
     assert "4096 px --flow-shift 6" in str(caught.value.hint)
     with pytest.raises(UsageError, match=r"--interpolation-scale"):
         convert(path, tmp_path / "out", options=_options(position_embedding="sincos"))
@@ -158,7 +158,7 @@ def test_weights_are_cast_to_the_dtype_and_overflow_is_refused_by_name(tmp_path:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bf16", "large.pth", "net.pth"]
 
 
-def test_the_other_parts_are_copied_from_a_base_checkpoint(tmp_path: Path) -> None:
+def test_the_other_components_are_copied_from_a_base_checkpoint(tmp_path: Path) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     base = convert(path, tmp_path / "base", options=OPTIONS)
     (base / "tokenizer").mkdir()
@@ -173,7 +173,9 @@ def test_the_other_parts_are_copied_from_a_base_checkpoint(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("key", ["state_dict", None])
-def test_a_training_files_weights_are_found_and_ema_is_an_option(tmp_path: Path, key: str | None) -> None:
+def test_weights_inside_a_training_file_are_read_and_ema_is_an_option(
+    tmp_path: Path, key: str | None
+) -> None:
     native = _native_names(_network("sana"))
     averaged = {name: tensor + 1 for name, tensor in native.items()}
     training = {"state_dict": native, "state_dict_ema": averaged, "optimizer": {"lr": 0.1}, "epoch": 3}
@@ -186,7 +188,7 @@ def test_a_training_files_weights_are_found_and_ema_is_an_option(tmp_path: Path,
             read_native(tmp_path / "net.pth", ema=True)
 
 
-def test_torchs_format_from_before_zip_files_is_read_too(tmp_path: Path) -> None:
+def test_torchs_format_before_zip_files_is_read_too(tmp_path: Path) -> None:
     native = _native_names(_network("sana"))
     torch.save({"state_dict": native}, tmp_path / "net.pth", _use_new_zipfile_serialization=False)
     _assert_same(read_native(tmp_path / "net.pth"), native)
@@ -217,7 +219,7 @@ def test_a_pth_that_holds_code_is_refused_and_not_run(tmp_path: Path, plain: boo
 
 
 @pytest.mark.parametrize("value", [[1, 2], {}, {"state_dict": {"a": 3}}, {"state_dict": [torch.ones(1)]}])
-def test_a_pth_that_is_no_state_dict_is_refused(tmp_path: Path, value: object) -> None:
+def test_a_pth_without_a_state_dict_is_refused(tmp_path: Path, value: object) -> None:
     torch.save(value, tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match=r"net.pth"):
         read_native(tmp_path / "net.pth")
@@ -252,7 +254,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
     assert "x_embedder.proj.weight is [16]" in refused({"x_embedder.proj.weight": torch.ones(16)})
 
 
-def test_other_networks_are_refused_by_what_they_are(tmp_path: Path) -> None:
+def test_other_networks_are_refused_and_the_error_says_what_they_are(tmp_path: Path) -> None:
     for tensors, message in (
         ({"blocks.0.mlp.t_conv.weight": torch.ones(1)}, "SANA-Video"),
         (
@@ -265,14 +267,14 @@ def test_other_networks_are_refused_by_what_they_are(tmp_path: Path) -> None:
             convert(_save(tensors, tmp_path / "net.safetensors"), tmp_path / "out", options=OPTIONS)
 
 
-def test_a_native_file_given_as_a_checkpoint_is_sent_to_convert(tmp_path: Path) -> None:
+def test_the_error_for_a_native_file_as_a_checkpoint_points_to_ditc_convert(tmp_path: Path) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert "ditc convert" in str(caught.value.hint)
 
 
-def test_a_directory_is_sent_to_the_other_direction_and_a_missing_file_is_said(
+def test_the_error_for_a_directory_points_to_to_native_and_a_missing_file_is_named(
     tmp_path: Path, capsys
 ) -> None:
     out = tmp_path / "out"
@@ -284,7 +286,7 @@ def test_a_directory_is_sent_to_the_other_direction_and_a_missing_file_is_said(
         assert f"{missing} does not exist" in capsys.readouterr().err
 
 
-def test_a_place_that_takes_no_native_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write"):
         convert_to_native("nowhere", tmp_path / "file" / "out.safetensors")
@@ -297,11 +299,11 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
         convert(path, tmp_path / "out", options=OPTIONS)
 
 
-def test_the_command_line_gives_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_passes_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _save(_native_names(_network("sana")), tmp_path / "net.pth")
     line = f"convert {path} {tmp_path / 'out'} --resolution 64 --flow-shift 3 --position-embedding none"
     assert main(line.split()) == 2
-    assert "cannot tell --dtype" in capsys.readouterr().err
+    assert "also give --dtype" in capsys.readouterr().err
     for dtype in DTYPES:
         heads = ["--attention-head-dim", "8", "--cross-attention-head-dim", "4"]
         assert main([*line.replace("/out", f"/{dtype}").split(), "--dtype", dtype, *heads]) == 0
@@ -323,7 +325,7 @@ def _network(family: str) -> SanaTransformer2DModel:
 
 
 def _native_names(network: SanaTransformer2DModel) -> dict[str, torch.Tensor]:
-    """The network's weights as NVlabs/Sana names them, written out here apart from the table under test."""
+    """The network's weights with NVlabs/Sana's names, written out here independently of the table under test."""
     w = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     time = "time_embed" if network.config.guidance_embeds else "time_embed.emb"
     native = {

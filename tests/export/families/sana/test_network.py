@@ -17,9 +17,9 @@ from ditc.export.graph.ops import add_functions, onnx_translations
 from ditc.export.networks.loading import weight_map
 from ditc.runtime.errors import CheckpointError
 
-# fp32, other product orders, a few dozen dependent layers. Measured 2e-7 to 6e-7.
+# fp32 with other orders of products, over a few dozen dependent layers. Measured 2e-7 to 6e-7.
 FP32_BOUND = 1e-5
-# Rel-L2 of the 16-bit networks to fp32; diffusers' own in that type measures 1e-3 and 8e-3 on these weights.
+# Relative L2 of the 16-bit networks to fp32. diffusers' own networks measure 1e-3 and 8e-3 on these weights.
 BOUNDS_16_BIT = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 TINY = {
@@ -33,7 +33,7 @@ TINY = {
     "sample_size": 8,
 }
 QK_NORM = {"qk_norm": "rms_norm_across_heads"}
-CROSS_72 = {"num_cross_attention_heads": 3, "cross_attention_head_dim": 72}  # 216 channels: not the width
+CROSS_72 = {"num_cross_attention_heads": 3, "cross_attention_head_dim": 72}  # 216 channels, unlike the width
 CROSS_112 = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 112}
 CONFIGS: dict[str, dict[str, Any]] = {
     "0.6B": CROSS_72,
@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def reference(seed_weights):
-    """Config name -> seeded diffusers module, made once."""
+    """Gives the seeded diffusers module of a config by name. Each is made once."""
     made: dict[str, nn.Module] = {}
 
     def get(name: str) -> nn.Module:
@@ -66,7 +66,7 @@ def reference(seed_weights):
 def inputs(
     rows: int, height: int, width: int, length: int, config: dict[str, Any], channels: int = 8
 ) -> dict[str, Tensor]:
-    """Rows differ in everything, the padding included; the last row has one token."""
+    """Inputs whose rows differ in everything, also in their padding. The last row has one token."""
     generator = torch.Generator().manual_seed(rows)
     lengths = torch.linspace(length, 1, rows).long()
     values = {
@@ -90,7 +90,7 @@ def predict(conditioner: nn.Module, denoiser: nn.Module, values: dict[str, Tenso
 
 @pytest.mark.parametrize("size", [(2, 8, 8, 7), (3, 4, 10, 5)], ids=["square", "wide"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_two_networks_are_the_diffusers_transformer(name, size, reference, relative_l2) -> None:
+def test_the_two_networks_together_equal_diffusers_transformer(name, size, reference, relative_l2) -> None:
     module = reference(name)
     networks = load_sana(SanaConfig.from_json(module.config), module.state_dict(), torch.float32)
     values = inputs(*size, TINY | CONFIGS[name])
@@ -112,14 +112,14 @@ def test_the_two_networks_are_the_diffusers_transformer(name, size, reference, r
     ],
     ids=["0.6B", "1.5-1.6B"],
 )
-def test_one_layer_at_full_width_is_the_diffusers_layer(full, seed_weights, relative_l2) -> None:
+def test_one_layer_at_full_width_equals_diffusers(full, seed_weights, relative_l2) -> None:
     module = seed_weights(SanaTransformer2DModel(num_layers=1, **full))
     networks = load_sana(SanaConfig.from_json(module.config), module.state_dict(), torch.float32)
     values = inputs(2, 6, 10, 9, {"caption_channels": 2304}, channels=32)
     assert relative_l2(predict(*networks, values), module(**values).sample) <= FP32_BOUND
 
 
-def test_what_padding_holds_does_not_matter(reference, relative_l2) -> None:
+def test_embeddings_at_padding_positions_do_not_change_the_output(reference, relative_l2) -> None:
     module = reference("1.6B")
     networks = load_sana(SanaConfig.from_json(module.config), module.state_dict(), torch.float32)
     values = inputs(2, 4, 4, 6, TINY)
@@ -153,7 +153,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
     stages = {
         "conditioner": conditioner,
         "denoiser": nn.ModuleDict({"network": denoiser}),
-    }  # wrapped, as a step does
+    }  # wrapped, as in a step
     sources = weight_map(stages)
     rebuilt = {s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in sources}
     assert rebuilt.keys() == module.state_dict().keys()
@@ -176,7 +176,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         ),
         (
             lambda t: t.update({"proj_out.bias": torch.zeros(8, dtype=torch.int8)}),
-            r"proj_out\.bias is torch\.int8",
+            r"proj_out\.bias has the type torch\.int8",
         ),
     ],
     ids=["missing", "extra", "misshapen", "integer"],

@@ -1,4 +1,4 @@
-"""Stability's single files become diffusers directories and back, bit for bit, as diffusers' own loader reads them."""
+"""Stability's files become diffusers directories and back, bit for bit, as diffusers' own loader reads them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l"
 
 
 def random(network: nn.Module) -> nn.Module:
-    """Every tensor its own: no two are equal, biases and norms among them."""
+    """Give every tensor random values, biases and norms too, so that no two tensors are equal."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.2)
@@ -82,7 +82,7 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def directory(tmp_path: Path, variant: str) -> Path:
-    """A diffusers directory of transformer and VAE."""
+    """A diffusers directory with a transformer and a VAE."""
     path = tmp_path / "diffusers"
     make_transformer(variant).save_pretrained(path / "transformer")
     make_vae().save_pretrained(path / "vae")
@@ -101,7 +101,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_what_is_written_natively_is_what_diffusers_reads(
+def test_diffusers_reads_the_native_file_that_is_written(
     tmp_path: Path, directory: Path, variant: str
 ) -> None:
     native = load_file(convert_to_native(directory, tmp_path / "sd3.safetensors"))
@@ -109,7 +109,9 @@ def test_what_is_written_natively_is_what_diffusers_reads(
     assert_same(convert_sd3_transformer_checkpoint_to_diffusers(dict(native)), transformer.state_dict())
     assert_same(convert_ldm_vae_checkpoint(dict(native), vae.config), vae.state_dict())
     attention = native["first_stage_model.decoder.mid.attn_1.q.weight"]
-    assert attention.shape == (64, 64, 1, 1), "a 1x1 convolution there, a Linear here"
+    assert attention.shape == (64, 64, 1, 1), (
+        "it is a 1x1 convolution in Stability's files and a Linear in diffusers"
+    )
 
 
 def test_a_round_trip_is_bit_for_bit_and_gives_the_same_configs(
@@ -122,11 +124,11 @@ def test_a_round_trip_is_bit_for_bit_and_gives_the_same_configs(
         assert_same(second.component(name).tensors, first.component(name).tensors)
         loaded, report = type(made).from_pretrained(out / name, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        told = {k: v for k, v in second.component(name).config.items() if not k.startswith("_")}
-        assert {k: made.config[k] for k in told} == {
-            k: _same_kind(v, made.config[k]) for k, v in told.items()
+        settings = {k: v for k, v in second.component(name).config.items() if not k.startswith("_")}
+        assert {k: made.config[k] for k in settings} == {
+            k: _same_kind(v, made.config[k]) for k, v in settings.items()
         }
-        assert {k: loaded.config[k] for k in made.config if k[0] != "_"}.keys() >= told.keys()
+        assert {k: loaded.config[k] for k in made.config if k[0] != "_"}.keys() >= settings.keys()
     assert second.scheduler_config["shift"] == 3.0
     assert_same(load_file(convert_to_native(out, tmp_path / "again.safetensors")), load_file(native))
 
@@ -135,7 +137,7 @@ def _same_kind(value: Any, like: Any) -> Any:
     return tuple(value) if isinstance(like, tuple) else value
 
 
-def test_scale_and_shift_change_places_in_the_two_last_modulations_only(tmp_path: Path) -> None:
+def test_scale_and_shift_are_swapped_in_the_two_final_modulations_only(tmp_path: Path) -> None:
     tensors = make_transformer("sd3-medium").state_dict()
     path = _native_file(tmp_path, "sd3-medium")
     native = below(load_file(path), NETWORK)
@@ -178,7 +180,7 @@ def test_text_encoders_in_the_file_become_transformers_directories(tmp_path: Pat
     for prefix, clip in clips.items():
         native |= {prefix + name: tensor.half() for name, tensor in clip.state_dict().items()}
     del native[CLIP_L + "text_projection.weight"]
-    # Comfy's files: T5 in 8 bits, and tensors that nobody reads.
+    # As in Comfy's files: T5 is in 8 bits, and some tensors are not read.
     stored = {name: t.to(torch.float8_e4m3fn) for name, t in t5.state_dict().items()}
     native |= {T5 + name: tensor.clone() for name, tensor in stored.items()}
     native |= {"text_encoders.clip_l.logit_scale": torch.ones(())}
@@ -217,16 +219,16 @@ def _t5() -> T5Config:
 
 
 def _native_file(tmp_path: Path, variant: str) -> Path:
-    """Transformer alone, with the prefix of a whole file."""
+    """A native file with the transformer alone, which has the prefix that it has in a whole file."""
     path = tmp_path / f"{variant}-diffusers"
     make_transformer(variant).save_pretrained(path / "transformer")
     (path / "model_index.json").write_text('{"transformer": ["diffusers", "SD3Transformer2DModel"]}')
     return convert_to_native(path, tmp_path / f"{variant}.safetensors")
 
 
-def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -> None:
+def test_one_error_names_every_setting_that_the_tensors_do_not_show(tmp_path: Path) -> None:
     path = _native_file(tmp_path, "sd3-medium")
-    with pytest.raises(UsageError, match="cannot tell --resolution, --flow-shift") as caught:
+    with pytest.raises(UsageError, match="also give --resolution, --flow-shift") as caught:
         convert(path, tmp_path / "out", options=NativeOptions())
     assert "--resolution 1024 --flow-shift 3" in str(caught.value.hint)
     for wrong in (
@@ -257,7 +259,7 @@ def test_everything_that_keys_cannot_tell_is_asked_for_at_once(tmp_path: Path) -
         (lambda t: t.update({NETWORK + "pos_embed": torch.zeros(1, 35, 64)}), "pos_embed has 35 positions"),
         (
             lambda t: t.update({NETWORK + "joint_blocks.0.x_block.mlp.fc2.bias": torch.zeros(9)}),
-            r"ff\.net\.2\.bias has the shape \[9\], the network needs \[64\]",
+            r"ff\.net\.2\.bias has the shape \[9\], but needs \[64\]",
         ),
     ],
     ids=["missing", "unknown", "foreign", "positions", "misshapen"],
@@ -275,7 +277,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
     path = _native_file(tmp_path, "sd3.5-large")
     line = f"convert {path} {tmp_path / 'out'} --resolution 64"
     assert main(line.split()) == 2
-    assert "cannot tell --flow-shift" in capsys.readouterr().err
+    assert "also give --flow-shift" in capsys.readouterr().err
     assert main([*line.split(), "--flow-shift", "3"]) == 0
     back = tmp_path / "back.safetensors"
     assert main(["convert", "--to-native", str(tmp_path / "out"), str(back)]) == 0

@@ -1,4 +1,4 @@
-"""Engines of an SD3 bundle, built ahead of time: three text encoders, a conditioner without weights, a gate."""
+"""Engines of an SD3 bundle, built ahead of time: three text encoders, a conditioner without weights, a skip gate."""
 
 from __future__ import annotations
 

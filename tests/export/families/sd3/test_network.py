@@ -17,9 +17,9 @@ from ditc.export.graph.ops import onnx_translations
 from ditc.export.networks.loading import weight_map
 from ditc.runtime.errors import CheckpointError, UsageError
 
-# fp32, other kernels and product orders, a few dozen dependent layers. Measured 0 to 5e-7.
+# fp32 with other kernels and orders of products, over a few dozen dependent layers. Measured 0 to 5e-7.
 FP32_BOUND = 1e-5
-# Rel-L2 of the 16-bit networks to fp32; diffusers' own in that type measures 1e-3 and 1e-2 on these weights.
+# Relative L2 of the 16-bit networks to fp32. diffusers' own networks measure 1e-3 and 1e-2 on these weights.
 BOUNDS_16_BIT = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 TINY: dict[str, Any] = {
@@ -40,16 +40,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dual-to-the-end": {"dual_attention_layers": (0, 1, 2), "num_layers": 3},
     "odd-rest": {"pos_embed_max_size": 11},
     "one-block": QK_NORM | {"num_layers": 1},
-    "two-blocks": QK_NORM
-    | {"num_layers": 2, "dual_attention_layers": (0,)},  # one of each kind: for the exporter
+    # One block of each kind, for the exporter.
+    "two-blocks": QK_NORM | {"num_layers": 2, "dual_attention_layers": (0,)},
 }
-# Rows, latent height and width, text tokens. The second fills the position embedding's height.
+# Rows, latent height, latent width, text tokens. The second fills the position embedding of "odd-rest".
 SIZES = [(2, 8, 8, 7), (3, 22, 6, 5)]
 
 
 @pytest.fixture(scope="module")
 def reference(seed_weights):
-    """Config name -> seeded diffusers module, made once."""
+    """Gives the seeded diffusers module of a config by name. Each is made once."""
     made: dict[str, nn.Module] = {}
 
     def get(name: str) -> nn.Module:
@@ -63,7 +63,7 @@ def reference(seed_weights):
 def inputs(
     rows: int, height: int, width: int, length: int, config: dict[str, Any] = TINY
 ) -> tuple[Tensor, ...]:
-    """latents, timestep, text_embeds, pooled_projections: rows differ in everything."""
+    """latents, timestep, text_embeds and pooled_projections, whose rows differ in everything."""
     generator = torch.Generator().manual_seed(rows)
     return (
         torch.randn(rows, 16, height, width, generator=generator),
@@ -91,13 +91,13 @@ def load(module: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) 
 
 @pytest.mark.parametrize("size", SIZES, ids=["square", "tall"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_network_is_the_diffusers_transformer(name, size, reference, relative_l2) -> None:
+def test_the_network_equals_diffusers_transformer(name, size, reference, relative_l2) -> None:
     module = reference(name)
     values = inputs(*size)
     assert relative_l2(load(module)(*values), upstream(module, values)) <= FP32_BOUND
 
 
-def test_one_block_at_full_width_is_the_diffusers_block(seed_weights, relative_l2) -> None:
+def test_one_block_at_full_width_equals_diffusers(seed_weights, relative_l2) -> None:
     full = QK_NORM | {"num_layers": 1, "dual_attention_layers": (0,), "pos_embed_max_size": 24}
     module = seed_weights(SD3Transformer2DModel(num_attention_heads=24, caption_projection_dim=1536, **full))
     values = inputs(2, 12, 8, 9, {"joint_attention_dim": 4096, "pooled_projection_dim": 2048})
@@ -136,14 +136,14 @@ def test_16_bit_networks_stay_close_to_fp32(name, dtype, reference, relative_l2)
 def test_the_timestep_is_not_rounded_in_a_16_bit_network(reference, relative_l2) -> None:
     network = load(reference("3-medium"), torch.bfloat16)
     latents, _, *rest = inputs(1, 8, 8, 7)
-    # bf16 has one code for both.
+    # bf16 rounds both to the same value.
     near, far = (network(latents.bfloat16(), torch.tensor([t]), *rest) for t in (997.0, 999.5))
     assert relative_l2(near, far) > 0.01
 
 
-def test_wide_blocks_stay_in_fp32_in_fp16_only(reference, monkeypatch, relative_l2) -> None:
+def test_fp32_blocks_stay_fp32_in_an_fp16_network_only(reference, monkeypatch, relative_l2) -> None:
     module = reference("3.5-large")
-    monkeypatch.setitem(Sd3Config.wide_blocks.fget.__globals__["WIDE_BLOCKS"], (3, 4), (1,))
+    monkeypatch.setitem(Sd3Config.fp32_blocks.fget.__globals__["FP32_BLOCKS"], (3, 4), (1,))
     latents, *rest = inputs(2, 8, 8, 7)
     network = load(module, torch.float16)
     types = [{p.dtype for p in block.parameters()} for block in network.transformer_blocks]
@@ -154,7 +154,7 @@ def test_wide_blocks_stay_in_fp32_in_fp16_only(reference, monkeypatch, relative_
     assert {p.dtype for p in load(module, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-def test_a_wide_block_takes_values_beyond_fp16s_range(reference, monkeypatch) -> None:
+def test_an_fp32_block_computes_values_beyond_fp16s_range(reference, monkeypatch) -> None:
     module = reference("3.5-large")
     latents, *rest = inputs(1, 8, 8, 7)
     damaged = {**module.state_dict()}
@@ -163,20 +163,20 @@ def test_a_wide_block_takes_values_beyond_fp16s_range(reference, monkeypatch) ->
     damaged["transformer_blocks.1.ff.net.2.weight"] = damaged["transformer_blocks.1.ff.net.2.weight"] * 1e-5
     config = Sd3Config.from_json(module.config)
     for wide, finite in (((), False), ((1,), True)):
-        monkeypatch.setitem(Sd3Config.wide_blocks.fget.__globals__["WIDE_BLOCKS"], (3, 4), wide)
+        monkeypatch.setitem(Sd3Config.fp32_blocks.fget.__globals__["FP32_BLOCKS"], (3, 4), wide)
         network = load_sd3(config, damaged, torch.float16)
         assert bool(network(latents.half(), *rest).isfinite().all()) is finite
 
 
-def test_block_35_of_the_large_network_is_wide() -> None:
+def test_block_35_of_the_large_network_is_an_fp32_block() -> None:
     large = Sd3Config(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
-    assert large.wide_blocks == (35,)
-    assert Sd3Config(num_layers=24, num_attention_heads=24).wide_blocks == ()
+    assert large.fp32_blocks == (35,)
+    assert Sd3Config(num_layers=24, num_attention_heads=24).fp32_blocks == ()
 
 
 def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
     module = reference("3.5-medium")
-    stages = {"denoiser": nn.ModuleDict({"network": load(module)})}  # wrapped, as a step does
+    stages = {"denoiser": nn.ModuleDict({"network": load(module)})}  # wrapped, as in a step
     sources = weight_map(stages)
     rebuilt = {s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in sources}
     assert rebuilt.keys() == module.state_dict().keys()
@@ -194,7 +194,7 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
         (lambda t: t.update({"lora.down": torch.zeros(1)}), r"unknown tensor lora\.down"),
         (
             lambda t: t.update({"pos_embed.pos_embed": torch.zeros(1, 64, 64)}),
-            r"pos_embed\.pos_embed has shape \(1, 64, 64\), its config asks for \(1, 144, 64\)",
+            r"pos_embed\.pos_embed has shape \(1, 64, 64\), but its config asks for \(1, 144, 64\)",
         ),
     ],
     ids=["missing", "extra", "misshapen"],
@@ -232,12 +232,12 @@ def test_a_picture_larger_than_the_position_embedding_is_refused() -> None:
         config.check_size(9, 24)
 
 
-def test_skip_layers_that_are_no_blocks_are_refused(reference) -> None:
+def test_skip_layers_that_are_not_blocks_are_refused(reference) -> None:
     with pytest.raises(UsageError, match=r"skip layers \[7, 8\] are not blocks of this network, which has 3"):
         load(reference("3-medium"), skip_layers=(1, 7, 8))
 
 
-# A bundle's graph is held against diffusers in every run: tests/export/families/sd3/test_pictures.py.
+# Every run compares a bundle's graph with diffusers in tests/export/families/sd3/test_pictures.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -245,8 +245,8 @@ def test_the_exported_graph_runs_at_another_shape_and_batch(name, opset, referen
     module = reference(name)
     network, skipped = load(module, skip_layers=(0,)), [0]
     rows, length = Dim("rows", min=1, max=8), Dim("length", min=1, max=400)
-    most = module.config.pos_embed_max_size + 1  # the exporter's symbols reach one step beyond the profile
-    height, width = (2 * Dim(side, min=1, max=most) for side in ("height", "width"))
+    largest = module.config.pos_embed_max_size + 1  # the exporter's symbols reach one step beyond the profile
+    height, width = (2 * Dim(side, min=1, max=largest) for side in ("height", "width"))
     program = torch.onnx.export(
         network,
         (*inputs(2, 6, 4, 7), torch.tensor([0.0, 1.0])),

@@ -1,4 +1,4 @@
-"""Pictures of SD3 checkpoints beside unmodified StableDiffusion3Pipeline, from the same seed."""
+"""Pictures of SD3 checkpoints, compared with the unmodified StableDiffusion3Pipeline from the same seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session, Tensor
 from ditc.runtime.spec import DENOISER
 
-# What the checkpoint's ditc.json says, as diffusers' arguments.
+# The settings in the checkpoint's ditc.json, as arguments of diffusers' pipeline.
 SKIP = {
     "skip_guidance_layers": [1],
     "skip_layer_guidance_scale": 2.8,
@@ -80,9 +80,7 @@ def test_skip_layer_guidance_is_on_where_the_checkpoint_says_so(pipeline, refere
     ours, theirs = draw(pipeline, "a red cat", seed=3), reference.draw("a red cat", seed=3, **SKIP)
     assert_same(ours, theirs)
     without = reference.draw("a red cat", seed=3)
-    assert psnr(theirs.pictures, without.pictures) < 40, (
-        "the third row changes nothing, so this shows nothing"
-    )
+    assert psnr(theirs.pictures, without.pictures) < 40, "the third row changes nothing, so the test is void"
 
 
 @pytest.mark.parametrize(
@@ -98,18 +96,18 @@ def test_skip_layer_guidance_is_on_where_the_checkpoint_says_so(pipeline, refere
     ],
     ids=["guidance alone", "no guidance", "another window", "other steps"],
 )
-def test_every_kind_of_guidance_is_diffusers(pipeline, reference, given, wanted) -> None:
+def test_every_kind_of_guidance_matches_diffusers(pipeline, reference, given, wanted) -> None:
     assert_same(draw(pipeline, "a red cat", seed=4, **given), reference.draw("a red cat", seed=4, **wanted))
 
 
 @pytest.mark.parametrize(("height", "width"), [(112, 96), (48, 128)])
-def test_other_sizes_crop_the_position_embedding_as_diffusers(pipeline, reference, height, width) -> None:
-    """7 patches a side are odd in an even embedding: where the crop begins is rounded."""
+def test_other_sizes_crop_the_position_embedding_as_in_diffusers(pipeline, reference, height, width) -> None:
+    """An odd number of patches per side, such as 7, has no exact centre in an even embedding: the crop is rounded."""
     size = {"height": height, "width": width}
     assert_same(draw(pipeline, "blue", seed=5, **size), reference.draw("blue", seed=5, **size, **SKIP))
 
 
-def test_several_prompts_and_pictures_are_one_batch(pipeline, reference) -> None:
+def test_several_prompts_with_several_pictures_each_match_diffusers(pipeline, reference) -> None:
     prompts, arguments = ["a red cat", "blue"], {"num_images_per_prompt": 2}
     ours = draw(pipeline, prompts, seed=6, **arguments)
     assert_same(ours, reference.draw(prompts, seed=6, **arguments, **SKIP))
@@ -120,14 +118,18 @@ def test_each_encoder_can_have_its_own_text(pipeline, reference) -> None:
     assert_same(draw(pipeline, "cat", seed=7, **texts), reference.draw("cat", seed=7, **texts, **SKIP))
 
 
-def test_a_long_text_is_cut_where_diffusers_cuts_it_and_said(pipeline, reference, caplog) -> None:
+def test_a_long_text_is_cut_where_diffusers_cuts_it_and_a_warning_says_so(
+    pipeline, reference, caplog
+) -> None:
     text = " ".join(["red cat,"] * 40) + " zebra"
     with caplog.at_level(logging.WARNING, logger="ditc"):
         ours = draw(pipeline, text, seed=8)
     assert_same(ours, reference.draw(text, seed=8, **SKIP))
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("ditc")]
-    assert [f"room for {n} tokens" in line for n, line in zip((77, 77, 16), said, strict=True)] == [True] * 3
-    assert all(line.rstrip("'").endswith("zebra") and "</w>" not in line for line in said)
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("ditc")]
+    assert [f"room for {n} tokens" in line for n, line in zip((77, 77, 16), warnings, strict=True)] == [
+        True
+    ] * 3
+    assert all(line.rstrip("'").endswith("zebra") and "</w>" not in line for line in warnings)
 
 
 def test_embeddings_that_diffusers_encoded_draw_the_same_picture(pipeline, reference) -> None:
@@ -145,8 +147,8 @@ def test_embeddings_that_diffusers_encoded_draw_the_same_picture(pipeline, refer
     assert_same(ours, reference.draw(None, seed=9, **given, **SKIP))
 
 
-def test_embeddings_of_another_length_are_served_too(pipeline, reference) -> None:
-    """CLIP's 77 tokens without T5's, as SD3's first demo had fewer."""
+def test_embeddings_of_another_length_match_diffusers_too(pipeline, reference) -> None:
+    """Only CLIP's 77 tokens, without T5's: SD3's first demo had fewer tokens too."""
     with torch.inference_mode():
         embeds, negative, pooled, negative_pooled = reference.pipeline.encode_prompt(
             "a red cat", None, None, max_sequence_length=T5_TOKENS
@@ -194,7 +196,7 @@ def test_embeddings_that_do_not_fit_are_refused(pipeline, arguments, message) ->
 
 
 class Counting:
-    """The denoiser's session, with the rows of each of its runs noted."""
+    """The denoiser's session, which also records the number of rows of each run."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.spec = session, session.spec
@@ -205,7 +207,7 @@ class Counting:
         return self.session.run(feeds)
 
     def close(self) -> None:
-        """The session belongs to another."""
+        """Do nothing: the session belongs to another pipeline."""
 
 
 def test_the_third_row_is_computed_in_its_window_only(pipeline) -> None:
@@ -216,7 +218,7 @@ def test_the_third_row_is_computed_in_its_window_only(pipeline) -> None:
 
 
 class Looping(Counting):
-    """As a session on a GPU: several steps in one launch, all of one shape."""
+    """A session that runs several steps of one shape in one launch, as sessions on a GPU do."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -237,7 +239,7 @@ def test_a_launch_of_many_steps_ends_where_the_number_of_rows_changes(pipeline) 
     launching = pipeline.with_sessions({DENOISER: looping})
     request = {"seed": 1, "output_type": "np", "num_inference_steps": 6}
     picture = launching("a red cat", **request).images
-    assert looping.launches == [[3, 3, 3, 3]], "single steps before and behind need no loop"
+    assert looping.launches == [[3, 3, 3, 3]], "the single steps before and after need no loop"
     assert looping.rows == [2, 2]
     np.testing.assert_array_equal(picture, pipeline("a red cat", **request).images)
 
@@ -250,7 +252,7 @@ def test_requests_with_and_without_skipped_layers_share_a_batch(pipeline) -> Non
     ]
     states = [pipeline.start(pipeline.plan(request))[0] for request in requests]
     alone = [denoise.step(pipeline.sessions[DENOISER], [state])[0] for state in states]
-    for _ in range(2):  # the second step is inside the window of the first request
+    for _ in range(2):  # the first request skips layers in its second step
         together = denoise.step(pipeline.sessions[DENOISER], states)
         alone = [denoise.step(pipeline.sessions[DENOISER], [state])[0] for state in states]
         for one, of_many in zip(alone, together, strict=True):
@@ -260,8 +262,8 @@ def test_requests_with_and_without_skipped_layers_share_a_batch(pipeline) -> Non
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-large"])
 @pytest.mark.parametrize("t5", [True, False], ids=["with T5", "without T5"])
-def test_every_variant_draws_diffusers_picture_with_and_without_t5(tmp_path, variant, t5) -> None:
-    """Over PyTorch sessions: the graphs of one variant are held against them in its bundle."""
+def test_every_variant_draws_the_picture_of_diffusers_with_and_without_t5(tmp_path, variant, t5) -> None:
+    """The pipeline runs over PyTorch sessions. The bundle of one variant covers the graphs."""
     checkpoint = make_checkpoint(tmp_path / variant, variant, t5=t5)
     ours = draw(Twin(checkpoint).pipeline, ["a red cat", "blue"], seed=2)
     assert_same(ours, Reference(checkpoint).draw(["a red cat", "blue"], seed=2))
@@ -288,18 +290,18 @@ def test_a_window_that_ends_before_it_begins_is_refused(pipeline) -> None:
     pipeline("cat", seed=1, skip_layer_guidance_stop=0.0, skip_layer_guidance_scale=0.0)
 
 
-def test_a_window_of_guidance_that_is_off_is_said_to_do_nothing(pipeline, caplog) -> None:
+def test_a_window_for_guidance_that_is_off_gives_a_warning(pipeline, caplog) -> None:
     pipeline.plan(Request(prompt="cat", skip_layer_guidance_scale=0.0, skip_layer_guidance_stop=0.5))
     assert "skip_layer_guidance_scale turns it on" in caplog.text
 
 
-def test_a_size_beyond_the_position_embedding_is_refused_with_what_works(pipeline) -> None:
+def test_a_size_beyond_the_position_embedding_is_refused_with_a_size_that_works(pipeline) -> None:
     with pytest.raises(UsageError, match="height 208 is not a multiple of 16 from 32 to 128") as caught:
         pipeline("cat", height=208)
     assert "height 128" in str(caught.value.hint)
 
 
-def test_the_callers_generator_and_latents_are_diffusers_too(pipeline, reference) -> None:
+def test_a_callers_generator_and_latents_match_diffusers_too(pipeline, reference) -> None:
     noise = np.random.default_rng(0).standard_normal((1, 16, 8, 8)).astype(np.float32)
     theirs = reference.draw("cat", seed=0, latents=torch.from_numpy(noise), **SKIP)
     assert_same(draw(pipeline, "cat", latents=noise), theirs)
@@ -307,15 +309,15 @@ def test_the_callers_generator_and_latents_are_diffusers_too(pipeline, reference
     assert_same(ours, reference.draw("cat", seed=11, **SKIP))
 
 
-def test_the_twice_shifted_sigmas_are_the_bundles_own(pipeline, reference) -> None:
-    """Whatever diffusers is installed where the bundle runs: the parameters between the two shifts are in it."""
+def test_the_bundle_reproduces_the_twice_shifted_sigmas_by_itself(pipeline, reference) -> None:
+    """The bundle has the parameters between the two shifts, so it does not depend on the installed diffusers."""
     for steps in (4, 28):
         reference.pipeline.scheduler.set_timesteps(steps)
         table = coefficient_table(pipeline.manifest.scheduler, steps)
         np.testing.assert_allclose(table.sigmas, reference.pipeline.scheduler.sigmas.numpy(), rtol=1e-6)
     once = replace(pipeline.manifest.scheduler, sigma_min=0.001)
     last = [coefficient_table(params, 28).sigmas[-2] for params in (once, pipeline.manifest.scheduler)]
-    assert abs(last[0] - last[1]) > 5e-3, "one shift would pass too, so this shows nothing"
+    assert abs(last[0] - last[1]) > 5e-3, "a single shift would pass too, so the test is void"
 
 
 def test_the_command_draws_and_inspect_names_the_skipped_layers(
@@ -332,7 +334,7 @@ def test_the_command_draws_and_inspect_names_the_skipped_layers(
     )
 
 
-def test_the_command_takes_a_text_for_each_encoder_and_the_window_and_the_picture_carries_them(
+def test_the_command_takes_a_text_per_encoder_and_the_window_and_stores_them_in_the_picture(
     sd3_bundle, pipeline, tmp_path
 ) -> None:
     texts = {
@@ -352,7 +354,7 @@ def test_the_command_takes_a_text_for_each_encoder_and_the_window_and_the_pictur
     arguments = ["--seed", "3", "--threads", "1", *options]
     assert main(["run", str(sd3_bundle), "a red cat", "-o", str(out), *arguments]) == 0
     picture = Image.open(out)
-    for names in (texts, window):  # each of them matters
+    for names in (texts, window):  # without either of them the picture is another
         kept = {name: value for name, value in {**texts, **window}.items() if name not in names}
         (other,) = pipeline("a red cat", seed=3, **kept).images
         assert not np.array_equal(np.asarray(picture), np.asarray(other))
