@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.machine import spread, times_s, write
 from ditc.runtime import denoise
 from ditc.runtime.denoise import DenoiseState, Guard, Rows, coefficient_columns, step
-from ditc.runtime.session import Tensor
+from ditc.runtime.session import ComputeDevice, Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 
 GOAL_S = 100e-6
@@ -37,6 +37,7 @@ class NullSession:
         self.spec = StageSpec(
             DENOISER, tuple(TensorSpec(name, DType.FLOAT32, image) for name in names), (), {}
         )
+        self.device = ComputeDevice(kind="cpu", name="nothing")
         latents = np.zeros((samples, CHANNELS, SIDE, SIDE), np.float32)
         self._outputs: dict[str, Tensor] = {
             denoise.NEXT_LATENTS: latents,

@@ -16,7 +16,7 @@ from ditc.runtime.denoise import X0
 from ditc.runtime.metrics import psnr
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
 
 FORCED_STEPS = 5  # of a trajectory, evenly spread: enough to rank layers, a quarter of the time of all 20
@@ -97,6 +97,10 @@ class _Recorder:
     @property
     def spec(self) -> StageSpec:
         return self._session.spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return self._session.device
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self._session.run(feeds)

@@ -14,7 +14,7 @@ import numpy as np
 from ditc.export.build import estimates, noop, previous_build
 from ditc.export.build.build_key import digest, source_hash, tool_versions
 from ditc.export.build.events import BuildEvent, BuildReport, Status
-from ditc.export.build.golden import SIXTEEN_BITS, write_golden
+from ditc.export.build.golden import write_golden
 from ditc.export.build.journal import Journal, check_ours, check_writable, locked, unwritten, write_json
 from ditc.export.build.latent_rgb import fit_latent_rgb
 from ditc.export.build.preflight import check_options, check_weights, export_bytes
@@ -46,7 +46,8 @@ from ditc.runtime.bundle.manifest import (
 from ditc.runtime.errors import BuildError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
+from ditc.runtime.spec import DENOISER, SIXTEEN_BITS, VAE_ENCODER, Precision
 
 WEIGHTS = ".weights.json"
 
@@ -72,7 +73,7 @@ def build_bundle(
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     quantization = prepare(options, checkpoint, plan)
-    if options.backend is not Backend.ONNXRUNTIME:
+    if options.builds_engines:
         library_version(options.backend)  # a missing library is said before the export, not after it
         targets = options.targets or default_targets(options.backend, options.precision)
         for precision in (options.precision, *(stage.precision for stage in plan.stages.values())):
@@ -134,7 +135,7 @@ class _Builder:
             )
         artifacts = {name: self._artifact(name, stage) for name, stage in self.plan.stages.items()}
         engines: dict[str, Artifact] = {}
-        if self.options.backend is not Backend.ONNXRUNTIME:
+        if self.options.builds_engines:
             engines = {name: self._engine(name, artifact) for name, artifact in artifacts.items()}
         self._check_unchanged(keys)
         self.journal.hashes.save()
@@ -187,7 +188,7 @@ class _Builder:
         artifact = Artifact(
             spec=module.spec,
             precision=precision,
-            backend=Backend.ONNXRUNTIME,
+            backend=GRAPH_BACKEND,
             file=refs[0],
             data=tuple(refs[1:]),
             weights=file_ref(weight_map, self.out),
@@ -212,7 +213,7 @@ class _Builder:
         options, stage, record = self.options, f"{name} engine", f"engine-{name}"
         profiles = orientation_profiles(graph.spec, self.plan.defaults, options.backend)
         library = library_version(options.backend)
-        gpu = find_gpu() if options.backend is Backend.TENSORRT else None
+        gpu = find_gpu() if row_of(options.backend).built_on_gpu else None
         inputs = {
             "graph": graph.key,
             "backend": options.backend.value,
@@ -298,7 +299,7 @@ class _Builder:
             "facts": dict(stage.facts),
             "shapes": to_json(stage.spec),
             "precision": stage.precision.value,
-            "backend": Backend.ONNXRUNTIME.value,
+            "backend": GRAPH_BACKEND.value,
             "opset": self.options.opset,
             "quantization": self._quantization.facts() if self._quantization and name == DENOISER else None,
             "export_source": source_hash(),

@@ -20,7 +20,7 @@ from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
-from ditc.runtime.spec import Backend
+from ditc.runtime.sessions.registry import row_of
 
 REQUEST = "request"
 # Everything that is read of a checkpoint: weights, configs, tokenizers (SentencePiece models, vocabularies, templates).
@@ -73,7 +73,7 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> dict[s
         "option_files": {str(path): journal.hashes.of(path) for path in options_files},
         "ditc_source": source_hash(runtime=True),
         "tool_versions": tool_versions(),
-        "gpu": to_json(find_gpu()) if options.backend is Backend.TENSORRT else None,
+        "gpu": to_json(find_gpu()) if row_of(options.backend).built_on_gpu else None,
     }
 
 

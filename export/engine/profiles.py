@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditc.runtime.bundle.manifest import Defaults
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
 
 _SIDES = (("height", "width"), ("image_height", "image_width"))
@@ -30,7 +31,7 @@ def orientation_profiles(
         return ({},)
     ((height, width),) = named
     tall, wide = spec.profile[height], spec.profile[width]
-    default = ({height: _exactly(tall), width: _exactly(wide)},) if backend is Backend.TENSORRT else ()
+    default = ({height: _exactly(tall), width: _exactly(wide)},) if row_of(backend).built_on_gpu else ()
     return (
         *default,
         {height: replace(tall, max=tall.opt), width: replace(wide, min=wide.opt)},

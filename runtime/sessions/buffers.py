@@ -103,6 +103,10 @@ class DeviceArray:
         offset = self._offset + index * step
         return DeviceArray(self.device, self._lease, (1, *self.shape[1:]), self.dtype, offset=offset)
 
+    def samples(self) -> list[DeviceArray]:
+        """All of them, in order."""
+        return [self.sample(index) for index in range(self.shape[0])]
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device.cuda.dlpack_device
 

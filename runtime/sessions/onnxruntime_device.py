@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.session import Array, Tensor, to_numpy
+from ditc.runtime.session import Array, Tensor, samples, to_numpy
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession, first_line
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
 from ditc.runtime.spec import DType, Precision, StageSpec
@@ -44,6 +44,10 @@ class OrtTensor:
             _bf16_bits(bits).update_inplace(self.value)
             return bits
         return np.array(self.value.numpy())
+
+    def samples(self) -> list[Tensor]:
+        """On the host: ONNX Runtime cannot take a part of a value where it is."""
+        return samples(self.numpy())
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return tuple(self.value.__dlpack_device__())

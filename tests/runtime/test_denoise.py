@@ -14,7 +14,7 @@ from ditc.runtime.errors import NumericsError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
-from ditc.runtime.session import Array, Session, Tensor
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 
 # Kernels choose their blocking by batch size: fp32 rounding over at most four steps of two layers.
@@ -146,6 +146,10 @@ class Recorder(Session):
     @property
     def spec(self) -> StageSpec:
         return self._spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return ComputeDevice(kind="cpu", name="a test")
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.noise.append(np.asarray(feeds[denoise.NOISE]))

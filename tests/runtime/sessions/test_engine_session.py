@@ -15,10 +15,11 @@ from fake_gpu import FakeCuda, FakeEngine
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Tiling, load_manifest
 from ditc.runtime.errors import NumericsError, SessionError
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.session import to_numpy
+from ditc.runtime.session import ComputeDevice, to_numpy
 from ditc.runtime.sessions.buffers import DeviceArray
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
@@ -34,7 +35,7 @@ class Gpu:
     def __init__(self, bundle: Path, cuda: FakeCuda | None = None, **engine: Any) -> None:
         self.cuda = cuda or FakeCuda()
         self.device = Device(self.cuda)
-        parts = load_parts(bundle, backend="onnxruntime", precision=None, threads=1)
+        parts = load_parts(bundle, LoadOptions(backend="onnxruntime", threads=1))
         for session in parts.sessions.values():
             session.close()
         scale = parts.manifest.latents.scale_factor
@@ -407,7 +408,8 @@ def test_on_demand_stages_are_loaded_one_at_a_time_and_draw_the_same(
     everything = gpu.cuda.used()
     for session in gpu.pipeline.sessions.values():
         session.close()
-    lazy = {n: OnDemandSession(e.spec, opener(n), residency, provider="fake") for n, e in gpu.engines.items()}
+    there = ComputeDevice(kind="cuda", name="fake")
+    lazy = {n: OnDemandSession(e.spec, opener(n), residency, device=there) for n, e in gpu.engines.items()}
     gpu.pipeline.sessions.update(lazy)
     gpu.pipeline.conditioning.conditioner = lazy["conditioner"]
     for encoder in gpu.pipeline.conditioning.encoders:

@@ -196,7 +196,7 @@ class Counting:
     """The denoiser's session, with the rows of each of its runs noted."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.spec = session, session.spec
+        self.session, self.spec, self.device = session, session.spec, session.device
         self.rows: list[int] = []
 
     def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
