@@ -38,8 +38,8 @@ from benchmarks.machine import spread, write
 from ditc.runtime.errors import DitcError
 from ditc.runtime.gpu import NO_GPU, find_gpu
 from ditc.runtime.session import Array, Session
-from ditc.runtime.sessions import ENGINES
-from ditc.runtime.spec import DENOISER, Backend
+from ditc.runtime.sessions.registry import rows
+from ditc.runtime.spec import DENOISER
 
 
 def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, Any]:
@@ -176,14 +176,14 @@ def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
     from ditc.runtime.request import Request
 
     results: dict[str, Any] = {}
-    for backend in (*ENGINES, Backend.ONNXRUNTIME):
+    for backend in [row.name for row in rows()]:
         try:
-            with Pipeline.load(bundle, backend=backend.value) as pipeline:
+            with Pipeline.load(bundle, backend=backend) as pipeline:
                 for at_once in (None, 1):
                     pipeline.steps_per_launch = at_once
                     request = Request(prompt="a red heart", num_inference_steps=20, seed=1)
                     laps = [pipeline.draw(request).seconds for _ in range(repeats + 2)][2:]
-                    label = f"{backend.value} {'whole loop' if at_once is None else 'step by step'}"
+                    label = f"{backend} {'whole loop' if at_once is None else 'step by step'}"
                     total = [sum(lap.values()) for lap in laps]
                     results[label] = {
                         "chosen": pipeline.chosen,
@@ -191,7 +191,7 @@ def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
                         "parts": {part: spread([lap[part] for lap in laps]) for part in laps[0]},
                     }
         except DitcError as e:
-            results[backend.value] = {"failed": str(e)}
+            results[backend] = {"failed": str(e)}
     return results
 
 

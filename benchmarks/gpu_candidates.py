@@ -24,10 +24,13 @@ from ditc.export.graph.torch_session import TorchSession, to_torch
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.errors import DitcError
-from ditc.runtime.gpu import find_gpu, library_version
+from ditc.runtime.gpu import find_gpu
+from ditc.runtime.load_options import DEFAULTS
 from ditc.runtime.session import Array, Session, to_numpy
-from ditc.runtime.sessions import ENGINES, missing, open_device, open_session
+from ditc.runtime.sessions.device import open_device
 from ditc.runtime.sessions.onnxruntime_device import open_bound
+from ditc.runtime.sessions.opening import open_session
+from ditc.runtime.sessions.registry import library_version, missing, row_of, rows
 from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -149,7 +152,7 @@ class Ours:
         made: dict[str, Callable[[], tuple[Session, Any]]] = {}
         for precision in PRECISIONS:
             made[f"onnxruntime {precision.value}"] = partial(self._onnxruntime, precision)
-            for backend in ENGINES:
+            for backend in [row.name for row in rows() if row.same_gpu]:
                 for form in ("decomposed", "plugin"):
                     made[f"{backend.value} {precision.value} {form}"] = partial(
                         self._engine, backend, precision, form
@@ -185,7 +188,7 @@ class Ours:
             raise DitcError(lack if gpu else "no NVIDIA GPU with a driver")
         path, spec = self._graph(precision)
         out = path.with_name(f"{path.stem}-{form}.{backend.value}")
-        targets = (gpu.sm,) if backend is Backend.TENSORRT_RTX else ("this-gpu",)
+        targets = ("this-gpu",) if row_of(backend).built_on_gpu else (gpu.sm,)
         build_engine(path, out, spec=spec, backend=backend, targets=targets, linear_attention=form)
         artifact = Artifact(
             spec=spec,
@@ -198,7 +201,7 @@ class Ours:
             gpu=gpu.name,
         )
         device = open_device()
-        return open_session(out, artifact, device=device), device
+        return open_session(out, artifact, DEFAULTS, device), device
 
 
 def session_candidate(session: Session, device: Any, size: int, batch: int) -> Candidate:

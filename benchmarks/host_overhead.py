@@ -14,7 +14,7 @@ from benchmarks.machine import spread, times_s, write
 from ditc.runtime.batch import Batch
 from ditc.runtime.denoise import step
 from ditc.runtime.guard import Guard
-from ditc.runtime.session import Tensor
+from ditc.runtime.session import ComputeDevice, Tensor
 from ditc.runtime.spec import DENOISER, DType, Range, StageSpec, TensorSpec
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.step_contract import (
@@ -45,6 +45,7 @@ class NullSession:
         contract = StepContract()
         inputs, outputs = contract.inputs(CHANNELS, conditioning), contract.outputs(CHANNELS)
         self.spec = StageSpec(DENOISER, inputs, outputs, {ROWS: Range(1, 2, 2 * samples)})
+        self.device = ComputeDevice(kind="cpu", name="nothing")
         latents = np.zeros((samples, CHANNELS, SIDE, SIDE), np.float32)
         self._outputs: dict[str, Tensor] = {
             NEXT_LATENTS: latents,

@@ -19,6 +19,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from benchmarks.machine import write
 from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.pipeline import Pipeline
 
 PROMPT = "a red heart, flat style"
@@ -84,9 +85,10 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument("--no-write", action="store_true")
+    add_load_arguments(parser)
     arguments = parser.parse_args()
     before = perf_counter()
-    with Pipeline.load(arguments.bundle) as pipeline:
+    with Pipeline.load(arguments.bundle, options=load_options(arguments)) as pipeline:
         loaded = perf_counter()
         first = pipeline(PROMPT, seed=0, num_inference_steps=arguments.steps)
         drawn = perf_counter()

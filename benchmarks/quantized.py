@@ -29,6 +29,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
 from ditc.runtime.session import Array
+from ditc.runtime.sessions.registry import is_graph
 
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
 Z_95 = 1.96
@@ -88,7 +89,7 @@ def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None
         artifact = next(
             a
             for a in pipeline.manifest.stages["denoiser"].artifacts
-            if a.precision == precision and a.backend == "onnxruntime"
+            if a.precision == precision and is_graph(a)
         )
         pictures: list[Array] = []
         for start in track(range(0, len(pairs), largest), description=precision):

@@ -14,7 +14,7 @@ from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import Twin
 from ditc.runtime.metrics import psnr
 from ditc.runtime.request import Request
-from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH, X0
 
@@ -94,6 +94,10 @@ class _Recorder:
     @property
     def spec(self) -> StageSpec:
         return self._session.spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return self._session.device
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self._session.run(feeds)

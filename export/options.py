@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
 from ditc.runtime.spec import Backend, Precision
 
 # 20: Gelu as a single node; Q/DQ of every type that we write (INT8 13, FP8 19). 23: Attention and RMSNormalization.
@@ -33,7 +34,7 @@ class BuildOptions:
     """
 
     precision: Precision = Precision.FP32
-    backend: Backend = Backend.ONNXRUNTIME
+    backend: Backend = GRAPH_BACKEND
     variant: str | None = None
     resolution: int | None = None
     max_batch: int = 4
@@ -56,5 +57,9 @@ class BuildOptions:
         """What the networks are exported in, before quantization."""
         if not self.quantized:
             return self.precision
-        on_cpu = self.backend is Backend.ONNXRUNTIME
-        return self.base_precision or (Precision.FP32 if on_cpu else Precision.FP16)
+        return self.base_precision or (Precision.FP16 if self.builds_engines else Precision.FP32)
+
+    @property
+    def builds_engines(self) -> bool:
+        """Whether engines are built from the graphs."""
+        return row_of(self.backend).builds_engines

@@ -15,12 +15,12 @@ from ditc.export.quant.record import QuantRecord, read_record
 from ditc.parity.simulated_16bit import open_rounded
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import UsageError
+from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.loader import load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
-from ditc.runtime.spec import Backend, DType, Precision, StageSpec
-
-SIXTEEN_BITS = (Precision.FP16, Precision.BF16)
+from ditc.runtime.sessions.registry import is_graph
+from ditc.runtime.spec import DType, Precision, StageSpec
 
 
 @dataclass(kw_only=True)
@@ -70,30 +70,28 @@ class Candidate:
         return self.traced.get(stage) or self.graph(stage)
 
 
-def open_candidate(
-    bundle: Path, *, backend: str = "auto", precision: str | None = None, threads: int = 0
-) -> Candidate:
+def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
     """A bundle's sessions, every file hashed first; 16-bit stages on a CPU with their rounding written out.
 
     Raises:
         BundleError, SessionError, UsageError.
     """
-    parts = load_parts(bundle, backend=backend, precision=precision, threads=threads)
+    parts = load_parts(bundle, options)
     sessions, chosen = dict(parts.sessions), parts.artifacts
     native: dict[str, Session] = {}
     traced: dict[str, ir.Model] = {}
     for name, artifact in chosen.items():
-        if _is_widened(sessions[name], artifact):
+        if is_graph(artifact) and sessions[name].device.widens(artifact.precision):
             native[name] = sessions[name]
             sessions[name], traced[name] = open_rounded(
-                bundle / artifact.file.path, artifact, threads=threads
+                bundle / artifact.file.path, artifact, threads=options.threads
             )
     conditioning = parts.conditioning.with_sessions(sessions)
     records = _records(bundle, chosen)
     how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
     return Candidate(
         pipeline=Pipeline(parts.manifest, sessions, conditioning, chosen=how),
-        graphs={n: bundle / a.file.path for n, a in chosen.items() if a.backend is Backend.ONNXRUNTIME},
+        graphs={n: bundle / a.file.path for n, a in chosen.items() if is_graph(a)},
         traced=traced,
         precisions={name: artifact.precision for name, artifact in chosen.items()},
         native=native,
@@ -110,11 +108,6 @@ def _records(bundle: Path, artifacts: Mapping[str, Artifact]) -> dict[str, Quant
         for stage, artifact in artifacts.items()
         if artifact.quantization is not None
     }
-
-
-def _is_widened(session: Session, artifact: Artifact) -> bool:
-    on_cpu = str(getattr(session, "provider", "CPU")).startswith("CPU")
-    return artifact.backend is Backend.ONNXRUNTIME and artifact.precision in SIXTEEN_BITS and on_cpu
 
 
 def check_bundle(bundle: Path) -> Manifest:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ditc.parity.cases import Case, CaseRun, Settings, forced_state, start_case
 from ditc.runtime import denoise
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
 
 
@@ -18,6 +18,7 @@ class Recorder:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.spec: StageSpec = session.spec
+        self.device: ComputeDevice = session.device
         self.feeds: dict[str, Array] | None = None
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

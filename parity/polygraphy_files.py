@@ -20,7 +20,8 @@ from ditc.parity.levels.stage import judged_outputs, stage_bound, stage_cases
 from ditc.runtime.atomic import atomic_path, write_atomic
 from ditc.runtime.errors import MissingExtra
 from ditc.runtime.session import Array, numpy_dtype
-from ditc.runtime.spec import Backend, DType
+from ditc.runtime.sessions.registry import row_of
+from ditc.runtime.spec import DType
 
 SCRIPT = "compare.sh"
 HINT = "choose another --save-polygraphy"
@@ -29,7 +30,8 @@ HINT = "choose another --save-polygraphy"
 def save_polygraphy(folder: Path, context: Context) -> Path:
     """Write STAGE-inputs.json, STAGE-pytorch.json and a script of one `polygraphy run` a stage.
 
-    bf16 stages are left out, with a comment in the script: these files hold NumPy arrays, which have no bf16.
+    Stages of backends that Polygraphy does not run are left out, and stages in bf16: these files hold NumPy arrays,
+    which have no bf16. The script has a comment in their place.
 
     Raises:
         MissingExtra: Polygraphy is not installed. OutputError: the folder cannot be written to.
@@ -47,6 +49,10 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
     for stage, session in context.candidate.sessions.items():
         if any(tensor.dtype is DType.BFLOAT16 for tensor in (*session.spec.inputs, *session.spec.outputs)):
             lines.append(f"# {stage}: not here, Polygraphy's files have no bf16")
+            continue
+        backend = row_of(context.candidate.artifacts[stage].backend)
+        if not backend.polygraphy:
+            lines.append(f"# {stage}: not here, Polygraphy does not run {backend.title}")
             continue
         cases = list(stage_cases(context, stage))
         results = RunResults()
@@ -87,12 +93,10 @@ def _command(context: Context, stage: str, floors: Mapping[str, float]) -> str:
     artifact = context.candidate.artifacts[stage]
     assert context.candidate.bundle is not None
     model = str((context.candidate.bundle / artifact.file.path).absolute())
-    runner = ["--onnxrt"] if artifact.backend is Backend.ONNXRUNTIME else ["--trt", "--model-type", "engine"]
-    words = ["polygraphy", "run", model, *runner, "--load-inputs", f"{stage}-inputs.json"]
-    words += ["--load-outputs", f"{stage}-pytorch.json", "--compare", "snr", "--snr-threshold"]
+    words = ["--load-inputs", f"{stage}-inputs.json", "--load-outputs", f"{stage}-pytorch.json"]
+    words += ["--compare", "snr", "--snr-threshold"]
     words += [f"{name}:{floor:.1f}" for name, floor in floors.items()]
-    rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if artifact.backend is Backend.TENSORRT_RTX else ""
-    return rtx + shlex.join(words)
+    return f"{row_of(artifact.backend).polygraphy.format(model=shlex.quote(model))} {shlex.join(words)}"
 
 
 def _save(data: Any, path: Path) -> None:

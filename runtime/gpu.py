@@ -1,4 +1,4 @@
-"""The GPU of this machine, asked of its driver's own tool, and whether an engine fits it."""
+"""The GPU of this machine, asked of its driver's own tool, and where TensorRT-RTX keeps its libraries."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import os
 import subprocess
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-
-from ditc.runtime.bundle.manifest import Artifact
-from ditc.runtime.errors import SessionError
-from ditc.runtime.spec import Backend
 
 # The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.
 RTX_LIBRARY = "libtensorrt_rtx.so"
-# tensorrt_rtx.ComputeCapability of 1.7.1. It has no sm90 and no sm100, and says of an engine there: "TensorRT-RTX does
-# not support this compute capability, so the engine cannot be rebuilt for it".
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 NO_GPU = "no NVIDIA GPU with a driver (nvidia-smi finds none)"
-PACKAGES = {Backend.TENSORRT_RTX: "tensorrt-rtx", Backend.TENSORRT: "tensorrt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,52 +52,6 @@ def _nvidia_smi(fields: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.partition("\n")[0].strip()
-
-
-def library_version(backend: Backend) -> str | None:
-    """Version of the library that runs a backend's engines, None if it is not installed."""
-    try:
-        return version(PACKAGES[backend])
-    except (KeyError, PackageNotFoundError):
-        return None
-
-
-def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) -> None:
-    """Refuse an engine that was built for another GPU or with another library, before its file is opened.
-
-    Neither library loads an engine of another version (TensorRT docs: version compatibility is a build option, which
-    ditc does not set; TensorRT-RTX 1.7.1 cannot set it).
-
-    Raises:
-        SessionError: no library or GPU, another version, or a GPU that is not among the targets.
-    """
-    stage, backend = artifact.spec.name, artifact.backend.value
-    rebuild = f"build it here: ditc build CHECKPOINT -o BUNDLE --backend {backend}"
-    if library is None:
-        raise SessionError(
-            f"{stage}: {backend} is not installed, so its engine cannot run",
-            hint=f'pip install "ditc[{"rtx" if artifact.backend is Backend.TENSORRT_RTX else "tensorrt"}]"',
-        )
-    if artifact.library is not None and artifact.library != library:
-        raise SessionError(
-            f"{stage}: the engine was built with {backend} {artifact.library}, this machine has {library}",
-            hint=f"install {PACKAGES[artifact.backend]}=={artifact.library}, or {rebuild}",
-        )
-    if gpu is None:
-        raise SessionError(
-            f"{stage}: this machine has no NVIDIA GPU to run a {backend} engine",
-            hint="run the ONNX Runtime artifact: --backend onnxruntime",
-        )
-    if artifact.backend is Backend.TENSORRT_RTX and gpu.sm not in artifact.targets:
-        other = f"TensorRT-RTX has none for {gpu.sm}: build here with --backend tensorrt, or run --backend onnxruntime"
-        raise SessionError(
-            f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
-            hint=f"{rebuild} --targets {gpu.sm}" if gpu.sm in RTX_TARGETS else other,
-        )
-    if artifact.gpu is not None and artifact.targets == ("this-gpu",) and artifact.gpu != gpu.name:
-        raise SessionError(
-            f"{stage}: the engine was built on and for {artifact.gpu}, this GPU is {gpu.name}", hint=rebuild
-        )
 
 
 def rtx_library_folder() -> Path | None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,18 +14,19 @@ from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manif
 from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import BundleError, SessionError, UsageError
-from ditc.runtime.gpu import check_engine, find_gpu, library_version
+from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.session import Session
-from ditc.runtime.sessions import ENGINES, available_backends, missing, open_device, open_session
+from ditc.runtime.session import ComputeDevice, Session
+from ditc.runtime.sessions.device import Device, open_device
+from ditc.runtime.sessions.opening import check_artifact, check_runs, open_session
+from ditc.runtime.sessions.registry import AUTO, available_backends, find_row, row_of
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
 
-if TYPE_CHECKING:
-    from ditc.runtime.sessions.device import Device
-
 log = logging.getLogger(__name__)
+
+REBUILD = "ditc build CHECKPOINT -o BUNDLE --backend ... --precision ..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,44 +44,22 @@ class Parts:
     device: Device | None = None
 
 
-def load_parts(
-    bundle: Path,
-    *,
-    backend: str,
-    precision: str | None,
-    threads: int,
-    provider: str = "auto",
-    low_vram: bool = False,
-    require_signature: Path | None = None,
-) -> Parts:
-    """Everything that a Pipeline is made of.
-
-    Args:
-        provider: of ONNX Runtime: auto, cpu, cuda or openvino.
-        low_vram: load a stage when it is used and unload the one before; stream weights where the engine can.
-        require_signature: refuse a bundle that the owner of this ed25519 public key (PEM) has not signed.
+def load_parts(bundle: Path, options: LoadOptions) -> Parts:
+    """Everything that a Pipeline is made of. Certificate and self-test are the caller's to ask for.
 
     Raises:
         BundleError: damaged or foreign files. UsageError: nothing in the bundle fits. SessionError: it does not open.
     """
     manifest = load_manifest(bundle)
-    if require_signature is not None:
-        check_signature(bundle, manifest, require_signature)
+    if options.require_signature is not None:
+        check_signature(bundle, manifest, Path(options.require_signature))
     _check_golden_table(manifest)
-    if provider != "auto":
-        if backend not in ("auto", Backend.ONNXRUNTIME):
-            raise UsageError(
-                f"provider {provider} is ONNX Runtime's, asked for with backend {backend}",
-                hint="leave one of the two out",
-            )
-        backend = Backend.ONNXRUNTIME.value
-    chosen, reason = choose(manifest, backend=backend, precision=precision)
+    chosen, reason = choose(manifest, options)
     log.info("%s", reason)
     check_files(bundle, _files(manifest, chosen.values()))
     tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
-    engines = any(artifact.backend in ENGINES for artifact in chosen.values())
-    device = open_device() if engines else None
-    sessions = _open_all(bundle, chosen, threads, provider, device, low_vram)
+    device = open_device() if any(row_of(a.backend).same_gpu for a in chosen.values()) else None
+    sessions = _open_all(bundle, chosen, options, device)
     encoders = [
         TextEncoder(spec, tokenizer, sessions[spec.stage])
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
@@ -91,62 +69,56 @@ def load_parts(
     return Parts(manifest, sessions, conditioning, reason, chosen, device)
 
 
-def choose(
-    manifest: Manifest, *, backend: str = "auto", precision: str | None = None
-) -> tuple[dict[str, Artifact], str]:
+def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:
     """One artifact for each stage that a picture needs, and a sentence that says why.
 
     The denoiser decides: of the backends that can run here, in their order of preference, the first for which the
-    bundle has a denoiser (in the asked precision). The other stages take the same backend, else ONNX Runtime.
+    bundle has a denoiser (in the asked precision). The other stages take the same backend, else another that runs.
+    Artifacts of backends that this version of ditc does not know are passed over.
 
     Raises:
-        UsageError: an unknown backend or precision, or none that the bundle and this machine share.
+        UsageError: no backend and precision that the bundle, this machine and the options share.
         SessionError: an engine was asked for by name that is not for this machine's GPU or library.
     """
-    backends = [*ENGINES, Backend.ONNXRUNTIME]  # PyTorch is the references' alone
-    if backend not in ("auto", *backends):
-        raise UsageError(f"backend {backend!r} is unknown", hint=f"take auto, {', '.join(backends)}")
-    if precision is not None and precision not in set(Precision):
-        raise UsageError(f"precision {precision!r} is unknown", hint=f"take one of {', '.join(Precision)}")
-    runnable = available_backends()
-    wanted = list(runnable) if backend == "auto" else [Backend(backend)]
+    runnable, backend, precision = available_backends(), options.named_backend, options.precision
+    wanted = list(runnable) if backend == AUTO else [Backend(backend)]
     if DENOISER not in manifest.stages:
         raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
     denoisers = manifest.stages[DENOISER].artifacts
+    unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
+    if unknown:
+        log.info("passed over: this version of ditc does not know the backend %s", ", ".join(unknown))
     for candidate in wanted:
         fitting = [
             a
             for a in denoisers
             if a.backend is candidate
             and (precision is None or a.precision == precision)
-            and (backend != "auto" or _serves(a))
+            and (backend != AUTO or _serves(a))
         ]
         if fitting and candidate in runnable:
             best = min(fitting, key=lambda a: list(Precision).index(a.precision))
             stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
             chosen = {name: best if name == DENOISER else _companion(manifest, name, best) for name in stages}
-            return chosen, f"{candidate.value} {best.precision.value}: {runnable[candidate]}"
-    for engine in denoisers:
-        if engine.backend in wanted and engine.backend not in runnable:
-            check_engine(engine, gpu=find_gpu(), library=library_version(engine.backend))  # says why not
-            raise SessionError(
-                f"{DENOISER}: {missing(engine.backend)}",
-                hint="or run the ONNX Runtime artifact: --backend onnxruntime",
-            )
-    have = sorted({f"{a.backend.value} {a.precision.value}" for a in denoisers})
+            return chosen, f"{candidate} {best.precision.value}: {runnable[candidate]}"
+    for artifact in denoisers:
+        if artifact.backend in wanted and artifact.backend not in runnable:
+            check_artifact(artifact)  # says why not
+            check_runs(artifact)
+    have = sorted({f"{a.backend} {a.precision.value}" for a in denoisers})
     raise UsageError(
         f"the bundle holds denoisers for {', '.join(have)}; asked for {backend} {precision or 'any precision'}; "
-        f"this machine runs {', '.join(b.value for b in runnable)}",
-        hint="build one that fits: ditc build CHECKPOINT -o BUNDLE --backend ... --precision ...",
+        f"this machine runs {', '.join(runnable)}",
+        hint=f"update ditc, which does not know {', '.join(unknown)}, or build one that fits: {REBUILD}"
+        if unknown
+        else f"build one that fits: {REBUILD}",
     )
 
 
 def _serves(artifact: Artifact) -> bool:
     """Whether an artifact is for this machine's GPU and libraries; "auto" passes over one that is not."""
-    if artifact.backend not in ENGINES:
-        return True
     try:
-        check_engine(artifact, gpu=find_gpu(), library=library_version(artifact.backend))
+        check_artifact(artifact)
     except SessionError as e:
         log.info("passed over: %s", e)
         return False
@@ -154,12 +126,7 @@ def _serves(artifact: Artifact) -> bool:
 
 
 def _open_all(
-    bundle: Path,
-    chosen: Mapping[str, Artifact],
-    threads: int,
-    provider: str,
-    device: Device | None,
-    low_vram: bool,
+    bundle: Path, chosen: Mapping[str, Artifact], options: LoadOptions, device: Device | None
 ) -> dict[str, Session]:
     """A session for each stage; when one does not open, those before it are closed again."""
     sessions: dict[str, Session] = {}
@@ -168,17 +135,14 @@ def _open_all(
         device.enter()  # the device outlives every stage, loaded or not
 
     def opener(artifact: Artifact) -> Callable[[], Session]:
-        path, engine = bundle / artifact.file.path, artifact.backend in ENGINES
-        shared: dict[str, Any] = {"device": device, "stream_weights": low_vram} if engine else {}
-        return lambda: open_session(path, artifact, threads=threads, provider=provider, **shared)
+        return lambda: open_session(bundle / artifact.file.path, artifact, options, device)
 
     try:
         for name, artifact in chosen.items():
-            open_it = opener(artifact)
-            if low_vram and artifact.backend in ENGINES:
-                sessions[name] = OnDemandSession(
-                    artifact.spec, open_it, residency, provider=artifact.backend.value
-                )
+            open_it, row = opener(artifact), row_of(artifact.backend)
+            if options.low_vram and row.same_gpu:
+                where = ComputeDevice(kind="cuda", name=row.name)
+                sessions[name] = OnDemandSession(artifact.spec, open_it, residency, device=where)
             else:
                 sessions[name] = open_it()
     except BaseException:
@@ -211,7 +175,7 @@ def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
     usable = [a for a in manifest.stages[stage].artifacts if a.backend in runnable and fits(a)]
     if not usable:
         raise BundleError(
-            f"no artifact of {stage} goes with the {denoiser.backend.value} {denoiser.precision.value} denoiser",
+            f"no artifact of {stage} goes with the {denoiser.backend} {denoiser.precision.value} denoiser",
             hint="build all stages together: ditc build CHECKPOINT -o BUNDLE",
         )
     return min(usable, key=rank)

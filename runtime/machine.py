@@ -10,18 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
 
-PACKAGES = (
-    "ditc",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnx",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tensorrt",
-    "tensorrt-rtx",
-)
+from ditc.runtime.sessions.registry import rows
+
+PACKAGES = ("ditc", "numpy", "onnx", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +39,9 @@ def this_machine() -> Machine:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what computes here."""
+    """Versions of what computes here, the libraries of the backends among it."""
     found = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(package for row in rows() for package in row.packages)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

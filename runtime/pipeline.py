@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from ditc.runtime.decode import as_requested, decode_sample
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.guard import Guard
 from ditc.runtime.images import preview
+from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Array, Session, samples, to_numpy
@@ -103,29 +104,16 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls,
-        bundle: str | Path,
-        *,
-        backend: str = "auto",
-        precision: str | None = None,
-        threads: int = 0,
-        provider: str = "auto",
-        low_vram: bool = False,
-        require_signature: str | Path | None = None,
-        require_certificate: bool = False,
-        self_test: bool = True,
+        cls, bundle: str | Path, *, options: LoadOptions = DEFAULTS, **changes: Unpack[LoadKeywords]
     ) -> Self:
         """Open a bundle: check every file it will read, then make the sessions.
 
+            Pipeline.load("bundle/", backend="onnxruntime", threads=4)
+
         Args:
-            backend: "auto" picks what this machine runs best, and says why in the log.
-            precision: of the denoiser; None for what fits the backend best.
-            threads: for CPU backends; 0 lets the backend choose.
-            provider: of ONNX Runtime: "cpu", "cuda", "openvino"; "auto" is CUDA's where it is there, else the CPU's.
-            low_vram: keep one stage at a time in GPU memory, and stream its weights if its engine was built for it.
-            require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
-            require_certificate: refuse artifacts that parity has not proven, or not on this machine.
-            self_test: run the golden inputs when an engine is first used on a GPU.
+            options: how to load it.
+            changes: fields of `LoadOptions`, which has what they mean and their defaults; they take the place of those
+                in `options`.
 
         Raises:
             BundleError, SessionError, UsageError. NumericsError: the self-test failed.
@@ -134,21 +122,14 @@ class Pipeline:
         from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
 
-        parts = load_parts(
-            Path(bundle),
-            backend=backend,
-            precision=precision,
-            threads=threads,
-            provider=provider,
-            low_vram=low_vram,
-            require_signature=None if require_signature is None else Path(require_signature),
-        )
+        bundle, options = Path(bundle), replace(options, **changes)
+        parts = load_parts(bundle, options)
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device
-        if self_test:
-            first_use(Path(bundle), parts.manifest, parts.sessions, parts.artifacts)
+        if options.self_test:
+            first_use(bundle, parts.manifest, parts.sessions, parts.artifacts)
         pipeline.uncertified = check_standing(
-            Path(bundle), parts.manifest, parts.artifacts, required=require_certificate
+            bundle, parts.manifest, parts.artifacts, required=options.require_certificate
         )
         return pipeline
 

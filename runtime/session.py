@@ -6,12 +6,13 @@ A session holds no request state, so one session serves any number of interleave
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.runtime.spec import DType, StageSpec
+from ditc.runtime.spec import SIXTEEN_BITS, DType, Precision, StageSpec
 
 Array = NDArray[Any]
 
@@ -37,11 +38,36 @@ class DeviceTensor(Protocol):
 Tensor = Array | DeviceTensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeDevice:
+    """Where a session computes, and what follows from it for those who judge its results.
+
+    Attributes:
+        kind: of processor; "other" is one that only a reference in PyTorch may use.
+        name: what computes there, for messages: "ONNX Runtime's CPU provider".
+        native_16_bits: 16-bit stages are computed in 16 bits. Where they are not, their rounding does not show.
+        tried_at_build: every build runs its graphs on such a device, so that a first use needs no self-test. Elsewhere
+            kernels differ by processor and driver, and each machine shows its own.
+    """
+
+    kind: Literal["cpu", "cuda", "other"]
+    name: str
+    native_16_bits: bool = True
+    tried_at_build: bool = False
+
+    def widens(self, precision: Precision) -> bool:
+        """Whether a stage of this precision is computed in a wider type here."""
+        return precision in SIXTEEN_BITS and not self.native_16_bits
+
+
 class Session(Protocol):
     """Runs one stage. Feeds are named as in `spec.inputs`, results as in `spec.outputs`."""
 
     @property
     def spec(self) -> StageSpec: ...
+
+    @property
+    def device(self) -> ComputeDevice: ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Execute the stage once.

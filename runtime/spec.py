@@ -6,8 +6,10 @@ name are equal at run time; a Profile bounds each name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 
 class DType(StrEnum):
@@ -31,13 +33,42 @@ class Precision(StrEnum):
     FP8 = "fp8"
 
 
-class Backend(StrEnum):
-    """Libraries that can execute a stage."""
+SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
 
-    TORCH = "torch"
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT_RTX = "tensorrt-rtx"
-    TENSORRT = "tensorrt"
+
+class Backend(str):
+    """Name of a library that can execute a stage, as manifests and `--backend` write it.
+
+    Which backends there are is the registry's to say (runtime/sessions/registry.py). A manifest may name one that this
+    version of ditc does not know. Equal names are one object, so `is` compares them like members of an enumeration.
+
+    Raises:
+        ValueError: the name is not made of lower-case letters, digits and hyphens; it becomes a part of file names.
+    """
+
+    __slots__ = ()
+    _names: ClassVar[dict[str, Backend]] = {}
+
+    ONNXRUNTIME: ClassVar[Backend]
+    TENSORRT_RTX: ClassVar[Backend]
+    TENSORRT: ClassVar[Backend]
+
+    def __new__(cls, name: str) -> Backend:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+            raise ValueError(
+                f"{name!r:.60} is not a backend's name: letters a to z, digits and single hyphens"
+            )
+        return cls._names.setdefault(str(name), super().__new__(cls, name))
+
+    @property
+    def value(self) -> str:
+        """The name as plain text, as members of an enumeration give it."""
+        return str(self)
+
+
+Backend.ONNXRUNTIME = Backend("onnxruntime")
+Backend.TENSORRT_RTX = Backend("tensorrt-rtx")
+Backend.TENSORRT = Backend("tensorrt")
 
 
 TEXT_ENCODER = "text_encoder"

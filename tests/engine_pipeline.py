@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from fake_gpu import FakeCuda, FakeEngine
 
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -24,7 +25,7 @@ class Gpu:
     def __init__(self, bundle: Path, cuda: FakeCuda | None = None, **engine: Any) -> None:
         self.cuda = cuda or FakeCuda()
         self.device = Device(self.cuda)
-        parts = load_parts(bundle, backend="onnxruntime", precision=None, threads=1)
+        parts = load_parts(bundle, LoadOptions(backend="onnxruntime", threads=1))
         for session in parts.sessions.values():
             session.close()
         scale = parts.manifest.latents.scale_factor

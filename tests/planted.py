@@ -146,6 +146,7 @@ class NanAt:
     def __init__(self, session: Session, index: tuple[int, ...]) -> None:
         self.session, self.index, self.runs = session, index, 0
         self.spec: StageSpec = session.spec
+        self.device = session.device
 
     def run(self, feeds: Mapping[str, StageTensor]) -> dict[str, StageTensor]:
         outputs = self.session.run(feeds)

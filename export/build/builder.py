@@ -24,7 +24,6 @@ from ditc.export.families import find_adapter
 from ditc.export.quant.apply import prepare
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest, save_manifest
 from ditc.runtime.errors import BuildError
-from ditc.runtime.spec import Backend
 
 __all__ = ["BuildEvent", "BuildReport", "build_bundle"]
 
@@ -80,7 +79,7 @@ def build_bundle(
 
 def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
     """What engines are built for. A missing library is said here, before the export and not after it."""
-    if options.backend is Backend.ONNXRUNTIME:
+    if not options.builds_engines:
         return ()
     library_version(options.backend)
     targets = options.targets or default_targets(options.backend, options.precision)
@@ -95,7 +94,7 @@ def _build(build: BuildContext) -> Manifest:
     _check_missing(build, inputs)
     graphs = {name: graph_artifact(build, name) for name in build.plan.stages}
     engines: dict[str, Artifact] = {}
-    if build.options.backend is not Backend.ONNXRUNTIME:
+    if build.options.builds_engines:
         engines = {name: engine_artifact(build, name, graph) for name, graph in graphs.items()}
     _check_unchanged(build, inputs)
     build.journal.hashes.save()

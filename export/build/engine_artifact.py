@@ -17,7 +17,8 @@ from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.gpu import find_gpu
-from ditc.runtime.spec import Backend, Precision
+from ditc.runtime.sessions.registry import row_of
+from ditc.runtime.spec import Precision
 
 
 def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInputs:
@@ -30,7 +31,7 @@ def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInpu
         targets=build.targets,
         profiles=orientation_profiles(graph.spec, build.plan.defaults, options.backend),
         library_version=library_version(options.backend),
-        gpu=find_gpu() if options.backend is Backend.TENSORRT else None,
+        gpu=find_gpu() if row_of(options.backend).built_on_gpu else None,
         linear_attention=options.linear_attention,
         weight_streaming=options.weight_streaming,
         engine_source=engine_source(),

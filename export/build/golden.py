@@ -19,12 +19,10 @@ from ditc.runtime.bundle.golden import METADATA, GoldenInfo
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import DType, Precision, StageSpec
+from ditc.runtime.spec import SIXTEEN_BITS, DType, StageSpec
 
 # A bundle's golden files stay below 2 MB: five stages have 16 float tensors, 16 * 24576 * 4 bytes = 1.6 MB.
 LARGEST = 24576
-# Precisions whose self-test is measured by what PyTorch loses in them.
-SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
 
 
 def write_golden(

@@ -7,12 +7,12 @@ from dataclasses import replace
 from ditc.export.build import previous_build
 from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
-from ditc.export.build.golden import SIXTEEN_BITS, write_golden
+from ditc.export.build.golden import write_golden
 from ditc.export.build.layout import golden_path
 from ditc.export.build.records import GoldenInputs, GoldenRecord, StageInputs
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact, FileRef
-from ditc.runtime.spec import Precision
+from ditc.runtime.spec import SIXTEEN_BITS, Precision
 
 
 def golden_artifact(

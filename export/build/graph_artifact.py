@@ -22,7 +22,8 @@ from ditc.export.quant.record import write_record
 from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
-from ditc.runtime.spec import DENOISER, VAE_ENCODER, Backend, Precision
+from ditc.runtime.sessions.registry import GRAPH_BACKEND
+from ditc.runtime.spec import DENOISER, VAE_ENCODER, Precision
 from ditc.runtime.weight_map import weight_map_path, write_weight_map
 
 
@@ -38,7 +39,7 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
         facts={fact: json.dumps(value) for fact, value in stage.facts.items()},
         shapes=stage.spec,
         precision=stage.precision,
-        backend=Backend.ONNXRUNTIME,
+        backend=GRAPH_BACKEND,
         opset=build.options.opset,
         quantization=None
         if quantization is None
@@ -101,7 +102,7 @@ def _written(
     return Artifact(
         spec=module.spec,
         precision=precision,
-        backend=Backend.ONNXRUNTIME,
+        backend=GRAPH_BACKEND,
         file=model,
         data=tuple(data),
         weights=file_ref(weight_map, bundle),

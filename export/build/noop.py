@@ -20,7 +20,7 @@ from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
-from ditc.runtime.spec import Backend
+from ditc.runtime.sessions.registry import row_of
 
 # Everything that is read of a checkpoint: weights, configs, tokenizers (SentencePiece models, vocabularies, templates).
 SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
@@ -70,5 +70,5 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> Reques
         option_files={str(path): journal.hashes.of(path) for path in options_files},
         ditc_source=bundle_source(),
         tool_versions=tool_versions(),
-        gpu=find_gpu() if options.backend is Backend.TENSORRT else None,
+        gpu=find_gpu() if row_of(options.backend).built_on_gpu else None,
     )

@@ -13,7 +13,7 @@ from ditc.export.contract import Adapter, BuildOptions, ModelPlan
 from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import Backend
+from ditc.runtime.sessions.registry import build_backends, row_of
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def check_options(options: BuildOptions) -> None:
         )
     if options.opset not in OPSETS:
         raise UsageError(f"opset is {options.opset}", hint=f"take one of {', '.join(map(str, OPSETS))}")
-    if options.opset != OPSETS[0] and options.backend is not Backend.ONNXRUNTIME:
+    if options.opset != OPSETS[0] and options.builds_engines:
         # "Setting softmax precision is not supported in TensorRT Attention.", TensorRT-RTX 1.7.1's parser. Without it
         # the softmax of a 16-bit graph would be 16-bit.
         raise UsageError(
             f"opset {options.opset} cannot be built into engines: their parser takes no Attention with an fp32 softmax",
             hint=f"leave --opset out: opset {OPSETS[0]} has the same attention in plain nodes",
         )
-    if options.backend is Backend.ONNXRUNTIME:
+    if not options.builds_engines:
         _check_no_engine_options(options)
     elif options.linear_attention == "plugin":
         load_kernels()
@@ -54,7 +54,8 @@ def _check_no_engine_options(options: BuildOptions) -> None:
         if given:
             raise UsageError(
                 f"{text} belongs to an engine, this build makes ONNX graphs alone",
-                hint="add --backend tensorrt-rtx or --backend tensorrt",
+                hint="add "
+                + " or ".join(f"--backend {b}" for b in build_backends() if row_of(b).builds_engines),
             )
 
 
@@ -86,7 +87,7 @@ def check_weights(
     estimates.check_disk(
         out,
         [(component, sizes[name]) for component, name in components.items()],
-        engines=options.backend is not Backend.ONNXRUNTIME,
+        engines=options.builds_engines,
     )
     say("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
     for component in components:

@@ -14,7 +14,8 @@ from ditc.runtime.bundle.build_cost import artifact_record
 from ditc.runtime.bundle.golden import read_golden
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import BundleError
-from ditc.runtime.spec import Backend, DType, Precision, TensorSpec
+from ditc.runtime.sessions.registry import is_graph, rows
+from ditc.runtime.spec import DType, Precision, TensorSpec
 
 
 def existing(out: Path) -> Manifest | None:
@@ -46,24 +47,30 @@ def artifacts_that_stay(
     others = [
         a for a in before if (a.precision, a.backend) not in slots and all(map(journal.intact, a.files))
     ]
-    graphs = [
-        a for a in others if a.backend is Backend.ONNXRUNTIME and _same_source(journal, name, a, artifact)
-    ]
+    graphs = [a for a in others if is_graph(a) and _same_source(journal, name, a, artifact)]
     current = {(graph.precision, graph.key) for graph in (artifact, *graphs)}
-    earlier = {a.precision: a.key for a in before if a.backend is Backend.ONNXRUNTIME}
+    earlier = {a.precision: a.key for a in before if is_graph(a)}
     engines = [
         a
         for a in others
         # An engine was made from the graph of its precision, and goes when that graph goes.
-        if a.backend is not Backend.ONNXRUNTIME and (a.precision, earlier.get(a.precision)) in current
+        if not is_graph(a) and (a.precision, earlier.get(a.precision)) in current
     ]
     return [*graphs, *engines]
 
 
 def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
     """The same artifacts are the same manifest, whichever was built last: a signature and a certificate hold."""
-    precisions, backends = list(Precision), list(Backend)
-    return tuple(sorted(artifacts, key=lambda a: (precisions.index(a.precision), backends.index(a.backend))))
+    places = {row.name: place for place, row in enumerate(reversed(rows()))}  # graphs first
+
+    def place(artifact: Artifact) -> tuple[int, int, str]:
+        return (
+            list(Precision).index(artifact.precision),
+            places.get(artifact.backend, len(places)),
+            artifact.backend,
+        )
+
+    return tuple(sorted(artifacts, key=place))
 
 
 def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float]:

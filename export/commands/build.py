@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, build_backends
 from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        default=Backend.ONNXRUNTIME.value,
-        choices=["onnxruntime", "tensorrt-rtx", "tensorrt"],
+        default=GRAPH_BACKEND,
+        choices=build_backends(),
         help="engines are built in addition to the ONNX graphs that they are made from (default: %(default)s)",
     )
     parser.add_argument(

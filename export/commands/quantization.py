@@ -7,7 +7,8 @@ from pathlib import Path
 from ditc.export.quant.measure import Measurement, known_measurement, measure, save_measurement
 from ditc.export.quant.record import QuantRecord, read_record
 from ditc.runtime.bundle.manifest import Manifest
-from ditc.runtime.spec import DENOISER, Backend, Precision
+from ditc.runtime.sessions.registry import is_graph
+from ditc.runtime.spec import DENOISER, Precision
 
 NUMBERS_ONLY = "ONNX Runtime's CPU provider computes FP8 graphs in fp32: fidelity is FP8's, speed is not"
 
@@ -15,9 +16,7 @@ NUMBERS_ONLY = "ONNX Runtime's CPU provider computes FP8 graphs in fp32: fidelit
 def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
     """Lines about the 8-bit denoiser that was just built; its measurement goes to quantized.json."""
     artifact = next(
-        a
-        for a in manifest.stages[DENOISER].artifacts
-        if a.precision is precision and a.backend is Backend.ONNXRUNTIME
+        a for a in manifest.stages[DENOISER].artifacts if a.precision is precision and is_graph(a)
     )
     assert artifact.quantization is not None
     lines = coverage_lines(read_record(bundle / artifact.quantization.path))

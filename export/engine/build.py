@@ -22,6 +22,7 @@ from ditc.export.engine.targets import SM75_HINT, check_targets, check_types
 from ditc.export.engine.tensorrt import Compiler, Progress, ShapeRange, load_library
 from ditc.runtime.atomic import atomic_path, write_atomic
 from ditc.runtime.errors import BuildError
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import Backend, Range, StageSpec
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ def build_engine(
         targets: see `engine_targets(backend)` in engine/targets.py.
         profiles: one optimisation profile each, naming the dimensions that differ from spec.profile (say,
             one a resolution bin). None: one profile with the ranges of spec.profile.
-        timing_cache: read if it is there, written after the build. `tensorrt` only: TensorRT-RTX times
-            nothing while it builds.
+        timing_cache: read if it is there, written after the build, by builders that time kernels on the GPU.
         refit: let the weights be replaced later (REFIT_IDENTICAL). Needs a GPU.
         tf32: let fp32 matrix products use TF32; fp32 means fp32 unless this is asked for.
         linear_attention: "decomposed" inlines the op's function, "plugin" leaves it to ditc's plugin, where the graph
@@ -136,10 +136,10 @@ def build_engine(
         # of more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
         if weight_streaming:
             compiler.allow_weight_streaming()
-        if timing_cache and backend is Backend.TENSORRT:
+        if timing_cache and row_of(backend).built_on_gpu:
             compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         _write(compiler, spec, out)
-        if timing_cache and backend is Backend.TENSORRT:
+        if timing_cache and row_of(backend).built_on_gpu:
             write_atomic(timing_cache, compiler.timing_cache(), durable=False)
     return EngineReport(
         file=out,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditc.runtime.bundle.manifest import Defaults
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
 from ditc.runtime.step_contract import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 
@@ -31,7 +32,7 @@ def orientation_profiles(
         return ({},)
     ((height, width),) = named
     tall, wide = spec.profile[height], spec.profile[width]
-    default = ({height: _exactly(tall), width: _exactly(wide)},) if backend is Backend.TENSORRT else ()
+    default = ({height: _exactly(tall), width: _exactly(wide)},) if row_of(backend).built_on_gpu else ()
     return (
         *default,
         {height: replace(tall, max=tall.opt), width: replace(wide, min=wide.opt)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ditc.runtime.errors import BuildError, UsageError
-from ditc.runtime.gpu import RTX_TARGETS
+from ditc.runtime.sessions.registry import RTX_TARGETS
 from ditc.runtime.spec import Backend, Precision
 
 # Enterprise TensorRT has no cross compiler: it builds on the GPU that will run the engine. These name its

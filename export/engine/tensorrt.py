@@ -5,17 +5,15 @@ Both are strongly typed: all precision lies in the ONNX graph, the builder has n
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ditc.runtime.errors import MissingExtra, UsageError
+from ditc.runtime.errors import UsageError
+from ditc.runtime.sessions.tensorrt_engine import MODULES
+from ditc.runtime.sessions.tensorrt_engine import load_library as runtime_library
 from ditc.runtime.sessions.tensorrt_log import message_log
 from ditc.runtime.spec import Backend
-
-# Backend -> (module, extra of pyproject.toml).
-MODULES = {Backend.TENSORRT_RTX: ("tensorrt_rtx", "rtx"), Backend.TENSORRT: ("tensorrt", "tensorrt")}
 
 # Called as progress(phase, step, steps): the builder finished `step` of `steps` in `phase`. Phases nest.
 Progress = Callable[[str, int, int], None]
@@ -33,11 +31,7 @@ def load_library(backend: Backend) -> Any:
     """
     if backend not in MODULES:
         raise UsageError(f"backend {backend} builds no engines", hint="use tensorrt-rtx or tensorrt")
-    module, extra = MODULES[backend]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtra(module, extra) from error
+    return runtime_library(backend)
 
 
 class Compiler:

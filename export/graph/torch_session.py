@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ditc.runtime.session import Array, Tensor, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Tensor, to_numpy
 from ditc.runtime.spec import DType, StageSpec
 
 TORCH_DTYPES = {
@@ -26,6 +26,7 @@ class TorchSession:
     def __init__(self, module: nn.Module, spec: StageSpec, *, device: str = "cpu") -> None:
         self.spec = spec
         self.module = module.to(device).eval()
+        self.device = compute_device(device)
         self._device = device
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +42,14 @@ class TorchSession:
 
     def _to_torch(self, array: Array, dtype: DType) -> torch.Tensor:
         return to_torch(array, dtype).to(self._device)
+
+
+def compute_device(device: str = "cpu") -> ComputeDevice:
+    """What PyTorch's name of a device says of the sessions on it."""
+    kind = torch.device(device).type
+    return ComputeDevice(
+        kind="cpu" if kind == "cpu" else "cuda" if kind == "cuda" else "other", name=f"PyTorch on {device}"
+    )
 
 
 def to_torch(array: Array, dtype: DType) -> torch.Tensor:

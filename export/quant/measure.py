@@ -14,14 +14,16 @@ import numpy as np
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import load_parts
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.session import Session, Tensor
-from ditc.runtime.sessions import open_session
-from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
+from ditc.runtime.session import ComputeDevice, Session, Tensor
+from ditc.runtime.sessions.opening import open_session
+from ditc.runtime.sessions.registry import is_graph
+from ditc.runtime.spec import DENOISER, Precision, StageSpec
 from ditc.runtime.step_contract import BATCH
 
 FILE = "quantized.json"
@@ -75,12 +77,13 @@ def measure(
 ) -> Measurement | None:
     """Draw with both denoisers from the same noise and time their steps; None if the bundle has only one."""
     candidates = manifest.stages[DENOISER].artifacts
-    quantized = next(a for a in candidates if a.precision is precision and a.backend is Backend.ONNXRUNTIME)
+    quantized = next(a for a in candidates if a.precision is precision and is_graph(a))
     base = unquantized(manifest, quantized)
     if base is None:
         return None
-    parts = load_parts(bundle, backend=Backend.ONNXRUNTIME.value, precision=precision.value, threads=threads)
-    other = open_session(bundle / base.file.path, base, threads=threads)
+    options = LoadOptions(backend=quantized.backend, precision=precision, threads=threads)
+    parts = load_parts(bundle, options)
+    other = open_session(bundle / base.file.path, base, options)
     pair = {"low": _Timed(parts.sessions[DENOISER]), "high": _Timed(other)}
     prompts = list(PROMPTS[: quantized.spec.profile[BATCH].max])
     request = Request(prompt=prompts, seed=SEED, output_type="np", allow_uniform=True)
@@ -153,6 +156,10 @@ class _Timed:
     @property
     def spec(self) -> StageSpec:
         return self._session.spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return self._session.device
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._feeds = dict(feeds)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
+from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, metavar="G")
     parser.add_argument("--height", type=int, metavar="PX")
     parser.add_argument("--width", type=int, metavar="PX")
-    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
-    parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
     parser.add_argument(
         "--save-reference", type=Path, metavar="FILE", help="write what PyTorch computed, for --reference"
     )
@@ -187,9 +186,7 @@ def _open(
     from ditc.parity.context import Context
     from ditc.parity.reference.pytorch import Twin
 
-    candidate = open_candidate(
-        arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
-    )
+    candidate = open_candidate(arguments.bundle, load_options(arguments))
     options = BuildOptions(variant=arguments.variant)
     return Context(
         twin_or_none=Twin(arguments.against, options=options, like=candidate.manifest)

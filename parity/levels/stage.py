@@ -127,9 +127,7 @@ def _check_native(context: Context, case: StageCase) -> Result:
             return failed(
                 Level.STAGE, case.stage, what, detail, worst=comparison.worst, against="PyTorch fp32"
             )
-    why = (
-        "ONNX Runtime's CPU provider computes 16 bits in fp32: the graph is right, its rounding is not shown"
-    )
+    why = f"{session.device.name} computes 16 bits in fp32: the graph is right, its rounding is not shown"
     return not_checked(Level.STAGE, case.stage, what, why, against="PyTorch fp32")
 
 

@@ -19,13 +19,13 @@ from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.tokenizer import tokenizer_json
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
 from ditc.export.families import find_adapter
-from ditc.export.graph.torch_session import TorchSession
+from ditc.export.graph.torch_session import TorchSession, compute_device
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.bundle.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.schedulers import coefficient_table
-from ditc.runtime.session import Session, Tensor
+from ditc.runtime.session import ComputeDevice, Session, Tensor
 from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH
 from ditc.runtime.text import Tokenizer
@@ -38,6 +38,7 @@ class TwinSession:
 
     def __init__(self, twin: Twin, stage: str) -> None:
         self.spec: StageSpec = twin.plan.stages[stage].spec
+        self.device: ComputeDevice = compute_device()
         self._twin, self._stage = twin, stage
         self._session: TorchSession | None = None
 

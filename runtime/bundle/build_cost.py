@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import Backend
 
 FOLDER = ".build"
@@ -37,7 +38,7 @@ def record_path(bundle: Path, name: str, key: str) -> Path:
 
 def artifact_record(stage: str, backend: Backend) -> str:
     """The name that the records of a stage's graphs have, or those of its engines."""
-    return stage if backend is Backend.ONNXRUNTIME else f"engine-{stage}"
+    return f"engine-{stage}" if row_of(backend).builds_engines else stage
 
 
 def read_cost(bundle: Path, stage: str, artifact: Artifact) -> BuildCost | None:

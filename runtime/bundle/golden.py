@@ -22,7 +22,7 @@ from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.errors import BundleError, DitcError
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
-from ditc.runtime.spec import Backend, DType, Precision
+from ditc.runtime.spec import DType
 from ditc.runtime.tolerances import Level, Metric, limit
 
 METADATA = "ditc.golden"
@@ -102,8 +102,8 @@ def _judged(
     passed: bool | None = None if bound is None else error <= bound.bound
     if bound is None:
         output += f": nothing is recorded to measure {precision.value} by"
-    elif passed and _is_widened(session, artifact):
-        passed, output = None, f"{output}: ONNX Runtime's CPU provider computes {precision.value} in fp32"
+    elif passed and session.device.widens(precision):
+        passed, output = None, f"{output}: {session.device.name} computes {precision.value} in fp32"
     return Line(
         name=stage,
         metric=Metric.RELATIVE_L2,
@@ -112,11 +112,6 @@ def _judged(
         passed=passed,
         detail=output,
     )
-
-
-def _is_widened(session: Session, artifact: Artifact) -> bool:
-    on_cpu = str(getattr(session, "provider", "CPU")).startswith("CPU")
-    return artifact.backend is Backend.ONNXRUNTIME and artifact.precision is Precision.FP16 and on_cpu
 
 
 def _feeds(session: Session, golden: Golden) -> dict[str, Array]:

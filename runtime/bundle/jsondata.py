@@ -23,7 +23,7 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
-    return value.value if isinstance(value, StrEnum) else value
+    return str(value) if isinstance(value, str) else value  # members of enumerations become plain text
 
 
 def from_json(kind: type[T], data: Any, path: str = "$") -> T:
@@ -110,6 +110,11 @@ def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
             return kind(data)
         except ValueError as e:
             raise Mismatch(f"{path}: {data!r:.60} is none of {[m.value for m in kind]}") from e
+    if isinstance(data, str) and isinstance(kind, type) and issubclass(kind, str) and kind is not str:
+        try:
+            return kind(data)  # a str that checks itself, such as a backend's name
+        except ValueError as e:
+            raise Mismatch(f"{path}: {e}") from e
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
         raise Mismatch(f"{path}: expected {kind.__name__}, got {data!r:.60}")
     return data

@@ -19,7 +19,6 @@ from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.machine import this_machine
 from ditc.runtime.session import Session
-from ditc.runtime.spec import Backend
 
 
 def run_self_test(
@@ -60,12 +59,13 @@ def certify(
 def first_use(
     bundle: Path, manifest: Manifest, sessions: Mapping[str, Session], artifacts: Mapping[str, Artifact]
 ) -> None:
-    """Before an engine serves on a GPU for the first time: the self-test, once a machine and artifact set.
+    """Before stages compute for the first time on a device that no build tried: the self-test, once for each machine
+    and artifact set.
 
     Raises:
         NumericsError: a stage does not compute here what it computed in PyTorch.
     """
-    if not any(needs_test(sessions[name], artifact) for name, artifact in artifacts.items()):
+    if all(sessions[name].device.tried_at_build for name in artifacts):
         return
     here = this_machine()
     known = load_certificate(bundle, manifest).of(artifacts)
@@ -81,12 +81,6 @@ def first_use(
             f"the self-test failed on this machine: {describe(broken)}",
             hint="build the engine again with another version of its library; --no-self-test runs it all the same",
         )
-
-
-def needs_test(session: Session, artifact: Artifact) -> bool:
-    """Whether a GPU computes this stage: kernels differ by GPU and driver, so each machine shows its own."""
-    on_gpu = not str(getattr(session, "provider", "CPU")).startswith("CPU")
-    return artifact.backend is not Backend.ONNXRUNTIME or on_gpu
 
 
 def describe(line: Line) -> str:

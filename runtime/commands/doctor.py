@@ -15,12 +15,11 @@ from pathlib import Path
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.errors import CheckpointError
 
+# By extra of pyproject.toml; those of the backends are in their table.
 PACKAGES = {
     "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
     "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors"),
     "parity": ("polygraphy",),
-    "rtx": ("tensorrt-rtx", "cuda-python"),
-    "tensorrt": ("tensorrt", "cuda-python"),
     "sign": ("cryptography",),
 }
 
@@ -133,8 +132,11 @@ def _installed(name: str) -> str | None:
 
 
 def _packages() -> list[Finding]:
+    from ditc.runtime.sessions.registry import rows
+
     findings = []
-    for extra, names in PACKAGES.items():
+    backends = {row.extra: (*row.packages, *row.needs) for row in rows() if row.extra is not None}
+    for extra, names in (PACKAGES | backends).items():
         found = {name: _installed(name) for name in names}
         if extra == "runtime" and found["onnxruntime"] is None and _installed("onnxruntime-gpu"):
             del found["onnxruntime"]  # the same library, built for CUDA
@@ -173,10 +175,10 @@ def _conflicts() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from ditc.runtime.sessions import available_backends
+    from ditc.runtime.sessions.registry import available_backends
 
     runnable = available_backends()
-    findings = [Finding("runs", f"{backend.value}: {why}") for backend, why in runnable.items()]
+    findings = [Finding("runs", f"{backend}: {why}") for backend, why in runnable.items()]
     if _installed("onnxruntime") or _installed("onnxruntime-gpu"):
         import onnxruntime
 

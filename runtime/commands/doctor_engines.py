@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
-from ditc.runtime.gpu import RTX_LIBRARY, RTX_TARGETS, Gpu, driver_version, find_gpu, rtx_library_folder
-from ditc.runtime.sessions import ENGINES, missing
+from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_library_folder
 from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
+from ditc.runtime.sessions.registry import library_version, missing, rows
 
 # Package, version prefix, what happens, what to do. Sources: NVIDIA's release notes of the versions named.
 KNOWN_BAD = (
@@ -45,31 +45,34 @@ def engine_findings() -> list[Finding]:
 
 def _gpu(gpu: Gpu | None) -> list[Finding]:
     if gpu is None:
-        return [Finding("gpu", "none: engines can be built here (tensorrt-rtx), not run", None)]
+        anywhere = ", ".join(row.name for row in rows() if row.targets)
+        return [Finding("gpu", f"none: engines can be built here ({anywhere}), not run", None)]
     name, driver = f"{gpu.name}, {gpu.sm}", f"driver {driver_version() or 'unknown'}"
-    if gpu.sm in RTX_TARGETS:
-        return [Finding("gpu", f"{name}: tensorrt-rtx and tensorrt serve it; {driver}")]
-    hint = "build for it with --backend tensorrt, on this machine"
-    return [Finding("gpu", f"{name}: not a target of tensorrt-rtx; {driver}", None, hint)]
+    engines = [row for row in reversed(rows()) if row.same_gpu]
+    serving = [row.name for row in engines if row.built_on_gpu or gpu.sm in row.targets]
+    others = [row.name for row in engines if row.name not in serving]
+    if not others:
+        return [Finding("gpu", f"{name}: {' and '.join(serving)} serve it; {driver}")]
+    hint = f"build for it with --backend {' or '.join(serving)}, on this machine"
+    return [Finding("gpu", f"{name}: not a target of {' and '.join(others)}; {driver}", None, hint)]
 
 
 def _targets() -> list[Finding]:
+    """What engines each installed library builds here."""
     found = []
-    for package in ("tensorrt-rtx", "tensorrt"):
-        installed = _version(package)
+    for row in reversed(rows()):
+        installed = library_version(row.name) if row.builds_engines else None
         if installed is not None:
-            what = ", ".join(RTX_TARGETS) if package == "tensorrt-rtx" else "the GPU of this machine"
-            found.append(Finding("builds", f"{package} {installed} for {what}"))
+            what = (
+                ", ".join(row.targets) or f"the {'GPU' if row.built_on_gpu else 'processor'} of this machine"
+            )
+            found.append(Finding("builds", f"{row.name} {installed} for {what}"))
     return found
 
 
 def _runs() -> list[Finding]:
-    """Engine backends that cannot run here, each with the first thing that it lacks; doctor tells those that can."""
-    return [
-        Finding("runs not", f"{backend.value}: {lack}", None)
-        for backend in ENGINES
-        if (lack := missing(backend))
-    ]
+    """Backends that cannot run here, each with the first thing that it lacks; `doctor.py` tells those that can."""
+    return [Finding("runs not", f"{row.name}: {lack}", None) for row in rows() if (lack := missing(row.name))]
 
 
 def _onnxruntime(gpu: Gpu | None) -> list[Finding]:

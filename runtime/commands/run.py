@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ditc.runtime.atomic import atomic_path
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
+from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -75,22 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="PX")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
     parser.add_argument("-n", "--num-images-per-prompt", type=int, default=1, metavar="N")
-    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt-rtx, tensorrt")
-    parser.add_argument("--provider", default="auto", help="of ONNX Runtime: auto, cpu, cuda, openvino")
-    parser.add_argument("--precision", help="of the denoiser, where the bundle holds several")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument(
-        "--low-vram", action="store_true", help="engines: keep one stage at a time in GPU memory"
-    )
-    parser.add_argument(
-        "--require-signature", type=Path, metavar="PUB.pem", help="run only what this key's owner has signed"
-    )
-    parser.add_argument(
-        "--require-certificate", action="store_true", help="run only what parity has proven for this machine"
-    )
-    parser.add_argument(
-        "--no-self-test", action="store_true", help="do not test an engine on first use of a GPU"
-    )
+    add_load_arguments(parser)
     parser.add_argument("--preview", type=Path, metavar="DIR", help="write a rough picture after every step")
     parser.add_argument("--allow-uniform", action="store_true", help="keep a picture of one colour")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -98,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, draw, save; every PNG is complete or absent."""
-    prompts = _prompts(arguments)
+    prompts, options = _prompts(arguments), load_options(arguments)
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(
             f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text"
@@ -108,17 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 
-    with Pipeline.load(
-        arguments.bundle,
-        backend=arguments.backend,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        provider=arguments.provider,
-        low_vram=arguments.low_vram,
-        require_signature=arguments.require_signature,
-        require_certificate=arguments.require_certificate,
-        self_test=not arguments.no_self_test,
-    ) as pipeline:
+    with Pipeline.load(arguments.bundle, options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("not certified: %s", pipeline.uncertified)
         if arguments.preview is not None:

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.load_options import LoadOptions, add_load_arguments, given_names, load_options
 
 if TYPE_CHECKING:
     from ditc.runtime.bundle.certificate import Record
+
+# Options that choose what --run runs, and on what.
+RUN_OPTIONS = ("backend", "provider", "precision", "threads", "low_vram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, and the form of the answer."""
     parser.add_argument("bundle", type=Path)
-    parser.add_argument(
-        "--require-signature", type=Path, metavar="PUB.pem", help="also check who signed the bundle"
-    )
+    add_load_arguments(parser, "require_signature")
     parser.add_argument(
         "--run", action="store_true", help="also run every stage on its golden inputs, on this machine"
     )
-    parser.add_argument(
-        "--backend", default="auto", help="with --run: auto, onnxruntime, tensorrt-rtx, tensorrt"
-    )
-    parser.add_argument("--precision", help="with --run: of the denoiser, where the bundle holds several")
+    add_load_arguments(parser, *RUN_OPTIONS, when="Only with --run.")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -41,8 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.bundle.selftest import describe
     from ditc.runtime.bundle.signature import check_signature
 
-    if not arguments.run and (arguments.backend != "auto" or arguments.precision is not None):
-        raise UsageError("--backend and --precision choose what --run runs", hint="add --run")
+    idle = [] if arguments.run else [name for name in given_names(arguments) if name in RUN_OPTIONS]
+    if idle:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise UsageError(f"{flags} only matters to --run, which runs the stages", hint="add --run")
+    options = load_options(arguments)
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:
         check_signature(arguments.bundle, manifest, arguments.require_signature)
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         check_files(arguments.bundle, refs, done=lambda ref: progress.advance(task, ref.size_bytes))
-    tested = _self_test(arguments) if arguments.run else None
+    tested = _self_test(arguments.bundle, options) if arguments.run else None
     if arguments.json:
         result: dict[str, Any] = {
             "bundle": str(arguments.bundle),
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if tested is None or tested.passed else 1
 
 
-def _self_test(arguments: argparse.Namespace) -> Record:
+def _self_test(bundle: Path, options: LoadOptions) -> Record:
     """Run the stages and write the machine into the certificate."""
     from rich.console import Console
 
@@ -82,15 +84,13 @@ def _self_test(arguments: argparse.Namespace) -> Record:
     from ditc.runtime.loader import load_parts
 
     with Console(stderr=True, highlight=False).status("opening the stages") as status:
-        parts = load_parts(
-            arguments.bundle, backend=arguments.backend, precision=arguments.precision, threads=0
-        )
+        parts = load_parts(bundle, options)
         result = run_self_test(
-            arguments.bundle,
+            bundle,
             parts.manifest,
             parts.sessions,
             parts.artifacts,
             on_stage=lambda stage: status.update(f"self-test: {stage}"),
         )
-    certify(arguments.bundle, parts.manifest, parts.artifacts, result)
+    certify(bundle, parts.manifest, parts.artifacts, result)
     return result

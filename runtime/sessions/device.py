@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from ditc.runtime.session import Array
-from ditc.runtime.sessions.cuda import Cuda
+from ditc.runtime.sessions.cuda import Cuda, CudaRuntime
 
 # TensorRT wants the workspace at multiples of 256 (IExecutionContext::setDeviceMemory); cudaMalloc gives them. ditc
 # keeps the same for every tensor that it hands to an engine.
@@ -105,3 +105,8 @@ class Device:
     def _used(self) -> int:
         free, total = self.cuda.memory()
         return total - free
+
+
+def open_device() -> Device:
+    """This machine's first GPU, for the engines of one bundle to share. Raises SessionError, MissingExtra."""
+    return Device(CudaRuntime())

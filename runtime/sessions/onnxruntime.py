@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ditc.runtime.errors import MissingExtra, SessionError, UsageError
-from ditc.runtime.session import Session, Tensor, to_numpy
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.errors import MissingExtra, SessionError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.session import ComputeDevice, Session, Tensor, to_numpy
+from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
+from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.spec import DENOISER, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
-PROVIDERS = ("auto", "cpu", "cuda", "openvino")
+
+DEVICES = {
+    # It computes fp16 in fp32 and has no bf16 (1.31). The export runs every graph on it that it can run.
+    CPU: ComputeDevice(
+        kind="cpu", name="ONNX Runtime's CPU provider", native_16_bits=False, tried_at_build=True
+    ),
+    CUDA: ComputeDevice(kind="cuda", name="ONNX Runtime's CUDA provider"),
+    # It compiles kernels for the very CPU that it finds.
+    OPENVINO: ComputeDevice(kind="cpu", name="ONNX Runtime's OpenVINO provider"),
+}
 
 
 class OnnxRuntimeSession:
@@ -44,8 +58,9 @@ class OnnxRuntimeSession:
         import onnxruntime as ort
 
         self.spec = spec
-        self.provider = provider or (CPU if cuda_lack() else CUDA)
-        if precision is Precision.BF16 and self.provider == CPU:
+        provider = provider or (CPU if cuda_lack() else CUDA)
+        self.device = DEVICES[provider]
+        if precision is Precision.BF16 and provider == CPU:
             raise SessionError(
                 f"{spec.name}: ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)",
                 hint="add fp32 stages for this CPU: ditc build CHECKPOINT -o BUNDLE; or run the bundle on a GPU",
@@ -63,10 +78,10 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         # fp32 means fp32: the CUDA provider uses TF32 unless told otherwise (ONNX Runtime, CUDA provider options).
         tf32 = "1" if precision is Precision.TF32 else "0"
-        providers: list[Any] | None = [self.provider]
-        if self.provider == CUDA:
+        providers: list[Any] | None = [provider]
+        if provider == CUDA:
             providers = [(CUDA, {"use_tf32": tf32, "enable_cuda_graph": str(int(cuda_graph))}), CPU]
-        if self.provider == OPENVINO:
+        if provider == OPENVINO:
             _add_openvino(options, threads)
             providers = None
         try:
@@ -79,9 +94,9 @@ class OnnxRuntimeSession:
                 f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}",
                 hint=lacks if precision is Precision.BF16 else None,
             ) from e
-        if self.provider not in self._session.get_providers():
+        if provider not in self._session.get_providers():
             raise SessionError(
-                f"{spec.name}: ONNX Runtime made a session without {self.provider}, only with "
+                f"{spec.name}: ONNX Runtime made a session without {provider}, only with "
                 f"{', '.join(self._session.get_providers())}",
                 hint="ONNX Runtime's log, above, has the reason; or run with --provider cpu",
             )
@@ -113,21 +128,24 @@ class OnnxRuntimeSession:
             )
 
 
-def open_onnxruntime(
-    model: Path, spec: StageSpec, *, precision: Precision, threads: int = 0, provider: str = "auto"
+def lack(row: BackendRow) -> str:
+    """What ONNX Runtime lacks to run on this machine's CPU; "" if nothing."""
+    return "" if find_spec("onnxruntime") is not None else f"{row.title} is not installed: {row.install}"
+
+
+def open_stage(
+    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
 ) -> Session:
-    """The session of a provider; "auto" is the GPU's where the CUDA provider is there, else the CPU's.
+    """The session of the provider that the options name; "auto" is CUDA's where that can run, else the CPU's.
 
     Raises:
-        UsageError: an unknown provider. SessionError: no CUDA provider here. MissingExtra: no OpenVINO here.
+        SessionError: no CUDA provider here. MissingExtra: no OpenVINO here.
     """
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider {provider!r} is unknown", hint=f"take one of {', '.join(PROVIDERS)}")
+    spec, precision = artifact.spec, artifact.precision
+    provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
     if provider in ("cpu", "openvino"):
         name = OPENVINO if provider == "openvino" else CPU
-        return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=threads)
-    if provider == "auto" and cuda_lack():
-        return OnnxRuntimeSession(model, spec, precision=precision, provider=CPU, threads=threads)
+        return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=options.threads)
     from ditc.runtime.sessions.onnxruntime_device import open_bound
 
     # The denoiser runs many times with one shape; the other stages once a request.

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
-from ditc.runtime.session import Array, DeviceSession, DeviceTensor, LoopSession, Session, Tensor
+from ditc.runtime.session import (
+    Array,
+    ComputeDevice,
+    DeviceSession,
+    DeviceTensor,
+    LoopSession,
+    Session,
+    Tensor,
+)
 from ditc.runtime.spec import DType, StageSpec
 
 
@@ -26,14 +34,19 @@ class OnDemandSession:
     """A session that is opened when it is used; the denoiser stays for its whole loop, since nothing comes between.
 
     Args:
-        open_inner: opens the stage. provider: of the session it will open.
+        open_inner: opens the stage. device: of the session that it will open.
     """
 
     def __init__(
-        self, spec: StageSpec, open_inner: Callable[[], Session], residency: Residency, *, provider: str
+        self,
+        spec: StageSpec,
+        open_inner: Callable[[], Session],
+        residency: Residency,
+        *,
+        device: ComputeDevice,
     ) -> None:
         self.spec = spec
-        self.provider = provider
+        self.device = device
         self._open, self._residency = open_inner, residency
         self._inner: Session | None = None
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.session import Array, Tensor
+from ditc.runtime.session import Array, ComputeDevice, Tensor
 from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, size_of
 from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
@@ -37,12 +37,12 @@ class TensorRTSession:
         engine: deserialised; the session closes it.
         spec: what the stage promises; the engine is held against it.
         device: shared with the other stages.
-        name: of the backend, for `provider` and messages.
+        name: of the backend, for messages.
     """
 
     def __init__(self, engine: Engine, spec: StageSpec, device: Device, *, name: str = "tensorrt") -> None:
         self.spec = spec
-        self.provider = name
+        self.device = ComputeDevice(kind="cuda", name=name)
         self._engine, self._device = engine, device
         self._profiles = engine.profiles
         self._dtypes = {binding.name: binding.dtype for binding in engine.bindings}
@@ -79,7 +79,7 @@ class TensorRTSession:
                 for name, pointer in addresses.items():
                     context.set_address(name, pointer)
                 if not context.enqueue(self._device.stream):
-                    raise SessionError(f"{self.provider} did not run")
+                    raise SessionError(f"{self.device.name} did not run")
         return results
 
     def run_loop(

@@ -18,21 +18,22 @@ from ditc.runtime.gpu import Gpu
 from ditc.runtime.plugins import register
 from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
 from ditc.runtime.sessions.kernel_cache import KernelCache
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.sessions.tensorrt_log import message_log
 from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
 
-MODULES = {Backend.TENSORRT_RTX: ("tensorrt_rtx", "rtx"), Backend.TENSORRT: ("tensorrt", "tensorrt")}
+MODULES = {Backend.TENSORRT_RTX: "tensorrt_rtx", Backend.TENSORRT: "tensorrt"}
 
 
 def load_library(backend: Backend) -> Any:
     """The backend's Python module. Raises MissingExtra."""
-    module, extra = MODULES[backend]
+    module = MODULES[backend]
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise MissingExtra(module, extra) from e
+        raise MissingExtra(module, row_of(backend).extra or module) from e
 
 
 class TensorRTEngine:

@@ -14,6 +14,7 @@ from planted import SETTINGS, context_of, failures
 from ditc.parity.candidate import Candidate, open_candidate
 from ditc.parity.levels import LEVELS
 from ditc.parity.results import Verdict
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER
 from ditc.runtime.tolerances import Level
@@ -26,7 +27,7 @@ def patched(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Candidate]:
     """The bundle with one stage's graph changed."""
 
     def patch(change: Callable[[ir.Model], object], stage: str = DENOISER, *, run: bool = True) -> Candidate:
-        candidate = open_candidate(tiny_bundle, threads=1)
+        candidate = open_candidate(tiny_bundle, LoadOptions(threads=1))
         model = candidate.graph(stage)
         assert model is not None
         ir.external_data.load_to_model(model)
@@ -43,7 +44,7 @@ def patched(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Candidate]:
 
 
 def test_the_bundle_without_a_defect_passes_every_level(tiny_bundle, tiny_checkpoint) -> None:
-    context = context_of(tiny_checkpoint, open_candidate(tiny_bundle, threads=1))
+    context = context_of(tiny_checkpoint, open_candidate(tiny_bundle, LoadOptions(threads=1)))
     for level in Level:
         results = list(LEVELS[level](context))
         assert not [r for r in results if r.verdict is Verdict.FAIL]
@@ -127,7 +128,7 @@ def test_a_convolution_whose_padding_was_lost_fails_its_stage_and_not_the_run(
 
 
 def test_a_stale_artifact_of_another_checkpoint_is_caught(tiny_bundle, other_checkpoint) -> None:
-    context = context_of(other_checkpoint, open_candidate(tiny_bundle, threads=1))
+    context = context_of(other_checkpoint, open_candidate(tiny_bundle, LoadOptions(threads=1)))
     found = failures(context, Level.GRAPH)
     assert {r.stage for r in found} >= {CONDITIONER, DENOISER, VAE_DECODER}
     assert all("stale artifact" in r.causes[0] for r in found if r.what.endswith("weights"))
@@ -137,7 +138,7 @@ def test_a_stale_artifact_of_another_checkpoint_is_caught(tiny_bundle, other_che
 def test_other_scheduler_numbers_in_a_manifest_are_caught_beside_diffusers(
     tiny_bundle, tiny_checkpoint
 ) -> None:
-    candidate = open_candidate(tiny_bundle, threads=1)
+    candidate = open_candidate(tiny_bundle, LoadOptions(threads=1))
     manifest = candidate.pipeline.manifest
     shifted = replace(manifest.scheduler, shift=1.5)
     candidate.pipeline.manifest = replace(manifest, scheduler=shifted)

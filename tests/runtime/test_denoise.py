@@ -15,7 +15,7 @@ from ditc.runtime.metrics import relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator
-from ditc.runtime.session import Array, Session, Tensor
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 from ditc.runtime.state import DenoiseState, Rows
 
@@ -116,6 +116,10 @@ class Recorder(Session):
     @property
     def spec(self) -> StageSpec:
         return self._spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return ComputeDevice(kind="cpu", name="a test")
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.noise.append(np.asarray(feeds[step_contract.NOISE]))

@@ -43,9 +43,8 @@ def test_the_gpu_is_told_with_the_backends_that_serve_it(gpu: Gpu | None, text: 
 
 
 def test_what_cannot_run_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        doctor_engines, "missing", {"tensorrt": "tensorrt is not installed", "tensorrt-rtx": ""}.get
-    )
+    lacks = {"tensorrt": "tensorrt is not installed", "tensorrt-rtx": "", "onnxruntime": ""}
+    monkeypatch.setattr(doctor_engines, "missing", lacks.get)
     (finding,) = doctor_engines._runs()
     assert finding.text == "tensorrt: tensorrt is not installed" and finding.ok is None
 

@@ -13,7 +13,7 @@ from ditc.runtime.errors import NumericsError
 from ditc.runtime.guard import check_stats
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.session import Array, Session, Tensor
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor
 from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, VAE_DECODER, StageSpec
 
 
@@ -26,6 +26,10 @@ class Broken:
     @property
     def spec(self) -> StageSpec:
         return self.session.spec
+
+    @property
+    def device(self) -> ComputeDevice:
+        return self.session.device
 
     def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         self.runs += 1

@@ -19,6 +19,7 @@ from ditc.runtime import loader
 from ditc.runtime.bundle.integrity import check_file, check_files, file_ref
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, SessionError, UsageError
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose, load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
@@ -32,7 +33,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def load(bundle: Path) -> set[str]:
     """Stages that got a session."""
-    parts = load_parts(bundle, backend="auto", precision=None, threads=1)
+    parts = load_parts(bundle, LoadOptions(threads=1))
     for session in parts.sessions.values():
         session.close()
     return set(parts.sessions)
@@ -120,10 +121,10 @@ def test_sessions_opened_before_a_failure_are_closed(copy: Path, monkeypatch: py
     opened: list[OnnxRuntimeSession] = []
     real = loader.open_session
 
-    def open_some(model: Path, artifact: Artifact, **settings: Any) -> OnnxRuntimeSession:
+    def open_some(model: Path, artifact: Artifact, *settings: Any) -> OnnxRuntimeSession:
         if artifact.spec.name == VAE_DECODER:
             raise SessionError("no")
-        session = real(model, artifact, **settings)
+        session = real(model, artifact, *settings)
         assert isinstance(session, OnnxRuntimeSession)
         opened.append(session)
         return session
@@ -179,7 +180,7 @@ def test_the_named_precision_is_taken_with_a_conditioner_of_its_types(tiny_bundl
             outputs=tuple(replace(t, dtype="float16") if t.name == "cross_kv" else t for t in spec.outputs),
         )
         manifest = _with(manifest, name, artifact, replace(artifact, precision=Precision.FP16, spec=half))
-    chosen, reason = choose(manifest, precision="fp16")
+    chosen, reason = choose(manifest, LoadOptions(precision="fp16"))
     assert chosen[DENOISER].precision is chosen[CONDITIONER].precision is Precision.FP16
     assert chosen[VAE_DECODER].precision is Precision.FP32
     assert reason.startswith("onnxruntime fp16")
@@ -202,7 +203,7 @@ def test_what_the_bundle_does_not_hold_is_refused(
     tiny_bundle: Path, arguments: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        choose(load_manifest(tiny_bundle), **arguments)
+        choose(load_manifest(tiny_bundle), LoadOptions(**arguments))
     assert caught.value.hint
 
 

@@ -15,11 +15,12 @@ import pytest
 from ditc.export.build.builder import build_bundle
 from ditc.export.contract import BuildOptions
 from ditc.runtime.cli import main
-from ditc.runtime.gpu import NO_GPU, RTX_TARGETS, find_gpu
+from ditc.runtime.gpu import NO_GPU, find_gpu
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.sessions import ENGINES, missing, open_device
-from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
+from ditc.runtime.sessions.device import open_device
+from ditc.runtime.sessions.onnxruntime_cuda import cuda_lack
+from ditc.runtime.sessions.registry import missing, row_of, rows
 from ditc.runtime.sessions.tensorrt import TensorRTSession
 from ditc.runtime.spec import DENOISER, Backend, Precision
 
@@ -45,6 +46,7 @@ DRAWING = [
     pytest.param(Backend.TENSORRT_RTX, {}, id="tensorrt-rtx"),
     pytest.param(Backend.TENSORRT_RTX, {"weight_streaming": True}, id="tensorrt-rtx-streamed"),
 ]
+ENGINES = [row.name for row in rows() if row.same_gpu]
 PROVED = [
     pytest.param(backend, {"precision": precision}, id=f"{backend.value}-{precision.value}")
     for backend in (Backend.ONNXRUNTIME, *ENGINES)
@@ -61,15 +63,16 @@ def built(backend: Backend, options: dict[str, Any], fp32: Path, checkpoint: Pat
     """A bundle for this GPU; skips with the reason where the backend cannot be had here."""
     gpu = find_gpu()
     assert gpu is not None
-    lack = cuda_lack() if backend is Backend.ONNXRUNTIME else missing(backend)
-    if not lack and backend is Backend.TENSORRT_RTX and gpu.sm not in RTX_TARGETS:
-        lack = f"TensorRT-RTX builds nothing for {gpu.sm}"
+    row = row_of(backend)
+    lack = cuda_lack() if "cuda" in row.providers else missing(backend)
+    if not lack and row.targets and gpu.sm not in row.targets:
+        lack = f"{row.title} builds nothing for {gpu.sm}"
     if not lack and options.get("linear_attention") == "plugin" and find_spec("triton") is None:
         lack = 'Triton is not installed: pip install "ditc[plugin]"'
     if lack:
         pytest.skip(lack)
     bundle = Path(shutil.copytree(fp32, folder / "bundle"))
-    targets = (gpu.sm,) if backend is Backend.TENSORRT_RTX else ()
+    targets = (gpu.sm,) if row.targets else ()
     build_bundle(checkpoint, bundle, BuildOptions(backend=backend, targets=targets, **options))
     return bundle
 
@@ -99,7 +102,7 @@ def check_graphs(session: Any, *, streamed: bool) -> None:
         said = [loop.uncapturable for loop in session._loops.values() if loop.graph is None]
         assert not said or (streamed and all(said)), said
     else:
-        assert session.provider == CUDA and session._graphs
+        assert session.device.kind == "cuda" and session._graphs
 
 
 @pytest.mark.parametrize(("backend", "options"), PROVED)

@@ -21,7 +21,6 @@ from ditc.runtime.spec import (
     NETWORK,
     VAE_DECODER,
     VAE_ENCODER,
-    Backend,
     DType,
     Precision,
     Range,
@@ -165,8 +164,8 @@ def companion_precision(options: BuildOptions) -> Precision:
     Beside a 16-bit denoiser they are bf16 in engines. In ONNX Runtime they stay fp32, because its CPU provider has no
     bf16.
     """
-    on_engines = options.backend is not Backend.ONNXRUNTIME
-    return Precision.BF16 if on_engines and options.base is not Precision.FP32 else Precision.FP32
+    exact = options.base is Precision.FP32 or not options.builds_engines
+    return Precision.FP32 if exact else Precision.BF16
 
 
 def check_precision(options: BuildOptions, family: str) -> None:

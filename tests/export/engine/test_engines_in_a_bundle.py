@@ -16,6 +16,7 @@ from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
 from ditc.runtime.errors import BuildError
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose
 from ditc.runtime.spec import Backend
 
@@ -119,5 +120,5 @@ def test_other_targets_rebuild_engines_alone_and_a_failure_keeps_the_bundle(
 
 
 def test_a_machine_without_gpu_still_takes_the_graphs(engines: tuple[Path, list[BuildEvent]]) -> None:
-    chosen, _ = choose(load_manifest(engines[0]), backend="onnxruntime")
+    chosen, _ = choose(load_manifest(engines[0]), LoadOptions(backend="onnxruntime"))
     assert {artifact.backend for artifact in chosen.values()} == {Backend.ONNXRUNTIME}

@@ -19,8 +19,11 @@ from ditc.runtime.bundle.manifest import Artifact, FileRef, load_manifest, save_
 from ditc.runtime.bundle.signature import SIGNATURE, check_signature, sign
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BundleError, DitcError, MissingExtra, SessionError, UsageError
-from ditc.runtime.gpu import Gpu, check_engine
+from ditc.runtime.gpu import Gpu
+from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.sessions import opening
+from ditc.runtime.sessions.opening import check_engine
 from ditc.runtime.spec import DENOISER, Backend
 
 MUTATIONS = 1000
@@ -251,6 +254,6 @@ def test_asking_for_an_engine_says_why_it_cannot_run_here(
     manifest = load_manifest(copy)
     stage = replace(manifest.stages[DENOISER], artifacts=(engine(copy, library="0.9"),))
     save_manifest(replace(manifest, stages={**manifest.stages, DENOISER: stage}), copy)
-    monkeypatch.setattr(loader, "library_version", lambda backend: "1.7.1.116")
+    monkeypatch.setattr(opening, "library_version", lambda backend: "1.7.1.116")
     with pytest.raises(DitcError, match=r"built with tensorrt-rtx 0\.9"):
-        loader.choose(load_manifest(copy), backend="tensorrt-rtx")
+        loader.choose(load_manifest(copy), LoadOptions(backend="tensorrt-rtx"))

@@ -15,7 +15,7 @@ from fake_gpu import FakeCuda
 from ditc.runtime import denoise
 from ditc.runtime.errors import SessionError
 from ditc.runtime.request import Request
-from ditc.runtime.session import to_numpy
+from ditc.runtime.session import ComputeDevice, to_numpy
 from ditc.runtime.sessions.buffers import DeviceArray
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.sessions.tensorrt import TensorRTSession
@@ -124,7 +124,8 @@ def test_on_demand_stages_are_loaded_one_at_a_time_and_draw_the_same(
     gpu.device.enter()
     for session in gpu.pipeline.sessions.values():
         session.close()
-    lazy = {n: OnDemandSession(e.spec, opener(n), residency, provider="fake") for n, e in gpu.engines.items()}
+    there = ComputeDevice(kind="cuda", name="fake")
+    lazy = {n: OnDemandSession(e.spec, opener(n), residency, device=there) for n, e in gpu.engines.items()}
     gpu.pipeline.sessions.update(lazy)
     gpu.pipeline.conditioning.conditioner = lazy["conditioner"]
     for encoder in gpu.pipeline.conditioning.encoders:

@@ -17,8 +17,10 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import DitcError, SessionError
 from ditc.runtime.gpu import Gpu, find_gpu
 from ditc.runtime.loader import choose
-from ditc.runtime.sessions import missing, open_device
+from ditc.runtime.sessions import opening
+from ditc.runtime.sessions.device import open_device
 from ditc.runtime.sessions.kernel_cache import kernel_cache
+from ditc.runtime.sessions.registry import missing
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
 from ditc.runtime.sessions.tensorrt_log import HARMLESS, KEPT, message_log
 from ditc.runtime.spec import Backend
@@ -105,11 +107,11 @@ def test_auto_passes_over_an_engine_for_another_gpu_and_a_name_is_taken_at_its_w
     manifest = replace(manifest, stages=stages)
     runnable = {Backend.TENSORRT_RTX: "a GPU", Backend.ONNXRUNTIME: "installed"}
     monkeypatch.setattr(loader, "available_backends", lambda: runnable)
-    monkeypatch.setattr(loader, "library_version", lambda backend: "1.7.1")
-    monkeypatch.setattr(loader, "find_gpu", lambda: Gpu("NVIDIA L40", "sm89"))
+    monkeypatch.setattr(opening, "library_version", lambda backend: "1.7.1")
+    monkeypatch.setattr(opening, "find_gpu", lambda: Gpu("NVIDIA L40", "sm89"))
     chosen, reason = choose(manifest)
     assert {a.backend for a in chosen.values()} == {Backend.TENSORRT_RTX} and "a GPU" in reason
-    monkeypatch.setattr(loader, "find_gpu", lambda: Gpu("NVIDIA RTX 5090", "sm120"))
+    monkeypatch.setattr(opening, "find_gpu", lambda: Gpu("NVIDIA RTX 5090", "sm120"))
     chosen, _ = choose(manifest)
     assert {a.backend for a in chosen.values()} == {Backend.ONNXRUNTIME}
 

@@ -199,7 +199,7 @@ class Counting:
     """The denoiser's session, which also records the number of rows of each run."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.spec = session, session.spec
+        self.session, self.spec, self.device = session, session.spec, session.device
         self.rows: list[int] = []
 
     def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:

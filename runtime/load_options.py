@@ -1,0 +1,169 @@
+"""How a bundle is loaded: one dataclass for the API and the command line, checked when it is made."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.sessions.registry import AUTO, backend_names, provider_names, row_of, rows
+from ditc.runtime.spec import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What whoever loads a bundle may choose.
+
+    Attributes:
+        backend: the library that runs the stages. "auto" takes the preferred one of those that this machine and the
+            bundle share, and says why in the log.
+        precision: of the denoiser; None for the highest that the bundle holds for the backend.
+        threads: CPU threads of each stage; 0 leaves the number to the backend.
+        provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA where it works, else
+            the CPU.
+        low_vram: keep one stage at a time in GPU memory, and stream its weights if its engine was built for that.
+        require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
+        require_certificate: refuse artifacts that parity has not proven for this machine.
+        self_test: run the golden inputs before the first use on a device that the export could not try.
+
+    Raises:
+        UsageError: an unknown backend, provider or precision, a provider of another backend, or threads below 0.
+    """
+
+    backend: str = AUTO
+    precision: str | None = None
+    threads: int = 0
+    provider: str = AUTO
+    low_vram: bool = False
+    require_signature: str | Path | None = None
+    require_certificate: bool = False
+    self_test: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend != AUTO:
+            row_of(self.backend)
+        if self.precision is not None and self.precision not in set(Precision):
+            raise UsageError(
+                f"precision {self.precision!r} is unknown", hint=f"take one of {', '.join(Precision)}"
+            )
+        if self.threads < 0:
+            raise UsageError(
+                f"threads is {self.threads}", hint="take 1 or more, or 0 to leave the number to the backend"
+            )
+        if self.provider not in provider_names():
+            raise UsageError(
+                f"provider {self.provider!r} is unknown", hint=f"take one of {', '.join(provider_names())}"
+            )
+        if self.named_backend != AUTO and self.provider not in (AUTO, *row_of(self.named_backend).providers):
+            raise UsageError(
+                f"provider {self.provider} is {_owners(self.provider)}'s, asked for with backend {self.backend}",
+                hint="leave one of the two out",
+            )
+
+    @property
+    def named_backend(self) -> str:
+        """The backend that these options ask for, by its own name or by that of its provider; "auto" for neither."""
+        if self.backend != AUTO or self.provider == AUTO:
+            return self.backend
+        return next(row.name for row in rows() if self.provider in row.providers)
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of LoadOptions as keyword arguments."""
+
+    backend: str
+    precision: str | None
+    threads: int
+    provider: str
+    low_vram: bool
+    require_signature: str | Path | None
+    require_certificate: bool
+    self_test: bool
+
+
+DEFAULTS = LoadOptions()
+
+
+def add_load_arguments(parser: argparse.ArgumentParser, *names: str, when: str = "") -> None:
+    """Add the options of the command line that `load_options` reads.
+
+    Args:
+        names: of the fields of LoadOptions that the verb serves; all of them if none is given.
+        when: a sentence in front of every help text, for a verb that loads on one condition.
+    """
+    for name, settings in _arguments().items():
+        if not names or name in names:
+            flag = "--" + ("no-" if settings.get("action") == "store_false" else "") + name.replace("_", "-")
+            settings["help"] = f"{when} {settings['help']}".strip()
+            parser.add_argument(flag, dest=name, default=getattr(DEFAULTS, name), **settings)
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """The parsed options. Raises UsageError for a value that cannot be."""
+    return LoadOptions(**{name: vars(arguments)[name] for name in given_names(arguments)})
+
+
+def given_names(arguments: argparse.Namespace) -> list[str]:
+    """Fields of LoadOptions that the command line sets to something else than their default."""
+    parsed = vars(arguments)
+    names = [field.name for field in fields(LoadOptions) if field.name in parsed]
+    return [name for name in names if parsed[name] != getattr(DEFAULTS, name)]
+
+
+def _arguments() -> dict[str, dict[str, Any]]:
+    """By field: how argparse is to read its option. Written when asked for, since the table of backends may grow."""
+    return {
+        "backend": {
+            "metavar": "NAME",
+            "help": f"Library that runs the stages: {_either(backend_names())}. auto takes the first of "
+            f"{', '.join(row.name for row in rows())} that can run on this machine and that the bundle has a denoiser "
+            "for (default: %(default)s).",
+        },
+        "precision": {
+            "metavar": "NAME",
+            "help": f"Precision of the denoiser, where the bundle holds several: {_either(tuple(Precision))} "
+            "(default: the highest that the bundle holds for the backend).",
+        },
+        "threads": {
+            "type": int,
+            "metavar": "N",
+            "help": "Number of CPU threads that each stage computes with; 0 leaves it to the backend "
+            "(default: %(default)s).",
+        },
+        "provider": {
+            "metavar": "NAME",
+            "help": f"What {_owners()} computes with: {_either(provider_names())}. auto takes CUDA where it works, "
+            "else the CPU (default: %(default)s).",
+        },
+        "low_vram": {
+            "action": "store_true",
+            "help": "Keep one stage at a time in GPU memory, and stream the weights of engines that were built with "
+            "--weight-streaming (default: all stages stay loaded). ONNX Runtime keeps all stages loaded either way.",
+        },
+        "require_signature": {
+            "type": Path,
+            "metavar": "PUB.pem",
+            "help": "Refuse a bundle that the owner of this ed25519 public key has not signed "
+            "(default: no signature is asked for).",
+        },
+        "require_certificate": {
+            "action": "store_true",
+            "help": "Refuse artifacts that parity has not proven for this machine (default: warn of them).",
+        },
+        "self_test": {
+            "action": "store_false",
+            "help": "Do not run the golden inputs before stages compute on a GPU for the first time "
+            "(default: they are run once for each machine and set of artifacts).",
+        },
+    }
+
+
+def _owners(provider: str | None = None) -> str:
+    """The libraries that have providers, or this one."""
+    return " or ".join(row.title for row in rows() if row.providers and provider in (None, *row.providers))
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

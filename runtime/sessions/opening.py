@@ -1,0 +1,99 @@
+"""Opening a stage: refused before its file is read where it cannot run here, else opened by its backend's row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditc.runtime.errors import SessionError
+from ditc.runtime.gpu import Gpu, find_gpu
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, find_row, library_version, row_of, rows
+
+if TYPE_CHECKING:
+    from ditc.runtime.bundle.manifest import Artifact
+    from ditc.runtime.load_options import LoadOptions
+    from ditc.runtime.session import Session
+    from ditc.runtime.sessions.device import Device
+
+RUN_THE_GRAPH = f"run the {row_of(GRAPH_BACKEND).title} artifact: --backend {GRAPH_BACKEND}"
+
+
+def open_session(
+    model: Path, artifact: Artifact, options: LoadOptions, device: Device | None = None
+) -> Session:
+    """A session for the artifact's backend.
+
+    Args:
+        device: what the engines of a bundle share (`open_device`). None: one of its own, for those that need one.
+
+    Raises:
+        SessionError: the backend cannot run here or cannot load the file.
+    """
+    check_artifact(artifact)
+    check_runs(artifact)
+    row = row_of(artifact.backend)
+    return row.open(row, model, artifact, options, device)
+
+
+def check_runs(artifact: Artifact) -> None:
+    """Refuse an artifact whose backend lacks something on this machine. Raises SessionError."""
+    row = row_of(artifact.backend)
+    lack = row.lack(row)
+    if lack:
+        raise SessionError(
+            f"{artifact.spec.name}: {lack}", hint=f"or {RUN_THE_GRAPH}" if row.builds_engines else None
+        )
+
+
+def check_artifact(artifact: Artifact) -> None:
+    """Refuse an artifact of an unknown backend, and an engine that was not built for this machine.
+
+    Raises:
+        SessionError: with what it was built for and what is here.
+    """
+    row = find_row(artifact.backend)
+    if row is None:
+        raise SessionError(
+            f"{artifact.spec.name}: this version of ditc does not know the backend {artifact.backend!r}",
+            hint="update ditc, or run another artifact of the bundle",
+        )
+    if row.same_library or row.same_gpu:
+        gpu = find_gpu() if row.same_gpu else None
+        check_engine(artifact, gpu=gpu, library=library_version(artifact.backend))
+
+
+def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) -> None:
+    """Refuse an engine that was built for another GPU or with another library, as far as its backend's row asks for it.
+
+    Raises:
+        SessionError: no library or GPU, another version, or a GPU that is not among the targets.
+    """
+    row, stage = row_of(artifact.backend), artifact.spec.name
+    rebuild = f"build it here: ditc build CHECKPOINT -o BUNDLE --backend {row.name}"
+    if library is None:
+        raise SessionError(
+            f"{stage}: {row.name} is not installed, so its engine cannot run", hint=row.install
+        )
+    if row.same_library and artifact.library is not None and artifact.library != library:
+        raise SessionError(
+            f"{stage}: the engine was built with {row.name} {artifact.library}, this machine has {library}",
+            hint=f"install {row.packages[0]}=={artifact.library}, or {rebuild}",
+        )
+    if not row.same_gpu:
+        return
+    if gpu is None:
+        raise SessionError(
+            f"{stage}: this machine has no NVIDIA GPU to run a {row.name} engine",
+            hint=RUN_THE_GRAPH,
+        )
+    if row.targets and gpu.sm not in artifact.targets:
+        builders = " or ".join(f"--backend {other.name}" for other in rows() if other.built_on_gpu)
+        other = f"{row.title} has none for {gpu.sm}: build here with {builders}, or {RUN_THE_GRAPH}"
+        raise SessionError(
+            f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
+            hint=f"{rebuild} --targets {gpu.sm}" if gpu.sm in row.targets else other,
+        )
+    if artifact.gpu is not None and artifact.targets == ("this-gpu",) and artifact.gpu != gpu.name:
+        raise SessionError(
+            f"{stage}: the engine was built on and for {artifact.gpu}, this GPU is {gpu.name}", hint=rebuild
+        )

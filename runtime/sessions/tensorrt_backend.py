@@ -1,0 +1,56 @@
+"""The rows of TensorRT and TensorRT-RTX: what they lack on this machine, and how they open a stage."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.gpu import NO_GPU, driver_version, find_gpu
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.session import Session
+from ditc.runtime.sessions.device import Device, open_device
+from ditc.runtime.sessions.kernel_cache import cache_folder, kernel_cache
+from ditc.runtime.sessions.registry import BackendRow, library_version
+from ditc.runtime.sessions.tensorrt import TensorRTSession
+from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine
+
+
+def lack(row: BackendRow) -> str:
+    """The first of library, cuda-python and GPU that is not here; "" where engines can run."""
+    if library_version(row.name) is None:
+        return f"{row.name} is not installed: {row.install}"
+    try:
+        found = find_spec("cuda.bindings")
+    except ModuleNotFoundError:  # no package `cuda` at all
+        found = None
+    if found is None:
+        return f"cuda-python is not installed: {row.install}"
+    return "" if find_gpu() is not None else NO_GPU
+
+
+def open_stage(
+    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
+) -> Session:
+    """An engine on the device that the bundle's stages share.
+
+    Raises:
+        SessionError: the engine is not for this GPU, library or driver, or the file is damaged.
+    """
+    gpu, shared = find_gpu(), device if device is not None else open_device()
+    kernels = kernel_cache(
+        cache_folder(),
+        gpu=gpu.name if gpu is not None else "",
+        driver=driver_version(),
+        library=library_version(row.name) or "",
+        engine=artifact.key,
+    )
+    engine = TensorRTEngine(
+        model,
+        row.name,
+        stage=artifact.spec.name,
+        gpu=gpu,
+        kernels=kernels,
+        stream_weights=options.low_vram,
+    )
+    return TensorRTSession(engine, artifact.spec, shared, name=row.name)
