@@ -1,4 +1,4 @@
-"""The linear-attention kernels: what they compute (in Triton's interpreter), what they compile to, who takes them."""
+"""The linear-attention kernels: what they compute (in Triton's interpreter), and what they compile to."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def interpreted() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("form", ["pair", "fused"])
 def test_kernels_are_no_further_from_fp64_than_the_op(interpreted: list[dict[str, Any]], form: str) -> None:
-    """Sums run in another order: a quarter more than the op's own error is allowed. bf16 is not there: Triton's
-    interpreter (3.9) multiplies the bits of bf16 numbers as integers."""
+    """Sums run in another order, so an error a quarter larger than the op's own is allowed.
+
+    bf16 cannot be checked: Triton's interpreter (3.9) multiplies the bits of bf16 numbers as integers.
+    """
     rows = [row for row in interpreted if "dtype" in row]
     assert len(rows) == 10
     for row in rows:
@@ -46,12 +48,12 @@ def test_kernels_are_no_further_from_fp64_than_the_op(interpreted: list[dict[str
 
 def test_nan_stays_in_its_row_and_zeros_give_zero(interpreted: list[dict[str, Any]]) -> None:
     facts = {key: value for row in interpreted for key, value in row.items()}
-    assert facts["nan_rows"] == [3]  # ReLU written as a maximum would have made it 0
+    assert facts["nan_rows"] == [3]  # a ReLU written as a maximum would give 0
     assert facts["zeros"] == 0.0
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
-def test_ptx_is_made_without_a_gpu_and_names_no_file_of_this_machine(dtype: DType) -> None:
+def test_ptx_is_made_without_a_gpu_and_holds_no_path_of_this_machine(dtype: DType) -> None:
     from ditc.export.graph.ops.relu_linear_attention.ptx import compile_fused, compile_pair
 
     kv, out = compile_pair(dtype, 32)
@@ -108,7 +110,7 @@ def test_a_target_older_than_the_kernels_is_refused_before_the_build(
         )
 
 
-def test_foreign_kernels_are_refused() -> None:
+def test_kernels_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(SessionError, match="the plugin's kernels cannot be read"):
         Launcher(1e-15, '{"dtype": "float16"}')
 
@@ -126,7 +128,7 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("form", ["decomposed", "plugin"])
 def test_the_parser_takes_the_form_that_was_asked_for(tiny_bundle: Path, tmp_path: Path, form: str) -> None:
-    """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
+    """The build has a process of its own: the library reads LD_LIBRARY_PATH at start and aborts without the link."""
     pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
     from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 
