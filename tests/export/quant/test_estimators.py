@@ -1,4 +1,4 @@
-"""Ranges from counts: bins, max, percentile, MSE, entropy, and the percentile over timesteps."""
+"""Clipping values from counts: bins, max, percentile, MSE, entropy, and the percentile over timesteps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_value_lies_between_the_edges_of_its_bin():
     assert (points[1:] / points[:-1]).max() <= 1 + 1 / 32
 
 
-def test_what_lies_outside_all_bins_is_counted_at_their_ends():
+def test_values_outside_all_bins_are_counted_in_the_first_and_last_bin():
     counts = count(np.float32([0.0, 1e-30, 1e30]))
     assert (counts[0], counts[-1], counts.sum(), len(counts)) == (2, 1, 3, BINS)
 
