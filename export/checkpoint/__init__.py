@@ -1,1 +1,1 @@
-"""Readers and writers of checkpoint layouts; export/checkpoint/open.py is the way in."""
+"""Readers of checkpoints: directories, hub ids, tensors, tokenizers, scheduler configs. Start at open.py."""

@@ -33,7 +33,8 @@ def _is_lines(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(line, str) for line in value))
 
 
-# diffusers' argument names; resolution_bins are [height, width] pairs in pixels; null says: none.
+# The keys are diffusers' argument names. Sizes are in pixels; resolution_bins are [height, width] pairs. null means
+# that the model has no bins or no instruction.
 CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "height": (_is_size, "a positive integer"),
     "width": (_is_size, "a positive integer"),
@@ -50,18 +51,23 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """The defaults in the file, {} if there is no file.
+    """Read the inference defaults in the file; {} if the file does not exist.
 
     Raises:
-        CheckpointError: an unknown key or a value of the wrong type.
+        CheckpointError: the file is not a JSON object, has an unknown key, or has a value of the wrong type.
     """
     if not path.is_file():
         return {}
     defaults = read_json(path)
     for name, value in defaults.items():
         if name not in CHECKS:
-            raise CheckpointError(f"{path}: unknown key {name!r}", hint=f"known keys: {', '.join(CHECKS)}")
+            raise CheckpointError(
+                f"{path}: unknown key {name!r}", hint=f"the known keys are {', '.join(CHECKS)}"
+            )
         is_valid, wanted = CHECKS[name]
         if not is_valid(value):
-            raise CheckpointError(f"{path}: {name} is {value!r}, not {wanted}")
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, but it must be {wanted}",
+                hint="correct it, or remove the key to take the family's default",
+            )
     return defaults

@@ -1,4 +1,4 @@
-"""Checkpoints by hub id: safetensors and JSON of a model repository, through huggingface_hub's cache."""
+"""Fetch a checkpoint by its hub id: the data files of a model repository, through huggingface_hub's cache."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from ditc.runtime.errors import CheckpointError, MissingExtra
 # org/name or org/name@revision, as huggingface_hub validates them.
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
-# As diffusers and transformers name them, single or sharded. SD3.5's repositories also hold text encoders for other
-# programs (text_encoders/t5xxl_fp16.safetensors), 15 GB that no diffusers pipeline reads.
+# Weight files as diffusers and transformers name them, single or sharded. This leaves out the text encoders that
+# SD3.5's repositories hold for other programs (text_encoders/t5xxl_fp16.safetensors): 15 GB that no diffusers
+# pipeline reads.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model[^.]*\.safetensors(?:\.index\.json)?")
-# Data only. The .txt files are CLIP's merges; chat templates and code are left where they are.
+# Only data is fetched, never code or chat templates. The .txt files are CLIP's merges.
 DATA_SUFFIXES = (".json", ".safetensors", ".txt")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether the text has the form of a hub id and no such path exists."""
+    """Whether the text has the form of a hub id and is not an existing path."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
 def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The folder of a hub model in the local cache, fetched if need be. Offline, what is cached is used.
+    """Fetch what the local cache lacks of a hub model, and return the model's folder in the cache.
+
+    If the hub cannot be reached, the cached files are used.
 
     Raises:
-        CheckpointError: the hub cannot be reached and nothing is cached, no such repository, or no access.
+        CheckpointError: the text is not a hub id, the hub has no such repository or refuses access, or the hub cannot
+            be reached and the cache does not hold the model.
         MissingExtra: huggingface_hub is not installed.
     """
     try:
@@ -35,11 +39,11 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     except ImportError as error:
         raise MissingExtra("huggingface-hub", "export") from error
-    # OSError, and the HTTP library's own: httpx or httpx2, by version.
+    # OSError and the errors of the HTTP library, which is httpx or httpx2 depending on huggingface_hub's version.
     transport_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     match = HUB_ID.fullmatch(source)
     if match is None:
-        raise CheckpointError(f"{source!r} is no hub id", hint="the form is org/name or org/name@revision")
+        raise CheckpointError(f"{source!r} is not a hub id", hint="write it as org/name or org/name@revision")
     repo, revision = match["repo"], match["revision"]
     try:
         files = wanted_files(HfApi().list_repo_files(repo, revision=revision), variant)
@@ -58,9 +62,10 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
 
 
 def wanted_files(files: Iterable[str], variant: str | None) -> tuple[str, ...]:
-    """The data files of a diffusers repository: of a component's weights, the variant's if it has any.
+    """Choose the data files of a diffusers repository.
 
-    Single-file checkpoints and other layouts at the top of the repository are left out.
+    A component that has weights of the variant gives those, any other component its default weights. Single-file
+    checkpoints and other layouts at the top of the repository are left out.
     """
     data = [name for name in files if name.endswith(DATA_SUFFIXES) and name.count("/") <= 1]
     weights = [name for name in data if "/" in name and ".safetensors" in name]
@@ -82,7 +87,7 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None, cause: Exce
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # One file finds the folder; open_checkpoint names whatever else is missing from it.
+        # One file is enough to find the folder. open_checkpoint names whatever else is missing from it.
         folder = snapshot_download(
             repo,
             revision=revision,
@@ -95,5 +100,5 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None, cause: Exce
         raise CheckpointError(
             f"cannot fetch {repo}: no such folder here, no such model in the cache, and the hub cannot be "
             f"reached ({type(cause).__name__})",
-            hint=f"where there is a network: hf download {repo}; then copy the folder or the cache here",
+            hint=f"on a machine with a network: hf download {repo}; then copy the folder or the cache here",
         ) from cause

@@ -1,6 +1,6 @@
 """Open a checkpoint: configs as data, weights as tensors that stay on disk until they are used.
 
-A diffusers directory is a model_index.json that names components, one folder each:
+A diffusers directory holds a model_index.json, which names the components, and one folder for each component:
 
     model_index.json    {"_class_name": "SanaPipeline", "transformer": ["diffusers", "Sana..."]}
     transformer/        config.json + diffusion_pytorch_model[.variant].safetensors, single or sharded
@@ -29,7 +29,7 @@ NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".safetensors"})
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One network of a checkpoint: its config, its weights, and the files the weights lie in."""
+    """One network of a checkpoint: its config, its weights, and the files that hold the weights."""
 
     name: str
     config: dict[str, Any]
@@ -39,11 +39,13 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything that a diffusers directory says.
+    """An opened diffusers directory.
 
     Attributes:
-        tokenizers: a component's name -> its folder.
-        variant: whose weight files were taken, where a component has them.
+        components: the networks, by the names of their folders.
+        tokenizers: a tokenizer's name -> its folder.
+        defaults: the contents of ditc.json.
+        variant: the variant whose weight files are read where a component has them; None for the default files.
     """
 
     path: Path
@@ -55,7 +57,7 @@ class Checkpoint:
     variant: str | None = None
 
     def component(self, name: str) -> Component:
-        """The network of that name. Raises CheckpointError with the names there are."""
+        """The network of that name. Raises CheckpointError, which lists the networks, if there is none."""
         if name not in self.components:
             raise CheckpointError(
                 f"{self.path} has no component {name!r}, only {', '.join(sorted(self.components))}",
@@ -69,11 +71,12 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
 
     Args:
         source: the directory, or a hub id: "org/name" or "org/name@revision".
-        variant: "fp16" or "bf16" to read files of that variant. As in diffusers, a component that has none
-            gives its default files; at least one must have it.
+        variant: which weight files to read, such as "fp16" or "bf16". A component without files of the variant gives
+            its default files, as in diffusers, but at least one component must have the variant.
 
     Raises:
-        CheckpointError: missing or foreign directory, missing component, pickles, damaged or misfit weights.
+        CheckpointError: the directory is missing or not a diffusers checkpoint, a component is missing, weights are
+            pickled, damaged or do not fit their index, or no component has the variant.
     """
     path = (
         fetch_snapshot(source, variant=variant)
@@ -82,7 +85,8 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
     )
     if path.suffix in NATIVE_SUFFIXES and path.is_file():
         raise CheckpointError(
-            f"{path} is a native checkpoint: one file of weights", hint="run `ditc convert` on it first"
+            f"{path} is a native checkpoint, which is one file of weights",
+            hint="run `ditc convert` on it first",
         )
     if not path.is_dir():
         raise CheckpointError(
@@ -127,10 +131,11 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
 
 
 def open_component(directory: Path, *, variant: str | None = None) -> Component:
-    """Open one network's folder: config.json and safetensors.
+    """Open one network's folder, which holds config.json and safetensors.
 
     Raises:
-        CheckpointError: missing config, pickles, damaged or misfit weights.
+        CheckpointError: the config or the weights are missing, or the weights are pickled, damaged or do not fit
+            their index.
     """
     config = read_json(directory / "config.json")
     tensors, files = read_weights(
@@ -140,10 +145,10 @@ def open_component(directory: Path, *, variant: str | None = None) -> Component:
 
 
 def check_finite(component: Component) -> None:
-    """Read every floating-point weight once, one tensor at a time.
+    """Read every floating-point weight once, one tensor at a time, and refuse NaN and Inf.
 
     Raises:
-        CheckpointError: a NaN or Inf, with the tensor's name and how many there are.
+        CheckpointError: a tensor holds NaN or Inf; the error gives the tensor's name and their count.
     """
     for name in component.tensors:
         if not component.tensors.dtype(name).is_floating_point:
@@ -151,7 +156,8 @@ def check_finite(component: Component) -> None:
         tensor = component.tensors[name]
         if tensor.dtype.itemsize == 1:
             tensor = tensor.to(torch.float16)  # torch has no isfinite for 8-bit floats
-        # Smallest and largest value carry a NaN or an Inf, and need no copy of the tensor, as isfinite does.
+        # A NaN or Inf shows in the smallest or the largest value. Finding these needs no copy of the tensor, while
+        # isfinite makes one.
         if not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             continue
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -167,14 +173,15 @@ def _has_variant(directory: Path, variant: str) -> bool:
 
 
 def _parts(path: Path, model_index: dict[str, Any]) -> dict[str, str]:
-    """Folder name -> class name, for every component that model_index.json names and does not null."""
+    """Folder name -> class name, for every component of model_index.json. Components set to null are left out."""
     parts: dict[str, str] = {}
     for name, value in model_index.items():
         if not isinstance(value, list):
             continue  # _class_name, _diffusers_version and the pipeline's scalar settings
         if Path(name).name != name:
             raise CheckpointError(
-                f"{path / 'model_index.json'} names a component {name!r} outside the checkpoint"
+                f"{path / 'model_index.json'} names a component {name!r} outside the checkpoint",
+                hint="the file is damaged or from a source that cannot be trusted",
             )
         if len(value) == 2 and isinstance(value[1], str):
             parts[name] = value[1]

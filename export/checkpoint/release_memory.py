@@ -1,4 +1,4 @@
-"""Memory that an export leaves behind: checkpoint files that stay mapped, and freed memory that malloc keeps."""
+"""Give back the memory that an export leaves behind: mapped checkpoint files, and freed memory that malloc keeps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MADV_DONTNEED = 4  # Linux, asm-generic/mman-common.h
 
 
 def drop_pages(files: Iterable[Path]) -> int:
-    """Give back the memory of every map of these files, and what malloc holds for the next allocation.
+    """Release the memory of every mapping of these files, and the freed memory that malloc keeps.
 
-    Who still reads a tensor gets its bytes from the file again: nobody may have written to it, which is what
-    TensorSource asks for. Needed because torch 2.13 keeps the weights of an exported module alive. Linux only;
-    elsewhere nothing is done.
+    A tensor that is used again reads its bytes from the file again. So nobody may have written to such a tensor,
+    which TensorSource demands too. The release is needed because torch 2.13 keeps the weights of an exported module
+    alive. It works on Linux; elsewhere it does nothing.
 
     Returns:
-        bytes of address space that was given back.
+        The released address space in bytes.
     """
     if not MAPS.exists():
         return 0
@@ -32,6 +32,6 @@ def drop_pages(files: Iterable[Path]) -> int:
             start, end = (int(address, 16) for address in addresses.split("-"))
             if libc.madvise(start, end - start, MADV_DONTNEED) == 0:
                 dropped += end - start
-    if hasattr(libc, "malloc_trim"):  # glibc; musl has none
+    if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not
         libc.malloc_trim(0)
     return dropped

@@ -1,4 +1,4 @@
-"""diffusers' scheduler_config.json as SchedulerParams; what ditc does not compute is refused by name."""
+"""Convert diffusers' scheduler_config.json to SchedulerParams; settings that ditc does not compute are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ditc.runtime.schedulers import FinalSigmas, SchedulerKind, SchedulerParams,
 _DPMSOLVER_CLASS = "DPMSolverMultistepScheduler"
 _EULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 
-# For each class: the settings whose value decides whether ditc's formulas are the right ones, with diffusers'
-# default (0.42.1) and the values that are served.
+# For each scheduler class, the settings that decide whether ditc's formulas are the right ones:
+# setting -> (the default in diffusers 0.42.1, the values that ditc computes).
 _SERVED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     _DPMSOLVER_CLASS: {
         "prediction_type": ("epsilon", ("flow_prediction",)),
@@ -41,9 +41,9 @@ _SERVED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     },
 }
 
-# The other settings of the two classes: read below, or without effect here (with flow sigmas the betas matter
-# only through sigma_min, and the timesteps are the sigmas'). Either class's may stand in the other's file:
-# diffusers keeps them when a scheduler is made with from_config of the other.
+# The other settings of the two classes. They are read below, or they have no effect: with flow sigmas the betas
+# matter only through sigma_min, and the timesteps follow from the sigmas. A file may hold settings of the other
+# class, because from_config of diffusers keeps them when it makes one scheduler from another's config.
 _OTHERS = {
     *("num_train_timesteps", "flow_shift", "shift", "lower_order_final", "euler_at_final"),
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
@@ -54,19 +54,19 @@ _OTHERS = {
 
 
 def scheduler_params(config: Mapping[str, Any], *, timestep_scale: float = 1.0) -> SchedulerParams:
-    """The parameters that compute the same schedule as diffusers does from `config`.
+    """The parameters with which ditc computes the same schedule as diffusers does from `config`.
 
     Args:
-        config: a scheduler_config.json; a missing setting has diffusers' default.
-        timestep_scale: of the transformer's config; it is no part of the scheduler's.
+        config: the contents of a scheduler_config.json; a missing setting takes diffusers' default.
+        timestep_scale: from the transformer's config, because the scheduler's config does not have it.
 
     Raises:
-        CheckpointError: a scheduler or a setting whose numbers ditc does not compute.
+        CheckpointError: ditc does not compute this scheduler, or one of its settings.
     """
     name = config.get("_class_name")
     if name not in _SERVED:
         raise CheckpointError(
-            f"the scheduler is {name}, ditc computes {' and '.join(_SERVED)}",
+            f"the scheduler is {name}, but ditc computes only {' and '.join(_SERVED)}",
             hint="save the pipeline with one of them: Scheduler.from_config(pipe.scheduler.config, ...)",
         )
     _check_settings(name, config)
@@ -101,18 +101,19 @@ def _check_settings(name: str, config: Mapping[str, Any]) -> None:
     served = _SERVED[name]
     for setting, (default, values) in served.items():
         value = config.get(setting, default)
-        # 1 == True: a flag must be a flag, and an order a number.
+        # Types are compared too, because 1 == True: a flag must be a bool, and an order a number.
         if not any(value == allowed and type(value) is type(allowed) for allowed in values):
             raise CheckpointError(
-                f"{name} has {setting} = {value!r}, ditc computes {' or '.join(repr(v) for v in values)}",
-                hint=f"set {setting} in scheduler_config.json",
+                f"{name} has {setting} = {value!r}, but ditc computes only "
+                f"{' or '.join(repr(v) for v in values)}",
+                hint=f"set {setting} to such a value in scheduler_config.json, if the model is meant for it",
             )
     known = _OTHERS.union(*_SERVED.values())
     for setting, value in config.items():
         if not setting.startswith("_") and setting not in known and value not in (None, False):
             raise CheckpointError(
                 f"{name} has {setting} = {value!r}, a setting that ditc does not know",
-                hint="it may change the schedule: remove it from scheduler_config.json if it does not",
+                hint="if it does not change the schedule, remove it from scheduler_config.json",
             )
 
 
@@ -120,27 +121,30 @@ def _number(config: Mapping[str, Any], setting: str, default: float) -> float:
     value = config.get(setting, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise CheckpointError(
-            f"{setting} is {value!r}, it must be a positive number",
-            hint="scheduler/scheduler_config.json is damaged, or was edited: fetch it again",
+            f"{setting} is {value!r}, but it must be a positive number",
+            hint="scheduler/scheduler_config.json is damaged or was edited: fetch it again",
         )
     return float(value)
 
 
 def _euler_sigma_range(train: int, shift: float) -> tuple[float, float]:
-    """Smallest and largest sigma after the shift in FlowMatchEulerDiscreteScheduler.__init__, in float32."""
+    """Smallest and largest sigma after the shift, in float32 as in FlowMatchEulerDiscreteScheduler.__init__."""
     sigmas = np.array([1, train], np.float32) / np.float32(train)
     shifted = np.float32(shift) * sigmas / (np.float32(1) + np.float32(shift - 1) * sigmas)
     return float(shifted[0]), float(shifted[1])
 
 
 def _vp_sigma_min(config: Mapping[str, Any]) -> float:
-    """The last sigma of final_sigmas_type "sigma_min": the first of the variance-preserving schedule.
+    """The last sigma for final_sigmas_type "sigma_min": the first sigma of the variance-preserving schedule.
 
-    diffusers takes it from the betas although the sigmas are a flow's (set_timesteps).
+    diffusers takes it from the betas, although all other sigmas are those of a flow (set_timesteps).
     """
     for setting in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(setting):
-            raise CheckpointError(f'{setting} with final_sigmas_type = "sigma_min" is not computed by ditc')
+            raise CheckpointError(
+                f'ditc does not compute {setting} with final_sigmas_type = "sigma_min"',
+                hint='set final_sigmas_type to "zero"',
+            )
     start = _number(config, "beta_start", 0.0001)
     beta = np.float32(start)
     schedule = config.get("beta_schedule", "linear")
@@ -148,7 +152,7 @@ def _vp_sigma_min(config: Mapping[str, Any]) -> float:
         beta = np.square(np.float32(start**0.5))
     elif schedule != "linear":
         raise CheckpointError(
-            f'beta_schedule = {schedule!r} with final_sigmas_type = "sigma_min" is not computed by ditc',
+            f'ditc does not compute beta_schedule = {schedule!r} with final_sigmas_type = "sigma_min"',
             hint='set final_sigmas_type to "zero", or beta_schedule to "linear"',
         )
     alpha = np.float32(1) - beta

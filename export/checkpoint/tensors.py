@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ditc.runtime.errors import CheckpointError
 
-# The names of the safetensors format (its README, "Format"; F8_* since 0.4).
+# Element types by their names in the safetensors format (its README, section "Format"; F8_* since version 0.4).
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Shape and dtype of one tensor, and how to get its values."""
+    """Shape and element type of one tensor, and a function that loads its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,9 +46,9 @@ class TensorEntry:
 
 
 class TensorSource(Mapping[str, torch.Tensor]):
-    """Tensors by name. Looking one up maps its bytes from the file: nothing is cached, nothing is held twice.
+    """Tensors by name. A look-up maps the tensor's bytes from the file; nothing is cached or held twice.
 
-    The tensors of a file are private memory maps: treat them as read-only, `.clone()` before writing.
+    The tensors of a file are private memory maps. Treat them as read-only: `.clone()` a tensor before writing to it.
     """
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
@@ -64,11 +64,11 @@ class TensorSource(Mapping[str, torch.Tensor]):
         return len(self._entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """Facts of one tensor, without its values. Raises KeyError."""
+        """Shape, element type and loader of one tensor; its values are not read. Raises KeyError."""
         return self._entries[name]
 
     def headers(self) -> TensorSource:
-        """The same names, shapes and dtypes without values: tensors on torch's meta device."""
+        """The same names, shapes and element types without values: the tensors are on torch's meta device."""
         return TensorSource(
             {
                 name: replace(entry, load=partial(torch.empty, entry.shape, dtype=entry.dtype, device="meta"))
@@ -86,15 +86,16 @@ class TensorSource(Mapping[str, torch.Tensor]):
 
     @property
     def size_bytes(self) -> int:
-        """Sum of all tensors' sizes in bytes."""
+        """Size of all tensors in bytes."""
         return sum(entry.size_bytes for entry in self._entries.values())
 
 
 def read_safetensors(path: Path) -> dict[str, TensorEntry]:
-    """The entries of one safetensors file; the header is read and checked, the values are not.
+    """Read and check the header of one safetensors file; values are read when they are used.
 
     Raises:
-        CheckpointError: not a file, truncated, not safetensors, or an element type that torch lacks.
+        CheckpointError: the file is missing, truncated or not safetensors, or has an element type that is not in
+            TORCH_DTYPES.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", hint="fetch the file again, or check the path")
@@ -102,7 +103,7 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
         file: Any = safe_open(path, framework="pt")  # untyped in safetensors 0.8
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}", hint=_hint(path)) from error
-    return {name: _entry(path, file, name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return {name: _entry(path, file, name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
 
 
 def _entry(path: Path, file: Any, name: str) -> TensorEntry:
@@ -110,8 +111,8 @@ def _entry(path: Path, file: Any, name: str) -> TensorEntry:
     dtype = TORCH_DTYPES.get(view.get_dtype())
     if dtype is None:
         raise CheckpointError(
-            f"{path}: {name} has element type {view.get_dtype()}",
-            hint=f"known types: {', '.join(TORCH_DTYPES)}",
+            f"{path}: {name} has element type {view.get_dtype()}, which ditc does not read",
+            hint=f"the known types are {', '.join(TORCH_DTYPES)}",
         )
     return TensorEntry(tuple(view.get_shape()), dtype, lambda: file.get_tensor(name))
 
@@ -121,6 +122,4 @@ def _hint(path: Path) -> str:
         if file.read(24).startswith(b"version https://git-lfs"):
             return "this is a Git LFS pointer: run `git lfs pull` in the checkpoint's directory"
     size_bytes = path.stat().st_size
-    return (
-        f"the file has {size_bytes} bytes: the download was cut off or it is another format; fetch it again"
-    )
+    return f"the file has {size_bytes} bytes: the download was cut off, or the file has another format; fetch it again"

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as the tokenizer.json that transformers really uses."""
+"""A checkpoint's tokenizer, as the tokenizer.json that transformers really uses."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ditc.runtime.text import TextSpec
 
 
 def tokenizer_json(directory: Path) -> str:
-    """The Rust tokenizer behind the class that tokenizer_config.json names, serialised.
+    """Serialise the Rust tokenizer behind the class that tokenizer_config.json names.
 
-    Not the file on disk: transformers 5 rebuilds normalizer and pre-tokenizer by class on loading (GemmaTokenizer
-    turns spaces into U+2581 whatever the file says), so the file can give other ids than the pipeline saw.
+    The result can differ from the file on disk. On loading, transformers 5 rebuilds the normalizer and the
+    pre-tokenizer by class (GemmaTokenizer turns spaces into U+2581 whatever the file says), so the file alone can give
+    other ids than the pipeline saw.
 
     Raises:
-        CheckpointError: no tokenizer, or one without a Rust implementation.
+        CheckpointError: the folder holds no tokenizer, or one without a Rust implementation.
     """
     backend = _load(directory).backend_tokenizer
     backend.no_truncation()
@@ -32,10 +33,13 @@ def tokenizer_json(directory: Path) -> str:
 
 
 def write_tokenizer(directories: Mapping[str, Path], spec: TextSpec, bundle: Path) -> FileRef:
-    """The tokenizer of `spec` under a name of its content: until a manifest names it, the old one keeps its file.
+    """Write the tokenizer of `spec` into the bundle, under a name that contains a hash of its content.
+
+    A rebuilt bundle thus keeps the old tokenizer's file until the new manifest is written.
 
     Args:
-        directories: the checkpoint's, by component.
+        directories: the checkpoint's tokenizer folders, by component.
+        bundle: the bundle's directory.
     """
     folder = (bundle / spec.tokenizer).parent
     text = tokenizer_json(directories[folder.name])
@@ -47,17 +51,17 @@ def write_tokenizer(directories: Mapping[str, Path], spec: TextSpec, bundle: Pat
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """What tokenizer_config.json says beside the vocabulary."""
+    """What tokenizer_config.json says besides the vocabulary. model_max_length is in tokens."""
 
     pad_token_id: int
     model_max_length: int
 
 
 def tokenizer_facts(directory: Path) -> TokenizerFacts:
-    """The padding and the length that a pipeline uses with the tokenizer of this directory.
+    """The padding token and the length that a pipeline uses with the tokenizer of this folder.
 
     Raises:
-        CheckpointError: no tokenizer, or one without a pad token.
+        CheckpointError: the folder holds no tokenizer, or one without a pad token.
     """
     tokenizer = _load(directory)
     if tokenizer.pad_token_id is None:
@@ -76,6 +80,6 @@ def _load(directory: Path) -> Any:
     except (OSError, ValueError, AttributeError, KeyError) as e:
         raise CheckpointError(
             f"{directory} holds no tokenizer that transformers can load: {e}",
-            hint="tokenizer.json and tokenizer_config.json are needed",
+            hint="the folder must hold tokenizer.json and tokenizer_config.json",
         ) from e
     return tokenizer

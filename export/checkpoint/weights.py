@@ -8,16 +8,20 @@ from ditc.export.checkpoint.json_files import read_json
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource, read_safetensors
 from ditc.runtime.errors import CheckpointError
 
-# diffusers and transformers name their weight files so (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME).
+# How diffusers and transformers begin the names of weight files (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME).
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tuple[Path, ...]]:
-    """Every tensor of a component and the files they lie in.
+    """Open every tensor of a component; return them with the files that hold them.
+
+    Args:
+        variant: such as "fp16"; None for the default files.
 
     Raises:
-        CheckpointError: no weights, pickles, a missing variant, or an index that does not fit its shards.
+        CheckpointError: the folder has no weights of the variant, holds pickles, or has an index that does not fit
+            its shards.
     """
     refuse_pickles(directory)
     for stem in STEMS:
@@ -31,7 +35,7 @@ def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tu
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Raises CheckpointError if a pickle lies in the directory, beside or instead of safetensors."""
+    """Raise CheckpointError if the directory holds a pickle, beside safetensors or instead of them."""
     found = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if not found:
         return
@@ -59,15 +63,20 @@ def _index_names(stem: str, variant: str | None) -> tuple[str, ...]:
 def _read_shards(index: Path) -> tuple[TensorSource, tuple[Path, ...]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+        raise CheckpointError(
+            f"{index} has no weight_map from tensor names to file names", hint="fetch the file again"
+        )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {shard!r}, which is no safetensors file beside it")
+            raise CheckpointError(
+                f"{index} names {shard!r}, which is not a safetensors file beside it",
+                hint="the file is damaged: fetch it again",
+            )
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index} names {len(missing)} of {len(shards)} shards that are not there: {', '.join(missing)}",
+            f"{index} names {len(shards)} shards, and {len(missing)} of them are missing: {', '.join(missing)}",
             hint="fetch the missing shards",
         )
     entries: dict[str, TensorEntry] = {}
@@ -75,7 +84,10 @@ def _read_shards(index: Path) -> tuple[TensorSource, tuple[Path, ...]]:
         _merge(entries, shard, read_safetensors(index.parent / shard), weight_map, index)
     absent = sorted(set(weight_map) - set(entries))
     if absent:
-        raise CheckpointError(f"{index} promises tensors that no shard holds: {_some(absent)}")
+        raise CheckpointError(
+            f"{index} lists tensors that no shard holds: {_some(absent)}",
+            hint="the index and the shards are from different saves: fetch both again",
+        )
     return TensorSource(entries), tuple(index.parent / shard for shard in shards)
 
 
@@ -90,7 +102,7 @@ def _merge(
     if foreign:
         raise CheckpointError(
             f"{index.parent / shard} holds tensors that {index.name} does not place there: {_some(foreign)}",
-            hint="index and shards are from different saves: fetch both again",
+            hint="the index and the shards are from different saves: fetch both again",
         )
     entries.update(found)
 
@@ -101,7 +113,7 @@ def _no_weights(directory: Path, variant: str | None) -> CheckpointError:
     if found:
         return CheckpointError(
             f"{directory} has no weights of {wanted}, only {', '.join(found)}",
-            hint="name the variant that is there (--variant), or fetch the other",
+            hint="choose a variant that is there with --variant, or fetch the missing weights",
         )
     return CheckpointError(f"{directory} has no safetensors weights", hint="fetch the component's weights")
 

@@ -1,4 +1,4 @@
-"""One tensor made of others without reading any: split, joined, halves swapped, reshaped; and names held to a table."""
+"""Derive tensors from others without reading values: split, join, swap halves, reshape; and check tensor names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ SHOWN = 4
 
 
 def split(name: str, whole: TensorEntry, parts: int) -> list[TensorEntry]:
-    """Equal parts along the first dimension. Raises CheckpointError."""
+    """Split a tensor into equal parts along its first dimension. Raises CheckpointError if that is impossible."""
     if parts == 1:
         return [whole]
     if not whole.shape or whole.shape[0] % parts:
-        raise CheckpointError(f"{name} has shape {list(whole.shape)}, which {parts} projections cannot share")
+        raise CheckpointError(
+            f"{name} has shape {list(whole.shape)}, whose first dimension cannot be split into {parts} equal parts",
+            hint="the file is damaged, or is not of the family that its tensors' names suggest",
+        )
     shape = (whole.shape[0] // parts, *whole.shape[1:])
 
     def part(index: int) -> TensorEntry:
@@ -27,7 +30,7 @@ def split(name: str, whole: TensorEntry, parts: int) -> list[TensorEntry]:
 
 
 def joined(parts: Sequence[TensorEntry]) -> TensorEntry:
-    """Concatenated along the first dimension."""
+    """Concatenate tensors along the first dimension."""
     if len(parts) == 1:
         return parts[0]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -35,18 +38,18 @@ def joined(parts: Sequence[TensorEntry]) -> TensorEntry:
 
 
 def swapped(name: str, whole: TensorEntry) -> TensorEntry:
-    """The second half first; its own inverse. Raises CheckpointError."""
+    """Exchange the two halves of the first dimension. Raises CheckpointError if its size is odd."""
     first, second = split(name, whole, 2)
     return joined([second, first])
 
 
 def reshaped(whole: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
-    """The same values in row-major order."""
+    """The same values in another shape, in row-major order."""
     return TensorEntry(shape, whole.dtype, lambda: whole.load().reshape(shape))
 
 
 def check_names(found: Collection[str], wanted: Collection[str], *, hint: str) -> None:
-    """Refuse tensors that are missing or unknown. Raises CheckpointError."""
+    """Raise CheckpointError, with this hint, if wanted tensors are missing or unknown ones are there."""
     for names, what in ((set(wanted) - set(found), "missing"), (set(found) - set(wanted), "unknown")):
         if names:
             some = ", ".join(sorted(names)[:SHOWN])

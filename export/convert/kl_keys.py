@@ -1,8 +1,8 @@
-"""Names of AutoencoderKL's weights: the latent-diffusion code's and diffusers', as one table read in both directions.
+"""Names of AutoencoderKL's tensors in the latent-diffusion code and in diffusers: one table, read in both directions.
 
 Source: CompVis/latent-diffusion, ldm/modules/diffusionmodules/model.py; diffusers 0.42.1,
-loaders/single_file_utils.py (convert_ldm_vae_checkpoint). The decoder's stages are numbered from the largest picture
-there and from the smallest here; its attention has 1x1 convolutions where diffusers has Linears.
+loaders/single_file_utils.py (convert_ldm_vae_checkpoint). The latent-diffusion code numbers the decoder's stages from
+the largest picture, diffusers from the smallest. Its attention has 1x1 convolutions where diffusers has Linears.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert.key_map import check_names, reshaped
 
-FOREIGN = "the file is damaged or holds another autoencoder than AutoencoderKL"
+FOREIGN = "the file is damaged, or its autoencoder is not an AutoencoderKL"
 _RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OUTER = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
@@ -21,13 +21,18 @@ _OUTER = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlKeys:
-    """What decides which tensors an AutoencoderKL may have. depth: residual blocks a stage of the encoder."""
+    """The sizes that decide which tensors an AutoencoderKL may have.
+
+    Attributes:
+        stages: resolutions that the encoder and the decoder go through.
+        depth: residual blocks per stage of the encoder; a stage of the decoder has one more.
+    """
 
     stages: int
     depth: int
 
     def modules(self) -> dict[str, str]:
-        """Native name -> diffusers' name of every module that such a network may have."""
+        """Native name -> diffusers' name, for every module that such a network may have."""
         names = {name: name for name in ("quant_conv", "post_quant_conv")}
         for side in ("encoder", "decoder"):
             inner = _OUTER | self._middle() | (self._down() if side == "encoder" else self._up())
@@ -52,14 +57,14 @@ class KlKeys:
     def _up(self) -> dict[str, str]:
         names = {}
         for i in range(self.stages):
-            theirs = self.stages - 1 - i
-            names[f"up.{theirs}.upsample.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
-            names |= _stage(f"up.{theirs}", f"up_blocks.{i}", self.depth + 1)
+            native = self.stages - 1 - i
+            names[f"up.{native}.upsample.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
+            names |= _stage(f"up.{native}", f"up_blocks.{i}", self.depth + 1)
         return names
 
 
 def kl_keys(native: TensorSource) -> KlKeys:
-    """Stages and depth from native names."""
+    """Count stages and depth from native names."""
     encoder = [name.split(".") for name in native if name.startswith("encoder.down.")]
     stages = {parts[2] for parts in encoder}
     return KlKeys(
@@ -68,7 +73,7 @@ def kl_keys(native: TensorSource) -> KlKeys:
 
 
 def kl_keys_of_diffusers(tensors: TensorSource) -> KlKeys:
-    """Stages and depth from diffusers' names."""
+    """Count stages and depth from diffusers' names."""
     encoder = [name.split(".") for name in tensors if name.startswith("encoder.down_blocks.")]
     stages = {parts[2] for parts in encoder}
     return KlKeys(
@@ -77,12 +82,12 @@ def kl_keys_of_diffusers(tensors: TensorSource) -> KlKeys:
 
 
 def to_diffusers(native: TensorSource, keys: KlKeys) -> TensorSource:
-    """The same weights under diffusers' names. Raises CheckpointError: an unknown tensor."""
+    """The same weights under diffusers' names. Raises CheckpointError if there is an unknown tensor."""
     return _renamed(native, keys.modules(), _as_linear)
 
 
 def to_native(diffusers: TensorSource, keys: KlKeys) -> TensorSource:
-    """The same weights under native names. Raises CheckpointError: an unknown tensor."""
+    """The same weights under native names. Raises CheckpointError if there is an unknown tensor."""
     return _renamed(diffusers, {b: a for a, b in keys.modules().items()}, _as_convolution)
 
 
@@ -90,7 +95,7 @@ def _renamed(
     source: TensorSource, modules: dict[str, str], fit: Callable[[str, TensorEntry], TensorEntry]
 ) -> TensorSource:
     names = {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
-    # What is optional (shortcuts, attention, quant convolutions) is in the table and need not be in the file.
+    # Some modules of the table are optional (shortcuts, attention, quant convolutions), so no name must be in the file.
     check_names(set(source), set(names) & set(source), hint=FOREIGN)
     return TensorSource({names[name]: fit(names[name], source.entry(name)) for name in source})
 

@@ -1,4 +1,4 @@
-"""What `ditc convert` asks of a family that has files of its own, and what it asks of its user."""
+"""What `ditc convert` needs from a family with its own file layout, and which options its user gives."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeOptions:
-    """What the tensors of a native file may not tell; each family says which of them it needs.
+    """Facts that the tensors of a native file may not tell. Each family says which of them it needs.
 
     Attributes:
-        resolution: pixels of a side that the network was trained for.
-        flow_shift: of the sampler.
-        position_embedding, interpolation_scale: "none" or "sincos", and the scale of the latter.
+        resolution: side of the pictures that the network was trained for, in pixels.
+        flow_shift: the sampler's shift of the sigmas.
+        position_embedding: "none" or "sincos".
+        interpolation_scale: scale of the "sincos" position embedding.
         dtype: element type to write, a key of DTYPES.
-        attention_head_dim, cross_attention_head_dim: of a network that no release has.
+        attention_head_dim, cross_attention_head_dim: width of a head, for a network that is not a release.
     """
 
     resolution: int | None = None
@@ -37,10 +38,10 @@ class NativeOptions:
 
 
 class NativeLayout(Protocol):
-    """One family's own files: `LAYOUT` in its convert.py."""
+    """One family's own file layout: `LAYOUT` in the family's convert.py."""
 
     def recognises(self, names: Collection[str]) -> bool:
-        """Whether a file with these tensors is the family's, also where it is one that cannot be converted."""
+        """Whether a file with tensors of these names belongs to the family, even if it cannot be converted."""
         ...
 
     def write_directory(
@@ -52,14 +53,19 @@ class NativeLayout(Protocol):
         base: Checkpoint | None,
         max_shard_bytes: int,
     ) -> None:
-        """Write the file's networks and scheduler as a diffusers directory, and what it does not hold from base.
+        """Write a diffusers directory: networks and scheduler from the file, other components copied from `base`.
+
+        Args:
+            native: the file's tensors, by their native names.
+            base: None to leave out what the file does not hold.
+            max_shard_bytes: largest size of a weight file, in bytes.
 
         Raises:
-            UsageError: an option that is missing, or that the family does not have.
-            CheckpointError: a damaged or misshapen file, or a value that the element type cannot hold.
+            UsageError: an option is missing, or the family does not have it.
+            CheckpointError: the file is damaged or has wrong shapes, or a value does not fit the element type.
         """
         ...
 
     def to_native(self, checkpoint: Checkpoint) -> TensorSource:
-        """The checkpoint's weights under the family's own names. Raises CheckpointError: a foreign tensor."""
+        """The checkpoint's weights under the family's own names. Raises CheckpointError for an unknown tensor."""
         ...

@@ -1,4 +1,4 @@
-"""Convert a native checkpoint to a diffusers directory, and back: the family's row knows how."""
+"""Convert a native checkpoint to a diffusers directory and back, by the layout in the family's row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.files import check_writable
 
-DIFFUSERS_PREFIX = "transformer_blocks."  # of the blocks of every transformer in diffusers that ditc knows
+# The blocks of every diffusers transformer that ditc knows have names that begin so.
+DIFFUSERS_PREFIX = "transformer_blocks."
 SHOWN = 3
 
 
@@ -32,20 +33,22 @@ def convert(
     ema: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a native checkpoint as a diffusers directory; its tensors' names tell whose it is.
+    """Write a native checkpoint as a diffusers directory. Its tensors' names tell which family it belongs to.
 
     Args:
         source: a .pth or .safetensors file with native names.
-        out: the directory to make; it appears whole or not at all.
-        options: what the checkpoint's keys cannot tell.
-        base: a diffusers checkpoint whose other parts (text encoder, tokenizer, VAE) are copied; without it
-            only what the file holds and the scheduler are written.
-        variant: of base's weight files.
+        out: the directory to make; it appears complete or not at all.
+        options: what the tensors cannot tell.
+        base: a diffusers checkpoint (directory or hub id) whose other components (text encoder, tokenizer, VAE) are
+            copied. Without it, only the scheduler and what the file holds are written.
+        variant: which of base's weight files to copy, such as "fp16".
         ema: take the averaged weights of a training file.
+        max_shard_bytes: largest size of a weight file, in bytes.
 
     Raises:
-        UsageError: a missing option, or an output that is there already.
-        CheckpointError: a foreign, damaged or misshapen checkpoint, or a value that dtype cannot hold.
+        UsageError: an option is missing, or `out` exists.
+        CheckpointError: the checkpoint is of no known family, is damaged, has wrong shapes, or has a value that does
+            not fit the element type.
     """
     check_free(out)
     native = read_native(source, ema=ema)
@@ -59,16 +62,17 @@ def convert(
 
 
 def convert_to_native(source: str | Path, out: Path, *, variant: str | None = None) -> Path:
-    """Write the networks of a diffusers checkpoint that the family's own files hold, as one such .safetensors file.
+    """Write a diffusers checkpoint as one .safetensors file in the family's native layout.
 
-    Training-only tensors do not come back: load it into the native network with strict=False.
+    The file holds the networks that the family's own files hold. Tensors that only training uses are lost: load the
+    file into the native network with strict=False.
 
     Raises:
-        UsageError: an output that is there already or has another suffix.
-        CheckpointError: a checkpoint of no known family, or of one without files of its own.
+        UsageError: `out` exists or does not end in .safetensors.
+        CheckpointError: the checkpoint's family is unknown or has no native layout.
     """
     if out.suffix != ".safetensors":
-        raise UsageError(f"{out} is not a .safetensors", hint="name it native.safetensors")
+        raise UsageError(f"{out} does not end in .safetensors", hint="name it native.safetensors")
     check_free(out)
     check_writable(out, "OUT")
     checkpoint = open_checkpoint(source, variant=variant)
@@ -76,7 +80,7 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
     if family.layout is None:
         raise CheckpointError(
             f"{checkpoint.path} is of the family {family.label}, which has no native layout",
-            hint=f"families with one: {', '.join(_layouts())}",
+            hint=f"these families have one: {', '.join(_layouts())}",
         )
     native = family.layout.to_native(checkpoint)
     with safetensors_path(out, hint="choose another OUT") as partial:
@@ -85,21 +89,22 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
 
 
 def _layout_of(native: TensorSource) -> NativeLayout:
-    """The layout of the family whose names the tensors have. Raises CheckpointError: there is none."""
+    """The layout of the family that recognises the tensors. Raises CheckpointError if no family does."""
     if any(name.startswith(DIFFUSERS_PREFIX) for name in native):
         raise CheckpointError(
-            "the tensors have diffusers' names already", hint="open the diffusers directory instead"
+            "the tensors have diffusers' names already",
+            hint="no conversion is needed: give the diffusers directory that the file belongs to",
         )
     layouts = _layouts()
     for layout in layouts.values():
         if layout.recognises(native):
             return layout
     raise CheckpointError(
-        f"no family has tensors of these names: the file's begin with {', '.join(list(native)[:SHOWN])}",
+        f"no family has tensors of these names; the file's first are {', '.join(list(native)[:SHOWN])}",
         hint=f"native files of these families can be converted: {', '.join(layouts)}",
     )
 
 
 def _layouts() -> dict[str, NativeLayout]:
-    """By the family's label."""
+    """Native layouts, by the family's label."""
     return {family.label: family.layout for family in families.FAMILIES if family.layout is not None}

@@ -1,4 +1,4 @@
-"""A network's weights in one file, as training code saves them: .pth (never run) or .safetensors."""
+"""Read a network's weights from one file, as training code saves them: .safetensors, or .pth without running code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ TORCH_SUFFIXES = frozenset({".pth", ".pt", ".ckpt"})
 
 
 def read_native(path: Path, *, ema: bool = False) -> TensorSource:
-    """The tensors of a single file, by their native names.
+    """Open the tensors of a single file, by their native names.
 
     Args:
-        path: .safetensors, or a torch file: {"state_dict": ...} or the state dict itself.
-        ema: take "state_dict_ema" of a training file instead.
+        path: a .safetensors file, or a torch file that holds {"state_dict": ...} or the state dict itself.
+        ema: take "state_dict_ema", the averaged weights of a training file, instead of "state_dict".
 
     Raises:
-        CheckpointError: missing, damaged, of another format, or with more than tensors and plain data.
+        CheckpointError: the file is missing or damaged, has another format, holds more than tensors and plain data,
+            or has no averaged weights although `ema` asks for them.
     """
     if path.is_dir():
         raise CheckpointError(
-            f"{path} is a directory, a native checkpoint is one file",
-            hint="to write a diffusers directory as such a file, add --to-native",
+            f"{path} is a directory, but a native checkpoint is one file",
+            hint="to convert a diffusers directory to a native file, add --to-native",
         )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", hint="check the path")
@@ -35,26 +36,26 @@ def read_native(path: Path, *, ema: bool = False) -> TensorSource:
         return TensorSource(read_safetensors(path))
     if path.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(
-            f"{path} is neither .safetensors nor {', '.join(sorted(TORCH_SUFFIXES))}",
-            hint="give the file as it was released",
+            f"{path} does not end in .safetensors or in one of {', '.join(sorted(TORCH_SUFFIXES))}",
+            hint="give the file under the name that it was released with",
         )
     tensors = _state_dict(path, _load(path), ema)
     return TensorSource({name: _entry(tensor) for name, tensor in tensors.items()})
 
 
 def _load(path: Path) -> Any:
-    """torch's restricted unpickler (weights_only) builds tensors and plain containers, and runs nothing."""
+    """Load with torch's restricted unpickler (weights_only), which builds tensors and containers and runs no code."""
     try:
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+            return torch.load(path, map_location="cpu", weights_only=True)  # a file of torch before 1.6
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than plain tensors: {_reason(error)}",
-            hint="where the model was trained, save {'state_dict': model.state_dict()} alone, or safetensors",
+            hint="save only {'state_dict': model.state_dict()}, or safetensors, where the model was trained",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
@@ -87,7 +88,7 @@ def _entry(tensor: torch.Tensor) -> TensorEntry:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that says what it met; the rest tells how to switch the protection off."""
+    """The line of torch's message that says what it refused; the rest tells how to switch the protection off."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line]
     return (telling or lines or [type(error).__name__])[0]

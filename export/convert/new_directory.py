@@ -13,13 +13,17 @@ from ditc.runtime.errors import UsageError
 
 
 def check_free(out: Path) -> None:
-    """Raises UsageError if the path is taken."""
+    """Raise UsageError if the path exists."""
     if out.exists():
-        raise UsageError(f"{out} exists already", hint="give a new name, or delete it first")
+        raise UsageError(f"{out} exists already", hint="give another name, or delete it first")
 
 
 def copy_others(base: Checkpoint | None, directory: Path, made: Collection[str]) -> dict[str, Any]:
-    """Copy every part of base that was not made. Returns their entries of model_index.json."""
+    """Copy every component of base except the scheduler and those named in `made`.
+
+    Returns:
+        The copied components' entries of model_index.json.
+    """
     if base is None:
         return {}
     names = (set(base.components) | set(base.tokenizers)) - {*made, "scheduler"}
@@ -29,6 +33,6 @@ def copy_others(base: Checkpoint | None, directory: Path, made: Collection[str])
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Indented, with a newline at the end; parent directories are made."""
+    """Write indented JSON with a newline at the end; parent directories are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Write tensors as safetensors, shard after shard: memory holds one shard at most.
+"""Write tensors as safetensors, one shard at a time, so that memory holds at most one shard.
 
-For a folder that is itself written as a whole (atomic_folder), which has the disk hold the shards at its end.
+The folder that the shards are written to is itself written as a whole (`atomic_folder`), which syncs them to disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ditc.export.checkpoint.tensors import TensorSource
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import CheckpointError
 
-# diffusers' default is 10 GB; a shard's cast copy is in memory while it is written, so less is better here.
+# diffusers' default is 10 GB. Here a converted copy of the shard is in memory while it is written, so less is better.
 MAX_SHARD_BYTES = 2 * 10**9
 
 
@@ -28,10 +28,15 @@ def write_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Path, ...]:
-    """Write all tensors, floating-point ones cast to dtype, as one file or as shards with an index.
+    """Write all tensors as one file, or as shards with an index. Returns the files.
+
+    Args:
+        stem: how the files' names begin.
+        dtype: the type that floating-point tensors are cast to; None keeps their own types.
+        max_shard_bytes: size in bytes at which a new shard begins; one larger tensor is a shard of its own.
 
     Raises:
-        CheckpointError: a value that is finite in its own dtype and not in the new one.
+        CheckpointError: a value that is finite in its own type is not finite in the new one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards = _plan(tensors, dtype, max_shard_bytes)
@@ -70,15 +75,14 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.T
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor.contiguous()
     if tensor.dtype.itemsize == 1:
-        return tensor.to(
-            dtype
-        )  # torch has no isfinite for 8-bit floats, and every other type holds their values
+        # torch has no isfinite for 8-bit floats. It is not needed: every other type holds their values.
+        return tensor.to(dtype)
     cast = tensor.to(dtype)
     lost = int((torch.isfinite(tensor) & ~torch.isfinite(cast)).sum())
     if lost:
         raise CheckpointError(
-            f"{name} has {lost} values too large for {dtype}, the largest {tensor.abs().max().item():g}",
-            hint="convert to bfloat16 or float32",
+            f"{name} has {lost} values too large for {dtype}; the largest is {tensor.abs().max().item():g}",
+            hint="convert to bf16 or fp32",
         )
     return cast
 

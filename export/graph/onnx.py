@@ -1,4 +1,4 @@
-"""One stage to one ONNX file: torch.export, our passes, external weights, and a second run at another shape."""
+"""Export one stage to an ONNX file: torch.export, ditc's passes, external weights, and a check at two sets of sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph import ops
 from ditc.export.graph.passes import run_passes
-from ditc.export.graph.passes.expand_repeats import stamp
+from ditc.export.graph.passes.expand_repeats import expand_repeats
 from ditc.export.graph.passes.islands import check_islands
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession, to_torch
-from ditc.export.graph.trace_repeats import traced_once
+from ditc.export.graph.trace_repeats import trace_blocks_once
 from ditc.export.options import OPSETS
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan
@@ -39,26 +39,29 @@ from ditc.runtime.weight_map import Weight
 log = logging.getLogger(__name__)
 
 SIXTEEN_BIT = (Precision.FP16, Precision.BF16)
-# Same graph, other kernels: fp32 rounding of a few hundred dependent GEMMs. Measured 1e-7 to 4e-6.
+# ONNX Runtime and PyTorch compute the same graph with different kernels, so a few hundred dependent GEMMs round
+# differently in fp32. Measured 1e-7 to 4e-6.
 FP32_RELATIVE_L2 = 2e-5
-# ONNX Runtime's CPU provider widens fp16 to fp32, torch rounds after every op: this finds wrong graphs, not
-# rounding (rounding is parity's matter, through the round_to graph).
+# ONNX Runtime's CPU provider computes fp16 graphs in fp32, while torch rounds after every operation. This bound
+# finds wrong graphs, not rounding errors; parity judges those, through the round_to graph.
 FP16_RELATIVE_L2 = 2e-2
 
-# Of a stage that is run in ONNX Runtime and in PyTorch after its export. At 1024 px, 0.6 G in fp32 are minutes on two
-# cores; PyTorch has no fast fp16 GEMM on most CPUs, and ONNX Runtime holds fp16 weights in fp32 there.
+# Cap on the parameters of a stage that is run in ONNX Runtime and in PyTorch after its export. At 1024 px, 0.6 G
+# parameters in fp32 take minutes on two cores. fp16 has a lower cap: PyTorch has no fast fp16 GEMM on most CPUs, and
+# ONNX Runtime's CPU provider holds fp16 weights in fp32.
 MOST_CHECKED_PARAMETERS = {Precision.FP32: 1e9, Precision.TF32: 1e9, Precision.FP16: 1e8}
-# And at how many times what a size is a multiple of: for 4096 px the demo's denoiser takes 11 GB and minutes. No less,
-# for the bounds above are of likely sizes (8 tokens of text in fp16: 3.5e-2).
-CHECKED_SIZE = 64
+# Cap on a checked dimension, in multiples of its step. Larger sizes take too long: at 4096 px the demo's denoiser
+# needs 11 GB and minutes. Much smaller sizes break the bounds above, which hold for usual sizes: 8 text tokens in
+# fp16 give 3.5e-2.
+MOST_CHECKED_STEPS = 64
 
-# The first whose Conv takes bf16 (ONNX, Operators.md); ONNX Runtime refuses to load such a graph in an older one.
+# The first opset whose Conv takes bf16 (ONNX, Operators.md). ONNX Runtime does not load such a graph in an older one.
 BF16_OPSET = 22
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxFiles:
-    """A written graph, its external weights, and where in it each tensor of the checkpoint lies."""
+    """A written graph, the file of its weights, and where each tensor of the checkpoint is in it."""
 
     model: Path
     weights: Path
@@ -66,6 +69,7 @@ class OnnxFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
+        """The files that exist: a small graph holds its weights itself."""
         return (self.model, self.weights) if self.weights.exists() else (self.model,)
 
 
@@ -77,16 +81,18 @@ def to_onnx(
     quantize: QuantPlan | None = None,
     opset: int = OPSETS[0],
 ) -> OnnxFiles:
-    """Export the stage to `path` (weights to `path`.data), replacing both only when complete and checked.
+    """Export the stage to `path` and its weights to `path`.data.
+
+    Existing files are replaced only when the new ones are complete and checked.
 
     Args:
-        quantize: applied to the graph once the unquantized one has passed its check.
-        opset: one of OPSETS.
+        check: compare the graph with PyTorch, if the stage is small enough for a CPU.
+        quantize: the plan to write into the graph, after the unquantized graph has passed its check.
+        opset: one of OPSETS; a bf16 stage takes at least BF16_OPSET.
 
     Raises:
-        BuildError: torch.export refuses the module, a dynamic dimension was specialised, or ONNX Runtime
-            disagrees with PyTorch at either of two shapes.
-        OutputError: the files cannot be written.
+        BuildError: torch.export refuses the module or fixes a dynamic dimension, ONNX Runtime disagrees with PyTorch
+            at one of two sets of sizes, or the graph breaks an fp32 island, its spec or the plan.
     """
     model = to_model(stage, opset)
     final = OnnxFiles(path, path.with_name(path.name + ".data"))
@@ -112,21 +118,24 @@ def to_model(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     with _quiet():
         run_passes(model, stage.spec)
     for node in model.graph.all_nodes():
-        # Paths of the building machine, and torch's running numbers: equal modules must give equal files.
+        # It holds paths of this machine and torch's running numbers, but equal modules must give equal files.
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    ops.add_functions(model)  # last: the passes inline every function that they see
+    ops.add_functions(model)  # last, because the passes inline every function that they see
     if stage.precision in SIXTEEN_BIT:
         check_islands(model, stage.spec)
     return model
 
 
 def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
-    """The stage as torch.onnx.export leaves it: no pass has run, and custom ops have no bodies."""
+    """The stage as torch.onnx.export leaves it, with repeated blocks put in place.
+
+    No pass has run yet, and custom ops have no function bodies.
+    """
     spec = stage.spec
     opset = max(opset, BF16_OPSET) if stage.precision is Precision.BF16 else opset
     feeds = example_feeds(spec, example_sizes(spec), integers=stage.integers)
     arguments = tuple(to_torch(feeds[tensor.name], tensor.dtype) for tensor in spec.inputs)
-    with _quiet(), traced_once(stage.module):
+    with _quiet(), trace_blocks_once(stage.module):
         try:
             program = torch.onnx.export(
                 stage.module.eval(),
@@ -137,31 +146,30 @@ def trace(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=_dynamic_shapes(stage),
                 custom_translation_table=ops.onnx_translations(opset),
-                optimize=False,  # our passes do it, and keep the names of the weights
+                optimize=False,  # ditc's passes do it, and keep the names of the weights
                 verbose=False,
             )
-        except (
-            Exception
-        ) as e:  # torch.export raises many classes; each means that this module cannot be built
+        except Exception as e:  # torch.export raises many classes, and any of them means that it has failed
             raise BuildError(
                 f"{spec.name}: torch.export failed: {_cause(e)}",
-                hint="the networks in export/networks/ export; one that was changed must keep shapes symbolic",
+                hint="if you changed the network, keep its shapes symbolic: no Python int of a size, no branch on it",
             ) from e
     assert program is not None
     model: ir.Model = program.model
-    stamp(model, dict(stage.module.named_parameters()) | dict(stage.module.named_buffers()))
+    expand_repeats(model, dict(stage.module.named_parameters()) | dict(stage.module.named_buffers()))
     return model
 
 
 def _can_check(stage: StageModule) -> bool:
     """Whether a CPU can run the graph and the module in reasonable time."""
     if stage.precision is Precision.BF16:
-        return False  # ONNX Runtime's CPU provider has no bf16
+        return False  # ONNX Runtime's CPU provider has no bf16 arithmetic
     count = sum(parameter.numel() for parameter in stage.module.parameters())
     if count <= MOST_CHECKED_PARAMETERS[stage.precision]:
         return True
     log.warning(
-        "%s: %.1f G parameters in %s are not run against PyTorch in this build; `ditc parity` does it",
+        "%s: this build does not compare the graph with PyTorch, because its %.1f G parameters in %s would take too "
+        "long; `ditc parity` compares them",
         stage.spec.name,
         count / 1e9,
         stage.precision.value,
@@ -170,17 +178,20 @@ def _can_check(stage: StageModule) -> bool:
 
 
 def check_export(stage: StageModule, model: Path) -> float:
-    """Run the written graph and the module at two shapes; returns the largest relative L2 error of any output.
+    """Run the written graph and the module at two sets of sizes, and compare their outputs.
+
+    Returns:
+        The largest relative L2 error of any output.
 
     Raises:
-        BuildError: with stage, output, sizes and error, when a bound is passed.
+        BuildError: an error is above the bound; names stage, output, sizes and error.
     """
     bound = FP16_RELATIVE_L2 if stage.precision is Precision.FP16 else FP32_RELATIVE_L2
     reference = TorchSession(stage.module, stage.spec)
     candidate = OnnxRuntimeSession(model, stage.spec, provider=CPU)
     worst = 0.0
     for second in (False, True):
-        sizes = example_sizes(stage.spec, second=second, max_multiple=CHECKED_SIZE)
+        sizes = example_sizes(stage.spec, second=second, max_multiple=MOST_CHECKED_STEPS)
         feeds = example_feeds(stage.spec, sizes, seed=1 + second, integers=stage.integers)
         expected, got = reference.run(feeds), candidate.run(feeds)
         for name in expected:
@@ -198,7 +209,7 @@ def check_export(stage: StageModule, model: Path) -> float:
 
 
 def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:
-    """Named dimensions become symbols; equal names share one, so torch.export proves that they agree."""
+    """Named dimensions become symbols. Equal names share a symbol, so torch.export proves that they agree."""
     spec = stage.spec
     dims = {name: _dim(name, spec) for name in spec.profile}
     shapes = [
@@ -206,14 +217,17 @@ def _dynamic_shapes(stage: StageModule) -> tuple[Any, ...]:
         for tensor in spec.inputs
     ]
     parameters = inspect.signature(stage.module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # *rest is one argument, a tuple, to torch.export
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # torch.export sees *rest as one tuple
         named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
         return (*shapes[:named], tuple(shapes[named:]))
     return tuple(shapes)
 
 
 def _dim(name: str, spec: StageSpec) -> Any:
-    """A symbol that reaches beyond the profile: what example_sizes gives must be inside, and one size is no range."""
+    """A symbol with a range that reaches beyond the profile's.
+
+    The range must include the sizes that example_sizes gives, and torch.export takes no range of a single size.
+    """
     step = spec.profile[name].multiple_of
     most = max(spec.profile[name].max // step, 3) + 1
     if step > 1:
@@ -223,7 +237,7 @@ def _dim(name: str, spec: StageSpec) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx warns about opset conversion and prints progress; both are noise in a build."""
+    """Silence torch.onnx, which warns about opset conversion and prints its progress."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,6 +1,6 @@
 """A denoiser engine is a whole step: row gather, network, guidance and solver update in one graph.
 
-`wrap(network, ...)` is family-independent. Everything that belongs to one request is per sample, so a server can
+`wrap(network, ...)` works for every family. Everything that belongs to one request is per sample, so a server can
 batch requests that differ in prompt, guidance, step and schedule.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ditc.runtime import step_contract as names
+from ditc.runtime import step_contract
 from ditc.runtime.step_contract import StepContract
 
 
@@ -20,9 +20,9 @@ class DenoiserStep(nn.Module):
 
     Args:
         network: called as network(latents_RCHW, timestep_R, [guidance_R], *conditioning) -> prediction_RCHW, in any
-            float dtype; guidance_R is there where the contract embeds it.
-        dtype: what the network's latents are cast to; everything outside the network stays fp32.
-        contract: how many earlier x0 the update reads, whether it adds noise, and how guidance comes in.
+            float type. guidance_R is passed if the contract embeds guidance.
+        dtype: the type that the network's latents are cast to; everything outside the network stays fp32.
+        contract: how many earlier x0 the update reads, whether it adds noise, and whether the network takes guidance.
     """
 
     def __init__(self, network: nn.Module, *, dtype: torch.dtype, contract: StepContract) -> None:
@@ -44,11 +44,13 @@ class DenoiserStep(nn.Module):
         """Advance every sample by one step.
 
         Args:
-            latents: (B,C,H,W) fp32. row_of: (R,) int64, the sample each row belongs to. timestep: (B,) fp32.
+            latents: (B,C,H,W) fp32.
+            row_of: (R,) int64, the sample that each row belongs to.
+            timestep: (B,) fp32.
             guidance_weights: (B,R) fp32; pred[b] = sum_r w[b,r] * out[r].
             coefficients: (B,K) fp32, in the order of the contract's columns.
             history: (B,P,C,H,W) fp32, newest x0 first.
-            rest: the noise (B,C,H,W) and the guidance (B,) where the contract has them, then the conditioning.
+            rest: the noise (B,C,H,W) and the guidance (B,), each if the contract has it, then the conditioning.
 
         Returns:
             next_latents (B,C,H,W), x0 (B,C,H,W), next_history (B,P,C,H,W), stats (B,2), all fp32.
@@ -61,15 +63,15 @@ class DenoiserStep(nn.Module):
             index = contract.columns.index(name)
             return coefficients[:, index].reshape(-1, 1, 1, 1)
 
-        scaled = column(names.C_IN) * latents
+        scaled = column(step_contract.C_IN) * latents
         rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *embedded, *remaining)
         pred = guide(guidance_weights, rows.float())
-        x0 = column(names.A) * latents + column(names.B) * pred
-        following = column(names.CX) * latents + column(names.C0) * x0
+        x0 = column(step_contract.A) * latents + column(step_contract.B) * pred
+        following = column(step_contract.CX) * latents + column(step_contract.C0) * x0
         for k in range(contract.history_length):
-            following = following + column(names.history_column(k + 1)) * history[:, k]
+            following = following + column(step_contract.history_column(k + 1)) * history[:, k]
         if noise is not None:
-            following = following + column(names.CN) * noise
+            following = following + column(step_contract.CN) * noise
         next_history = (
             torch.cat([x0[:, None], history[:, :-1]], dim=1) if contract.history_length > 1 else x0[:, None]
         )
@@ -77,10 +79,10 @@ class DenoiserStep(nn.Module):
 
 
 def guide(weights_BR: Tensor, rows_RCHW: Tensor) -> Tensor:
-    """sum_r weights[b,r] * rows[r] in fp32, where a weight of zero also silences a NaN.
+    """sum_r weights[b,r] * rows[r] in fp32, where a weight of zero also removes a NaN.
 
-    Written as a selected sum, not a matrix product: 0 * NaN is NaN, and one request that overflows must not
-    spoil the strangers that share its batch; nor may TF32 or 16-bit GEMMs touch the guidance.
+    The sum is not a matrix product, for two reasons. 0 * NaN is NaN, and one request that overflows must not spoil
+    the others in its batch. And guidance must not be computed by TF32 or 16-bit GEMMs.
     """
     weights = weights_BR[:, :, None, None, None]
     terms = torch.where(weights == 0, torch.zeros((), dtype=rows_RCHW.dtype), weights * rows_RCHW[None])
@@ -88,7 +90,7 @@ def guide(weights_BR: Tensor, rows_RCHW: Tensor) -> Tensor:
 
 
 def statistics(x0_BCHW: Tensor) -> Tensor:
-    """(B,2) fp32: count of non-finite values, largest finite magnitude."""
+    """(B,2) fp32: the number of values that are not finite, and the largest finite magnitude."""
     flat = x0_BCHW.flatten(1)
     finite = flat.abs() <= torch.finfo(torch.float32).max  # False for NaN and Inf; exports as one LessOrEqual
     bad = (~finite).float().sum(dim=1)
@@ -97,5 +99,5 @@ def statistics(x0_BCHW: Tensor) -> Tensor:
 
 
 def wrap(network: nn.Module, *, dtype: torch.dtype, contract: StepContract) -> DenoiserStep:
-    """The network as a whole-step denoiser in evaluation mode."""
+    """Wrap the network as a whole-step denoiser, in evaluation mode."""
     return DenoiserStep(network, dtype=dtype, contract=contract).eval()

@@ -1,4 +1,4 @@
-"""Runs a stage with PyTorch: the reference is the same pipeline with these sessions."""
+"""Run a stage with PyTorch: parity's reference is the same pipeline over these sessions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCH_DTYPES = {
 
 
 class TorchSession:
-    """One stage as an eager module whose forward takes and gives tensors in the order of the spec."""
+    """One stage as an eager module, whose forward takes and returns tensors in the order of the spec."""
 
     def __init__(self, module: nn.Module, spec: StageSpec, *, device: str = "cpu") -> None:
         self.spec = spec
@@ -53,13 +53,15 @@ def compute_device(device: str = "cpu") -> ComputeDevice:
 
 
 def to_torch(array: Array, dtype: DType) -> torch.Tensor:
-    """A host array as a tensor; bf16 arrives as its uint16 bits."""
-    tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))  # torch warns of read-only memory
+    """A host array as a tensor; a bf16 array holds its bits as uint16."""
+    tensor = torch.from_numpy(
+        np.require(array, requirements=("C", "W"))
+    )  # torch warns about read-only memory
     return tensor.view(torch.bfloat16) if dtype is DType.BFLOAT16 else tensor
 
 
 def from_torch(tensor: torch.Tensor) -> Array:
-    """A tensor as a host array; bf16 leaves as its uint16 bits."""
+    """A tensor as a host array; a bf16 tensor becomes its bits as uint16."""
     tensor = tensor.detach().cpu().contiguous()
     array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array

@@ -1,8 +1,9 @@
-"""Blocks of one structure are traced once: torch.export takes seconds for each, and a transformer has dozens.
+"""Trace equal blocks once: torch.export takes seconds per block, and a transformer has dozens of them.
 
-While a network is traced, the first block of each kind runs in full between two marks, and every later one leaves a
-single Repeat node with its inputs. passes/expand_repeats.py puts a copy of the first block's nodes in its place,
-with the later block's own weights. A call that is not like the first one's is traced as it is.
+While a network is traced, the first of several equal blocks runs in full, between an Enter and a Leave node. Every
+later one leaves a single Repeat node with its inputs. passes/expand_repeats.py replaces that node by a copy of the
+first block's nodes with the later block's weights. A block that is called in another way than the first is traced in
+full.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ditc.export.graph.passes.expand_repeats import BLOCK, DOMAIN, ENTER, LEAVE,
 Forward = Callable[..., Any]
 
 _INTERNAL = frozenset(nn.Module().__dict__)
-# transformers' layers know their number. Their caches read it, their arithmetic does not.
+# The index that transformers gives its layers. Their caches read it, but their arithmetic does not.
 _POSITION = frozenset({"layer_idx"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What went into the first block and came out, as a trace sees it."""
+    """Inputs and outputs of the first block, as the trace sees them."""
 
     inputs: list[Any]
     spec: pytree.TreeSpec
@@ -37,8 +38,8 @@ class _Call:
 
 
 @contextmanager
-def traced_once(root: nn.Module) -> Iterator[None]:
-    """Inside, a trace of root holds one block of each kind and a Repeat node for each of the others."""
+def trace_blocks_once(root: nn.Module) -> Iterator[None]:
+    """While the context lasts, a trace of root holds the first of equal blocks, and Repeat nodes for the others."""
     before: list[tuple[nn.Module, Forward | None]] = []
     resets: list[Callable[[], None]] = []
 
@@ -47,13 +48,13 @@ def traced_once(root: nn.Module) -> Iterator[None]:
         module.forward = forward
 
     try:
-        for blocks in kinds(root):
+        for blocks in repeated_blocks(root):
             (path, first), *others = blocks.items()
-            kind = _Kind(path)
-            resets.append(kind.reset)
-            replace(first, kind.first(first.forward))
+            repeated = _RepeatedBlock(path)
+            resets.append(repeated.reset)
+            replace(first, repeated.first(first.forward))
             for name, block in others:
-                replace(block, kind.later(name, block.forward))
+                replace(block, repeated.later(name, block.forward))
         replace(root, _after(resets, root.forward))
         yield
     finally:
@@ -63,22 +64,27 @@ def traced_once(root: nn.Module) -> Iterator[None]:
                 module.forward = own
 
 
-def kinds(module: nn.Module, path: str = "") -> list[dict[str, nn.Module]]:
-    """Blocks of equal structure in one ModuleList or Sequential, by module path; not blocks inside such blocks."""
-    found: list[dict[str, nn.Module]] = []
+def repeated_blocks(module: nn.Module, path: str = "") -> list[dict[str, nn.Module]]:
+    """Groups of equal blocks that are in one ModuleList or Sequential: module path -> block.
+
+    A group has at least two blocks, with parameters. The insides of its blocks are not searched.
+    """
+    groups: list[dict[str, nn.Module]] = []
     children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
     if isinstance(module, nn.ModuleList | nn.Sequential):
         for name, child in children.items():
-            same = (kind for kind in found if same_structure(_first(kind), child))
-            kind = next(same, None)
-            if kind is None:
-                found.append({name: child})
+            same = (group for group in groups if same_structure(_first(group), child))
+            group = next(same, None)
+            if group is None:
+                groups.append({name: child})
             else:
-                kind[name] = child
-        found = [kind for kind in found if len(kind) > 1 and any(True for _ in _first(kind).parameters())]
-    alike = {name for kind in found for name in kind}
-    inner = (kinds(child, name) for name, child in children.items() if name not in alike)
-    return found + [kind for several in inner for kind in several]
+                group[name] = child
+        groups = [
+            group for group in groups if len(group) > 1 and any(True for _ in _first(group).parameters())
+        ]
+    grouped = {name for group in groups for name in group}
+    inner = (repeated_blocks(child, name) for name, child in children.items() if name not in grouped)
+    return groups + [group for several in inner for group in several]
 
 
 def same_structure(a: nn.Module, b: nn.Module) -> bool:
@@ -92,8 +98,8 @@ def same_structure(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
-class _Kind:
-    """The forward functions of one kind of block."""
+class _RepeatedBlock:
+    """The forward functions of a group of equal blocks. path: the first block's module path."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -103,7 +109,7 @@ class _Kind:
         self.call = None
 
     def first(self, forward: Forward) -> Forward:
-        """Run the block between its marks, and keep what it was called with."""
+        """A forward that runs the block between its Enter and Leave nodes, and remembers the call."""
 
         @functools.wraps(forward)
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +125,7 @@ class _Kind:
         return marked
 
     def later(self, path: str, forward: Forward) -> Forward:
-        """Leave one node, if the call is like the first block's."""
+        """A forward that leaves one Repeat node if the call is like the first block's, else runs the block."""
 
         @functools.wraps(forward)
         def repeated(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +141,7 @@ class _Kind:
 
 
 def _node(operator: str, attributes: dict[str, str], inputs: list[Any], *, like: list[Any]) -> list[Any]:
-    """A node over the tensors among inputs; its outputs are shaped like the tensors in `like`, in their places."""
+    """Add a node over the tensors among `inputs`; return `like` with its tensors replaced by the node's outputs."""
     wanted = [leaf for leaf in like if isinstance(leaf, Tensor)]
     made = iter(
         torch.onnx.ops.symbolic_multi_out(
@@ -158,12 +164,12 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _size(size: Any) -> Any:
-    """A symbolic size's expression: to compare the sizes themselves would add a guard to the trace."""
+    """The expression of a symbolic size. Comparing the sizes themselves would add a guard to the trace."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _after(resets: list[Callable[[], None]], forward: Forward) -> Forward:
-    """torch.export runs a network more than once."""
+    """A forward that resets first, because torch.export runs a network more than once."""
 
     @functools.wraps(forward)
     def fresh(*args: Any, **kwargs: Any) -> Any:
@@ -187,14 +193,13 @@ def _same_attributes(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, functools.partial) and isinstance(
-        b, functools.partial
-    ):  # an activation, by its arguments
+    # An activation function with its arguments: two equal partials do not compare equal.
+    if isinstance(a, functools.partial) and isinstance(b, functools.partial):
         return (a.func, a.args, a.keywords) == (b.func, b.args, b.keywords)
     if isinstance(a, Tensor):
         return a is b
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
-def _first(kind: dict[str, nn.Module]) -> nn.Module:
-    return next(iter(kind.values()))
+def _first(group: dict[str, nn.Module]) -> nn.Module:
+    return next(iter(group.values()))

@@ -1,4 +1,4 @@
-"""What a build does about quantization: check recipe and ranges first, plan when the weights are there."""
+"""The quantization steps of a build: check recipe and ranges first, make the plan when the weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ from ditc.runtime.spec import DENOISER
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """Recipe and ranges that fit the checkpoint. ranges_sha256: of the file, None where none is needed."""
+    """A recipe, and ranges that fit the checkpoint.
+
+    Attributes:
+        ranges: None if the recipe quantizes only weights.
+        ranges_sha256: hash of the file of ranges; None without one.
+    """
 
     recipe: Recipe
     ranges: Ranges | None
     ranges_sha256: str | None
 
     def plan(self, stage: StageModule) -> QuantPlan:
-        """The plan for a stage whose weights are there. Raises UsageError."""
+        """Make the plan for a stage whose weights are loaded. Raises UsageError as `make_plan` does."""
         return make_plan(self.recipe, self.ranges, linear_layers(stage))
 
 
 def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Quantization | None:
-    """Recipe and ranges of a quantized build, None for any other.
+    """Find recipe and ranges of an 8-bit build; None for any other build.
 
     Raises:
-        UsageError: options that do not go together, an unknown recipe, missing or damaged ranges, or ranges of
+        UsageError: options contradict each other, the recipe is unknown, or the ranges are missing, damaged or of
             another checkpoint.
     """
     if not options.quantized:
@@ -43,7 +48,7 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Q
         ):
             if value is not None:
                 raise UsageError(
-                    f"{name} {value} belongs to an 8-bit build, this one is {options.precision.value}",
+                    f"{name} {value} belongs to an 8-bit build, but this one is {options.precision.value}",
                     hint="add --precision int8 or --precision fp8",
                 )
         return None

@@ -1,4 +1,4 @@
-"""What a tensor loses in INT8 channel by channel, from counts: for every smoothing and clipping that is considered."""
+"""The error that INT8 makes in each channel of a tensor, from counts, for any smoothing and clipping."""
 
 # C channels, B bins in use
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.formats import QUANTIZED_MAX, Format
 from ditc.export.quant.histogram import CHANNEL_PER_OCTAVE, edges
 from ditc.export.quant.ranges import Statistics
 from ditc.runtime.session import Array
@@ -16,11 +16,11 @@ from ditc.runtime.session import Array
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelCounts:
-    """Magnitudes of each channel, even within a bin.
+    """Histograms of each channel's magnitudes, which count as evenly spread within a bin.
 
     Attributes:
         lower, upper: (C,B) ends of the bins; no upper end lies above the channel's largest magnitude.
-        share: (C,B) of the channel's values that a bin holds.
+        share: (C,B) share of the channel's values in each bin.
     """
 
     lower: Array
@@ -28,9 +28,9 @@ class ChannelCounts:
     share: Array
 
     def error(self, step: Array, clip: Array) -> Array:
-        """(C,) mean squared error of rounding to multiples of `step` (C,) what is clipped at `clip` (C,)."""
+        """(C,) mean squared error of clipping at `clip` (C,) and rounding to multiples of `step` (C,)."""
         square = (self.lower**2 + self.lower * self.upper + self.upper**2) / 3
-        # A value below half a step becomes zero: its error is the value, not the step's.
+        # A value below half a step becomes zero, so its error is the value itself.
         rounding = np.minimum(step[:, None] ** 2 / 12, square)
         over_lower = np.maximum(self.lower - clip[:, None], 0)
         over_upper = np.maximum(self.upper - clip[:, None], 0)
@@ -40,7 +40,7 @@ class ChannelCounts:
 
 
 def channel_counts(statistics: Statistics) -> ChannelCounts:
-    """The counts of a tensor's channels, over all of the schedule."""
+    """The counts of a tensor's channels, over the whole schedule."""
     counts = statistics.channel_histogram
     used = np.flatnonzero(counts.any(axis=0))
     points = edges(CHANNEL_PER_OCTAVE)
@@ -52,11 +52,11 @@ def channel_counts(statistics: Statistics) -> ChannelCounts:
 
 
 def output_error(counts: ChannelCounts, columns: Array, smooth: Array, amax: float) -> float:
-    """Squared error of a row of x W^T that comes from rounding x.
+    """Expected squared error of one row of x W^T that comes from rounding x.
 
     Args:
         columns: (C,) sums of squares of the weights that read each channel.
         smooth: (C,) factors by which x is divided before it is rounded.
-        amax: what the largest code stands for, after that.
+        amax: the magnitude of x / smooth that the largest quantized value stands for.
     """
-    return float((counts.error(amax / LARGEST_CODE[Format.INT8] * smooth, amax * smooth) * columns).sum())
+    return float((counts.error(amax / QUANTIZED_MAX[Format.INT8] * smooth, amax * smooth) * columns).sum())

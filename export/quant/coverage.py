@@ -1,4 +1,4 @@
-"""What share of a quantized graph's work and bytes is in 8 bits, and what stayed high and why."""
+"""What share of a quantized graph's work and bytes is in 8 bits, and which layers stayed in high precision and why."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HighLayer:
-    """A layer that stayed in the base precision, its share of the weight GEMMs' FLOPs, and why."""
+class KeptLayer:
+    """A layer that stayed in the base precision, its share of the FLOPs of GEMMs with weights, and the reason."""
 
     name: str
     share: float
@@ -26,13 +26,15 @@ class HighLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """FLOPs are of one run at the stage's usual sizes.
+    """How much of a graph is in 8 bits. FLOPs are those of one run at the profile's usual sizes.
 
     Attributes:
-        gemm_share: of the FLOPs of all GEMMs with weights (Linears, 1x1 convolutions).
-        product_share: of the FLOPs of all matrix products and convolutions, attention's own included.
-        weight_share: of the weights' number that is stored in 8 bits.
-        size_bytes, fp16_bytes: of all weights as stored, and if all were fp16.
+        layers: number of layers in 8 bits.
+        gemm_share: share in 8 bits of the FLOPs of all GEMMs with weights (Linears, 1x1 convolutions).
+        product_share: share in 8 bits of the FLOPs of all matrix products and convolutions, attention's included.
+        weight_share: share of the weights, by their number, that is stored in 8 bits.
+        size_bytes, fp16_bytes: size of all weights as stored, and if all were fp16.
+        high: the layers that stayed in high precision, largest share first.
     """
 
     layers: int
@@ -41,19 +43,19 @@ class Coverage:
     weight_share: float
     size_bytes: int
     fp16_bytes: int
-    high: tuple[HighLayer, ...]
+    high: tuple[KeptLayer, ...]
 
 
 def measure_coverage(model: ir.Model, plan: QuantPlan, spec: StageSpec) -> Coverage:
-    """Coverage of a quantized graph, from its own nodes."""
+    """Measure the coverage of a quantized graph from its nodes."""
     sizes = _sizes(model, spec)
     products = list(_products(model, sizes))
     gemms = [p for p in products if p.weight is not None]
     total = sum(p.flops for p in gemms) or 1
-    high = []
-    for name, why in plan.high.items():
+    kept = []
+    for name, why in plan.kept_high_precision.items():
         flops = sum(p.flops for p in gemms if p.weight is not None and _is(p.weight, name))
-        high.append(HighLayer(name=name, share=flops / total, why=why))
+        kept.append(KeptLayer(name=name, share=flops / total, why=why))
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     eight = sum(t.size for t in tensors if t.dtype in EIGHT_BITS)
     weights = sum(t.size for t in tensors)
@@ -64,7 +66,7 @@ def measure_coverage(model: ir.Model, plan: QuantPlan, spec: StageSpec) -> Cover
         weight_share=eight / (weights or 1),
         size_bytes=sum(t.nbytes for t in tensors),
         fp16_bytes=2 * weights,
-        high=tuple(sorted(high, key=lambda layer: -layer.share)),
+        high=tuple(sorted(kept, key=lambda layer: -layer.share)),
     )
 
 
@@ -91,10 +93,10 @@ def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
 
 
 def _sizes(model: ir.Model, spec: StageSpec) -> dict[str, int]:
-    """The optimum of every named dimension, and what follows for the symbols that torch.export made beside them.
+    """The optimum size of every named dimension, and the sizes that follow for the symbols that torch.export made.
 
-    With patches, "height" is 2*height_by_2 in the inputs and 2*s25 behind the patch embedding. A Reshape keeps the
-    number of elements: where it brings one new symbol, that is solved.
+    With patches, for example, "height" is 2*height_by_2 in the inputs and 2*s25 after the patch embedding. A Reshape
+    keeps the number of elements, so if its result has one new symbol, the size of that symbol can be solved for.
     """
     sizes = {name: bounds.opt for name, bounds in spec.profile.items()}
     sizes |= {f"{name}_by_{r.multiple_of}": r.opt // r.multiple_of for name, r in spec.profile.items()}
@@ -114,17 +116,17 @@ def _sizes(model: ir.Model, spec: StageSpec) -> dict[str, int]:
 
 
 def _count(shape: ir.Shape, sizes: Mapping[str, int]) -> int | None:
-    """Elements of a tensor; None where a dimension has no size."""
+    """Number of elements of a tensor; None if the size of a dimension is not known."""
     known = shape.evaluate(sizes)
     return math.prod(known.numpy()) if known.is_static() else None
 
 
 def _weight_of(value: ir.Value | None) -> tuple[str | None, bool]:
-    """The initializer behind a GEMM's second input, and whether its codes are what is stored."""
+    """The name of the initializer behind a GEMM's second input, and whether it is stored in 8 bits."""
     maker = None if value is None else value.producer()
     if maker is not None and maker.op_type == "DequantizeLinear":
-        codes = maker.inputs[0]
-        return (None if codes is None else codes.name), True
+        stored = maker.inputs[0]
+        return (None if stored is None else stored.name), True
     return (value.name if value is not None and value.is_initializer() else None), False
 
 

@@ -1,6 +1,6 @@
-"""One clipping value from many counts: max, percentile, least squared error, least divergence.
+"""Choose one clipping value from a tensor's counts: max, percentile, least squared error, least divergence.
 
-Each works on the counts of histogram.py, so ranges are measured once and estimated as often as one likes.
+Every method works on the counts of histogram.py, so ranges are measured once and can be estimated by several methods.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from enum import StrEnum
 import ml_dtypes
 import numpy as np
 
-from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.formats import QUANTIZED_MAX, Format
 from ditc.export.quant.histogram import BINS, bin_of, edges
 from ditc.export.quant.ranges import Statistics
 from ditc.runtime.session import Array
 
-# Candidates of the clipping value, as shares of amax: 32 steps of 1/16 octave reach a quarter of amax. FP8 loses
-# little by clipping less and may gain by moving its values between the powers of two, up to an octave.
+# Candidates for the clipping value, as shares of amax. INT8: 32 steps of 1/16 octave, down to a quarter of amax. FP8
+# gains little by clipping, but may gain when its values move between the powers of two: up to an octave either way.
 CLIPS = {Format.INT8: np.exp2(-np.arange(33) / 16), Format.FP8: np.exp2(np.arange(16, -17, -1) / 16)}
-SAMPLES = 8  # points a bin at which its error is taken; more change no choice on Sana's tensors
-ENTROPY_BINS = 2048  # linear bins and 128 levels: TensorRT's entropy calibrator (GTC 2017, S7310)
+SAMPLES = 8  # points per bin at which the error is taken; more points change no choice on Sana's tensors
+ENTROPY_BINS = 2048  # linear bins, and 128 levels, as in TensorRT's entropy calibrator (GTC 2017, S7310)
 LEVELS = 128
 
 
@@ -40,16 +40,19 @@ def estimate_amax(
     percentile: float = 99.99,
     timesteps: float = 100.0,
 ) -> float:
-    """The magnitude that the largest code stands for; never above the largest seen but for FP8 and Method.MSE.
+    """Estimate the magnitude that the largest quantized value stands for.
+
+    It never exceeds the largest magnitude that was seen, except for FP8 with Method.MSE.
 
     Args:
-        percentile: of magnitudes, for Method.PERCENTILE.
-        timesteps: percentile over the buckets of the schedule: buckets whose amax lies above it are left out, so
-            that a few extreme steps do not take the resolution of all others. 100 keeps all.
+        percentile: for Method.PERCENTILE, the percentage of magnitudes that is not clipped.
+        timesteps: percentile over the buckets of the schedule. Buckets whose amax lies above it are left out, so that
+            a few extreme steps do not cost all others their resolution. 100 keeps all buckets.
     """
-    kept = statistics.amax <= np.percentile(statistics.amax, timesteps) * (
+    limit = np.percentile(statistics.amax, timesteps) * (
         1 + 1e-7
-    )  # its own bucket stays in
+    )  # keeps the bucket at the percentile itself
+    kept = statistics.amax <= limit
     amax = float(statistics.amax[kept].max())
     counts = statistics.histogram[kept].sum(axis=0)
     if method is Method.MAX or amax == 0:
@@ -68,24 +71,24 @@ def squared_error(counts: Array, amax: float, kind: Format) -> float:
     used = np.flatnonzero(counts)
     lower[0] = 0.0
     points = lower[used, None] + (upper - lower)[used, None] * ((np.arange(SAMPLES) + 0.5) / SAMPLES)
-    scale = amax / LARGEST_CODE[kind]
-    codes = np.minimum(points / scale, LARGEST_CODE[kind])
-    codes = (
-        np.rint(codes) if kind is Format.INT8 else codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    scale = amax / QUANTIZED_MAX[kind]
+    ratio = np.minimum(points / scale, QUANTIZED_MAX[kind])
+    rounded = (
+        np.rint(ratio) if kind is Format.INT8 else ratio.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
     )
-    error = ((points - codes * scale) ** 2).mean(axis=1)
+    error = ((points - rounded * scale) ** 2).mean(axis=1)
     return float((error * counts[used]).sum() / counts.sum())
 
 
 def _percentile(counts: Array, percentile: float) -> float:
-    """Upper edge of the bin below which that share of magnitudes lies."""
+    """Upper edge of the bin in which that percentage of magnitudes is reached."""
     cumulative = np.cumsum(counts)
     index = int(np.searchsorted(cumulative, percentile / 100 * cumulative[-1]))
     return float(edges()[min(index + 1, BINS)])
 
 
 def _entropy(counts: Array, amax: float) -> float:
-    """The clipping value whose 128 levels lose least information (Kullback-Leibler), over linear bins."""
+    """The clipping value whose 128 levels lose the least information (Kullback-Leibler divergence)."""
     linear = _linear(counts, amax)
     best, best_divergence = ENTROPY_BINS, np.inf
     for stop in range(LEVELS, ENTROPY_BINS + 1, LEVELS // 4):
@@ -96,7 +99,7 @@ def _entropy(counts: Array, amax: float) -> float:
 
 
 def _linear(counts: Array, amax: float) -> Array:
-    """Counts over equal bins from 0 to amax; a wide bin's count is spread evenly over those that it covers."""
+    """Counts over equal bins from 0 to amax. A bin of the histogram is spread evenly over those that it covers."""
     points = edges().copy()
     points[0] = 0.0
     last = int(bin_of(np.float32(amax).reshape(1))[0])

@@ -1,8 +1,8 @@
-"""Counts of magnitudes in bins that depend on no data: runs in any order, on any machine, add up to the same counts.
+"""Count magnitudes in bins that do not depend on the data, so that counts of any runs and machines can be added.
 
-A bin is a value of fp32's exponent and first five mantissa bits: 32 bins an octave, each 2 to 3 % wide, over
-2**-24 .. 2**24. The first bin takes everything smaller, the last everything larger; the exact amax is kept beside.
-Of each channel four bins an octave are counted: enough to say what a clipped or smoothed channel loses.
+A bin is one value of fp32's exponent and first five mantissa bits: 32 bins per octave, each 2 to 3 % wide, from 2**-24
+to 2**24. The first bin takes everything smaller, the last everything larger; the exact amax is kept separately.
+Channels have four bins per octave, which is enough to tell what a clipped or smoothed channel loses.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ DROPPED_BITS = 18  # of fp32's 23 mantissa bits, which leaves 5
 PER_OCTAVE = 2 ** (23 - DROPPED_BITS)
 SMALLEST, LARGEST = -24, 24  # exponents of two
 BINS = (LARGEST - SMALLEST) * PER_OCTAVE
-# The number that a magnitude's upper bits hold for 2**SMALLEST; fp32's exponent is biased by 127.
+# The upper bits of 2**SMALLEST as a number. The exponent of fp32 is biased by 127.
 FIRST = (SMALLEST + 127) * PER_OCTAVE
-CHANNEL_DROPPED_BITS = 21  # the same for a channel: two mantissa bits
+CHANNEL_DROPPED_BITS = 21  # for channels, which keep two mantissa bits
 CHANNEL_PER_OCTAVE = 2 ** (23 - CHANNEL_DROPPED_BITS)
 CHANNEL_BINS = (LARGEST - SMALLEST) * CHANNEL_PER_OCTAVE
 CHANNEL_FIRST = (SMALLEST + 127) * CHANNEL_PER_OCTAVE

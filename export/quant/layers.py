@@ -14,7 +14,7 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One Linear. name: its path in the checkpoint. module: the path in the stage's module."""
+    """One Linear. name: its path in the checkpoint. module: its path in the stage's module."""
 
     name: str
     module: str
@@ -26,7 +26,7 @@ class Layer:
         return self.module + WEIGHT
 
     def weight(self) -> Array:
-        """(O,I) fp32."""
+        """The weight, (O,I) fp32."""
         values: Array = self.linear.weight.detach().float().cpu().numpy()
         return values
 

@@ -1,4 +1,4 @@
-"""Fidelity and speed of a quantized denoiser against the unquantized one of the same bundle, in one run."""
+"""Measure fidelity and speed of a quantized denoiser against the unquantized one of the same bundle."""
 
 from __future__ import annotations
 
@@ -29,17 +29,21 @@ from ditc.runtime.step_contract import BATCH
 FILE = "quantized.json"
 PROMPTS = ("a red heart", "a photo of a dog", "three green apples", "a lighthouse at night")
 SEED = 0
-TIMED_STEPS = 20  # of each denoiser, alternating, so that both meet the same load
+TIMED_STEPS = 20  # steps of each denoiser; they alternate, so that both meet the same load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One quantized denoiser on one machine.
+    """Fidelity and speed of one quantized denoiser on one machine.
 
     Attributes:
-        psnr_db, worst_db: of pictures, mean and smallest. latents_rel_l2: of the final latents.
-        step_ms, base_step_ms: median time of a denoiser step; speedup: median over steps of their ratio, low and
-            high its quartiles.
+        manifest: digest of the bundle's manifest.
+        artifact: build key of the quantized artifact.
+        psnr_db, worst_db: mean and smallest PSNR of the pictures, in dB.
+        latents_rel_l2: relative L2 error of the final latents.
+        step_ms, base_step_ms: median time of a step of the quantized and of the unquantized denoiser.
+        speedup: median over the steps of unquantized time / quantized time.
+        speedup_low, speedup_high: quartiles of the same.
     """
 
     manifest: str
@@ -60,7 +64,7 @@ class Measurement:
 
 
 def unquantized(manifest: Manifest, quantized: Artifact) -> Artifact | None:
-    """The bundle's denoiser with the same inputs and no 8-bit GEMMs."""
+    """The bundle's denoiser with the same backend and inputs and without 8-bit GEMMs; None if there is none."""
     others = manifest.stages[DENOISER].artifacts
     return next(
         (
@@ -75,7 +79,15 @@ def unquantized(manifest: Manifest, quantized: Artifact) -> Artifact | None:
 def measure(
     bundle: Path, manifest: Manifest, precision: Precision, *, threads: int = 0
 ) -> Measurement | None:
-    """Draw with both denoisers from the same noise and time their steps; None if the bundle has only one."""
+    """Draw with both denoisers from the same noise and time their steps.
+
+    Args:
+        precision: of the quantized denoiser.
+        threads: CPU threads per session; 0 leaves the number to ONNX Runtime.
+
+    Returns:
+        None if the bundle has no unquantized denoiser.
+    """
     candidates = manifest.stages[DENOISER].artifacts
     quantized = next(a for a in candidates if a.precision is precision and is_graph(a))
     base = unquantized(manifest, quantized)
@@ -84,7 +96,7 @@ def measure(
     options = LoadOptions(backend=quantized.backend, precision=precision, threads=threads)
     parts = load_parts(bundle, options)
     other = open_session(bundle / base.file.path, base, options)
-    pair = {"low": _Timed(parts.sessions[DENOISER]), "high": _Timed(other)}
+    pair = {"quantized": _Timed(parts.sessions[DENOISER]), "unquantized": _Timed(other)}
     prompts = list(PROMPTS[: quantized.spec.profile[BATCH].max])
     request = Request(prompt=prompts, seed=SEED, output_type="np", allow_uniform=True)
     drawn = Pipeline(parts.manifest, parts.sessions, parts.conditioning)
@@ -97,9 +109,9 @@ def measure(
             states[step.chunk] = step.state
         latents[name] = np.concatenate([np.asarray(state.latents) for state in states])
         pictures[name] = pipeline.decode(states, plan)
-    each = [psnr(low, high) for low, high in zip(pictures["low"], pictures["high"], strict=True)]
-    times = _alternate(pair["low"], pair["high"])
-    ratios = np.array(times["high"]) / np.array(times["low"])
+    each = [psnr(a, b) for a, b in zip(pictures["quantized"], pictures["unquantized"], strict=True)]
+    times = _time_alternately(pair)
+    ratios = np.array(times["unquantized"]) / np.array(times["quantized"])
     for opened in (*parts.sessions.values(), other):
         opened.close()
     return Measurement(
@@ -112,9 +124,9 @@ def measure(
         num_inference_steps=plan.num_inference_steps,
         psnr_db=float(np.mean(each)),
         worst_db=float(np.min(each)),
-        latents_rel_l2=relative_l2(latents["low"], latents["high"]),
-        step_ms=1e3 * median(times["low"]),
-        base_step_ms=1e3 * median(times["high"]),
+        latents_rel_l2=relative_l2(latents["quantized"], latents["unquantized"]),
+        step_ms=1e3 * median(times["quantized"]),
+        base_step_ms=1e3 * median(times["unquantized"]),
         speedup=float(np.median(ratios)),
         speedup_low=float(np.quantile(ratios, 0.25)),
         speedup_high=float(np.quantile(ratios, 0.75)),
@@ -122,7 +134,7 @@ def measure(
 
 
 def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measurement | None:
-    """What was measured of this artifact in this very bundle, on this machine and with these versions."""
+    """The measurement of this artifact in this bundle, on this machine and with these versions; None without one."""
     here = {
         "manifest": manifest.digest,
         "artifact": artifact,
@@ -133,12 +145,12 @@ def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measur
         entries = json.loads((bundle / FILE).read_bytes())
         found = [entry for entry in entries if here.items() <= entry.items()]
         return from_json(Measurement, found[0]) if found else None
-    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not ours: measured again
+    except (OSError, ValueError, AttributeError, TypeError):  # the file is missing or damaged: measure again
         return None
 
 
 def save_measurement(measurement: Measurement, bundle: Path) -> Path:
-    """Add to quantized.json beside the manifest, replacing an earlier one of the same artifact and machine."""
+    """Add to quantized.json beside the manifest, in place of an earlier one of the same artifact and machine."""
     path = bundle / FILE
     known = json.loads(path.read_bytes()) if path.is_file() else []
     slot = (measurement.artifact, measurement.machine)
@@ -147,7 +159,7 @@ def save_measurement(measurement: Measurement, bundle: Path) -> Path:
 
 
 class _Timed:
-    """A session that remembers its last feeds, so that a real step can be run again."""
+    """A session that remembers its last feeds, so that a real step can be run again and timed."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -166,18 +178,18 @@ class _Timed:
         return self._session.run(feeds)
 
     def close(self) -> None:
-        """The owner closes."""
+        """Do nothing: the owner of the session closes it."""
 
     def time(self) -> float:
-        """Seconds of the last step, run again."""
+        """Run the last step again, and return its time in seconds."""
         begun = perf_counter()
         self._session.run(self._feeds)
         return perf_counter() - begun
 
 
-def _alternate(low: _Timed, high: _Timed) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {"low": [], "high": []}
+def _time_alternately(sessions: Mapping[str, _Timed]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(TIMED_STEPS):
-        times["low"].append(low.time())
-        times["high"].append(high.time())
+        for name, session in sessions.items():
+            times[name].append(session.time())
     return times

@@ -1,4 +1,4 @@
-"""Recipe + ranges + weights -> a plan: what each layer gets. The graph pass and the simulation both follow it."""
+"""Recipe + ranges + weights -> a plan: how each layer is quantized. The graph pass and the simulation follow it."""
 
 # O output channels, I input channels
 
@@ -11,19 +11,20 @@ import numpy as np
 
 from ditc.export.quant.channels import channel_counts, output_error
 from ditc.export.quant.estimators import Method, estimate_amax
-from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.formats import QUANTIZED_MAX, Format
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.ranges import Ranges, Statistics
 from ditc.export.quant.recipes import Recipe
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
 
-# Strengths tried: 0.5 and 0.8 are SmoothQuant's and ModelOpt's defaults, 1 moves all outliers into the weights.
+# SmoothQuant strengths that are tried. 0.5 and 0.8 are the defaults of SmoothQuant and ModelOpt; 1 moves all outliers
+# into the weights.
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# Shares of the largest magnitude at which a tensor is clipped: quarters of an octave down to an eighth.
+# Shares of the largest magnitude at which clipping a tensor is tried: steps of a quarter octave, down to an eighth.
 CLIPS = tuple(2 ** (-i / 4) for i in range(13))
-# A smoothing costs one multiplication of the activations, and what is clipped away may matter to a prompt that
-# calibration has not seen: less than half a dB is worth neither.
+# Smoothing costs one multiplication of the activations, and what clipping removes may matter to a prompt that
+# calibration has not seen. A gain of less than half a dB is not worth that.
 WORTHWHILE = 10 ** (-0.5 / 10)
 
 
@@ -32,9 +33,9 @@ class Input:
     """How the input of one or several layers is quantized.
 
     Attributes:
-        amax: what the largest code stands for, after smoothing.
-        smooth: (I,) factors by which the input is divided and the weights are multiplied; None for none.
-        alpha: the strength that made them.
+        amax: the magnitude that the largest quantized value stands for, after smoothing.
+        smooth: (I,) factors by which the input is divided and the weights are multiplied; None for no smoothing.
+        alpha: SmoothQuant's strength, which gave the factors.
     """
 
     amax: float
@@ -44,7 +45,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPlan:
-    """One layer in 8 bits. input is None where the weight alone is quantized."""
+    """One layer in 8 bits. input is None if only the weight is quantized."""
 
     name: str
     kind: Format
@@ -53,27 +54,33 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantPlan:
-    """Everything about one stage's quantization. high: the layers that stay, and why."""
+    """The quantization of one stage.
+
+    Attributes:
+        layers: the layers in 8 bits, by name.
+        kept_high_precision: the names of all other layers, and why each is not quantized.
+    """
 
     recipe: Recipe
     layers: Mapping[str, LayerPlan]
-    high: Mapping[str, str]
+    kept_high_precision: Mapping[str, str]
 
 
 def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]) -> QuantPlan:
-    """Decide for every layer of a stage.
+    """Decide for every layer of a stage whether and how it is quantized.
 
     Args:
-        ranges: needed unless the recipe quantizes weights alone.
+        ranges: needed unless the recipe quantizes only weights.
 
     Raises:
-        UsageError: no layer fits the recipe, ranges are missing or lack a layer, or a layer's input was all zero.
+        UsageError: the recipe names no layer of the stage, the ranges are missing, lack a layer or have another
+            number of channels, or a layer's input was always zero.
     """
     formats = recipe.formats(layers)
     if not formats:
         raise UsageError(
             f"recipe {recipe.name} names none of this network's {len(layers)} layers",
-            hint=f"its rules are {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
+            hint=f"the recipe's rules name {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
         )
     if recipe.activations and ranges is None:
         raise UsageError(
@@ -84,25 +91,27 @@ def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]
     return QuantPlan(
         recipe=recipe,
         layers={name: LayerPlan(name, kind, inputs.get(name)) for name, kind in formats.items()},
-        high={name: recipe.decide(name).why or "kept" for name in layers if name not in formats},
+        kept_high_precision={
+            name: recipe.decide(name).why or "the recipe keeps it" for name in layers if name not in formats
+        },
     )
 
 
 def _inputs(
     recipe: Recipe, ranges: Ranges, layers: Mapping[str, Layer], formats: Mapping[str, Format]
 ) -> dict[str, Input]:
-    """Layers that read one tensor in one format share one Input, so the graph quantizes that tensor once."""
+    """Layers that read one tensor in one format share one Input, so that they share the tensor's scale."""
     groups: dict[tuple[str, Format], list[str]] = {}
     for name, kind in formats.items():
         statistics = ranges.of(name)
         if not statistics.amax.max() > 0:
             raise UsageError(
                 f"the input of {name} was zero in every step of calibration: it has no range",
-                hint="calibrate with more prompts, or keep the layer high in a recipe of your own",
+                hint="calibrate with more prompts, or keep the layer in high precision by a recipe of your own",
             )
         if statistics.channels != layers[name].linear.in_features:
             raise UsageError(
-                f"the ranges have {statistics.channels} channels for {name}, which reads "
+                f"the ranges have {statistics.channels} channels for the input of {name}, but the layer has "
                 f"{layers[name].linear.in_features}",
                 hint="the ranges are of another network: calibrate this checkpoint",
             )
@@ -115,10 +124,10 @@ def _inputs(
 
 
 def choose_input(recipe: Recipe, statistics: Statistics, weights: Sequence[Array], kind: Format) -> Input:
-    """The range and smoothing of one tensor with the least expected error behind the layers that read it.
+    """Choose the range and smoothing of one tensor that give the layers that read it the least expected error.
 
     Args:
-        weights: (O,I) of each layer.
+        weights: the (O,I) weight of each of these layers.
     """
     plain = Input(
         estimate_amax(
@@ -127,15 +136,15 @@ def choose_input(recipe: Recipe, statistics: Statistics, weights: Sequence[Array
     )
     if not recipe.smooth or kind is not Format.INT8:
         return plain
-    judge = _Judge(statistics, weights)
+    search = _InputSearch(statistics, weights)
     if recipe.method is not Method.MSE:
-        return judge.choose(plain.amax, (1.0,))[0]
+        return search.choose(plain.amax, (1.0,))[0]
     largest = float(statistics.amax.max())
-    return _worthwhile(judge.choose(largest, CLIPS), judge.choose(largest, (1.0,)))[0]
+    return _worthwhile(search.choose(largest, CLIPS), search.choose(largest, (1.0,)))[0]
 
 
-class _Judge:
-    """Expected error behind the layers that read one tensor, for any smoothing and clipping of it."""
+class _InputSearch:
+    """Finds the smoothing and clipping of one tensor that give the layers that read it the least expected error."""
 
     def __init__(self, statistics: Statistics, weights: Sequence[Array]) -> None:
         self._channel_amax = statistics.channel_amax.max(axis=0).astype(np.float64)
@@ -145,10 +154,11 @@ class _Judge:
         self._columns = np.sum([(w.astype(np.float64) ** 2).sum(axis=0) for w in weights], axis=0)
 
     def choose(self, largest: float, clips: Sequence[float]) -> tuple[Input, float]:
-        """The smoothing, if one is worth it, and the clipping with the least error, and that error.
+        """The smoothing (if one is worth it) and the clipping with the least expected error, and that error.
 
         Args:
-            largest: what the tensor is taken not to exceed, before smoothing.
+            largest: the magnitude that the tensor counts as never exceeding, before smoothing.
+            clips: shares of the largest magnitude to try.
         """
         plain = self._clip(None, largest, clips)
         smoothed = []
@@ -160,7 +170,7 @@ class _Judge:
     def _clip(
         self, smooth: Array | None, largest: float, clips: Sequence[float], alpha: float = 0.0
     ) -> tuple[Input, float]:
-        """The clipping with the least error, and that error. largest: what is never exceeded after smoothing."""
+        """The clipping with the least error, and that error. largest: the largest magnitude after smoothing."""
         factors = np.ones_like(self._channel_amax) if smooth is None else smooth
         tried = [largest * clip for clip in clips]
         errors = [output_error(self._counts, self._columns, factors, amax) for amax in tried]
@@ -169,9 +179,9 @@ class _Judge:
         return Input(tried[index], kept, alpha), errors[index] + self._weight_noise(factors)
 
     def _weight_noise(self, smooth: Array) -> float:
-        """Output error a row that comes from rounding the weights, each output channel with its own step."""
+        """Expected output error per row that comes from rounding the weights, with one step per output channel."""
         reach = float((self._moments / smooth**2).sum())
-        steps = (np.abs(w * smooth).max(axis=1) / LARGEST_CODE[Format.INT8] for w in self._weights)
+        steps = (np.abs(w * smooth).max(axis=1) / QUANTIZED_MAX[Format.INT8] for w in self._weights)
         return float(sum((step**2).sum() / 12 * reach for step in steps))
 
 
@@ -180,9 +190,10 @@ def _worthwhile(better: tuple[Input, float], simpler: tuple[Input, float]) -> tu
 
 
 def smoothing(channel_amax: Array, weights: Sequence[Array], alpha: float) -> Array:
-    """SmoothQuant's factors (equation 4): amax(x)**alpha / amax(w)**(1 - alpha) a channel, scaled to mean log 0.
+    """SmoothQuant's factors (equation 4): amax(x)**alpha / amax(w)**(1 - alpha) per channel.
 
-    A channel that was never used, or that no weight reads, gets the smallest factor of the others.
+    They are scaled so that the mean of their logarithms is 0. A channel that was never used, or that no weight reads,
+    gets the smallest factor of the others.
     """
     weight_amax = np.max([np.abs(w).max(axis=0) for w in weights], axis=0).astype(np.float64)
     used = (channel_amax > 0) & (weight_amax > 0)

@@ -1,15 +1,16 @@
-"""Ranges: statistics of every quantizable layer's input, tied to the checkpoint that they were measured on.
+"""Ranges: statistics of the input of every quantizable layer, tied to the checkpoint that they were measured on.
 
-A safetensors file. For each site (one tensor; the layers that read it share it) and B buckets of the schedule:
+The file is a safetensors file. A site is one tensor, which several layers may read. For each site, and B buckets of the
+schedule, the file holds:
 
     amax/SITE              (B,) fp32            largest magnitude
-    histogram/SITE         (B,BINS) int64       see histogram.py
+    histogram/SITE         (B,BINS) int64       counts of magnitudes, see histogram.py
     channel_amax/SITE      (B,C) fp32           largest magnitude of each channel
     channel_squares/SITE   (B,C) fp64           sum of squares of each channel
-    channel_histogram/SITE (C,CHANNEL_BINS) uint32  of each channel, over all buckets
-    rows/SITE              (B,) int64           vectors seen
+    channel_histogram/SITE (C,CHANNEL_BINS) uint32  counts of each channel's magnitudes, over all buckets
+    rows/SITE              (B,) int64           number of vectors seen
 
-Bucket b holds the steps with step_index * B // num_inference_steps = b. No scale and no format is in the file.
+Bucket b holds the steps with step_index * B // num_inference_steps = b. The file holds no scale and no format.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OVER_ALL_BUCKETS = ("channel_histogram",)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What was seen of one tensor; the fields of the file."""
+    """Statistics of one tensor, in the fields of the file."""
 
     amax: Array
     histogram: Array
@@ -60,11 +61,15 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What the ranges were measured on. Two files merge if these agree.
+    """What the ranges were measured on. Two files can be merged if these facts agree.
 
     Attributes:
-        identity: hash of the network's weights and config. dtype: of the network that ran.
-        num_inference_steps, guidance_scale, seed: of every request; prompt i starts from seed + i.
+        identity: hash of the network's weights and config.
+        network: name of the network's component in the checkpoint.
+        dtype: element type in which the network ran.
+        num_inference_steps, guidance_scale, seed: settings of every request; prompt i starts from seed + i.
+        buckets: number of parts into which the schedule is divided.
+        version: format of the file.
     """
 
     identity: str
@@ -82,8 +87,9 @@ class Ranges:
     """All statistics of one calibration.
 
     Attributes:
-        site_of: layer (a module's path in the checkpoint) -> the site whose statistics are its input's.
-        prompts: digests of the prompts seen, so that none counts twice.
+        sites: statistics by site.
+        site_of: layer (a module's path in the checkpoint) -> the site that is the layer's input.
+        prompts: digests of the prompts that were seen, so that none counts twice.
     """
 
     origin: Origin
@@ -95,7 +101,7 @@ class Ranges:
         """Statistics of the layer's input.
 
         Raises:
-            UsageError: the layer was not seen.
+            UsageError: calibration did not see the layer.
         """
         if layer not in self.site_of:
             raise UsageError(
@@ -106,14 +112,14 @@ class Ranges:
 
 
 def checkpoint_identity(checkpoint: Checkpoint, component: str) -> str:
-    """Hash of one network's config and weights: what ranges are tied to."""
+    """Hash of one network's config and weights, to which ranges are tied."""
     part = checkpoint.component(component)
     files = {path.name: sha256(path) for path in part.files}
     return digest({"config": part.config, "weights": files})
 
 
 def save_ranges(ranges: Ranges, path: Path) -> Path:
-    """Write the file as a whole.
+    """Write the file, which appears complete or not at all.
 
     Raises:
         OutputError: the file cannot be written.
@@ -127,7 +133,7 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
         "site_of": dict(ranges.site_of),
         "prompts": list(ranges.prompts),
     }
-    # One entry: safetensors writes several in an order of its own, and equal ranges must give equal files.
+    # One metadata entry only: safetensors writes several in any order, but equal ranges must give equal files.
     metadata = {METADATA: json.dumps(facts, sort_keys=True)}
     with safetensors_path(path, hint="choose another -o") as partial:
         save_file(tensors, partial, metadata=metadata)
@@ -138,11 +144,11 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
     """Read and check a file of ranges.
 
     Args:
-        identity: of the checkpoint that the ranges are for; None to skip the comparison.
+        identity: `checkpoint_identity` of the checkpoint that the ranges are for; None to skip the comparison.
 
     Raises:
-        UsageError: not such a file, of another checkpoint, of another version, misshapen, or with values that
-            are not finite; names the tensor.
+        UsageError: the file is missing or not a file of ranges, is of another checkpoint or version, or has a tensor
+            of the wrong shape or with values that are negative or not finite; names the tensor.
     """
     again = f"measure again: ditc calibrate CHECKPOINT -o {path}"
     try:
@@ -159,10 +165,13 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
     except (SafetensorError, OSError, KeyError, ValueError, Mismatch) as e:
         raise UsageError(f"{path} is not a whole file of ranges: {e}", hint=again) from e
     if origin.version != VERSION:
-        raise UsageError(f"{path} has version {origin.version}, this ditc reads {VERSION}", hint=again)
+        raise UsageError(
+            f"{path} has format version {origin.version}, but this ditc reads version {VERSION}", hint=again
+        )
     if identity is not None and origin.identity != identity:
         raise UsageError(
-            f"{path} was measured on other weights: {origin.identity[:12]}, this checkpoint is {identity[:12]}",
+            f"{path} was measured on other weights: it names {origin.identity[:12]}, but this checkpoint is "
+            f"{identity[:12]}",
             hint=again,
         )
     sites = {site: _statistics(site, tensors, origin.buckets, path) for site in sorted(set(site_of.values()))}
@@ -170,12 +179,12 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
 
 
 def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
-    """One calibration out of several over different prompts, on the same or other machines.
+    """Merge calibrations over different prompts, from the same machine or several, into one.
 
-    Counts and amax are as if one run had seen all prompts; sums of squares agree to fp64 rounding.
+    Counts and amax are as if one run had seen all prompts; sums of squares agree up to fp64 rounding.
 
     Raises:
-        UsageError: nothing to merge, or parts that differ in checkpoint, settings or layers, or share a prompt.
+        UsageError: there is nothing to merge, or the parts differ in checkpoint, settings or layers, or share a prompt.
     """
     if not parts:
         raise UsageError("there are no ranges to merge", hint="name at least one file")
@@ -183,7 +192,7 @@ def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
     for part in parts[1:]:
         if part.origin != first.origin or part.site_of != first.site_of:
             raise UsageError(
-                f"ranges do not belong together: {_difference(first.origin, part.origin)}",
+                f"the ranges do not belong together: {_difference(first.origin, part.origin)}",
                 hint="calibrate all parts with the same checkpoint and settings",
             )
     prompts = sorted(prompt for part in parts for prompt in part.prompts)
@@ -194,7 +203,7 @@ def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
 
 
 def add(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of all that the parts have seen."""
+    """Statistics of everything that the parts have seen."""
     return Statistics(
         amax=np.maximum.reduce([p.amax for p in parts]),
         histogram=np.sum([p.histogram for p in parts], axis=0),
@@ -216,11 +225,13 @@ def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Pat
             raise UsageError(f"{path}: {field} of {site} is negative, NaN or infinite", hint=again)
         fields[field] = tensor
     if fields["histogram"].shape != (buckets, BINS):
-        raise UsageError(f"{path}: histogram of {site} is {fields['histogram'].shape}", hint=again)
+        raise UsageError(
+            f"{path}: histogram of {site} is {fields['histogram'].shape}, not {(buckets, BINS)}", hint=again
+        )
     statistics = Statistics(**fields)
     if statistics.channel_histogram.shape != (statistics.channels, CHANNEL_BINS):
-        shape = statistics.channel_histogram.shape
-        raise UsageError(f"{path}: channel_histogram of {site} is {shape}", hint=again)
+        shape, wanted = statistics.channel_histogram.shape, (statistics.channels, CHANNEL_BINS)
+        raise UsageError(f"{path}: channel_histogram of {site} is {shape}, not {wanted}", hint=again)
     return statistics
 
 

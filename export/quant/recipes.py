@@ -1,11 +1,11 @@
-"""Recipes: named rules over module names that say what becomes 8 bits. Formats, ranges and scales follow at build.
+"""Recipes: named rules over module names that say which layers become 8 bits. Ranges and scales follow at build.
 
-Each family states its layers in its `recipe.py`; here is what a recipe is, how one is found, and the rules that
-families share. What those rules keep in high precision, and who found that out:
-    modulation, time and text embedding, patch embed, final layer   FP8 on every Linear gives noise, without these
-        it does not (vllm-omni #2728); NVIDIA's diffusers presets exclude them too
-    norms, linear attention                                         SANA, arXiv 2410.10629 section 4
-    depthwise convolution                                           SANA-Video section 5; nunchaku's Sana
+Each family lists its layers in its `recipe.py`. This module says what a recipe is, how one is found, and which rules
+families share. Those rules keep these layers in high precision, for which the sources are:
+    modulation, time and text embedding, patch embedding, final layer   FP8 on every Linear gives noise, but not if
+        these are left out (vllm-omni #2728); NVIDIA's diffusers presets exclude them too
+    norms, linear attention                                             SANA, arXiv 2410.10629 section 4
+    depthwise convolution                                               SANA-Video section 5; nunchaku's Sana
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ NO_RULE = "no rule of the recipe names it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Layers by a pattern over module paths (fnmatch: * crosses dots), and their format; None keeps them high."""
+    """A pattern over module paths, and what happens to the layers that it matches.
+
+    Attributes:
+        layers: an fnmatch pattern, in which * also matches dots.
+        kind: the layers' format; None keeps them in high precision.
+        why: the reason, which a build reports.
+    """
 
     layers: str
     kind: Format | None = None
@@ -38,14 +44,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The first rule that names a layer decides; a layer that no rule names stays high.
+    """The first rule that matches a layer decides. A layer that no rule matches stays in high precision.
 
     Attributes:
-        activations: False quantizes weights alone.
+        activations: whether inputs are quantized too, or only weights.
         method, percentile, timesteps: how a range is estimated, see estimators.estimate_amax.
-        smooth: move outliers from activations into weights where that is worth it (SmoothQuant, arXiv 2211.10438);
-            the strength is chosen for each layer. INT8 only: the relative error of FP8 does not depend on scale.
-        budget: what the search that wrote the recipe kept to, psnr=DB or rel_l2=SHARE; parity holds builds to it.
+        smooth: move outliers from activations into weights where that is worth it (SmoothQuant, arXiv 2211.10438).
+            The strength is chosen for each input. INT8 only: FP8's relative error does not depend on the scale.
+        budget: the fidelity budget of the search that wrote the recipe, psnr=DB or rel_l2=SHARE. Parity checks builds
+            against it.
     """
 
     name: str
@@ -58,53 +65,55 @@ class Recipe:
     budget: str | None = None
 
     def decide(self, layer: str) -> Rule:
-        """The rule for the layer."""
+        """The rule that decides for the layer."""
         return next(
             (rule for rule in self.rules if fnmatchcase(layer, rule.layers)), Rule(layers="*", why=NO_RULE)
         )
 
     def formats(self, layers: Iterable[str]) -> dict[str, Format]:
-        """The layers that become 8 bits, and in which format."""
+        """The layers that become 8 bits, with their formats."""
         kinds = {layer: self.decide(layer).kind for layer in layers}
         return {layer: kind for layer, kind in kinds.items() if kind is not None}
 
 
-NEVER = (
+NEVER_QUANTIZED = (
     Rule(layers="*time_embed*", why="time embedding and adaLN modulation: every layer depends on them"),
     Rule(layers="*guidance_embed*", why="guidance embedding: every layer depends on it"),
-    Rule(layers="*patch_embed*", why="patch embedding: sees the latents themselves"),
-    Rule(layers="*caption_projection*", why="text embedding: runs once a prompt"),
-    Rule(layers="proj_out", why="final layer: its error is the picture's"),
-    Rule(layers="*conv_depth", why="depthwise convolution: no GEMM, and sensitive"),
+    Rule(layers="*patch_embed*", why="patch embedding: it reads the latents themselves"),
+    Rule(layers="*caption_projection*", why="text embedding: it runs only once per prompt"),
+    Rule(layers="proj_out", why="final layer: its error goes directly into the picture"),
+    Rule(layers="*conv_depth", why="depthwise convolution: it is not a GEMM, and it is sensitive"),
 )
-# What FP8 on every Linear spoils in a joint-attention transformer (vllm-omni #2728 and #2795).
-NEVER_JOINT = (
+# The layers whose FP8 spoils a joint-attention transformer (vllm-omni #2728 and #2795).
+NEVER_QUANTIZED_JOINT = (
     Rule(layers="*time_text_embed*", why="time and pooled text embedding: every layer depends on it"),
-    Rule(layers="pos_embed.proj", why="patch embedding: sees the latents themselves"),
+    Rule(layers="pos_embed.proj", why="patch embedding: it reads the latents themselves"),
     Rule(layers="*context_embedder", why="text embedding: every block depends on it"),
-    Rule(layers="*norm1.linear", why="adaLN modulation: scales every token"),
-    Rule(layers="*norm1_context.linear", why="adaLN modulation: scales every token"),
-    Rule(layers="norm_out.linear", why="final modulation: its error is the picture's"),
+    Rule(layers="*norm1.linear", why="adaLN modulation: it scales every token"),
+    Rule(layers="*norm1_context.linear", why="adaLN modulation: it scales every token"),
+    Rule(layers="norm_out.linear", why="final modulation: its error goes directly into the picture"),
 )
 
 
-def int8_and_fp8(family: str, layers: tuple[str, ...], *, high: tuple[Rule, ...]) -> dict[str, Recipe]:
-    """A family's two recipes by name, with the same layers in 8 bits.
+def int8_and_fp8(
+    family: str, layers: tuple[str, ...], *, kept_high_precision: tuple[Rule, ...]
+) -> dict[str, Recipe]:
+    """A family's INT8 and FP8 recipes by name. Both quantize the same layers.
 
     Args:
-        layers: patterns of what becomes 8 bits.
-        high: rules that are asked first, of what stays in high precision.
+        layers: patterns of the layers that become 8 bits.
+        kept_high_precision: rules for layers that stay in high precision, which come before the patterns.
     """
     recipes = {}
     for kind in Format:
-        rules = (*high, *(Rule(layers=pattern, kind=kind) for pattern in layers))
+        rules = (*kept_high_precision, *(Rule(layers=pattern, kind=kind) for pattern in layers))
         name = f"{family}-{kind.value}"
         recipes[name] = Recipe(name=name, rules=rules, smooth=kind is Format.INT8)
     return recipes
 
 
 def recipes_of(family: str) -> dict[str, Recipe]:
-    """The family's recipes by name: its own, and for each format the one that quantizes the same weights alone."""
+    """The family's recipes by name: its own, and for each format one that quantizes only the same layers' weights."""
     own = dict(family_of(family).recipes)
     alone = [
         replace(own[name], name=f"{kind.value}-weight-only", activations=False, smooth=False)
@@ -115,18 +124,19 @@ def recipes_of(family: str) -> dict[str, Recipe]:
 
 
 def default_recipe(family: str, precision: Precision) -> str:
-    """The name of the recipe for a family's networks."""
+    """Name of the recipe that a family's build takes by default in that precision."""
     return f"{family}-{precision.value}"
 
 
 def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
-    """A recipe by name, or from a .json file as the search writes it; None is the family's default.
+    """Find a recipe by name, or read it from a .json file as the search writes it.
 
     Args:
+        name: None for the family's default.
         family: a label of the table in families/.
 
     Raises:
-        UsageError: an unknown name, a file that is not a recipe, or one without a layer in that precision's format.
+        UsageError: the name is unknown, the file is not a recipe, or the recipe does not fit the precision.
     """
     default, known = default_recipe(family, precision), recipes_of(family)
     name = default if name is None else name
@@ -134,12 +144,12 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
     if recipe is None:
         raise UsageError(
             f"recipe {name!r} is unknown",
-            hint=f"take one of {', '.join(known)}, or a .json that the search wrote",
+            hint=f"choose one of {', '.join(known)}, or a .json file from ditc calibrate --budget",
         )
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
     if precision is Precision.INT8 and Format.FP8.value in kinds:
         raise UsageError(
-            f"recipe {recipe.name} has FP8 layers, which INT8 targets lack",
+            f"recipe {recipe.name} has FP8 layers, but an int8 build also serves targets without FP8",
             hint="build it with --precision fp8",
         )
     if precision.value not in kinds:
@@ -151,13 +161,13 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """A recipe from its JSON form. Raises UsageError."""
+    """Read a recipe from its JSON file. Raises UsageError if the file is missing or is not a recipe."""
     try:
         return from_json(Recipe, json.loads(path.read_bytes()))
     except (OSError, ValueError, Mismatch) as e:
-        raise UsageError(f"{path} is no recipe: {e}", hint="ditc calibrate --budget ... writes one") from e
+        raise UsageError(f"{path} is not a recipe: {e}", hint="ditc calibrate --budget ... writes one") from e
 
 
 def save_recipe(recipe: Recipe, path: Path) -> Path:
-    """Write the recipe in its JSON form."""
+    """Write the recipe as JSON; the file appears complete or not at all."""
     return write_atomic(path, json.dumps(to_json(recipe), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What is written beside a quantized graph: recipe, plan and coverage, as `GRAPH.quantization.json`."""
+"""The record beside a quantized graph: recipe, plan and coverage, in `GRAPH.quantization.json`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUFFIX = ".quantization.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputRecord:
-    """plan.Input as JSON. smooth: base64 of little-endian fp32, a factor a channel; None for none."""
+    """plan.Input as JSON. smooth: base64 of little-endian fp32, one factor per channel; None for no smoothing."""
 
     amax: float
     alpha: float
@@ -35,7 +35,7 @@ class InputRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """One layer in 8 bits. input: index into the record's inputs; None where the weight alone is quantized."""
+    """One layer in 8 bits. input: index into the record's inputs; None if only the weight is quantized."""
 
     kind: Format
     input: int | None
@@ -43,11 +43,12 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantRecord:
-    """How a graph was quantized. With it and the checkpoint, PyTorch computes what the graph should.
+    """How a graph was quantized. With the record and the checkpoint, PyTorch can compute what the graph should.
 
     Attributes:
-        ranges: sha256 of the ranges' file, None where weights alone were quantized.
-        inputs, layers: what calibration decided, by layer.
+        ranges: sha256 of the file of ranges; None if only weights were quantized.
+        inputs: how each quantized tensor is quantized.
+        layers: the layers in 8 bits, by name.
     """
 
     recipe: Recipe
@@ -58,12 +59,12 @@ class QuantRecord:
 
     @property
     def smoothed(self) -> dict[str, float]:
-        """Layer -> SmoothQuant's strength, where it is not 0."""
+        """Layer -> SmoothQuant's strength, for the layers with smoothing."""
         used = {name: layer.input for name, layer in self.layers.items() if layer.input is not None}
         return {name: self.inputs[i].alpha for name, i in used.items() if self.inputs[i].alpha}
 
     def plans(self) -> dict[str, LayerPlan]:
-        """The plan that the graph was made by.
+        """The plan that the graph was made from, by layer.
 
         Raises:
             BundleError: the record contradicts itself.
@@ -84,7 +85,7 @@ class QuantRecord:
 
 
 def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None) -> Path:
-    """Write the record of a finished graph beside it."""
+    """Write the record of a finished graph beside it; the file appears complete or not at all."""
     inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
     record = QuantRecord(
         recipe=plan.recipe,
@@ -97,11 +98,13 @@ def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | No
 
 
 def read_record(path: Path) -> QuantRecord:
-    """Raises BundleError: the file is missing or damaged."""
+    """Read the record of a graph. Raises BundleError if the file is missing or damaged."""
     try:
         return from_json(QuantRecord, json.loads(path.read_bytes()))
     except (OSError, ValueError, Mismatch) as e:
-        raise BundleError(f"{path} is no record of a quantization: {e}", hint="build the bundle again") from e
+        raise BundleError(
+            f"{path} is not a record of a quantization: {e}", hint="build the bundle again"
+        ) from e
 
 
 def _layers(plans: Mapping[str, LayerPlan], index_of: Mapping[int, int]) -> dict[str, LayerRecord]:

@@ -1,7 +1,7 @@
-"""A quantized network in PyTorch: the plan's rounding on weights and inputs, for any subset of its layers.
+"""Simulate a quantized network in PyTorch: the plan's rounding on weights and inputs, for any subset of the layers.
 
-Computes what the Q/DQ graph computes up to the order of fp32 sums; it needs no export, so that a search can try
-hundreds of assignments.
+The simulation computes what the Q/DQ graph computes, up to the order of fp32 sums. It needs no export, so a search can
+try hundreds of assignments.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ditc.export.quant.formats import LARGEST_CODE, Format, weight_amax
+from ditc.export.quant.formats import QUANTIZED_MAX, Format, weight_amax
 from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import LayerPlan
 
-SMALLEST_CODE = {Format.INT8: -128.0, Format.FP8: -448.0}  # what QuantizeLinear saturates to
+QUANTIZED_MIN = {Format.INT8: -128.0, Format.FP8: -448.0}  # where QuantizeLinear saturates
 
 
 @contextmanager
 def quantized(
     layers: Mapping[str, Layer], plans: Mapping[str, LayerPlan], *, per_token: bool = False
 ) -> Iterator[None]:
-    """Inside, the planned layers compute as in 8 bits; afterwards their weights are as before.
+    """While the context lasts, the planned layers compute as in 8 bits; afterwards they are as before.
 
     Args:
-        per_token: every token's input gets a scale of its own, as no ONNX graph here does: what that would gain.
+        per_token: give every token's input a scale of its own. ditc's graphs do not; this shows what it would gain.
     """
     with ExitStack() as stack:
         for name, plan in plans.items():
@@ -53,35 +53,35 @@ def _one(linear: nn.Linear, plan: LayerPlan, per_token: bool) -> Iterator[None]:
 
 
 def fake_quantize_weight(weight_OI: Tensor, kind: Format, smooth_I: Tensor | None = None) -> Tensor:
-    """The weight as it comes back from its codes, one scale an output channel."""
+    """Quantize and dequantize the weight, with one scale per output channel."""
     weight = weight_OI.float() if smooth_I is None else weight_OI.float() * smooth_I
     if kind is Format.INT8:
         amax = weight.abs().amax(dim=1, keepdim=True)
     else:
         amax = torch.from_numpy(weight_amax(weight.detach().cpu().numpy(), 0, kind)).to(weight.device)
-    scale = amax / LARGEST_CODE[kind]
+    scale = amax / QUANTIZED_MAX[kind]
     return fake_quantize(weight, torch.where(scale > 0, scale, 1.0), kind).to(weight_OI.dtype)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, kind: Format) -> Tensor:
-    """x rounded to its codes and back, in fp32."""
+    """Quantize and dequantize x; the result is fp32."""
     ratio = x.float() / scale
     if kind is Format.INT8:
-        return ratio.round().clamp(SMALLEST_CODE[kind], LARGEST_CODE[kind]) * scale
-    return ratio.clamp(SMALLEST_CODE[kind], LARGEST_CODE[kind]).to(torch.float8_e4m3fn).float() * scale
+        return ratio.round().clamp(QUANTIZED_MIN[kind], QUANTIZED_MAX[kind]) * scale
+    return ratio.clamp(QUANTIZED_MIN[kind], QUANTIZED_MAX[kind]).to(torch.float8_e4m3fn).float() * scale
 
 
 def _input_hook(
     plan: LayerPlan, smooth: Tensor | None, per_token: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     assert plan.input is not None
-    fixed = torch.tensor(plan.input.amax / LARGEST_CODE[plan.kind], dtype=torch.float32)
+    fixed = torch.tensor(plan.input.amax / QUANTIZED_MAX[plan.kind], dtype=torch.float32)
 
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = arguments[0].float() if smooth is None else arguments[0].float() / smooth
         scale = fixed.to(x.device)
         if per_token:
-            scale = (x.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE[plan.kind]).clamp_min(1e-12)
+            scale = (x.abs().amax(dim=-1, keepdim=True) / QUANTIZED_MAX[plan.kind]).clamp_min(1e-12)
         return (fake_quantize(x, scale, plan.kind).to(arguments[0].dtype), *arguments[1:])
 
     return hook

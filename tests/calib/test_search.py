@@ -87,7 +87,7 @@ def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(fo
     recipe = load_recipe(save_recipe(results[1].recipe, tmp_path / "mixed.json"))
     planned = make_plan(recipe, ranges, trial.layers)
     assert len(planned.layers) == results[1].chosen.layers
-    assert any("outside the budget" in why for why in planned.high.values())
+    assert any("outside the budget" in why for why in planned.kept_high_precision.values())
     assert curve_svg(results[1]).count("<circle") == len(results[1].curve) + 1
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER, int8_and_fp8
+from ditc.export.quant.recipes import NEVER_QUANTIZED, int8_and_fp8
 
-RECIPES = int8_and_fp8("toy", ("toys.*",), high=NEVER)
+RECIPES = int8_and_fp8("toy", ("toys.*",), kept_high_precision=NEVER_QUANTIZED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER, NEVER_JOINT, Rule, int8_and_fp8
+from ditc.export.quant.recipes import NEVER_QUANTIZED, NEVER_QUANTIZED_JOINT, Rule, int8_and_fp8
 
 LAYERS = (
     "trunk.blocks.*.joint_attn.to_qkv.*",
@@ -17,4 +17,6 @@ SCALES = (
     Rule(layers="*.to_attn_logits", why="weights of the residual streams: scale every token"),
 )
 
-RECIPES = int8_and_fp8("mmdit", LAYERS, high=(*NEVER, *NEVER_JOINT, *SCALES))
+RECIPES = int8_and_fp8(
+    "mmdit", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, *NEVER_QUANTIZED_JOINT, *SCALES)
+)

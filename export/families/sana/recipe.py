@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER, Rule, int8_and_fp8
+from ditc.export.quant.recipes import NEVER_QUANTIZED, Rule, int8_and_fp8
 
 LAYERS = (
     "transformer_blocks.*.attn1.to_[qkv]",
@@ -14,4 +14,4 @@ LAYERS = (
 )
 CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once per prompt")
 
-RECIPES = int8_and_fp8("sana", LAYERS, high=(*NEVER, CROSS))
+RECIPES = int8_and_fp8("sana", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS))

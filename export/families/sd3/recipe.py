@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER, NEVER_JOINT, int8_and_fp8
+from ditc.export.quant.recipes import NEVER_QUANTIZED, NEVER_QUANTIZED_JOINT, int8_and_fp8
 
 # attn2 is not cross-attention here, but the image's second self-attention, which runs in every step.
 LAYERS = (
@@ -16,4 +16,4 @@ LAYERS = (
     "transformer_blocks.*.ff_context.net.*",
 )
 
-RECIPES = int8_and_fp8("sd3", LAYERS, high=(*NEVER, *NEVER_JOINT))
+RECIPES = int8_and_fp8("sd3", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, *NEVER_QUANTIZED_JOINT))

@@ -1,8 +1,8 @@
 """Custom ops, one folder each: a reference, a PyTorch op, an ONNX function or nodes.
 
-An export is two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
-into the graph, add_functions(program.model) then gives each its body. In that order, because every function that a
-model holds is inlined when it is optimised (torch's exporter, ditc's own passes) and when its opset is changed.
+An export takes two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
+into the graph, then add_functions(program.model) gives each op its body. The order matters: whoever optimises a model
+(torch's exporter, ditc's passes) or changes its opset inlines every function that the model holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ditc.export.options import OPSETS
 
 
 def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What torch.onnx.export takes as custom_translation_table: PyTorch op -> its ONNX nodes in that opset."""
+    """The custom_translation_table for torch.onnx.export: PyTorch op -> a function that adds its ONNX nodes."""
     import torch
 
     from ditc.export.graph.ops.attention import onnx_nodes
@@ -36,7 +36,7 @@ def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callab
 
 
 def add_functions(model: ir.Model) -> None:
-    """Add to the model, in place, the function of every ditc op that it calls."""
+    """Add the function of every ditc op that the model calls, in place."""
     from ditc.export.graph.ops.relu_linear_attention import onnx_function as linear_attention
     from ditc.export.graph.ops.sinkhorn import onnx_function as sinkhorn
 

@@ -1,4 +1,4 @@
-"""Inputs and outputs keep the spec's names, types and dynamic axes: exporters drop unused inputs and freeze axes."""
+"""Check a graph's inputs and outputs against the spec: exporters drop unused inputs and freeze dynamic axes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ELEMENT_TYPES = {
 }
 
 
-def check_names(model: ir.Model, spec: StageSpec) -> None:
-    """Hold the graph's interface against the spec.
+def check_interface(model: ir.Model, spec: StageSpec) -> None:
+    """Compare the graph's inputs and outputs with the spec.
 
     Raises:
         BuildError: a name is missing or extra, an element type differs, or an axis that must be dynamic is fixed.
@@ -26,19 +26,20 @@ def check_names(model: ir.Model, spec: StageSpec) -> None:
     wanted = {tensor.name: tensor for tensor in spec.inputs}
     if found.keys() != wanted.keys():
         raise BuildError(
-            f"{spec.name}: the exported graph takes {sorted(map(str, found))}, the stage promises {sorted(wanted)}",
+            f"{spec.name}: the exported graph takes {sorted(map(str, found))}, but the spec has {sorted(wanted)}",
             hint="an input that the network does not use disappears on export: remove it from the spec",
         )
     outputs = [value.name for value in model.graph.outputs]
-    if outputs != [tensor.name for tensor in spec.outputs]:
-        raise BuildError(f"{spec.name}: the exported graph gives {outputs}, the stage promises others")
+    promised = [tensor.name for tensor in spec.outputs]
+    if outputs != promised:
+        raise BuildError(f"{spec.name}: the exported graph gives {outputs}, but the spec has {promised}")
     for value, tensor in [(found[tensor.name], tensor) for tensor in spec.inputs] + list(
         zip(model.graph.outputs, spec.outputs, strict=True)
     ):
         if value.dtype != ELEMENT_TYPES[tensor.dtype]:
             raise BuildError(
                 f"{spec.name}: {tensor.name} is {value.dtype.name.lower() if value.dtype else 'of unknown type'} in "
-                f"the exported graph, the stage promises {tensor.dtype.value}"
+                f"the exported graph, but {tensor.dtype.value} in the spec"
             )
     for name, tensor in wanted.items():
         shape = found[name].shape
@@ -46,5 +47,5 @@ def check_names(model: ir.Model, spec: StageSpec) -> None:
             if isinstance(size, str) and shape is not None and isinstance(shape[axis], int):
                 raise BuildError(
                     f"{spec.name}: axis {axis} of {name} ({size}) was frozen to {shape[axis]} by the export",
-                    hint="the network branches on that size; write it without Python arithmetic on shapes",
+                    hint="the network reads that size as a number: compute with symbolic sizes instead",
                 )

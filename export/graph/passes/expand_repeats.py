@@ -1,4 +1,4 @@
-"""Every Repeat node becomes a copy of the block that it repeats, with the weights of its own (see trace_repeats.py)."""
+"""Replace the Repeat nodes of trace_repeats.py by copies of the block that was traced, each with its own weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from ditc.runtime.errors import BuildError
 
 DOMAIN = "ditc.blocks"
 ENTER, LEAVE, REPEAT = "Enter", "Leave", "Repeat"
-# Attributes: the block's module path, and the path of the block that it repeats.
+# Attributes of the nodes: the block's module path, and for a Repeat the path of the block that was traced.
 BLOCK, TEMPLATE = "block", "template"
 
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A block between its marks. nodes: those that depend on its inputs or weights, in order."""
+    """A block that was traced, between its Enter and its Leave node.
+
+    Attributes:
+        path: the block's module path.
+        nodes: the nodes that depend on the block's inputs or weights, in the graph's order.
+    """
 
     path: str
     enter: ir.Node
@@ -28,11 +33,14 @@ class _Template:
     nodes: tuple[ir.Node, ...]
 
 
-def stamp(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Replace Repeat nodes by copies and remove the marks, in place.
+def expand_repeats(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """Replace Repeat nodes by copies of the traced blocks, and remove Enter and Leave nodes, in place.
 
     Args:
-        weights: of the whole network by name; a trace may lack those that nothing but a Repeat node stands for.
+        weights: all weights of the network, by name. The trace lacks those of blocks that only left a Repeat node.
+
+    Raises:
+        BuildError: a block to copy holds a node with a subgraph.
     """
     marks: dict[str, dict[str, ir.Node]] = {ENTER: {}, LEAVE: {}, REPEAT: {}}
     for node in model.graph:
@@ -42,41 +50,41 @@ def stamp(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
         path: _template(model.graph, path, enter, marks[LEAVE][path]) for path, enter in marks[ENTER].items()
     }
     for path, node in marks[REPEAT].items():
-        _stamp(model.graph, node, path, templates[node.attributes[TEMPLATE].as_string()], weights)
+        _expand(model.graph, node, path, templates[node.attributes[TEMPLATE].as_string()], weights)
     for node in (*marks[ENTER].values(), *marks[LEAVE].values()):
         _replace(model.graph, node, node.inputs)
     model.opset_imports.pop(DOMAIN, None)
 
 
 def _template(graph: ir.Graph, path: str, enter: ir.Node, leave: ir.Node) -> _Template:
-    """Behind the outputs, up to the inputs: constants and sizes from outside are not copied but shared."""
-    behind, open_ends = set[ir.Node](), list(leave.inputs)
+    """Collect the nodes of a block. Constants and sizes that come from outside are not copied but shared."""
+    ancestors, open_ends = set[ir.Node](), list(leave.inputs)
     while open_ends:
         value = open_ends.pop()
         node = None if value is None else value.producer()
-        if node is not None and node is not enter and node not in behind:
-            behind.add(node)
+        if node is not None and node is not enter and node not in ancestors:
+            ancestors.add(node)
             open_ends += node.inputs
     own = set(enter.outputs) | {value for name, value in graph.initializers.items() if _is_in(name, path)}
     nodes = []
     for node in graph:
-        if node in behind and not own.isdisjoint(node.inputs):
+        if node in ancestors and not own.isdisjoint(node.inputs):
             own.update(node.outputs)
             nodes.append(node)
     return _Template(path, enter, leave, tuple(nodes))
 
 
-def _stamp(
+def _expand(
     graph: ir.Graph, repeat: ir.Node, path: str, template: _Template, weights: Mapping[str, Tensor]
 ) -> None:
-    """Put the copy where the Repeat node is."""
+    """Insert the copy in place of the Repeat node."""
     values: dict[ir.Value, ir.Value | None] = dict(zip(template.enter.outputs, repeat.inputs, strict=True))
 
     def copied(value: ir.Value | None) -> ir.Value | None:
         if value is None or value in values:
             return None if value is None else values[value]
         if value.is_initializer() and _is_in(value.name or "", template.path):
-            return _initializer(graph, _moved(value.name or "", template.path, path), weights)
+            return _initializer(graph, _renamed(value.name or "", template.path, path), weights)
         return value
 
     copies = []
@@ -86,7 +94,8 @@ def _stamp(
             for attribute in node.attributes.values()
         ):
             raise BuildError(
-                f"{template.path}: {node.op_type} has a body, which cannot be repeated at {path}"
+                f"{template.path} holds a {node.op_type} with a subgraph, which cannot be copied to {path}",
+                hint="write the block without control flow",
             )
         copies.append(_copy(node, [copied(value) for value in node.inputs], path, template.path))
         values.update(zip(node.outputs, copies[-1].outputs, strict=True))
@@ -108,7 +117,7 @@ def _copy(node: ir.Node, inputs: list[ir.Value | None], path: str, template: str
     )
     scopes = scopes_of(node)
     if scopes is not None:
-        copy.metadata_props[NAME_SCOPES] = str([_moved(scope, template, path) for scope in scopes])
+        copy.metadata_props[NAME_SCOPES] = str([_renamed(scope, template, path) for scope in scopes])
     for new, old in zip(copy.outputs, node.outputs, strict=True):
         new.name, new.type, new.shape = f"{path}.{old.name}", old.type, old.shape
     return copy
@@ -124,9 +133,9 @@ def _initializer(graph: ir.Graph, name: str, weights: Mapping[str, Tensor]) -> i
 
 
 def _replace(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value | None]) -> None:
-    """Whoever reads the node's outputs reads the values, and the node is gone."""
+    """Let the readers of the node's outputs read `values` instead, and remove the node."""
     for old, new in zip(node.outputs, values, strict=True):
-        assert new is not None, f"{node.name}: nothing stands for {old.name}"
+        assert new is not None, f"{node.name}: no value replaces {old.name}"
         if old.is_graph_output():
             new.name = old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -137,5 +146,5 @@ def _is_in(name: str, path: str) -> bool:
     return name == path or name.startswith(path + ".")
 
 
-def _moved(name: str, old: str, new: str) -> str:
+def _renamed(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if _is_in(name, old) else name

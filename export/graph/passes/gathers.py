@@ -1,4 +1,4 @@
-"""x[index] over rows is one Gather: torch's exporter writes Unsqueeze and GatherND (torch 2.13)."""
+"""Write x[index] over rows as one Gather: torch's exporter writes Unsqueeze and GatherND (torch 2.13)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gather_rows(model: ir.Model) -> None:
 
 
 def _row_index(node: ir.Node) -> ir.Value | None:
-    """The index of a GatherND that picks whole rows."""
+    """The index of a GatherND that picks whole rows; None for any other node."""
     if node.op_type != "GatherND" or node.domain or node.attributes.get_int("batch_dims", 0) != 0:
         return None
     indices = node.inputs[1]

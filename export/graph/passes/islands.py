@@ -1,7 +1,7 @@
-"""The fp32 islands of a 16-bit graph, checked in the graph itself: what must never be computed in 16 bits.
+"""Check the fp32 islands of a 16-bit graph: the regions that must never be computed in 16 bits.
 
-A rule is data: the operations that make an island, and how far it reaches towards the inputs. The rules know
-operations and the step around the network, not model families. Casts are an island's borders and are never checked.
+A rule is data: the operations that make an island, and how far it reaches towards the graph's inputs. The rules know
+operations and the step around the network, not model families. Casts are the borders of islands and are not checked.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from ditc.runtime import step_contract
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import StageSpec
 
-NETWORK = (
-    "network"  # export/graph/step.py holds the network under this name; everything else there is the step
-)
-BORDERS = frozenset({"Cast", "Shape"})  # the one is where an island begins or ends, the other reads no values
+# export/graph/step.py holds the network under this name. All other nodes belong to the step around it.
+NETWORK = "network"
+BORDERS = frozenset({"Cast", "Shape"})  # an island begins or ends at a Cast, and a Shape reads no values
 SHOWN = 3
-# Operations with 16-bit tensors whose island is inside them, and the attribute that says so.
+# Operations that take 16-bit tensors and compute their island inside, and the attribute that says so.
 INNER_TYPE = {"Attention": "softmax_precision", "RMSNormalization": "stash_type"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IslandRule:
-    """Every floating-point tensor at the island's nodes is fp32.
+    """Every floating-point tensor at the nodes of this island must be fp32.
 
     Attributes:
-        roots: operations that are the island's core.
-        function: only where these come from the body of this ditc function.
-        reach: operations that belong to the island where their result goes to a root, also through Casts.
-        border: those of them behind which the island ends.
+        roots: operations at the core of the island.
+        function: if given, only roots that come from the body of this ditc function count.
+        reach: operations that belong to the island if their result goes to a root, possibly through Casts and other
+            operations of the reach.
+        border: operations of the reach at which the island ends, seen from the root.
     """
 
     name: str
@@ -59,7 +59,7 @@ RULES = (
             {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization"}
         ),
     ),
-    # x / sqrt(mean(x^2) + eps), with rsqrt as Sqrt and Reciprocal: back to the square, whose input is the island's.
+    # x / sqrt(mean(x^2) + eps), or with rsqrt as Sqrt and Reciprocal. The island reaches back to the square.
     IslandRule(
         name="norm statistics",
         roots=frozenset({"Sqrt"}),
@@ -71,22 +71,22 @@ RULES = (
 
 
 def check_islands(model: ir.Model, spec: StageSpec) -> None:
-    """Hold the element type of every island tensor of the built graph against fp32.
+    """Check that every tensor of every island is fp32 in the finished graph.
 
     Raises:
-        BuildError: names the island, the node, its module, the tensor and its type.
+        BuildError: a tensor is not; names the island, the node, its module, the tensor and its type.
     """
     graph = typed_copy(model).graph
     found = [
         f"{island}: {node.op_type} {node.name} ({module_path(node) or 'outside the network'}) has {value.name} in "
         f"{value.dtype.name.lower() if value.dtype is not None else 'an unknown type'}"
         for island, node in _island_nodes(graph, spec)
-        for value in _lowered(node)
+        for value in _narrowed(node)
     ]
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise BuildError(
-            f"{spec.name}: fp32 islands were lowered: {'; '.join(found[:SHOWN])}{more}",
+            f"{spec.name}: fp32 islands hold narrower tensors: {'; '.join(found[:SHOWN])}{more}",
             hint="cast to fp32 before the island and back after it, in the PyTorch network",
         )
 
@@ -104,7 +104,7 @@ def _island_nodes(graph: ir.Graph, spec: StageSpec) -> Iterator[tuple[str, ir.No
 
 
 def _reached(root: ir.Node, rule: IslandRule) -> Iterator[ir.Node]:
-    """Nodes of the rule's reach whose results the root gets."""
+    """The nodes of the rule's reach whose results go to the root."""
     pending, seen = [root], {root}
     while pending:
         for value in pending.pop().inputs:
@@ -120,14 +120,14 @@ def _reached(root: ir.Node, rule: IslandRule) -> Iterator[ir.Node]:
                 pending.append(producer)
 
 
-def _lowered(node: ir.Node) -> list[ir.Value]:
-    """The node's tensors that are floating-point but not fp32, or of unknown type."""
+def _narrowed(node: ir.Node) -> list[ir.Value]:
+    """The node's tensors of a floating-point type narrower than fp32, or of unknown type."""
     inner = node.attributes.get(INNER_TYPE.get(node.op_type, ""))
     if inner is not None and inner.as_int() == ir.DataType.FLOAT:
         return []
     values = dict.fromkeys(value for value in (*node.inputs, *node.outputs) if value is not None)
-    return [value for value in values if value.dtype is None or _is_lower(value.dtype)]
+    return [value for value in values if value.dtype is None or _is_narrow(value.dtype)]
 
 
-def _is_lower(dtype: ir.DataType) -> bool:
+def _is_narrow(dtype: ir.DataType) -> bool:
     return dtype.is_floating_point() and dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE)

@@ -1,7 +1,7 @@
-"""Which initializers are the network's own weights, and how each is stored: the rest of ditc speaks these names.
+"""Which initializers are the network's own weights, and how their stored form was made.
 
 torch.export names every parameter and buffer by its module path. LoRA, refit, Q/DQ placement and parity find weights
-by that name, so no pass may rename, merge, fold or drop one because of the values that it happens to hold.
+by that name. So no pass may rename, merge, fold or drop a weight because of the values that it happens to hold.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import onnx_ir as ir
 
 from ditc.runtime.weight_map import Transform
 
-# Metadata of the initializer's value, written to the file: names of transforms, first applied first.
+# Metadata of an initializer, written to the file: the names of its transforms, in the order they were applied.
 TRANSFORMS = "ditc.transforms"
 
 
 @contextmanager
 def hidden_values(initializers: Mapping[str, ir.Value]) -> Iterator[None]:
-    """Inside, the initializers have names, shapes and types but no values: an optimizer cannot act on them."""
+    """Take the initializers' values away while the context lasts, so that an optimizer cannot act on them.
+
+    Their names, shapes and types stay.
+    """
     tensors = [(value, value.const_value) for value in initializers.values()]
     for value, _ in tensors:
         value.const_value = None
@@ -31,7 +34,7 @@ def hidden_values(initializers: Mapping[str, ir.Value]) -> Iterator[None]:
 
 
 def transforms_of(value: ir.Value) -> tuple[Transform, ...]:
-    """What was done to the parameter's values when they became this initializer."""
+    """The transforms that made this initializer from the parameter, in the order they were applied."""
     return tuple(Transform(part) for part in value.metadata_props.get(TRANSFORMS, "").split(",") if part)
 
 

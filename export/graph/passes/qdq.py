@@ -1,11 +1,12 @@
 """Write a quantization plan into a graph: QuantizeLinear and DequantizeLinear in front of the planned GEMMs.
 
-    x -> [Mul 1/smooth] -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W (8-bit codes)
+    x -> [Mul 1/smooth] -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W (8 bits)
 
-Standard ops of opset 19 and later, symmetric: the only form that ONNX Runtime, TensorRT-RTX and TensorRT all take.
-Weights are stored as codes, with one scale an output channel; activations have one scale a tensor, and layers
-that read one tensor share its scale. Outputs stay high: a DequantizeLinear behind a GEMM costs more on a CPU than the
-GEMM saved, and both libraries fuse what follows better from a high-precision tensor.
+The ops are standard since opset 19 and the quantization is symmetric, which is the only form that ONNX Runtime,
+TensorRT-RTX and TensorRT all take. Weights are stored in 8 bits, with one scale per output channel. Activations have
+one scale per tensor, and layers that read the same tensor share its scale. Outputs of GEMMs are not quantized: a
+DequantizeLinear after a GEMM costs more on a CPU than the GEMM saved, and both libraries fuse the nodes that follow
+better if they start from a tensor in high precision.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import onnx_ir as ir
 
 from ditc.export.graph.passes.parameters import add_transform
 from ditc.export.graph.passes.scopes import NAME_SCOPES
-from ditc.export.quant.formats import CODE_TYPE, Format, quantize, scale_of, weight_amax
+from ditc.export.quant.formats import STORAGE_DTYPE, Format, quantize, scale_of, weight_amax
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
 from ditc.runtime.weight_map import Codes, Transform
 
 SCALE = "_scale"
-# Metadata of a smoothed weight: the initializer with the reciprocals of its factors.
+# Metadata of a smoothed weight: the name of the initializer that holds the reciprocals of its smoothing factors.
 SMOOTHING = "ditc.smoothing"
-# A pair for each GEMM, and one that ONNX Runtime 1.31 does not merge with its neighbour's: it makes integer kernels of
-# int8 pairs on x86 only where codes have one reader. With a scalar scale the axis means nothing (ONNX, QuantizeLinear);
-# nodes that differ in it are not common subexpressions.
+# ONNX Runtime 1.31 makes integer kernels of int8 pairs on x86 only if the quantized tensor has one reader. So every
+# GEMM has a Q/DQ pair of its own, which ONNX Runtime must not merge with an equal one. The pairs differ in `axis`,
+# which has no meaning with a scalar scale (ONNX, QuantizeLinear), but makes them different subexpressions.
 UNSHARED_AXES = (0, 1, 2)
 
 
@@ -36,10 +37,10 @@ def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, st
     """Quantize the planned layers in place.
 
     Args:
-        parameters: layer -> name of its weight's initializer.
+        parameters: layer -> name of the initializer that holds its weight.
 
     Raises:
-        BuildError: a layer's weight is not the direct second input of exactly one GEMM.
+        BuildError: a layer's weight is not the direct second input of exactly one MatMul or Gemm.
     """
     writer = _Writer(model.graph)
     readers = {name: _gemm(model, name, parameters[name]) for name in plan.layers}
@@ -53,7 +54,7 @@ def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, st
 
 
 def codes_of(value: ir.Value) -> Codes | None:
-    """How the codes that a weight is stored as are read; None for a weight that is not stored in 8 bits."""
+    """How to read a weight that is stored in 8 bits; None for a weight that is not."""
     reader = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
     if reader is None:
         return None
@@ -71,14 +72,14 @@ def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
     if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in ("MatMul", "Gemm"):
         found = ", ".join(use.node.op_type for use in uses) or "nothing"
         raise BuildError(
-            f"{layer}: the weight {parameter} must be the second input of one MatMul or Gemm, it is read by {found}",
-            hint="run the graph passes first; a layer used twice cannot be quantized",
+            f"{layer}: the weight {parameter} must be the second input of one MatMul or Gemm, but is read by {found}",
+            hint="run the graph passes first; a layer that is used twice cannot be quantized",
         )
     return uses[0].node
 
 
 class _Writer:
-    """Adds nodes and initializers to one graph; remembers which tensor has its scale already."""
+    """Adds nodes and initializers to one graph, and remembers which tensors have their scale already."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -87,7 +88,11 @@ class _Writer:
         self._smoothing: dict[int, str] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
-        """Feed the GEMM from a Q/DQ pair with the scale of all layers that read the same tensor."""
+        """Feed the GEMM from a Q/DQ pair, whose scale is shared by all layers that read the same tensor.
+
+        Args:
+            together: the GEMMs of all layers that have the same planned input.
+        """
         x, planned = gemm.inputs[0], layer.input
         assert x is not None and planned is not None
         readers = self._sources.setdefault((id(x), id(planned)), [])
@@ -100,14 +105,14 @@ class _Writer:
             readers.append(readers[0])
         source, scale, zero = readers[0]
         name, axis = f"{_module(gemm)}.input", {"axis": UNSHARED_AXES[len(readers) % len(UNSHARED_AXES)]}
-        codes = self._node("QuantizeLinear", [source, scale, zero], f"{name}.quantize", gemm, axis, x.shape)
-        codes.type = ir.TensorType(_code_type(layer.kind))
-        back = self._node("DequantizeLinear", [codes, scale, zero], f"{name}.dequantize", gemm, axis, x.shape)
-        back.type = x.type
-        gemm.replace_input_with(0, back)
+        down = self._node("QuantizeLinear", [source, scale, zero], f"{name}.quantize", gemm, axis, x.shape)
+        down.type = ir.TensorType(_storage_type(layer.kind))
+        up = self._node("DequantizeLinear", [down, scale, zero], f"{name}.dequantize", gemm, axis, x.shape)
+        up.type = x.type
+        gemm.replace_input_with(0, up)
 
     def quantize_weight(self, gemm: ir.Node, layer: LayerPlan, parameter: str) -> None:
-        """Store codes under the weight's own name, and dequantize them where the GEMM reads."""
+        """Store the quantized weight under its own name, and dequantize it where the GEMM reads it."""
         value = gemm.inputs[1]
         assert value is not None and value.const_value is not None
         axis = 0 if gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1 else 1
@@ -118,26 +123,30 @@ class _Writer:
             add_transform(value, Transform.SMOOTH)
             value.metadata_props[SMOOTHING] = self._smoothing[id(layer.input)]
         scale = scale_of(weight_amax(weight, axis, layer.kind), layer.kind, dtype.numpy())
-        codes = ir.Tensor(quantize(weight, scale, layer.kind), dtype=_code_type(layer.kind), name=parameter)
+        storage = _storage_type(layer.kind)
+        stored = ir.Tensor(quantize(weight, scale, layer.kind), dtype=storage, name=parameter)
         add_transform(value, Transform.QUANTIZE)
-        value.const_value, value.dtype = codes, codes.dtype
-        factors = self._constant(parameter + SCALE, scale.reshape(-1))
-        zeros = self._constant(f"{parameter}_zero_point", np.zeros(scale.size, CODE_TYPE[layer.kind]))
-        high = self._node(
+        value.const_value, value.dtype = stored, stored.dtype
+        scales = self._constant(parameter + SCALE, scale.reshape(-1))
+        zeros = self._constant(f"{parameter}_zero_point", np.zeros(scale.size, STORAGE_DTYPE[layer.kind]))
+        up = self._node(
             "DequantizeLinear",
-            [value, factors, zeros],
+            [value, scales, zeros],
             f"{parameter}.dequantize",
             gemm,
             {"axis": axis},
             value.shape,
         )
-        high.dtype = dtype
-        gemm.replace_input_with(1, high)
+        up.dtype = dtype
+        gemm.replace_input_with(1, up)
 
     def _smoothed(
         self, x: ir.Value, planned: Input, site: str, gemm: ir.Node, together: Sequence[ir.Node]
     ) -> ir.Value:
-        """x / smooth: on the scale and shift of an adaptive norm if x is one, which are a row each, else on x."""
+        """x / smooth. If x is the result of an adaptive norm, the norm's scale and shift are divided instead.
+
+        They have one row per sample, while x has one row per token.
+        """
         assert planned.smooth is not None
         inverse = self._constant(f"{site}_smoothing", (1 / planned.smooth).astype(_numpy(x)))
         self._smoothing[id(planned)] = str(inverse.name)
@@ -177,7 +186,7 @@ class _Writer:
 
     def _zero(self, kind: Format) -> ir.Value:
         if kind not in self._zeros:
-            self._zeros[kind] = self._constant(f"zero_point_{kind.value}", np.zeros((), CODE_TYPE[kind]))
+            self._zeros[kind] = self._constant(f"zero_point_{kind.value}", np.zeros((), STORAGE_DTYPE[kind]))
         return self._zeros[kind]
 
     def _constant(self, name: str, values: Array) -> ir.Value:
@@ -188,10 +197,12 @@ class _Writer:
 
 
 def _modulation(x: ir.Value, together: Sequence[ir.Node]) -> tuple[ir.Node, ir.Node, int, int] | None:
-    """norm * scale + shift with one scale and shift a row, which nothing but these GEMMs reads.
+    """Recognise x as norm * scale + shift, with one scale and shift per row of the batch.
+
+    Only these GEMMs may read x, because x itself is changed.
 
     Returns:
-        The Add, the Mul, and where shift and scale are among their inputs.
+        The Add, the Mul, and the positions of shift and scale among their inputs; None if x is something else.
     """
     add = x.producer()
     if add is None or add.op_type != "Add" or {use.node for use in x.uses()} - set(together):
@@ -214,7 +225,7 @@ def _modulation(x: ir.Value, together: Sequence[ir.Node]) -> tuple[ir.Node, ir.N
 
 
 def _one_row(value: ir.Value | None) -> bool:
-    """Whether a (R,1,C) tensor is broadcast over the tokens."""
+    """Whether the value is a (R,1,C) tensor, which is broadcast over the tokens."""
     shape = None if value is None else value.shape
     return shape is not None and len(shape) == 3 and shape[1] == 1
 
@@ -230,5 +241,5 @@ def _numpy(value: ir.Value) -> np.dtype[np.generic]:
     return value.dtype.numpy()
 
 
-def _code_type(kind: Format) -> ir.DataType:
+def _storage_type(kind: Format) -> ir.DataType:
     return ir.DataType.INT8 if kind is Format.INT8 else ir.DataType.FLOAT8E4M3FN

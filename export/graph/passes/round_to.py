@@ -1,11 +1,11 @@
-"""A 16-bit graph's arithmetic in fp32 operations: what 16 bits cost, shown by a backend that has no 16-bit kernels.
+"""Write a 16-bit graph's rounding into fp32 operations, to see 16-bit errors on a backend without 16-bit kernels.
 
-ONNX Runtime's CPU provider computes fp16 graphs in fp32 and has no bf16 arithmetic (1.31), so that running a 16-bit
-graph there shows neither rounding nor overflow. `round_to` takes the deployment graph itself, not the fp32 one: its
+ONNX Runtime's CPU provider computes fp16 graphs in fp32 and has no bf16 arithmetic (1.31). A 16-bit graph therefore
+shows neither rounding nor overflow there. `round_to` takes the 16-bit graph that is deployed, not the fp32 one: its
 Casts say where the fp32 islands begin and end, its weights are already rounded, and its guards (the fp16 clamp) are
-in it. Every tensor that is 16-bit there becomes an fp32 tensor that holds 16-bit values: each operation computes in
-fp32 and its result is rounded by a pair of Casts, as a GPU's kernels accumulate in fp32 and store 16 bits. Beyond
-fp16's range that gives Inf, as there.
+in it. Every 16-bit tensor becomes an fp32 tensor that holds 16-bit values. Each operation computes in fp32, and a
+pair of Casts rounds its result, as a GPU's kernels accumulate in fp32 and store 16 bits. A value beyond fp16's range
+becomes Inf, as on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ditc.export.graph.passes.typed_copy import typed_copy
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
-# Results that are values of an input, or exact in its type: nothing to round.
+# Operations whose results are values of an input, or exact in the input's type. They need no rounding.
 # fmt: off
 EXACT = frozenset((
     "Abs", "Clip", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND",
@@ -33,38 +33,43 @@ SIXTEEN_BITS = {DType.FLOAT16: ir.DataType.FLOAT16, DType.BFLOAT16: ir.DataType.
 
 
 def round_to(model: ir.Model, dtype: DType) -> ir.Model:
-    """A new model with the 16-bit graph's rounding and fp32 operations; its 16-bit inputs and outputs are fp32 too.
+    """A new model with fp32 operations that rounds as the 16-bit graph does.
+
+    Inputs and outputs that are 16-bit in the graph are fp32 in the new model.
+
+    Args:
+        dtype: the graph's 16-bit type.
 
     Raises:
-        BuildError: the graph has no tensor of that type, or has some inside control flow.
+        BuildError: the graph has no tensor of that type, or has one inside If or Loop.
     """
-    low = SIXTEEN_BITS[dtype]
+    narrow = SIXTEEN_BITS[dtype]
     rounded = typed_copy(model)
     graph = rounded.graph
-    if any(value.dtype in (low, None) for value in _inner_values(graph)):
+    if any(value.dtype in (narrow, None) for value in _inner_values(graph)):
         raise BuildError(
-            f"round_to does not go into the branches of If and Loop, which hold {dtype.value} here"
+            f"round_to cannot round inside the branches of If and Loop, which hold {dtype.value} tensors here",
+            hint="compute the loop in fp32, in the PyTorch network",
         )
-    values = _values_of(graph, low)
+    values = _values_of(graph, narrow)
     if not values:
         raise BuildError(
             f"the graph has no {dtype.value} tensor to round", hint="export the stage in that precision"
         )
     for value in values:
-        value.type = ir.TensorType(
-            ir.DataType.FLOAT
-        )  # a new one: the original's value shares its type object
+        # The type object is replaced, not changed, because the original graph's value shares it.
+        value.type = ir.TensorType(ir.DataType.FLOAT)
     for value in values & set(graph.initializers.values()):
         value.const_value = _widened(value)
     for value in values & set(graph.inputs):
-        _round(graph, value, low, at_start=True)
+        _round(graph, value, narrow, at_start=True)
     for node in list(graph):
-        _rewrite(graph, node, values, low)
+        _rewrite(graph, node, values, narrow)
     return rounded
 
 
 def rounded_spec(spec: StageSpec) -> StageSpec:
-    """The spec of the rounded graph: 16-bit inputs and outputs travel as fp32."""
+    """The spec of the rounded graph, whose 16-bit inputs and outputs are fp32."""
 
     def widen(tensor: TensorSpec) -> TensorSpec:
         return replace(tensor, dtype=DType.FLOAT32) if tensor.dtype in SIXTEEN_BITS else tensor
@@ -72,8 +77,8 @@ def rounded_spec(spec: StageSpec) -> StageSpec:
     return replace(spec, inputs=tuple(map(widen, spec.inputs)), outputs=tuple(map(widen, spec.outputs)))
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, values: set[ir.Value], low: ir.DataType) -> None:
-    """One node of the 16-bit graph in fp32, its 16-bit results rounded."""
+def _rewrite(graph: ir.Graph, node: ir.Node, values: set[ir.Value], narrow: ir.DataType) -> None:
+    """Make one node compute in fp32, and round its 16-bit results."""
     results = [value for value in node.outputs if value in values]
     if node.op_type == "Cast" and not node.domain and results:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
@@ -81,14 +86,14 @@ def _rewrite(graph: ir.Graph, node: ir.Node, values: set[ir.Value], low: ir.Data
         raise BuildError(f"round_to cannot widen {node.op_type} {node.name}")
     if node.op_type not in EXACT:
         for value in results:
-            _round(graph, value, low)
+            _round(graph, value, narrow)
 
 
-def _round(graph: ir.Graph, value: ir.Value, low: ir.DataType, *, at_start: bool = False) -> None:
-    """Let everything that reads the value read Cast(Cast(value, low), FLOAT) instead."""
-    down = ir.node("Cast", [value], {"to": low}, name=f"{value.name}_to_{low.name.lower()}")
+def _round(graph: ir.Graph, value: ir.Value, narrow: ir.DataType, *, at_start: bool = False) -> None:
+    """Let the readers of the value read Cast(Cast(value, narrow), FLOAT) instead."""
+    down = ir.node("Cast", [value], {"to": narrow}, name=f"{value.name}_to_{narrow.name.lower()}")
     up = ir.node("Cast", [down.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{value.name}_rounded")
-    for cast, dtype in ((down, low), (up, ir.DataType.FLOAT)):
+    for cast, dtype in ((down, narrow), (up, ir.DataType.FLOAT)):
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(dtype)
         cast.outputs[0].name = cast.name
     producer = value.producer()
@@ -111,23 +116,23 @@ def _round(graph: ir.Graph, value: ir.Value, low: ir.DataType, *, at_start: bool
         graph.insert_after(producer, [down, up])
 
 
-def _values_of(graph: ir.Graph, low: ir.DataType) -> set[ir.Value]:
+def _values_of(graph: ir.Graph, narrow: ir.DataType) -> set[ir.Value]:
     values = {
         *graph.inputs,
         *graph.initializers.values(),
         *(value for node in graph for value in node.outputs),
     }
-    return {value for value in values if value.dtype == low}
+    return {value for value in values if value.dtype == narrow}
 
 
 def _inner_values(graph: ir.Graph) -> set[ir.Value]:
-    """What nodes inside If and Loop make: in fp32 islands, such as Sinkhorn's, there is nothing to round."""
+    """The results of nodes inside If and Loop. A loop that is an fp32 island, such as Sinkhorn's, needs no rounding."""
     outer = {value for node in graph for value in node.outputs}
     return {value for node in graph.all_nodes() for value in node.outputs} - outer
 
 
 def _widened(value: ir.Value) -> ir.TensorProtocol:
-    """The initializer in fp32, made when it is written."""
+    """The initializer in fp32, converted when the file is written."""
     tensor = value.const_value
     assert tensor is not None
 

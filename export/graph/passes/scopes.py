@@ -1,7 +1,7 @@
-"""Every node knows the PyTorch module that it came from: rewrite rules that make new nodes forget it.
+"""Record for every node the PyTorch module that it comes from, because rewrite rules lose it for the nodes they make.
 
 `pkg.torch.onnx.name_scopes` is the exporter's list of module paths from the root to the operation. Q/DQ placement,
-the islands' check and parity's bisection read it.
+the check of the fp32 islands and parity's bisection read it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def module_path(node: ir.Node) -> str | None:
-    """The innermost module that the node belongs to ("" is the root), or None where that is not known."""
+    """The path of the innermost module that the node belongs to ("" is the root), or None if it is unknown."""
     scopes = scopes_of(node)
     return scopes[-2] if scopes is not None and len(scopes) > 1 else None
 
 
 def scopes_of(node: ir.Node) -> list[str] | None:
-    """Module paths from the root to the innermost, then the operation's own name."""
+    """The node's module paths from the root to the innermost, then the operation's name; None if unknown."""
     text = node.metadata_props.get(NAME_SCOPES)
     scopes: list[str] | None = ast.literal_eval(text) if text else None
     return scopes
 
 
 def restore_scopes(model: ir.Model) -> None:
-    """Give a node without scopes the innermost module that holds all of its neighbours, in place.
+    """Assign every node without scopes to the innermost module that holds all of its neighbours, in place.
 
-    The halves of a split conv belong to the conv's parent, not to the conv. The operation's name becomes the node's.
+    For example, the halves of a split conv go to the conv's parent, not to the conv. The node's own name takes the
+    place of the operation's name.
     """
     for node in model.graph:
         if NAME_SCOPES in node.metadata_props:

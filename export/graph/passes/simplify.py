@@ -1,9 +1,10 @@
-"""Constant folding, onnxscript's rewrite rules and common subexpressions, blind to the values of parameters.
+"""Fold constants, apply onnxscript's rewrite rules and share common subexpressions, whatever values parameters have.
 
-This is what torch.onnx.export(optimize=True) runs (onnxscript 0.7.2, optimizer/_optimizer.py), with two differences:
-parameters are neither folded (a Linear's transposed weight would become the anonymous val_62) nor rewritten (a bias
-of zeros would vanish, and with it the place where another checkpoint's bias goes), and equal ones are not merged
-(norm_k.weight would become norm_q.weight, both being ones).
+This is what torch.onnx.export(optimize=True) runs (onnxscript 0.7.2, optimizer/_optimizer.py), except that parameters
+
+- are not folded: a Linear's transposed weight would become the anonymous val_62;
+- are not rewritten: a bias of zeros would vanish, and with it the place where another checkpoint's bias goes;
+- are not merged if equal: norm_k.weight would become norm_q.weight where both are ones.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from onnxscript.rewriter.rules import common as rules
 
 from ditc.export.graph.passes.parameters import hidden_values
 
-# Larger constants than these stay computed; onnxscript's own limits.
+# Constants larger than these are not folded. The limits are onnxscript's own.
 INPUT_SIZE_LIMIT = 8192
 OUTPUT_SIZE_LIMIT = 512 * 512
 ROUNDS = 2
-# Of onnxscript's defaults, those that meet something in exported diffusion transformers: matching all 46 takes six
+# Those of onnxscript's default rules that find something in exported diffusion transformers. Matching all 46 takes six
 # times as long, and the others fold a parameter (batch norm into conv, pad into conv, a zero bias).
 RULES = (
     *rules.mul_by_1_rule.commute(),
@@ -42,7 +43,7 @@ RULES = (
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold and rewrite in place; every initializer that is there before is a parameter, and stays if it is used."""
+    """Fold and rewrite in place. Every initializer of the given graph is a parameter, and stays if it is used."""
     steps = ir.passes.PassManager(
         [
             FoldConstantsPass(
@@ -69,7 +70,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _share_constants(model: ir.Model) -> None:
-    """One initializer for equal small constants; parameters have no values here, so they keep to themselves."""
+    """Keep one initializer for equal small constants. Parameters have no values here, so they are not shared."""
     seen: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value

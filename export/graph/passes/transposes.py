@@ -1,6 +1,6 @@
-"""A Linear's weight is stored as its MatMul reads it: Transpose(parameter) becomes the parameter, transposed.
+"""Store a Linear's weight as its MatMul reads it: Transpose(parameter) becomes the transposed parameter.
 
-Backends would fold the Transpose themselves, but quantization and refit want the weight as the GEMM's direct input.
+Backends would fold the Transpose themselves, but quantization and refit need the weight as the GEMM's direct input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ditc.runtime.weight_map import Transform
 
 
 def fold_transposes(model: ir.Model) -> None:
-    """Fold every Transpose of a matrix that nothing else reads, in place; the values are not copied, only viewed."""
+    """Fold the Transposes of every matrix that only Transposes read, in place. Values are viewed, not copied."""
     for parameter in list(model.graph.initializers.values()):
         readers = [use.node for use in parameter.uses()]
         if readers and all(_swaps_matrix(node, parameter) for node in readers):
@@ -40,9 +40,9 @@ def _store_transposed(parameter: ir.Value) -> None:
 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A view of the parameter's own memory: rows are put in order when the file is written, one tensor at a time.
+    """A view of the parameter's own memory. Its rows are put in order when the file is written, tensor by tensor.
 
-    PyTorch does that block by block; NumPy writes a transposed array element by element, ten times slower.
+    PyTorch does that block by block. NumPy writes a transposed array element by element, which is ten times slower.
     """
     if isinstance(tensor.raw, torch.Tensor):
         return TorchTensor(tensor.raw.detach().T, tensor.name)

@@ -157,7 +157,7 @@ def test_a_pth_of_more_than_tensors_is_refused_and_not_run(
         (["--ranges", "nothing.safetensors"], "belongs to an 8-bit build"),
         (
             ["--base-precision", "bf16", "--precision", "fp16"],
-            "--base-precision bf16 belongs to an 8-bit build, this one is fp16",
+            "--base-precision bf16 belongs to an 8-bit build, but this one is fp16",
         ),
         (["--targets", "sm86,sm89"], "--targets sm86,sm89 belongs to an engine"),
         (["--linear-attention", "plugin"], "--linear-attention plugin belongs to an engine"),

@@ -1,4 +1,4 @@
-"""Hub ids: data files only, through a hub on this machine; offline uses the cache or says what is missing."""
+"""Hub ids: only data files are fetched, here from a local server; offline the cache is used, or the error says so."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three calls of the hub's protocol that fetching takes: tree, revision and resolve."""
+    """The three calls of the hub's protocol that fetching needs: tree, revision and resolve."""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
@@ -67,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silence: the test's output is pytest's."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_model_that_the_hub_lacks_is_named(hub: ThreadingHTTPServer) -> None:
 
 # The hub's client tries a dead address for 24 s before it gives up.
 @pytest.mark.parametrize("offline", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_no_network_and_nothing_cached_says_so_with_the_way_out(
+def test_without_network_and_cache_the_error_says_how_to_fetch_the_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -139,7 +139,7 @@ def test_a_folder_that_exists_is_never_looked_up(tmp_path: Path, monkeypatch: py
     assert not any(map(is_hub_id, ("/abs/path", "./org/net2", "org", "a/b/c", "../org")))
 
 
-def test_shards_indices_and_merges_are_wanted_other_layouts_are_not() -> None:
+def test_shards_indices_and_merges_are_fetched_and_other_layouts_are_not() -> None:
     files = [
         "net_1024px.safetensors",
         "model_index.json",

@@ -32,7 +32,7 @@ TINY = {
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A Sana-shaped diffusers directory: a seeded transformer, its scheduler and an (empty) tokenizer."""
+    """A diffusers directory as Sana's: a seeded transformer, its scheduler and an empty tokenizer."""
     torch.manual_seed(0)
     path = tmp_path / "sana"
     SanaTransformer2DModel(**TINY).save_pretrained(path / "transformer")
@@ -51,7 +51,7 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_gives_configs_tokenizers_defaults_and_the_weights_that_were_saved(
+def test_a_checkpoint_has_the_saved_configs_tokenizers_defaults_and_weights(
     directory: Path,
 ) -> None:
     _write(directory / "ditc.json", {"height": 96, "resolution_bins": [[96, 96], [80, 112]]})
@@ -112,7 +112,7 @@ def test_a_missing_component_is_named(directory: Path) -> None:
         open_checkpoint(directory)
 
 
-def test_an_unknown_component_is_answered_with_those_there_are(directory: Path) -> None:
+def test_the_error_for_an_unknown_component_lists_the_known_ones(directory: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no component 'vae', only transformer"):
         open_checkpoint(directory).component("vae")
 
@@ -185,18 +185,18 @@ def test_shards_that_do_not_fit_their_index_are_refused(directory: Path) -> None
     index = json.loads(whole)
     index["weight_map"]["scale_shift_table"] = "../../other.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"no safetensors file beside it"):
+    with pytest.raises(CheckpointError, match=r"not a safetensors file beside it"):
         open_checkpoint(directory)
 
     path.write_text(whole)
     shard = sorted((directory / "transformer").glob("*.safetensors"))[0]
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"not there: {shard.name}"):
+    with pytest.raises(CheckpointError, match=f"1 of them are missing: {shard.name}"):
         open_checkpoint(directory)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"weight_map": 3'])
-def test_json_that_is_none_is_refused_by_name(directory: Path, text: str) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused_by_name(directory: Path, text: str) -> None:
     (directory / "model_index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"model_index.json"):
         open_checkpoint(directory)
@@ -256,8 +256,8 @@ def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts a process's pages there")
-def test_pages_of_a_read_checkpoint_are_given_back_and_read_again(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's count of a process's pages")
+def test_memory_of_a_read_checkpoint_is_released_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"weight": torch.arange(2**20, dtype=torch.float32)}, file)
     tensor = read_safetensors(file)["weight"].load()

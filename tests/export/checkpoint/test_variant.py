@@ -1,4 +1,4 @@
-"""--variant: a checkpoint whose weight files all have a variant's name is built, calibrated, converted and proven."""
+"""--variant: every command reads a checkpoint whose weight files all have a variant's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditc.runtime.cli import USAGE, main
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared checkpoint under the name of a variant: the values are the same."""
+    """The shared checkpoint with its weight files renamed to a variant; the values are the same."""
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("variant") / tiny_checkpoint.name))
     for path in list(copy.rglob("*.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -27,12 +27,12 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "out.safetensors")
 
 
-def test_without_it_the_build_names_the_argument(checkpoint: Path, output: str, capsys) -> None:
+def test_without_the_option_the_error_names_it(checkpoint: Path, output: str, capsys) -> None:
     assert main(["build", str(checkpoint), "-o", output]) == USAGE
     assert "--variant" in capsys.readouterr().err
 
 
-def test_a_build_reads_it(checkpoint: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_reads_the_variant(checkpoint: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class ExportHasBegun(Exception):
         pass
 
@@ -44,23 +44,23 @@ def test_a_build_reads_it(checkpoint: Path, output: str, monkeypatch: pytest.Mon
         main(["build", str(checkpoint), "-o", output, "--variant", "fp16"])
 
 
-def test_calibrate_measures_it(checkpoint: Path, output: str, tmp_path: Path, capsys) -> None:
+def test_calibrate_measures_the_variant(checkpoint: Path, output: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "p.txt").write_text("a red heart\n")
     arguments = ["--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--variant", "fp16"]
     assert main(["calibrate", str(checkpoint), "-o", output, *arguments]) == 0
     assert "1 prompts x 1 steps" in capsys.readouterr().out
 
 
-def test_convert_writes_it_under_native_names(checkpoint: Path, output: str) -> None:
+def test_convert_writes_the_variant_under_native_names(checkpoint: Path, output: str) -> None:
     assert main(["convert", str(checkpoint), output, "--to-native", "--variant", "fp16"]) == 0
     assert Path(output).is_file()
 
 
-def test_parity_proves_a_bundle_against_it(checkpoint: Path, tiny_bundle: Path, capsys) -> None:
+def test_parity_compares_a_bundle_with_the_variant(checkpoint: Path, tiny_bundle: Path, capsys) -> None:
     arguments = ["--against", str(checkpoint), "--variant", "fp16", "--level", "graph"]
     assert main(["parity", str(tiny_bundle), *arguments]) == 0
     assert "PASS" in capsys.readouterr().out
 
 
-def test_diffusers_reads_it_as_the_second_reference(checkpoint: Path) -> None:
+def test_diffusers_reads_the_variant_as_the_second_reference(checkpoint: Path) -> None:
     assert Upstream(open_checkpoint(checkpoint, variant="fp16")).networks()

@@ -1,4 +1,4 @@
-"""Export of one stage: any size afterwards, refused when it is wrong, nothing left behind."""
+"""Export of one stage: the graph serves every size, a wrong graph is refused, and a failure leaves no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ditc.runtime.spec import DType, Precision, Range, StageSpec, TensorSpec
 
 
 class Mixer(nn.Module):
-    """A convolution over pictures of any size, and a sum over rows of any number."""
+    """A convolution over pictures of any size, and a sum over any number of rows."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_parameters_keep_their_names_and_weights_lie_beside_the_graph(exported: 
 
 
 def test_a_profile_that_ends_at_one_still_exports(tmp_path: Path) -> None:
-    """torch.export freezes what it sees as 1: the example is larger than the profile."""
+    """torch.export freezes a size that it sees as 1, so the example is larger than the profile."""
     narrow = replace(SPEC, profile={**SPEC.profile, "batch": Range(1, 1, 1), "rows": Range(1, 1, 1)})
     files = to_onnx(stage(spec=narrow), tmp_path / "stage.onnx")
     session = OnnxRuntimeSession(files.model, narrow, provider=CPU, threads=1)
@@ -92,7 +92,7 @@ def test_a_size_of_one_value_exports(tmp_path: Path) -> None:
 
 
 class Freezes(Mixer):
-    """Reads a size as a number: the graph would hold for one size only."""
+    """A network that reads a size as a number, so that its graph would be right for one size only."""
 
     def forward(self, image: Tensor, rows: Tensor) -> Tensor:
         return super().forward(image, rows) * (1.0 if int(image.shape[2]) == 8 else 2.0)
@@ -134,7 +134,7 @@ def test_example_sizes_differ_and_never_are_zero_or_one() -> None:
     assert second["height"] != second["width"], "a transposed graph must not pass"
 
 
-def test_example_sizes_are_as_small_as_asked_where_the_range_allows() -> None:
+def test_example_sizes_are_as_small_as_asked_if_the_range_allows_it() -> None:
     ranges = {"height": Range(1, 256, 512, 2), "width": Range(64, 256, 512), "rows": Range(1, 2, 8)}
     spec = replace(SPEC, profile={**SPEC.profile, **ranges})
     first, second = (example_sizes(spec, second=second, max_multiple=8) for second in (False, True))
@@ -142,8 +142,8 @@ def test_example_sizes_are_as_small_as_asked_where_the_range_allows() -> None:
     assert second["height"] != first["height"] and 64 < second["width"] < 72
 
 
-def test_a_bf16_graph_is_one_that_onnx_runtime_can_load(tmp_path: Path) -> None:
-    """Conv has no bf16 before opset 22: INVALID_GRAPH, on every provider. The CPU's lacks the kernels, no more."""
+def test_onnx_runtime_loads_a_bf16_graph(tmp_path: Path) -> None:
+    """Conv takes no bf16 before opset 22 (INVALID_GRAPH on every provider). On a CPU only the kernels are missing."""
     tensors = {"inputs": SPEC.inputs, "outputs": SPEC.outputs}
     bf16 = replace(
         SPEC, **{k: tuple(replace(t, dtype=DType.BFLOAT16) for t in ts) for k, ts in tensors.items()}
@@ -154,7 +154,7 @@ def test_a_bf16_graph_is_one_that_onnx_runtime_can_load(tmp_path: Path) -> None:
         onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
 
-def test_bf16_crosses_the_boundary_as_its_bits() -> None:
+def test_bf16_tensors_and_arrays_convert_by_their_bits() -> None:
     values = torch.tensor([1.0, -2.5, 3.140625]).bfloat16()
     bits = from_torch(values)
     assert bits.dtype == np.uint16

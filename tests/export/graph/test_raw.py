@@ -1,4 +1,4 @@
-"""The network alone, beside the step that wraps it."""
+"""The exported network without the step around it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_raw_exports_the_network_that_the_step_wraps(tiny_checkpoint: Path, tmp_
         **feeds,
         "row_of": np.arange(rows),
         "guidance_weights": np.eye(rows, dtype=np.float32),
-        # x0 = 0*x + 1*pred: the step then gives the network's own output.
+        # With these, x0 = 0*x + 1*pred: the step returns the network's own output.
         "coefficients": np.tile(np.float32([1, 0, 1, 0, 0, 0]), (rows, 1)),
         "history": np.zeros((rows, 1, *feeds["latents"].shape[1:]), np.float32),
     }

@@ -1,4 +1,4 @@
-"""The whole-step wrapper: rows, guidance, solver update, statistics, beside the arithmetic written out."""
+"""The whole-step wrapper: rows, guidance, solver update and statistics, compared with the arithmetic written out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditc.runtime.step_contract import StepContract, coefficient_columns
 
 
 class Network(nn.Module):
-    """Small, seeded, and different for every input: a 1x1 convolution, scaled by the timestep and by a condition."""
+    """A small seeded network that depends on every input: a 1x1 convolution, scaled by timestep and condition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ def test_a_row_of_weight_zero_cannot_spoil_a_sample(value: float) -> None:
 
 
 def test_guidance_stays_fp32_where_16_bits_would_cancel() -> None:
-    """(1 - g) * u + g * c with u and c close: bf16 loses the difference."""
+    """In (1 - g) * u + g * c, u and c are so close that bf16 would lose their difference."""
     unconditional = torch.full((1, 1, 1, 1), 100.0)
     conditional = unconditional + 0.01
     guided = guide(torch.tensor([[-6.5, 7.5]]), torch.cat([unconditional, conditional]))
     assert abs(float(guided) - 100.075) < 1e-3
 
 
-def test_statistics_count_what_is_not_finite_and_keep_the_largest_of_the_rest() -> None:
+def test_statistics_count_values_that_are_not_finite_and_keep_the_largest_finite_one() -> None:
     x0 = torch.zeros(3, 1, 2, 2)
     x0[0, 0] = torch.tensor([[1.0, -3.0], [2.0, 0.0]])
     x0[1, 0] = torch.tensor([[float("nan"), -4.0], [float("inf"), float("-inf")]])

@@ -1,4 +1,4 @@
-"""A block is traced once: the graph is the one that tracing every block gives, and what differs is traced as it is."""
+"""Equal blocks are traced once, and the graph equals the one that tracing every block gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ditc.export.families import find_adapter
 from ditc.export.graph import onnx as exporter
 from ditc.export.graph.passes.expand_repeats import DOMAIN
 from ditc.export.graph.passes.scopes import module_path
-from ditc.export.graph.trace_repeats import kinds, traced_once
+from ditc.export.graph.trace_repeats import repeated_blocks, trace_blocks_once
 from ditc.runtime.spec import DType, Precision, Range, StageSpec, TensorSpec
 
 
@@ -25,12 +25,12 @@ def both(stage: StageModule, monkeypatch: pytest.MonkeyPatch) -> tuple[ir.Model,
     """The stage's finished graph, with blocks traced once and with every block traced."""
     once = exporter.to_model(stage)
     with monkeypatch.context() as patch:
-        patch.setattr(exporter, "traced_once", lambda root: nullcontext())
+        patch.setattr(exporter, "trace_blocks_once", lambda root: nullcontext())
         return once, exporter.to_model(stage)
 
 
 def digest(model: ir.Model) -> dict[str, str]:
-    """A hash for each output: of every node behind it, its module, attributes and inputs, whatever they are called."""
+    """A hash per output, of the nodes that compute it: their modules, attributes and inputs, but not their names."""
     known: dict[ir.Value, str] = {}
 
     def of(value: ir.Value | None) -> str:
@@ -49,7 +49,7 @@ def digest(model: ir.Model) -> dict[str, str]:
     for node in model.graph:
         assert node.domain != DOMAIN
         attributes = sorted(f"{key}={attribute.value}" for key, attribute in node.attributes.items())
-        # A size belongs to the block that asks for it first, and that may be another one.
+        # A size is shared by several blocks and named after the first that needs it, which may differ.
         module = None if node.outputs[0].dtype is ir.DataType.INT64 else module_path(node)
         text = f"{node.op_identifier()} {module} {attributes} {[of(value) for value in node.inputs]}"
         for index, value in enumerate(node.outputs):
@@ -66,14 +66,14 @@ def digest(model: ir.Model) -> dict[str, str]:
         pytest.param("sd3_checkpoint", "denoiser", marks=pytest.mark.slow),
     ],
 )
-def test_a_family_s_graph_is_that_of_tracing_every_block(
+def test_a_familys_graph_equals_that_of_tracing_every_block(
     checkpoint: str, stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path("demo/checkpoint") if checkpoint == "demo" else request.getfixturevalue(checkpoint)
     source = open_checkpoint(path)
     adapter, options = find_adapter(source), BuildOptions(precision=Precision.FP32)
     module = adapter.load(source, adapter.plan(source, options), stage, options)
-    assert kinds(module.module), "the network repeats blocks"
+    assert repeated_blocks(module.module), "the network repeats blocks"
     once, full = both(module, monkeypatch)
     assert digest(once) == digest(full)
     assert len({node.name for node in once.graph}) == len(once.graph) == len(full.graph)
@@ -92,7 +92,7 @@ class Residual(nn.Module):
 
 
 class Stack(nn.Module):
-    """scaled: blocks that get a scale; powers: what tells blocks apart."""
+    """A stack of blocks. powers: a power per block, which makes blocks differ; scaled: blocks called with a scale."""
 
     def __init__(self, powers: tuple[int, ...] = (1, 1, 1), scaled: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ def stage(module: nn.Module) -> StageModule:
 @pytest.mark.parametrize(
     "stack",
     [Stack(), Stack(powers=(1, 2, 1, 2, 2)), Stack(scaled=(1,)), Stack(scaled=(0, 2)), Stack(powers=(1,))],
-    ids=["equal", "two kinds", "one called otherwise", "the first called otherwise", "one block"],
+    ids=["equal", "two groups", "one called differently", "the first called differently", "one block"],
 )
-def test_the_graph_is_that_of_tracing_every_block(
+def test_the_graph_equals_that_of_tracing_every_block(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once, full = both(stage(stack), monkeypatch)
@@ -138,7 +138,7 @@ def test_the_graph_is_that_of_tracing_every_block(
 def test_a_later_block_is_one_node_in_the_trace() -> None:
     x = torch.zeros(2, 3, 4)
     stack = stage(Stack()).module
-    with traced_once(stack):
+    with trace_blocks_once(stack):
         program = torch.onnx.export(stack, (x,), dynamo=True, optimize=False, verbose=False)
     assert program is not None
     names = [node.op_type for node in program.model.graph if node.domain == DOMAIN]
@@ -150,16 +150,16 @@ def test_the_network_is_as_it_was_after_the_trace() -> None:
     x = torch.rand(2, 3, 4)
     before = stack(x)
     hooked = stack.blocks[1].forward = stack.blocks[1].forward  # as accelerate's hooks leave a module
-    with pytest.raises(RuntimeError, match="stopped"), traced_once(stack):
+    with pytest.raises(RuntimeError, match="stopped"), trace_blocks_once(stack):
         raise RuntimeError("stopped")
     assert [module for module in stack.modules() if "forward" in vars(module)] == [stack.blocks[1]]
     assert stack.blocks[1].forward is hooked
     assert torch.equal(stack(x), before)
 
 
-def test_kinds_are_told_apart_by_what_a_block_holds() -> None:
+def test_blocks_with_other_attributes_or_tensors_are_in_other_groups() -> None:
     wide = Residual()
     wide.linear = nn.Linear(4, 4, bias=False)
     half = Residual().half()
     blocks = nn.ModuleList([Residual(), Residual(2), wide, half, Residual(), Residual(2)])
-    assert [list(kind) for kind in kinds(blocks)] == [["0", "4"], ["1", "5"]]
+    assert [list(group) for group in repeated_blocks(blocks)] == [["0", "4"], ["1", "5"]]

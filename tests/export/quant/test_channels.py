@@ -1,4 +1,4 @@
-"""Errors from a channel's counts are the errors of its values, and the plan that they choose is as good as any."""
+"""The error that a channel's counts predict is that of its values, and the plan chosen by it is as good as any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditc.export.quant.plan import ALPHAS, CLIPS, choose_input, smoothing
 
 @pytest.fixture(scope="module")
 def outliers() -> tuple[np.ndarray, np.ndarray]:
-    """Inputs with rare outliers, channels of very different size; and weights."""
+    """Inputs with rare outliers and channels of very different magnitude, and weights."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((16000, 48))
     x[rng.random(x.shape) < 3e-5] *= 5
@@ -40,7 +40,7 @@ def test_the_error_from_counts_is_the_error_of_the_values(outliers, clip):
     amax = np.abs(x).max(axis=0).astype(np.float64) * clip
     direct = ((fake_quantize(x, scale_of(amax, Format.INT8), Format.INT8) - x) ** 2).mean(axis=0)
     ratio = channel_counts(statistics(x)).error(amax / 127, amax) / direct
-    # What is in a bin, a quarter of an octave wide, is taken to be even: a channel's few outliers are not.
+    # Values count as evenly spread in a bin, which is a quarter of an octave wide. A channel's few outliers are not.
     assert np.median(ratio) == pytest.approx(1, abs=0.25)
     assert ratio.mean() == pytest.approx(1, abs=0.25)
 
@@ -49,10 +49,10 @@ def test_smoothing_and_clipping_are_chosen_together_as_well_as_by_trying_all(out
     x, weight = outliers
 
     def snr(smooth, amax):
-        codes_x = fake_quantize((x / smooth).astype(np.float32), scale_of(amax, Format.INT8), Format.INT8)
+        quantized_x = fake_quantize((x / smooth).astype(np.float32), scale_of(amax, Format.INT8), Format.INT8)
         scaled = (weight * smooth).astype(np.float32)
-        codes_w = fake_quantize(scaled, scale_of(channel_amax(scaled, 0), Format.INT8), Format.INT8)
-        return signal_to_noise_db(codes_x @ codes_w.T, x @ weight.T)
+        quantized_w = fake_quantize(scaled, scale_of(channel_amax(scaled, 0), Format.INT8), Format.INT8)
+        return signal_to_noise_db(quantized_x @ quantized_w.T, x @ weight.T)
 
     reach = np.abs(x).max(axis=0)
     tried = {
@@ -63,12 +63,12 @@ def test_smoothing_and_clipping_are_chosen_together_as_well_as_by_trying_all(out
     }
     chosen = choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8)
     assert snr(chosen.smooth, chosen.amax) > max(tried.values()) - 0.3
-    # Without clipping the best is clearly worse: that is what the channels' counts are for.
+    # Without clipping even the best choice is clearly worse, which is why channels are counted.
     assert snr(chosen.smooth, chosen.amax) > max(db for (_, clip), db in tried.items() if clip == 1) + 0.3
 
 
-def test_a_clipping_that_gains_little_is_left_away():
-    """Block 1's attn1.to_out.0 of the demo model: 0.2 dB expected, 2 dB lost on a prompt that was not calibrated."""
+def test_a_clipping_that_gains_little_is_not_chosen():
+    """In block 1's attn1.to_out.0 of the demo model clipping promised 0.2 dB, and lost 2 dB on an unseen prompt."""
     x = np.random.default_rng(0).standard_normal((16000, 48)).astype(np.float32)
     weight = np.ones((24, 48), np.float32)
     chosen = choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8)

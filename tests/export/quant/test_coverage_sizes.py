@@ -1,4 +1,4 @@
-"""Sizes of the symbols that torch.export makes inside a graph with patches: coverage needs them."""
+"""Coverage finds the sizes of the symbols that torch.export makes inside a graph with patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges from counts: bins, max, percentile, MSE, entropy, and the percentile over timesteps."""
+"""Clipping values from counts: bins, max, percentile, MSE, entropy, and the percentile over timesteps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SD3 and lucidrains/mmdit in 8 bits as a user gets there: ditc calibrate, ditc build, ditc run, ditc inspect."""
+"""SD3 and lucidrains/mmdit in 8 bits through a user's commands: ditc calibrate, ditc build, ditc run, ditc inspect."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
 from ditc.runtime.spec import DENOISER
 
-# One of each kind of block: with the second attention, and without the text's half.
+# One block with the second attention, and the last block, which lacks parts of the text stream.
 BLOCKS = 2
-SD3_LAYERS = (8 + 4 + 4) + (
-    8 + 2 - 1
-)  # q, k, v, out of both streams, the second attention, two feed-forwards
+# The first: q, k, v, out of both streams; the second attention; two feed-forwards. The last: the same without the
+# second attention, the text's out and the text's feed-forward.
+SD3_LAYERS = (8 + 4 + 4) + (8 + 2 - 1)
 
 
 def build(checkpoint: Path, bundle: Path, precision: str, *options: str) -> int:
@@ -34,7 +34,7 @@ def calibrate(checkpoint: Path, ranges: Path) -> Path:
 
 
 def check(bundle: Path, recipe: str, layers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bundle holds that denoiser, all of its planned layers in 8 bits, and draws with it."""
+    """The bundle holds the recipe's denoiser with that many layers in 8 bits, and draws with it."""
     precision = recipe.rpartition("-")[2]
     (artifact,) = [a for a in load_manifest(bundle).stages[DENOISER].artifacts if a.precision == precision]
     assert artifact.recipe == recipe and artifact.quantization is not None
@@ -52,7 +52,7 @@ def check(bundle: Path, recipe: str, layers: int, tmp_path: Path, capsys: pytest
 
 @pytest.fixture(scope="module")
 def small(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared checkpoint with fewer blocks: text encoders and VAE of its bundle are reused."""
+    """The shared checkpoint with fewer blocks; a build reuses text encoders and VAE of its bundle."""
     directory = tmp_path_factory.mktemp("small") / "checkpoint"
     shutil.copytree(sd3_checkpoint, directory)
     whole = SD3Transformer2DModel.from_pretrained(directory / "transformer")
@@ -80,7 +80,7 @@ def test_sd3_is_calibrated_built_and_run_in_8_bits(
     check(bundle, f"sd3-{precision}", SD3_LAYERS, tmp_path, capsys)
 
 
-def test_sd3_without_ranges_is_told_how_to_get_them_and_nothing_is_built(
+def test_sd3_without_ranges_is_refused_with_a_hint_and_nothing_is_built(
     small: Path, tmp_path: Path, capsys
 ) -> None:
     assert build(small, tmp_path / "bundle", "int8") == 2

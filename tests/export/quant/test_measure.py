@@ -1,4 +1,4 @@
-"""What a quantized build says of fidelity and speed is measured once."""
+"""Fidelity and speed of a quantized build are measured once."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ def test_a_measurement_of_this_bundle_on_this_machine_is_known(manifest: Manifes
     "changes",
     [{"manifest": "0"}, {"artifact": "0"}, {"machine": "a faster one"}, {"versions": {"ditc": "0"}}],
 )
-def test_one_of_anything_else_is_not(changes: dict[str, object], manifest: Manifest, tmp_path: Path) -> None:
+def test_a_measurement_of_anything_else_is_not_known(
+    changes: dict[str, object], manifest: Manifest, tmp_path: Path
+) -> None:
     save_measurement(measured(manifest, **changes), tmp_path)
     assert known_measurement(tmp_path, manifest, "key") is None
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "damaged"])
-def test_a_file_that_holds_none_is_none(content: str, manifest: Manifest, tmp_path: Path) -> None:
+def test_a_file_without_measurements_gives_none(content: str, manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "quantized.json").write_text(content)
     assert known_measurement(tmp_path, manifest, "key") is None
 
 
-def test_a_build_that_changed_nothing_draws_no_pictures_again(
+def test_a_build_that_changed_nothing_measures_nothing_again(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coverage = Coverage(

@@ -1,4 +1,4 @@
-"""Recipes name the layers that they should, and a plan chooses ranges and smoothing that lose least."""
+"""Recipes name the right layers, and a plan chooses the ranges and the smoothing that lose least."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ OTHERS = (
     "proj_out",
 )
 SANA = (*OTHERS, *(f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK))
-HIGH = {"attn2.to_k", "attn2.to_v", "ff.conv_depth"}
-# What each recipe quantizes of Sana: all GEMMs of a block but cross-attention's K and V.
-EXPECTED = [f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK if layer not in HIGH]
+KEPT = {"attn2.to_k", "attn2.to_v", "ff.conv_depth"}
+# Each recipe quantizes all GEMMs of a Sana block except cross-attention's K and V.
+EXPECTED = [f"transformer_blocks.{i}.{layer}" for i in (0, 11) for layer in BLOCK if layer not in KEPT]
 
 
-# Names as load_sd3's network has them, and a lucidrains trunk of either kind.
+# Layer names of an SD3 network, and of both kinds of lucidrains trunk.
 SD3_BLOCK = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "attn2.to_out.0"),
@@ -88,7 +88,7 @@ JOINT = {
 
 @pytest.mark.parametrize("kind", list(Format))
 @pytest.mark.parametrize("family", JOINT)
-def test_recipes_of_joint_attention_quantize_the_layers_that_are_written_here(family, kind):
+def test_recipes_of_joint_attention_quantize_the_layers_that_are_listed_here(family, kind):
     others, expected = JOINT[family]
     recipe = find_recipe(None, Precision(kind.value), family)
     assert recipe.name == f"{family}-{kind.value}" and recipe.activations
@@ -99,7 +99,7 @@ def test_recipes_of_joint_attention_quantize_the_layers_that_are_written_here(fa
 
 
 @pytest.mark.parametrize("family", ["sana", *JOINT])
-def test_a_search_begins_with_the_recipe_of_the_family(family):
+def test_a_search_starts_from_the_recipe_of_the_family(family):
     expected = EXPECTED if family == "sana" else JOINT[family][1]
     for kind in Format:
         base = base_recipe(kind, family)
@@ -107,7 +107,7 @@ def test_a_search_begins_with_the_recipe_of_the_family(family):
         assert base.formats(expected) == dict.fromkeys(expected, kind)
 
 
-def test_a_recipe_of_another_family_is_unknown_and_the_familys_own_are_named():
+def test_a_recipe_of_another_family_is_unknown_and_the_hint_lists_the_familys_own():
     with pytest.raises(UsageError, match="'sd3-int8' is unknown") as caught:
         find_recipe("sd3-int8", Precision.INT8, "sana")
     assert "sana-int8, sana-fp8, int8-weight-only, fp8-weight-only" in str(caught.value.hint)
@@ -122,14 +122,14 @@ def test_a_recipe_of_another_family_is_unknown_and_the_familys_own_are_named():
         ("fp8-weight-only", Format.FP8, False),
     ],
 )
-def test_each_recipe_quantizes_the_layers_that_are_written_here(name, kind, activations):
+def test_each_recipe_quantizes_the_layers_that_are_listed_here(name, kind, activations):
     recipe = find_recipe(name, Precision(kind.value), "sana")
     assert recipe.formats(SANA) == dict.fromkeys(EXPECTED, kind)
     assert recipe.activations is activations
     assert all(recipe.decide(layer).why for layer in SANA if layer not in EXPECTED)
 
 
-def test_the_defaults_and_unknown_names():
+def test_the_default_recipe_is_found_and_recipes_that_do_not_fit_are_refused():
     assert find_recipe(None, Precision.INT8, "sana").name == "sana-int8"
     with pytest.raises(UsageError, match="unknown"):
         find_recipe("sana-int4", Precision.INT8, "sana")
@@ -139,11 +139,11 @@ def test_the_defaults_and_unknown_names():
         find_recipe("sana-fp8", Precision.INT8, "sana")
 
 
-def test_a_recipe_survives_its_file(tmp_path):
+def test_a_recipe_is_the_same_after_its_file_and_a_bad_file_is_refused(tmp_path):
     recipe = RECIPES["sana-int8"]
     assert load_recipe(save_recipe(recipe, tmp_path / "r.json")) == recipe
     (tmp_path / "bad.json").write_text('{"name": "x"}')
-    with pytest.raises(UsageError, match="is no recipe"):
+    with pytest.raises(UsageError, match="is not a recipe"):
         load_recipe(tmp_path / "bad.json")
 
 
@@ -163,7 +163,7 @@ def ranges_for(layers: dict[str, Layer], x: np.ndarray) -> Ranges:
 
 @pytest.fixture(scope="module")
 def outlier_channel() -> tuple[np.ndarray, np.ndarray]:
-    """Inputs with one channel a hundred times as large, and weights that read it no more than others."""
+    """Inputs with one channel a hundred times as large, and weights of the same size for all channels."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((500, 32)).astype(np.float32)
     x[:, 5] *= 100
@@ -183,16 +183,16 @@ def test_smoothing_is_chosen_for_an_outlier_channel_and_helps(outlier_channel):
     smooth = choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8)
     plain = choose_input(replace(RECIPES["sana-int8"], smooth=False), statistics(x), [weight], Format.INT8)
     assert smooth.alpha > 0 and plain.smooth is None
-    # Of the signal that the other channels carry: the outlier's own drowns it, and is coarse either way.
+    # Measured on the signal of the other channels, because the outlier's own would hide it.
     others = x.copy()
     others[:, 5] = 0
     assert snr_of(smooth, others, weight) > snr_of(plain, others, weight) + 6
 
 
-def test_even_channels_are_left_alone():
+def test_channels_of_equal_size_are_not_smoothed():
     rng = np.random.default_rng(0)
     x, weight = (rng.uniform(-1, 1, (rows, 32)).astype(np.float32) for rows in (500, 400))
-    x[0], weight[0] = 1, 1  # every channel has the same amax, in both
+    x[0], weight[0] = 1, 1  # every channel of both has the same amax
     assert choose_input(RECIPES["sana-int8"], statistics(x), [weight], Format.INT8).smooth is None
 
 
@@ -208,7 +208,7 @@ def test_ranges_of_a_narrower_network_are_refused():
         make_plan(RECIPES["sana-int8"], ranges_for(layers, np.ones((3, 6), np.float32)), layers)
 
 
-def test_activations_need_ranges_and_weights_alone_do_not():
+def test_quantized_activations_need_ranges_and_quantized_weights_do_not():
     layers = linear(np.ones((4, 8), np.float32))
     with pytest.raises(UsageError, match="needs ranges"):
         make_plan(RECIPES["sana-int8"], None, layers)

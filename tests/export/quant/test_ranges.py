@@ -1,4 +1,4 @@
-"""Files of ranges: what is saved is loaded, what merges adds up, what does not belong is refused."""
+"""Files of ranges: a saved file loads the same, merged files add up, and files that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ranges(seed: int = 0, **changes) -> Ranges:
     return replace(made, **changes)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_loaded_ranges_equal_the_saved_ones(tmp_path):
     saved = ranges()
     loaded = load_ranges(save_ranges(saved, tmp_path / "r.safetensors"), identity=ORIGIN.identity)
     assert (loaded.origin, loaded.site_of, loaded.prompts) == (saved.origin, saved.site_of, saved.prompts)
@@ -32,16 +32,16 @@ def test_what_is_saved_is_loaded(tmp_path):
     np.testing.assert_array_equal(loaded.of("b").channel_squares, saved.sites["a"].channel_squares)
 
 
-def test_others_may_read_the_file_as_they_may_any_other(tmp_path):
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     path = save_ranges(ranges(), tmp_path / "r.safetensors")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
-def test_a_place_that_takes_no_file_is_an_error_with_a_hint():
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that refuses even root's files")
+def test_a_folder_that_takes_no_file_is_an_error_with_a_hint():
     with pytest.raises(UsageError, match="cannot write /proc/r") as error:
-        save_ranges(ranges(), Path("/proc/r.safetensors"))  # safetensors raises an error of its own
+        save_ranges(ranges(), Path("/proc/r.safetensors"))  # safetensors raises an error class of its own
     assert error.value.hint == "choose another -o"
 
 
@@ -58,7 +58,7 @@ def test_a_missing_layer_is_named():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
-def test_values_that_are_no_range_are_refused_by_name(tmp_path, value):
+def test_values_that_cannot_be_magnitudes_are_refused_by_name(tmp_path, value):
     made = ranges()
     made.sites["a"].amax[1] = value
     path = save_ranges(made, tmp_path / "r.safetensors")
@@ -66,7 +66,7 @@ def test_values_that_are_no_range_are_refused_by_name(tmp_path, value):
         load_ranges(path)
 
 
-def test_counts_of_other_channels_are_refused(tmp_path):
+def test_counts_of_another_number_of_channels_are_refused(tmp_path):
     made = ranges()
     statistics_of_a = replace(made.sites["a"], channel_histogram=made.sites["a"].channel_histogram[:3])
     path = save_ranges(replace(made, sites={"a": statistics_of_a}), tmp_path / "r.safetensors")
@@ -75,7 +75,7 @@ def test_counts_of_other_channels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", None])
-def test_a_file_of_something_else_is_refused(tmp_path, content):
+def test_a_file_that_is_not_whole_or_not_safetensors_is_refused(tmp_path, content):
     path = tmp_path / "r.safetensors"
     if content is None:
         path.write_bytes(save_ranges(ranges(), tmp_path / "whole.safetensors").read_bytes()[:-100])

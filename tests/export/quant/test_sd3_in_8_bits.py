@@ -1,4 +1,4 @@
-"""An SD3.5-medium denoiser in 8 bits: what the recipes name is quantized, in the graph as in the simulation."""
+"""An SD3.5-medium denoiser in 8 bits: the recipes' layers are quantized, and graph and simulation agree."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Backend, Precision
 
-LINEARS_OF_A_BLOCK = 8 + 2 + 2 + 2  # both streams' q, k, v and out; their feed-forwards; the two modulations
-LINEARS_OF_DUAL = 4
-OTHERS = 4 + 3 + 1  # time and pooled text; patches, text, final modulation; final layer
+# q, k, v and out of both streams; two Linears of each stream's feed-forward; the two modulations.
+LINEARS_OF_A_BLOCK = 8 + 2 + 2 + 2
+LINEARS_OF_DUAL = 4  # q, k, v and out of a dual block's second attention
+OTHERS = 4 + 3 + 1  # time and pooled text embedding; patches, text, final modulation; final layer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Denoiser:
     ranges: Ranges
 
     def quantized(self, kind: Format, path: Path) -> QuantPlan:
-        """Write the graph in that format."""
+        """Write the graph quantized in that format, and return its plan."""
         layers = linear_layers(self.stage)
         recipe = find_recipe(None, Precision(kind.value), "sd3")
         plan, model = make_plan(recipe, self.ranges, layers), self.model.clone()
@@ -58,7 +59,7 @@ def load(checkpoint: Path, precision: Precision) -> StageModule:
 
 @pytest.fixture(scope="module")
 def step(sd3_checkpoint: Path, sd3_bundle: Path) -> Denoiser:
-    """The graph is the shared bundle's."""
+    """The denoiser with the graph of the shared bundle."""
     (artifact,) = load_manifest(sd3_bundle).stages[DENOISER].artifacts
     model = ir.load(sd3_bundle / artifact.file.path)
     ir.external_data.load_to_model(model)
@@ -80,7 +81,7 @@ def test_the_graph_computes_what_the_simulation_computes(
             tmp_path / "step.onnx", step.stage.spec, precision=Precision(kind.value), provider=CPU
         ).run(feeds)["x0"]
     )
-    # Sums in another order tip a few values over a rounding boundary: less than what the rounding itself costs.
+    # Sums in another order move a few values over a rounding boundary, which costs less than the rounding itself.
     assert signal_to_noise_db(got, np.asarray(simulated)) > signal_to_noise_db(got, np.asarray(exact)) + 10
     assert signal_to_noise_db(got, np.asarray(exact)) > 20
 
@@ -89,15 +90,13 @@ def test_all_gemms_of_the_blocks_and_nothing_else_become_8_bits(step: Denoiser) 
     layers = linear_layers(step.stage)
     plan = make_plan(find_recipe(None, Precision.INT8, "sd3"), step.ranges, layers)
     blocks, dual = 3, 2
-    text_of_the_last = 3  # to_add_out and the feed-forward are not there
+    text_of_the_last = 3  # the last block lacks to_add_out and the two Linears of the text's feed-forward
     in_blocks = blocks * LINEARS_OF_A_BLOCK + dual * LINEARS_OF_DUAL - text_of_the_last
     assert len(layers) == in_blocks + OTHERS
     assert len(plan.layers) == in_blocks - 2 * blocks
     assert all(name.startswith("transformer_blocks.") for name in plan.layers)
-    assert {name.split(".")[2] for name in plan.high if name.startswith("transformer")} == {
-        "norm1",
-        "norm1_context",
-    }
+    kept = [name for name in plan.kept_high_precision if name.startswith("transformer")]
+    assert {name.split(".")[2] for name in kept} == {"norm1", "norm1_context"}
 
 
 @pytest.mark.slow

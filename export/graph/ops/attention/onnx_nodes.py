@@ -1,4 +1,4 @@
-"""`ditc::attention` in a graph: plain nodes in any opset, or one standard Attention from opset 23 on."""
+"""`ditc::attention` in a graph: plain nodes in any opset, or one standard Attention node from opset 23 on."""
 
 # B batch, N queries, S keys, H heads, D head dim
 
@@ -10,17 +10,17 @@ import onnx_ir as ir
 from onnx.defs import OpSchema, get_schema
 from onnxscript import opset20, values
 
-# onnxscript types operands as unions of element types, which it then refuses as operands of the next operator.
+# Any, because onnxscript types a result as a union of element types but refuses such a union as an operand.
 op: Any = opset20
 
 FP32 = int(ir.DataType.FLOAT)
 STANDARD = "Attention"
-STANDARD_FROM = 23  # the opset that brought it
+STANDARD_FROM = 23  # the first opset that has it
 FP16_LOWEST = -65504.0
 
 
 def translate_plain(q: Any, k: Any, v: Any, scale: float, bias: Any = None, softcap: float = 0.0) -> Any:
-    """Two products around a softmax in fp32. q is scaled first: unscaled scores can pass fp16's range."""
+    """Two products around an fp32 softmax. q is scaled first, because unscaled scores can exceed fp16's range."""
     q_BHND = op.Transpose(q, perm=[0, 2, 1, 3])
     k_BHDS = op.Transpose(k, perm=[0, 2, 3, 1])
     v_BHSD = op.Transpose(v, perm=[0, 2, 1, 3])
@@ -37,7 +37,7 @@ def translate_plain(q: Any, k: Any, v: Any, scale: float, bias: Any = None, soft
 
 
 def translate_standard(q: Any, k: Any, v: Any, scale: float, bias: Any = None, softcap: float = 0.0) -> Any:
-    """One Attention node on (B,H,N,D), the form that all its implementations take."""
+    """One Attention node on (B,H,N,D) tensors, the layout that all its implementations take."""
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
     attributes = {"scale": scale, "softmax_precision": FP32} | ({"softcap": softcap} if softcap else {})
     given = (q, k, v) if bias is None else (q, k, v, _mask(bias, q))
@@ -45,9 +45,10 @@ def translate_standard(q: Any, k: Any, v: Any, scale: float, bias: Any = None, s
 
 
 def _mask(bias: Any, q_BHND: Any) -> Any:
-    """The bias as attn_mask: of q's type by the standard's words, and with N rows for ONNX Runtime 1.31.
+    """The bias as attn_mask. The standard demands q's type, and ONNX Runtime 1.31 demands N rows.
 
-    fp16 has no MASKED: that would be -Inf, and a row of nothing else NaN. Its largest number leaves no weight either.
+    fp16 cannot hold MASKED: it would become -Inf, and a row of nothing but -Inf gives NaN. fp16's lowest number leaves
+    a masked key no weight either.
     """
     queries = op.Shape(q_BHND, start=2, end=3)
     one = op.Constant(value_ints=[1])
@@ -56,9 +57,9 @@ def _mask(bias: Any, q_BHND: Any) -> Any:
 
 
 def _one_output() -> values.Op:
-    """The standard op with its first output alone.
+    """The standard op with its first output only.
 
-    onnxscript 0.7.2 gives a node all outputs of its schema, and TensorRT's parser before 10.16 takes one only
+    onnxscript 0.7.2 gives a node all outputs of its schema, but TensorRT's parser before 10.16 takes only one
     (NVIDIA/TensorRT #4738).
     """
     whole = get_schema(STANDARD, STANDARD_FROM)

@@ -1,4 +1,4 @@
-"""Softmax attention, written once for the eye: the definition that every other form is compared with."""
+"""Softmax attention in its plainest form: the definition that every other form is compared with."""
 
 # B batch, N queries, S keys, H heads, D head dim
 
@@ -16,10 +16,11 @@ def attention_reference(
     bias: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """softmax(scale * q k^T) v a head, in fp64 (Attention Is All You Need, arXiv 1706.03762, equation 1).
+    """softmax(scale * q k^T) v per head, in fp64 (Attention Is All You Need, arXiv 1706.03762, equation 1).
 
     Args:
-        bias: broadcast to (B,H,N,S) and added behind the soft cap. softcap: c of c * tanh(score / c); 0 for none.
+        bias: broadcast to (B,H,N,S) and added after the soft cap.
+        softcap: the c of c * tanh(score / c); 0 for none.
 
     Returns:
         (B,N,H,D) fp64.

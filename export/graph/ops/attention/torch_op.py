@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The bias of a key that is masked: it absorbs any score, Softmax gives an exact 0, and a row of nothing else is finite.
+# The bias of a masked key. It absorbs any score, so Softmax gives the key exactly 0. It is finite, so a row in which
+# every key is masked stays finite too.
 MASKED = -torch.finfo(torch.float32).max
 
 
@@ -16,19 +17,20 @@ MASKED = -torch.finfo(torch.float32).max
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """softmax(cap(scale * q k^T) + bias) v a head; the softmax, the soft cap and the bias are fp32.
+    """softmax(cap(scale * q k^T) + bias) v per head; softmax, soft cap and bias are computed in fp32.
 
-    fp32 inputs without soft cap take PyTorch's own kernel, which never holds the N x S scores. Others take the graph's
-    order of rounding: q is scaled before the product (unscaled scores can pass fp16's range), and the weights are
-    rounded before they meet v.
+    fp32 inputs without a soft cap go through PyTorch's own kernel, which never holds the N x S scores. Other inputs
+    are rounded where the graph rounds: q is scaled before the product, because unscaled scores can exceed fp16's
+    range, and the weights are rounded before they are multiplied by v.
 
     Args:
-        q: (B,N,H,D), any float dtype. k, v: (B,S,H,D). Token-major: a Linear's output, viewed.
-        bias: fp32, one that broadcasts to (B,H,N,S): a mask's MASKED for keys that are not attended to.
-        softcap: c of c * tanh(score / c), before the bias, as ONNX's Attention has it; 0 for none.
+        q: (B,N,H,D) in any float type.
+        k, v: (B,S,H,D). All three are token-major: the output of a Linear, viewed.
+        bias: fp32, broadcast to (B,H,N,S). A mask is 0 for keys that are attended to and MASKED for others.
+        softcap: the c of c * tanh(score / c), which comes before the bias as in ONNX's Attention; 0 for none.
 
     Returns:
-        (B,N,H,D) in the dtype of q.
+        (B,N,H,D) in q's type.
     """
     q_BHND, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
     if q.dtype == torch.float32 and not softcap:

@@ -1,15 +1,15 @@
-"""The op as Triton kernels: one pair for many tokens, and one kernel that does both for few.
+"""The op as Triton kernels: a pair for many tokens, and one fused kernel for few.
 
-    kv_kernel      kv[d,e] = sum_n relu(k[n,d]) v[n,e] and total[d] = sum_n relu(k[n,d]), over a share of the tokens
+    kv_kernel      kv[d,e] = sum_n relu(k[n,d]) v[n,e] and total[d] = sum_n relu(k[n,d]), over one share of the tokens
     out_kernel     out[n] = relu(q[n]) @ sum(kv) / (relu(q[n]) . sum(total) + eps)
-    fused_kernel   both in one program a head
+    fused_kernel   both steps in one program per head
 
-`total` is the product with the row of ones that the reference pads v with. Sums and both products are fp32: 16-bit k
-and v are multiplied exactly and added in fp32, q is widened, so kv is never rounded. ReLU keeps NaN, as torch's does.
-Imported only where Triton is installed (the extra `plugin`); nothing else needs it.
+`total` is the product with the row of ones that torch_op.py appends to v. Sums and products are fp32: 16-bit k and v
+are multiplied exactly and added in fp32, and q is widened, so that kv is never rounded. ReLU keeps NaN, as torch's
+does. This module needs Triton (the extra `plugin`), so it is imported only where the kernels are used.
 """
 
-# Triton reads annotations as its own, so the kernels have none.
+# Triton gives annotations a meaning of its own, so the kernels have none.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 # B batch, N tokens, H heads, D head dim; q, k, v, out are (B,N,H,D), contiguous; S shares of the tokens
@@ -65,7 +65,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of tokens of one head."""
+    """Write the output of one block of tokens of one head."""
     d = tl.arange(0, BLOCK_D)
     n = first + tl.arange(0, BLOCK_N)
     at = base + n[:, None] * stride + d[None, :]
@@ -89,7 +89,7 @@ def kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (S, B*H); kv (B*H,S,BLOCK_D,BLOCK_D) and total (B*H,S,BLOCK_D) fp32. share: tokens of one program."""
+    """Grid (S, B*H). kv (B*H,S,BLOCK_D,BLOCK_D) and total (B*H,S,BLOCK_D) are fp32. share: tokens per program."""
     s, head = tl.program_id(0), tl.program_id(1)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
     begin = s * share
@@ -114,7 +114,7 @@ def out_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (blocks of BLOCK_N tokens, B*H)."""
+    """Grid (blocks of BLOCK_N tokens, B*H). Adds the S shares of kv and total, then writes the output."""
     head = tl.program_id(1)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
     d = tl.arange(0, BLOCK_D)
@@ -141,7 +141,7 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (B*H,). Arguments in the order of a TensorRT QDP kernel: inputs, integers, outputs."""
+    """Grid (B*H,). The arguments have the order of a TensorRT QDP kernel: inputs, integers, outputs."""
     head = tl.program_id(0)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
     sums, totals = _sums(k, v, base, 0, N, H * D, D, BLOCK_N, BLOCK_D)

@@ -1,7 +1,7 @@
-"""The op's kernels compiled ahead of time to PTX: needs Triton, and no GPU.
+"""Compile the op's kernels ahead of time to PTX, which needs Triton but no GPU.
 
-PTX for one compute capability runs on every later one: the driver finishes the compilation (CUDA programming guide,
-"Just-in-Time Compilation"), so a file for sm80 serves sm86, sm89, sm90 and sm120 too.
+PTX for one compute capability runs on every later one, because the driver finishes the compilation (CUDA programming
+guide, "Just-in-Time Compilation"). So a file for sm80 also serves sm86, sm89, sm90 and sm120.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from ditc.runtime.errors import BuildError, MissingExtra
 from ditc.runtime.spec import DType
 
-# Tokens a program takes at once, and warps: chosen for 32-wide heads (64 x 32 16-bit tiles of q, k, v in registers
-# without spilling); not tuned, for no GPU was at hand.
+# Tokens that a program takes at once, and its warps. Chosen for 32-wide heads, whose 64 x 32 16-bit tiles of q, k and v
+# fit into registers without spilling. Not tuned, because no GPU was at hand.
 BLOCK_N = 64
 WARPS = 4
-# The oldest generation with 16-bit tensor cores for bf16; sm75 is not served.
+# The oldest generation whose tensor cores take bf16; sm75 is not served.
 TARGET_SM = 80
 
 _TYPES = {DType.FLOAT32: "fp32", DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16"}
@@ -27,7 +27,12 @@ _TYPES = {DType.FLOAT32: "fp32", DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One compiled kernel. shared_bytes: dynamic shared memory a block; threads: of a block."""
+    """One compiled kernel.
+
+    Attributes:
+        threads: threads per block.
+        shared_bytes: dynamic shared memory per block, in bytes.
+    """
 
     name: str
     ptx: str
@@ -36,13 +41,13 @@ class Kernel:
 
 
 def block_d(head_dim: int) -> int:
-    """The head dimension, rounded up to what tl.dot takes: a power of 2, 16 at least."""
+    """The head dimension, rounded up to a size that tl.dot takes: a power of 2, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @cache
 def compile_pair(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> tuple[Kernel, Kernel]:
-    """kv_kernel and out_kernel. Raises MissingExtra without Triton."""
+    """Compile kv_kernel and out_kernel. Raises MissingExtra without Triton."""
     kernels = load_kernels()
     sizes = {"D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
     x, f, i = "*" + _TYPES[dtype], "*fp32", "i32"
@@ -53,7 +58,11 @@ def compile_pair(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> tuple[Kern
 
 @cache
 def compile_fused(dtype: DType, head_dim: int, eps: float, sm: int = TARGET_SM) -> Kernel:
-    """fused_kernel, with eps built in: a TensorRT QDP kernel takes integers only. Raises MissingExtra."""
+    """Compile fused_kernel, with eps as a constant because a TensorRT QDP kernel takes only integers.
+
+    Raises:
+        MissingExtra: Triton is not installed.
+    """
     sizes = {"EPS": eps, "D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
     x, i = "*" + _TYPES[dtype], "i32"
     return _compile(
@@ -62,14 +71,14 @@ def compile_fused(dtype: DType, head_dim: int, eps: float, sm: int = TARGET_SM) 
 
 
 def pair_as_json(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> str:
-    """What the plugin carries with it into the engine; `runtime.plugins` reads it."""
+    """The pair of kernels as the JSON that the plugin carries into the engine; `runtime.plugins` reads it."""
     kv, out = compile_pair(dtype, head_dim, sm)
     sizes = {"block_n": BLOCK_N, "block_d": block_d(head_dim), "head_dim": head_dim}
     return json.dumps({"dtype": dtype.value, **sizes, "kv": asdict(kv), "out": asdict(out)}, sort_keys=True)
 
 
 def load_kernels() -> Any:
-    """The module of the Triton kernels. Raises MissingExtra."""
+    """Import the module of the Triton kernels. Raises MissingExtra without Triton."""
     try:
         from ditc.export.graph.ops.relu_linear_attention import kernels
     except ImportError as e:
@@ -86,14 +95,14 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
         fn=kernel,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
-        # Tensors begin at multiples of 256 (sessions/device.py): lets the compiler load 16 bytes at once.
+        # Tensors begin at multiples of 256 bytes (runtime/sessions/device.py), so 16 bytes can be loaded at once.
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, kind in enumerate(signature.values())
             if kind.startswith("*")
         },
     )
-    # Fused multiply-add: the default of Triton 3.9, said aloud because 3.10 changes it.
+    # Fused multiply-add is the default of Triton 3.9. It is set explicitly because 3.10 changes the default.
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return Kernel(
@@ -105,7 +114,7 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
 
 
 def _stripped(ptx: str) -> str:
-    """Without lines about source files: they hold this machine's paths, and equal builds would differ."""
+    """Remove the lines about source files: they hold this machine's paths, which would make equal builds differ."""
     code = ptx.split("\t.section\t.debug_", 1)[0]
     lines = (line.split("//")[0].rstrip() for line in code.splitlines())
     kept = (line for line in lines if line and not line.lstrip().startswith((".loc", ".file")))
@@ -113,15 +122,16 @@ def _stripped(ptx: str) -> str:
 
 
 def _without_scratch(ptx: str, count: int) -> str:
-    """Without the parameters behind the first `count`: Triton (3.9) adds two pointers to scratch memory.
+    """Remove the parameters after the first `count`: Triton 3.9 adds two pointers to scratch memory.
 
-    These kernels use none, and whoever launches them (TensorRT, for a QDP kernel) does not know of them.
+    These kernels use no scratch memory, and their launcher (TensorRT, for a QDP kernel) does not pass the pointers.
     """
     names = sorted(set(re.findall(r"\w+_param_\d+", ptx)), key=lambda name: int(name.rsplit("_", 1)[1]))
     for name in names[count:]:
         if len(re.findall(rf"\b{name}\b", ptx)) != 1:
             raise BuildError(
-                f"a kernel uses {name}, scratch memory that nobody provides", hint="use Triton 3.9"
+                f"a kernel uses {name}, scratch memory that its launcher does not provide",
+                hint="use Triton 3.9",
             )
         ptx = re.sub(rf",\n[^\n]*\b{name}\b", "", ptx)
     return ptx

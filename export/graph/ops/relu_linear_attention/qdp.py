@@ -1,12 +1,12 @@
-"""The op for TensorRT as a quickly deployable plugin (QDP): the fused kernel goes into the engine as PTX.
+"""The op as TensorRT's quickly deployable plugin (QDP): the fused kernel goes into the engine as PTX.
 
-Such an engine needs neither Python nor ditc to run. The interface takes one kernel a plugin, so this is
-`fused_kernel`: one program a head, meant for up to some thousand tokens. TensorRT-RTX has no QDP (1.7.1).
-Never executed: TensorRT needs a GPU to build.
+Such an engine needs neither Python nor ditc to run. The interface takes one kernel per plugin, so this is
+`fused_kernel`, with one program per head, which is meant for up to a few thousand tokens. TensorRT-RTX has no QDP
+(1.7.1). This code was never executed: TensorRT needs a GPU to build.
 """
 
-# TensorRT reads the annotations of the functions below, as objects: they are set by hand, for the library is imported
-# when it is used.
+# TensorRT reads the annotations of the functions below as objects. They are set by hand, because the library is
+# imported only when it is used.
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _registered: set[str] = set()
 
 
 def register_qdp(trt: Any) -> None:
-    """Register the plugin with `tensorrt`, once a process."""
+    """Register the plugin with `tensorrt`, once per process."""
     if ID in _registered:
         return
     import tensorrt.plugin as trtp
@@ -50,5 +50,5 @@ def register_qdp(trt: Any) -> None:
 
 
 def _constant(size: Any) -> int:
-    """A dimension that the graph fixes."""
+    """The size of a dimension that the graph fixes."""
     return int(size.constant_value() if callable(getattr(size, "constant_value", None)) else size)

@@ -1,4 +1,4 @@
-"""ReLU linear attention, written once for the eye: the definition that every other form is compared with."""
+"""ReLU linear attention in its plainest form: the definition that every other form is compared with."""
 
 # B batch, N tokens, H heads, D head dim
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def relu_linear_attention_reference(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, eps: float) -> Tensor:
     """sum_j relu(q_i).relu(k_j) v_j / (sum_j relu(q_i).relu(k_j) + eps), in fp64 through the N x N scores.
 
-    SANA (arXiv 2410.10629), equation 1, with the eps of diffusers' SanaLinearAttnProcessor2_0. It is
-    quadratic in N on purpose: it shares no product order with the linear forms.
+    SANA (arXiv 2410.10629), equation 1, with the eps of diffusers' SanaLinearAttnProcessor2_0. The form is
+    quadratic in N on purpose: it shares no order of products with the linear forms.
 
     Returns:
         (B,N,H,D) fp64.

@@ -8,23 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# SanaLinearAttnProcessor2_0 and SanaMultiscaleLinearAttention (diffusers 0.42.1). The native code of Sana has 1e-8.
+# As in SanaLinearAttnProcessor2_0 and SanaMultiscaleLinearAttention (diffusers 0.42.1). Sana's native code has 1e-8.
 DIFFUSERS_EPS = 1e-15
 
 
 @torch.library.custom_op("ditc::relu_linear_attention", mutates_args=())  # type: ignore[untyped-decorator]
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """Linear attention with ReLU feature maps; everything after the ReLU is fp32.
+    """Linear attention with ReLU feature maps; everything after the ReLU is computed in fp32.
 
-    The denominator comes from the same product as the numerator: v gets one more row, of ones (diffusers'
-    SanaLinearAttnProcessor2_0, whose product order this keeps).
+    The denominator comes from the same product as the numerator, because v gets one more row, of ones. This and the
+    order of the products follow diffusers' SanaLinearAttnProcessor2_0.
 
     Args:
-        q, k, v: (B,N,H,D), any float dtype. Token-major: a Linear's output, viewed.
+        q, k, v: (B,N,H,D) in any float type. They are token-major: the output of a Linear, viewed.
         eps: added to the denominator.
 
     Returns:
-        (B,N,H,D) in the dtype of q.
+        (B,N,H,D) in q's type.
     """
     q_BHDN = q.relu().float().permute(0, 2, 3, 1)
     k_BHND = k.relu().float().permute(0, 2, 1, 3)
@@ -35,7 +35,7 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor
 
 
 def use_kernels_on_cuda() -> None:
-    """Let the kernel pair compute the op on CUDA tensors. Raises MissingExtra without Triton."""
+    """Compute the op on CUDA tensors with the pair of Triton kernels. Raises MissingExtra without Triton."""
     from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
     from ditc.export.graph.ops.relu_linear_attention.triton_op import relu_linear_attention_triton
 

@@ -1,4 +1,4 @@
-"""The kernel pair on torch tensors: behind the op on CUDA where Triton is there, and in Triton's interpreter."""
+"""Run the Triton kernels on torch tensors: on CUDA for the op, on a CPU in Triton's interpreter."""
 
 # B batch, N tokens, H heads, D head dim, S shares of the tokens
 
@@ -12,7 +12,7 @@ from ditc.runtime.plugins.relu_linear_attention import SHARE
 
 
 def relu_linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """As `relu_linear_attention`, by kv_kernel and out_kernel. q, k, v (B,N,H,D), contiguous or not."""
+    """Compute `relu_linear_attention` with kv_kernel and out_kernel. q, k, v: (B,N,H,D), contiguous or not."""
     from ditc.export.graph.ops.relu_linear_attention.kernels import kv_kernel, out_kernel
 
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -29,7 +29,7 @@ def relu_linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, eps: float) ->
 
 
 def relu_linear_attention_fused(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """The same by fused_kernel, one program a head: the form of the TensorRT QDP plugin."""
+    """Compute it with fused_kernel, one program per head, as the TensorRT QDP plugin does."""
     from ditc.export.graph.ops.relu_linear_attention.kernels import fused_kernel
 
     q, k, v = (x.contiguous() for x in (q, k, v))

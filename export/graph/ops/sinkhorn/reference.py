@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp, written once for the eye: the definition that every other form is compared with."""
+"""Sinkhorn-Knopp in its plainest form: the definition that every other form is compared with."""
 
 # B batch, N tokens, S streams
 
@@ -7,14 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # F.normalize's: a sum below it is not divided by
+EPS = 1e-12  # the eps of F.normalize: a smaller sum is replaced by it before the division
 
 
 def sinkhorn_reference(logits_BNSS: Tensor, iterations: int) -> Tensor:
-    """exp(logits), columns and then rows divided by their sums, again and again, in fp64.
+    """Start from exp(logits); in each iteration divide columns, then rows, by their sums. Computed in fp64.
 
-    hyper-connections 0.4.11, mHCv2.sinkhorn_knopps (mHC, arXiv 2512.24880, equation 9). After it every row sums to 1,
-    and every column nearly so. Dim -2 counts the rows that a column's sum runs over.
+    Source: hyper-connections 0.4.11, mHCv2.sinkhorn_knopps (mHC, arXiv 2512.24880, equation 9). At the end every row
+    sums to 1, and every column nearly so. Dim -2 numbers the rows, so a column's sum runs over it.
 
     Returns:
         (B,N,S,S) fp64.

@@ -21,7 +21,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     Returns:
         (B,N,S,S) fp32.
     """
-    # Tokens last: the sums over 4 streams are then long vector additions.
+    # Tokens come last, so that the sums over 4 streams are long vector additions.
     alpha_SSBN = logits.float().permute(2, 3, 0, 1).contiguous()
     alpha_SSBN = (alpha_SSBN - alpha_SSBN.amax(0, keepdim=True)).exp()
     for _ in range(iterations):

@@ -250,7 +250,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
     assert "unknown: blocks.0.extra" in refused({"blocks.0.extra": torch.ones(1)})
     assert "not numbered 0 to 2" in refused({"blocks.999999999.x": torch.ones(1)})
     assert "blocks.1.attn.proj.weight gives" in refused({"blocks.1.attn.proj.weight": torch.ones(3, 16)})
-    assert "cannot share" in refused({"blocks.1.attn.qkv.weight": torch.ones(47, 16)})
+    assert "cannot be split into 3 equal parts" in refused({"blocks.1.attn.qkv.weight": torch.ones(47, 16)})
     assert "x_embedder.proj.weight is [16]" in refused({"x_embedder.proj.weight": torch.ones(16)})
 
 

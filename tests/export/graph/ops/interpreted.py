@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process of its own: Triton decides at import whether it interprets."""
+"""A script for test_kernels.py, which runs it as a process: Triton decides at import whether it interprets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ditc.export.graph.ops.relu_linear_attention import triton_op
 from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_attention_reference
 from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 
-# B, N, H, D: Sana's head, tokens that fill no block, several shares, DC-AE's 3-head scale, an odd head dimension.
+# B, N, H, D. In turn: Sana's head size, tokens that do not fill a block, several shares of tokens, a head dimension
+# that is not a power of 2, a single token.
 SHAPES = [(1, 64, 2, 32), (2, 100, 3, 32), (1, 600, 1, 32), (1, 65, 1, 24), (1, 1, 1, 16)]
 
 
 def main() -> None:
-    """Relative L2 of both forms and of the op itself against fp64, one JSON object a line."""
+    """Print the relative L2 error of both kernel forms and of the op against fp64, one JSON object per line."""
     torch.manual_seed(0)
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float16):

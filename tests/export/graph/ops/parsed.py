@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process of its own: BUNDLE FORM OUT -> an engine of the denoiser, and what it holds."""
+"""A script for test_kernels.py, which runs it as a process: BUNDLE FORM OUT builds an engine of the denoiser."""
 
 from __future__ import annotations
 

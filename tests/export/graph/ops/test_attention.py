@@ -17,18 +17,18 @@ from ditc.export.graph.ops.attention.torch_op import MASKED, attention
 
 HEADS, DIM = 3, 16
 SCALE = DIM**-0.5
-# One rounding a product, with a few dozen terms each. Measured 2e-7.
+# Each product rounds once and has a few dozen terms. Measured 2e-7.
 FP32_BOUND = 1e-6
-# Rounded inputs and output, weights rounded once. Measured 4e-4 and 3e-3.
+# Inputs and output are rounded, and the weights once. Measured 4e-4 and 3e-3.
 BOUNDS_16_BIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-CAP = 1.5  # scores of these inputs reach 4: it bends most of them
+CAP = 1.5  # scores of these inputs reach 4, so the cap changes most of them
 KINDS = [(False, 0.0), (True, 0.0), (False, CAP), (True, CAP)]  # masked, soft cap
 
 
 class Network(nn.Module):
-    """Attention of every kind."""
+    """Attention with and without a mask and a soft cap."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         bias = bias_of(mask)
@@ -46,7 +46,7 @@ def inputs(batch: int, queries: int, keys: int, scale: float = 1.0) -> list[Tens
 
 
 def key_mask(batch: int, keys: int) -> Tensor:
-    """(B,S): the first sample whole, every second key of the next, and no key of the last."""
+    """(B,S): all keys of the first sample, every second key of the next, and no key of the last."""
     mask = torch.ones(batch, keys)
     mask[1, 1::2], mask[-1] = 0, 0
     return mask
@@ -72,7 +72,7 @@ def exported(opset: int, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.parametrize("size", [(2, 7, 7), (3, 5, 11), (1, 1, 1)])
-def test_the_op_is_its_definition(size) -> None:
+def test_the_op_computes_its_definition(size) -> None:
     values = inputs(*size)
     assert relative_l2(attention(*values, SCALE), attention_reference(*values, SCALE)) <= FP32_BOUND
 
@@ -102,8 +102,8 @@ def test_16_bit_inputs_give_16_bit_outputs_close_to_the_definition(dtype) -> Non
     assert relative_l2(out, attention_reference(*values, SCALE)) <= BOUNDS_16_BIT[dtype]
 
 
-def test_products_beyond_fp16_before_the_scale_stay_finite() -> None:
-    # |q.k| reaches 16 * 150^2 = 3.6e5; a quarter of it is no more than 9e4 at most, and 2e4 here.
+def test_unscaled_scores_beyond_fp16_give_finite_results() -> None:
+    # |q.k| could reach 16 * 150^2 = 3.6e5. Scaled by a quarter that is at most 9e4, and 2e4 for these values.
     values = [x.half() for x in inputs(1, 8, 8, scale=40.0)]
     values[0][0, 0], values[1][0, 0] = 100.0, 50.0  # 16 * 5000 = 8e4: Inf in fp16
     assert attention(*values, SCALE).isfinite().all()
@@ -119,14 +119,14 @@ def test_the_graph_computes_the_definition_at_another_shape(opset) -> None:
         out = torch.from_numpy(result)
         assert out.isfinite().all()
         exact = attention_reference(*other, SCALE, bias_of(mask) if masked else None, softcap)
-        kept = slice(0, 2 if masked else 3)  # what a sample without keys gives is the caller's to discard
+        kept = slice(0, 2 if masked else 3)  # the result of a sample without keys means nothing
         assert relative_l2(out[kept], exact[kept]) <= FP32_BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_softmax_soft_cap_and_mask_of_a_16_bit_graph_are_fp32_in_plain_nodes(dtype) -> None:
     nodes = list(exported(20, dtype).model.graph)
-    # Both capped kinds share their capped scores.
+    # The masked and the unmasked form with a cap share their capped scores.
     for name, count in (("Softmax", 4), ("Tanh", 1), ("Add", 2)):
         found = [node for node in nodes if node.op_type == name]
         assert len(found) == count

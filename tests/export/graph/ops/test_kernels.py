@@ -1,4 +1,4 @@
-"""The linear-attention kernels: what they compute (in Triton's interpreter), what they compile to, who takes them."""
+"""The linear-attention kernels: what they compute (in Triton's interpreter), and what they compile to."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_kernels_are_as_close_to_fp64_as_the_op_must_be(interpreted: list[dict[s
 
 def test_nan_stays_in_its_row_and_zeros_give_zero(interpreted: list[dict[str, Any]]) -> None:
     facts = {key: value for row in interpreted for key, value in row.items()}
-    assert facts["nan_rows"] == [3]  # ReLU written as a maximum would have made it 0
+    assert facts["nan_rows"] == [3]  # a ReLU written as a maximum would give 0
     assert facts["zeros"] == 0.0
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
-def test_ptx_is_made_without_a_gpu_and_names_no_file_of_this_machine(dtype: DType) -> None:
+def test_ptx_is_made_without_a_gpu_and_holds_no_path_of_this_machine(dtype: DType) -> None:
     from ditc.export.graph.ops.relu_linear_attention.ptx import compile_fused, compile_pair
 
     kv, out = compile_pair(dtype, 32)
@@ -112,7 +112,7 @@ def test_a_target_older_than_the_kernels_is_refused_before_the_build(
         )
 
 
-def test_foreign_kernels_are_refused() -> None:
+def test_kernels_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(SessionError, match="the plugin's kernels cannot be read"):
         Launcher(1e-15, '{"dtype": "float16"}')
 
@@ -130,7 +130,7 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("form", ["decomposed", "plugin"])
 def test_the_parser_takes_the_form_that_was_asked_for(tiny_bundle: Path, tmp_path: Path, form: str) -> None:
-    """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
+    """The build has a process of its own: the library reads LD_LIBRARY_PATH at start and aborts without the link."""
     pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
     from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 

@@ -16,9 +16,9 @@ from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_at
 from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
 
 ONNX_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# fp32 sums of positive terms: rounding grows with the square root of a few hundred terms. Measured 2e-7.
+# fp32 sums of positive terms, whose rounding grows with the square root of a few hundred terms. Measured 2e-7.
 FP32_BOUND = 1e-6
-# The result is rounded once to 8 (bf16) or 11 (fp16) significand bits; rel-L2 of that is below half an ulp.
+# The result is rounded once, to 8 (bf16) or 11 (fp16) significand bits. The relative L2 error is below half an ulp.
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -33,7 +33,7 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
 
 
 def onnx_model(dtype: torch.dtype, eps: float = DIFFUSERS_EPS) -> onnx.ModelProto:
-    """One ReluLinearAttention node, and its function."""
+    """A model with one ReluLinearAttention node and its function."""
     t = ONNX_TYPES[dtype]
     model = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["" : 20, "{DOMAIN}" : 1]>
@@ -53,7 +53,7 @@ def run(model: onnx.ModelProto, *feeds: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(2, 50, 3, 32), (1, 7, 5, 72), (3, 1, 1, 8)])
-def test_the_torch_op_is_the_fp64_definition(shape: tuple[int, ...]) -> None:
+def test_the_torch_op_computes_the_fp64_definition(shape: tuple[int, ...]) -> None:
     inputs = qkv(torch.float32, *shape)
     expected = relu_linear_attention_reference(*inputs, DIFFUSERS_EPS)
     assert relative_l2(relu_linear_attention(*inputs, DIFFUSERS_EPS), expected) <= FP32_BOUND
@@ -70,7 +70,7 @@ def test_16_bit_inputs_lose_no_more_than_the_rounding_of_the_result(dtype: torch
 def test_sums_beyond_the_range_of_fp16_stay_finite_and_right() -> None:
     q, k, v = (60 * x for x in qkv(torch.float16, 1, 512, 2, 32))
     scores = q.float().relu().transpose(1, 2) @ k.float().relu().permute(0, 2, 3, 1)
-    assert scores.sum(-1).max() > torch.finfo(torch.float16).max  # else this test shows nothing
+    assert scores.sum(-1).max() > torch.finfo(torch.float16).max  # otherwise this test shows nothing
     out = relu_linear_attention(q, k, v, DIFFUSERS_EPS)
     assert (
         relative_l2(out, relu_linear_attention_reference(q, k, v, DIFFUSERS_EPS)) <= ROUNDING[torch.float16]
@@ -92,7 +92,7 @@ def test_the_torch_op_keeps_the_contracts_of_torch_library() -> None:
 
 
 @pytest.mark.parametrize("eps", [DIFFUSERS_EPS, 1.0])
-def test_the_onnx_function_is_the_fp64_definition(eps: float) -> None:
+def test_the_onnx_function_computes_the_fp64_definition(eps: float) -> None:
     model = onnx_model(torch.float32, eps)
     onnx.checker.check_model(model, full_check=True)
     inputs = qkv()
@@ -102,7 +102,7 @@ def test_the_onnx_function_is_the_fp64_definition(eps: float) -> None:
 def test_eps_matters_in_the_definition() -> None:
     inputs = qkv()
     one, tiny = (relu_linear_attention_reference(*inputs, eps) for eps in (1.0, DIFFUSERS_EPS))
-    assert relative_l2(one, tiny) > 1e3 * FP32_BOUND  # so the test above would notice an ignored attribute
+    assert relative_l2(one, tiny) > 1e3 * FP32_BOUND  # so the test above notices an attribute that is ignored
 
 
 @pytest.mark.parametrize("dtype", list(ONNX_TYPES))

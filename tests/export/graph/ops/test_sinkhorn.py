@@ -1,4 +1,4 @@
-"""The op against its fp64 definition and against hyper-connections: in PyTorch, in ONNX, and as RTX parses it."""
+"""The op against its fp64 definition and hyper-connections: in PyTorch, in ONNX, and in TensorRT-RTX's parser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditc.export.graph.ops.sinkhorn.onnx_function import DOMAIN, OP_TYPE, functi
 from ditc.export.graph.ops.sinkhorn.reference import sinkhorn_reference
 from ditc.export.graph.ops.sinkhorn.torch_op import sinkhorn
 
-# fp32: 40 divisions of sums of four positive terms. Measured 1e-7.
+# fp32 rounding of 40 divisions by sums of four positive terms. Measured 1e-7.
 FP32_BOUND = 1e-6
 
 
@@ -44,20 +44,20 @@ def run(model: onnx.ModelProto, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 4, 4), (1, 1, 2, 2), (3, 5, 7, 7)])
-def test_the_torch_op_is_the_fp64_definition(shape: tuple[int, ...]) -> None:
+def test_the_torch_op_computes_the_fp64_definition(shape: tuple[int, ...]) -> None:
     x = logits(*shape)
     assert relative_l2(sinkhorn(x, 20), sinkhorn_reference(x, 20)) <= FP32_BOUND
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])  # 60: rows whose sum is below the floor of 1e-12
-def test_the_torch_op_is_upstreams(scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])  # at 60 some rows have a sum below the smallest of 1e-12
+def test_the_torch_op_computes_what_upstream_computes(scale: float) -> None:
     upstream = pytest.importorskip("hyper_connections.mHCv2")
     x = logits(scale=scale)
     assert relative_l2(sinkhorn(x, 20), upstream.sinkhorn_knopps(x, iters=20)) <= FP32_BOUND
 
 
 @pytest.mark.parametrize("iterations", [1, 20])
-def test_the_onnx_function_is_the_fp64_definition_at_any_shape(iterations: int) -> None:
+def test_the_onnx_function_computes_the_fp64_definition_at_any_shape(iterations: int) -> None:
     model = onnx_model(iterations)
     onnx.checker.check_model(model, full_check=True)
     for shape in ((2, 33, 4, 4), (1, 3, 2, 2)):
@@ -73,7 +73,7 @@ def test_iterations_matter_in_the_definition() -> None:
 def test_rows_and_columns_sum_to_one() -> None:
     out = sinkhorn(logits(scale=1.0), 20)
     for dim in (-1, -2):
-        np.testing.assert_allclose(out.sum(dim).numpy(), 1.0, atol=1e-3)  # after 20 iterations
+        np.testing.assert_allclose(out.sum(dim).numpy(), 1.0, atol=1e-3)  # what 20 iterations reach
 
 
 def test_the_torch_op_keeps_the_contracts_of_torch_library() -> None:
@@ -82,7 +82,7 @@ def test_the_torch_op_keeps_the_contracts_of_torch_library() -> None:
     )
 
 
-def test_a_call_is_one_node_and_one_small_loop_once_inlined() -> None:
+def test_an_inlined_call_is_a_few_nodes_and_one_small_loop() -> None:
     inlined = inline_local_functions(onnx_model(20))
     (loop,) = [node for node in inlined.graph.node if node.op_type == "Loop"]
     assert len(inlined.graph.node) <= 12 and len(loop.attribute[0].g.node) <= 8

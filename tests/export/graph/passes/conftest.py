@@ -85,7 +85,7 @@ def step_spec(kv: DType) -> StageSpec:
 
 @pytest.fixture(scope="session")
 def denoiser_stage() -> Callable[[Precision], StageModule]:
-    """The step in a precision; all have the weights of one seed."""
+    """A function that makes the step in a precision, always with the weights of the same seed."""
 
     @cache
     def make(precision: Precision) -> StageModule:
@@ -95,7 +95,9 @@ def denoiser_stage() -> Callable[[Precision], StageModule]:
         with torch.no_grad():
             for parameter in network.parameters():
                 if parameter.dim() < 2:
-                    parameter.add_(0.1 * torch.randn_like(parameter))  # ones and zeros would hide mistakes
+                    parameter.add_(
+                        0.1 * torch.randn_like(parameter)
+                    )  # plain ones and zeros would hide mistakes
         step = wrap(network.to(torch_dtype), dtype=torch_dtype, contract=StepContract()).requires_grad_(False)
         spec = step_spec(dtype)
         return StageModule(
@@ -125,13 +127,13 @@ class Runner:
 
 @pytest.fixture(scope="session")
 def run() -> Runner:
-    """Outputs of a graph by name."""
+    """A function that runs a graph and returns its outputs by name."""
     return Runner()
 
 
 @pytest.fixture(scope="session")
 def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[str, np.ndarray]]], ir.Model]:
-    """Apply a pass to a copy and prove with ONNX Runtime that every output of every feed stayed as it was."""
+    """A function that applies a pass to a copy, and proves with ONNX Runtime that every output stays as it was."""
     from ditc.export.graph.onnx import FP32_RELATIVE_L2
     from ditc.runtime.metrics import relative_l2
 
@@ -145,7 +147,7 @@ def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[
             assert expected.keys() == got.keys()
             for name in expected:
                 assert got[name].shape == expected[name].shape and got[name].dtype == expected[name].dtype
-                # Other fusions in ONNX Runtime, so other fp32 rounding: the bound of to_onnx's own check.
+                # ONNX Runtime fuses other nodes and so rounds differently. The bound is that of to_onnx's own check.
                 assert relative_l2(got[name], expected[name]) <= FP32_RELATIVE_L2, f"{step.__name__}: {name}"
         return after
 
@@ -154,7 +156,10 @@ def unchanged(run) -> Callable[[Callable[[ir.Model], None], ir.Model, list[dict[
 
 @pytest.fixture(scope="session")
 def exported(denoiser_stage) -> Callable[[Precision], tuple[StageModule, ir.Model]]:
-    """The step and its finished graph in a precision; traced once, every caller gets a graph of its own to spoil."""
+    """A function that gives the step and its finished graph in a precision.
+
+    The step is traced once. Every caller gets a copy of the graph, which it may change.
+    """
     from ditc.export.graph.onnx import to_model
 
     @cache

@@ -1,4 +1,4 @@
-"""The fp32 islands' check: real 16-bit steps pass it, a planted 16-bit softmax, norm or guidance is named."""
+"""The check of fp32 islands: real 16-bit steps pass it, and a planted 16-bit softmax, norm or guidance is named."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def graph(
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
-def test_a_real_16_bit_step_keeps_its_islands_and_lowers_the_rest(exported, precision) -> None:
-    stage, model = exported(precision)  # to_model has checked it; again here, so that this test can fail
+def test_a_real_16_bit_step_keeps_its_islands_and_computes_the_rest_in_16_bits(exported, precision) -> None:
+    stage, model = exported(
+        precision
+    )  # to_model has checked it; it is checked again so that this test can fail
     check_islands(model, stage.spec)
     typed = islands.typed_copy(model)
-    low = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}[precision]
+    narrow = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}[precision]
     products = [node.outputs[0].dtype for node in typed.graph if node.op_type in ("MatMul", "Conv", "Gemm")]
-    assert (
-        products.count(low) >= 10 and products.count(ir.DataType.FLOAT) == 2
-    )  # the two of the linear attention
+    assert products.count(narrow) >= 10
+    assert products.count(ir.DataType.FLOAT) == 2  # those of the linear attention
     checked = {island for island, _ in islands._island_nodes(typed.graph, stage.spec)}
     assert checked == {rule.name for rule in islands.RULES} | {"step (guidance, solver, statistics)"}
 
@@ -57,7 +58,7 @@ GOOD = [
     "a = Add (x, x) f = Cast <to = 1> (a) two = Constant <value_float = 2.0> () q = Pow (f, two) "
     "axes = Constant <value_ints = [1]> () r = ReduceMean (q, axes) e = Add (r, bias) d = Sqrt (e) n = Div (f, d) "
     "y = Cast <to = 10> (n)",
-    # a mean that is no norm: DC-AE averages channels in its shortcut
+    # a mean that is not part of a norm: DC-AE averages channels in its shortcut
     "axes = Constant <value_ints = [1]> () r = ReduceMean (x, axes) y = Add (x, r)",
 ]
 BAD = {
@@ -96,10 +97,11 @@ def test_fp32_islands_in_a_16_bit_graph_pass(body) -> None:
 
 
 @pytest.mark.parametrize("place", BAD)
-def test_a_lowered_island_is_caught_by_name(place) -> None:
+def test_an_island_in_16_bits_is_caught_by_name(place) -> None:
     body, tensor = BAD[place]
     with pytest.raises(
-        BuildError, match=rf"conditioner: fp32 islands were lowered: .*{place} .*\(network\) has {tensor}"
+        BuildError,
+        match=rf"conditioner: fp32 islands hold narrower tensors: .*{place} .*\(network\) has {tensor}",
     ):
         check_islands(graph(body), SPEC)
 
@@ -128,7 +130,7 @@ def test_guidance_in_16_bits_is_caught_outside_the_network_and_allowed_inside() 
 
 
 def attention(change: Callable[[str], str]) -> ir.Model:
-    """A graph that calls ReluLinearAttention on 16-bit tensors, its body changed."""
+    """A graph that calls ReluLinearAttention on 16-bit tensors, with a changed function body."""
     model = ir.from_onnx_text(
         f"{HEADER} g (float16[N, 4, 2, 3] x) => (float16[N, 4, 2, 3] y) "
         "{ y = ditc.ReluLinearAttention <eps = 1e-15> (x, x, x) }"
@@ -139,7 +141,7 @@ def attention(change: Callable[[str], str]) -> ir.Model:
     return model
 
 
-def test_linear_attention_is_fp32_inside_and_a_lowered_product_is_caught() -> None:
+def test_linear_attention_is_fp32_inside_and_a_16_bit_product_is_caught() -> None:
     check_islands(attention(lambda body: body), SPEC)
     with pytest.raises(BuildError, match=r"linear attention: MatMul .* has v1_BHEN\w* in float16"):
         check_islands(
@@ -150,7 +152,7 @@ def test_linear_attention_is_fp32_inside_and_a_lowered_product_is_caught() -> No
         )
 
 
-def test_the_check_reads_types_and_does_not_pass_where_there_are_none() -> None:
+def test_a_tensor_of_unknown_type_does_not_pass_the_check() -> None:
     model = ir.from_onnx_text(
         f"{HEADER} g (x) => (y) {{ u = other.Mystery (x) y = Softmax (u) }}".replace("ditc", "other")
     )

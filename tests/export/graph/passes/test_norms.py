@@ -1,4 +1,4 @@
-"""RMS norms over the last dimension become one standard operation from opset 23 on, and nothing else does."""
+"""From opset 23 on, RMS norms over the last dimension become one standard operation; other norms stay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ g (TYPE[N, 3, 8] x) => (TYPE[N, 3, 8] y)
     y = Mul (c, w)
 }
 """
-# The same values: the text syntax takes fp16 as bits.
+# The same values in fp16, which the text syntax takes as bits.
 HALF = "{14336, 15360, 16384, 48128, 14336, 15360, 16384, 48128}"
 CASTS = {
     "float": ("f = Identity (x)", "c = Identity (n)"),
@@ -76,12 +76,12 @@ def test_a_step_in_opset_23_has_fused_norms_and_computes_the_same(denoiser_stage
     stage = denoiser_stage(Precision.FP32)
     model = to_model(stage, 23)
     assert model.opset_imports[""] == 23
-    # norm_q of self- and cross-attention, and norm_k of self-attention; the conditioner has the other.
+    # norm_q of self- and cross-attention, and norm_k of self-attention. The conditioner has cross-attention's norm_k.
     assert operators(model)["RMSNormalization"] == 3 and "ReduceMean" not in operators(model)
     ir.save(model, tmp_path / "step.onnx")
     check_export(stage, tmp_path / "step.onnx")
 
 
 def test_a_16_bit_step_in_opset_23_keeps_its_islands(denoiser_stage) -> None:
-    model = to_model(denoiser_stage(Precision.FP16), 23)  # checks the islands
+    model = to_model(denoiser_stage(Precision.FP16), 23)  # it checks the islands
     assert operators(model)["RMSNormalization"] == 3

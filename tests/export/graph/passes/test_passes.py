@@ -1,4 +1,4 @@
-"""Every pass leaves the outputs of a real step unchanged, and does what it is for."""
+"""Every pass does its work and leaves the outputs of a real step unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph.onnx import trace
 from ditc.export.graph.passes import PASSES, fold_transposes, gather_rows, restore_scopes, simplify
-from ditc.export.graph.passes.check_interface import check_names
+from ditc.export.graph.passes.check_interface import check_interface
 from ditc.export.graph.passes.parameters import transforms_of
 from ditc.export.graph.passes.scopes import NAME_SCOPES, module_path
 from ditc.runtime.errors import BuildError
@@ -22,8 +22,11 @@ from ditc.runtime.spec import DType, Precision
 
 @pytest.fixture(scope="module")
 def traced(denoiser_stage) -> ir.Model:
-    """The step as torch.onnx.export leaves it. The custom op gets its body only to run, as in to_model: the passes
-    inline a body that they see, and their add-zero rule then takes its eps of 1e-15 for zero."""
+    """The step as torch.onnx.export leaves it.
+
+    The custom op gets its body only before a run, as in to_model. Otherwise the passes would inline the body, and
+    their add-zero rule would take its eps of 1e-15 for zero.
+    """
     return trace(denoiser_stage(Precision.FP32))
 
 
@@ -37,7 +40,7 @@ def test_each_pass_in_turn_leaves_a_steps_outputs_unchanged(traced, denoiser_sta
     model = traced
     for step in PASSES:
         model = unchanged(step, model, feeds)
-    check_names(model, spec)
+    check_interface(model, spec)
     left = count(model)
     assert not left.keys() & {"Constant", "Identity", "GatherND", "SequenceAt", "Expand"}
     assert all(module_path(node) is not None for node in model.graph)
@@ -68,11 +71,8 @@ def test_simplify_keeps_equal_parameters_apart_and_a_zero_bias_in_place(unchange
     before = ir.from_onnx_text(text)
     after = unchanged(simplify, before, [{"x": np.random.default_rng(0).standard_normal((2, 3), np.float32)}])
     assert before.graph.initializers.keys() <= after.graph.initializers.keys()
-    assert count(after) == {
-        "Gemm": 1,
-        "Add": 2,
-        "Mul": 2,
-    }  # the multiplication by a parameter of 1 is not a no-op
+    # The multiplication by a parameter is kept, although its value is 1.
+    assert count(after) == {"Gemm": 1, "Add": 2, "Mul": 2}
 
 
 def test_fold_transposes_stores_the_weight_as_the_product_reads_it(unchanged) -> None:
@@ -85,7 +85,7 @@ def test_fold_transposes_stores_the_weight_as_the_product_reads_it(unchanged) ->
     """
     before = ir.from_onnx_text(text.replace("y = MatMul (x, u)", "n = MatMul (x, u)  y = Add (n, m)"))
     after = unchanged(fold_transposes, before, [{"x": np.ones((2, 2), np.float32)}])
-    assert count(after)["Transpose"] == 1  # the other one's matrix is also read as it is
+    assert count(after)["Transpose"] == 1  # the other matrix is also read without a Transpose
     weight = after.graph.initializers["w"]
     assert transforms_of(weight) == ("transpose",)
     assert weight.const_value.numpy().tolist() == [[1, 3, 5], [2, 4, 6]]
@@ -132,7 +132,7 @@ def test_gather_rows_leaves_other_gathers_alone(unchanged) -> None:
     g (float[B, 3] x, int64[R] rows) => (float[1, R] y) <int64[1] axes = {0}>
     { i = Unsqueeze (rows, axes)  y = GatherND <batch_dims = 0> (x, i) }
     """.replace("float[1, R] y", "float[1] y")
-    feeds = {"x": np.ones((2, 3), np.float32), "rows": np.array([1, 2])}  # one index of two coordinates
+    feeds = {"x": np.ones((2, 3), np.float32), "rows": np.array([1, 2])}  # one index with two coordinates
     assert count(unchanged(gather_rows, ir.from_onnx_text(text), [feeds]))["GatherND"] == 1
 
 
@@ -150,12 +150,12 @@ def test_restore_scopes_finds_the_module_that_holds_all_neighbours() -> None:
     assert module_path(middle) == "block"
 
 
-def test_an_output_of_another_type_than_promised_is_refused_by_name(traced, denoiser_stage) -> None:
+def test_an_output_of_another_type_than_the_spec_is_refused_by_name(traced, denoiser_stage) -> None:
     from dataclasses import replace
 
     spec = denoiser_stage(Precision.FP32).spec
-    lied = replace(spec, outputs=(*spec.outputs[:-1], replace(spec.outputs[-1], dtype=DType.FLOAT16)))
+    other = replace(spec, outputs=(*spec.outputs[:-1], replace(spec.outputs[-1], dtype=DType.FLOAT16)))
     model = traced.clone()
     common.OutputFixPass()(model)
-    with pytest.raises(BuildError, match="stats is float in the exported graph, the stage promises float16"):
-        check_names(model, lied)
+    with pytest.raises(BuildError, match="stats is float in the exported graph, but float16 in the spec"):
+        check_interface(model, other)

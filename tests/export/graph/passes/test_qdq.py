@@ -1,4 +1,4 @@
-"""Quantized graphs compute what the plan says, share scales, store codes, and fuse in ONNX Runtime."""
+"""Quantized graphs compute what the plan says, share scales, store 8-bit weights, and fuse in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
 from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession
-from ditc.export.quant.formats import LARGEST_CODE, Format
+from ditc.export.quant.formats import QUANTIZED_MAX, Format
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import load_ranges, save_ranges
@@ -31,7 +31,7 @@ BLOCK = "transformer_blocks.0"
 
 @pytest.fixture(scope="module")
 def make(exported):
-    """A quantized copy of the exported step in a recipe: the stage, its ranges, the plan, the graph."""
+    """A function that quantizes a copy of the exported step by a recipe, and returns stage, plan and graph."""
     stage, graph = exported(Precision.FP32)
     ranges = ranges_of(stage)
 
@@ -54,7 +54,7 @@ def test_the_graph_computes_what_the_simulation_computes(make, run, name):
     with quantized(layers, plan.layers):
         simulated = session.run(feeds)["x0"]
     got = replace(run, optimize=False)(model, feeds)["x0"]
-    # Sums in another order tip a few values over a rounding boundary: far less than what the rounding itself costs.
+    # Sums in another order move a few values over a rounding boundary, which costs far less than the rounding itself.
     assert signal_to_noise_db(got, simulated) > signal_to_noise_db(got, exact) + 10
     assert signal_to_noise_db(got, exact) > 20
 
@@ -62,31 +62,31 @@ def test_the_graph_computes_what_the_simulation_computes(make, run, name):
 def test_layers_that_read_one_tensor_share_its_scale(make):
     _, plan, model = make(RECIPES["sana-int8"])
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
-    # q, k and v read one tensor: 8 layers, 6 tensors.
+    # q, k and v read one tensor, so 8 layers read 6 tensors.
     assert len(plan.layers) == len(quantizers) == 8
     assert len({node.inputs[0] for node in quantizers}) == len({node.inputs[1] for node in quantizers}) == 6
 
 
-def test_weights_are_stored_as_codes_with_one_scale_an_output_channel(make):
+def test_weights_are_stored_in_8_bits_with_one_scale_per_output_channel(make):
     stage, _, model = make(replace(RECIPES["sana-int8"], smooth=False))
     layer = linear_layers(stage)[f"{BLOCK}.attn1.to_q"]
-    codes = model.graph.initializers[layer.parameter].const_value
+    stored = model.graph.initializers[layer.parameter].const_value
     scale = model.graph.initializers[layer.parameter + "_scale"].const_value.numpy()
     weight = layer.weight()
-    assert codes.dtype == ir.DataType.INT8
+    assert stored.dtype == ir.DataType.INT8
     np.testing.assert_array_equal(scale, (np.abs(weight).max(axis=1) / 127).astype(np.float32))
-    np.testing.assert_allclose(codes.numpy() * scale, weight.T, atol=scale.max() / 2 * 1.0001)
+    np.testing.assert_allclose(stored.numpy() * scale, weight.T, atol=scale.max() / 2 * 1.0001)
 
 
-def test_smoothing_rides_on_the_modulation_where_there_is_one(make):
+def test_smoothing_is_merged_into_the_modulation_of_an_adaptive_norm(make):
     _, plan, model = make(RECIPES["sana-int8"])
     smoothed = plan.layers[f"{BLOCK}.attn1.to_q"].input.smooth
     assert smoothed is not None
     quantizer = next(n for n in model.graph if n.name == f"network.{BLOCK}.attn1.to_q.input.quantize")
-    assert quantizer.inputs[0].producer().op_type == "Add"  # no multiplication of all tokens in between
+    assert quantizer.inputs[0].producer().op_type == "Add"  # no multiplication of all tokens comes between
 
 
-def test_what_stays_high_has_no_quantizer(make):
+def test_operations_in_high_precision_have_no_quantizer(make):
     _, _, model = make(RECIPES["sana-int8"])
     for node in model.graph:
         if node.op_type in ("ReluLinearAttention", "Softmax", "Conv", "LayerNormalization"):
@@ -114,7 +114,7 @@ def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
         _save(model, tmp_path / "step.onnx"), stage.spec, precision=precision, provider=CPU
     )
     plain = replace(run, optimize=False)(model, feeds)["x0"]
-    # Integer kernels sum exactly, fp32 ones round: no saturation, no other scale.
+    # Integer kernels sum exactly and fp32 kernels round. A saturation or a wrong scale would differ by far more.
     assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
 
 
@@ -187,7 +187,7 @@ def test_scales_have_the_type_of_the_graph(exported, precision):
     wanted = ir.DataType.FLOAT16 if precision is Precision.FP16 else ir.DataType.BFLOAT16
     amax = plan.layers[f"{BLOCK}.ff.conv_point"].input.amax
     assert scale.dtype == wanted
-    assert float(scale.numpy()) == pytest.approx(amax / LARGEST_CODE[Format.FP8], rel=2**-7)
+    assert float(scale.numpy()) == pytest.approx(amax / QUANTIZED_MAX[Format.FP8], rel=2**-7)
 
 
 @pytest.mark.parametrize(("name", "target"), [("sana-int8", "sm86"), ("sana-fp8", "sm89")])
@@ -222,7 +222,7 @@ def test_tensorrt_rtx_builds_the_graph_ahead_of_time(exported, tmp_path, name, t
 
 
 @pytest.mark.parametrize("name", ["sana-int8", "sana-fp8"])
-def test_weights_can_be_rebuilt_from_their_codes(make, tmp_path, name):
+def test_weights_can_be_rebuilt_from_their_quantized_values(make, tmp_path, name):
     from ditc.export.build.weights import rebuild, weights_of
 
     stage, plan, model = make(RECIPES[name])
@@ -231,5 +231,5 @@ def test_weights_can_be_rebuilt_from_their_codes(make, tmp_path, name):
     for layer in plan.layers:
         original = linear_layers(stage)[layer].weight()
         got = rebuilt[f"{layer}.weight"].reshape(original.shape).numpy()
-        # Rounding alone: INT8 40 dB below the largest value of a channel, E4M3 about 30 dB of every value.
+        # Rounding alone: an INT8 error is 40 dB below the channel's largest value, an E4M3 error 30 dB below a value.
         assert signal_to_noise_db(got, original) > 25

@@ -1,4 +1,4 @@
-"""round_to shows what 16 bits cost where ONNX Runtime's CPU provider alone would show nothing."""
+"""round_to shows 16-bit errors on ONNX Runtime's CPU provider, which alone would hide them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditc.runtime.metrics import relative_l2
 from ditc.runtime.spec import DType, Precision
 
 HEADER = '<ir_version: 10, opset_import: ["": 20]>'
-LOW = {
+NARROW = {
     Precision.FP16: (DType.FLOAT16, torch.float16, "float16"),
     Precision.BF16: (DType.BFLOAT16, torch.bfloat16, "bfloat16"),
 }
@@ -25,23 +25,23 @@ def bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return torch.from_numpy(values).to(dtype).float().numpy()
 
 
-@pytest.mark.parametrize("precision", list(LOW))
-def test_the_rounded_steps_error_is_that_of_torch_in_16_bits(
+@pytest.mark.parametrize("precision", list(NARROW))
+def test_the_rounded_step_has_as_large_an_error_as_torch_in_16_bits(
     precision, exported, denoiser_stage, run
 ) -> None:
-    dtype, torch_dtype, _ = LOW[precision]
+    dtype, torch_dtype, _ = NARROW[precision]
     stage, model = exported(precision)
     wide = denoiser_stage(Precision.FP32)
     feeds = example_feeds(wide.spec, example_sizes(wide.spec), seed=7)
-    low_feeds = feeds | {"cross_kv": from_torch(torch.from_numpy(feeds["cross_kv"]).to(torch_dtype))}
+    narrow_feeds = feeds | {"cross_kv": from_torch(torch.from_numpy(feeds["cross_kv"]).to(torch_dtype))}
     exact = TorchSession(wide.module, wide.spec).run(feeds)
-    twin = TorchSession(stage.module, stage.spec).run(low_feeds)
+    in_torch = TorchSession(stage.module, stage.spec).run(narrow_feeds)
     rounded = run(round_to(model, dtype), feeds)
     assert [tensor.dtype for tensor in rounded_spec(stage.spec).inputs].count(DType.FLOAT32) == 7
     for name in ("next_latents", "x0"):
-        expected, got = relative_l2(twin[name], exact[name]), relative_l2(rounded[name], exact[name])
-        # Two roundings of the same operations in other places (torch rounds a Linear once, the graph its product and
-        # its sum): the errors have one size, not one value.
+        expected, got = relative_l2(in_torch[name], exact[name]), relative_l2(rounded[name], exact[name])
+        # Both round the same operations, but in different places: torch rounds a Linear once, the graph rounds its
+        # product and its sum. So the errors have the same size, not the same value.
         assert 0.5 <= got / expected <= 2, f"{name}: {got:.3g} against torch's {expected:.3g}"
 
 
@@ -57,9 +57,9 @@ def test_without_round_to_an_fp16_graph_on_a_cpu_shows_less_error_than_fp16_has(
     assert relative_l2(plain["x0"], exact["x0"]) < relative_l2(rounded["x0"], exact["x0"])
 
 
-@pytest.mark.parametrize("precision", list(LOW))
+@pytest.mark.parametrize("precision", list(NARROW))
 def test_onnx_runtime_keeps_the_cast_pairs_and_rounds_as_torch_does(precision, run) -> None:
-    dtype, torch_dtype, onnx_type = LOW[precision]
+    dtype, torch_dtype, onnx_type = NARROW[precision]
     model = ir.from_onnx_text(
         f"{HEADER} g ({onnx_type}[N] x, {onnx_type}[N] y) => ({onnx_type}[N] z) "
         "{ p = Mul (x, y) s = Add (p, x) z = Relu (s) }"
@@ -70,26 +70,27 @@ def test_onnx_runtime_keeps_the_cast_pairs_and_rounds_as_torch_does(precision, r
     expected = (a * b + a).relu().float().numpy()
     assert np.array_equal(got, expected)
     unrounded = np.maximum(bits(x, torch_dtype) * bits(y, torch_dtype) + bits(x, torch_dtype), 0)
-    assert not np.array_equal(got, unrounded)  # what a runtime that fuses the pairs away would give
+    assert not np.array_equal(got, unrounded)  # a runtime that removes the pairs would give this
 
 
 def test_fp16_overflow_shows_as_inf_and_an_island_does_not_overflow(run) -> None:
     model = ir.from_onnx_text(
-        f"{HEADER} g (float16[N] x) => (float16[N] low, float16[N] high) "
-        "{ q = Mul (x, x) low = Sqrt (q) f = Cast <to = 1> (x) r = Mul (f, f) s = Sqrt (r) high = Cast <to = 10> (s) }"
+        f"{HEADER} g (float16[N] x) => (float16[N] plain, float16[N] island) "
+        "{ q = Mul (x, x) plain = Sqrt (q) f = Cast <to = 1> (x) r = Mul (f, f) s = Sqrt (r) "
+        "island = Cast <to = 10> (s) }"
     )
     got = run(round_to(model, DType.FLOAT16), {"x": np.array([300.0, 2.0], np.float32)})
-    assert got["low"].tolist() == [np.inf, 2.0]
-    assert got["high"].tolist() == [300.0, 2.0]
+    assert got["plain"].tolist() == [np.inf, 2.0]
+    assert got["island"].tolist() == [300.0, 2.0]
 
 
-def test_a_graph_without_such_tensors_is_refused() -> None:
+def test_a_graph_without_16_bit_tensors_is_refused() -> None:
     model = ir.from_onnx_text(f"{HEADER} g (float[N] x) => (float[N] y) {{ y = Relu (x) }}")
     with pytest.raises(BuildError, match="no float16 tensor to round"):
         round_to(model, DType.FLOAT16)
 
 
-def test_the_graph_that_is_rounded_stays_as_it_was() -> None:
+def test_the_original_graph_is_not_changed() -> None:
     text = f"{HEADER} g (float16[N] x) => (float16[N] y) <float16 w = {{3}}> {{ y = Mul (x, w) }}"
     model = ir.from_onnx_text(text)
     before = ir.to_proto(model).SerializeToString(deterministic=True)

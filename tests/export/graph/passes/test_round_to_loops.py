@@ -1,4 +1,7 @@
-"""Loops in a graph that is rounded: ditc's own, Sinkhorn's, is an fp32 island."""
+"""Loops in a graph that is rounded: one in fp32 stays as it is, one in 16 bits is refused.
+
+Sinkhorn's, the only loop that ditc writes, is an fp32 island.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import DType
 
 
-def test_a_loop_in_fp32_is_passed_by_and_one_in_16_bits_refused() -> None:
+def test_a_loop_in_fp32_is_left_alone_and_one_in_16_bits_is_refused() -> None:
     body = """
         looped = Loop (count, always, FIRST) <body = step (int64 i, bool go, TYPE[N] x) => (bool on, TYPE[N] y)
             { on = Identity (go) y = Mul (x, x) }>
@@ -20,11 +23,11 @@ def test_a_loop_in_fp32_is_passed_by_and_one_in_16_bits_refused() -> None:
     graph (float16[N] x) => (float16[N] out) <int64 count = {3}, bool always = {1}> { BEFORE LOOP AFTER }"""
 
     def model(loop_type: str) -> ir.Model:
-        low = loop_type == "float16"
-        loop = body.replace("TYPE", loop_type).replace("FIRST", "x" if low else "wide")
+        narrow = loop_type == "float16"
+        loop = body.replace("TYPE", loop_type).replace("FIRST", "x" if narrow else "wide")
         before, after = (
             ("", "out = Mul (looped, x)")
-            if low
+            if narrow
             else (
                 "wide = Cast <to = 1> (x)",
                 "narrow = Cast <to = 10> (looped) out = Mul (narrow, x)",
