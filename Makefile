@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-to-test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
+.PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -56,6 +56,12 @@ run: $(READY)  ## draw PROMPT with bundle OUT
 # Two processes, a file each at a time, one thread each: that is how two cores are busy all the time.
 test: $(TESTED)  ## all tests that a CPU runs in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
+
+# torch, oneDNN, MKL, OpenBLAS and NumPy as on a CPU of 2008. ONNX Runtime 1.32 has no switch for its instruction set.
+test-isa: $(TESTED)  ## the same as on an old CPU with four threads; ONNX Runtime alone keeps this CPU's instructions
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" OMP_NUM_THREADS=4 \
+	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
 test-slow: $(TESTED)  ## the long tests: full-width layers, random kills
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow

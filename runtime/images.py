@@ -59,7 +59,8 @@ def _interpolate(images: Floats, axis: int, size: int, kept: slice) -> Floats:
 
     The arithmetic of torch's interpolate(mode="bilinear", align_corners=False): source coordinates are
     rounded to float32 once, after a fused multiply-add (aten/src/ATen/native/UpSample.h,
-    area_pixel_compute_source_index). At coordinate 500 that rounding moves a pixel by up to 3e-5.
+    area_pixel_compute_source_index). At coordinate 500 that rounding moves a pixel by up to 3e-5, and on a CPU without
+    fused multiply-add torch rounds twice.
     """
     length = images.shape[axis]
     if length == size:

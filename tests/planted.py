@@ -69,22 +69,26 @@ def patch_pipeline(twin: Twin, kind: type[Pipeline]) -> None:
     twin.pipeline = kind(old.manifest, old.sessions, old.conditioning)
 
 
-def block_forward(*, swap: bool = False, gate: bool = True) -> Callable[..., Tensor]:
-    """DenoiserBlock.forward with one of two classic mistakes."""
+def modulated(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """DenoiserBlock.forward with another modulation (R,6,D): shift, scale, gate of attention, then of the FFN."""
 
-    def forward(
-        self: Any, x: Tensor, modulation: Tensor, key: Tensor, value: Tensor, mask: Tensor, h: int, w: int
-    ) -> Tensor:
-        parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        if swap:
-            shift_msa, scale_msa = scale_msa, shift_msa
-        attended = self.attn1(self.norm1(x) * (1 + scale_msa) + shift_msa)
-        x = x + (gate_msa * attended if gate else attended)
-        x = x + self.attn2(x, key, value, mask)
-        return x + gate_mlp * self.ff(self.norm2(x) * (1 + scale_mlp) + shift_mlp, h, w)
+    def forward(self: Any, x: Tensor, modulation: Tensor, *rest: Any) -> Tensor:
+        wanted = change(self.scale_shift_table + modulation)
+        return type(self).forward(self, x, wanted - self.scale_shift_table, *rest)
 
     return forward
+
+
+def swapped_scale_and_shift(modulation_R6D: Tensor) -> Tensor:
+    """Of the attention."""
+    return modulation_R6D[:, [1, 0, 2, 3, 4, 5]]
+
+
+def without_gate(modulation_R6D: Tensor) -> Tensor:
+    """The attention's is one."""
+    ungated = modulation_R6D.clone()
+    ungated[:, 2] = 1
+    return ungated
 
 
 class SwappedRows(Pipeline):

@@ -18,15 +18,17 @@ from planted import (
     StaleHistory,
     StrongerGuidance,
     SwappedRows,
-    block_forward,
     context_of,
     failures,
+    modulated,
     module_of,
     patch_forward,
     patch_pipeline,
     permuted_channels,
     reorder_ffn,
+    swapped_scale_and_shift,
     torch_candidate,
+    without_gate,
     without_padding,
 )
 
@@ -89,12 +91,12 @@ def _pipeline(kind):  # type: ignore[no-untyped-def]
 
 DEFECTS = {
     "adaLN scale and shift swapped": Defect(
-        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0"), block_forward(swap=True)),
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0"), modulated(swapped_scale_and_shift)),
         DENOISER,
         f"{BLOCK}.0",
     ),
     "gate dropped": Defect(
-        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.1"), block_forward(gate=False)),
+        lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.1"), modulated(without_gate)),
         DENOISER,
         f"{BLOCK}.1",
     ),
