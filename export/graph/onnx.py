@@ -93,6 +93,7 @@ def to_onnx(
     Raises:
         BuildError: torch.export refuses the module or fixes a dynamic dimension, ONNX Runtime disagrees with PyTorch
             at one of two sets of sizes, or the graph breaks an fp32 island, its spec or the plan.
+        OutputError: the files cannot be written.
     """
     model = to_model(stage, opset)
     final = OnnxFiles(path, path.with_name(path.name + ".data"))
