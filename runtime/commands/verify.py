@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     idle = [] if arguments.run else [name for name in given_names(arguments) if name in RUN_OPTIONS]
     if idle:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise UsageError(f"{flags} only matters to --run, which runs the stages", hint="add --run")
+        raise UsageError(f"without --run there is nothing to choose with {flags}", hint="add --run")
     options = load_options(arguments)
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:

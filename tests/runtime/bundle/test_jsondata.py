@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.spec import Backend
 
 
 class Colour(StrEnum):
@@ -27,15 +28,23 @@ class Outer:
     flag: bool
     colour: Colour
     inner: dict[str, Inner]
+    backend: Backend = Backend.TENSORRT
     many: tuple[Inner, ...] = ()
     maybe: Inner | None = None
 
 
-VALUE = Outer("n", True, Colour.RED, {"a": Inner((1, 2), 0.5)}, (Inner((3, 4)),), Inner((5, 6)))
+VALUE = Outer(
+    "n", True, Colour.RED, {"a": Inner((1, 2), 0.5)}, Backend("new"), (Inner((3, 4)),), Inner((5, 6))
+)
 
 
 def test_a_value_survives_the_round_trip() -> None:
-    assert from_json(Outer, to_json(VALUE)) == VALUE
+    data = to_json(VALUE)
+    assert from_json(Outer, data) == VALUE
+    assert type(data["colour"]) is type(data["backend"]) is str
+    assert from_json(Outer, data).backend is VALUE.backend, (
+        "equal names are one object, as enumerations have it"
+    )
 
 
 def test_fields_with_defaults_may_be_left_out() -> None:
@@ -54,6 +63,8 @@ def test_whole_numbers_are_floats_where_floats_are_wanted() -> None:
         ({"name": 5}, r"^\$\.name: expected str, got 5"),
         ({"flag": 1}, r"^\$\.flag: expected bool"),
         ({"colour": "blue"}, r"^\$\.colour: 'blue' is none of \['red'\]"),
+        ({"backend": "../x"}, r"^\$\.backend: '\.\./x' is not a backend's name"),
+        ({"backend": 5}, r"^\$\.backend: expected Backend, got 5"),
         ({"inner": []}, r"^\$\.inner: expected an object"),
         ({"inner": {"a": {"size": [1]}}}, r"^\$\.inner\.a\.size: expected 2 items, got 1"),
         ({"inner": {"a": {"size": [1, True]}}}, r"^\$\.inner\.a\.size\[1\]: expected int, got True"),

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from ditc.export.build.previous_build import in_order
 from ditc.runtime.bundle.certificate import load_certificate
 from ditc.runtime.bundle.manifest import Artifact, load_manifest, save_manifest
 from ditc.runtime.cli import USAGE, main
@@ -219,9 +220,14 @@ def test_the_functions_of_a_row_are_there_and_take_what_they_are_given(row: Back
         inspect.signature(function).bind(*range(arguments))
 
 
-def test_engines_are_preferred_and_graphs_are_written_first() -> None:
+def test_engines_are_preferred_and_graphs_are_written_first(tiny_bundle: Path) -> None:
+    """The order in a manifest is that of earlier versions: else its digest would change, and a signature with it."""
     assert [row.name for row in rows()] == ["tensorrt", "tensorrt-rtx", "onnxruntime"]
     assert all(target.startswith("sm") for target in RTX_TARGETS)
+    artifact = load_manifest(tiny_bundle).stages["denoiser"].artifacts[0]
+    names = ("unheard-of", "tensorrt", "onnxruntime", "tensorrt-rtx")
+    some = in_order(replace(artifact, backend=Backend(name)) for name in names)
+    assert [a.backend for a in some] == ["onnxruntime", "tensorrt-rtx", "tensorrt", "unheard-of"]
 
 
 def test_a_name_is_in_the_table_once(toy: BackendRow) -> None:
