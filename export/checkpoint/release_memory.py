@@ -13,7 +13,7 @@ MADV_DONTNEED = 4  # Linux, asm-generic/mman-common.h
 def drop_pages(files: Iterable[Path]) -> int:
     """Release the memory of every mapping of these files, and the freed memory that malloc keeps.
 
-    A tensor that is used again reads its bytes from the file again. So nobody may have written to such a tensor,
+    A tensor that is used later reads its bytes from the file again. So such a tensor must never have been written to,
     which TensorSource demands too. The release is needed because torch 2.13 keeps the weights of an exported module
     alive. It works on Linux; elsewhere it does nothing.
 

@@ -2,8 +2,8 @@
 
 While a network is traced, the first of several equal blocks runs in full, between an Enter and a Leave node. Every
 later one leaves a single Repeat node with its inputs. passes/expand_repeats.py replaces that node by a copy of the
-first block's nodes with the later block's weights. A block that is called in another way than the first is traced in
-full.
+first block's nodes with the later block's weights. A later block whose call differs from the first block's is traced
+in full.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Call:
 
 @contextmanager
 def trace_blocks_once(root: nn.Module) -> Iterator[None]:
-    """While the context lasts, a trace of root holds the first of equal blocks, and Repeat nodes for the others."""
+    """While the context lasts, a trace of root holds one block of each group of equal ones, and Repeat nodes."""
     before: list[tuple[nn.Module, Forward | None]] = []
     resets: list[Callable[[], None]] = []
 

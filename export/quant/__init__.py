@@ -3,7 +3,7 @@
 histogram   counts of magnitudes in bins that do not depend on the data, so that counts of several runs add up
 ranges      the file of statistics, which calibration writes and a build reads
 estimators  one clipping value from a tensor's counts
-channels    the error that each channel's counts let expect
+channels    the INT8 error of a tensor, predicted from its channels' counts
 formats     scales, rounding, and weights in 8 bits
 layers      the layers of a stage that can be quantized
 recipes     named rules over module names

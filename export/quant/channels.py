@@ -1,4 +1,4 @@
-"""The error that INT8 makes in each channel of a tensor, from counts, for any smoothing and clipping."""
+"""Predict the error of a tensor in INT8 from its channels' counts, for any smoothing and clipping."""
 
 # C channels, B bins in use
 

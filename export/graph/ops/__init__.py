@@ -1,8 +1,8 @@
 """Custom ops, one folder each: a reference, a PyTorch op, an ONNX function or nodes.
 
 An export takes two calls: torch.onnx.export(..., custom_translation_table=onnx_translations()) puts one node per op
-into the graph, then add_functions(program.model) gives each op its body. The order matters: whoever optimises a model
-(torch's exporter, ditc's passes) or changes its opset inlines every function that the model holds.
+into the graph, then add_functions(program.model) gives each op its body. The order matters, because optimising a model
+(by torch's exporter or ditc's passes) and changing its opset inline every function that the model holds.
 """
 
 from __future__ import annotations
