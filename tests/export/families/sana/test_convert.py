@@ -114,7 +114,7 @@ def test_one_error_names_every_setting_that_the_tensors_do_not_show(tmp_path: Pa
     with pytest.raises(UsageError) as caught:
         convert(path, tmp_path / "out", options=NativeOptions())
     assert str(caught.value).endswith("also give --resolution, --position-embedding, --dtype, --flow-shift")
-    assert "4096 px --flow-shift 6" in str(caught.value.hint)
+    assert "4096 px: --flow-shift 6" in str(caught.value.hint)
     with pytest.raises(UsageError, match=r"--interpolation-scale"):
         convert(path, tmp_path / "out", options=_options(position_embedding="sincos"))
     with pytest.raises(UsageError, match=r"head sizes of a network with hidden size 16"):
