@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.bundle.manifest import Artifact
-from ditc.runtime.sessions.registry import row_of
+from ditc.runtime.sessions.registry import find_row
 from ditc.runtime.spec import Backend
 
 FOLDER = ".build"
@@ -38,7 +38,8 @@ def record_path(bundle: Path, name: str, key: str) -> Path:
 
 def artifact_record(stage: str, backend: Backend) -> str:
     """The name that the records of a stage's graphs have, or those of its engines."""
-    return f"engine-{stage}" if row_of(backend).builds_engines else stage
+    row = find_row(backend)  # None for a backend of a newer version, whose record this version does not read
+    return stage if row is not None and not row.builds_engines else f"engine-{stage}"
 
 
 def read_cost(bundle: Path, stage: str, artifact: Artifact) -> BuildCost | None:

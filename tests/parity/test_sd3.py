@@ -129,8 +129,8 @@ def _shift_once(twin: Twin) -> None:
 
 def _crop_one_lower(twin: Twin) -> None:
     embedding = module_of(twin, DENOISER, "network.pos_embed")
-    before = embedding._before
-    embedding._before = lambda side: before(side) + 1
+    before = embedding._crop_start
+    embedding._crop_start = lambda side: before(side) + 1
 
 
 def _no_vae_shift(twin: Twin) -> None:

@@ -27,6 +27,8 @@ ENGINE_FILES = source_files(ENGINE_SOURCES)
 # What hashed files import and need not be hashed, each with its reason. A new import is hashed, or reviewed and added.
 REVIEWED = {
     "runtime/errors.py": "messages",
+    "runtime/sessions/registry.py": "targets and library versions, which are in an engine's key",
+    "runtime/sessions/tensorrt_engine.py": "finds the library, whose version is in an engine's key",
     "runtime/atomic.py": "how files are written",
     "export/families/__init__.py": "which family there is, not what it computes",
     "export/options.py": "what decides a graph is in its key by value: precision, opset, shapes",
