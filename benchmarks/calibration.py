@@ -71,15 +71,15 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     from ditc.export.quant.plan import make_plan
     from ditc.export.quant.ranges import load_ranges
     from ditc.export.quant.simulate import quantized
-    from ditc.parity.reference.pytorch import Twin
+    from ditc.parity.reference.pytorch import TorchModel
     from ditc.runtime import Request
     from ditc.runtime.spec import DENOISER
 
-    twin, ranges = Twin(arguments.checkpoint), load_ranges(arguments.ranges)
-    stage = twin.load(DENOISER)
+    reference, ranges = TorchModel(arguments.checkpoint), load_ranges(arguments.ranges)
+    stage = reference.load(DENOISER)
     layers = linear_layers(stage)
     session = TorchSession(stage.module, stage.spec)
-    pipeline = twin.pipeline.with_sessions({DENOISER: session})
+    pipeline = reference.pipeline.with_sessions({DENOISER: session})
     plans = {kind: make_plan(RECIPES[name], ranges, layers) for kind, name in OURS.items()}
     wanted = {name: layers[name] for name in plans["int8"].layers}
     prompts = read_prompts(arguments.prompts or GENERAL)

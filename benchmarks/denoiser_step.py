@@ -81,7 +81,7 @@ def measure(checkpoint: Path, work: Path, repeats: int, *, compiled: bool) -> di
     files = to_onnx(stage, work / "denoiser.onnx")
     sizes = {**example_sizes(stage.spec), "batch": 1, "rows": 2}
     feeds = example_feeds(stage.spec, sizes)
-    del stage.module.network  # the twin's weights: diffusers loads its own
+    del stage.module.network  # the reference's weights: diffusers loads its own
     session = OnnxRuntimeSession(files.model, stage.spec)
     candidates: dict[str, Callable[[], object]] = {"ditc onnxruntime fp32": lambda: session.run(feeds)}
     for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):

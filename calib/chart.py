@@ -1,4 +1,4 @@
-"""The search's curve as an SVG: fidelity against the share of FLOPs in 8 bits. No plotting library needed."""
+"""The curve of a precision search as SVG, without a plotting library: fidelity by the share of FLOPs in 8 bits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from ditc.calib.search import Result
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 400, 60, 30, 20, 50
-EXACT_DB = 80.0  # pictures that differ less than this are drawn here: equal ones have no finite PSNR
+EXACT_DB = 80.0  # the top of the chart: equal pictures have an infinite PSNR and are drawn here
 
 
 def curve_svg(result: Result) -> str:
-    """PSNR over share; the chosen assignment is marked, and so is a PSNR budget."""
+    """PSNR in dB by share. The chosen assignment is circled, and a PSNR budget is a dashed line."""
     points = [(p.share, min(p.fidelity.psnr_db, EXACT_DB)) for p in result.curve]
     low = math.floor(min(db for _, db in points) / 10) * 10
 
@@ -41,8 +41,10 @@ def curve_svg(result: Result) -> str:
     x, y = at(result.chosen.share, min(result.chosen.fidelity.psnr_db, EXACT_DB))
     parts.append(f'<circle cx="{x}" cy="{y}" r="7" fill="none" stroke="#c00" stroke-width="2"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">GEMM FLOPs in 8 bits</text>')
     parts.append(
-        f'<text x="{LEFT}" y="18">PSNR of pictures, dB (budget {result.budget}; chosen circled)</text>'
+        f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">share of GEMM FLOPs in 8 bits</text>'
+    )
+    parts.append(
+        f'<text x="{LEFT}" y="18">PSNR of the pictures in dB (budget {result.budget}; the choice is circled)</text>'
     )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,7 +1,7 @@
-"""Measure ranges: run the reference pipeline over prompts and steps, and count what its Linears read.
+"""Measure ranges: run the reference pipeline over prompts and steps, and count the input values of its Linears.
 
-One request a prompt, so that no result depends on what a prompt was batched with: any split over machines merges
-to the same counts, and a killed run goes on where it stopped.
+Every prompt is a request of its own, so that no result depends on which prompts were batched together. Therefore any
+split of the prompts over machines merges to the same counts, and a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ditc.export.quant.ranges import (
     load_ranges,
     save_ranges,
 )
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -36,13 +36,20 @@ from ditc.runtime.spec import DENOISER, Precision
 
 log = logging.getLogger(__name__)
 
-BUCKETS = 10
+BUCKETS = 10  # parts of the schedule that are counted separately
 SAVE_EVERY_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is measured. None takes the checkpoint's default; shard (i, n) takes every n-th prompt from the i-th."""
+    """How ranges are measured.
+
+    Attributes:
+        num_inference_steps, guidance_scale: None takes the checkpoint's default.
+        seed: of the first prompt; every further prompt has the next seed.
+        precision: of the PyTorch networks that run.
+        shard: (i, n) measures every n-th prompt, beginning with the i-th (counted from 0).
+    """
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -54,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Steps done of all that this run must do, and seconds since it began."""
+    """How many steps are done of those that this run has to do, and the seconds since it began."""
 
     done: int
     total: int
@@ -69,14 +76,15 @@ def collect(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Ranges:
-    """Measure and write `out`. What an earlier, killed run with the same settings has measured is kept.
+    """Measure ranges and write them to `out`. What a killed run with the same settings has measured is kept.
 
     Raises:
-        UsageError: settings that cannot be served. CheckpointError: a checkpoint that cannot be read.
+        UsageError: the device does not exist, or the shard has no prompts.
+        CheckpointError: the checkpoint cannot be read.
     """
     _check_device(settings.device)
-    twin = Twin(checkpoint, options=BuildOptions(precision=settings.precision))
-    origin = _origin(twin, settings)
+    reference = TorchModel(checkpoint, options=BuildOptions(precision=settings.precision))
+    origin = _origin(reference, settings)
     partial = out.with_name(f"{out.name}.unfinished")
     index, count = settings.shard
     mine = [(number, prompt) for number, prompt in enumerate(prompts) if number % count == index]
@@ -88,8 +96,8 @@ def collect(
         return finished
     observer, seen = _resume(partial, origin, digests)
     missing = [(number, prompt) for number, prompt in mine if _digest(prompt) not in seen]
-    stage = twin.load(DENOISER)
-    pipeline = _pipeline(twin, stage, settings.device)
+    stage = reference.load(DENOISER)
+    pipeline = _pipeline(reference, stage, settings.device)
     total, begun, saved = len(missing) * origin.num_inference_steps, monotonic(), monotonic()
     done = 0
     with watching(linear_layers(stage), observer.see):
@@ -113,7 +121,7 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as e:  # AssertionError: "Torch not compiled with CUDA enabled"
         raise UsageError(
             f"PyTorch cannot compute on {device!r}: {str(e).splitlines()[0]}",
-            hint="take cpu, or cuda with a CUDA build of torch",
+            hint="use --device cpu, or cuda with a CUDA build of torch",
         ) from e
 
 
@@ -129,21 +137,21 @@ def _steps(
     observer.bucket = 0
     for step in pipeline.steps(request):
         observer.forget_tensor()
-        # The observer must know the bucket before the step runs: this one is the next step's.
+        # The observer needs the bucket before a step runs, so this is the bucket of the next step.
         observer.bucket = min((step.index + 1) * observer.buckets // step.total, observer.buckets - 1)
         yield
 
 
-def _pipeline(twin: Twin, stage: StageModule, device: str) -> Pipeline:
-    return twin.pipeline.with_sessions({DENOISER: TorchSession(stage.module, stage.spec, device=device)})
+def _pipeline(reference: TorchModel, stage: StageModule, device: str) -> Pipeline:
+    return reference.pipeline.with_sessions({DENOISER: TorchSession(stage.module, stage.spec, device=device)})
 
 
-def _origin(twin: Twin, settings: Settings) -> Origin:
-    defaults, component = twin.plan.defaults, twin.plan.stages[DENOISER].components[0]
+def _origin(reference: TorchModel, settings: Settings) -> Origin:
+    defaults, component = reference.plan.defaults, reference.plan.stages[DENOISER].components[0]
     steps = settings.num_inference_steps or defaults.num_inference_steps
     guidance = settings.guidance_scale
     return Origin(
-        identity=checkpoint_identity(twin.checkpoint, component),
+        identity=checkpoint_identity(reference.checkpoint, component),
         network=component,
         dtype=settings.precision.value,
         num_inference_steps=steps,
@@ -154,36 +162,39 @@ def _origin(twin: Twin, settings: Settings) -> Origin:
 
 
 def _finished(out: Path, origin: Origin, mine: set[str]) -> Ranges | None:
-    """What an earlier run of the same settings and prompts has written."""
+    """The ranges in `out` if a run with the same settings and prompts has written them, else None."""
     if not out.exists():
         return None
     try:
         ranges = load_ranges(out)
     except UsageError:
-        return None  # not ours or damaged: measured again and replaced
+        return None  # another kind of file, or a damaged one: it is measured again and replaced
     return ranges if ranges.origin == origin and set(ranges.prompts) == mine else None
 
 
 def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, list[str]]:
-    """What an unfinished run of the same settings has left, else nothing."""
+    """The counts and prompts that an unfinished run with the same settings has saved; empty ones without such a run."""
     observer = Observer(origin.buckets)
     if not partial.exists():
         return observer, []
     try:
-        earlier = load_ranges(partial)
+        saved = load_ranges(partial)
     except UsageError as e:
-        log.warning("starting over: %s", e)
+        log.warning("cannot resume, so all prompts are measured: %s", e)
         return observer, []
-    if earlier.origin != origin or not mine.issuperset(earlier.prompts):
-        log.warning("starting over: %s was measured with other settings or prompts", partial)
+    if saved.origin != origin or not mine.issuperset(saved.prompts):
+        log.warning(
+            "cannot resume, so all prompts are measured: %s was measured with other settings or prompts",
+            partial,
+        )
         return observer, []
-    observer.site_of = dict(earlier.site_of)
-    # The arrays of a file are read-only views of it.
+    observer.site_of = dict(saved.site_of)
+    # Arrays that were loaded are read-only views of the file, so they are copied.
     observer.sites = {
         site: Statistics(**{field: getattr(s, field).copy() for field in Statistics.__slots__})
-        for site, s in earlier.sites.items()
+        for site, s in saved.sites.items()
     }
-    return observer, list(earlier.prompts)
+    return observer, list(saved.prompts)
 
 
 def _ranges(observer: Observer, origin: Origin, seen: Sequence[str]) -> Ranges:

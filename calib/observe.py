@@ -1,4 +1,4 @@
-"""Watch the inputs of a network's Linears while it runs, and keep counts of them; memory does not grow with time."""
+"""Watch the inputs of a network's Linears while it runs, and count their values. Memory does not grow with the run."""
 
 # B buckets of the schedule, C channels
 
@@ -24,7 +24,15 @@ from ditc.export.quant.ranges import Statistics
 
 
 class Observer:
-    """Statistics of the inputs of some layers. Layers that read one tensor share a site, named by the first."""
+    """Statistics of the inputs of some layers.
+
+    Layers that read the same tensor share a site, which is named after the first of them.
+
+    Attributes:
+        bucket: the part of the schedule that inputs are counted into.
+        sites: the statistics of each site.
+        site_of: the site of each layer.
+    """
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
@@ -34,8 +42,8 @@ class Observer:
         self._last: tuple[Tensor, str] | None = None
 
     def see(self, layer: str, x: Tensor) -> None:
-        """Count one input of the layer, into the current bucket."""
-        if self._last is not None and self._last[0] is x:  # a neighbour has counted this very tensor
+        """Count one input (..., C) of a layer in the current bucket."""
+        if self._last is not None and self._last[0] is x:  # another layer has just counted this tensor
             self.site_of.setdefault(layer, self._last[1])
             return
         self._last = (x, layer)
@@ -46,13 +54,13 @@ class Observer:
         _count(statistics, self.bucket, x)
 
     def forget_tensor(self) -> None:
-        """Call between runs: holds no activation any longer."""
+        """Release the last tensor. Call this between two runs of the network."""
         self._last = None
 
 
 @contextmanager
 def watching(layers: Mapping[str, Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, every run of a layer calls see(name, its input)."""
+    """While the context is open, every run of a layer calls `see` with the layer's name and input."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, arguments: see(name, arguments[0])
@@ -77,10 +85,10 @@ def _empty(buckets: int, channels: int) -> Statistics:
 
 
 def _count(statistics: Statistics, bucket: int, x: Tensor) -> None:
-    """Add one tensor (..., C) to one bucket. Runs where the tensor is; the counts come to the host."""
+    """Add one tensor (..., C) to one bucket. Counting runs on the tensor's device; only the counts go to the host."""
     magnitudes = x.detach().flatten(0, -2).float().abs()
     channel_amax = magnitudes.amax(dim=0)
-    # As histogram.bin_of: the upper bits of an fp32 number are the index of its bin.
+    # As in histogram.bin_of, the upper bits of an fp32 number are the index of its bin.
     bits = magnitudes.view(torch.int32)
     bins = ((bits >> DROPPED_BITS) - FIRST).clamp_(0, BINS - 1)
     counts = torch.bincount(bins.flatten(), minlength=BINS)

@@ -1,4 +1,4 @@
-"""The prompts that calibration draws, and what it asks of a file of prompts beyond that it can be read."""
+"""The prompts that calibration draws. A prompt file for calibration is checked more strictly than one for drawing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from ditc.runtime.errors import UsageError
 from ditc.runtime.prompts import numbered_prompts
 
-# Prompts over subjects, styles, colours, counts, lengths and languages.
+# The built-in prompts cover subjects, styles, colours, counts, lengths and languages.
 GENERAL = Path(__file__).parent / "prompts" / "general.txt"
-LONGEST = 4000  # characters; a longer line is a file in another form, not a prompt
+LONGEST = 4000  # characters; a longer line shows that the file is not a list of prompts
 
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in order.
 
     Raises:
-        UsageError: the file cannot be read or has no prompts, or a line is no prompt; names the line.
+        UsageError: the file cannot be read or has no prompts, or a line is not a prompt or is there twice; the message
+            names the line.
     """
     prompts: dict[str, int] = {}
     for number, line in numbered_prompts(path):
@@ -29,11 +30,14 @@ def _check(line: str, path: Path, number: int, earlier: dict[str, int]) -> None:
     if line in earlier:
         raise UsageError(
             f"{path}, line {number}: the same prompt as line {earlier[line]}",
-            hint="a prompt counts once: remove one of the lines",
+            hint="every prompt counts once: remove one of the two lines",
         )
     if len(line) > LONGEST:
         raise UsageError(
-            f"{path}, line {number}: {len(line)} characters, at most {LONGEST}", hint="one prompt a line"
+            f"{path}, line {number}: {len(line)} characters, a prompt has at most {LONGEST}",
+            hint="write one prompt per line",
         )
     if not all(character.isprintable() or character == "\t" for character in line):
-        raise UsageError(f"{path}, line {number}: control characters", hint="is this a text file?")
+        raise UsageError(
+            f"{path}, line {number}: control characters", hint="use a text file with one prompt per line"
+        )

@@ -1,7 +1,8 @@
-"""Find the assignment of formats to layers with the most work in 8 bits whose pictures stay within a budget.
+"""Search the assignment of formats to layers that has the most FLOPs in 8 bits and keeps pictures within a budget.
 
-Layers leave the 8 bits in the order of squared step error for each FLOP (errors of independent roundings add in
-squares), and whole pictures decide how many must leave. Afterwards each that left is offered back, cheapest first.
+The layers are sorted by squared step error per FLOP, because errors of independent roundings add in squares. Those with
+the largest values are kept in high precision. How many these are is found by drawing pictures. Finally, some of them
+are tried in 8 bits again, one by one, those with the smallest values first.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
 
 CURVE_POINTS = 9
-OFFERS = 6  # layers offered back after the cut
+RETRIES = 6  # layers behind the cut that are tried in 8 bits again
 Plans = Mapping[Format, Mapping[str, LayerPlan]]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What pictures may lose: at least `limit` dB of PSNR, or at most `limit` relative L2 of the latents."""
+    """What pictures may lose: PSNR must be at least `limit` dB, or relative L2 of the latents at most `limit`."""
 
     metric: Literal["psnr", "rel_l2"]
     limit: float
@@ -43,7 +44,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One assignment: layers in 8 bits, their share of GEMM FLOPs, and what that does to pictures."""
+    """One assignment: the number of layers in 8 bits, their share of all GEMM FLOPs, and the fidelity of pictures."""
 
     layers: int
     share: float
@@ -52,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What the search found. curve: from no layer in 8 bits to all of them."""
+    """What the search found. `curve` has all assignments that were tried, from no layer in 8 bits to all of them."""
 
     budget: str
     chosen: Point
@@ -62,14 +63,20 @@ class Result:
 
 
 def parse_budget(text: str) -> Budget:
-    """psnr=40 or rel_l2=0.05. Raises UsageError."""
+    """Parse a budget such as "psnr=40" (dB) or "rel_l2=0.05".
+
+    Raises:
+        UsageError: the text is neither of the two, or its number is not positive.
+    """
     metric, _, value = text.partition("=")
     try:
         limit = float(value)
     except ValueError:
         limit = float("nan")
     if metric not in ("psnr", "rel_l2") or not limit > 0:
-        raise UsageError(f"budget {text!r} is neither psnr=DB nor rel_l2=SHARE", hint="--budget psnr=40")
+        raise UsageError(
+            f"budget {text!r} is neither psnr=DB nor rel_l2=SHARE", hint="use for example --budget psnr=40"
+        )
     return Budget("psnr" if metric == "psnr" else "rel_l2", limit)
 
 
@@ -82,7 +89,16 @@ def search(
     *,
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> Result:
-    """The assignment with the most FLOPs in 8 bits within the budget; none at all if even one layer passes it."""
+    """Find the assignment with the most FLOPs in 8 bits that keeps the budget.
+
+    Args:
+        effects: what each layer costs in each format.
+        base: the recipe whose other settings the found recipe takes over.
+        on_point: called after each assignment that was drawn.
+
+    Returns:
+        A result whose chosen assignment has no layer in 8 bits if even the least sensitive layer breaks the budget.
+    """
     best = _best_format(effects)
     order = sorted(best.values(), key=lambda effect: effect.step_error**2 / effect.share)
     tried: dict[frozenset[str], Point] = {}
@@ -99,12 +115,12 @@ def search(
     for count in sorted(counts):
         point(order[:count])
     kept = _largest(order, lambda layers: budget.allows(point(layers).fidelity))
-    for effect in order[len(kept) : len(kept) + OFFERS]:
+    for effect in order[len(kept) : len(kept) + RETRIES]:
         if budget.allows(point([*kept, effect]).fidelity):
             kept = [*kept, effect]
     names = {effect.layer for effect in kept}
-    high = {
-        e.layer: f"alone it moves a step by {e.step_error:.2g}: outside the budget {budget}"
+    kept_high_precision = {
+        e.layer: f"in 8 bits it puts pictures outside the budget {budget} (step error alone: {e.step_error:.2g})"
         for e in order
         if e.layer not in names
     }
@@ -113,7 +129,9 @@ def search(
         chosen=point(kept),
         effects=tuple(effects),
         curve=tuple(sorted(tried.values(), key=lambda p: (p.share, p.layers))),
-        recipe=replace(as_recipe({e.layer: e.kind for e in kept}, high, base), budget=str(budget)),
+        recipe=replace(
+            as_recipe({e.layer: e.kind for e in kept}, kept_high_precision, base), budget=str(budget)
+        ),
     )
 
 
@@ -123,7 +141,7 @@ def save_result(result: Result, path: Path) -> Path:
 
 
 def _best_format(effects: Sequence[Effect]) -> dict[str, Effect]:
-    """Each layer in the format that moves it least; of equals the first, INT8 before FP8."""
+    """Each layer in the format with the smallest step error. If both are equal, it is INT8."""
     best: dict[str, Effect] = {}
     for effect in sorted(effects, key=lambda e: (e.layer, e.kind != Format.INT8)):
         if effect.layer not in best or effect.step_error < best[effect.layer].step_error:
@@ -132,7 +150,7 @@ def _best_format(effects: Sequence[Effect]) -> dict[str, Effect]:
 
 
 def _largest(order: Sequence[Effect], allowed: Callable[[Sequence[Effect]], bool]) -> list[Effect]:
-    """The longest prefix that is allowed, by bisection: more layers in 8 bits never help on average."""
+    """The longest prefix that is allowed. Bisection finds it, since more layers in 8 bits do not improve pictures."""
     if allowed(order):
         return list(order)
     low, high = 0, len(order)

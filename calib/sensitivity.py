@@ -1,4 +1,4 @@
-"""What each layer costs in fidelity when it alone is in 8 bits."""
+"""Measure what each layer costs in fidelity when it is the only one in 8 bits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ditc.runtime.spec import Precision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """One layer in one format, all others high.
+    """What one layer in one format costs while all others stay in high precision.
 
     Attributes:
-        share: of the FLOPs of all GEMMs with weights.
-        step_error: relative L2 of a step's x0 from reference states.
-        per_token_error: the same if every token's input had a scale of its own (simulated only).
-        picture_db: PSNR of the final pictures; None where time ran out.
+        share: the layer's share of the FLOPs of all GEMMs with weights.
+        step_error: relative L2 error of a step's x0, from the reference's states.
+        per_token_error: `step_error` if every token had an input scale of its own. This is only simulated: no graph
+            that ditc builds has such scales.
+        picture_db: PSNR of the final pictures in dB; None if there was no time left to draw them.
     """
 
     layer: str
@@ -35,7 +36,7 @@ class Effect:
 
 
 def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float]:
-    """Each layer's share of the FLOPs of all the stage's GEMMs with weights, by the rows that calibration saw."""
+    """Each layer's share of the FLOPs of all GEMMs with weights, for the numbers of rows that calibration counted."""
     flops = {
         name: int(ranges.of(name).rows.sum()) * layer.linear.in_features * layer.linear.out_features
         for name, layer in layers.items()
@@ -45,14 +46,14 @@ def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float
 
 
 def base_recipe(kind: Format, family: str) -> Recipe:
-    """The recipe that a search begins with: the family's own in the format."""
+    """The recipe that a search begins with: the family's default recipe for the format."""
     return find_recipe(None, Precision(kind.value), family)
 
 
 def candidate_plans(
     trial: Trial, ranges: Ranges, formats: Sequence[Format]
 ) -> dict[Format, Mapping[str, LayerPlan]]:
-    """For each format, what every layer that its recipe names would get."""
+    """For each format, the plans of all layers that the format's base recipe quantizes."""
     return {kind: make_plan(base_recipe(kind, trial.family), ranges, trial.layers).layers for kind in formats}
 
 
@@ -64,10 +65,11 @@ def measure_effects(
     picture_seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Effect]:
-    """Effects of all layers in all formats, worst first.
+    """Measure the effects of all layers in all formats. The largest step error comes first.
 
     Args:
-        picture_seconds: how long final pictures may be drawn, beginning with the layers of the largest step error.
+        picture_seconds: the time for drawing final pictures. Layers with the largest step errors are drawn first.
+        on_progress: called with the number of measurements done and of all.
     """
     pairs = [(kind, plan) for kind, named in plans.items() for plan in named.values()]
     effects = []
@@ -94,9 +96,15 @@ def measure_effects(
     return effects
 
 
-def as_recipe(chosen: Mapping[str, Format], kept: Mapping[str, str], base: Recipe) -> Recipe:
-    """An assignment by layer as a recipe that a build takes. kept: layers that stay high, and why."""
+def as_recipe(chosen: Mapping[str, Format], kept_high_precision: Mapping[str, str], base: Recipe) -> Recipe:
+    """An assignment as a recipe that a build takes.
+
+    Args:
+        chosen: the format of each layer in 8 bits.
+        kept_high_precision: for each layer that stays in high precision, the reason.
+        base: the recipe whose other settings are taken over.
+    """
     rules = [rule for rule in base.rules if rule.kind is None]
-    rules += [Rule(layers=name, why=why) for name, why in kept.items()]
+    rules += [Rule(layers=name, why=why) for name, why in kept_high_precision.items()]
     rules += [Rule(layers=name, kind=kind) for name, kind in chosen.items()]
     return replace(base, name="mixed", rules=tuple(rules))

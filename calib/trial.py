@@ -1,4 +1,4 @@
-"""Try assignments: how far a partly quantized network leads from the reference, in one step and in the picture."""
+"""Try assignments of formats to layers: how far are steps and pictures of the quantized network from the reference?"""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import Layer, linear_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.metrics import psnr
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
 from ditc.runtime.spec import DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH, X0
 
-FORCED_STEPS = 5  # of a trajectory, evenly spread: enough to rank layers, a quarter of the time of all 20
+# Steps whose error is measured, evenly spread over a trajectory. They are enough to rank layers, in a quarter of the
+# time of all 20 steps.
+FORCED_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """Of whole pictures against the reference's.
+    """How close pictures are to the reference's.
 
     Attributes:
-        psnr_db: mean over pictures; worst_db: the smallest.
-        rel_l2: of the final latents.
+        psnr_db: mean PSNR of the pictures in dB.
+        worst_db: the smallest PSNR in dB.
+        rel_l2: relative L2 error of all final latents together.
     """
 
     psnr_db: float
@@ -36,35 +39,46 @@ class Fidelity:
 
 
 class Trial:
-    """A reference run over a few prompts, and the same run with some layers in 8 bits.
+    """A reference run over a few prompts, to be repeated with some layers in 8 bits.
 
     Args:
-        prompts: they run in batches of the network's largest.
+        prompts: they run in batches of the network's largest size.
+        seed: of the starting noise.
+
+    Attributes:
+        layers: the denoiser's linear layers.
+        reference_steps: feeds and x0 of some steps of the reference run.
     """
 
-    def __init__(self, twin: Twin, prompts: Sequence[str], *, seed: int) -> None:
-        stage = twin.load(DENOISER)
-        self.family = twin.adapter.family
+    def __init__(self, reference: TorchModel, prompts: Sequence[str], *, seed: int) -> None:
+        stage = reference.load(DENOISER)
+        self.family = reference.adapter.family
         self.layers: dict[str, Layer] = linear_layers(stage)
         self._session = TorchSession(stage.module, stage.spec)
-        self._twin = twin
+        self._reference = reference
         self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
         recorder = _Recorder(self._session)
         self._latents, self._pictures = self._run(recorder)
         largest = stage.spec.profile[BATCH].max
-        self.recorded = recorder.spread(FORCED_STEPS, batches=-(-len(prompts) // largest))
+        self.reference_steps = recorder.spread(FORCED_STEPS, batches=-(-len(prompts) // largest))
 
     def step_error(self, plans: Mapping[str, LayerPlan], *, per_token: bool = False) -> float:
-        """Relative L2 of the predicted x0, root mean square over reference states: no error accumulates."""
+        """Relative L2 error of the predicted x0 with these layers in 8 bits: root mean square over `reference_steps`.
+
+        Every step starts from the reference's state, so that no error accumulates.
+
+        Args:
+            per_token: give every token's input a scale of its own.
+        """
         squares = []
         with quantized(self.layers, plans, per_token=per_token):
-            for feeds, expected in self.recorded:
+            for feeds, expected in self.reference_steps:
                 got = to_numpy(self._session.run(feeds)[X0])
                 squares.append(_squared_error(got, expected))
         return float(np.sqrt(np.mean(squares)))
 
     def fidelity(self, plans: Mapping[str, LayerPlan]) -> Fidelity:
-        """Draw the pictures with these layers in 8 bits, from the same noise."""
+        """Draw the pictures with these layers in 8 bits from the same noise, and compare them with the reference's."""
         with quantized(self.layers, plans):
             latents, pictures = self._run(self._session)
         each = [psnr(picture, reference) for picture, reference in zip(pictures, self._pictures, strict=True)]
@@ -75,7 +89,7 @@ class Trial:
         )
 
     def _run(self, session: Session) -> tuple[Array, Array]:
-        pipeline = self._twin.pipeline.with_sessions({DENOISER: session})
+        pipeline = self._reference.pipeline.with_sessions({DENOISER: session})
         plan = pipeline.plan(self._request)
         states = list(pipeline.start(plan))
         for step in pipeline.run(states):
@@ -85,7 +99,7 @@ class Trial:
 
 
 class _Recorder:
-    """A session that keeps what it was fed and what x0 it gave."""
+    """A session that keeps the feeds and the x0 of every run."""
 
     def __init__(self, session: TorchSession) -> None:
         self._session = session
@@ -105,10 +119,10 @@ class _Recorder:
         return outputs
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: the trial owns the session."""
 
     def spread(self, count: int, *, batches: int) -> list[tuple[dict[str, Tensor], Array]]:
-        """Steps spread evenly over the schedule, the first and the last among them, each of another batch in turn."""
+        """`count` steps spread evenly over the schedule, first and last included. They take turns over the batches."""
         length = len(self._seen) // batches
         steps = np.unique(np.linspace(0, length - 1, count).round().astype(int))
         return [self._seen[i % batches * length + step] for i, step in enumerate(steps)]

@@ -1,4 +1,4 @@
-"""Where an error begins: two traces of one input, place by place, until the first that differs."""
+"""Find where an error begins: compare two traces of one input place by place, and name the first that differs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from ditc.parity.compare import check_reference, worst_element
 from ditc.parity.results import Culprit, Element
-from ditc.parity.trace import Place, Seen, Shape, Tracer
+from ditc.parity.trace import Place, PlaceInfo, Shape, Tracer
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array
 
-# Activations of both sides that are in memory at once.
+# The most memory that activations of both sides take at once.
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -23,9 +23,10 @@ class PlaceError:
     """How far the two sides are apart at one place.
 
     Attributes:
-        amax: largest magnitude in the reference.
-        same_form: whether the module takes as many tensors on both sides. Upstream's norm_out takes the modulation
-            too and returns another thing than ours: that is no error, what follows tells.
+        amax: the largest magnitude in the reference.
+        same_form: whether the module takes the same number of tensors on both sides. Upstream's norm_out, for example,
+            takes the modulation too and so returns something else than ditc's. That is not an error: if it were one,
+            the modules after it would differ as well.
     """
 
     place: Place
@@ -42,10 +43,13 @@ def errors_by_place(
     chunk_bytes: int = CHUNK_BYTES,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> Iterator[PlaceError]:
-    """The error at every place that both sides have, in the reference's order; a chunk of activations at a time.
+    """Yield the error at every place that both sides have, in the reference's order of execution.
+
+    Args:
+        chunk_bytes: how many bytes of activations are fetched at a time.
 
     Raises:
-        NumericsError: the reference has NaN or Inf, with the module's name.
+        NumericsError: the reference has NaN or Inf at a place, which the message names.
     """
     known = {seen.place: seen.inputs for seen in candidate.places()}
     for chunk in _chunks([seen for seen in reference.places() if seen.place in known], chunk_bytes):
@@ -68,11 +72,14 @@ def find_culprit(
 ) -> Culprit:
     """The module in which the error begins.
 
-    The first place in execution order that exceeds its limit. If that is a module's output, whose inside agreed, the
-    error is in that module; if it is a module's input, it is in the code of the module around it.
+    The first place in execution order that exceeds its limit decides. If it is a module's output, the places inside
+    the module agreed, so the error is in that module. If it is a module's input, the error is in the code of the
+    module around it.
 
     Args:
-        output_error: of the whole stage, for the case that every place agrees: the error is behind the last.
+        errors: in execution order.
+        output_error: relative L2 of the stage's outputs. It is reported if every place agrees: then the error begins
+            after the last place.
     """
     modules = {error.place.module for error in errors}
     last = "the stage's inputs"
@@ -99,10 +106,13 @@ def find_culprit(
 
 
 def align(candidate: Array, reference: Array) -> list[Array]:
-    """The reference in the candidate's layout: rows, tokens for channels; several if the shape does not tell.
+    """The reference in the candidate's layout. If the shapes fit several layouts, all of them are returned.
 
-    Upstream runs both rows of guidance at once, ours may run one: then it is the last, diffusers' conditional one.
-    Upstream's 1x1 convolutions are (B,C,H,W) or (B,H,W,C) where ours are Linears on (B,N,C).
+    Rows: upstream runs both rows of guidance at once. Where the candidate runs one, it is the last, conditional row.
+    Layout: upstream's 1x1 convolutions are (B,C,H,W) or (B,H,W,C) where ditc has Linears on (B,N,C).
+
+    Returns:
+        An empty list if no known layout fits.
     """
     if candidate.ndim and reference.ndim and candidate.shape[0] < reference.shape[0]:
         reference = reference[-candidate.shape[0] :]
@@ -119,13 +129,13 @@ def align(candidate: Array, reference: Array) -> list[Array]:
         batch, _, height, width = candidate.shape
         if reference.size != candidate.size:
             return []
-        # tokens; or the (B,C,H*W) that upstream's attention in a VAE gives its group norm
+        # tokens (B,N,C); or (B,C,H*W), which upstream's attention in a VAE passes to its group norm
         forms = [
             reference.transpose(0, 2, 1).reshape(batch, -1, height, width),
             reference.reshape(candidate.shape),
         ]
     elif candidate.ndim == 4 and reference.ndim == 4:
-        # the same; (B,H,W,C) or (B,C,H,W) where ours is the other; heads before tokens, (B,H,N,D) for (B,N,H,D)
+        # the same layout; (B,H,W,C) for (B,C,H,W) or the reverse; heads before tokens, (B,H,N,D) for (B,N,H,D)
         forms = [
             reference,
             *(reference.transpose(axes) for axes in ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1, 3))),
@@ -136,9 +146,10 @@ def align(candidate: Array, reference: Array) -> list[Array]:
 
 
 def _patches(reference_BCHW: Array, features: int) -> list[Array]:
-    """What a patch embedding's Linear reads of what its convolution reads: (B,h*w,C*p*p), if some p gives that.
+    """The input of a patch embedding's convolution as its Linear reads it: (B,h*w,C*p*p), if some p gives `features`.
 
-    Without it a convolution of p = 2 on 16 channels would be held against columns of 64 cells, which are as many.
+    Without this layout, the input of a convolution with p = 2 on 16 channels would be compared with columns of 64
+    cells, which have the same shape.
     """
     batch, channels, height, width = reference_BCHW.shape
     p = math.isqrt(features // channels)
@@ -155,7 +166,7 @@ def _compared(place: Place, found: Array, expected: dict[Place, Array]) -> Itera
         if kind in expected:
             forms += align(candidate, check_reference(str(place), expected[kind]))
         if kind == place and not forms:
-            return  # the two sides hold it in forms that cannot be compared
+            return  # the two sides have layouts that cannot be compared
     errors = [relative_l2(candidate, form) for form in forms]
     best = int(np.nanargmin(errors)) if not all(np.isnan(errors)) else 0
     worst = worst_element(str(place), candidate, forms[best]) if candidate.size else None
@@ -163,11 +174,11 @@ def _compared(place: Place, found: Array, expected: dict[Place, Array]) -> Itera
     yield PlaceError(place, errors[best], amax, worst)
 
 
-def _chunks(seen: list[Seen], limit: int) -> Iterator[list[Seen]]:
-    chunk: list[Seen] = []
+def _chunks(seen: list[PlaceInfo], limit: int) -> Iterator[list[PlaceInfo]]:
+    chunk: list[PlaceInfo] = []
     size = 0
     for one in seen:
-        if chunk and size + one.size_bytes > limit // 2:  # two sides
+        if chunk and size + one.size_bytes > limit // 2:  # each side takes one half
             yield chunk
             chunk, size = [], 0
         chunk.append(one)
@@ -181,7 +192,7 @@ def _is_leaf(module: str, modules: set[str]) -> bool:
 
 
 def _parent(module: str, modules: set[str]) -> str:
-    """The nearest enclosing module that is itself called: containers are not."""
+    """The nearest enclosing module that has places. Containers such as ModuleList are never called and have none."""
     while "." in module:
         module = module.rpartition(".")[0]
         if module in modules:

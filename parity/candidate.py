@@ -1,4 +1,7 @@
-"""The side that is proved: a bundle's sessions, the graphs behind them, and how far this machine can vouch for them."""
+"""The side under test: a bundle's sessions and the graphs behind them.
+
+16-bit stages that this machine would compute in fp32 get sessions in which the rounding is simulated.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,16 @@ class Candidate:
     """What is compared with the reference.
 
     Attributes:
-        graphs: the deployed ONNX graph of each stage. traced: graphs that stand for them when modules are traced.
-        precisions: of each stage.
+        graphs: the deployed ONNX graph of each stage.
+        traced: the graph to trace modules in, for stages where it is not the deployed one.
+        precisions: the precision of each stage.
         native: sessions of 16-bit stages that this machine computes in a wider type (ONNX Runtime's CPU provider runs
-            fp16 in fp32). They show whether the file holds the right graph; what rounding costs, the pipeline's own
-            session shows: the same graph with rounding written into it.
-        plans, budgets: of 8-bit stages, what calibration recorded in the bundle: codes and scales by layer, and what a
-            recipe was searched for.
-        artifacts: what the bundle holds; empty for sides made in memory.
+            fp16 in fp32). They show whether the file holds the right graph. What rounding costs is shown by the
+            pipeline's own session for the stage, which runs the same graph with the rounding written into it.
+        plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
+        budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
+        artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
+        bundle: the bundle's directory; None for a candidate made in memory.
     """
 
     pipeline: Pipeline
@@ -57,11 +62,11 @@ class Candidate:
         return self.pipeline.sessions
 
     def precision(self, stage: str) -> Precision:
-        """The stage's precision; fp32 unless something else is known."""
+        """The precision of a stage: fp32 unless `precisions` says otherwise."""
         return self.precisions.get(stage, Precision.FP32)
 
     def graph(self, stage: str) -> ir.Model | None:
-        """The stage's deployed graph, or None for an engine or a module."""
+        """The stage's deployed graph; None for an engine and for a PyTorch module."""
         graph = self.graphs.get(stage)
         return ir.load(graph) if isinstance(graph, Path) else graph
 
@@ -71,10 +76,12 @@ class Candidate:
 
 
 def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
-    """A bundle's sessions, every file hashed first; 16-bit stages on a CPU with their rounding written out.
+    """Open a bundle. Every file is hashed first; 16-bit stages on a CPU get their rounding written into the graph.
 
     Raises:
-        BundleError, SessionError, UsageError.
+        BundleError: the bundle is damaged.
+        SessionError: a stage cannot be opened on this machine.
+        UsageError: the bundle has no such backend or precision.
     """
     parts = load_parts(bundle, options)
     sessions, chosen = dict(parts.sessions), parts.artifacts
@@ -111,20 +118,24 @@ def _records(bundle: Path, artifacts: Mapping[str, Artifact]) -> dict[str, Quant
 
 
 def check_bundle(bundle: Path) -> Manifest:
-    """The manifest, read before anything expensive begins."""
+    """Read the manifest, before any expensive work begins.
+
+    Raises:
+        BundleError: the manifest is missing or damaged. UsageError: the bundle has no stages.
+    """
     manifest = load_manifest(bundle)
     if not manifest.stages:
-        raise UsageError(f"{bundle} holds no stages", hint="build it again")
+        raise UsageError(f"{bundle} has no stages", hint="build the bundle again")
     return manifest
 
 
 def fit_feeds(feeds: Mapping[str, Tensor], spec: StageSpec) -> dict[str, Array]:
-    """Feeds in the element types that a side takes; values that its type cannot hold are rounded."""
+    """The feeds in the element types that a side takes. Values that a type cannot hold exactly are rounded."""
     return {tensor.name: cast(to_numpy(feeds[tensor.name]), tensor.dtype) for tensor in spec.inputs}
 
 
 def cast(array: Array, dtype: DType) -> Array:
-    """An array in a stage's element type; bf16 travels as its uint16 bits."""
+    """The array in another element type. bf16 arrays are uint16 arrays with the same bits."""
     if dtype is DType.BFLOAT16:
         import torch
 

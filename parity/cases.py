@@ -1,6 +1,6 @@
-"""What is drawn on both sides, and what one side made of it."""
+"""The cases that both sides draw, and the results of one side."""
 
-# N steps, B samples, R rows, C latent channels, H/W latent size, P history length
+# N steps, B samples, C latent channels, H/W size of the latents or, in pixels, of a picture
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState
 
-# Short and long, so that masks matter; words that the demo model knows, so that its page shows pictures.
+# One prompt is short and one is long, so that text masks matter. The demo model knows all of their words, so that
+# the report on it shows real pictures.
 DEFAULT_PROMPTS = ("a red heart, flat style", "smiling face with sunglasses, 3d style")
 DEFAULT_SEEDS = (0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One picture to draw."""
+    """One picture to draw: a prompt and a seed."""
 
     prompt: str
     seed: int
@@ -37,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What both sides must agree on."""
+    """The cases and the settings that both sides draw them with. Sizes are in pixels."""
 
     cases: tuple[Case, ...]
     num_inference_steps: int
@@ -48,13 +49,14 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRun:
-    """One case from noise to picture.
+    """One case drawn by one side, from noise to picture.
 
     Attributes:
-        latents: (N+1,B,C,H,W), before each step and after the last. x0: (N,B,C,H,W); None where the side has none.
-        start: the state before the first step; None for a side that has no such state.
-        picture: (H,W,3) floats in [0,1], of the first sample; None if it was not asked for.
-        problem: why the run ended early: NaN, or a session that refused.
+        latents: (N+1,B,C,H,W), before the first step and after every step.
+        x0: (N,B,C,H,W), the prediction of x0 in every step; None for upstream, which does not expose it.
+        start: the state before the first step; None for upstream, which has no such state.
+        picture: (H,W,3) floats in [0,1], of the first sample; None if no picture was decoded.
+        problem: why the run ended early; "" if it did not.
     """
 
     case: Case
@@ -67,18 +69,30 @@ class CaseRun:
 
 @dataclass(frozen=True, slots=True)
 class StageCase:
-    """One run of one stage: what it is fed, what the reference makes of it, and what PyTorch loses in 16 bits."""
+    """One run of one stage.
+
+    Attributes:
+        what: the sizes of the inputs or where they come from, for reports.
+        outputs: what the reference computes from `feeds`.
+        baseline_errors: relative L2 of the precision baseline's outputs against `outputs`, by name; None without one.
+    """
 
     stage: str
     what: str
     feeds: dict[str, Array]
     outputs: dict[str, Array]
-    pytorch: dict[str, float] | None = None
+    baseline_errors: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Losses:
-    """What PyTorch itself loses in the deployment precision over one case: every step, at the end, in the picture."""
+class BaselineErrors:
+    """How far PyTorch in the deployment precision is from PyTorch fp32 over one case.
+
+    Attributes:
+        steps: relative L2 after each step, when every step starts from the fp32 latents.
+        trajectory: relative L2 of the last latents, when the loop runs freely.
+        psnr: PSNR of the picture in dB.
+    """
 
     steps: list[float]
     trajectory: float
@@ -86,12 +100,15 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """Reference results of another machine.
+class SavedReference:
+    """Reference results from a file, usually made on another machine.
 
     Attributes:
-        origin: checkpoint, hash of its weights and machine, as saved.
-        losses: by case; empty where the file was saved beside an fp32 bundle. precision: what they were measured in.
+        origin: the checkpoint, the hash of its weights and the machine, as saved.
+        runs: every case in PyTorch fp32.
+        upstream: every case in unmodified upstream; empty if upstream was left out.
+        baseline_errors: by case; empty for an fp32 bundle, and without the cases in which PyTorch itself overflows.
+        precision: the denoiser's precision that `baseline_errors` were measured in.
     """
 
     settings: Settings
@@ -99,12 +116,12 @@ class Recorded:
     runs: dict[Case, CaseRun]
     upstream: dict[Case, CaseRun]
     stages: list[StageCase]
-    losses: dict[Case, Losses]
+    baseline_errors: dict[Case, BaselineErrors]
     precision: str
 
 
 def request_of(case: Case, settings: Settings, latents: Array | None = None) -> Request:
-    """The request that both sides serve; they start from the same noise."""
+    """The request for a case. With `latents`, both sides start from that noise instead of the case's seed."""
     return Request(
         prompt=case.prompt,
         num_inference_steps=settings.num_inference_steps,
@@ -119,7 +136,7 @@ def request_of(case: Case, settings: Settings, latents: Array | None = None) -> 
 
 
 def starting_noise(pipeline: Pipeline, case: Case, settings: Settings) -> Array:
-    """(1,C,H,W) of the case's seed, at the size that the network draws at."""
+    """The noise (1,C,H,W) that the case's seed gives, at the size that the network draws at."""
     plan = pipeline.plan(request_of(case, settings))
     latent = pipeline.manifest.latents
     cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
@@ -127,7 +144,7 @@ def starting_noise(pipeline: Pipeline, case: Case, settings: Settings) -> Array:
 
 
 def start_case(pipeline: Pipeline, case: Case, settings: Settings, noise: Array) -> tuple[Plan, DenoiseState]:
-    """The plan of one case and its state before the first step."""
+    """The plan of one case, and its state before the first step."""
     plan = pipeline.plan(request_of(case, settings, noise))
     (state,) = pipeline.start(plan)
     return plan, state
@@ -142,7 +159,7 @@ def run_case(
     picture: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> CaseRun:
-    """Draw one case freely, keeping the latents of every step. NaN ends the run and is told, not raised."""
+    """Draw one case and keep the latents of every step. NaN or Inf ends the run with a `problem`, without raising."""
     plan, state = start_case(pipeline, case, settings, noise)
     start, latents, x0 = state, [to_numpy(state.latents)], []
     problem = ""
@@ -163,7 +180,10 @@ def run_case(
 
 
 def forced_state(run: CaseRun, start: DenoiseState, step: int) -> DenoiseState:
-    """`start` moved to step `step` of `run`: the run's latents and history, everything else the start's own."""
+    """The state before step `step` with the latents and history of `run`, for teacher forcing.
+
+    Everything else, such as schedule and conditioning, stays that of `start`.
+    """
     assert run.x0 is not None
     length = to_numpy(start.history).shape[1]
     history = np.zeros_like(to_numpy(start.history))

@@ -1,4 +1,4 @@
-"""Two tensors side by side: finite, not flat, how far apart, and the worst element."""
+"""Compare two tensors: are both finite and not constant, how far are they apart, and in which element most?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_reference(name: str, reference: Array) -> Array:
     """The reference as floats.
 
     Raises:
-        NumericsError: it has NaN or Inf. A reference that overflows is refused, not trusted.
+        NumericsError: the reference has NaN or Inf. A result that agrees with an overflow would prove nothing.
     """
     reference = widened(reference)
     bad = reference.size - int(np.isfinite(reference).sum())
@@ -58,7 +58,7 @@ def compare(name: str, candidate: Array, reference: Array) -> Comparison:
     if candidate.shape != reference.shape:
         element = Element(tensor=name, index=(), candidate=float("nan"), reference=float("nan"))
         return Comparison(
-            float("nan"), element, f"{name} is {candidate.shape}, the reference is {reference.shape}"
+            float("nan"), element, f"{name} has shape {candidate.shape}, the reference has {reference.shape}"
         )
     finite = np.isfinite(candidate)
     if not finite.all():
@@ -74,7 +74,7 @@ def compare(name: str, candidate: Array, reference: Array) -> Comparison:
 
 
 def worst_element(name: str, candidate: Array, reference: Array) -> Element:
-    """Where the two differ most."""
+    """The element in which the two differ most."""
     difference = np.abs(candidate.astype(np.float64) - reference.astype(np.float64))
     at = np.unravel_index(int(difference.argmax()), difference.shape) if difference.size else ()
     index = tuple(int(i) for i in at)

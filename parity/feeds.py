@@ -1,4 +1,4 @@
-"""What every stage is fed while one picture is drawn: real inputs for checks that look at one stage alone."""
+"""Record what every stage is fed while one picture is drawn: real inputs for checks of a single stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditc.runtime.spec import DENOISER, StageSpec
 
 
 class Recorder:
-    """A session that remembers what it was first fed."""
+    """A session that keeps the feeds of its first run."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -22,19 +22,23 @@ class Recorder:
         self.feeds: dict[str, Array] | None = None
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run, and keep the first feeds."""
+        """Run the session; keep the feeds of the first run."""
         if self.feeds is None:
             self.feeds = {name: to_numpy(feed).copy() for name, feed in feeds.items()}
         return self.session.run(feeds)
 
     def close(self) -> None:
-        """The session belongs to another."""
+        """Do nothing: the caller owns the session."""
 
 
 def record_feeds(
     pipeline: Pipeline, settings: Settings, run: CaseRun, step: int
 ) -> dict[str, dict[str, Array]]:
-    """The feeds of every stage: the prompt's texts, the denoiser at `step` of `run`, the picture of the run's end."""
+    """The feeds of every stage that runs for one case, by stage.
+
+    The text stages get the case's prompt, the denoiser the latents of `run` before `step`, and the decoder the last
+    latents of `run`.
+    """
     recorders = {name: Recorder(session) for name, session in pipeline.sessions.items()}
     recording = pipeline.with_sessions(recorders)
     case: Case = run.case

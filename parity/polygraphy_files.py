@@ -1,8 +1,9 @@
-"""The stage level's inputs and PyTorch's results in the files of Polygraphy, with the commands that compare by them.
+"""Write the stage level's inputs and PyTorch's results as Polygraphy files, and a script that compares with them.
 
-For whoever goes on in NVIDIA's tools: an engine's layers marked as outputs, other builder settings, another machine.
-The bounds are ours: Polygraphy's SNR, 10 log10(|reference|^2 / |error|^2), is -20 log10 of the relative L2 error
-(polygraphy/comparator/compare.py, SnrCompareFunc).
+This is for users who want to go on with NVIDIA's tools: to mark layers of an engine as outputs, to try other builder
+settings, or to compare on another machine. The bounds are those of ditc: Polygraphy's SNR,
+10 log10(|reference|^2 / |error|^2), is -20 log10 of the relative L2 error (polygraphy/comparator/compare.py,
+SnrCompareFunc).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HINT = "choose another --save-polygraphy"
 
 
 def save_polygraphy(folder: Path, context: Context) -> Path:
-    """Write STAGE-inputs.json, STAGE-pytorch.json and a script of one `polygraphy run` a stage.
+    """Write STAGE-inputs.json and STAGE-pytorch.json per stage, and a script with one `polygraphy run` per stage.
 
     Stages of backends that Polygraphy does not run are left out, and stages in bf16: these files hold NumPy arrays,
     which have no bf16. The script has a comment in their place.
@@ -42,13 +43,13 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
         raise MissingExtra("polygraphy", "parity") from e
     lines = [
         "#!/bin/sh",
-        "# Each stage as it is deployed, beside what PyTorch computed in fp32.",
+        "# Compares each stage, as it is deployed, with what PyTorch computed in fp32.",
         'cd "$(dirname "$0")" || exit 2',
         "failed=0",
     ]
     for stage, session in context.candidate.sessions.items():
         if any(tensor.dtype is DType.BFLOAT16 for tensor in (*session.spec.inputs, *session.spec.outputs)):
-            lines.append(f"# {stage}: not here, Polygraphy's files have no bf16")
+            lines.append(f"# {stage} is left out: Polygraphy's files have no bf16")
             continue
         backend = row_of(context.candidate.artifacts[stage].backend)
         if not backend.polygraphy:
@@ -70,7 +71,7 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
 
 
 def _judged(context: Context, case: StageCase) -> dict[str, Array]:
-    """Outputs that have a bound and a signal: zeros have no SNR."""
+    """The outputs that have a bound. All-zero outputs are left out, because they have no SNR."""
     return {
         name: array
         for name, array in judged_outputs(context, case).items()
@@ -79,7 +80,7 @@ def _judged(context: Context, case: StageCase) -> dict[str, Array]:
 
 
 def _floors(context: Context, cases: list[StageCase]) -> Mapping[str, float]:
-    """The least SNR of each output, in dB: of several cases the loosest, Polygraphy knows one."""
+    """The lowest allowed SNR of each output in dB. Polygraphy takes one for all cases, so the loosest bound counts."""
     bounds: dict[str, float] = {}
     for case in cases:
         for name in _judged(context, case):

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for a parity run, from a count of the work that its levels will do."""
+"""A progress bar on stderr for a parity run. Its length is an estimate of the work that the levels will do."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ditc.parity.cases import Settings
 from ditc.runtime.tolerances import Level
 
-# Units besides steps: stages and their cases, loading; near enough for a bar.
+# Work besides steps, such as loading and the cases of the stage level. An estimate is good enough for a bar.
 OTHER_UNITS = 70
 SIDES = {Level.STEP: 2, Level.TRAJECTORY: 2, Level.PICTURE: 2, Level.STAGE: 1, Level.MODULE: 1}
 
 
 @contextmanager
 def progress_bar(settings: Settings, levels: Sequence[Level]) -> Iterator[Callable[[str], None]]:
-    """Inside, each call of the yielded function is one unit done, with a few words about it."""
+    """Show a bar. Each call of the yielded function counts one unit of work as done; its text describes the work."""
     steps = len(settings.cases) * settings.num_inference_steps
     total = OTHER_UNITS + steps * max((SIDES.get(level, 0) for level in levels), default=0) * 2
     columns = (TextColumn("{task.description:<48.48}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading both sides", total=total)
+        task = progress.add_task("opening both sides", total=total)
 
-        def tick(words: str) -> None:
-            progress.update(task, description=words)
+        def tick(text: str) -> None:
+            progress.update(task, description=text)
             done = progress.tasks[0].completed
             progress.update(task, completed=min(done + 1, total - 1))
 

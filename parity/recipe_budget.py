@@ -1,4 +1,4 @@
-"""The budget that a recipe was searched for, held on the pictures of this run."""
+"""Check that a searched recipe keeps its budget on the pictures of this run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ REASON = "the budget that `ditc calibrate --budget` searched the recipe for"
 
 
 def check_budget(context: Context) -> Iterator[Result]:
-    """psnr=DB: the mean over the pictures. rel_l2=SHARE: the root mean square over their latents. As the search does.
+    """Compare the run's pictures with the budget in the way the search did.
 
-    Nothing for a recipe that was not searched, or where a run broke.
+    A budget psnr=DB bounds the mean PSNR of the pictures, rel_l2=SHARE the relative L2 of all final latents together.
+    There is no result for a recipe that was not searched for, or if a run failed.
     """
     metric, _, text = (context.candidate.budgets.get(DENOISER) or "").partition("=")
     if not text:
         return
-    pairs = [(context.candidate_run(c), context.twin_run(c)) for c in context.settings.cases]
+    pairs = [(context.candidate_run(c), context.reference_run(c)) for c in context.settings.cases]
     what = f"{len(pairs)} pictures, budget {metric}={text}"
     common = {"against": "PyTorch fp32"}
     pictures = [(ours.picture, theirs.picture) for ours, theirs in pairs]

@@ -1,4 +1,4 @@
-"""What a check found: one Result a comparison, gathered in a Report."""
+"""What a parity run found: one Result per comparison, gathered in a Report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 class Verdict(StrEnum):
-    """Not checked is never a pass: what this machine cannot show is said, not assumed."""
+    """Not checked is never a pass: the report says so where this machine cannot show something."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Element:
-    """The worst element of a tensor: where it is, and both values."""
+    """The element of a tensor in which two sides differ most, and both values."""
 
     tensor: str
     index: tuple[int, ...]
@@ -38,9 +38,12 @@ class Culprit:
     """Where an error begins.
 
     Attributes:
-        module: PyTorch module path; "" is the stage's own top level.
-        between: the last place that agreed and the first that did not, when the error is in the module's own code.
-        error: relative L2 there. before: at the last place that agreed. worst: its worst element.
+        module: PyTorch module path; "" is the top level of the stage.
+        error: relative L2 at the first place that differs.
+        before: relative L2 at the last place that agreed.
+        between: these two places, the last that agreed first, if the error is in the module's own code; None for a
+            module without submodules.
+        worst: the worst element at the first place that differs.
     """
 
     stage: str
@@ -62,9 +65,14 @@ class Result:
     """One comparison.
 
     Attributes:
-        stage: the bundle's stage, or "pipeline". what: which tensor, at which size, step or prompt.
-        against: what it was compared with. value None: it could not be measured.
-        causes: likely reasons of a failure; those that were tried out say so.
+        stage: the bundle's stage, or "pipeline", "scheduler", "tokenizer" or "PyTorch".
+        what: which tensor, at which size, step or prompt.
+        value: what was measured; None if nothing could be measured.
+        bound: what `value` is judged by; None if there is no bound.
+        against: what the candidate was compared with.
+        reason: why the bound is what it is.
+        detail: what is wrong, or why it was not checked.
+        causes: likely causes of a failure.
     """
 
     level: Level
@@ -82,8 +90,8 @@ class Result:
     causes: tuple[str, ...] = ()
 
     @property
-    def headroom(self) -> float:
-        """How close to its bound: above 1 is broken; for sorting, worst first."""
+    def share_of_bound(self) -> float:
+        """How much of its bound the result uses: above 1 breaks it. Results are sorted by this, worst first."""
         if self.verdict is Verdict.NOT_CHECKED:
             return -1.0
         if self.value is None or math.isnan(self.value) or self.bound is None:
@@ -96,7 +104,7 @@ class Result:
 def judged(
     level: Level, stage: str, what: str, metric: Metric, value: float, limit: Limit | None, **more: Any
 ) -> Result:
-    """A result whose verdict follows from value and limit; NaN never passes, no limit is "not checked"."""
+    """A result whose verdict follows from value and limit. NaN never passes; without a limit it is "not checked"."""
     if limit is None:
         verdict = Verdict.NOT_CHECKED
     else:
@@ -116,7 +124,7 @@ def judged(
 
 
 def failed(level: Level, stage: str, what: str, detail: str, **more: Any) -> Result:
-    """A failure that is no number: a session that refuses, values that are not finite."""
+    """A failure without a measured value: a session refused to run, or values are not finite."""
     return Result(
         level=level,
         stage=stage,
@@ -131,7 +139,7 @@ def failed(level: Level, stage: str, what: str, detail: str, **more: Any) -> Res
 
 
 def not_checked(level: Level, stage: str, what: str, why: str, **more: Any) -> Result:
-    """Something that this machine, or this set of files, cannot show."""
+    """A result for something that this machine, or this set of files, cannot show."""
     return Result(
         level=level,
         stage=stage,
@@ -146,7 +154,7 @@ def not_checked(level: Level, stage: str, what: str, why: str, **more: Any) -> R
 
 
 def verdict_of(results: Iterable[Result]) -> Verdict:
-    """Fail if anything failed, pass if anything was shown, else not checked."""
+    """FAIL if any result failed, else PASS if any passed, else NOT_CHECKED."""
     verdicts = {result.verdict for result in results}
     if Verdict.FAIL in verdicts:
         return Verdict.FAIL
@@ -155,9 +163,11 @@ def verdict_of(results: Iterable[Result]) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleError:
-    """One module's error and range, for the table of modules.
+    """One module's error and range, for the report's table of modules.
 
-    amax is the reference's largest magnitude: what must fit into the deployment dtype. bound: of the error there.
+    Attributes:
+        bound: of `error`, at this module.
+        amax: the largest magnitude in the reference, which must fit into the deployment dtype.
     """
 
     stage: str
@@ -170,7 +180,11 @@ class ModuleError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepError:
-    """The error after one step of one case."""
+    """The error after one step of one case.
+
+    Attributes:
+        kind: "teacher-forced" or "free-running", and what it was compared with.
+    """
 
     case: str
     kind: str
@@ -182,7 +196,7 @@ class StepError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PicturePair:
-    """Two pictures (H,W,3) of one prompt and seed, floats in [0,1]: their difference is far below 8 bits."""
+    """Two pictures (H,W,3) of one prompt and seed, as floats in [0,1]: in 8 bits their difference would be lost."""
 
     case: str
     reference: Any
@@ -193,7 +207,7 @@ class PicturePair:
 
 @dataclass(slots=True)
 class Evidence:
-    """What the checks leave for the report besides results."""
+    """What the checks hand to the report besides results."""
 
     modules: list[ModuleError] = field(default_factory=list)
     steps: list[StepError] = field(default_factory=list)
@@ -202,7 +216,12 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything that one run of parity says."""
+    """Everything that one parity run found.
+
+    Attributes:
+        subject: what was compared with what, with hashes.
+        seconds: how long each level took.
+    """
 
     results: Sequence[Result]
     evidence: Evidence
@@ -221,4 +240,4 @@ class Report:
 
     def of_level(self, level: Level) -> list[Result]:
         """The level's results, worst first."""
-        return sorted((r for r in self.results if r.level is level), key=lambda r: -r.headroom)
+        return sorted((r for r in self.results if r.level is level), key=lambda r: -r.share_of_bound)

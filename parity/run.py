@@ -1,4 +1,4 @@
-"""One parity run: the levels asked for, in order, and a Report."""
+"""One parity run: check the requested levels in order, and gather the results in a Report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ NEED_CHECKPOINT = (Level.GRAPH, Level.MODULE)
 
 
 def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Report:
-    """Run the levels on a context; the context stays open.
+    """Run the levels on a context. The context stays open.
 
     Raises:
-        NumericsError: the reference is not fit to be one. CheckpointError: it cannot be read.
+        NumericsError: the reference is not usable: it has NaN or Inf, or a picture of one colour.
+        CheckpointError: the checkpoint cannot be read.
     """
     results: list[Result] = []
     seconds: dict[str, float] = {}
@@ -27,8 +28,8 @@ def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Repo
         if level not in levels:
             continue
         started = perf_counter()
-        if context.recorded is not None and level in NEED_CHECKPOINT:
-            why = "a reference file has no weights and no modules: give --against CHECKPOINT"
+        if context.saved_reference is not None and level in NEED_CHECKPOINT:
+            why = "a reference file has neither weights nor modules: give --against CHECKPOINT"
             results.append(not_checked(level, "all", level.value, why))
             continue
         results += LEVELS[level](context)
@@ -44,7 +45,7 @@ def run_parity(context: Context, levels: Sequence[Level] = tuple(Level)) -> Repo
 
 
 def describe(context: Context) -> dict[str, object]:
-    """What was compared with what, with hashes."""
+    """What was compared with what: settings, and the hashes of all files."""
     candidate, settings = context.candidate, context.settings
     return {
         "bundle": candidate.manifest.digest,
@@ -62,12 +63,12 @@ def describe(context: Context) -> dict[str, object]:
 
 
 def origin_of(context: Context) -> dict[str, object]:
-    """Where the reference comes from: a checkpoint here, or a file."""
-    if context.recorded is not None:
-        names = ["PyTorch fp32", *([context.upstream_name] if context.recorded.upstream else [])]
-        return {**context.recorded.origin, "references": [f"{name}, from a file" for name in names]}
+    """Where the reference comes from: a checkpoint on this machine, or a file."""
+    if context.saved_reference is not None:
+        names = ["PyTorch fp32", *([context.upstream_name] if context.saved_reference.upstream else [])]
+        return {**context.saved_reference.origin, "references": [f"{name}, from a file" for name in names]}
     return {
-        "checkpoint": context.twin.checkpoint.path.name,
-        "weights": context.twin.weights_digest(),
+        "checkpoint": context.reference.checkpoint.path.name,
+        "weights": context.reference.weights_digest(),
         "references": ["PyTorch fp32", *([] if context.why_no_upstream else [context.upstream_name])],
     }

@@ -1,4 +1,7 @@
-"""16-bit stages on a CPU: their graphs with fp32 operations and 16-bit rounding, since the CPU provider has neither."""
+"""Simulate 16-bit stages on a CPU: run their graphs with fp32 operations and a rounding to 16 bits after each.
+
+ONNX Runtime's CPU provider cannot show 16-bit rounding itself: it computes fp16 graphs in fp32 and has no bf16.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ DTYPES = {Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}
 
 
 def open_rounded(model: Path, artifact: Artifact, *, threads: int = 0) -> tuple[OnnxRuntimeSession, ir.Model]:
-    """A session that rounds as the deployment dtype does, and its graph for tracing.
+    """A session that rounds as the artifact's precision does, and its graph for tracing.
 
     Raises:
-        BuildError: the graph has nothing to round. SessionError: ONNX Runtime refuses the rounded graph.
+        BuildError: the graph has nothing to round.
+        SessionError: ONNX Runtime refuses the rounded graph.
     """
     rounded = round_to(ir.load(model), DTYPES[artifact.precision])
     with tempfile.TemporaryDirectory(prefix="ditc-rounded-") as folder:

@@ -1,8 +1,9 @@
-"""What flows into and out of every module, in PyTorch and in an ONNX graph, under PyTorch's module names.
+"""Trace what flows into and out of every module, in PyTorch and in an ONNX graph, under PyTorch's module names.
 
-A Place is the first tensor that enters a module or leaves it, on the module's first call. PyTorch gives places through
-hooks; a graph gives them through its nodes' name scopes: what leaves module M is the last value that a node inside M
-makes and a node outside M reads. Tracers fetch a few places at a time, so activations never lie in memory all at once.
+A Place is the first tensor that enters a module or leaves it, in the module's first call. In PyTorch, hooks observe the
+places. In a graph, the name scopes of the nodes tell them: what leaves module M is the last value that a node inside M
+makes and a node outside M reads. Tracers fetch a few places at a time, so that the activations of a network are never
+in memory all at once.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from ditc.runtime.session import Array, Tensor, to_numpy
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 Kind = Literal["in", "out", "delta"]
 Shape = tuple[int, ...] | None
-# A module that returns several tensors has several values that leave it; the closest to PyTorch's first is taken.
+# Several values leave a module that returns several tensors. The one closest to PyTorch's first tensor is compared.
 MOST_CANDIDATES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """kind "delta" is what a module adds to its input, for networks that keep the residual outside the module."""
+    """One input or output of a module.
+
+    Kind "delta" is output minus input: what a module adds to its input. It compares a module that includes its
+    residual with one on the other side whose caller adds the residual.
+    """
 
     module: str
     kind: Kind
@@ -44,8 +49,12 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What is known of a place before its values are fetched. inputs: float tensors that its module takes."""
+class PlaceInfo:
+    """What is known about a place before its values are fetched.
+
+    Attributes:
+        inputs: how many float tensors the module takes; 0 if that is not known.
+    """
 
     place: Place
     shape: tuple[int, ...]
@@ -54,27 +63,28 @@ class Seen:
 
 
 class Tracer(Protocol):
-    """One side of a comparison, for one fixed input."""
+    """One side of a comparison, for one fixed set of inputs."""
 
-    def places(self) -> list[Seen]:
-        """Every place, in the order of execution."""
+    def places(self) -> list[PlaceInfo]:
+        """Every place, in execution order."""
         ...
 
     def fetch(self, wanted: Mapping[Place, Shape]) -> dict[Place, list[Array]]:
-        """The values at some places, of the wanted shapes; several where a side cannot tell which one it is."""
+        """The values at some places, in the wanted shapes: several per place if a side cannot tell which is meant."""
         ...
 
     def close(self) -> None:
-        """Let go of what tracing needed."""
+        """Release what tracing needed."""
         ...
 
 
 class TorchTracer:
-    """Hooks on a PyTorch network.
+    """Traces a PyTorch network with hooks.
 
     Args:
-        run: calls the network once with the fixed input.
+        run: calls the network once with the fixed inputs.
         rename: maps a module's path to the name under which it is compared; None leaves the module out.
+        deltas: whether places of kind "delta" are wanted as well.
     """
 
     def __init__(
@@ -91,18 +101,18 @@ class TorchTracer:
 
     @classmethod
     def of_session(cls, session: Any, feeds: Mapping[str, Tensor]) -> TorchTracer:
-        """Of a session with a `module`, for one set of feeds."""
+        """Trace the `module` of a session, for one set of feeds."""
         return cls(session.module, lambda: session.run(feeds))
 
-    def places(self) -> list[Seen]:
-        seen: dict[Place, Seen] = {}
+    def places(self) -> list[PlaceInfo]:
+        seen: dict[Place, PlaceInfo] = {}
 
         def note(place: Place, tensor: torch.Tensor, inputs: int) -> None:
             if place.kind != "delta":
                 size = tensor.numel() * tensor.element_size()
-                seen[place] = Seen(place, tuple(tensor.shape), size, inputs)
+                seen[place] = PlaceInfo(place, tuple(tensor.shape), size, inputs)
 
-        self._hooked(note)
+        self._run_with_hooks(note)
         return list(seen.values())
 
     def fetch(self, wanted: Mapping[Place, Shape]) -> dict[Place, list[Array]]:
@@ -112,13 +122,13 @@ class TorchTracer:
             if place in wanted:
                 kept[place] = [from_torch(tensor.clone())]
 
-        self._hooked(keep)
+        self._run_with_hooks(keep)
         return kept
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: the tracer holds nothing between calls."""
 
-    def _hooked(self, note: Callable[[Place, torch.Tensor, int], None]) -> None:
+    def _run_with_hooks(self, note: Callable[[Place, torch.Tensor, int], None]) -> None:
         entered: set[str] = set()
         left: set[str] = set()
 
@@ -155,9 +165,10 @@ class TorchTracer:
 
 
 class OnnxTracer:
-    """An ONNX graph whose places are extra outputs, run by ONNX Runtime.
+    """Traces an ONNX graph in ONNX Runtime, with the places as additional outputs.
 
-    The extra outputs keep ONNX Runtime from fusing across them: this finds what is wrong in a graph, not in a fusion.
+    The additional outputs keep ONNX Runtime from fusing operators across them. So this finds what is wrong in a graph,
+    but not what is wrong in a fusion.
     """
 
     def __init__(self, model: ir.Model, feeds: Mapping[str, Tensor]) -> None:
@@ -167,9 +178,9 @@ class OnnxTracer:
         self._folder = tempfile.TemporaryDirectory(prefix="ditc-trace-")
         self._session = _open_with_outputs(model, names, Path(self._folder.name))
 
-    def places(self) -> list[Seen]:
-        """Places without sizes: PyTorch's order and sizes lead."""
-        return [Seen(place, (), 0) for place in self._values]
+    def places(self) -> list[PlaceInfo]:
+        """Every place, without sizes. Their order and sizes come from PyTorch's side."""
+        return [PlaceInfo(place, (), 0) for place in self._values]
 
     def fetch(self, wanted: Mapping[Place, Shape]) -> dict[Place, list[Array]]:
         chosen = {place: self._choose(place, shape) for place, shape in wanted.items()}
@@ -190,7 +201,7 @@ class OnnxTracer:
 
 
 def places_of(model: ir.Model) -> dict[Place, list[ir.Value]]:
-    """The float values that enter and leave every module, best candidate first."""
+    """The float values that enter and leave every module, the most likely one first."""
     inside = {node: frozenset(scopes[:-1]) for node in model.graph if (scopes := scopes_of(node))}
     entering: dict[str, list[ir.Value]] = defaultdict(list)
     leaving: dict[str, list[ir.Value]] = defaultdict(list)
@@ -210,14 +221,21 @@ def places_of(model: ir.Model) -> dict[Place, list[ir.Value]]:
             readers = [inside.get(use.node, frozenset[str]()) for use in value.uses()]
             for module in modules:
                 if value.is_graph_output() or any(module not in reader for reader in readers):
-                    leaving[module].insert(0, value)  # the last value first
+                    leaving[module].insert(0, value)  # the last value comes first
     places = {Place(module, "in"): values for module, values in entering.items() if module}
     places |= {Place(module, "out"): values for module, values in leaving.items() if module}
     return places
 
 
 def tracer_of(session: Any, feeds: Mapping[str, Tensor], model: Path | ir.Model | None) -> Tracer | None:
-    """A tracer for any session whose inside can be seen: a PyTorch module, or the graph that it was opened from."""
+    """A tracer for a session.
+
+    Args:
+        model: the graph that the session was opened from; None for an engine.
+
+    Returns:
+        None for a session whose modules cannot be seen: it is not a PyTorch session, and there is no graph.
+    """
     if isinstance(session, TorchSession) or hasattr(session, "module"):
         return TorchTracer.of_session(session, feeds)
     if model is None:
@@ -236,13 +254,14 @@ def _open_with_outputs(model: ir.Model, names: set[str | None], folder: Path) ->
     ir.save(copy, folder / "traced.onnx", external_data="traced.data")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Q/DQ as written, in fp32: the integer kernels that it may become saturate on some CPUs, and FP8 has none.
+    # Run Q/DQ as written, in fp32: the integer kernels that ONNX Runtime may fuse it into saturate on some CPUs, and
+    # there are none for FP8.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(str(folder / "traced.onnx"), options, providers=["CPUExecutionProvider"])
 
 
 def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
-    """Floating-point tensors in order, also inside tuples and transformers' outputs."""
+    """The floating-point tensors in order, including those inside tuples and transformers' output objects."""
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -118,7 +118,7 @@ class Pipeline:
         Raises:
             BundleError, SessionError, UsageError. NumericsError: the self-test failed.
         """
-        from ditc.runtime.bundle.certificate import check_standing
+        from ditc.runtime.bundle.certificate import check_certified
         from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
 
@@ -128,7 +128,7 @@ class Pipeline:
         pipeline.device = parts.device
         if options.self_test:
             first_use(bundle, parts.manifest, parts.sessions, parts.artifacts)
-        pipeline.uncertified = check_standing(
+        pipeline.uncertified = check_certified(
             bundle, parts.manifest, parts.artifacts, required=options.require_certificate
         )
         return pipeline

@@ -1,4 +1,4 @@
-"""Both sides of a parity run in memory, and ways to plant a defect into one of them."""
+"""Both sides of a parity run in memory, and ways to plant a defect in one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, Settings
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Result, Verdict
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy
@@ -25,48 +25,53 @@ from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.tolerances import Level
 
-PROMPTS = ("a red heart", "blue")  # of different lengths, so that masks matter
+PROMPTS = ("a red heart", "blue")  # of different lengths, so that text masks matter
 SETTINGS = Settings(
     cases=(Case(PROMPTS[0], 0),), num_inference_steps=3, guidance_scale=3.0, height=64, width=64
 )
 TWO_CASES = replace(SETTINGS, cases=(Case(PROMPTS[0], 0), Case(PROMPTS[1], 1)))
 
 
-def torch_candidate(checkpoint: Path, plant: Callable[[Twin], object] = lambda twin: None) -> Candidate:
-    """A second, independent twin as the candidate, with a defect planted into it."""
-    twin = Twin(checkpoint)
-    plant(twin)
-    return Candidate(pipeline=twin.pipeline)
+def torch_candidate(
+    checkpoint: Path, plant: Callable[[TorchModel], object] = lambda model: None
+) -> Candidate:
+    """A candidate in PyTorch, independent of the reference, with a defect planted in it."""
+    model = TorchModel(checkpoint)
+    plant(model)
+    return Candidate(pipeline=model.pipeline)
 
 
 def context_of(
     checkpoint: Path, candidate: Candidate, settings: Settings = SETTINGS, *, with_upstream: bool = False
 ) -> Context:
-    """A parity run of the candidate against the checkpoint."""
+    """The context of a parity run of the candidate against the checkpoint."""
     return Context(
-        twin_or_none=Twin(checkpoint), candidate=candidate, settings=settings, with_upstream=with_upstream
+        reference_or_none=TorchModel(checkpoint),
+        candidate=candidate,
+        settings=settings,
+        with_upstream=with_upstream,
     )
 
 
 def failures(context: Context, level: Level) -> list[Result]:
-    """What a level finds broken, in the order of checking."""
+    """The failed results of a level, in the order of checking."""
     return [result for result in LEVELS[level](context) if result.verdict is Verdict.FAIL]
 
 
-def module_of(twin: Twin, stage: str, path: str = "") -> nn.Module:
-    """A module of the candidate, to patch."""
-    return twin.sessions[stage].module.get_submodule(path)
+def module_of(model: TorchModel, stage: str, path: str = "") -> nn.Module:
+    """One module of a stage, to be patched."""
+    return model.sessions[stage].module.get_submodule(path)
 
 
 def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Replace one module's forward; `forward` takes the module first."""
+    """Replace the forward of one module. The new `forward` takes the module as its first argument."""
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def patch_pipeline(twin: Twin, kind: type[Pipeline]) -> None:
-    """Run the twin's sessions in another pipeline."""
-    old = twin.pipeline
-    twin.pipeline = kind(old.manifest, old.sessions, old.conditioning)
+def patch_pipeline(model: TorchModel, kind: type[Pipeline]) -> None:
+    """Run the model's sessions in another kind of pipeline."""
+    old = model.pipeline
+    model.pipeline = kind(old.manifest, old.sessions, old.conditioning)
 
 
 def modulated(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -92,7 +97,7 @@ def without_gate(modulation_R6D: Tensor) -> Tensor:
 
 
 class SwappedRows(Pipeline):
-    """Conditional rows where diffusers has the unconditional ones."""
+    """A pipeline with conditional rows where diffusers has the unconditional ones, and the reverse."""
 
     def start(self, plan: Any) -> tuple[DenoiseState, ...]:
         return tuple(replace(state, rows=_swapped(state.rows)) for state in super().start(plan))
@@ -104,7 +109,7 @@ def _swapped(rows: Rows) -> Rows:
 
 
 class StrongerGuidance(Pipeline):
-    """One more than was asked for."""
+    """A pipeline whose guidance scale is one more than was requested."""
 
     def plan(self, request: Any) -> Any:
         plan = super().plan(request)
@@ -112,7 +117,7 @@ class StrongerGuidance(Pipeline):
 
 
 class LateTable(Pipeline):
-    """Every step takes the next step's sigmas."""
+    """A pipeline in which every step takes the sigmas of the next step."""
 
     def start(self, plan: Any) -> tuple[DenoiseState, ...]:
         return tuple(
@@ -122,14 +127,14 @@ class LateTable(Pipeline):
 
 
 class ActiveHistory(Pipeline):
-    """A first step that reads the history, as multistep solvers do after a warm start."""
+    """A pipeline whose first step reads the history, as multistep solvers do after a warm start."""
 
     def start(self, plan: Any) -> tuple[DenoiseState, ...]:
         return tuple(replace(state, schedule=_reading_history(state)) for state in super().start(plan))
 
 
 class StaleHistory(ActiveHistory):
-    """The x0 of one request is the next one's history."""
+    """A pipeline in which the history of one request is left over for the next one."""
 
     left_over: Any = None
 
@@ -145,7 +150,7 @@ class StaleHistory(ActiveHistory):
 
 
 class NanAt:
-    """A session that leaves one NaN in one latent, on its second run."""
+    """A session that puts one NaN into the latents in its second run."""
 
     def __init__(self, session: Session, index: tuple[int, ...]) -> None:
         self.session, self.index, self.runs = session, index, 0
@@ -165,18 +170,18 @@ class NanAt:
 
 
 def without_padding(self: Any, x: Tensor) -> Tensor:
-    """A 3x3 depthwise convolution that sees no zeros around the picture: its border is repeated instead."""
+    """The forward of a 3x3 depthwise convolution that pads with repeated border values instead of zeros."""
     padded = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
     return nn.functional.conv2d(padded, self.weight, self.bias, groups=self.groups)
 
 
 def permuted_channels(module: nn.Module, inputs: Any, prediction_RCHW: Tensor) -> Tensor:
-    """A forward hook: unpatchify with two channels exchanged."""
+    """A forward hook that exchanges two channels of the prediction."""
     return prediction_RCHW[:, [1, 0, *range(2, prediction_RCHW.shape[1])]]
 
 
 def reorder_ffn(ff: nn.Module) -> None:
-    """The same function with its hidden channels in another order: only the rounding changes."""
+    """Reorder the hidden channels of a feed-forward module. It stays the same function; only rounding changes."""
     hidden = ff.conv_point.weight.shape[1]
     order = torch.randperm(hidden, generator=torch.Generator().manual_seed(0))
     both = torch.cat([order, order + hidden])

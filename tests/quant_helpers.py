@@ -1,4 +1,4 @@
-"""Ranges of a stage from its example inputs, for tests of what follows calibration."""
+"""Ranges of a stage from its example inputs, for tests of the steps after calibration."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ORIGIN = Origin(
 
 
 def feeds_of(stage: StageModule, seed: int) -> dict[str, Array]:
-    """Example inputs at the first example size."""
+    """Example inputs of the first set of example sizes."""
     return example_feeds(stage.spec, example_sizes(stage.spec), seed=seed)
 
 
 def ranges_of(stage: StageModule, runs: int = 4) -> Ranges:
-    """What an observer sees of the stage over a few seeded runs."""
+    """The ranges that an observer counts over a few seeded runs of the stage."""
     observer, session = Observer(ORIGIN.buckets), TorchSession(stage.module, stage.spec)
     with watching(linear_layers(stage), observer.see):
         for seed in range(runs):
@@ -41,13 +41,13 @@ def ranges_of(stage: StageModule, runs: int = 4) -> Ranges:
 
 
 def signal_to_noise_db(value: Array, reference: Array) -> float:
-    """Power of the reference over power of the difference, in dB."""
+    """The ratio of the reference's power to the difference's, in dB."""
     noise = ((value.astype(np.float64) - reference) ** 2).sum()
     return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / max(noise, 1e-300)))
 
 
 def statistics(*buckets: np.ndarray) -> Statistics:
-    """What an observer counts of one (N,C) tensor a bucket."""
+    """Statistics with one (N,C) tensor per bucket, as an observer counts them."""
     observer = Observer(len(buckets))
     for observer.bucket, values in enumerate(buckets):
         observer.see("x", torch.from_numpy(values))

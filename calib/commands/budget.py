@@ -1,4 +1,4 @@
-"""`ditc calibrate --budget psnr=40`: the table, the curve and the recipe of a precision search."""
+"""`ditc calibrate --budget psnr=40`: search a recipe, and write it with the table and the curve of the search."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import save_recipe
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import UsageError
 
-# Few pictures decide by chance: of four, one whose trajectory parts from the reference's moves the mean by 5 dB.
+# How many prompts are drawn. With few pictures, chance decides: of four, a single one whose trajectory leaves the
+# reference's moves the mean by 5 dB.
 PROMPTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What a search leaves beside the ranges: the recipe for --recipe, all numbers, the curve."""
+    """The files that a search writes beside the ranges.
+
+    Attributes:
+        recipe: for `ditc build --recipe`.
+        table: everything that was measured, as JSON.
+        curve: the chart of fidelity by share of FLOPs, as SVG.
+    """
 
     recipe: Path
     table: Path
@@ -45,22 +52,26 @@ def find_mixed(
     picture_seconds: float,
     console: Console,
 ) -> Result:
-    """Measure every layer, search, and confirm the recipe as a build will apply it.
+    """Measure every layer, search an assignment, and measure its recipe as a build will apply it.
+
+    Args:
+        prompts: the first PROMPTS of them are drawn.
+        picture_seconds: the time for the table's column of final pictures.
 
     Raises:
-        UsageError: not one layer fits the budget.
+        UsageError: even the least sensitive layer alone breaks the budget.
     """
     begun = monotonic()
-    twin = Twin(checkpoint)
-    with console.status("drawing the reference") as status:
-        trial = Trial(twin, prompts[:PROMPTS], seed=ranges.origin.seed)
+    reference = TorchModel(checkpoint)
+    with console.status("drawing the reference pictures") as status:
+        trial = Trial(reference, prompts[:PROMPTS], seed=ranges.origin.seed)
         plans = candidate_plans(trial, ranges, formats)
         effects = measure_effects(
             trial,
             plans,
             flops_shares(trial.layers, ranges),
             picture_seconds=picture_seconds,
-            on_progress=lambda done, total: status.update(f"layer by layer: {done} of {total}"),
+            on_progress=lambda done, total: status.update(f"measuring layer by layer: {done} of {total}"),
         )
 
         def on_point(point: Point) -> None:
@@ -70,18 +81,19 @@ def find_mixed(
         result = search(trial, plans, effects, budget, base, on_point=on_point)
         if not result.chosen.layers:
             raise UsageError(
-                f"no layer fits the budget {budget}: the least sensitive one alone passes it",
-                hint="allow more, or build without 8 bits",
+                f"no layer can be in 8 bits within the budget {budget}: even the least sensitive one alone breaks it",
+                hint="choose a larger budget, or build without 8 bits",
             )
-        # Layers that stay high change what their neighbours' smoothing must suit: measure what will be built.
+        # The smoothing of a tensor is chosen for all 8-bit layers that read it, so it changes if some of them stay in
+        # high precision. Therefore the recipe is planned and measured once more, as a build will apply it.
         final = make_plan(result.recipe, ranges, trial.layers).layers
         result = replace(result, chosen=replace(result.chosen, fidelity=trial.fidelity(final)))
-    console.print(f"searched in {monotonic() - begun:.0f} s")
+    console.print(f"The search took {monotonic() - begun:.0f} s.")
     return result
 
 
 def write_result(result: Result, ranges: Path) -> Files:
-    """Write recipe, table and curve beside the ranges."""
+    """Write recipe, table and curve beside the file of ranges."""
     files = Files(
         recipe=ranges.with_suffix(".mixed.json"),
         table=ranges.with_suffix(".sensitivity.json"),
@@ -94,7 +106,7 @@ def write_result(result: Result, ranges: Path) -> Files:
 
 
 def as_text(result: Result) -> str:
-    """The table and the curve for a reader, worst layer first."""
+    """The table, worst layer first, and the points of the curve, as text."""
     lines = [f"{'layer':<44}{'format':<7}{'FLOPs':>7}{'step':>10}{'per token':>11}{'picture':>10}  "]
     for e in result.effects:
         picture = "-" if e.picture_db is None else f"{e.picture_db:.1f} dB"

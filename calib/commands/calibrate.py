@@ -1,4 +1,4 @@
-"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, search the best precision."""
+"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, or search the best precisions."""
 
 from __future__ import annotations
 
@@ -20,55 +20,96 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Settings of the measurement, or of the search that follows it."""
-    parser.add_argument("checkpoint", nargs="?", help="a diffusers directory; --merge alone needs none")
+    """The settings of the measurement and of the search that may follow it."""
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="ranges, .safetensors"
+        "checkpoint", nargs="?", help="A diffusers directory. --merge without --budget needs none."
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="File to write the ranges to, with the ending .safetensors.",
     )
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help="of the checkpoint's weight files, such as fp16 (default: those without one)",
-    )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: ours)")
-    parser.add_argument("--num-prompts", type=int, metavar="N", help="only the first N")
-    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
-    parser.add_argument("--guidance-scale", type=float, metavar="G")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)"
+        help="Variant of the checkpoint's weight files, such as fp16 (default: files without one).",
     )
     parser.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the networks that run"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="File with one prompt per line (default: built-in prompts).",
     )
-    parser.add_argument("--device", default="cpu", help="a PyTorch device (default: %(default)s)")
     parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="every N-th prompt from the I-th, then --merge"
+        "--num-prompts", type=int, metavar="N", help="Use only the first N prompts (default: all)."
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        dest="num_inference_steps",
+        help="Number of denoising steps (default: the checkpoint's).",
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="Strength of guidance (default: the checkpoint's)."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Seed of the first prompt; every further prompt has the next seed (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=["fp32", "fp16", "bf16"],
+        help="Precision that the networks run in (default: %(default)s).",
+    )
+    parser.add_argument("--device", default="cpu", help="PyTorch device to run on (default: %(default)s).")
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="Measure only every N-th prompt, beginning with the I-th, counted from 0; --merge adds up the shards "
+        "(default: %(default)s, all prompts).",
     )
     parser.add_argument(
         "--budget",
         metavar="METRIC=X",
-        help="then search the best format of every layer: psnr=40 or rel_l2=0.05",
+        help="After measuring or merging, search the best format of every layer within this budget: psnr=40 (mean PSNR "
+        "of pictures in dB) or rel_l2=0.05 (relative L2 error of latents). Default: no search.",
     )
     parser.add_argument(
-        "--formats", default="int8", help="the search may use these, comma-separated (default: %(default)s)"
+        "--formats",
+        default="int8",
+        help="Formats that the search may use, separated by commas: int8, fp8 (default: %(default)s).",
     )
     parser.add_argument(
         "--search-minutes",
         type=float,
         default=4.0,
         metavar="M",
-        help="time for the table's column of final pictures (default: %(default)s)",
+        help="Minutes to spend on the table's column of final pictures (default: %(default)s).",
     )
     parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="FILE", help="add up ranges instead of measuring"
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="Add up these files of ranges instead of measuring.",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure or merge, and print one summary line."""
+    """Measure or merge ranges, and search if there is a budget. Prints one summary line for each."""
     if arguments.output.suffix != ".safetensors":
         raise UsageError(
-            f"output {arguments.output} is not a .safetensors", hint="name it ranges.safetensors"
+            f"output {arguments.output} is not a .safetensors file",
+            hint="name it for example ranges.safetensors",
         )
     check_writable(arguments.output, "-o")
     if arguments.merge and arguments.budget is None:
@@ -77,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint is None:
         raise UsageError(
             "calibrate has no checkpoint to run",
-            hint="ditc calibrate CHECKPOINT -o FILE; --merge alone needs none",
+            hint="use ditc calibrate CHECKPOINT -o FILE; only --merge without --budget needs none",
         )
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.calib.search import parse_budget
@@ -109,7 +150,7 @@ def _measure(output: Path, checkpoint: Checkpoint, prompts: list[str], settings:
 
 
 def _merge(arguments: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Ranges:
-    """Write the sum of the files; with a checkpoint, they must have been measured on it."""
+    """Write the sum of the files. If there is a checkpoint, they must have been measured on it."""
     from ditc.export.quant.ranges import checkpoint_identity, load_ranges, merge_ranges, save_ranges
 
     parts = [load_ranges(path) for path in arguments.merge]
@@ -145,7 +186,9 @@ def _search(
     )
     files = write_result(result, arguments.output)
     sys.stdout.write(as_text(result))
-    sys.stdout.write(f"{files.recipe}: for ditc build --recipe; {files.table}; {files.curve}\n")
+    sys.stdout.write(
+        f"{files.recipe}: recipe for ditc build --recipe; {files.table}: table; {files.curve}: curve\n"
+    )
 
 
 def _formats(text: str) -> list[Format]:
@@ -154,7 +197,7 @@ def _formats(text: str) -> list[Format]:
     try:
         return [Format(part) for part in text.split(",")]
     except ValueError as e:
-        raise UsageError(f"formats {text!r}: {e}", hint="take int8, fp8, or int8,fp8") from e
+        raise UsageError(f"formats {text!r}: {e}", hint="use int8, fp8, or int8,fp8") from e
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -164,16 +207,17 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         index, count = (int(part) for part in arguments.shard.split("/"))
     except ValueError as e:
         raise UsageError(
-            f"shard {arguments.shard!r} is not I/N", hint="two machines: --shard 0/2 and 1/2"
+            f"shard {arguments.shard!r} is not I/N", hint="use --shard 0/2 and --shard 1/2 on two machines"
         ) from e
     if not 0 <= index < count:
         raise UsageError(
-            f"shard {arguments.shard} has no such part", hint="count from 0: --shard 0/2 and 1/2"
+            f"shard {arguments.shard}: there is no such part",
+            hint="parts are counted from 0: use --shard 0/2 and --shard 1/2 on two machines",
         )
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
-        raise UsageError(f"steps is {arguments.num_inference_steps}", hint="take at least 1")
+        raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
     if arguments.num_prompts is not None and arguments.num_prompts < 1:
-        raise UsageError(f"num-prompts is {arguments.num_prompts}", hint="take at least 1")
+        raise UsageError(f"--num-prompts is {arguments.num_prompts}", hint="use at least 1 prompt")
     return Settings(
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
@@ -185,7 +229,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 class _Bar:
-    """A progress bar on stderr with the time left."""
+    """A progress bar on stderr that shows the time left."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -193,7 +237,7 @@ class _Bar:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        # Where there is no terminal, a bar that goes leaves a blank line (rich 15).
+        # Without a terminal, a transient bar leaves a blank line (rich 15).
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("calibrating", total=None)
         self.seconds, self._steps = 0.0, 0
@@ -210,5 +254,5 @@ class _Bar:
         self._progress.update(self._task, total=progress.total, completed=progress.done)
 
     def per_step(self) -> str:
-        """Seconds a step, where any ran."""
-        return f", {self.seconds / self._steps:.3f} s a step" if self._steps else ""
+        """The seconds per step; "" if no step ran."""
+        return f", {self.seconds / self._steps:.3f} s per step" if self._steps else ""

@@ -15,59 +15,105 @@ from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
-    from ditc.parity.cases import Recorded, Settings
+    from ditc.parity.cases import SavedReference, Settings
     from ditc.parity.context import Context
     from ditc.parity.results import Report
     from ditc.runtime.bundle.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two sides, what is drawn, and the form of the answer."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--against", metavar="CHECKPOINT", help="the checkpoint it was built from")
+    """The two sides, what they draw, and the form of the report."""
+    parser.add_argument("bundle", type=Path, help="The bundle to check.")
     parser.add_argument(
-        "--variant", metavar="NAME", help="of its weight files, as in the build (default: those without one)"
+        "--against",
+        metavar="CHECKPOINT",
+        help="The checkpoint that the bundle was built from. Either this or --reference is needed.",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="Variant of the checkpoint's weight files, such as fp16, as in the build (default: files without one).",
     )
     parser.add_argument(
         "--level",
         action="append",
         choices=[level.value for level in Level],
-        help="only this level; repeatable",
+        help="Run only this level; may be repeated (default: all levels).",
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0 1")
-    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
-    parser.add_argument("--guidance-scale", type=float, metavar="G")
-    parser.add_argument("--height", type=int, metavar="PX")
-    parser.add_argument("--width", type=int, metavar="PX")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="File with one prompt per line (default: two built-in prompts).",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="Seeds to draw every prompt with (default: 0 1)."
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        dest="num_inference_steps",
+        help="Number of denoising steps (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="Strength of guidance (default: the bundle's)."
+    )
+    parser.add_argument(
+        "--height", type=int, metavar="PX", help="Picture height in pixels (default: the bundle's)."
+    )
+    parser.add_argument(
+        "--width", type=int, metavar="PX", help="Picture width in pixels (default: the bundle's)."
+    )
     add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
     parser.add_argument(
-        "--save-reference", type=Path, metavar="FILE", help="write what PyTorch computed, for --reference"
+        "--save-reference",
+        type=Path,
+        metavar="FILE",
+        help="Write what PyTorch computed to this file, for --reference on another machine.",
     )
     parser.add_argument(
         "--save-polygraphy",
         type=Path,
         metavar="DIR",
-        help="write the stages' inputs and PyTorch's results for `polygraphy run`, and a script that runs it",
+        help="Write the stages' inputs, PyTorch's results and a script that compares them with `polygraphy run`.",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="compare with such a file, instead of --against"
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="Compare with a file from --save-reference instead of a checkpoint.",
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="X",
-        help="relative L2 that 8-bit stages may have (default: by the recorded plan)",
+        help="Relative L2 error allowed at the levels stage, step and trajectory in 8 bits (default: 1.5 times that of "
+        "PyTorch with the recorded plan).",
     )
-    parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with pictures, curves and modules"
+        "--no-diffusers",
+        action="store_true",
+        help="Leave out the second reference, unmodified diffusers or the family's own upstream package.",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="Write the report as a page with pictures, curves and modules.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON.")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: every bound holds and something was shown. 1: a bound was broken. 2 (raised): bad input."""
+    """Run parity, and print or write the report.
+
+    Returns:
+        0 if every bound holds and something was checked, else 1.
+
+    Raises:
+        DitcError: the input is bad; the exit code is then 2.
+    """
     from ditc.parity.candidate import check_bundle
     from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
@@ -78,8 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.against is None) == (arguments.reference is None):
         raise UsageError(
-            "parity needs one reference: a checkpoint or a saved file",
-            hint="ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
+            "parity needs exactly one reference: a checkpoint or a saved file",
+            hint="use ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
     folder = arguments.save_polygraphy
     script = None if folder is None else folder / SCRIPT
@@ -92,15 +138,15 @@ def run(arguments: argparse.Namespace) -> int:
         if place is not None:
             check_writable(place, argument)
     manifest = check_bundle(arguments.bundle)
-    recorded = None if arguments.reference is None else read_reference(arguments.reference, manifest)
-    if recorded is None:
+    saved = None if arguments.reference is None else read_reference(arguments.reference, manifest)
+    if saved is None:
         settings = _settings(arguments, manifest)
     else:
-        settings = recorded.settings
+        settings = saved.settings
         _check_agrees(arguments, settings)
     levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
     with progress_bar(settings, levels) as tick:
-        context = _open(arguments, settings, recorded, tick)
+        context = _open(arguments, settings, saved, tick)
         report = run_parity(context, levels)
         if arguments.save_reference is not None:
             save_reference(arguments.save_reference, context)
@@ -118,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:
-    """A whole run goes into certificate.json; one with levels left out proves less than that and does not."""
+    """Write the result into certificate.json, unless levels were left out: such a run does not prove the bundle."""
     from ditc.parity.report.text import certificate_lines
     from ditc.runtime.bundle.certificate import load_certificate, record, save_certificate
     from ditc.runtime.machine import this_machine
@@ -132,7 +178,7 @@ def _certify(arguments: argparse.Namespace, context: Context, report: Report) ->
     here = this_machine()
     known = next((e.parity for e in certificate.of(context.candidate.artifacts) if e.machine == here), None)
     if known is not None and known.passed and result.passed and known.checked > result.checked:
-        return  # a reference file shows less than the checkpoint did
+        return  # a run with a reference file shows less than the one with the checkpoint did
     save_certificate(arguments.bundle, certificate.with_record(context.candidate.artifacts, parity=result))
 
 
@@ -145,7 +191,7 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     defaults = manifest.defaults
     guidance = defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
-        raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="take at least 1 step")
+        raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
     return Settings(
         cases=tuple(Case(prompt, seed) for prompt in prompts for seed in seeds),
         num_inference_steps=arguments.num_inference_steps or defaults.num_inference_steps,
@@ -156,7 +202,7 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
 
 
 def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Raise UsageError where an option asks for something else than the reference file holds."""
+    """Raise UsageError if an option contradicts the settings that the reference file was made with."""
     from ditc.runtime.prompts import read_prompts
 
     given = {
@@ -174,28 +220,31 @@ def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
         if asked is not None and asked != held:
             raise UsageError(
                 f"{name} is {asked}, the reference file was made with {held}",
-                hint="leave the option out, or save a reference with it",
+                hint="leave the option out, or save a new reference with it",
             )
 
 
 def _open(
-    arguments: argparse.Namespace, settings: Settings, recorded: Recorded | None, tick: Callable[[str], None]
+    arguments: argparse.Namespace,
+    settings: Settings,
+    saved: SavedReference | None,
+    tick: Callable[[str], None],
 ) -> Context:
     from ditc.export.options import BuildOptions
     from ditc.parity.candidate import open_candidate
     from ditc.parity.context import Context
-    from ditc.parity.reference.pytorch import Twin
+    from ditc.parity.reference.pytorch import TorchModel
 
     candidate = open_candidate(arguments.bundle, load_options(arguments))
     options = BuildOptions(variant=arguments.variant)
     return Context(
-        twin_or_none=Twin(arguments.against, options=options, like=candidate.manifest)
-        if recorded is None
+        reference_or_none=TorchModel(arguments.against, options=options, like=candidate.manifest)
+        if saved is None
         else None,
         candidate=candidate,
         settings=settings,
         with_upstream=not arguments.no_diffusers,
-        recorded=recorded,
+        saved_reference=saved,
         eight_bit_budget=arguments.budget,
         tick=tick,
     )

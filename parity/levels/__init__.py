@@ -1,4 +1,4 @@
-"""One level of parity a file: `check(context) -> results`. Each can be run alone."""
+"""The levels of parity, one file per level: `check(context) -> results`. Each level can run alone."""
 
 from __future__ import annotations
 

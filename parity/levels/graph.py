@@ -1,7 +1,7 @@
-"""Graph level: facts that can be read without running anything, each true or not.
+"""Graph level: facts that are checked without running a network.
 
-Weights equal the checkpoint's by name; fp32 islands are fp32; the scheduler's numbers are diffusers' own; texts become
-the same token ids.
+The weights equal the checkpoint's by name, the fp32 islands are in fp32, the scheduler's numbers equal diffusers', and
+texts become the same token ids.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ditc.runtime.tolerances import Level, Metric, limit
 from ditc.runtime.weight_map import Weight, apply, is_lossless, read_weight_map
 
 EXACT = limit(Level.GRAPH, Metric.COUNT, Precision.FP32)
-SHOWN = 3
+SHOWN = 3  # wrong weights that are named in a result
 
 
 def check(context: Context) -> Iterator[Result]:
-    """All structural checks."""
+    """Check every graph of the candidate, then its scheduler and its tokenizers."""
     for stage in context.candidate.graphs:
         model = context.candidate.graph(stage)
         assert model is not None
         context.tick(f"graph, {stage}")
-        yield _check_islands(stage, model, context.twin.plan.stages[stage].spec)
+        yield _check_islands(stage, model, context.reference.plan.stages[stage].spec)
         yield from _check_weights(context, stage, model)
         if stage in context.candidate.plans:
-            yield _check_codes(context, stage, model)
+            yield _check_quantized_values(context, stage, model)
     yield _check_schedule(context)
     yield _check_tokens(context)
 
@@ -51,7 +51,7 @@ def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
         check_islands(model, spec)
     except BuildError as e:
         problem = str(e)
-    causes = ("an fp32 island was lowered to 16 bits",) if problem else ()
+    causes = ("an fp32 island was narrowed to 16 bits",) if problem else ()
     return judged(
         Level.GRAPH,
         stage,
@@ -66,13 +66,15 @@ def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
 
 
 def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Result]:
-    if not context.twin.plan.stages[stage].components:
-        return  # a stage without weights
+    if not context.reference.plan.stages[stage].components:
+        return  # the stage has no weights
     weights = _weight_map(context, stage)
     if not weights:
         yield not_checked(Level.GRAPH, stage, "weights", "the bundle has no weight map", metric=Metric.COUNT)
         return
-    components = [context.twin.checkpoint.component(c) for c in context.twin.plan.stages[stage].components]
+    components = [
+        context.reference.checkpoint.component(c) for c in context.reference.plan.stages[stage].components
+    ]
     wrong, skipped = [], 0
     for weight in weights:
         value = model.graph.initializers.get(weight.initializer)
@@ -92,8 +94,8 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     names = "; ".join(f"{weight.initializer} {problem}" for weight, problem in wrong[:SHOWN])
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     stale = len(wrong) > len(weights) // 2
-    causes = ("most weights differ: a stale artifact, or the checkpoint of another model",) if stale else ()
-    note = f" ({skipped} in 8 bits: see codes)" if skipped else ""
+    causes = ("most weights differ: a stale artifact, or another model's checkpoint",) if stale else ()
+    note = f" ({skipped} more are quantized)" if skipped else ""
     yield judged(
         Level.GRAPH,
         stage,
@@ -108,11 +110,11 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     )
 
 
-def _check_codes(context: Context, stage: str, model: ir.Model) -> Result:
-    """8-bit weights times their scales are the checkpoint's, and inputs have the scales that calibration gave."""
+def _check_quantized_values(context: Context, stage: str, model: ir.Model) -> Result:
+    """Check that dequantized weights are the checkpoint's, and that input scales are those of the recorded plan."""
     plans, problem = context.candidate.plans[stage], ""
     try:
-        check_scales(model, plans, linear_layers(context.twin.load(stage)))
+        check_scales(model, plans, linear_layers(context.reference.load(stage)))
     except BuildError as e:
         problem = str(e)
     culprit = None
@@ -121,7 +123,7 @@ def _check_codes(context: Context, stage: str, model: ir.Model) -> Result:
     return judged(
         Level.GRAPH,
         stage,
-        f"codes and scales of {len(plans)} layers",
+        f"quantized values and scales of {len(plans)} layers",
         Metric.COUNT,
         float(bool(problem)),
         EXACT,
@@ -144,7 +146,7 @@ def _is_quantized(value: ir.Value) -> bool:
 
 
 def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -> str:
-    """What is wrong with one weight; "" if it is the checkpoint's, rounded to the graph's type."""
+    """What is wrong with one weight; "" if it equals the checkpoint's, rounded to the graph's element type."""
     if source is None:
         return "is not in the checkpoint"
     if value is None or value.const_value is None:
@@ -154,7 +156,7 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
     if wanted.numel() == stored.numel():
         wanted = apply(weight, wanted, stored_shape=tuple(stored.shape))
     if stored.shape != wanted.shape:
-        return f"is {tuple(stored.shape)}, the checkpoint has {tuple(wanted.shape)}"
+        return f"has shape {tuple(stored.shape)}, the checkpoint has {tuple(wanted.shape)}"
     if torch.equal(stored, wanted):
         return ""
     if not stored.any():
@@ -165,16 +167,16 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
 
 
 def _check_schedule(context: Context) -> Result:
-    """The candidate's schedule beside the checkpoint's own in diffusers, or the twin's where that is left out."""
+    """Compare the candidate's schedule with diffusers', or with the reference's where diffusers is left out."""
     steps = context.settings.num_inference_steps
     table = coefficient_table(context.candidate.manifest.scheduler, steps)
-    reference = coefficient_table(context.twin.plan.scheduler, steps)
+    reference = coefficient_table(context.reference.plan.scheduler, steps)
     timesteps, sigmas, against = reference.timesteps, reference.sigmas, "the checkpoint's scheduler_config"
     upstream = context.upstream()
     if upstream is not None:
         scheduler = upstream.pipeline.scheduler
         scheduler.set_timesteps(steps)
-        scale = np.float32(context.twin.plan.scheduler.timestep_scale)
+        scale = np.float32(context.reference.plan.scheduler.timestep_scale)
         timesteps, sigmas = _host(scheduler.timesteps) * scale, _host(scheduler.sigmas)
         against = f"diffusers {type(scheduler).__name__}"
     wrong = int((~np.isclose(table.timesteps, timesteps, rtol=1e-6)).sum())
@@ -198,11 +200,11 @@ def _host(tensor: Tensor) -> Array:
 
 
 def _check_tokens(context: Context) -> Result:
-    """Token ids and masks of every prompt and of the empty negative prompt."""
+    """Compare token ids and masks of every prompt and of the empty negative prompt."""
     wrong = []
     pairs = zip(
         context.candidate.pipeline.conditioning.encoders,
-        context.twin.pipeline.conditioning.encoders,
+        context.reference.pipeline.conditioning.encoders,
         strict=True,
     )
     prompts = [(case.prompt, False) for case in context.settings.cases] + [("", True)]
@@ -223,5 +225,5 @@ def _check_tokens(context: Context) -> Result:
         float(len(wrong)),
         EXACT,
         against="the checkpoint's tokenizer",
-        detail=f"other token ids for {wrong[0]!r:.60}" if wrong else "",
+        detail=f"the token ids differ for {wrong[0]!r:.60}" if wrong else "",
     )

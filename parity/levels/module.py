@@ -1,6 +1,7 @@
-"""Module level: every module by name, our networks beside unmodified upstream's, and the bundle's graphs beside ours.
+"""Module level: compare every module by name, ditc's networks with upstream's, and the bundle's graphs with ditc's.
 
-One picture's real inputs at one step: upstream's latents go into our network too, so that nothing compounds.
+The inputs are those of one real picture at one step. Upstream's latents go into ditc's network too, so that errors of
+earlier steps do not compound.
 """
 
 from __future__ import annotations
@@ -13,96 +14,102 @@ from ditc.parity.bisect import PlaceError, errors_by_place, find_culprit
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import CaseRun
 from ditc.parity.compare import compare
-from ditc.parity.context import Broken, Context
+from ditc.parity.context import Context
 from ditc.parity.feeds import record_feeds
-from ditc.parity.reference.pytorch import Twin, TwinSession
+from ditc.parity.reference.pytorch import LazyTorchSession, TorchModel
 from ditc.parity.reference.upstream import Call
-from ditc.parity.results import Culprit, ModuleError, Result, Verdict, judged, not_checked
+from ditc.parity.results import Culprit, ModuleError, Result, judged, not_checked
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
 from ditc.runtime import step_contract
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import Precision
 from ditc.runtime.tolerances import EIGHT, Level, Metric, limit
 
-# What 16 bits cost a tensor that is rounded once: half an ulp. PyTorch may round a place less often than a graph.
+# The error of one rounding to 16 bits: half an ulp. It is the least that a bound allows, because PyTorch may round a
+# tensor less often than a graph does.
 ONE_ROUNDING = {Precision.FP16: 2**-11, Precision.BF16: 2**-8, Precision.TF32: 2**-11}
-SIMULATED = "PyTorch with the recorded codes"
+SIMULATED = "PyTorch with simulated quantization"
 Feeds = Mapping[str, Array]
 
 
 def check(context: Context) -> Iterator[Result]:
-    """Twin beside upstream, then graph beside twin, stage by stage."""
+    """Compare the reference with upstream for every stage, then the candidate with the reference."""
     case = context.settings.cases[0]
     upstream = context.upstream()
-    run = context.twin_run(case)
+    run = context.reference_run(case)
     step = _plain_step(run)
     calls: dict[str, Call] = {}
     if upstream is not None:
         upstream_run = context.upstream_run(case)
         assert upstream_run is not None
-        context.tick("modules, inputs")
+        context.tick("inputs of the modules")
         calls = upstream.calls(case, context.settings, run.latents[0], step)
-        feeds = record_feeds(context.twin.pipeline, context.settings, upstream_run, step)
+        feeds = record_feeds(context.reference.pipeline, context.settings, upstream_run, step)
     else:
-        feeds = record_feeds(context.twin.pipeline, context.settings, run, step)
+        feeds = record_feeds(context.reference.pipeline, context.settings, run, step)
         yield not_checked(
             Level.MODULE, "all", "modules", context.why_no_upstream, against=context.upstream_name
         )
     for stage, given in feeds.items():
-        call = _call_of(context.twin, stage, calls)
+        call = _call_of(context.reference, stage, calls)
         if call is not None:
             yield _against_upstream(context, stage, given, call)
     for stage, given in feeds.items():
-        yield _against_twin(context, stage, given)
-        context.twin.sessions[stage].close()
+        yield _against_pytorch(context, stage, given)
+        context.reference.sessions[stage].close()
 
 
 def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> Culprit | None:
-    """The culprit inside one stage of the candidate for one set of inputs, or None where its inside cannot be seen."""
-    tracers = None if context.recorded is not None else _tracers(context, stage, feeds)
+    """Find the module of the candidate's stage in which its error begins, for one set of inputs.
+
+    Returns:
+        None if the modules cannot be compared: the stage is an engine, or the reference is a file.
+    """
+    tracers = None if context.saved_reference is not None else _tracers(context, stage, feeds)
     if tracers is None:
-        context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=None))
         return None
     errors = _comparable(context, stage, errors_by_place(*tracers))
     tracers[1].close()
-    culprit = find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
-    context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=culprit))
-    return culprit
+    return find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
 
 
 def _plain_step(run: CaseRun) -> int:
-    """The middle step of those with fewest rows: upstream runs the rows of a further guidance in a second call."""
+    """The middle one of the steps with the fewest rows.
+
+    Upstream runs the additional rows of another guidance in a second call, which could not be compared.
+    """
     assert run.start is not None
     rows = [step[step_contract.GUIDANCE_WEIGHTS].shape[1] for step in run.start.schedule]
     plain = [index for index, count in enumerate(rows) if count == min(rows)]
     return min(plain, key=lambda index: abs(index - len(rows) // 2))
 
 
-def _against_twin(context: Context, stage: str, feeds: Feeds) -> Result:
-    context.tick(f"modules of {stage}, graph")
+def _against_pytorch(context: Context, stage: str, feeds: Feeds) -> Result:
+    context.tick(f"modules of {stage}")
     tracers = _tracers(context, stage, feeds)
     if tracers is None:
         return not_checked(
-            Level.MODULE, stage, "modules", "an engine shows no modules", against="PyTorch fp32"
+            Level.MODULE, stage, "modules", "an engine does not show its modules", against="PyTorch fp32"
         )
     found = errors_by_place(*tracers, on_chunk=lambda: context.tick(f"modules of {stage}"))
     errors = _comparable(context, stage, found)
     tracers[1].close()
-    against = "PyTorch fp32" if reference_of(context, stage) is context.twin.sessions[stage] else SIMULATED
+    against = (
+        "PyTorch fp32"
+        if reference_session(context, stage) is context.reference.sessions[stage]
+        else SIMULATED
+    )
     limits = _limits(context, stage, feeds)
     context.evidence.modules += _evidence(stage, errors, against, limits)
     output_error = _output_error(context, stage, feeds)
-    result = _judge(context.candidate.precision(stage), stage, errors, limits, against, output_error)
-    if result.verdict is Verdict.FAIL:
-        context.broken.append(Broken(stage=stage, feeds=feeds, error=output_error, culprit=result.culprit))
-    return result
+    return _judge(context.candidate.precision(stage), stage, errors, limits, against, output_error)
 
 
 def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) -> Result:
-    words = f"modules of {stage}, {context.upstream_name}"
-    context.tick(words)
-    session = context.twin.sessions[stage]
-    prefix, strip = _prefix(context.twin.load(stage).weights), _stripped
+    text = f"modules of {stage} in {context.upstream_name}"
+    context.tick(text)
+    session = context.reference.sessions[stage]
+    prefix, strip = _prefix(context.reference.load(stage).weights), _stripped
     upstream_prefix = "decoder." if stage.startswith("vae") else ""
     theirs = TorchTracer(call.module, call, lambda path: strip(upstream_prefix + path), deltas=True)
     ours = TorchTracer(
@@ -110,7 +117,7 @@ def _against_upstream(context: Context, stage: str, feeds: Feeds, call: Call) ->
         lambda: session.run(feeds),
         lambda path: strip(path.removeprefix(prefix)) if path.startswith(prefix) else None,
     )
-    errors = list(errors_by_place(theirs, ours, on_chunk=lambda: context.tick(words)))
+    errors = list(errors_by_place(theirs, ours, on_chunk=lambda: context.tick(text)))
     bound = limit(Level.MODULE, Metric.RELATIVE_L2, Precision.FP32)
     assert bound is not None
     errors = [error for error in errors if error.same_form or error.error <= bound.bound]
@@ -126,11 +133,11 @@ def _judge(
     against: str,
     output_error: float,
 ) -> Result:
-    """One result for a stage's modules: the one that comes closest to its bound, or the first that breaks it."""
+    """One result for all modules of a stage: the first that breaks its bound, else the one closest to its bound."""
     bound = limit(Level.MODULE, Metric.RELATIVE_L2, precision, pytorch=0.0)
     outs = [error for error in errors if error.place.kind == "out"]
     if not outs or bound is None:
-        why = "no module of the two sides has a name in common" if not outs else "no bound for this precision"
+        why = "the two sides have no module name in common" if not outs else "this precision has no bound"
         return not_checked(Level.MODULE, stage, "modules", why, against=against)
     broken = [error for error in errors if not error.error <= limits(error)]
     worst = broken[0] if broken else max(errors, key=lambda e: e.error / limits(e))
@@ -156,49 +163,56 @@ def _tracers(context: Context, stage: str, feeds: Feeds) -> tuple[Tracer, Tracer
     candidate = tracer_of(session, fit_feeds(feeds, session.spec), context.candidate.graph_to_trace(stage))
     if candidate is None:
         return None
-    twin = reference_of(context, stage)
-    return TorchTracer.of_session(twin, fit_feeds(feeds, twin.spec)), candidate
+    reference = reference_session(context, stage)
+    return TorchTracer.of_session(reference, fit_feeds(feeds, reference.spec)), candidate
 
 
-def reference_of(context: Context, stage: str) -> TwinSession:
-    """PyTorch fp32; for 8 bits PyTorch with the recorded codes, which a right graph follows module by module."""
-    simulated = context.yardstick_session(stage) if context.candidate.precision(stage) in EIGHT else None
-    return simulated or context.twin.sessions[stage]
+def reference_session(context: Context, stage: str) -> LazyTorchSession:
+    """What a stage's modules are compared with: PyTorch fp32, or for 8 bits PyTorch with simulated quantization.
+
+    A correct 8-bit graph equals the simulation module by module, which finds smaller defects than fp32 would.
+    """
+    simulated = context.baseline_session(stage) if context.candidate.precision(stage) in EIGHT else None
+    return simulated or context.reference.sessions[stage]
 
 
 def _comparable(context: Context, stage: str, errors: Iterable[PlaceError]) -> list[PlaceError]:
-    """All places; of an 8-bit graph what leaves modules only: SmoothQuant divides what enters them, on purpose."""
+    """The places that can be compared: in 8-bit graphs only outputs, because SmoothQuant divides the inputs."""
     eight = context.candidate.precision(stage) in EIGHT
     return [error for error in errors if error.place.kind == "out" or not eight]
 
 
 def _limits(context: Context, stage: str, feeds: Feeds) -> Callable[[PlaceError], float]:
-    """The bound at every place: the table's for fp32, below that a multiple of PyTorch's own loss there."""
+    """The bound at every place: absolute in fp32, else a multiple of the precision baseline's error at that place."""
     precision = context.candidate.precision(stage)
     exact = limit(Level.MODULE, Metric.RELATIVE_L2, Precision.FP32)
     assert exact is not None
-    yardstick = context.yardstick_session(stage)
-    if yardstick is None:
+    baseline = context.baseline_session(stage)
+    if baseline is None:
         return lambda _: exact.bound
-    lost = _pytorch_errors(context.twin.sessions[stage], yardstick, feeds)
+    baseline_errors = _baseline_errors(context.reference.sessions[stage], baseline, feeds)
 
     def bound(error: PlaceError) -> float:
-        found = limit(Level.MODULE, Metric.RELATIVE_L2, precision, pytorch=lost.get(error.place, 0.0))
+        found = limit(
+            Level.MODULE, Metric.RELATIVE_L2, precision, pytorch=baseline_errors.get(error.place, 0.0)
+        )
         return max(found.bound if found else exact.bound, 1.5 * ONE_ROUNDING.get(precision, 0.0))
 
     return bound
 
 
-def _pytorch_errors(twin: TwinSession, yardstick: TwinSession, feeds: Feeds) -> dict[Place, float]:
+def _baseline_errors(
+    reference: LazyTorchSession, baseline: LazyTorchSession, feeds: Feeds
+) -> dict[Place, float]:
     tracers = (
-        TorchTracer.of_session(session, fit_feeds(feeds, session.spec)) for session in (twin, yardstick)
+        TorchTracer.of_session(session, fit_feeds(feeds, session.spec)) for session in (reference, baseline)
     )
     return {found.place: found.error for found in errors_by_place(*tracers)}
 
 
 def _output_error(context: Context, stage: str, feeds: Feeds) -> float:
-    twin, session = reference_of(context, stage), context.candidate.sessions[stage]
-    wanted, got = twin.run(fit_feeds(feeds, twin.spec)), session.run(fit_feeds(feeds, session.spec))
+    reference, session = reference_session(context, stage), context.candidate.sessions[stage]
+    wanted, got = reference.run(fit_feeds(feeds, reference.spec)), session.run(fit_feeds(feeds, session.spec))
     return max(compare(name, to_numpy(got[name]), to_numpy(wanted[name])).error for name in wanted)
 
 
@@ -214,17 +228,17 @@ def _evidence(
     ]
 
 
-def _call_of(twin: Twin, stage: str, calls: Mapping[str, Call]) -> Call | None:
-    components = twin.plan.stages[stage].components
+def _call_of(reference: TorchModel, stage: str, calls: Mapping[str, Call]) -> Call | None:
+    components = reference.plan.stages[stage].components
     return calls.get(components[0]) if len(components) == 1 else None
 
 
 def _prefix(weights: tuple[WeightSource, ...]) -> str:
-    """What the twin's module paths have before the checkpoint's."""
+    """What ditc's module paths have in front of the checkpoint's."""
     source = weights[0]
     return source.parameter.removesuffix(source.checkpoint)
 
 
 def _stripped(path: str) -> str:
-    """transformers names one network with and without its head's prefix."""
+    """The path without "model.", the prefix that transformers gives a network inside a class with a head."""
     return path.removeprefix("model.")

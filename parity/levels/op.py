@@ -1,4 +1,4 @@
-"""Op level: the linear attention that the bundle's own graphs hold, alone, against its definition in fp64."""
+"""Op level: the linear attention of the bundle's graphs, run alone and compared with its definition in fp64."""
 
 # B batch, N tokens, H heads, D head dim
 
@@ -27,7 +27,7 @@ TORCH_DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class OpCase:
-    """Inputs (B,N,H,D) of one comparison."""
+    """The inputs (B,N,H,D) of one comparison."""
 
     name: str
     q: Array
@@ -36,7 +36,7 @@ class OpCase:
 
 
 def cases(head_dim: int) -> Iterator[OpCase]:
-    """Ordinary values, many tokens, large values, and a query that ReLU turns into zeros."""
+    """Yield inputs with few tokens, with many, with large values, and with a query that ReLU turns into zeros."""
     rng = np.random.default_rng(0)
 
     def draw(tokens: int, scale: float = 1.0) -> list[Array]:
@@ -46,12 +46,12 @@ def cases(head_dim: int) -> Iterator[OpCase]:
     yield OpCase("1024 tokens", *draw(1024))
     yield OpCase("values of 100", *draw(64, 100.0))
     q, k, v = draw(64)
-    q[0, 3] = -1.0  # nothing passes the ReLU: 0 / (0 + eps) is 0, and 0 / 0 is NaN
+    q[0, 3] = -1.0  # the ReLU leaves zeros: 0 / (0 + eps) is 0, but 0 / 0 is NaN
     yield OpCase("an all-zero query", q, k, v)
 
 
 def check(context: Context) -> Iterator[Result]:
-    """Every distinct form of the op in the candidate's graphs, and PyTorch's own."""
+    """Check PyTorch's op, and the op of the candidate's graphs once per stage and eps."""
     yield from _check_torch_op()
     found = False
     for stage in context.candidate.graphs:
@@ -62,7 +62,7 @@ def check(context: Context) -> Iterator[Result]:
             context.tick(f"op, {stage}")
             yield from _check_node(stage, model, node, context.candidate.precision(stage))
     if context.candidate.graphs and not found:
-        yield not_checked(Level.OP, "denoiser", OP_TYPE, "no graph of the bundle holds the op as a node")
+        yield not_checked(Level.OP, "denoiser", OP_TYPE, "no graph of the bundle has the op as a node")
 
 
 def _check_torch_op() -> Iterator[Result]:
@@ -92,7 +92,7 @@ def _check_node(stage: str, model: ir.Model, node: ir.Node, precision: Precision
                 Level.OP, stage, OP_TYPE, f"ONNX Runtime's CPU provider has no {precision_name} kernels"
             )
             return
-        precision = Precision.FP32  # 8-bit graphs keep the op in floats
+        precision = Precision.FP32  # 8-bit graphs do not quantize the op
     module = module_path(node) or ""
     bound = limit(Level.OP, Metric.RELATIVE_L2, precision)
     run = _runner(model, node, precision)
@@ -125,12 +125,12 @@ def _causes(node: ir.Node, case: OpCase, error: float) -> tuple[str, ...]:
     eps = node.attributes.get_float("eps", 0.0)
     if np.float32(eps) == 0:
         return (
-            f"eps of the denominator is {eps:g}: 0/0 where a query is all zeros (PyTorch has {DIFFUSERS_EPS:g})",
+            f"the eps of the denominator is {eps:g} (PyTorch has {DIFFUSERS_EPS:g}): an all-zero query gives 0/0",
         )
     if case.name == "an all-zero query" and error != error:
-        return ("the denominator loses its eps on the way: is it computed in fp16?",)
+        return ("the eps of the denominator gets lost: is the denominator computed in fp16?",)
     return (
-        "the op's body differs from its definition: is the row of ones, which makes the denominator, there?",
+        "the op's body differs from its definition: is the row of ones, which gives the denominator, missing?",
     )
 
 
@@ -141,13 +141,13 @@ def _reference(case: OpCase) -> Array:
 
 
 def _distinct(model: ir.Model) -> list[ir.Node]:
-    """One node for every eps."""
+    """The first node of every eps. Nodes with the same eps run the same body."""
     nodes = [n for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type == OP_TYPE]
     return list({n.attributes.get_float("eps", 0.0): n for n in reversed(nodes)}.values())
 
 
 def _runner(model: ir.Model, node: ir.Node, precision: Precision) -> Callable[[Array, Array, Array], Array]:
-    """The op alone, with the body that the model carries."""
+    """A function that runs the op alone, with the body that the model carries."""
     import onnx
     import onnxruntime as ort
 

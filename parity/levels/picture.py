@@ -1,4 +1,4 @@
-"""Picture level: what the user sees, beside what PyTorch draws from the same prompt and seed."""
+"""Picture level: compare the pictures that a user sees with the reference's for the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ditc.runtime.tolerances import Level, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
-    """PSNR and SSIM of every case."""
+    """Check PSNR and SSIM of every case, the budget of a searched recipe, and LPIPS where it is installed."""
     for case in context.settings.cases:
         try:
             run = context.candidate_run(case)
@@ -43,11 +43,11 @@ def _reference(context: Context, case: Case) -> tuple[CaseRun, str]:
     run, against = (
         (upstream, context.upstream_name)
         if upstream is not None
-        else (context.twin_run(case), "PyTorch fp32")
+        else (context.reference_run(case), "PyTorch fp32")
     )
     if run.picture is None or not np.isfinite(run.picture).all() or is_uniform(_bytes(run.picture)):
         raise NumericsError(
-            f"the reference picture for {case} has one colour or is not finite",
+            f"the reference picture for {case} is missing, not finite or of one colour",
             hint="parity against it would prove nothing: check the checkpoint",
         )
     return run, against
@@ -61,7 +61,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
         yield failed(Level.PICTURE, DENOISER, what, run.problem, metric=Metric.PSNR, against=against)
         return
     if run.picture.shape != wanted.shape:
-        problem = f"the picture is {run.picture.shape}, the reference {wanted.shape}"
+        problem = f"the picture has shape {run.picture.shape}, the reference has {wanted.shape}"
         yield failed(Level.PICTURE, VAE_DECODER, what, problem, metric=Metric.PSNR, against=against)
         return
     found = {Metric.PSNR: psnr(run.picture, wanted), Metric.SSIM: ssim(run.picture, wanted)}
@@ -79,25 +79,25 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
             Level.PICTURE,
             VAE_DECODER,
             what,
-            "the picture has one colour",
+            "the picture is of one colour",
             metric=Metric.PSNR,
             against=against,
         )
         return
-    lost = pytorch_psnr(context, case, wanted)
+    baseline = baseline_psnr(context, case, wanted)
     for metric, value in found.items():
-        bound = context.bound(Level.PICTURE, metric, DENOISER, pytorch=lost)
+        bound = context.bound(Level.PICTURE, metric, DENOISER, pytorch=baseline)
         if metric is Metric.SSIM and bound is None:
-            continue  # below fp32, pictures are held to a PSNR alone
+            continue  # SSIM has a bound in fp32 only
         yield judged(Level.PICTURE, VAE_DECODER, what, metric, value, bound, against=against)
 
 
-def pytorch_psnr(context: Context, case: Case, wanted: Array) -> float | None:
-    """PSNR of PyTorch's own picture in the candidate's precision."""
-    if context.recorded is not None:
-        recorded = context.recorded.losses.get(case)
-        return recorded.psnr if recorded else None
-    run = context.yardstick_run(case)
+def baseline_psnr(context: Context, case: Case, wanted: Array) -> float | None:
+    """PSNR in dB of the precision baseline's picture against `wanted`; None without such a picture."""
+    if context.saved_reference is not None:
+        saved = context.saved_reference.baseline_errors.get(case)
+        return saved.psnr if saved else None
+    run = context.baseline_run(case)
     return None if run is None or run.picture is None else psnr(run.picture, wanted)
 
 
@@ -123,10 +123,10 @@ def _bytes(picture: Array) -> Array:
 
 
 def _why_no_lpips() -> str:
-    """LPIPS needs a package and a trained AlexNet; ditc fetches neither by itself."""
+    """Why LPIPS cannot be measured; "" if it can. It needs a package and AlexNet's weights. ditc fetches neither."""
     if find_spec("lpips") is None:
         return "the lpips package is not installed"
     import torch
 
     weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    return f"its backbone's weights are not at {weights}" if not weights.is_file() else ""
+    return f"the weights of its AlexNet are not at {weights}" if not weights.is_file() else ""

@@ -1,4 +1,4 @@
-"""Stage level: each stage alone, at several shapes and batches with seeded inputs, and with one picture's real ones."""
+"""Stage level: each stage alone, with seeded inputs of several shapes and batches, and with one picture's inputs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
-    """All cases of all stages that the candidate has."""
+    """Check every case of every stage that the candidate has."""
     for stage in context.candidate.sessions:
         for case in stage_cases(context, stage):
             context.tick(f"stage {stage}, {case.what}")
             yield check_case(context, case)
             if stage in context.candidate.native:
                 yield _check_native(context, case)
-        if context.recorded is None:
-            context.twin.sessions[stage].close()
+        if context.saved_reference is None:
+            context.reference.sessions[stage].close()
 
 
 def stage_cases(context: Context, stage: str) -> Iterator[StageCase]:
-    """Shapes, batches and timesteps that differ, and the real inputs of the first prompt; or those of a file."""
-    if context.recorded is not None:
-        yield from (case for case in context.recorded.stages if case.stage == stage)
+    """The cases of one stage: seeded inputs of several sizes, then the real inputs of the first case.
+
+    With a saved reference, the cases are those of the file.
+    """
+    if context.saved_reference is not None:
+        yield from (case for case in context.saved_reference.stages if case.stage == stage)
         return
-    session = context.twin.sessions[stage]
-    integers = context.twin.load(stage).integers
+    session = context.reference.sessions[stage]
+    integers = context.reference.load(stage).integers
     seen = []
     for index, sizes in enumerate(_sizes(session.spec)):
         if sizes in seen:
@@ -49,15 +52,15 @@ def stage_cases(context: Context, stage: str) -> Iterator[StageCase]:
         what = " ".join(f"{name} {size}" for name, size in sizes.items())
         feeds = example_feeds(session.spec, sizes, seed=index, integers=integers)
         yield _case(context, stage, what, feeds)
-    run = context.twin_run(context.settings.cases[0])
+    run = context.reference_run(context.settings.cases[0])
     step = context.settings.num_inference_steps // 2
-    real = record_feeds(context.twin.pipeline, context.settings, run, step)
+    real = record_feeds(context.reference.pipeline, context.settings, run, step)
     if stage in real:
         yield _case(context, stage, f"real inputs of step {step}", real[stage])
 
 
 def check_case(context: Context, case: StageCase) -> Result:
-    """One case on the candidate: the output that comes closest to its bound, with the culprit when it breaks it."""
+    """Run one case on the candidate. The result is for the output closest to its bound; a failure names the culprit."""
     session = context.candidate.sessions[case.stage]
     try:
         got = {name: to_numpy(t) for name, t in session.run(fit_feeds(case.feeds, session.spec)).items()}
@@ -69,7 +72,7 @@ def check_case(context: Context, case: StageCase) -> Result:
     results = [
         (_result(context, case, comparison, name), comparison) for name, comparison in compared.items()
     ]
-    worst, comparison = max(results, key=lambda pair: pair[0].headroom)
+    worst, comparison = max(results, key=lambda pair: pair[0].share_of_bound)
     if worst.verdict is not Verdict.FAIL:
         return worst
     amax = max(float(abs(widened(array)).max()) for array in case.outputs.values())
@@ -106,13 +109,16 @@ def _result(context: Context, case: StageCase, comparison: Comparison, name: str
 
 
 def judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
-    """All outputs; below fp32 without the statistics: one maximum a sample is too few numbers to judge rounding by."""
+    """The outputs to compare: below fp32 not the statistics, whose one maximum per sample cannot judge rounding."""
     exact = context.candidate.precision(case.stage) is Precision.FP32
     return {name: array for name, array in case.outputs.items() if exact or name != step_contract.STATS}
 
 
 def _check_native(context: Context, case: StageCase) -> Result:
-    """The artifact as this machine runs it, wider than promised: a wrong file shows, rounding does not."""
+    """Check the artifact as this machine runs it, in a wider type than its own.
+
+    This shows a wrong file, but not the rounding, so the best verdict is "not checked".
+    """
     session = context.candidate.native[case.stage]
     what = f"{case.what}, as it is"
     try:
@@ -132,42 +138,39 @@ def _check_native(context: Context, case: StageCase) -> Result:
 
 
 def stage_bound(context: Context, case: StageCase, name: str) -> Limit | None:
-    """How far an output may be off in this case; None where nobody has said."""
-    lost = case.pytorch.get(name) if case.pytorch is not None else None
-    return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=lost)
+    """The bound of one output in this case; None if there is no bound."""
+    baseline = case.baseline_errors.get(name) if case.baseline_errors is not None else None
+    return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=baseline)
 
 
 def _why_unbounded(context: Context, stage: str) -> str:
     precision = context.candidate.precision(stage)
     if precision in (Precision.INT8, Precision.FP8):
-        return f"no plan is recorded for {precision.value}: build the bundle again, or give --budget X"
-    return f"PyTorch itself gives NaN or Inf in {precision.value} here, so there is nothing to measure by"
+        return f"the bundle records no {precision.value} plan: build it again, or give --budget X"
+    return f"PyTorch itself gives NaN or Inf in {precision.value} on these inputs, so there is no bound"
 
 
 def _case(context: Context, stage: str, what: str, feeds: dict[str, Array]) -> StageCase:
-    twin = context.twin.sessions[stage]
-    precision = context.candidate.precision(stage)
-    if precision is not Precision.FP32:
+    reference = context.reference.sessions[stage]
+    if context.candidate.precision(stage) is not Precision.FP32:
         feeds = _representable(feeds, context, stage)
-    outputs = {name: to_numpy(t) for name, t in twin.run(fit_feeds(feeds, twin.spec)).items()}
-    pytorch = None
-    other = context.yardstick_session(stage)
-    if other is not None:
-        low = other.run(fit_feeds(feeds, other.spec))
-        pytorch = {
-            n: relative_l2(widened(to_numpy(low[n])), widened(wanted)) for n, wanted in outputs.items()
-        }
-    return StageCase(stage, what, feeds, outputs, pytorch)
+    outputs = {name: to_numpy(t) for name, t in reference.run(fit_feeds(feeds, reference.spec)).items()}
+    errors = None
+    baseline = context.baseline_session(stage)
+    if baseline is not None:
+        got = baseline.run(fit_feeds(feeds, baseline.spec))
+        errors = {n: relative_l2(widened(to_numpy(got[n])), widened(wanted)) for n, wanted in outputs.items()}
+    return StageCase(stage, what, feeds, outputs, baseline_errors=errors)
 
 
 def _representable(feeds: dict[str, Array], context: Context, stage: str) -> dict[str, Array]:
-    """Feeds that the candidate's input types hold exactly: rounding an input is not the stage's error."""
+    """The feeds rounded to the candidate's input types for both sides: rounding an input is not the stage's error."""
     spec = context.candidate.sessions[stage].spec
     return {name: widened(array) for name, array in fit_feeds(feeds, spec).items()}
 
 
 def _sizes(spec: StageSpec) -> Iterator[dict[str, int]]:
-    """The likely sizes, different ones, and the smallest."""
+    """Yield the usual sizes, a second set of sizes, and the smallest sizes."""
     yield example_sizes(spec)
     yield example_sizes(spec, second=True)
     smallest = {name: max(bounds.min, bounds.multiple_of) for name, bounds in spec.profile.items()}

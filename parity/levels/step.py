@@ -1,4 +1,4 @@
-"""Step level, teacher-forced: the reference's latents go into every step, so errors do not compound."""
+"""Step level, teacher-forced: every step starts from the reference's latents, so that errors do not compound."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ AGAINST = "PyTorch fp32"
 
 
 def check(context: Context) -> Iterator[Result]:
-    """Every step of every case; one result a case: its first broken step, or its worst."""
+    """Check every step of every case. There is one result per case: its first step that fails, else its worst step."""
     for case in context.settings.cases:
         yield _check_case(context, case)
 
 
 def _check_case(context: Context, case: Case) -> Result:
-    run = context.twin_run(case)
+    run = context.reference_run(case)
     assert run.start is not None
     _, start = start_case(context.candidate.pipeline, case, context.settings, run.latents[0])
-    lost = pytorch_losses(context, case, run)
+    baseline = baseline_step_errors(context, case, run)
     worst: Result | None = None
     for step in range(len(run.start.schedule)):
         context.tick(f"step {step + 1}, {case}")
-        result = _check_step(context, case, run, start, step, lost[step] if lost else None)
-        if worst is None or result.headroom > worst.headroom:
+        result = _check_step(context, case, run, start, step, baseline[step] if baseline else None)
+        if worst is None or result.share_of_bound > worst.share_of_bound:
             worst = result
         if result.verdict is Verdict.FAIL:
             break
@@ -48,14 +48,14 @@ def _check_case(context: Context, case: Case) -> Result:
 
 
 def _check_step(
-    context: Context, case: Case, run: CaseRun, start: DenoiseState, step: int, lost: float | None
+    context: Context, case: Case, run: CaseRun, start: DenoiseState, step: int, baseline: float | None
 ) -> Result:
     what = f"step {step + 1} of {len(start.schedule)}, {case}"
     try:
         comparison, _ = _compared_step(context, run, start, step)
     except (SessionError, IndexError) as e:
         return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
-    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=lost)
+    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=baseline)
     timestep = float(start.schedule[step][step_contract.TIMESTEP][0])
     context.evidence.steps.append(
         StepError(
@@ -92,7 +92,7 @@ def _check_step(
 def _compared_step(
     context: Context, run: CaseRun, start: DenoiseState, step: int
 ) -> tuple[Comparison, DenoiseState]:
-    """The candidate's step from the reference's latents; the worse of next latents and x0."""
+    """Run the candidate's step from the reference's latents. The comparison is the worse one of next latents and x0."""
     assert run.x0 is not None
     state = forced_state(run, start, step)
     (after,) = denoise.step(context.candidate.sessions[DENOISER], [state])
@@ -107,7 +107,11 @@ def _compared_step(
 def _explained(
     context: Context, run: CaseRun, start: DenoiseState, step: int, result: Result, comparison: Comparison
 ) -> Result:
-    """Whether the denoiser is wrong or what it is fed: the same step with the reference's feeds decides."""
+    """The failed result with its culprit and causes.
+
+    If the pipeline feeds the denoiser other values than the reference's pipeline does, the pipeline is wrong. If not,
+    the denoiser itself is wrong, and its modules are compared on the reference's feeds.
+    """
     assert run.start is not None
     fed = _feeds(forced_state(run, start, step))
     wanted = _feeds(forced_state(run, run.start, step))
@@ -125,20 +129,20 @@ def _feeds(state: DenoiseState) -> dict[str, Array]:
     return {name: to_numpy(tensor) for name, tensor in state.feeds().items()}
 
 
-def pytorch_losses(context: Context, case: Case, run: CaseRun) -> list[float] | None:
-    """What PyTorch itself loses at every step in the candidate's precision, from the same latents."""
-    if context.recorded is not None:
-        recorded = context.recorded.losses.get(case)
-        return recorded.steps if recorded else None
-    yardstick = context.yardstick()
-    if yardstick is None:
+def baseline_step_errors(context: Context, case: Case, run: CaseRun) -> list[float] | None:
+    """Relative L2 errors of the precision baseline's steps from the reference's latents; None without a baseline."""
+    if context.saved_reference is not None:
+        saved = context.saved_reference.baseline_errors.get(case)
+        return saved.steps if saved else None
+    baseline = context.precision_baseline()
+    if baseline is None:
         return None
-    _, start = start_case(yardstick.pipeline, case, context.settings, run.latents[0])
-    losses = []
+    _, start = start_case(baseline.pipeline, case, context.settings, run.latents[0])
+    errors = []
     for step in range(len(start.schedule)):
-        (after,) = denoise.step(yardstick.sessions[DENOISER], [forced_state(run, start, step)])
+        (after,) = denoise.step(baseline.sessions[DENOISER], [forced_state(run, start, step)])
         assert after.x0 is not None and run.x0 is not None
         pairs = ((after.latents, run.latents[step + 1]), (after.x0, run.x0[step]))
-        losses.append(max(relative_l2(to_numpy(got), wanted) for got, wanted in pairs))
-        context.tick(f"PyTorch {yardstick.precision.value}, step {step + 1}, {case}")
-    return losses
+        errors.append(max(relative_l2(to_numpy(got), wanted) for got, wanted in pairs))
+        context.tick(f"PyTorch {baseline.precision.value}, step {step + 1}, {case}")
+    return errors

@@ -1,6 +1,7 @@
 """Trajectory level, free-running: the whole loop from the same noise, as a user runs it.
 
-The cases run one after the other through the same pipeline: what one request leaves behind shows in the next.
+All cases run one after the other through the same pipeline, so that state which one request leaves behind shows in the
+next one.
 """
 
 from __future__ import annotations
@@ -24,30 +25,32 @@ from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
-    """The candidate's latents after the last step, beside upstream's and beside the twin's."""
+    """Compare the candidate's latents after the last step with upstream's and with the reference's."""
     for case in context.settings.cases:
         try:
             run = context.candidate_run(case)
         except SessionError as e:
             yield failed(Level.TRAJECTORY, DENOISER, str(case), str(e))
             continue
-        lost = pytorch_loss(context, case)
+        baseline = baseline_trajectory_error(context, case)
         upstream = context.upstream_run(case)
-        references = ((upstream, context.upstream_name), (context.twin_run(case), "PyTorch fp32"))
+        references = ((upstream, context.upstream_name), (context.reference_run(case), "PyTorch fp32"))
         for reference, against in references:
             if reference is not None:
-                yield _compared(context, run, reference, against, lost)
+                yield _compared(context, run, reference, against, baseline)
 
 
-def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str, lost: float | None) -> Result:
+def _compared(
+    context: Context, run: CaseRun, reference: CaseRun, against: str, baseline: float | None
+) -> Result:
     case = run.case
-    bound = context.bound(Level.TRAJECTORY, Metric.RELATIVE_L2, DENOISER, pytorch=lost)
+    bound = context.bound(Level.TRAJECTORY, Metric.RELATIVE_L2, DENOISER, pytorch=baseline)
     errors = _errors(run, reference)
     _keep(context, run, errors, against, bound)
     if run.problem:
         result = failed(Level.TRAJECTORY, DENOISER, str(case), run.problem, against=against)
     elif run.latents.shape != reference.latents.shape:
-        problem = f"{len(run.latents) - 1} steps, the reference took {len(reference.latents) - 1}"
+        problem = f"it took {len(run.latents) - 1} steps, the reference took {len(reference.latents) - 1}"
         result = failed(Level.TRAJECTORY, "pipeline", str(case), problem, against=against)
     else:
         comparison = compare("latents", run.latents[-1], reference.latents[-1])
@@ -65,16 +68,16 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str, 
 
 
 def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
-    """The first step that is wrong, and whether the run began wrong."""
+    """The failed result with the first step that is wrong, and with the causes if the first step got wrong feeds."""
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=0.0)
     allowed = bound.bound if bound else 0.0
     first = next((i for i, error in enumerate(errors) if not error <= allowed), len(errors))
     before = errors[first - 1] if first else 0.0
     at = errors[first] if first < len(errors) else float("nan")
-    twin = context.twin_run(run.case)
+    reference = context.reference_run(run.case)
     causes: tuple[str, ...] = ()
-    if run.start is not None and twin.start is not None:
-        causes = feed_causes(_feeds(run.start), _feeds(twin.start), first_step=True)
+    if run.start is not None and reference.start is not None:
+        causes = feed_causes(_feeds(run.start), _feeds(reference.start), first_step=True)
     culprit = Culprit(
         stage="pipeline" if causes else DENOISER, module=f"step {first + 1}", error=at, before=before
     )
@@ -82,7 +85,7 @@ def _explained(context: Context, run: CaseRun, errors: list[float], result: Resu
 
 
 def _errors(run: CaseRun, reference: CaseRun) -> list[float]:
-    """Relative L2 after every step that both took."""
+    """Relative L2 of the latents after every step that both sides took; NaN where the candidate's are not finite."""
     steps = min(len(run.latents), len(reference.latents))
     return [
         relative_l2(run.latents[i], reference.latents[i])
@@ -108,12 +111,18 @@ def _keep(context: Context, run: CaseRun, errors: list[float], against: str, bou
         )
 
 
-def pytorch_loss(context: Context, case: Case) -> float | None:
-    """What PyTorch itself loses over the whole loop in the candidate's precision."""
-    if context.recorded is not None:
-        recorded = context.recorded.losses.get(case)
-        return recorded.trajectory if recorded else None
-    run = context.yardstick_run(case)
+def baseline_trajectory_error(context: Context, case: Case) -> float | None:
+    """The relative L2 error of the precision baseline after the whole loop.
+
+    Returns:
+        None without a precision baseline, NaN if its run failed.
+    """
+    if context.saved_reference is not None:
+        saved = context.saved_reference.baseline_errors.get(case)
+        return saved.trajectory if saved else None
+    run = context.baseline_run(case)
     if run is None:
         return None
-    return float("nan") if run.problem else relative_l2(run.latents[-1], context.twin_run(case).latents[-1])
+    return (
+        float("nan") if run.problem else relative_l2(run.latents[-1], context.reference_run(case).latents[-1])
+    )

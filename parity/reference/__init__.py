@@ -1,7 +1,8 @@
-"""The second reference: diffusers' pipeline, or the family's module here where diffusers has no pipeline for it.
+"""The references. The second one is unmodified upstream: diffusers for most families, another package for the others.
 
-A family whose row names another package than diffusers has a module here of its folder's name. Its `open_pipeline`
-assembles upstream's own modules into a pipeline that is called as diffusers' are.
+A family whose row in export/families names another package than diffusers has a module in this folder, under the name
+of the family's folder. Its `open_pipeline` assembles upstream's own modules into a pipeline that is called in the same
+way as those of diffusers.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ OpenPipeline = Callable[[Checkpoint, torch.dtype], Any]
 
 
 def upstream_name(checkpoint: Checkpoint) -> str:
-    """What reports call the second reference."""
+    """The package that the second reference comes from. Reports call the reference by this name."""
     return find_family(checkpoint).upstream
 
 
 def why_no_upstream(checkpoint: Checkpoint) -> str:
-    """Why this checkpoint's second reference cannot be had here; "" if it can."""
+    """Why there is no second reference for this checkpoint on this machine; "" if there is one."""
     package = upstream_name(checkpoint)
     return "" if find_spec(package) else f"the {package} package is not installed"
 
 
 def find_pipeline(checkpoint: Checkpoint) -> OpenPipeline | None:
-    """What loads the checkpoint's second reference; None where that is diffusers' own pipeline."""
+    """The function that opens the checkpoint's second reference; None if that is diffusers' own pipeline."""
     return pipeline_of(find_family(checkpoint))
 
 
 def pipeline_of(family: Family) -> OpenPipeline | None:
-    """What loads the second reference of a family; None where that is diffusers' own pipeline."""
+    """The function that opens the second reference of a family; None if that is diffusers' own pipeline."""
     if family.upstream == DIFFUSERS:
         return None
     open_pipeline: OpenPipeline = import_module(f"{__name__}.{family.folder}").open_pipeline

@@ -1,9 +1,9 @@
-"""A lucidrains/mmdit checkpoint in PyTorch: the installed package's trunk, diffusers' embeddings, scheduler and VAE.
+"""A lucidrains/mmdit checkpoint in PyTorch: the mmdit package's trunk with diffusers' embeddings, scheduler and VAE.
 
-It shares no network code with ditc. Its call takes what diffusers' text-to-image pipelines take.
+This reference shares no network code with ditc. It is called in the same way as diffusers' text-to-image pipelines.
 """
 
-# B samples, C latent channels, H/W latent size, h/w patches a side, S text tokens, D width
+# B samples, C latent channels, H/W latent size, h/w patches per side, S text tokens, D width
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ SINUSOID_WIDTH = 256
 
 @dataclass(frozen=True)
 class Output:
-    """What a diffusers pipeline returns."""
+    """The return value of a diffusers pipeline, as far as parity reads it."""
 
     images: Any
 
 
 class Transformer(nn.Module):
-    """The package's MMDiT between a patch embedding and a Linear back to patches.
+    """The package's MMDiT, between a patch embedding and a Linear that maps tokens back to patches.
 
     Args:
-        config: transformer/config.json.
+        config: the contents of transformer/config.json.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -67,7 +67,14 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(dims[1], self.patch_size**2 * config["out_channels"])
 
     def forward(self, latents: Tensor, timestep: Tensor, text_embeds: Tensor, text_mask: Tensor) -> Tensor:
-        """latents (B,C,H,W), timestep (B,), text_embeds (B,S,C), text_mask (B,S) bool -> velocity (B,C,H,W)."""
+        """Predict the velocity (B,C,H,W).
+
+        Args:
+            latents: (B,C,H,W).
+            timestep: (B,).
+            text_embeds: (B,S,C).
+            text_mask: (B,S) bool.
+        """
         patches_BDhw = self.patch_embed["proj"](latents)
         height, width = patches_BDhw.shape[2:]
         position = get_2d_sincos_pos_embed(
@@ -98,7 +105,7 @@ class Transformer(nn.Module):
 
 
 class Pipeline:
-    """Prompt to picture, with classifier-free guidance in diffusers' order [negative, positive]."""
+    """Text to picture, with classifier-free guidance on rows in diffusers' order: negative, then positive."""
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         self.components = dict(components)
@@ -108,7 +115,7 @@ class Pipeline:
         )
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """There is no progress bar."""
+        """Do nothing: this pipeline has no progress bar."""
 
     def __call__(
         self,
@@ -122,7 +129,7 @@ class Pipeline:
         output_type: str = "np",
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> Output:
-        """latents (B,C,H,W), the starting noise -> pictures (B,H,W,3) in [0,1], or latents."""
+        """Draw from the starting noise `latents` (B,C,H,W): pictures (B,H,W,3) in [0,1], or the last latents."""
         guided = guidance_scale > 1
         texts = [negative_prompt, prompt] if guided else [prompt]
         embeds, mask = self.encode_prompt(texts, max_sequence_length)
@@ -144,7 +151,7 @@ class Pipeline:
         return Output((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy())
 
     def encode_prompt(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Last hidden states (B,S,C) and mask (B,S) bool, padded on the right to one length."""
+        """The last hidden states (B,S,C) and the mask (B,S) bool. Texts are padded on the right to `length` tokens."""
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -158,7 +165,7 @@ class Pipeline:
 
 
 def open_pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The checkpoint as upstream's modules, every tensor of it loaded strictly."""
+    """Open the checkpoint with upstream's modules. A missing or unknown tensor is an error."""
     path = Path(checkpoint.path)
     transformer = checkpoint.component("transformer")
     network = Transformer(transformer.config).eval().requires_grad_(False)

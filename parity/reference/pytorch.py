@@ -1,7 +1,7 @@
-"""The reference in fp32: the same Pipeline, with PyTorch sessions over the adapter's networks.
+"""The reference: the same Pipeline as a bundle's, with PyTorch sessions over the adapter's networks.
 
-Everything of it comes from the checkpoint, nothing from the bundle: a scheduler, a text recipe or a latent scale that
-the bundle has wrong is then a difference, not a shared mistake.
+Everything in it comes from the checkpoint and nothing from the bundle. So if the bundle has a wrong scheduler, text
+recipe or latent scale, the two sides differ, instead of sharing the mistake.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ from ditc.runtime.text import Tokenizer
 FP32 = BuildOptions()
 
 
-class TwinSession:
-    """A stage in PyTorch whose weights are read on first use and can be let go."""
+class LazyTorchSession:
+    """A stage in PyTorch that reads its weights on first use and can release them."""
 
-    def __init__(self, twin: Twin, stage: str) -> None:
-        self.spec: StageSpec = twin.plan.stages[stage].spec
+    def __init__(self, model: TorchModel, stage: str) -> None:
+        self.spec: StageSpec = model.plan.stages[stage].spec
         self.device: ComputeDevice = compute_device()
-        self._twin, self._stage = twin, stage
+        self._model, self._stage = model, stage
         self._session: TorchSession | None = None
 
     @property
     def module(self) -> nn.Module:
         """The network, read from the checkpoint if it is not in memory."""
-        return self._loaded().module
+        return self._load().module
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Execute the stage once."""
-        return self._loaded().run(feeds)
+        """Run the stage once."""
+        return self._load().run(feeds)
 
     def close(self) -> None:
-        """Forget the weights; the next run reads them again."""
+        """Release the weights. The next run reads them again."""
         self._session = None
 
-    def _loaded(self) -> TorchSession:
+    def _load(self) -> TorchSession:
         if self._session is None:
-            self._session = TorchSession(self._twin.load(self._stage).module, self.spec)
+            self._session = TorchSession(self._model.load(self._stage).module, self.spec)
         return self._session
 
 
-class Twin:
-    """A checkpoint as a pipeline of PyTorch sessions, in fp32 or in a deployment precision.
+class TorchModel:
+    """A checkpoint as a pipeline of PyTorch sessions: the reference in fp32, the precision baseline in 16 bits.
 
     Args:
-        options: as for a build; the precision above all.
-        like: the bundle it will be compared with: its largest batch and its picture size are taken over.
+        options: as for a build. The precision matters most.
+        like: the manifest of the bundle to compare with. Its largest batch and its picture size are taken over.
 
     Raises:
-        CheckpointError: a checkpoint that no adapter knows, or that its adapter refuses.
+        CheckpointError: no adapter knows the checkpoint, or its adapter refuses it.
     """
 
     def __init__(
@@ -86,20 +86,22 @@ class Twin:
         self.options = options if like is None else _sized(options, like)
         self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)
         self.precision = self.options.precision
-        self.sessions: dict[str, TwinSession] = {name: TwinSession(self, name) for name in self.plan.stages}
+        self.sessions: dict[str, LazyTorchSession] = {
+            name: LazyTorchSession(self, name) for name in self.plan.stages
+        }
         self.pipeline = self._pipeline()
 
     def load(self, stage: str) -> StageModule:
-        """The stage's network with its weights, freshly read."""
+        """Read the stage's network and its weights."""
         return self.adapter.load(self.checkpoint, self.plan, stage, self.options)
 
     def weights_digest(self) -> str:
-        """One hash of all weight files of the checkpoint, read as a stream."""
+        """One SHA-256 over the hashes of all weight files of the checkpoint. The files are read as streams."""
         files = [path for component in self.checkpoint.components.values() for path in component.files]
         return hashlib.sha256("".join(map(sha256, sorted(files))).encode()).hexdigest()
 
     def close(self) -> None:
-        """Let all weights go."""
+        """Release the weights of all stages."""
         for session in self.sessions.values():
             session.close()
 
@@ -139,7 +141,7 @@ class Twin:
 
 
 def _sized(options: BuildOptions, like: Manifest) -> BuildOptions:
-    """The options with the bundle's largest batch, and its picture size where it has one size."""
+    """The options with the bundle's largest batch, and with its picture size if it has a single one."""
     batch = like.stages[DENOISER].artifacts[0].spec.profile[BATCH].max
     square = like.defaults.height == like.defaults.width and not like.defaults.bins
     return replace(options, max_batch=batch, resolution=like.defaults.height if square else None)

@@ -1,9 +1,9 @@
-"""What PyTorch computed, as one safetensors file: a CPU box saves it, a GPU box without the checkpoint compares.
+"""Reference results as one safetensors file: save it where the checkpoint is, compare with it on another machine.
 
 stage.I.in.NAME, stage.I.out.NAME            one case of the stage level
 case.I.latents, .x0, .picture, .upstream.*   one case of the loop
-case.I.schedule.STEP.NAME, case.I.rows.NAME  what the denoiser was fed: per step, and for all steps
-metadata "ditc.reference"                    JSON: settings, names of the above, losses, origin
+case.I.schedule.STEP.NAME, case.I.rows.NAME  what the denoiser was fed: in each step, and in all steps
+metadata "ditc.reference"                    JSON: settings, stages, origin, errors of the precision baseline ("losses")
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ditc.export.checkpoint.safetensors_file import safetensors_path
-from ditc.parity.cases import Case, CaseRun, Losses, Recorded, Settings, StageCase
+from ditc.parity.cases import BaselineErrors, Case, CaseRun, SavedReference, Settings, StageCase
 from ditc.parity.context import Context
-from ditc.parity.levels.picture import pytorch_psnr
+from ditc.parity.levels.picture import baseline_psnr
 from ditc.parity.levels.stage import stage_cases
-from ditc.parity.levels.step import pytorch_losses
-from ditc.parity.levels.trajectory import pytorch_loss
+from ditc.parity.levels.step import baseline_step_errors
+from ditc.parity.levels.trajectory import baseline_trajectory_error
 from ditc.runtime import step_contract
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Manifest
@@ -35,7 +35,7 @@ from ditc.runtime.state import DenoiseState, Rows
 
 METADATA = "ditc.reference"
 VERSION = 2
-HINT = "make one with: ditc parity BUNDLE --against CHECKPOINT --save-reference FILE"
+HINT = "make a reference file with: ditc parity BUNDLE --against CHECKPOINT --save-reference FILE"
 
 
 def save_reference(path: Path, context: Context) -> Path:
@@ -49,10 +49,10 @@ def save_reference(path: Path, context: Context) -> Path:
     for stage in context.candidate.sessions:
         for case in stage_cases(context, stage):
             index = len(stages)
-            stages.append({"stage": stage, "what": case.what, "pytorch": case.pytorch})
+            stages.append({"stage": stage, "what": case.what, "pytorch": case.baseline_errors})
             tensors |= {f"stage.{index}.in.{name}": array for name, array in case.feeds.items()}
             tensors |= {f"stage.{index}.out.{name}": array for name, array in case.outputs.items()}
-    losses = [_losses(context, case) for case in context.settings.cases]
+    losses = [_baseline_errors(context, case) for case in context.settings.cases]
     for index, one in enumerate(context.settings.cases):
         tensors |= {f"case.{index}.{name}": array for name, array in _case_tensors(context, one)}
     described = {
@@ -62,8 +62,8 @@ def save_reference(path: Path, context: Context) -> Path:
         "losses": losses,
         "precision": context.candidate.precision(DENOISER).value,
         "origin": {
-            "checkpoint": context.twin.checkpoint.path.name,
-            "weights": context.twin.weights_digest(),
+            "checkpoint": context.reference.checkpoint.path.name,
+            "weights": context.reference.weights_digest(),
             "saved_on": str(this_machine()),
             "upstream": context.upstream_name,
         },
@@ -74,28 +74,28 @@ def save_reference(path: Path, context: Context) -> Path:
     return path
 
 
-def read_reference(path: Path, manifest: Manifest) -> Recorded:
-    """Read a file and hold it against the bundle that it will be compared with.
+def read_reference(path: Path, manifest: Manifest) -> SavedReference:
+    """Read a reference file, and check that it fits the bundle to compare with.
 
     Raises:
-        UsageError: it is missing, damaged, no reference file, or of a model with other stages or shapes.
+        UsageError: the file is missing, damaged, not a reference file, or made for a model with other stages or shapes.
     """
     if not path.is_file():
         raise UsageError(f"there is no reference file {path}", hint=HINT)
     try:
         with safe_open(path, "np") as file:
             described = json.loads((file.metadata() or {})[METADATA])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        recorded = _recorded(described, tensors)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        saved = _parse(described, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError) as e:
-        raise UsageError(f"{path} is no reference file: {e}", hint=HINT) from e
-    _check_fits(path, recorded, manifest)
-    return recorded
+        raise UsageError(f"{path} is not a reference file: {e}", hint=HINT) from e
+    _check_fits(path, saved, manifest)
+    return saved
 
 
-def _recorded(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> Recorded:
+def _parse(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> SavedReference:
     if described["version"] != VERSION:
-        raise ValueError(f"version {described['version']}, this ditc reads {VERSION}")
+        raise ValueError(f"its version is {described['version']}, and this ditc reads version {VERSION}")
     settings = from_json(Settings, described["settings"])
     groups = [_below(tensors, f"case.{index}.") for index in range(len(settings.cases))]
     runs = {case: _run(case, group) for case, group in zip(settings.cases, groups, strict=True)}
@@ -105,7 +105,7 @@ def _recorded(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> Rec
         if "upstream.latents" in group
     }
     losses = zip(settings.cases, described["losses"], strict=True)
-    return Recorded(
+    return SavedReference(
         settings=settings,
         origin={str(key): str(value) for key, value in described["origin"].items()},
         runs=runs,
@@ -120,7 +120,7 @@ def _recorded(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> Rec
             )
             for index, one in enumerate(described["stages"])
         ],
-        losses={case: from_json(Losses, one) for case, one in losses if one is not None},
+        baseline_errors={case: from_json(BaselineErrors, one) for case, one in losses if one is not None},
         precision=str(described["precision"]),
     )
 
@@ -140,12 +140,12 @@ def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
 
 
 def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
-    run, upstream = context.twin_run(case), context.upstream_run(case)
+    run, upstream = context.reference_run(case), context.upstream_run(case)
     assert run.x0 is not None and run.start is not None
     yield "latents", run.latents
     yield "x0", run.x0
     yield "history", to_numpy(run.start.history)
-    for index, step in enumerate(run.start.schedule):  # one by one: a step may have more rows than another
+    for index, step in enumerate(run.start.schedule):  # not stacked: steps may differ in their number of rows
         yield from ((f"schedule.{index}.{name}", array) for name, array in step.items())
     yield f"rows.{step_contract.ROW_OF}", run.start.rows.row_of
     for name, tensor in run.start.rows.conditioning.items():
@@ -158,23 +158,24 @@ def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
             yield "upstream.picture", upstream.picture
 
 
-def _losses(context: Context, case: Case) -> dict[str, Any] | None:
-    """None for an fp32 bundle, and where PyTorch itself overflows in the precision: nothing to measure by."""
-    run = context.twin_run(case)
-    steps, end = pytorch_losses(context, case, run), pytorch_loss(context, case)
+def _baseline_errors(context: Context, case: Case) -> dict[str, Any] | None:
+    """The fields of BaselineErrors; None for an fp32 bundle, and if PyTorch itself overflows in the precision."""
+    run = context.reference_run(case)
+    steps, end = baseline_step_errors(context, case, run), baseline_trajectory_error(context, case)
     reference = context.upstream_run(case) or run
-    psnr = pytorch_psnr(context, case, reference.picture) if reference.picture is not None else None
+    psnr = baseline_psnr(context, case, reference.picture) if reference.picture is not None else None
     if steps is None or end is None or psnr is None or not np.isfinite([*steps, end, psnr]).all():
         return None
     return {"steps": steps, "trajectory": end, "psnr": psnr}
 
 
-def _check_fits(path: Path, recorded: Recorded, manifest: Manifest) -> None:
-    for case in recorded.stages:
+def _check_fits(path: Path, saved: SavedReference, manifest: Manifest) -> None:
+    for case in saved.stages:
         stage = manifest.stages.get(case.stage)
         if stage is None:
             raise UsageError(
-                f"{path} has a stage {case.stage}, the bundle has none", hint="it is of another model"
+                f"{path} has results of a stage {case.stage}, but the bundle has no such stage",
+                hint="the reference file was made for another model",
             )
         for tensor in stage.artifacts[0].spec.inputs:
             held = case.feeds.get(tensor.name)
@@ -188,10 +189,10 @@ def _check_fits(path: Path, recorded: Recorded, manifest: Manifest) -> None:
                 ]
             )
             if fixed is None or any(size != known for size, known in fixed):
-                found = "nothing" if held is None else held.shape
+                found = "nothing" if held is None else f"an array of shape {held.shape}"
                 raise UsageError(
-                    f"{path} feeds {case.stage} {found} as {tensor.name}, the bundle takes {tensor.shape}",
-                    hint="the reference file is of another model",
+                    f"{path} has {found} for input {tensor.name} of {case.stage}, the bundle takes {tensor.shape}",
+                    hint="the reference file was made for another model",
                 )
 
 

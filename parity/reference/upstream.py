@@ -1,6 +1,6 @@
-"""The other reference: the checkpoint in unmodified upstream code, drawing the same cases from the same noise.
+"""The second reference: the checkpoint in unmodified upstream code, which draws the same cases from the same noise.
 
-That is diffusers, or what references/ has for families that diffusers has no pipeline for.
+Upstream is diffusers, or the family's module in this folder if diffusers has no pipeline for the family.
 """
 
 # N steps, B samples, C latent channels, H/W latent size
@@ -22,13 +22,13 @@ from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.session import Array
 
-# The components that a pipeline calls on every step: once, or again for a further kind of guidance.
+# The components that a pipeline calls in every step: once, or again for another guidance (skip-layer guidance).
 DENOISERS = ("transformer", "unet")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a component: enough to repeat it."""
+    """One call of a component with its arguments, so that it can be repeated."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -40,10 +40,10 @@ class Call:
 
 
 class Upstream:
-    """The checkpoint's own pipeline, in fp32 on the CPU.
+    """The checkpoint's upstream pipeline on the CPU, in fp32 unless `dtype` says otherwise.
 
     Raises:
-        CheckpointError: upstream cannot load it.
+        CheckpointError: upstream cannot load the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
@@ -53,7 +53,7 @@ class Upstream:
         self.checkpoint = checkpoint
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()
-            library.set_verbosity_error()  # what they warn about here, of absent extras and cut texts, is no finding
+            library.set_verbosity_error()  # their warnings, on missing extras and truncated texts, are not findings
         open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
             self.pipeline: Any = open_pipeline(checkpoint, dtype)
@@ -75,7 +75,7 @@ class Upstream:
         output_type: str = "np",
         on_step: Callable[[], None] = lambda: None,
     ) -> CaseRun:
-        """One case from noise (B,C,H,W) to picture, latents kept after every step."""
+        """Draw one case from noise (B,C,H,W), and keep the latents after every step."""
         latents = [noise]
 
         def keep(_: Any, index: int, timestep: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -95,7 +95,11 @@ class Upstream:
         return CaseRun(case=case, latents=np.stack(latents), picture=picture)
 
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
-        """The first call of every component, and the denoising network's first one of a step, by component name."""
+        """The calls that one drawn case makes, by component name.
+
+        For the denoising network that is its first call in step `step` (counted from 0), for every other component
+        its first call of all. "vae" is the call of the VAE's decoder.
+        """
         found: dict[str, Call] = {}
         done = 0
 
@@ -129,12 +133,12 @@ class Upstream:
         return found
 
     def networks(self) -> dict[str, nn.Module]:
-        """Components that are called as modules; a VAE is reached through its decoder instead."""
+        """The components that the pipeline calls as modules. It calls the VAE through methods, so that is left out."""
         parts = self.pipeline.components
         return {n: m for n, m in parts.items() if isinstance(m, nn.Module) and n != "vae"}
 
     def _arguments(self, settings: Settings) -> dict[str, Any]:
-        """Settings and the checkpoint's own defaults, as far as this pipeline takes them."""
+        """The settings and the checkpoint's own defaults, as far as this pipeline has such arguments."""
         given = dict(self.checkpoint.defaults)
         given["use_resolution_binning"] = bool(given.get("resolution_bins", True))
         if given.get("resolution_bins") is None and "resolution_bins" in given:
@@ -151,7 +155,7 @@ class Upstream:
 def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
-    # What was left out is null in model_index.json, and from_pretrained wants to be told so all the same.
+    # Components that a checkpoint leaves out are null in model_index.json; from_pretrained still needs them as None.
     left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
     return DiffusionPipeline.from_pretrained(
         str(checkpoint.path),

@@ -1,4 +1,4 @@
-"""The error by step as inline SVG: logarithmic, one line a case and kind, the tightest bounds dashed."""
+"""The chart of the error by step, as inline SVG: logarithmic, one line per case and kind, with dashed bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOOR = 1e-9
 
 
 def step_chart(steps: Sequence[StepError]) -> str:
-    """The chart and its legend."""
+    """The chart and its legend, as HTML. `steps` must not be empty."""
     lines: dict[tuple[str, str], list[StepError]] = defaultdict(list)
     for step in steps:
         lines[step.kind, step.case].append(step)
@@ -77,7 +77,7 @@ def step_chart(steps: Sequence[StepError]) -> str:
 
 
 def _bounds(steps: Sequence[StepError], kind: str) -> dict[int, float]:
-    """The tightest bound at every step, over the cases: below fp32 each has its own."""
+    """The tightest bound of all cases at every step. In fp32 it is the same for all, else every case has its own."""
     found: dict[int, float] = {}
     for step in steps:
         if step.kind == kind and step.bound is not None:
@@ -90,12 +90,12 @@ def _is_one(bounds: Mapping[int, float]) -> bool:
 
 
 def _beside(line: float) -> float:
-    """Above a line, or below it where there is no room above."""
+    """The y of a label for a line: above the line, or below it if there is no room above."""
     return line - 6 if line - 18 > TOP else line + 15
 
 
 def _range(steps: Sequence[StepError], bounds: Sequence[float]) -> tuple[int, int]:
-    """Whole decades around every value and bound."""
+    """The whole decades that contain every value and bound."""
     values = [max(s.error, FLOOR) for s in steps if s.error == s.error] + list(bounds) or [FLOOR]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return low, max(high, low + 1)

@@ -1,4 +1,4 @@
-"""A Report as one self-contained HTML page: no script, no font, no picture from elsewhere."""
+"""A Report as one self-contained HTML page: it loads no script, font or picture from elsewhere."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CHIPS = {
     Verdict.NOT_CHECKED: ("not", "not checked"),
 }
 ABOUT = {
-    Level.GRAPH: "weights, scheduler, token ids and fp32 islands, read from the files",
-    Level.OP: "the custom op alone, against its definition in fp64",
-    Level.MODULE: "every module by name: ours against unmodified upstream, the graph against ours",
-    Level.STAGE: "each stage at several shapes and batches, and on real inputs",
-    Level.STEP: "every step from the reference's latents, so that nothing compounds",
-    Level.TRAJECTORY: "the whole loop, free-running",
-    Level.PICTURE: "what a user sees",
+    Level.GRAPH: "Weights, scheduler numbers, token ids and fp32 islands are read from the files and compared.",
+    Level.OP: "The custom op runs alone and is compared with its definition in fp64.",
+    Level.MODULE: "Modules are compared by name: ditc's networks with upstream's, and the graphs with ditc's networks.",
+    Level.STAGE: "Each stage runs alone, at several shapes and batches and on real inputs.",
+    Level.STEP: "Every step starts from the reference's latents, so that errors do not compound.",
+    Level.TRAJECTORY: "The whole loop runs freely from the same noise.",
+    Level.PICTURE: "The pictures that a user sees are compared.",
 }
 
 
@@ -49,7 +49,7 @@ def write_page(path: Path, report: Report) -> Path:
 
 
 def to_page(report: Report) -> str:
-    """The whole page."""
+    """The whole page, as HTML."""
     parts = [
         _hero(report),
         _levels(report),
@@ -72,20 +72,21 @@ def to_page(report: Report) -> str:
 def _hero(report: Report) -> str:
     subject, css = report.subject, CHIPS[report.verdict][0]
     counts = {v: sum(r.verdict is v for r in report.results) for v in Verdict}
+    broken = "1 bound is broken" if counts[Verdict.FAIL] == 1 else f"{counts[Verdict.FAIL]} bounds are broken"
     words = {
         Verdict.PASS: "Every bound holds",
-        Verdict.FAIL: f"{counts[Verdict.FAIL]} bounds broken",
+        Verdict.FAIL: broken,
         Verdict.NOT_CHECKED: "Nothing could be checked",
     }
     candidate = str(subject.get("candidate", "")).partition(":")[0]
     text = (
-        f"{escape(str(subject.get('checkpoint', '')))}: {escape(candidate)} against "
-        f"{escape(' and '.join(subject.get('references', [])))}"
+        f"A bundle of {escape(str(subject.get('checkpoint', '')))} ({escape(candidate)}) is compared with "
+        f"{escape(' and '.join(subject.get('references', [])))}."
     )
     return (
         f'<div class="hero"><div><h1>Parity report</h1><p class="soft">{text}<br>{counts[Verdict.PASS]} comparisons '
-        f"passed, {counts[Verdict.FAIL]} failed, {counts[Verdict.NOT_CHECKED]} not checked, in "
-        f'{sum(report.seconds.values()):.0f} s</p></div><div class="verdict {css}">{words[report.verdict]}</div></div>'
+        f"passed, {counts[Verdict.FAIL]} failed, and {counts[Verdict.NOT_CHECKED]} could not be checked. The run took "
+        f'{sum(report.seconds.values()):.0f} s.</p></div><div class="verdict {css}">{words[report.verdict]}</div></div>'
     )
 
 
@@ -118,12 +119,12 @@ def _stories(report: Report) -> str:
         ]
         lines += [escape(result.detail)] if result.detail else []
         if result.culprit is not None:
-            lines.append(f"Begins in <b>{escape(str(result.culprit))}</b>")
+            lines.append(f"The error begins in <b>{escape(str(result.culprit))}</b>")
         worst = (result.culprit.worst if result.culprit else None) or result.worst
         lines += [f"Worst element: <code>{escape(str(worst))}</code>"] if worst else []
         lines += [f"Likely cause: <b>{escape(cause)}</b>" for cause in result.causes]
         stories.append(f"<div class='story'>{'<br>'.join(lines)}</div>")
-    more = f"<p class='soft'>and {len(failed) - 12} more</p>" if len(failed) > 12 else ""
+    more = f"<p class='soft'>{len(failed) - 12} more comparisons failed.</p>" if len(failed) > 12 else ""
     return f"<section><h2>Where it went wrong</h2>{''.join(stories)}{more}</section>"
 
 
@@ -138,19 +139,19 @@ def _pictures(pairs: Sequence[PicturePair]) -> str:
             f"<p style='margin:10px 0 0'><b>{escape(pair.case)}</b> <span class='soft num'>PSNR "
             f"{number(pair.psnr, Metric.PSNR)} dB, SSIM {pair.ssim:.6f}</span></p><div class='pictures'>"
             f"{_figure(pair.reference, 'reference')}{_figure(pair.candidate, 'this bundle')}"
-            f"{_figure(difference * factor, _difference_words(float(difference.max()), factor))}</div>"
+            f"{_figure(difference * factor, _difference_caption(float(difference.max()), factor))}</div>"
         )
     return f"<section><h2>Pictures</h2>{''.join(blocks)}</section>"
 
 
-def _difference_words(largest: float, factor: float) -> str:
+def _difference_caption(largest: float, factor: float) -> str:
     if largest == 0:
-        return "difference: none"
-    return f"difference, times {factor:,.0f} (largest {largest:.1e} of 1)"
+        return "difference: the pictures are equal"
+    return f"difference, amplified {factor:,.0f} times; the largest is {largest:.1e}, where white is 1"
 
 
 def _amplification(largest: float) -> float:
-    """A power of ten that lifts the largest difference to between a tenth of white and white."""
+    """The power of ten that brings the largest difference to between a tenth of white and white."""
     return 1.0 if largest == 0 else 10.0 ** max(0, math.floor(-math.log10(largest)))
 
 
@@ -169,8 +170,9 @@ def _steps(report: Report) -> str:
     if not report.evidence.steps:
         return ""
     return (
-        "<section><h2>Error by step</h2><p class='soft'>Relative L2 of the latents after each step. Teacher-forced: "
-        "every step starts from the reference's latents. Free-running: from its own. Dashed: bounds.</p>"
+        "<section><h2>Error by step</h2><p class='soft'>The chart shows the relative L2 error of the latents after "
+        "each step. In a teacher-forced run, every step starts from the reference's latents; in a free-running one, "
+        "it starts from the bundle's own. Dashed lines are bounds.</p>"
         f"{step_chart(report.evidence.steps)}</section>"
     )
 
@@ -182,14 +184,14 @@ def _modules(modules: Sequence[ModuleError]) -> str:
     rows = [_module_row(module) for module in ranked[:SHOWN_MODULES]]
     head = "<tr><th>module<th>stage<th class='num'>relative L2<th class='num'>bound<th></tr>"
     more = (
-        f"<p class='soft small'>The {SHOWN_MODULES} worst of {len(ranked)} modules.</p>"
+        f"<p class='soft small'>These are the {SHOWN_MODULES} worst of {len(ranked)} modules.</p>"
         if len(ranked) > SHOWN_MODULES
         else ""
     )
     references = " or ".join(dict.fromkeys(module.against for module in modules))
     about = (
-        f"The bundle's graph against {references}, on one picture's real inputs, by PyTorch's names. "
-        "The bar is logarithmic and full at the bound."
+        f"The bundle's graph is compared with {references}, on the real inputs of one picture. Modules have PyTorch's "
+        "names. The bar is logarithmic and is full at the bound."
     )
     table = f"<div class='wide'><table>{head}{''.join(rows)}</table></div>{more}"
     return f"<section><h2>Error by module, worst first</h2><p class='soft'>{about}</p>{table}</section>"
@@ -214,8 +216,8 @@ def _ranges(modules: Sequence[ModuleError]) -> str:
         f"<td>{_bar(_log_share(m.amax, 1e-2, FP16_MAX), hot=m.amax > FP16_MAX / 4)}</td></tr>"
         for m in ranked
     ]
-    head = "<tr><th>module<th>stage<th class='num'>largest magnitude<th class='num'>of fp16's 65504<th></tr>"
-    about = "The largest magnitudes in the reference, on a logarithmic bar that ends at fp16's limit."
+    head = "<tr><th>module<th>stage<th class='num'>largest magnitude<th class='num'>share of fp16's 65504<th></tr>"
+    about = "These are the largest magnitudes in the reference. The logarithmic bar ends at the largest fp16 number."
     table = f"<div class='wide'><table>{head}{''.join(rows)}</table></div>"
     return f"<section><h2>Range of activations</h2><p class='soft'>{about}</p>{table}</section>"
 
@@ -254,7 +256,7 @@ def _provenance(report: Report) -> str:
     items = "".join(
         f"<dt>{escape(str(k))}</dt><dd><code>{escape(_plain(v))}</code></dd>" for k, v in facts.items() if v
     )
-    return f"<section><h2>What was compared, on what</h2><dl>{items}</dl></section>"
+    return f"<section><h2>What was compared, and on which machine</h2><dl>{items}</dl></section>"
 
 
 def _plain(value: object) -> str:

@@ -1,4 +1,4 @@
-"""A Report as text (one line a level) and as JSON."""
+"""A Report as text (one line per level) and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ditc.runtime.tolerances import Level, Metric
 
 MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not checked"}
 SHOWN_CULPRITS = 3
-# Where a level has several metrics, the one that people know.
+# The metric that stands for a level with several metrics: the best known one.
 MAIN = {Level.PICTURE: Metric.PSNR}
 
 
 def to_text(report: Report) -> str:
-    """One line a level, then where it went wrong, then the verdict."""
+    """One line per level, then what was not checked, then the first failures, then the verdict."""
     lines = [_level_line(level, report.of_level(level)) for level in Level if report.of_level(level)]
     lines += [f"  {line}" for line in _unchecked_lines(report)]
     failures = [r for level in Level for r in report.of_level(level) if r.verdict is Verdict.FAIL]
@@ -24,7 +24,7 @@ def to_text(report: Report) -> str:
         lines += ["", *_story(result)]
     if len(failures) > SHOWN_CULPRITS:
         lines.append(
-            f"\n{len(failures) - SHOWN_CULPRITS} more comparisons failed; --json or --html shows all"
+            f"\n{len(failures) - SHOWN_CULPRITS} more comparisons failed; --json and --html show all"
         )
     counts = {v: sum(r.verdict is v for r in report.results) for v in Verdict}
     lines += [
@@ -36,7 +36,7 @@ def to_text(report: Report) -> str:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain data; numbers that JSON has no word for are null."""
+    """The report as plain data. Infinite and NaN numbers become null, because JSON has neither."""
     return {
         "pass": report.passed,
         "verdict": report.verdict.value,
@@ -70,7 +70,7 @@ def certificate_lines(report: Report) -> tuple[Line, ...]:
 
 
 def number(value: float | None, metric: Metric) -> str:
-    """A value as people read it."""
+    """A value of a metric, for a reader."""
     if value is None:
         return "-"
     if metric is Metric.COUNT:
@@ -81,7 +81,7 @@ def number(value: float | None, metric: Metric) -> str:
 
 
 def _level_line(level: Level, results: list[Result]) -> str:
-    """The worst comparison of the level's main metric stands for it."""
+    """The level, its verdict, how many comparisons passed, and the one that stands for the level."""
     verdict, shown = verdict_of(results), shown_of(results)
     sign = ">=" if shown.metric.at_least else "<="
     bound = f"{sign} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
@@ -93,7 +93,10 @@ def _level_line(level: Level, results: list[Result]) -> str:
 
 
 def shown_of(results: list[Result]) -> Result:
-    """Of the results that decide the level's verdict, the one closest to its bound."""
+    """The result that stands for a level. `results` are those of the level, worst first.
+
+    It is the one closest to its bound among those with the level's verdict, of the level's main metric if there is one.
+    """
     verdict = verdict_of(results)
     deciding = [r for r in results if r.verdict is verdict]
     main = MAIN.get(deciding[0].level, deciding[0].metric) if verdict is Verdict.PASS else deciding[0].metric
@@ -101,7 +104,7 @@ def shown_of(results: list[Result]) -> Result:
 
 
 def _unchecked_lines(report: Report) -> list[str]:
-    """What was not checked and why, comparisons with one reason in one line."""
+    """What was not checked and why: one line for all comparisons with the same reason."""
     counts: dict[tuple[str, str], int] = {}
     for level in Level:
         for result in report.of_level(level):

@@ -126,10 +126,11 @@ def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] |
     )
 
 
-def standing(certificate: Certificate, artifacts: Mapping[str, Artifact]) -> str:
+def why_uncertified(certificate: Certificate, artifacts: Mapping[str, Artifact]) -> str:
     """Why these artifacts are not certified for this machine; "" if they are.
 
-    Certified means: parity holds for exactly these files, and on this machine either parity or the self-test ran.
+    They are certified if parity has passed for exactly these files on some machine, and parity or the self-test has
+    passed for them on this machine.
     """
     entries, here = certificate.of(artifacts), this_machine()
     broken = [e for e in entries for r in (e.parity, e.self_test) if r is not None and not r.passed]
@@ -144,17 +145,19 @@ def standing(certificate: Certificate, artifacts: Mapping[str, Artifact]) -> str
     return f"parity was shown on another machine ({proven[0].machine}): run ditc verify BUNDLE --run here"
 
 
-def check_standing(
+def check_certified(
     bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], *, required: bool
 ) -> str:
-    """What `standing` says of the bundle's certificate.
+    """Read the bundle's certificate, and say why it does not certify the artifacts; "" if it does.
 
     Raises:
-        BundleError: required, and the artifacts are not certified.
+        BundleError: the artifacts are not certified, and `required` is set.
     """
-    why = standing(load_certificate(bundle, manifest), artifacts)
+    why = why_uncertified(load_certificate(bundle, manifest), artifacts)
     if why and required:
-        raise BundleError(f"{bundle} is not certified: {why}", hint="or run it without --require-certificate")
+        raise BundleError(
+            f"{bundle} is not certified: {why}", hint="run it without --require-certificate to accept that"
+        )
     return why
 
 

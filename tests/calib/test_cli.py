@@ -1,4 +1,4 @@
-"""The verb: measures, merges, and refuses what it cannot serve before any work."""
+"""`ditc calibrate` measures, merges, searches, and refuses bad input before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def other_weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(tiny_checkpoint, tmp_path_factory):
-    """Ranges of two prompts, a file each."""
+    """Ranges of two prompts, in one file per prompt."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "p.txt").write_text("a red heart\nblue cat\n")
     common = ["calibrate", str(tiny_checkpoint), "--prompts", str(folder / "p.txt"), "--steps", "1"]
@@ -27,7 +27,7 @@ def shards(tiny_checkpoint, tmp_path_factory):
     return parts
 
 
-def test_measuring_in_shards_and_merging_them_needs_the_checkpoint_once(shards, tmp_path, capsys):
+def test_shards_are_merged_without_the_checkpoint(shards, tmp_path, capsys):
     assert main(["calibrate", "-o", str(tmp_path / "r.safetensors"), "--merge", *shards]) == 0
     assert "2 prompts of 2 files" in capsys.readouterr().out
     assert len(load_ranges(tmp_path / "r.safetensors").prompts) == 2
@@ -51,7 +51,7 @@ def test_ranges_of_other_weights_are_not_searched(shards, other_weights, tmp_pat
 
 
 @pytest.mark.parametrize("arguments", [[], ["--budget", "psnr=1", "--merge", "r.safetensors"]])
-def test_what_runs_the_network_needs_a_checkpoint(tmp_path, capsys, arguments):
+def test_measuring_and_searching_need_a_checkpoint(tmp_path, capsys, arguments):
     assert main(["calibrate", "-o", str(tmp_path / "r.safetensors"), *arguments]) == USAGE
     assert "calibrate has no checkpoint to run" in capsys.readouterr().err
 
@@ -65,7 +65,7 @@ def test_what_runs_the_network_needs_a_checkpoint(tmp_path, capsys, arguments):
         (["-o", "r.safetensors", "--steps", "0"], "steps is 0"),
         (["-o", "r.safetensors", "--num-prompts", "0"], "num-prompts is 0"),
         (["-o", "r.safetensors", "--budget", "ssim=1"], "neither psnr=DB"),
-        (["-o", "r.safetensors", "--formats", "int4"], "take int8, fp8"),
+        (["-o", "r.safetensors", "--formats", "int4"], "use int8, fp8"),
         (["-o", "r.safetensors", "--prompts", "missing.txt"], "cannot read prompts"),
     ],
 )
@@ -77,7 +77,7 @@ def test_bad_arguments_are_refused_with_a_hint(tmp_path, capsys, monkeypatch, ar
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path, capsys):
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
     place = tmp_path / "folder.safetensors"
     place.mkdir()
     assert main(["calibrate", "nowhere", "-o", str(place)]) == USAGE
@@ -85,11 +85,11 @@ def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_checkpoint, tmp_path, capsys, device):
+def test_a_device_that_does_not_exist_is_refused_before_any_work(tiny_checkpoint, tmp_path, capsys, device):
     out = tmp_path / "r.safetensors"
     assert main(["calibrate", str(tiny_checkpoint), "-o", str(out), "--device", device]) == USAGE
     error = capsys.readouterr().err
     assert error.startswith(
         f"error: PyTorch cannot compute on '{device}': "
     )  # no bar, where there is no terminal
-    assert "hint: take cpu" in error
+    assert "hint: use --device cpu" in error

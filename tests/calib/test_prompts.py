@@ -1,4 +1,4 @@
-"""Prompt files: ours are wide enough, a user's bad line is named by its number."""
+"""Prompt files: the built-in ones are varied, and a bad line in a user's file is named by its number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ditc.calib.prompts import GENERAL, read_prompts
 from ditc.runtime.errors import UsageError
 
 
-def test_our_prompts_cover_lengths_and_scripts():
+def test_the_built_in_prompts_cover_lengths_and_scripts():
     prompts = read_prompts(GENERAL)
     words = [len(prompt.split()) for prompt in prompts]
     scripts = {"LATIN": 0x41, "CYRILLIC": 0x400, "GREEK": 0x370, "ARABIC": 0x600, "DEVANAGARI": 0x900}
@@ -24,7 +24,7 @@ def test_the_demo_models_prompts_name_a_concept_and_a_style():
     assert len(prompts) >= 256 and all(prompt.endswith(" style") for prompt in prompts)
 
 
-def test_comments_blank_lines_and_a_byte_order_mark_are_no_prompts(tmp_path):
+def test_comments_blank_lines_and_a_byte_order_mark_are_not_prompts(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes(b"\xef\xbb\xbf# mine\r\n\r\na cat\r\n  a dog  \n")
     assert read_prompts(path) == ["a cat", "a dog"]
@@ -48,6 +48,6 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, content, message):
         read_prompts(path)
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read prompts"):
         read_prompts(tmp_path / "none.txt")

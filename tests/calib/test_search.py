@@ -1,4 +1,4 @@
-"""Sensitivity and search on the tiny checkpoint: budgets hold, tighter ones keep more layers high."""
+"""Sensitivity and search on the tiny checkpoint: budgets hold, and tighter ones keep more layers in high precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditc.calib.trial import Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, make_plan
 from ditc.export.quant.recipes import load_recipe, save_recipe
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.errors import UsageError
 
 PROMPTS = ["a red heart", "blue cat"]
@@ -23,10 +23,10 @@ PROMPTS = ["a red heart", "blue cat"]
 
 @pytest.fixture(scope="module")
 def found(tiny_checkpoint, tmp_path_factory):
-    """Trial, plans and effects of the tiny checkpoint."""
+    """Trial, ranges, plans and effects of the tiny checkpoint."""
     out = tmp_path_factory.mktemp("search") / "r.safetensors"
     ranges = collect(tiny_checkpoint, PROMPTS, out, Settings(num_inference_steps=4))
-    trial = Trial(Twin(tiny_checkpoint), PROMPTS, seed=0)
+    trial = Trial(TorchModel(tiny_checkpoint), PROMPTS, seed=0)
     plans = candidate_plans(trial, ranges, [Format.INT8])
     effects = measure_effects(trial, plans, flops_shares(trial.layers, ranges), picture_seconds=0.0)
     return trial, ranges, plans, effects
@@ -45,10 +45,10 @@ def test_no_layer_in_8_bits_is_the_reference_itself(found):
     assert trial.fidelity({}).psnr_db == math.inf
 
 
-def test_reference_states_are_of_all_batches_and_of_the_whole_schedule(tiny_checkpoint):
-    trial = Trial(Twin(tiny_checkpoint), ["cat", "dog", "red", "sun", "tea", "owl"], seed=0)
-    sizes = [int(feeds["latents"].shape[0]) for feeds, _ in trial.recorded]
-    times = [float(np.asarray(feeds["timestep"]).ravel()[0]) for feeds, _ in trial.recorded]
+def test_reference_steps_cover_all_batches_and_the_whole_schedule(tiny_checkpoint):
+    trial = Trial(TorchModel(tiny_checkpoint), ["cat", "dog", "red", "sun", "tea", "owl"], seed=0)
+    sizes = [int(feeds["latents"].shape[0]) for feeds, _ in trial.reference_steps]
+    times = [float(np.asarray(feeds["timestep"]).ravel()[0]) for feeds, _ in trial.reference_steps]
     assert sizes == [4, 2, 4, 2]  # two batches; the checkpoint's own number of steps is four
     assert times == sorted(times, reverse=True) and len(set(times)) == 4
     assert trial.fidelity({}).psnr_db == math.inf
@@ -70,7 +70,7 @@ def test_a_bad_scale_moves_a_step_by_far_more_than_the_right_one(found):
     assert errors[12] > 4 * errors[1] and errors[1 / 12] > 4 * errors[1]
 
 
-def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(found, tmp_path):
+def test_the_search_keeps_its_budget_and_a_tighter_one_keeps_more_layers_in_high_precision(found, tmp_path):
     trial, ranges, plans, effects = found
     everything = trial.fidelity(plans[Format.INT8]).psnr_db
     results = [
@@ -92,7 +92,7 @@ def test_the_search_stays_within_its_budget_and_a_tighter_one_keeps_more_high(fo
 
 
 @pytest.mark.parametrize("text", ["psnr", "psnr=x", "psnr=-3", "ssim=0.9", "=4"])
-def test_a_budget_that_is_none_is_refused(text):
+def test_a_text_that_is_not_a_budget_is_refused(text):
     with pytest.raises(UsageError, match="neither psnr=DB nor rel_l2=SHARE"):
         parse_budget(text)
 

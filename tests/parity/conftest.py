@@ -1,4 +1,4 @@
-"""What the tests of the checker share: the results without any defect, made once."""
+"""Shared by the tests of parity: the results without any defect, computed once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def healthy(tiny_checkpoint: Path) -> Callable[[Level, str], Result]:
         if level not in known:
             known[level] = list(LEVELS[level](context))
         results = [r for r in known[level] if r.stage == stage or stage == "pipeline"]
-        assert results, f"{level.value} says nothing of {stage}"
-        worst = max(results, key=lambda r: r.headroom)
+        assert results, f"level {level.value} has no result for {stage}"
+        worst = max(results, key=lambda r: r.share_of_bound)
         assert worst.verdict is Verdict.PASS, worst
         return worst
 
@@ -36,7 +36,7 @@ def healthy(tiny_checkpoint: Path) -> Callable[[Level, str], Result]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small tensors run faster on one thread, and two test processes do not fight."""
+    """Use one thread: it is faster for small tensors, and parallel test processes do not compete for cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""16-bit parity on a CPU: measured by what PyTorch loses itself, through graphs that round."""
+"""16-bit parity on a CPU: graphs with simulated rounding, judged by PyTorch's own error in 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditc.export.options import BuildOptions
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Verdict
 from ditc.parity.simulated_16bit import open_rounded
 from ditc.runtime.bundle.manifest import Artifact, FileRef
@@ -28,20 +28,20 @@ FP16 = BuildOptions(precision=Precision.FP16)
 
 @pytest.fixture(scope="module")
 def graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The two fp16 graphs of the checkpoint."""
+    """The fp16 graphs of the conditioner and the denoiser."""
     folder = tmp_path_factory.mktemp("fp16")
-    twin = Twin(tiny_checkpoint, options=FP16)
+    model = TorchModel(tiny_checkpoint, options=FP16)
     for stage in STAGES:
-        to_onnx(twin.load(stage), folder / f"{stage}.onnx", check=False)
+        to_onnx(model.load(stage), folder / f"{stage}.onnx", check=False)
     return {stage: folder / f"{stage}.onnx" for stage in STAGES}
 
 
 def context_of(checkpoint: Path, graphs: dict[str, Path]) -> Context:
-    """The fp16 graphs, rounded, in the place of a bundle's; texts and pictures stay PyTorch's."""
-    twin = Twin(checkpoint, options=FP16)
+    """A candidate with the fp16 graphs, their rounding simulated. All other stages are PyTorch's."""
+    model = TorchModel(checkpoint, options=FP16)
     rounded, native, traced = {}, {}, {}
     for stage, path in graphs.items():
-        spec = twin.plan.stages[stage].spec
+        spec = model.plan.stages[stage].spec
         artifact = Artifact(
             spec=spec, precision=Precision.FP16, backend=Backend.ONNXRUNTIME,
             file=FileRef(path.name, "", 0), key="",
@@ -49,11 +49,13 @@ def context_of(checkpoint: Path, graphs: dict[str, Path]) -> Context:
         native[stage] = OnnxRuntimeSession(path, spec, precision=Precision.FP16, provider=CPU, threads=1)
         rounded[stage], traced[stage] = open_rounded(path, artifact, threads=1)
     candidate = Candidate(
-        pipeline=twin.pipeline.with_sessions(rounded),
+        pipeline=model.pipeline.with_sessions(rounded),
         graphs=dict(graphs), traced=traced, native=native,
         precisions=dict.fromkeys(STAGES, Precision.FP16),
     )  # fmt: skip
-    return Context(twin_or_none=Twin(checkpoint), candidate=candidate, settings=SETTINGS, with_upstream=False)
+    return Context(
+        reference_or_none=TorchModel(checkpoint), candidate=candidate, settings=SETTINGS, with_upstream=False
+    )
 
 
 def test_an_fp16_graph_loses_no_more_than_pytorch_does(tiny_checkpoint, graphs) -> None:
@@ -65,7 +67,7 @@ def test_an_fp16_graph_loses_no_more_than_pytorch_does(tiny_checkpoint, graphs) 
         assert level is Level.PICTURE or all(r.value > 1e-5 for r in shown), "nothing was rounded"
 
 
-def test_what_a_cpu_runs_wider_than_promised_is_not_checked(tiny_checkpoint, graphs) -> None:
+def test_a_16_bit_graph_that_a_cpu_runs_in_fp32_is_not_checked(tiny_checkpoint, graphs) -> None:
     results = [
         r for r in LEVELS[Level.STAGE](context_of(tiny_checkpoint, graphs)) if r.what.endswith("as it is")
     ]
@@ -74,7 +76,7 @@ def test_what_a_cpu_runs_wider_than_promised_is_not_checked(tiny_checkpoint, gra
 
 
 def test_a_16_bit_graph_that_rounds_twice_as_hard_fails(tiny_checkpoint, graphs, tmp_path) -> None:
-    """Weights of 7 significant bits, as a careless cast through bf16 leaves them."""
+    """The weights have 8 significant bits instead of 11, as a careless cast through bf16 leaves them."""
     model = ir.load(graphs[DENOISER])
     ir.external_data.load_to_model(model)
     for value in model.graph.initializers.values():
@@ -91,6 +93,6 @@ def test_a_16_bit_graph_that_rounds_twice_as_hard_fails(tiny_checkpoint, graphs,
     assert found[0].culprit is not None
 
 
-def test_an_overflowing_yardstick_measures_nothing() -> None:
+def test_a_precision_baseline_that_overflows_gives_no_bound() -> None:
     assert limit(Level.STAGE, Metric.RELATIVE_L2, Precision.FP16, pytorch=float("nan")) is None
     assert limit(Level.STAGE, Metric.RELATIVE_L2, Precision.INT8) is None

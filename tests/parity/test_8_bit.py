@@ -1,4 +1,4 @@
-"""8-bit parity: a graph follows the plan that calibration recorded, and one bad scale is found by name."""
+"""8-bit parity: a graph follows the recorded plan, and a single bad scale is found and its layer named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ditc.export.quant.record import read_record, write_record
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Verdict
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DENOISER, Precision
@@ -32,16 +32,16 @@ LAYER = "transformer_blocks.1.ff.conv_inverted"
 
 
 @pytest.fixture(scope="module")
-def twin(tiny_checkpoint: Path) -> Twin:
-    return Twin(tiny_checkpoint)
+def reference(tiny_checkpoint: Path) -> TorchModel:
+    return TorchModel(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
 def quantize(
-    twin: Twin, tmp_path_factory: pytest.TempPathFactory
+    reference: TorchModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Recipe], tuple[Path, QuantPlan]]:
-    """The denoiser in a recipe, and its plan; exported once."""
-    folder, stage = tmp_path_factory.mktemp("8-bit"), twin.load(DENOISER)
+    """A function that quantizes the denoiser by a recipe, and returns the graph and its plan."""
+    folder, stage = tmp_path_factory.mktemp("8-bit"), reference.load(DENOISER)
     ranges, layers = ranges_of(stage), linear_layers(stage)
     to_onnx(stage, folder / "fp32.onnx", check=False)
 
@@ -61,27 +61,27 @@ def int8(quantize) -> tuple[Path, QuantPlan]:
 
 
 def context_of(
-    twin: Twin, graph: Path, plan: QuantPlan | None, precision=Precision.INT8, budget=None
+    reference: TorchModel, graph: Path, plan: QuantPlan | None, precision=Precision.INT8, budget=None
 ) -> Context:
-    """The 8-bit denoiser in the place of a bundle's; everything else stays PyTorch's."""
-    spec = twin.plan.stages[DENOISER].spec
+    """A parity run whose candidate has the 8-bit denoiser. All other stages are PyTorch's."""
+    spec = reference.plan.stages[DENOISER].spec
     session = OnnxRuntimeSession(graph, spec, precision=precision, provider=CPU, threads=1)
     candidate = Candidate(
-        pipeline=twin.pipeline.with_sessions({DENOISER: session}),
+        pipeline=reference.pipeline.with_sessions({DENOISER: session}),
         graphs={DENOISER: graph},
         precisions={DENOISER: precision},
         plans={} if plan is None else {DENOISER: dict(plan.layers)},
         budgets={DENOISER: budget},
     )
-    return Context(twin_or_none=twin, candidate=candidate, settings=SETTINGS, with_upstream=False)
+    return Context(reference_or_none=reference, candidate=candidate, settings=SETTINGS, with_upstream=False)
 
 
 def results(context: Context, level: Level) -> list:
     return [r for r in LEVELS[level](context) if r.stage == DENOISER]
 
 
-def test_a_right_graph_passes_every_level_without_a_budget_by_hand(twin, int8) -> None:
-    context = context_of(twin, *int8)
+def test_a_correct_graph_passes_every_level_without_a_given_budget(reference, int8) -> None:
+    context = context_of(reference, *int8)
     for level in (Level.MODULE, Level.STAGE, Level.STEP, Level.TRAJECTORY):
         found = results(context, level)
         assert found and {r.verdict for r in found} <= {Verdict.PASS, Verdict.NOT_CHECKED}, level
@@ -91,31 +91,33 @@ def test_a_right_graph_passes_every_level_without_a_budget_by_hand(twin, int8) -
     assert not [r for r in LEVELS[Level.PICTURE](context) if r.verdict is Verdict.FAIL]
 
 
-def test_an_fp8_graph_follows_its_plan_too(twin, quantize) -> None:
-    context = context_of(twin, *quantize(RECIPES["sana-fp8"]), precision=Precision.FP8)
+def test_an_fp8_graph_follows_its_plan_too(reference, quantize) -> None:
+    context = context_of(reference, *quantize(RECIPES["sana-fp8"]), precision=Precision.FP8)
     found = [r for level in (Level.MODULE, Level.STEP) for r in results(context, level)]
     assert {r.verdict for r in found if r.against.startswith("PyTorch")} == {Verdict.PASS}
 
 
 @pytest.mark.parametrize("factor", [12, 1 / 12])
 @pytest.mark.parametrize("where", ["input", "channel"])
-def test_one_bad_scale_is_found_by_the_name_of_its_layer(where, factor, twin, int8, tmp_path) -> None:
+def test_one_bad_scale_is_found_and_its_layer_named(where, factor, reference, int8, tmp_path) -> None:
     graph, plan = int8
-    context = context_of(twin, _with_bad_scale(graph, where, factor, tmp_path), plan)
+    context = context_of(reference, _with_bad_scale(graph, where, factor, tmp_path), plan)
     for level, name in ((Level.MODULE, f"network.{LAYER}"), (Level.GRAPH, LAYER)):
         (broken,) = [r for r in results(context, level) if r.verdict is Verdict.FAIL]
         assert broken.culprit.module == name
 
 
-def test_a_weight_with_bad_scales_breaks_the_step_and_is_named(twin, int8, tmp_path) -> None:
+def test_a_weight_with_bad_scales_breaks_the_step_and_is_named(reference, int8, tmp_path) -> None:
     graph, plan = int8
-    (broken,) = results(context_of(twin, _with_bad_scale(graph, "weight", 100, tmp_path), plan), Level.STEP)
+    (broken,) = results(
+        context_of(reference, _with_bad_scale(graph, "weight", 100, tmp_path), plan), Level.STEP
+    )
     assert broken.verdict is Verdict.FAIL
     assert broken.culprit.module == f"network.{LAYER}"
 
 
-def test_without_a_record_of_the_plan_nothing_is_promised_unless_somebody_gives_a_budget(twin, int8) -> None:
-    context = context_of(twin, int8[0], None)
+def test_without_a_recorded_plan_nothing_is_checked_unless_a_budget_is_given(reference, int8) -> None:
+    context = context_of(reference, int8[0], None)
     found = results(context, Level.STAGE)
     assert {r.verdict for r in found} == {Verdict.NOT_CHECKED}
     assert "--budget" in found[0].detail
@@ -132,17 +134,17 @@ def test_without_a_record_of_the_plan_nothing_is_promised_unless_somebody_gives_
         ("rel_l2=1e-6", Verdict.FAIL),
     ],
 )
-def test_a_searched_recipe_is_held_to_its_budget(budget, verdict, twin, int8) -> None:
+def test_a_searched_recipe_is_held_to_its_budget(budget, verdict, reference, int8) -> None:
     (found,) = [
-        r for r in LEVELS[Level.PICTURE](context_of(twin, *int8, budget=budget)) if "budget" in r.what
+        r for r in LEVELS[Level.PICTURE](context_of(reference, *int8, budget=budget)) if "budget" in r.what
     ]
     assert found.verdict is verdict
     assert found.bound == float(budget.partition("=")[2])
 
 
-def test_the_record_gives_the_plan_back(twin, int8) -> None:
+def test_the_record_gives_the_plan_back(reference, int8) -> None:
     graph, plan = int8
-    record = read_record(write_record(graph, plan, twin.plan.stages[DENOISER].spec, "0" * 64))
+    record = read_record(write_record(graph, plan, reference.plan.stages[DENOISER].spec, "0" * 64))
     again = record.plans()
     assert again.keys() == plan.layers.keys()
     for name, planned in plan.layers.items():
@@ -153,7 +155,7 @@ def test_the_record_gives_the_plan_back(twin, int8) -> None:
 
 
 def _with_bad_scale(graph: Path, where: str, factor: float, folder: Path) -> Path:
-    """A copy of the graph in which one GEMM's input, its weight, or one channel of that has another scale."""
+    """A copy of the graph in which one GEMM's input, its weight, or one channel of the weight has a wrong scale."""
     model = ir.load(graph)
     ir.external_data.load_to_model(model)
     gemm, weight = next(

@@ -1,4 +1,4 @@
-"""The certificate and the self-test: written, shown, required, and never believed for other files or machines."""
+"""The certificate and the self-test: written, shown, required, and not valid for other files or machines."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.bundle.certificate import (
     Certificate,
     Line,
     load_certificate,
     record,
     save_certificate,
-    standing,
+    why_uncertified,
 )
 from ditc.runtime.bundle.golden import read_golden, self_test
 from ditc.runtime.bundle.manifest import load_manifest
@@ -39,7 +39,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_verify_run_tests_every_stage_and_writes_the_machine_down(bundle, capsys) -> None:
+def test_verify_run_tests_every_stage_and_records_the_machine(bundle, capsys) -> None:
     assert main(["verify", str(bundle), "--run"]) == 0
     out = capsys.readouterr().out
     assert out.count("pass") == 4
@@ -59,7 +59,7 @@ def test_the_self_test_fails_where_a_stage_computes_something_else(bundle, other
     manifest = load_manifest(bundle)
     artifact = manifest.stages[DENOISER].artifacts[0]
     golden = read_golden(bundle / manifest.stages[DENOISER].golden.path)
-    line = self_test(DENOISER, Twin(other_checkpoint).sessions[DENOISER], artifact, golden)
+    line = self_test(DENOISER, TorchModel(other_checkpoint).sessions[DENOISER], artifact, golden)
     assert line.passed is False
     assert line.value > 100 * line.bound
 
@@ -98,22 +98,24 @@ def test_run_warns_without_a_certificate_and_refuses_where_one_is_required(bundl
     assert "not certified" not in caplog.text
 
 
-def test_a_certificate_stands_for_its_files_and_machine_only(bundle) -> None:
+def test_a_certificate_is_valid_for_its_files_and_machine_only(bundle) -> None:
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
     proven = Certificate(manifest=manifest.digest).with_record(artifacts, parity=PASSED)
-    assert standing(proven, artifacts) == ""
+    assert why_uncertified(proven, artifacts) == ""
     denoiser = artifacts[DENOISER]
     other = {**artifacts, DENOISER: replace(denoiser, file=replace(denoiser.file, sha256="0" * 64))}
-    assert "no parity result for these artifacts" in standing(proven, other)
+    assert "no parity result for these artifacts" in why_uncertified(proven, other)
     elsewhere = replace(proven.entries[0], machine=replace(this_machine(), processor="another"))
     moved = replace(proven, entries=(elsewhere,))
-    assert "another machine" in standing(moved, artifacts)
-    assert standing(moved.with_record(artifacts, self_test=PASSED), artifacts) == ""
-    assert "failed on this machine" in standing(moved.with_record(artifacts, self_test=FAILED), artifacts)
+    assert "another machine" in why_uncertified(moved, artifacts)
+    assert why_uncertified(moved.with_record(artifacts, self_test=PASSED), artifacts) == ""
+    assert "failed on this machine" in why_uncertified(
+        moved.with_record(artifacts, self_test=FAILED), artifacts
+    )
 
 
-def test_a_certificate_of_another_manifest_says_nothing(bundle) -> None:
+def test_a_certificate_of_another_manifest_is_ignored(bundle) -> None:
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
     save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=PASSED))

@@ -1,4 +1,4 @@
-"""`ditc parity` as a user runs it: exit codes, certificate, reference files, the page in a real browser."""
+"""`ditc parity` as a user runs it: exit codes, certificate, reference files, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = ["--seeds", "0", "--steps", "2", "--threads", "1"]
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the bundle: a certificate is written into it."""
+    """A copy of the bundle, because parity writes a certificate into it."""
     copy = tmp_path_factory.mktemp("certified") / "bundle"
     shutil.copytree(tiny_bundle, copy)
     return copy
@@ -46,7 +46,7 @@ def test_the_result_is_in_the_certificate_and_inspect_shows_it(proven, capsys) -
     assert "parity pass" in capsys.readouterr().out
 
 
-def test_json_has_a_verdict_a_level_and_a_number_a_comparison(bundle, tiny_checkpoint, capsys) -> None:
+def test_json_has_a_verdict_per_level_and_a_number_per_comparison(bundle, tiny_checkpoint, capsys) -> None:
     assert (
         main(["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "step", "--json"])
         == 0
@@ -66,7 +66,7 @@ def test_another_checkpoint_gives_exit_code_1_and_says_where(bundle, other_check
     assert "stale artifact" in out
 
 
-def test_a_reference_file_stands_for_the_checkpoint(proven, capsys) -> None:
+def test_a_reference_file_takes_the_place_of_the_checkpoint(proven, capsys) -> None:
     bundle, _, reference, _ = proven
     assert main(["parity", str(bundle), "--reference", str(reference), "--threads", "1", "--json"]) == 0
     levels = {r["level"]: r["verdict"] for r in json.loads(capsys.readouterr().out)["levels"]}
@@ -74,7 +74,7 @@ def test_a_reference_file_stands_for_the_checkpoint(proven, capsys) -> None:
     assert levels["graph"] == levels["module"] == "not checked"
     (entry,) = json.loads((bundle / "certificate.json").read_text())["entries"]
     assert entry["parity"]["lines"][0]["passed"] is True, (
-        "a lesser run replaced the certificate of a fuller one"
+        "a run that checked less replaced the certificate of a fuller one"
     )
 
 
@@ -96,7 +96,11 @@ def test_missing_foreign_and_damaged_reference_files_are_refused_by_name(proven,
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(reference.read_bytes()[:5000])
     foreign = next((bundle / "golden").glob("*.safetensors"))
-    for path, words in ((tmp_path / "no.file", "no reference file"), (damaged, "is no"), (foreign, "is no")):
+    for path, words in (
+        (tmp_path / "no.file", "no reference file"),
+        (damaged, "is not a"),
+        (foreign, "is not a"),
+    ):
         assert main(["parity", str(bundle), "--reference", str(path)]) == 2
         error = capsys.readouterr().err
         assert path.name in error
@@ -105,7 +109,7 @@ def test_missing_foreign_and_damaged_reference_files_are_refused_by_name(proven,
 
 @pytest.mark.parametrize("option", ["--html", "--save-reference"])
 @pytest.mark.parametrize("place", ["file/out", "."])
-def test_a_place_that_takes_no_files_is_refused_before_any_work(
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(
     option, place, bundle, tmp_path, capsys
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -128,7 +132,7 @@ def test_the_report_is_printed_even_where_the_page_cannot_be_written(
     assert "No space left on device" in err
 
 
-def test_others_may_read_a_reference_file_as_they_may_the_page(proven) -> None:
+def test_a_reference_file_has_the_permissions_of_the_page(proven) -> None:
     _, page, reference, _ = proven
     assert reference.stat().st_mode == page.stat().st_mode
 
@@ -142,7 +146,7 @@ def test_a_reference_is_needed_and_only_one(bundle, capsys) -> None:
 def test_the_page_opens_in_a_browser_and_needs_nothing_else(proven, tmp_path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no chromium on this machine: the page is not rendered")
+        pytest.skip("this machine has no chromium, so the page is not rendered")
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",

@@ -1,4 +1,4 @@
-"""Sana-1.6B's full width with random weights, by module: ours beside unmodified diffusers, the graph beside ours."""
+"""Sana-1.6B's full width with random weights: compare ditc's modules with diffusers', and the graph's with ditc's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ditc.parity.bisect import PlaceError, errors_by_place
 from ditc.parity.trace import OnnxTracer, TorchTracer
 from ditc.runtime.spec import NETWORK, DType, Precision, Range, StageSpec, TensorSpec
 
-LAYERS = 2  # 20 of them need 13 GB for both sides; every layer has the same shapes
-BOUND = 1e-5  # runtime/tolerances.py, module level, fp32
+LAYERS = 2  # every layer has the same shapes, and all 20 layers would need 13 GB for both sides
+BOUND = 1e-5  # that of the module level in fp32, in runtime/tolerances.py
 DIMS = {
     "rows": Range(1, 2, 4),
     "height": Range(8, 16, 32),
@@ -28,7 +28,7 @@ DIMS = {
 
 @pytest.fixture(scope="module")
 def sides() -> tuple[nn.Module, nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    """Upstream and ours with the same weights, and what each is fed."""
+    """Upstream's network and ditc's with the same weights, and the inputs of each."""
     torch.manual_seed(0)
     upstream = SanaTransformer2DModel(num_layers=LAYERS, qk_norm="rms_norm_across_heads").eval()
     conditioner, denoiser = load_sana(
@@ -52,7 +52,7 @@ def sides() -> tuple[nn.Module, nn.Module, dict[str, Tensor], dict[str, Tensor]]
 
 
 @pytest.mark.slow
-def test_every_module_at_full_width_is_diffusers(sides, record_property) -> None:
+def test_every_module_at_full_width_equals_diffusers(sides, record_property) -> None:
     upstream, denoiser, theirs, ours = sides
     reference = TorchTracer(upstream, lambda: upstream(**theirs), deltas=True)
     candidate = TorchTracer(denoiser, lambda: denoiser(*ours.values()))
@@ -60,7 +60,7 @@ def test_every_module_at_full_width_is_diffusers(sides, record_property) -> None
 
 
 @pytest.mark.slow
-def test_every_module_of_the_graph_at_full_width_is_pytorchs(sides, record_property) -> None:
+def test_every_module_of_the_graph_at_full_width_equals_pytorchs(sides, record_property) -> None:
     _, denoiser, _, ours = sides
     reference = TorchTracer(denoiser, lambda: denoiser(*ours.values()))
     candidate = OnnxTracer(to_model(_stage(denoiser, ours)), {n: t.numpy() for n, t in ours.items()})

@@ -1,4 +1,4 @@
-"""Defects in the bundle's own graphs: patched in memory, found by reading the graph, by the op and by the stage."""
+"""Defects in the bundle's own graphs, patched in memory. The graph, op and stage levels find them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_bundle_without_a_defect_passes_every_level(tiny_bundle, tiny_checkp
 
 
 def test_linear_attention_without_eps_is_caught_by_a_query_of_zeros(patched, tiny_checkpoint) -> None:
-    """1e-15 is 0 in fp16, which is how the eps gets lost."""
+    """1e-15 is 0 in fp16, so a cast of the eps to fp16 loses it."""
 
     def lose_eps(model: ir.Model) -> None:
         for node in model.graph.all_nodes():
@@ -80,7 +80,7 @@ def test_linear_attention_without_the_row_of_ones_is_caught(patched, tiny_checkp
 
 
 def test_a_16_bit_softmax_in_an_fp32_island_is_caught_by_its_type(patched, tiny_checkpoint) -> None:
-    def lower(model: ir.Model) -> None:
+    def narrow(model: ir.Model) -> None:
         node = next(n for n in model.graph if n.op_type == "Softmax")
         down = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT16}, name="down")
         up = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT}, name="up")
@@ -91,7 +91,7 @@ def test_a_16_bit_softmax_in_an_fp32_island_is_caught_by_its_type(patched, tiny_
         model.graph.insert_before(node, down)
         model.graph.insert_after(node, up)
 
-    (found,) = failures(context_of(tiny_checkpoint, patched(lower, run=False)), Level.GRAPH)
+    (found,) = failures(context_of(tiny_checkpoint, patched(narrow, run=False)), Level.GRAPH)
     assert (found.stage, found.what) == (DENOISER, "fp32 islands")
     assert "softmax" in found.detail
     assert "attn2" in found.detail
@@ -135,9 +135,7 @@ def test_a_stale_artifact_of_another_checkpoint_is_caught(tiny_bundle, other_che
     assert {r.stage for r in failures(context, Level.STAGE)} >= {CONDITIONER, DENOISER, VAE_DECODER}
 
 
-def test_other_scheduler_numbers_in_a_manifest_are_caught_beside_diffusers(
-    tiny_bundle, tiny_checkpoint
-) -> None:
+def test_scheduler_numbers_that_differ_from_diffusers_are_caught(tiny_bundle, tiny_checkpoint) -> None:
     candidate = open_candidate(tiny_bundle, LoadOptions(threads=1))
     manifest = candidate.pipeline.manifest
     shifted = replace(manifest.scheduler, shift=1.5)

@@ -1,4 +1,4 @@
-"""The checker itself: every planted defect is caught with the right place named, and its absence passes."""
+"""Parity itself under test: every planted defect is caught and its place is named; without the defect it passes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from planted import (
 
 from ditc.parity.cases import Case
 from ditc.parity.levels import LEVELS
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Result, Verdict
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER
 from ditc.runtime.tolerances import Level
@@ -44,28 +44,28 @@ BLOCK = "network.transformer_blocks"
 
 @dataclass(frozen=True)
 class Defect:
-    """What is planted, at which level it must be found, and what must be named."""
+    """What is planted, the level that must find it, and what the result must name."""
 
-    plant: Callable[[Twin], object]
+    plant: Callable[[TorchModel], object]
     stage: str
     module: str
     level: Level = Level.STAGE
     cause: str = ""
 
 
-def _transpose(twin: Twin) -> None:
-    weight = module_of(twin, DENOISER, f"{BLOCK}.1.attn1.to_q").weight
+def _transpose(model: TorchModel) -> None:
+    weight = module_of(model, DENOISER, f"{BLOCK}.1.attn1.to_q").weight
     with torch.no_grad():
         weight.copy_(weight.T.clone())
 
 
-def _zero(twin: Twin) -> None:
+def _zero(model: TorchModel) -> None:
     with torch.no_grad():
-        module_of(twin, DENOISER, f"{BLOCK}.0.ff.conv_point").weight.zero_()
+        module_of(model, DENOISER, f"{BLOCK}.0.ff.conv_point").weight.zero_()
 
 
-def _ignore_mask(twin: Twin) -> None:
-    module = module_of(twin, CONDITIONER)
+def _ignore_mask(model: TorchModel) -> None:
+    module = module_of(model, CONDITIONER)
     forward = type(module).forward
 
     def without_mask(self, text_embeds, text_mask):  # type: ignore[no-untyped-def]
@@ -80,13 +80,13 @@ def _grey(latents: torch.Tensor) -> torch.Tensor:
     return torch.full((batch, 3, 2 * height, 2 * width), 0.25)
 
 
-def _other_shift(twin: Twin) -> None:
-    manifest = twin.pipeline.manifest
-    twin.pipeline.manifest = replace(manifest, scheduler=replace(manifest.scheduler, shift=6.0))
+def _other_shift(model: TorchModel) -> None:
+    manifest = model.pipeline.manifest
+    model.pipeline.manifest = replace(manifest, scheduler=replace(manifest.scheduler, shift=6.0))
 
 
 def _pipeline(kind):  # type: ignore[no-untyped-def]
-    return lambda twin: patch_pipeline(twin, kind)
+    return lambda model: patch_pipeline(model, kind)
 
 
 DEFECTS = {
@@ -100,7 +100,7 @@ DEFECTS = {
         DENOISER,
         f"{BLOCK}.1",
     ),
-    # Of k: the scale of a query cancels between numerator and denominator of linear attention.
+    # The norm of k is skipped, because the scale of q cancels between numerator and denominator of linear attention.
     "qk-norm skipped": Defect(
         lambda t: patch_forward(module_of(t, DENOISER, f"{BLOCK}.0.attn1.norm_k"), lambda self, x: x),
         DENOISER,
@@ -133,7 +133,7 @@ DEFECTS = {
         "pipeline",
         "what the denoiser is fed",
         Level.STEP,
-        "guidance scale is 4, 3",
+        "guidance scale is 4, but 3",
     ),
     "wrong flow shift": Defect(
         _other_shift, "pipeline", "what the denoiser is fed", Level.STEP, "shifted sigmas"
@@ -179,13 +179,13 @@ def test_only_the_stage_with_the_defect_fails(tiny_checkpoint) -> None:
 
 
 def test_history_that_is_not_reset_between_requests_is_caught(tiny_checkpoint) -> None:
-    """It acts only where the first row of the table reads the history, so both sides have such a table."""
+    """A stale history matters only if the first step reads it. So both sides get a schedule that does."""
     results = {}
     for kind in (ActiveHistory, StaleHistory):
         StaleHistory.left_over = None
         candidate = torch_candidate(tiny_checkpoint, _pipeline(kind))
         context = context_of(tiny_checkpoint, candidate, TWO_CASES)
-        patch_pipeline(context.twin, ActiveHistory)
+        patch_pipeline(context.reference, ActiveHistory)
         results[kind] = list(LEVELS[Level.TRAJECTORY](context))
     assert all(r.verdict is Verdict.PASS for r in results[ActiveHistory]), results[ActiveHistory]
     first, second = results[StaleHistory]
@@ -218,8 +218,8 @@ def test_a_stage_that_gives_one_value_is_named_by_it_and_not_called_nan(
 def test_a_nan_in_one_latent_is_named_by_step_and_index(tiny_checkpoint, healthy) -> None:
     index = (0, 3, 1, 2)
 
-    def plant(twin: Twin) -> None:
-        twin.pipeline.sessions[DENOISER] = NanAt(twin.pipeline.sessions[DENOISER], index)
+    def plant(model: TorchModel) -> None:
+        model.pipeline.sessions[DENOISER] = NanAt(model.pipeline.sessions[DENOISER], index)
 
     (found,) = failures(context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, plant)), Level.STEP)
     assert found.what.startswith("step 2 of 3")
@@ -228,11 +228,11 @@ def test_a_nan_in_one_latent_is_named_by_step_and_index(tiny_checkpoint, healthy
     assert healthy(Level.STEP, DENOISER).value <= 1e-5
 
 
-def test_a_defect_shared_by_twin_and_bundle_is_caught_against_diffusers(tiny_checkpoint) -> None:
-    """The twin cannot see its own mistakes: unmodified upstream can, module by module."""
+def test_a_defect_that_the_reference_shares_is_caught_by_upstream(tiny_checkpoint) -> None:
+    """The reference cannot show its own mistakes, but unmodified upstream does, module by module."""
     context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint), with_upstream=True)
     assert not failures(context, Level.MODULE)
-    patch_forward(module_of(context.twin, DENOISER, f"{BLOCK}.1.attn1.norm_k"), lambda self, x: x)
+    patch_forward(module_of(context.reference, DENOISER, f"{BLOCK}.1.attn1.norm_k"), lambda self, x: x)
     found = [r for r in failures(context, Level.MODULE) if r.against == "diffusers"]
     assert [(r.culprit.stage, r.culprit.module) for r in found] == [
         (DENOISER, "transformer_blocks.1.attn1.norm_k")
@@ -240,16 +240,16 @@ def test_a_defect_shared_by_twin_and_bundle_is_caught_against_diffusers(tiny_che
 
 
 def test_a_reordering_that_changes_only_rounding_passes(tiny_checkpoint) -> None:
-    def plant(twin: Twin) -> None:
+    def plant(model: TorchModel) -> None:
         for index in (0, 1):
-            reorder_ffn(module_of(twin, DENOISER, f"{BLOCK}.{index}.ff"))
+            reorder_ffn(module_of(model, DENOISER, f"{BLOCK}.{index}.ff"))
 
     context = context_of(tiny_checkpoint, torch_candidate(tiny_checkpoint, plant))
     for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY, Level.PICTURE):
         results = list(LEVELS[level](context))
         assert not [r for r in results if r.verdict is Verdict.FAIL]
     errors = [step.error for step in context.evidence.steps]
-    assert max(errors) > 0, "the reordering changed nothing, so this shows nothing"
+    assert max(errors) > 0, "the reordering did not change any rounding, so this test shows nothing"
 
 
 def test_another_seed_on_both_sides_passes(tiny_checkpoint) -> None:
@@ -259,7 +259,7 @@ def test_another_seed_on_both_sides_passes(tiny_checkpoint) -> None:
         assert not failures(context, level)
 
 
-def test_a_twin_of_another_checkpoint_fails_every_stage_with_weights(
+def test_a_candidate_of_another_checkpoint_fails_in_every_stage_with_weights(
     tiny_checkpoint, other_checkpoint: Path
 ) -> None:
     context = context_of(tiny_checkpoint, torch_candidate(other_checkpoint))

@@ -35,7 +35,7 @@ def compare(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_polygraphy_passes_every_stage_by_our_bounds(folder: Path, tiny_bundle: Path) -> None:
+def test_polygraphy_passes_every_stage_by_the_bounds_of_ditc(folder: Path, tiny_bundle: Path) -> None:
     done = compare(folder)
     assert done.returncode == 0, done.stdout[-2000:]
     for stage in load_manifest(tiny_bundle).stages:
@@ -60,16 +60,16 @@ def test_polygraphy_fails_where_a_result_differs(folder: Path, tmp_path: Path) -
     assert float(snr) == pytest.approx(80, abs=1)
 
 
-def test_a_bf16_stage_is_left_out_and_said_so(tmp_path: Path) -> None:
+def test_a_bf16_stage_is_left_out_with_a_comment(tmp_path: Path) -> None:
     tensor = TensorSpec("x", DType.BFLOAT16, (1,))
     session = SimpleNamespace(spec=StageSpec("net", inputs=(tensor,), outputs=(tensor,), profile={}))
     context: Any = SimpleNamespace(candidate=SimpleNamespace(sessions={"net": session}))
     save_polygraphy(tmp_path, cast(Context, context))
     assert [path.name for path in tmp_path.iterdir()] == [SCRIPT]
-    assert "# net: not here, Polygraphy's files have no bf16" in (tmp_path / SCRIPT).read_text()
+    assert "# net is left out: Polygraphy's files have no bf16" in (tmp_path / SCRIPT).read_text()
 
 
-def test_a_place_that_cannot_be_is_refused_first(
+def test_a_folder_that_cannot_be_written_is_refused_first(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Parity of an SD3 bundle at every level, and the seams where such ports go wrong: each with a defect that is found."""
+"""Parity of an SD3 bundle at every level, and defects in the places where ports of SD3 often go wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from planted import SETTINGS, context_of, failures, module_of, patch_forward, torch_candidate
 
 from ditc.parity.levels import LEVELS
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Verdict
 from ditc.runtime.cli import main
 from ditc.runtime.conditioning import Conditioning
@@ -26,7 +26,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 @pytest.fixture(scope="module")
 def bundle(sd3_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy: parity writes a certificate."""
+    """A copy of the bundle, because parity writes a certificate into it."""
     return Path(shutil.copytree(sd3_bundle, tmp_path_factory.mktemp("sd3") / "bundle"))
 
 
@@ -68,7 +68,7 @@ def test_every_level_passes_for_every_stage(proven) -> None:
     assert {"scheduler", "tokenizer"} <= {stage for level, stage in passed if level == "graph"}
 
 
-def test_modules_of_all_text_encoders_are_held_against_diffusers(proven) -> None:
+def test_modules_of_all_text_encoders_are_compared_with_diffusers(proven) -> None:
     _, levels = proven
     modules = [one for one in levels if one["level"] == "module" and one["against"] == "diffusers"]
     assert {one["stage"] for one in modules if one["verdict"] == "pass"} >= {*ENCODERS, DENOISER, VAE_DECODER}
@@ -86,25 +86,25 @@ def test_a_reference_file_holds_steps_with_different_numbers_of_rows(proven, bun
 
 @dataclass(frozen=True)
 class Defect:
-    """What is planted into one seam, and where it must be found."""
+    """What is planted in one place, and where it must be found."""
 
-    plant: Callable[[Twin], object]
+    plant: Callable[[TorchModel], object]
     level: Level
     stage: str
     module: str | None = None
     cause: str = ""
 
 
-def _pad_the_second_clip_with_its_end(twin: Twin) -> None:
-    old = twin.pipeline
+def _pad_the_second_clip_with_its_end(model: TorchModel) -> None:
+    old = model.pipeline
     encoders = list(old.conditioning.encoders)
     encoders[1] = replace(encoders[1], spec=replace(encoders[1].spec, pad_token_id=517))
     conditioning = Conditioning(encoders, old.conditioning.conditioner, key="planted")
-    twin.pipeline = Pipeline(old.manifest, old.sessions, conditioning)
+    model.pipeline = Pipeline(old.manifest, old.sessions, conditioning)
 
 
-def _last_states(twin: Twin) -> None:
-    encoder = module_of(twin, "text_encoder_2")
+def _last_states(model: TorchModel) -> None:
+    encoder = module_of(model, "text_encoder_2")
 
     def forward(self, input_ids):  # type: ignore[no-untyped-def]
         _, pooled = type(self).forward(self, input_ids)
@@ -113,31 +113,31 @@ def _last_states(twin: Twin) -> None:
     patch_forward(encoder, forward)
 
 
-def _swap_pooled(twin: Twin) -> None:
+def _swap_pooled(model: TorchModel) -> None:
     def forward(self, states, pooled, states_2, pooled_2, states_3):  # type: ignore[no-untyped-def]
         joint, _ = type(self).forward(self, states, pooled, states_2, pooled_2, states_3)
         return joint, torch.cat([pooled_2, pooled], dim=1)
 
-    patch_forward(module_of(twin, CONDITIONER), forward)
+    patch_forward(module_of(model, CONDITIONER), forward)
 
 
-def _shift_once(twin: Twin) -> None:
-    old = twin.pipeline
+def _shift_once(model: TorchModel) -> None:
+    old = model.pipeline
     scheduler = replace(old.manifest.scheduler, sigma_min=0.001)
-    twin.pipeline = Pipeline(replace(old.manifest, scheduler=scheduler), old.sessions, old.conditioning)
+    model.pipeline = Pipeline(replace(old.manifest, scheduler=scheduler), old.sessions, old.conditioning)
 
 
-def _crop_one_lower(twin: Twin) -> None:
-    embedding = module_of(twin, DENOISER, "network.pos_embed")
+def _crop_one_lower(model: TorchModel) -> None:
+    embedding = module_of(model, DENOISER, "network.pos_embed")
     before = embedding._crop_start
     embedding._crop_start = lambda side: before(side) + 1
 
 
-def _no_vae_shift(twin: Twin) -> None:
-    module_of(twin, VAE_DECODER).shift_factor = 0.0
+def _no_vae_shift(model: TorchModel) -> None:
+    module_of(model, VAE_DECODER).shift_factor = 0.0
 
 
-SEAMS = {
+DEFECTS = {
     "token ids": Defect(_pad_the_second_clip_with_its_end, Level.GRAPH, "tokenizer"),
     "text embeds: the last states, not the penultimate": Defect(_last_states, Level.STAGE, "text_encoder_2"),
     "pooled: CLIP-G before CLIP-L": Defect(_swap_pooled, Level.STAGE, CONDITIONER),
@@ -147,12 +147,12 @@ SEAMS = {
 }
 
 
-@pytest.mark.parametrize("seam", SEAMS)
-def test_a_defect_in_a_seam_is_found_where_it_is(seam, sd3_checkpoint) -> None:
-    defect = SEAMS[seam]
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_found_in_its_place(name, sd3_checkpoint) -> None:
+    defect = DEFECTS[name]
     context = context_of(sd3_checkpoint, torch_candidate(sd3_checkpoint, defect.plant))
     found = failures(context, defect.level)
-    assert found, f"{seam} passes"
+    assert found, f"{name} passes"
     assert found[0].stage == defect.stage
     if defect.module is not None:
         assert found[0].culprit is not None
@@ -167,14 +167,14 @@ def test_without_a_defect_nothing_is_found(level, sd3_checkpoint) -> None:
     assert not [result for result in results if result.verdict is Verdict.FAIL]
 
 
-def test_a_swapped_guidance_window_is_named_by_the_weights(sd3_checkpoint) -> None:
-    """The third row outside its window: the loop's feeds differ, the denoiser does not."""
+def test_a_wrong_guidance_window_is_named_by_the_guidance_weights(sd3_checkpoint) -> None:
+    """The third row runs outside its window: the denoiser's feeds differ, but the denoiser is right."""
 
-    def plant(twin: Twin) -> None:
-        defaults = twin.pipeline.manifest.defaults
+    def plant(model: TorchModel) -> None:
+        defaults = model.pipeline.manifest.defaults
         skip = replace(defaults.skip_layer_guidance, stop=1.1)
-        manifest = replace(twin.pipeline.manifest, defaults=replace(defaults, skip_layer_guidance=skip))
-        twin.pipeline = Pipeline(manifest, twin.pipeline.sessions, twin.pipeline.conditioning)
+        manifest = replace(model.pipeline.manifest, defaults=replace(defaults, skip_layer_guidance=skip))
+        model.pipeline = Pipeline(manifest, model.pipeline.sessions, model.pipeline.conditioning)
 
     settings = replace(SETTINGS, num_inference_steps=5)
     context = context_of(sd3_checkpoint, torch_candidate(sd3_checkpoint, plant), settings)

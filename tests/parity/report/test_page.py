@@ -1,4 +1,4 @@
-"""The page's pieces where a whole run does not show them: bounds that differ from step to step, reasons left open."""
+"""Parts of the report that a whole run does not show: bounds that differ by step, and results that were not checked."""
 
 from __future__ import annotations
 

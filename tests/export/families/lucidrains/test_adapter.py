@@ -22,7 +22,7 @@ from ditc.export.families.lucidrains.keys import save_mmdit
 from ditc.export.families.lucidrains.network import load_mmdit, unused_tensors
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.recipes import find_recipe
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.metrics import psnr
@@ -102,7 +102,7 @@ def test_the_picture_with_t5_and_autoencoder_kl_matches_upstream(with_t5_and_kl:
     index = json.loads((with_t5_and_kl / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
-    pipeline = Twin(with_t5_and_kl).pipeline
+    pipeline = TorchModel(with_t5_and_kl).pipeline
     ours, theirs = draw_with(pipeline, with_t5_and_kl, "a red cat")
     assert psnr(ours, theirs) >= MIN_PSNR_DB
     other, _ = draw_with(pipeline, with_t5_and_kl, "blue")

@@ -17,7 +17,7 @@ from pictures import Drawn, assert_same, draw
 from PIL import Image
 from tiny_sd3 import T5_TOKENS, make_checkpoint
 
-from ditc.parity.reference.pytorch import Twin
+from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime import denoise, step_contract
 from ditc.runtime.cli import main
 from ditc.runtime.errors import UsageError
@@ -265,19 +265,19 @@ def test_requests_with_and_without_skipped_layers_share_a_batch(pipeline) -> Non
 def test_every_variant_draws_the_picture_of_diffusers_with_and_without_t5(tmp_path, variant, t5) -> None:
     """The pipeline runs over PyTorch sessions. The bundle of one variant covers the graphs."""
     checkpoint = make_checkpoint(tmp_path / variant, variant, t5=t5)
-    ours = draw(Twin(checkpoint).pipeline, ["a red cat", "blue"], seed=2)
+    ours = draw(TorchModel(checkpoint).pipeline, ["a red cat", "blue"], seed=2)
     assert_same(ours, Reference(checkpoint).draw(["a red cat", "blue"], seed=2))
 
 
 def test_turbo_takes_its_four_steps_without_guidance(tmp_path) -> None:
     checkpoint = make_checkpoint(tmp_path / "turbo", "sd3.5-large-turbo")
-    ours = draw(Twin(checkpoint).pipeline, "a red cat", seed=2)
+    ours = draw(TorchModel(checkpoint).pipeline, "a red cat", seed=2)
     theirs = Reference(checkpoint).draw("a red cat", seed=2, num_inference_steps=4, guidance_scale=1.0)
     assert_same(ours, theirs)
 
 
 def test_skip_layer_guidance_on_a_model_without_it_is_refused(tmp_path) -> None:
-    pipeline = Twin(make_checkpoint(tmp_path / "medium", "sd3-medium")).pipeline
+    pipeline = TorchModel(make_checkpoint(tmp_path / "medium", "sd3-medium")).pipeline
     with pytest.raises(UsageError, match="cannot skip layers") as caught:
         pipeline.plan(Request(prompt="cat", skip_layer_guidance_scale=2.8))
     assert "skip_guidance_layers" in str(caught.value.hint)
