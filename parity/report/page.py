@@ -15,7 +15,7 @@ from PIL import Image
 
 from ditc.parity.report.chart import step_chart
 from ditc.parity.report.style import CSS
-from ditc.parity.report.text import number, shown_of
+from ditc.parity.report.text import number, shown_of, sign
 from ditc.parity.results import ModuleError, PicturePair, Report, Result, Verdict, verdict_of
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.session import Array
@@ -84,8 +84,9 @@ def _hero(report: Report) -> str:
         f"{escape(' and '.join(subject.get('references', [])))}."
     )
     return (
-        f'<div class="hero"><div><h1>Parity report</h1><p class="soft">{text}<br>{counts[Verdict.PASS]} comparisons '
-        f"passed, {counts[Verdict.FAIL]} failed, and {counts[Verdict.NOT_CHECKED]} could not be checked. The run took "
+        f'<div class="hero"><div><h1>Parity report</h1><p class="soft">{text}<br>Of {len(report.results)} '
+        f"comparisons, {counts[Verdict.PASS]} passed, {counts[Verdict.FAIL]} failed and {counts[Verdict.NOT_CHECKED]} "
+        f"could not be checked. The run took "
         f'{sum(report.seconds.values()):.0f} s.</p></div><div class="verdict {css}">{words[report.verdict]}</div></div>'
     )
 
@@ -275,8 +276,9 @@ def _short(value: object) -> str:
 def _measured(result: Result) -> str:
     if result.value is None and result.bound is None:
         return "-"
-    sign = "&ge;" if result.metric.at_least else "&le;"
-    bound = f" {sign} {number(result.bound, result.metric)}" if result.bound is not None else ""
+    bound = (
+        f" {escape(sign(result))} {number(result.bound, result.metric)}" if result.bound is not None else ""
+    )
     return f"{result.metric.value} {number(result.value, result.metric)}{bound}"
 
 

@@ -80,11 +80,17 @@ def number(value: float | None, metric: Metric) -> str:
     return f"{value:.2e}"
 
 
+def sign(result: Result) -> str:
+    """How the value of a result lies to its bound."""
+    if result.verdict is Verdict.FAIL:
+        return "<" if result.metric.at_least else ">"
+    return ">=" if result.metric.at_least else "<="
+
+
 def _level_line(level: Level, results: list[Result]) -> str:
     """The level, its verdict, how many comparisons passed, and the one that stands for the level."""
     verdict, shown = verdict_of(results), shown_of(results)
-    sign = ">=" if shown.metric.at_least else "<="
-    bound = f"{sign} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
+    bound = f"{sign(shown)} {number(shown.bound, shown.metric)}" if shown.bound is not None else ""
     counted = f"{sum(r.verdict is Verdict.PASS for r in results)}/{len(results)}"
     return (
         f"{level.value:<11}{MARKS[verdict]:<12}{counted:>7}  {shown.metric.value} {number(shown.value, shown.metric)} "

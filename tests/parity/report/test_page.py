@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 from ditc.parity.report.chart import step_chart
+from ditc.parity.report.page import to_page
 from ditc.parity.report.text import to_text
 from ditc.parity.results import Evidence, Report, StepError, judged, not_checked
 from ditc.runtime.tolerances import Level, Limit, Metric
@@ -21,6 +24,20 @@ def test_the_text_says_why_something_was_not_checked_once_for_each_reason() -> N
     report = Report(results=[shown, *left], evidence=Evidence(), subject={}, machine={}, tools={}, seconds={})
     assert to_text(report).count("no 16-bit kernels here") == 1
     assert "not checked: stage, denoiser (3)" in to_text(report)
+
+
+def test_a_broken_bound_is_not_written_as_if_it_held() -> None:
+    high = judged(Level.STEP, "denoiser", "step 1", Metric.RELATIVE_L2, 0.3, Limit(1e-5, ""))
+    low = judged(Level.PICTURE, "vae_decoder", "a", Metric.PSNR, 20.0, Limit(45.0, ""))
+    right = judged(Level.STAGE, "denoiser", "x0", Metric.RELATIVE_L2, 1e-7, Limit(1e-5, ""))
+    subject = {"references": ["PyTorch fp32"]}
+    report = Report(
+        results=[high, low, right], evidence=Evidence(), subject=subject, machine={}, tools={}, seconds={}
+    )
+    for text in (to_text(report), unescape(to_page(report))):
+        assert "3.00e-01 > 1.00e-05" in text
+        assert "20 < 45" in text
+        assert "1.00e-07 <= 1.00e-05" in text
 
 
 def _step(step: int, bound: float) -> StepError:
