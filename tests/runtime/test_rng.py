@@ -1,4 +1,4 @@
-"""Our generator against torch's own."""
+"""The generator, compared with torch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ditc.runtime.errors import UsageError
 from ditc.runtime.rng import Generator, randn_latents
 
-# torch's AVX2 log, sin and cos are an ulp off numpy's; the largest normals are 5.8, with an ulp of 4.8e-7.
+# log, sin and cos of torch (AVX2) and numpy differ by one ulp, which is 4.8e-7 at 5.8, the largest normal value.
 BOUND = 1e-6
 SEEDS = (0, 1, 42, 5489, 2**31, 2**32 - 1, 2**32 + 7, 2**63 + 12345, 2**64 - 1, -1, -(2**63))
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 100, 623, 624, 625, 1000, 4096)
@@ -29,7 +29,7 @@ def test_every_size_and_seed_equals_torch(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 3])
 def test_successive_draws_of_mixed_sizes_equal_torch(seed: int) -> None:
-    """An odd draw below 16 keeps a second normal, which the next such draw takes, past larger draws."""
+    """An odd number of values below 16 leaves one for the next such draw, even if larger draws come between."""
     ours, theirs = Generator(seed), torch_generator(seed)
     for size in (3, 16, 1, 5, 40, 7, 0, 2, 700, 1, 1, 33, 15, 15):
         reference = torch.randn(size, generator=theirs).numpy()
@@ -49,7 +49,7 @@ def test_a_generator_for_each_picture_equals_diffusers() -> None:
     np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=BOUND)
 
 
-def test_a_picture_in_a_batch_has_the_noise_that_it_has_alone() -> None:
+def test_a_picture_has_the_same_noise_in_a_batch_and_alone() -> None:
     batch = randn_latents((2, 4, 4, 4), [Generator(1), Generator(2)])
     np.testing.assert_array_equal(batch[1:], randn_latents((1, 4, 4, 4), Generator(2)))
 
