@@ -1,7 +1,7 @@
 """The names that programs import: `from ditc.runtime import Pipeline`.
 
-Each is loaded when it is first asked for, so `import ditc.runtime`, and with it `ditc --help`, loads neither numpy nor
-ONNX Runtime.
+Each name's module is imported when the name is first used. `import ditc.runtime` and `ditc --help` therefore load
+neither numpy nor ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ _MODULES = {
     "Step": "pipeline",
 }
 
-if (
-    not TYPE_CHECKING
-):  # where type checkers see a __getattr__, they take every misspelt name for one that exists
+if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelt name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value  # the next access does not come here
+        globals()[name] = value  # later accesses find it without __getattr__
         return value
 
 

@@ -1,14 +1,14 @@
-"""Files and folders that appear whole or not at all: made under a temporary name, then moved to their own.
+"""Writes files and folders whole or not at all: under a temporary name, which is then renamed to the final one.
 
     write_atomic(path, content)     text or bytes
-    atomic_path(path)               the temporary path, for a library that writes to a path by itself
-    atomic_files(*paths)            files that name each other, such as a graph and its weights
+    atomic_path(path)               gives a temporary path, for libraries that write the file by themselves
+    atomic_files(*paths)            files that refer to each other, such as a graph and its weights
     atomic_folder(path)             a whole folder
-    scratch_file(path, content)     a file beside another one, which is removed again
+    scratch_file(path, content)     a temporary file beside another one, which is removed after use
 
-Temporary names are random and are created exclusively: no link that was planted under such a name is followed, and two
-writers never share one. A killed process leaves its temporary files behind; their suffix tells `remove_leftovers`
-which they are. The mode of the result is what the user's umask gives, whatever the library that wrote it chose.
+Temporary names are random, and the files are created exclusively: a link that somebody planted under such a name is not
+followed, and two writers never share a name. A killed process leaves its temporary files behind; `remove_leftovers`
+recognises them by their suffix. The mode of the result follows the user's umask, not the library that wrote the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ADVICE = {
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True, hint: str = HINT) -> Path:
-    """Write a file as a whole; see `atomic_path`. Text is encoded as UTF-8 and its line ends are kept."""
+    """Write a whole file; see `atomic_path`. Text is encoded as UTF-8, and its line ends are kept."""
     with atomic_path(path, durable=durable, hint=hint) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -44,18 +44,18 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True, hint
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True, hint: str = HINT) -> Iterator[Path]:
-    """An empty file beside `path`, to be written inside the block; it becomes `path` when the block succeeds.
+    """An empty file beside `path`, to be written inside the block. It is renamed to `path` when the block succeeds.
 
     Args:
-        path: its folder is made if it is missing; a link is replaced, not followed.
-        durable: also wait until the disk has the file. Leave it out for what can be made again at any time.
-        hint: what the user can do if the place cannot be written to.
+        path: its folder is made if it is missing. A link is replaced, not followed.
+        durable: wait until the file is on the disk. Caches, which can be made again at any time, do not need it.
+        hint: what the user can do if the file cannot be written.
 
     Raises:
-        OutputError: the file cannot be written. As after every other error, an older file is as it was.
+        OutputError: the file cannot be written. An older file is unchanged, as after every other error.
     """
-    with _told(path, hint):
-        _check_place(path)
+    with _as_output_error(path, hint):
+        _check_replaceable(path)
         partial = _new(path, _create)
         mode = _mode(partial)
         try:
@@ -69,17 +69,17 @@ def atomic_path(path: Path, *, durable: bool = True, hint: str = HINT) -> Iterat
 
 @contextmanager
 def atomic_files(*paths: Path, hint: str = HINT) -> Iterator[Path]:
-    """A temporary folder for files of one folder that are written together and may name each other.
+    """A temporary folder for files of one folder that are written together and may refer to each other.
 
-    Those that the block has written under the paths' names are moved to the paths, in the order given: name last
-    what readers look for first. Everything else in the temporary folder is removed.
+    The files that the block writes under the names of the paths are moved to the paths, in the given order, so the file
+    that readers open first should be the last path. Everything else in the temporary folder is removed.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    with _told(paths[-1], hint):
+    with _as_output_error(paths[-1], hint):
         for path in paths:
-            _check_place(path)
+            _check_replaceable(path)
         folder = _new(paths[-1], _create_folder)
         try:
             yield folder
@@ -95,16 +95,16 @@ def atomic_files(*paths: Path, hint: str = HINT) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False, hint: str = HINT) -> Iterator[Path]:
-    """A temporary folder beside `path`, to be filled inside the block; it becomes `path` when the block succeeds.
+    """A temporary folder beside `path`, to be filled inside the block. It is renamed to `path` when the block succeeds.
 
     Args:
-        replace: let the new folder take the place of an older one. Only a process that is killed between the two
-            moves leaves no folder of that name; the older one is then beside it, under a temporary name.
+        replace: let the new folder replace an older one. This takes two renames. A process that is killed between them
+            leaves no folder at `path`; the older one is then beside it, under a temporary name.
 
     Raises:
         OutputError: the folder cannot be written, or it exists already.
     """
-    with _told(path, hint):
+    with _as_output_error(path, hint):
         if os.path.lexists(path) and not (replace and path.is_dir()):
             raise FileExistsError(errno.EEXIST, "it exists already")
         partial = _new(path, _create_folder)
@@ -122,15 +122,15 @@ def atomic_folder(path: Path, *, replace: bool = False, hint: str = HINT) -> Ite
 
 @contextmanager
 def scratch_file(path: Path, content: bytes, *, hint: str = HINT) -> Iterator[Path]:
-    """A file with this content beside `path`, under a temporary name, which is removed after the block.
+    """A file with this content beside `path`, under a temporary name. It is removed after the block.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
-    with _told(path, hint):
+    with _as_output_error(path, hint):
         scratch = _new(path, _create)
     try:
-        with _told(path, hint):
+        with _as_output_error(path, hint):
             scratch.write_bytes(content)
         yield scratch
     finally:
@@ -144,7 +144,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def output_error(path: Path, error: OSError, hint: str = HINT) -> OutputError:
-    """The error for people: which path, why, and what to do."""
+    """An OutputError that says which path could not be written, why, and what to do."""
     reason = error.strerror or str(error)
     other = "" if error.filename is None else str(error.filename)
     if other and other != str(path) and SUFFIX not in other:
@@ -154,15 +154,15 @@ def output_error(path: Path, error: OSError, hint: str = HINT) -> OutputError:
 
 
 @contextmanager
-def _told(path: Path, hint: str) -> Iterator[None]:
+def _as_output_error(path: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
         raise output_error(path, e, hint) from e
 
 
-def _check_place(path: Path) -> None:
-    """Refuse what the final move cannot replace, or should not: a directory, a device, a pipe."""
+def _check_replaceable(path: Path) -> None:
+    """Refuse a path that the final rename cannot or should not replace: a directory, a device, a pipe."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
@@ -172,7 +172,7 @@ def _check_place(path: Path) -> None:
 
 
 def _new(path: Path, create: Callable[[Path], None]) -> Path:
-    """Create a temporary file or folder beside the path, and the folders above it."""
+    """Create a temporary file or folder beside the path, and its parent folders if they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(_TRIES):
         partial = path.parent / f".{path.name[:40]}.{_token()}{SUFFIX}"
@@ -187,7 +187,7 @@ def _token() -> str:
 
 
 def _create(path: Path) -> None:
-    """Make an empty file, and fail if there is anything of that name; a dangling link counts (O_EXCL, POSIX open)."""
+    """Make an empty file. O_EXCL makes this fail if the name exists, even as a dangling link (POSIX open)."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
 
 
@@ -196,12 +196,12 @@ def _create_folder(path: Path) -> None:
 
 
 def _mode(path: Path) -> int:
-    """Of a file or folder that was just created: what the umask gives, without touching the process's umask."""
+    """The mode bits of a path. Those of a new file show the umask, which cannot be read without changing it."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
 def _finish(path: Path, mode: int, durable: bool) -> None:
-    """Give the file its mode (safetensors 0.6 and later make private files), and have the disk hold its content."""
+    """Set the file's mode (safetensors 0.6 and later make private files) and, if durable, flush it to the disk."""
     if _mode(path) != mode:
         path.chmod(mode)
     if durable:
@@ -209,7 +209,7 @@ def _finish(path: Path, mode: int, durable: bool) -> None:
 
 
 def _sync(path: Path) -> None:
-    # Windows flushes only what is open for writing.
+    # Windows flushes only files that are open for writing.
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -218,7 +218,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path, durable: bool) -> None:
-    """Have the disk hold the names in a folder. Not every platform and file system can; the move itself is done."""
+    """Flush a folder's names to the disk. Errors are ignored: not every platform and file system supports this."""
     if durable:
         with suppress(OSError):
             _sync(folder)
@@ -235,7 +235,7 @@ def _sync_tree(folder: Path) -> None:
 
 def _swap(new: Path, path: Path) -> None:
     old = _new(path, _create_folder)
-    old.rmdir()  # only its name is needed: Windows moves nothing onto a folder
+    old.rmdir()  # only the name is needed, and Windows cannot rename onto a folder
     path.rename(old)
     try:
         new.rename(path)
@@ -246,8 +246,8 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a file or folder if it is there. What cannot be removed must not hide the error that led here."""
-    with suppress(OSError):  # where a parent is a file, asking already fails
+    """Remove a file or folder if it exists. A failure to do so must not hide the error that led here."""
+    with suppress(OSError):  # is_dir may fail too, if a parent is a file
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

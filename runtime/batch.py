@@ -1,11 +1,11 @@
-"""Several requests in one run of the denoiser. The stack of a batch is an object that its owner holds and drops.
+"""Several requests in one run of the denoiser.
 
     batch = Batch(session)
     states = batch.step(states)      # between two steps, requests may join, leave or change places
 
-Latents and history of a batch that stays together are not copied: the next run takes what the last run returned. Text
-rows are large, so each request's are copied once, when it joins (`RowStack`). Where the session works on a device, all
-of this stays there.
+While the requests stay the same, their latents and history are not copied: each run takes what the last run returned.
+Text rows are large, so those of a request are copied only once, when it joins (`RowStack`). If the session works on a
+device, all of these tensors stay there. They are freed with the batch.
 """
 
 # B samples, R network rows
@@ -35,10 +35,10 @@ from ditc.runtime.step_contract import (
 
 
 class Batch:
-    """Steps any number of requests together; holds the stack of their text rows and the results of the last step.
+    """Steps any number of requests together. Holds their stacked text rows and the results of the last step.
 
     Args:
-        session: the denoiser. It is not closed with the batch.
+        session: the denoiser. The batch does not close it.
     """
 
     def __init__(self, session: Session) -> None:
@@ -46,14 +46,15 @@ class Batch:
         self._noise = any(spec.name == NOISE for spec in session.spec.inputs)
         self._stack = RowStack(session)
         self._row_of: tuple[tuple[tuple[int, int, Rows], ...], Array] | None = None
-        # By input: the parts of it that the last step's states hold, in order, and the whole.
+        # For latents and history: the slices that the last step's states hold, in order, and the whole tensor.
         self._last: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
         """Advance every state by one step in one run of the denoiser.
 
         Raises:
-            ValueError: a state is done already. UsageError: latents or text rows that differ in size.
+            ValueError: a state is already finished.
+            UsageError: latents or text rows differ in size, or a request is in the batch twice.
         """
         if any(state.done for state in states):
             raise ValueError("a finished state cannot be stepped")
@@ -85,7 +86,7 @@ class Batch:
         return feeds
 
     def _rows_of_samples(self, rows: Sequence[Rows], starts: Sequence[int], samples: Sequence[int]) -> Array:
-        """(R,) int64; the same array as long as nothing changes, which a session on a device sends once."""
+        """row_of (R,) int64. It stays the same array while nothing changes, so that a device is sent it once."""
         key = tuple(zip(starts, samples[:-1], rows, strict=True))
         if self._row_of is None or self._row_of[0] != key:
             parts = [r.row_of + first for r, first in zip(rows, samples[:-1], strict=True)]
@@ -95,7 +96,7 @@ class Batch:
         return self._row_of[1]
 
     def _whole(self, name: str, parts: list[Tensor]) -> Tensor:
-        """The parts as one tensor: the last step's own where they are neighbours in it, else a copy."""
+        """The parts as one tensor: a slice of the last step's output if they are adjacent in it, otherwise a copy."""
         known, whole = self._last.get(name, ([], parts[0]))
         first = next((i for i, part in enumerate(known) if part is parts[0]), len(known))
         neighbours = known[first : first + len(parts)]
@@ -124,12 +125,12 @@ def _check_sizes(states: Sequence[DenoiseState]) -> None:
         raise UsageError(
             f"requests of different latent sizes cannot be stepped together: "
             f"request 0 has latents of {sizes[0]}, request {other} of {sizes[other]}",
-            hint="step each size in a batch of its own",
+            hint="step each size in a separate batch",
         )
 
 
 def _placed(parts: Sequence[Array], starts: Sequence[int], size: int) -> Array:
-    """(R,): each request's values at its rows."""
+    """One array (R,) with each request's values at its rows."""
     out = np.empty(size, parts[0].dtype)
     for part, start in zip(parts, starts, strict=True):
         out[start : start + len(part)] = part
@@ -139,7 +140,7 @@ def _placed(parts: Sequence[Array], starts: Sequence[int], size: int) -> Array:
 def _placed_blocks(
     blocks: Sequence[Array], samples: Sequence[int], starts: Sequence[int], size: int
 ) -> Array:
-    """(B,R): each request's block at its samples and rows, zero elsewhere."""
+    """One matrix (B,R) with each request's block at its samples and rows, and zeros elsewhere."""
     out = np.zeros((samples[-1], size), blocks[0].dtype)
     for block, sample, start in zip(blocks, samples[:-1], starts, strict=True):
         out[sample : sample + block.shape[0], start : start + block.shape[1]] = block

@@ -12,7 +12,7 @@ DEFAULT_BYTES = 512 * 2**20
 
 
 class RowCache:
-    """Named arrays by key. Safe to share between threads; a value is computed outside the lock."""
+    """Named arrays by key. Threads can share it. Values are computed outside the lock."""
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
         self.max_bytes = max_bytes
@@ -23,7 +23,7 @@ class RowCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
-        """The cached arrays, or those that `compute` returns."""
+        """The cached arrays, or those that `compute` returns, which are then cached."""
         with self._lock:
             if key in self._rows:
                 self._rows.move_to_end(key)
@@ -36,7 +36,7 @@ class RowCache:
         return row
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all rows."""
         with self._lock:
             self._rows.clear()
             self.size_bytes = 0

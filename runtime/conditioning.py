@@ -1,6 +1,6 @@
-"""Texts to the rows that condition the denoiser: tokenize, encode, merge; once a text, then from the cache."""
+"""Texts to the rows that condition the denoiser: tokenize, encode, merge. Each text is encoded once, then cached."""
 
-# R rows (one a text here), S text tokens, D channels
+# R rows (one per text here), S text tokens, D channels
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ditc.runtime.text import TextSpec, TokenBatch, Tokenizer
 TEXT_EMBEDS = "text_embeds"
 TEXT_MASK = "text_mask"
 POOLED = "pooled_projections"
-# Which tensor an argument of a request is.
+# The conditioner's tensor for each argument of a request.
 ARGUMENTS = {
     "prompt_embeds": TEXT_EMBEDS,
     "prompt_attention_mask": TEXT_MASK,
@@ -29,7 +29,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """One text encoder: its data, its tokenizer and its session."""
+    """One text encoder: how texts are prepared for it, its tokenizer and its session."""
 
     spec: TextSpec
     tokenizer: Tokenizer
@@ -37,10 +37,13 @@ class TextEncoder:
 
 
 class Conditioning:
-    """Rows of conditioning for texts or for ready-made embeddings.
+    """Rows of conditioning for texts, or for embeddings that the caller has computed.
 
-    Texts run one at a time: a row then does not depend on what it was batched with, and a cached row is the
-    same row. The cache is keyed by the artifacts and the token ids.
+    Texts are encoded one at a time, so that a row does not depend on the other texts of its batch and a cached row is
+    the same as a new one. The key of a cached row is made of the artifacts and the token ids.
+
+    Args:
+        key: identifies the artifacts that compute the rows.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Conditioning:
         self._key = key
 
     def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
-        """The same over other sessions, by stage. Cached rows are shared where none of them computes rows."""
+        """The same with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
         if sessions.keys().isdisjoint({CONDITIONER, *(encoder.spec.stage for encoder in self.encoders)}):
             return self
         return Conditioning(
@@ -68,10 +71,11 @@ class Conditioning:
         )
 
     def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array]]:
-        """One row a prompt, from its texts or from its embeddings.
+        """One row per prompt, from its texts or from its embeddings.
 
         Raises:
-            NumericsError: an encoder left NaN or Inf. UsageError: embeddings that do not fit.
+            NumericsError: an encoder returned NaN or Inf.
+            UsageError: the embeddings do not fit this bundle.
         """
         given = request.embeds(negative=negative)
         if not given:
@@ -83,27 +87,27 @@ class Conditioning:
         ]
 
     def check_request(self, request: Request) -> None:
-        """Refuse texts for encoders that there are not, and embeddings that are not all this bundle takes.
+        """Refuse texts for encoders that the bundle does not have, and an incomplete set of embeddings.
 
         Raises:
-            UsageError: naming the arguments.
+            UsageError: the message names the arguments.
         """
         for negative in (False, True):
             further = request.further_texts(negative=negative)
             for name in list(further)[len(self.encoders) - 1 :]:
                 if further[name]:
                     raise UsageError(
-                        f"{name} is given, this bundle has {len(self.encoders)} text encoder(s)",
+                        f"{name} is given, but this bundle has only {len(self.encoders)} text encoder(s)",
                         hint=f"leave {name} out",
                     )
             if given := request.embeds(negative=negative):
                 self._entry({ARGUMENTS[name] for name in given}, "negative_" if negative else "")
 
     def of_texts(self, texts: Sequence[str], *, negative: bool) -> Mapping[str, Array]:
-        """Named tensors of one row (1, ...): one text an encoder.
+        """The named tensors of one row (1, ...), from one text per encoder.
 
         Raises:
-            NumericsError: an encoder left NaN or Inf.
+            NumericsError: an encoder returned NaN or Inf.
         """
         tokens = [
             encoder.tokenizer.encode([text], encoder.spec, negative=negative)
@@ -113,14 +117,14 @@ class Conditioning:
         return self.cache.get((self._key, negative, ids), lambda: self._encode(tokens, negative))
 
     def of_embeds(self, given: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The row for one text that was encoded elsewhere.
+        """The row for one text that the caller has encoded.
 
         Args:
-            given: by argument of the request. They are what the conditioner takes, or where it takes something else
-                (the states of several encoders) what it gives: then they are the row.
+            given: embeddings by name of the request's argument. They are inputs of the conditioner. If the conditioner
+                takes other inputs (the states of several encoders), they are its outputs, and already the row.
 
         Raises:
-            UsageError: a size that this bundle does not take.
+            UsageError: this bundle does not take embeddings of this size.
         """
         named = {ARGUMENTS[name]: array for name, array in given.items()}
         tensors = self._entry(named.keys())
@@ -128,7 +132,7 @@ class Conditioning:
         return feeds if tensors is self.conditioner.spec.outputs else self._merge(feeds)
 
     def _entry(self, names: Collection[str], sign: str = "") -> tuple[TensorSpec, ...]:
-        """The conditioner's inputs or outputs, whichever have these names."""
+        """The conditioner's inputs, or its outputs, whichever have exactly these names."""
         spec = self.conditioner.spec
         for tensors in (spec.inputs, spec.outputs):
             if {tensor.name for tensor in tensors} == set(names):
@@ -137,29 +141,29 @@ class Conditioning:
         if not wanted <= set(ARGUMENTS.values()):
             wanted = {t.name for t in spec.outputs}
         arguments = " and ".join(f"{sign}{name}" for name, tensor in ARGUMENTS.items() if tensor in wanted)
-        raise UsageError(f"{arguments} go together", hint="pass all of them, and no others, or none")
+        raise UsageError(f"{arguments} go together", hint="pass all of them and no others, or none of them")
 
     def _fitted(self, tensor: TensorSpec, array: Array) -> Array:
-        """One text's tensor with its row axis and in its element type."""
+        """The tensor of one text, with a row axis and in the element type that the spec names."""
         array = np.asarray(array, numpy_dtype(tensor.dtype))
         array = array[None] if array.ndim < len(tensor.shape) else array
         argument = next(name for name, known in ARGUMENTS.items() if known == tensor.name)
         if array.ndim != len(tensor.shape):
             raise UsageError(
                 f"one prompt's {argument} is {array.shape}, this model takes {tensor.shape}",
-                hint="pass one row for each prompt",
+                hint="pass one row per prompt",
             )
         for size, wanted in zip(array.shape[1:], tensor.shape[1:], strict=True):
             if isinstance(wanted, int) and size != wanted:
                 raise UsageError(
                     f"{argument} have {size} channels, this model takes {wanted}",
-                    hint="pass what this model's text encoders give",
+                    hint="pass the outputs of this model's text encoders",
                 )
             bounds = self.conditioner.spec.profile.get(str(wanted))
             if bounds is not None and size not in bounds:
                 raise UsageError(
                     f"{argument} have {size} tokens, this bundle takes {bounds.min} to {bounds.max}",
-                    hint="cut them, or build with a longer max_sequence_length",
+                    hint="cut them, or build with a larger max_sequence_length",
                 )
         return array
 
@@ -193,21 +197,21 @@ class Conditioning:
 
 
 def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The rows of several texts as one tensor a name, which nobody can change any more.
+    """The rows of several texts as one read-only array per name.
 
     Raises:
-        UsageError: prompts and negative prompts of different lengths.
+        UsageError: prompts and negative prompts have different lengths.
     """
     lengths = {name: {row[name].shape[1:] for row in rows} for name in rows[0]}
     for name, shapes in lengths.items():
         if len(shapes) > 1:
             raise UsageError(
                 f"prompts and negative prompts have different lengths: {name} is {sorted(shapes)}",
-                hint="pad prompt_embeds and negative_prompt_embeds to one number of tokens",
+                hint="pad prompt_embeds and negative_prompt_embeds to the same number of tokens",
             )
     stacked = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     for array in stacked.values():
-        array.flags.writeable = False  # a session on a device then sends each of them once, not once a step
+        array.flags.writeable = False  # a read-only array is sent to a device once, not in every step
     return stacked
 
 

@@ -1,4 +1,4 @@
-"""From finished latents to pictures in the form that a request asked for."""
+"""Decodes finished latents to pictures, in the form that a request asked for."""
 
 # B samples, C latent channels, h/w latent size, H/W pixels
 
@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 def decode_sample(
     session: Session, latents_1Chw: Tensor, plan: Plan, *, scale: int, tiling: Tiling | None
 ) -> Array:
-    """One picture (1,3,H,W) at the asked size, in the nominal range [-1,1].
+    """One picture (1,3,H,W) in the requested size, with the nominal range [-1,1].
 
     Args:
         session: the vae_decoder.
         scale: pixels per latent cell.
-        tiling: None decodes in one piece; so does a picture that is no larger than one tile.
+        tiling: None decodes in one piece, as does a picture that fits into one tile.
 
     Raises:
-        NumericsError: the decoder left NaN or Inf.
+        NumericsError: the decoder returned NaN or Inf.
     """
 
     def decode_one(latents: Tensor) -> Array:
@@ -40,7 +40,7 @@ def decode_sample(
         return to_numpy(image)
 
     if tiling is None or max(latents_1Chw.shape[2:]) * scale <= tiling.tile:
-        image = decode_one(latents_1Chw)  # latents on a device stay there
+        image = decode_one(latents_1Chw)  # without to_numpy, so that latents on a device stay there
     else:
         latents = to_numpy(latents_1Chw)
         image = decode_tiled(decode_one, latents, tile=tiling.tile, stride=tiling.stride, scale=scale)
@@ -54,17 +54,18 @@ def decode_sample(
 
 
 def as_requested(pictures: Sequence[Array], plan: Plan) -> Any:
-    """The decoded pictures as PIL pictures or as (B,H,W,3) floats in [0,1].
+    """The decoded pictures as PIL images, or as floats (B,H,W,3) in [0,1].
 
     Raises:
-        NumericsError: a picture has one colour only, and the request does not allow it.
+        NumericsError: a picture has only one colour, and the request does not allow that.
     """
     for index, picture in enumerate(pictures):
         if is_uniform(to_uint8(picture)):
             message = f"picture {index} has one colour only"
             if not plan.request.allow_uniform:
                 raise NumericsError(
-                    message, hint="this is almost always a defect; allow_uniform=True keeps the picture"
+                    message,
+                    hint="this is almost always a defect; pass allow_uniform=True to keep the picture",
                 )
             log.warning("%s", message)
     if plan.request.output_type == "np":

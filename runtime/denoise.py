@@ -1,4 +1,4 @@
-"""The denoising loop's primitive: `step(session, states) -> states`, over any number of requests at once."""
+"""The primitive of the denoising loop: `step(session, states) -> states`, for any number of requests at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ditc.runtime.step_contract import CARRY, NOISE, STATS
 def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]:
     """Advance every state by one step in one run of the denoiser.
 
-    The states may differ in prompt, guidance, schedule and step index; their latents agree in size. Whoever steps the
-    same requests again and again keeps a `Batch`, which stacks their text rows once.
+    The states may differ in prompt, guidance, schedule and step index, but their latents must have one size. To step
+    the same requests repeatedly, keep a `Batch`: it stacks their text rows only once.
 
     Raises:
-        ValueError: a state is done already. UsageError: latents or text rows that differ in size.
+        ValueError: a state is already finished.
+        UsageError: latents or text rows differ in size.
     """
     if len(states) > 1:
         return Batch(session).step(states)
@@ -31,12 +32,12 @@ def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]
 
 
 def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
-    """Up to `count` steps of one request: in one launch where the session can, else one step.
+    """Advance one request by up to `count` steps in one launch, or by one step if the session cannot run a loop.
 
     Raises:
-        ValueError: the state is done already.
+        ValueError: the state is already finished.
     """
-    count = min(count, _steps_alike(state))
+    count = min(count, _steps_with_equal_rows(state))
     if count <= 1 or not isinstance(session, LoopSession):
         return step(session, [state])[0]
     per_step: list[Mapping[str, Array]] = list(state.schedule[state.step_index : state.step_index + count])
@@ -46,7 +47,7 @@ def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
     return state.advanced(outputs, count)
 
 
-def _steps_alike(state: DenoiseState) -> int:
-    """How many of the next steps have as many rows as the next one: a launch has one shape."""
+def _steps_with_equal_rows(state: DenoiseState) -> int:
+    """How many steps from the next one on have the same number of rows, because a launch has one shape."""
     rows = [state.row_count(step) for step in range(state.step_index, len(state.schedule))]
     return next((i for i, count in enumerate(rows) if count != rows[0]), len(rows))

@@ -1,13 +1,13 @@
 """The errors that ditc raises on purpose. Everything else that escapes is a bug.
 
-DitcError                 one line of what, where, with which values; .hint says what to do
-|-- UsageError            an argument or option that cannot be served
-|   `-- OutputError       a place where a result cannot be written
-|-- BundleError           a bundle that is missing, damaged, foreign or too new
+DitcError                 the message says what happened, where and with which values; .hint says what to do
+|-- UsageError            an argument or option that is wrong or not supported
+|   `-- OutputError       a path to which a result cannot be written
+|-- BundleError           a bundle that is missing, damaged, altered or too new
 |-- CheckpointError       a checkpoint that cannot be read or does not fit its family
 |-- BuildError            an export or an engine build that failed
 |-- SessionError          a backend that cannot run a stage here
-|-- NumericsError         a value that must not be: NaN, Inf, a uniform picture
+|-- NumericsError         a wrong result: NaN, Inf, or a picture of one colour
 `-- MissingExtra          an optional dependency that is not installed
 """
 
@@ -19,7 +19,7 @@ class DitcError(Exception):
 
     Args:
         message: what happened and where, with the values.
-        hint: what the user can do about it; printed on a line of its own.
+        hint: what the user can do about it. It is printed on a line of its own.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -28,15 +28,15 @@ class DitcError(Exception):
 
 
 class UsageError(DitcError):
-    """An argument or option that cannot be served."""
+    """An argument or option that is wrong or not supported."""
 
 
 class OutputError(UsageError):
-    """A place where a result cannot be written: no space, no permission, or something else is there."""
+    """A path to which a result cannot be written: no space, no permission, or something else is in its place."""
 
 
 class BundleError(DitcError):
-    """A bundle that is missing, damaged, foreign or too new."""
+    """A bundle that is missing, damaged, altered, or written by a newer version of ditc."""
 
 
 class CheckpointError(DitcError):
@@ -52,11 +52,11 @@ class SessionError(DitcError):
 
 
 class NumericsError(DitcError):
-    """A value that must not be: NaN or Inf in a stage, or a uniform picture."""
+    """A wrong result: NaN or Inf in a stage, or a picture of one colour."""
 
 
 class MissingExtra(DitcError):
-    """An optional dependency that is not installed; the hint is the pip line."""
+    """An optional dependency that is not installed. The hint is the pip command that installs it."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed", hint=f'pip install "ditc[{extra}]"')

@@ -1,13 +1,13 @@
-"""Guidance as data: the rows that a step runs on, and how much each of them counts.
+"""Guidance as data: the rows that a step runs on, and the weight of each row.
 
     pred[b] = sum_r weights[b,r] * network(row r)
 
-A sample has up to three rows, in this order: unconditional, conditional, and conditional with some of the network's
-layers left out. Without classifier-free guidance there is only the conditional one. The third comes last because only
-some steps run on it: a step takes the first rows, as many as it has weights for.
+A sample has up to three rows, in this order: unconditional (u), conditional (c), and conditional with some of the
+network's layers skipped (k). Without classifier-free guidance there is only the conditional row. The third row comes
+last because only some steps use it: a step with R weights runs on the first R rows.
 
-Sources: classifier-free guidance (arXiv 2207.12598), with diffusers' guidance_scale; skip-layer guidance as diffusers
-0.42.1 computes it: u + g*(c - u) + s*(c - k) has the weights (1 - g, g + s, -s).
+Sources: classifier-free guidance is arXiv 2207.12598, with diffusers' guidance_scale. Skip-layer guidance is what
+diffusers 0.42.1 computes: u + g*(c - u) + s*(c - k), which gives the rows the weights (1 - g, g + s, -s).
 """
 
 # B samples, R rows
@@ -29,20 +29,20 @@ log = logging.getLogger(__name__)
 
 
 def is_guided(contract: StepContract, guidance_scale: float) -> bool:
-    """Whether a request has unconditional rows, which read its negative prompt.
+    """Whether a request has unconditional rows, which use its negative prompt.
 
-    diffusers asks the same question as `do_classifier_free_guidance`: guidance_scale > 1.
+    The rule guidance_scale > 1 is that of diffusers' `do_classifier_free_guidance`.
     """
     return contract.guidance is GuidanceMode.CFG and guidance_scale > 1
 
 
 def check_guidance(request: Request, contract: StepContract) -> None:
-    """Refuse a guidance_scale that nothing reads, and warn of a negative prompt that nothing reads.
+    """Refuse a guidance_scale, and warn about a negative prompt, that this bundle's denoiser would ignore.
 
-    diffusers' pipelines of such networks have no argument negative_prompt.
+    In diffusers, the pipelines of such networks have no argument negative_prompt.
 
     Raises:
-        UsageError: the network takes no guidance, and the request asks for it.
+        UsageError: the request asks for guidance, but the network takes none.
     """
     if contract.guidance is GuidanceMode.CFG:
         return
@@ -59,10 +59,10 @@ def check_guidance(request: Request, contract: StepContract) -> None:
 def decide_skip_layer_guidance(
     request: Request, defaults: Defaults, contract: StepContract, guidance_scale: float
 ) -> SkipLayerGuidance | None:
-    """The bundle's skip-layer guidance with what the request says of it; None where it is off.
+    """The skip-layer guidance of a request: the bundle's, changed by what the request gives. None if it is off.
 
     Raises:
-        UsageError: the bundle's denoiser cannot leave layers out, or the window is empty.
+        UsageError: the bundle's denoiser cannot skip layers, or the range of steps is empty.
     """
     asked = {
         "scale": request.skip_layer_guidance_scale,
@@ -92,12 +92,13 @@ def decide_skip_layer_guidance(
     if skip.start >= skip.stop:
         raise UsageError(
             f"skip-layer guidance starts at {skip.start} of the steps and stops at {skip.stop}",
-            hint="let it start before it stops; skip_layer_guidance_scale 0 turns it off",
+            hint="let it start before it stops, or turn it off with skip_layer_guidance_scale 0",
         )
     if not is_guided(contract, guidance_scale):
         if "scale" in given:
             log.warning(
-                "skip-layer guidance needs guidance_scale above 1, it is %g: it stays off", guidance_scale
+                "skip-layer guidance stays off: it needs guidance_scale above 1, but that is %g",
+                guidance_scale,
             )
         return None
     return skip
@@ -110,11 +111,11 @@ def guidance_feeds(
     skip: SkipLayerGuidance | None,
     num_inference_steps: int,
 ) -> list[dict[str, Array]]:
-    """What the denoiser is fed for guidance, step by step.
+    """The denoiser's inputs for guidance, for each step.
 
     Args:
-        guidance_scale: with classifier-free guidance, 1 or less draws without guidance of either kind.
-        skip: None where skip-layer guidance is off.
+        guidance_scale: with classifier-free guidance, 1 or less turns off both kinds of guidance.
+        skip: None if skip-layer guidance is off.
     """
     guided = is_guided(contract, guidance_scale)
     fixed = {GUIDANCE: np.full(batch, guidance_scale, np.float32)} if contract.embeds_guidance else {}
@@ -130,10 +131,10 @@ def guidance_feeds(
 
 
 def guidance_weights(batch: int, guidance_scale: float, skip_scale: float | None = None) -> Array:
-    """(B,R) fp32 for one guided step; R = 2B or 3B.
+    """The weights (B,R) fp32 of one guided step, with R = 2B or, with skip-layer guidance, 3B.
 
     Args:
-        skip_scale: of skip-layer guidance in this step; None where it is off.
+        skip_scale: the scale of skip-layer guidance in this step; None if it is off.
     """
     one = np.eye(batch, dtype=np.float32)
     g = np.float32(guidance_scale)
@@ -144,7 +145,7 @@ def guidance_weights(batch: int, guidance_scale: float, skip_scale: float | None
 
 
 def skip_gate(weights: Array) -> Array:
-    """(R,) fp32: 1 for rows that leave layers out, the third of each sample."""
+    """The gate (R,) fp32: 1 for the rows that skip layers, which are the third row of each sample."""
     batch, rows = weights.shape
     gate = np.zeros(rows, np.float32)
     gate[2 * batch :] = 1
@@ -152,7 +153,7 @@ def skip_gate(weights: Array) -> Array:
 
 
 def _skip_scale(skip: SkipLayerGuidance | None, index: int, steps: int) -> float | None:
-    """None outside the window, whose ends are outside."""
+    """The scale in step `index`, or None outside the range from start to stop; both ends are outside."""
     if skip is None or not steps * skip.start < index < steps * skip.stop:
         return None
     return skip.scale

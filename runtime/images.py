@@ -1,4 +1,4 @@
-"""Decoded images to pictures: range, size, 8 bits, and rough previews of latents."""
+"""Decoder outputs to pictures (range, size, 8 bits), and rough previews of latents."""
 
 # B pictures, H height, W width, C latent channels
 
@@ -15,52 +15,51 @@ Bytes = NDArray[np.uint8]
 
 
 def to_unit_range(images: Floats) -> Floats:
-    """(B,3,H,W) in [-1,1] to (B,H,W,3) in [0,1], as diffusers' output_type="np" (VaeImageProcessor)."""
+    """(B,3,H,W) in [-1,1] to (B,H,W,3) in [0,1], like output_type="np" of diffusers (VaeImageProcessor)."""
     unit: Floats = np.clip(images * np.float32(0.5) + np.float32(0.5), 0, 1)
     return unit.transpose(0, 2, 3, 1)
 
 
 def to_uint8(images: Floats) -> Bytes:
-    """(B,3,H,W) in [-1,1] to (B,H,W,3), bit for bit as diffusers' VaeImageProcessor.numpy_to_pil."""
+    """(B,3,H,W) in [-1,1] to (B,H,W,3), bit for bit like VaeImageProcessor.numpy_to_pil of diffusers."""
     return (to_unit_range(images) * np.float32(255)).round().astype(np.uint8)
 
 
 def to_pil(pictures: Bytes) -> list[Image.Image]:
-    """One PIL picture for each of (B,H,W,3)."""
+    """The B pictures of (B,H,W,3) as PIL images."""
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pictures]
 
 
 def is_uniform(pictures: Bytes) -> bool:
-    """Whether every pixel of (...,H,W,3) has the same colour: no network draws that, a broken one does."""
+    """Whether all pixels of (...,H,W,3) have the same colour, which only a broken network draws."""
     pixels = pictures.reshape(-1, pictures.shape[-1])
     return bool((pixels == pixels[0]).all())
 
 
 def resize_and_crop(images: Floats, height: int, width: int) -> Floats:
-    """(B,3,h,w) scaled to cover height x width, then cropped to it around the centre.
+    """Scale (B,3,h,w) to cover height x width, then crop it to that size around the centre.
 
-    As the resize_and_crop_tensor of diffusers' image processors (bilinear, no antialiasing), but for one thing:
-    diffusers 0.42.1 rounds the scaled size down, and where floating point takes it one pixel below the size
-    asked for, it returns a picture one pixel wide or high (704x1344 to 256x492). Here the scaled size never
-    falls below the size asked for.
+    This is resize_and_crop_tensor of diffusers' image processors (bilinear, no antialiasing), with one difference.
+    diffusers 0.42.1 rounds the scaled size down. If floating-point error puts it one pixel below the requested size,
+    diffusers returns a picture that is one pixel wide or high (704x1344 to 256x492). Here the scaled size is never
+    smaller than the requested size.
     """
     old_height, old_width = images.shape[2:]
     ratio = max(height / old_height, width / old_width)
     scaled_height = max(int(old_height * ratio), height)
     scaled_width = max(int(old_width * ratio), width)
-    # Only the rows and columns that survive the crop are computed.
+    # Only the rows and columns inside the crop are computed.
     rows = slice((scaled_height - height) // 2, (scaled_height - height) // 2 + height)
     columns = slice((scaled_width - width) // 2, (scaled_width - width) // 2 + width)
     return _interpolate(_interpolate(images, 2, scaled_height, rows), 3, scaled_width, columns)
 
 
 def _interpolate(images: Floats, axis: int, size: int, kept: slice) -> Floats:
-    """Linear interpolation along one axis to `size` samples, of which `kept` are computed.
+    """Linear interpolation along one axis to `size` samples, of which only `kept` are computed.
 
-    The arithmetic of torch's interpolate(mode="bilinear", align_corners=False): source coordinates are
-    rounded to float32 once, after a fused multiply-add (aten/src/ATen/native/UpSample.h,
-    area_pixel_compute_source_index). At coordinate 500 that rounding moves a pixel by up to 3e-5, and on a CPU without
-    fused multiply-add torch rounds twice.
+    The arithmetic is that of torch's interpolate(mode="bilinear", align_corners=False): source coordinates are rounded
+    to float32 once, after a fused multiply-add (aten/src/ATen/native/UpSample.h, area_pixel_compute_source_index). At
+    coordinate 500, this rounding moves a pixel by up to 3e-5. On a CPU without fused multiply-add, torch rounds twice.
     """
     length = images.shape[axis]
     if length == size:
@@ -78,7 +77,7 @@ def _interpolate(images: Floats, axis: int, size: int, kept: slice) -> Floats:
 
 
 def preview(latents: NDArray[Any], matrix: NDArray[Any], bias: NDArray[Any]) -> Image.Image:
-    """What latents (C,h,w) or (1,C,h,w) look like, one pixel a cell.
+    """A rough picture of latents (C,h,w) or (1,C,h,w), with one pixel per cell.
 
     Args:
         matrix, bias: (3,C) and (3,), fitted at build: rgb in [-1,1] = matrix @ cell + bias.

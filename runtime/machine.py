@@ -1,4 +1,4 @@
-"""Which machine a result was measured on: enough to tell two apart, nothing that names a person or a host."""
+"""The machine on which a result was measured: enough to tell machines apart, but no names of people or hosts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("ditc", "numpy", "onnx", "torch", "diffusers", "transformers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Processor, operating system and GPUs. Equal machines give equal values."""
+    """Processor, operating system and GPUs. Machines with the same parts give equal values."""
 
     processor: str
     cpus: int
@@ -29,7 +29,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this runs on. GPUs are asked of nvidia-smi, where there is one."""
+    """The machine that this process runs on. GPUs are listed by nvidia-smi, if it is installed."""
     return Machine(
         processor=_processor(),
         cpus=os.cpu_count() or 0,
@@ -39,7 +39,7 @@ def this_machine() -> Machine:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what computes here, the libraries of the backends among it."""
+    """Versions of the installed packages that affect results, including the libraries of the backends."""
     found = {}
     for name in (*PACKAGES, *(package for row in rows() for package in row.packages)):
         try:

@@ -1,8 +1,8 @@
-"""Text to picture over sessions: written once, for every backend and every model family.
+"""Text to picture, written once for all backends and all model families.
 
     Request -> texts -> rows of conditioning (cached) -> DenoiseState -> step() x N -> vae_decoder -> pictures
 
-Progress, previews, cancel, timing and parity are what callers do with `steps(request)`, a generator.
+The loop is the generator `steps(request)`. Callers implement progress, previews, cancelling, timing and parity with it.
 """
 
 # B samples (prompts x num_images_per_prompt, prompt-major), R rows, C latent channels, H/W latent size
@@ -41,11 +41,15 @@ StepCallback = Callable[["Pipeline", int, float, dict[str, Array]], Mapping[str,
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What `steps` yields after each step: 0-based index of total, and the state reached.
+    """What `steps` yields after each step, or after the last step of each launch of several steps.
 
-    Where a session runs several steps in one launch, the last of them is yielded; seconds is the time of the launch
-    (on a GPU: of handing it over).
-    Pictures that exceed the denoiser's batch are drawn in chunks, one after the other.
+    Attributes:
+        index, total: 0-based number of the step, and the number of steps of all chunks together.
+        chunk: index of the state that was stepped. Pictures that do not fit into the denoiser's batch are drawn in
+            chunks, one after the other.
+        timestep: the step's timestep, as the network sees it.
+        state: the state after the step.
+        seconds: how long the launch took. On a GPU, this is only the time to submit the work.
     """
 
     index: int
@@ -58,7 +62,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Pictures and how they were made. images: PIL pictures, (B,H,W,3) floats in [0,1], or (B,C,h,w) latents."""
+    """Pictures, and how they were made.
+
+    Attributes:
+        images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says.
+        seed: the seed of the starting noise, also if it was chosen at random. None if the caller gave a generator or
+            latents, and no seed.
+        seconds: the time for each part of the work: text, denoise, decode.
+    """
 
     images: Any
     seed: int | None
@@ -67,7 +78,7 @@ class Output:
 
 
 class Pipeline:
-    """Runs one bundle. Holds sessions and the text cache, no request: any number may be interleaved."""
+    """Runs one bundle. It holds sessions and the text cache, but no request, so requests can be interleaved."""
 
     def __init__(
         self,
@@ -81,12 +92,13 @@ class Pipeline:
         self.sessions = dict(sessions)
         self.conditioning = conditioning
         self.chosen = chosen
-        self.device: Device | None = None  # the GPU that the engines share, if any
-        self.uncertified = ""  # why parity does not vouch for these artifacts on this machine; "" if it does
-        # Most steps in one launch, where a session can (engines: one CUDA graph of so many steps). None: all of them,
-        # unless a callback wants to see each. A request is cancelled, and a preview drawn, between two launches.
+        self.device: Device | None = None  # the GPU that the engines share; None without engines
+        self.uncertified = ""  # why parity has not certified these artifacts on this machine; "" if it has
+        # Largest number of steps in one launch, for sessions that can run several (engines: as one CUDA graph). None
+        # means all steps. With a callback it is always one. Requests can only be cancelled between two launches, and
+        # previews drawn only then.
         self.steps_per_launch: int | None = None
-        # Set it to another Tiling, or to None to decode in one piece.
+        # May be set to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
         self._closed = False
         self._borrowed: frozenset[str] = frozenset()  # stages whose sessions another pipeline closes
@@ -106,17 +118,19 @@ class Pipeline:
     def load(
         cls, bundle: str | Path, *, options: LoadOptions = DEFAULTS, **changes: Unpack[LoadKeywords]
     ) -> Self:
-        """Open a bundle: check every file it will read, then make the sessions.
+        """Open a bundle: check every file that will be read, then open the sessions.
 
             Pipeline.load("bundle/", backend="onnxruntime", threads=4)
 
         Args:
             options: how to load it.
-            changes: fields of `LoadOptions`, which has what they mean and their defaults; they take the place of those
-                in `options`.
+            changes: fields of `LoadOptions`, which replace those of `options`. `LoadOptions` documents them.
 
         Raises:
-            BundleError, SessionError, UsageError. NumericsError: the self-test failed.
+            BundleError: the bundle is damaged, or not certified although the options require it.
+            SessionError: a stage cannot run on this machine.
+            UsageError: an option is wrong.
+            NumericsError: the self-test failed.
         """
         from ditc.runtime.bundle.certificate import check_certified
         from ditc.runtime.bundle.selftest import first_use
@@ -136,20 +150,20 @@ class Pipeline:
     def with_sessions(
         self, sessions: Mapping[str, Session], *, owned: bool = False, chosen: str | None = None
     ) -> Self:
-        """The same pipeline with other sessions for some stages, text encoders and conditioner among them.
+        """The same pipeline with other sessions for some stages, which may be text encoders or the conditioner.
 
         Args:
-            sessions: by stage; a stage that is not named keeps this pipeline's session.
-            owned: whether `close` of the new pipeline closes them. This pipeline's own sessions it never closes.
-            chosen: what the sessions are, in words; None keeps this pipeline's.
+            sessions: by stage. A stage that is not named keeps this pipeline's session.
+            owned: whether `close` of the new pipeline closes them. It never closes the sessions of this pipeline.
+            chosen: describes the sessions in words; None keeps this pipeline's text.
 
         Raises:
-            UsageError: a stage that this pipeline does not have.
+            UsageError: this pipeline does not have one of the stages.
         """
         if unknown := sessions.keys() - self.sessions.keys():
             raise UsageError(
                 f"the pipeline has no stage {', '.join(sorted(unknown))}",
-                hint=f"take one of {', '.join(sorted(self.sessions))}",
+                hint=f"use one of {', '.join(sorted(self.sessions))}",
             )
         other = type(self)(
             self.manifest,
@@ -169,14 +183,16 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         **arguments: Any,
     ) -> Output:
-        """Draw pictures. Arguments are the fields of `Request`.
+        """Draw pictures. The arguments are the fields of `Request`.
 
         Args:
-            callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}); latents that it returns
-                replace the loop's. What it raises ends the run: diffusers' `_interrupt` is not read.
+            callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}) after each step. Latents that
+                it returns replace those of the loop. To stop the run, raise an exception: unlike in diffusers, setting
+                `_interrupt` has no effect.
 
         Raises:
-            UsageError: before any work. NumericsError: NaN, Inf or a picture of one colour.
+            UsageError: the request is wrong. It is checked before any work is done.
+            NumericsError: NaN, Inf or a picture of one colour.
         """
         return self.draw(make_request(prompt=prompt, **arguments), callback_on_step_end=callback_on_step_end)
 
@@ -187,7 +203,7 @@ class Pipeline:
         on_step: Callable[[Step], None] = lambda step: None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Output:
-        """A whole request: text, loop, decoding. `on_step` watches; `callback_on_step_end` may interfere."""
+        """Draw a whole request. `on_step` only observes each step; `callback_on_step_end` may replace the latents."""
         plan = self.plan(request)
         clock = _Clock()
         states = list(self.start(plan))
@@ -202,21 +218,22 @@ class Pipeline:
         return Output(images=images, seed=plan.seed, seconds=clock.laps, plan=plan)
 
     def steps(self, request: Request) -> Iterator[Step]:
-        """The request's denoising loop as a generator; closing it cancels, and nothing is left behind."""
+        """The request's denoising loop as a generator. Closing it cancels the request and leaves nothing behind."""
         return self.run(self.start(self.plan(request)))
 
     def plan(self, request: Request) -> Plan:
-        """Fill in the defaults and refuse what cannot be served.
+        """Fill in the defaults, and refuse requests that this pipeline cannot draw.
 
         Raises:
-            UsageError: naming the argument, its value and the nearest that works. SessionError: after `close`.
+            UsageError: the message names the argument, its value and one that works.
+            SessionError: the pipeline is closed.
         """
         if self._closed:
             raise SessionError("the pipeline is closed", hint="load the bundle again")
         return make_plan(request, self.drawable)
 
     def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
-        """The states before the first step: one, or several where the pictures exceed the denoiser's batch."""
+        """The states before the first step: one, or several if the denoiser's batch is too small for all pictures."""
         return first_states(plan, self.drawable)
 
     def run(
@@ -226,10 +243,11 @@ class Pipeline:
         *,
         steps_per_launch: int = 1,
     ) -> Iterator[Step]:
-        """Step every state to its end, one state after the other, and yield after each launch.
+        """Run the states to their ends, one state after the other, and yield after each launch.
 
         Args:
-            steps_per_launch: more than 1 where nobody needs the states between; sessions on a CPU run one all the same.
+            steps_per_launch: more than 1 skips the states in between. Sessions that cannot run a loop, such as those on
+                a CPU, run one step in any case.
         """
         total = sum(len(state.schedule) - state.step_index for state in states)
         index = -1
@@ -249,10 +267,10 @@ class Pipeline:
                 )
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
-        """The finished states as pictures in the form that the request asked for.
+        """The pictures of the finished states, in the form that the request asked for.
 
         Raises:
-            NumericsError: the decoder left NaN or Inf, or a picture of one colour.
+            NumericsError: the decoder returned NaN, Inf or a picture of one colour.
         """
         if plan.request.output_type == "latent":
             return np.concatenate([to_numpy(state.latents) for state in states])
@@ -265,17 +283,18 @@ class Pipeline:
         return as_requested(pictures, plan)
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
-        """What the current x0 looks like, through the matrix fitted at build: quick and rough, one per sample."""
+        """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build."""
         if not self.manifest.latents.rgb:
             raise UsageError(
-                "this bundle has no latent-to-RGB matrix", hint="previews need one built with a vae_encoder"
+                "this bundle has no latent-to-RGB matrix",
+                hint="previews need a bundle that was built with a vae_encoder",
             )
         matrix = np.asarray(self.manifest.latents.rgb, np.float32)
         x0 = to_numpy(state.x0 if state.x0 is not None else state.latents)
         return [preview(sample[None], matrix[:, :-1], matrix[:, -1]) for sample in x0]
 
     def close(self) -> None:
-        """Release all sessions that are this pipeline's own."""
+        """Close all sessions that belong to this pipeline, and release its device."""
         self._closed = True
         for name in self.sessions.keys() - self._borrowed:
             self.sessions[name].close()
@@ -301,7 +320,7 @@ class Pipeline:
         latents = np.asarray(returned[LATENTS], np.float32)
         if latents.shape != tuple(state.latents.shape):
             raise UsageError(
-                f"callback_on_step_end returned latents {latents.shape}, the loop's are {state.latents.shape}",
+                f"callback_on_step_end returned latents {latents.shape}, but the loop's are {state.latents.shape}",
                 hint="return an array of the same shape",
             )
         return replace(state, latents=latents)

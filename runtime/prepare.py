@@ -1,7 +1,7 @@
-"""From a request to everything that is decided before the first step: sizes, guidance, noise, text rows, schedule.
+"""Prepares a request: everything that is decided before the first step (sizes, guidance, noise, text rows, schedule).
 
-`make_plan` fills in the bundle's defaults and refuses what it cannot draw, before any work. `first_states` then reads
-the texts, draws the noise and lays out the schedule.
+`make_plan` fills in the bundle's defaults and refuses requests that the bundle cannot draw, before any work is done.
+`first_states` then encodes the texts, draws the noise and computes the schedule.
 """
 
 # B pictures (prompts x num_images_per_prompt, prompt-major), R rows, C latent channels
@@ -31,10 +31,11 @@ from ditc.runtime.vae import check_tiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawable:
-    """What decides which requests a pipeline can draw: its bundle, and the forms of the stages that run here.
+    """What decides which requests a pipeline can draw: its manifest, and the specs of the sessions that it runs.
 
     Attributes:
-        tiling: of the decoder; None decodes in one piece.
+        denoiser, decoder: the specs of the two stages.
+        tiling: how the decoder works in tiles; None decodes in one piece.
     """
 
     manifest: Manifest
@@ -45,7 +46,7 @@ class Drawable:
 
     @property
     def contract(self) -> StepContract:
-        """What the denoiser's step takes."""
+        """The contract of the denoiser's step."""
         return self.manifest.step_contract(self.denoiser)
 
 
@@ -54,9 +55,11 @@ class Plan:
     """A request with every default filled in.
 
     Attributes:
-        drawn_height, drawn_width: pixels that the network draws, before resizing to height and width.
-        guided: whether there are unconditional rows, which read the negative prompt.
-        skip_layer_guidance: None where it is off.
+        height, width: the size of the pictures, in pixels.
+        drawn_height, drawn_width: the size that the network draws, in pixels, before it is resized to height and width.
+        guided: whether there are unconditional rows, which use the negative prompt.
+        seed: None if the caller gave a generator or latents, and no seed.
+        skip_layer_guidance: None if it is off.
     """
 
     request: Request
@@ -75,7 +78,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     """Fill in the bundle's defaults.
 
     Raises:
-        UsageError: naming the argument, its value and the nearest that works.
+        UsageError: the bundle cannot draw this. The message names the argument, its value and one that works.
     """
     check_request(request)
     drawable.conditioning.check_request(request)
@@ -108,14 +111,15 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
 
 
 def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
-    """The states before the first step: one, or several where the pictures exceed the denoiser's batch.
+    """The states before the first step: one, or several if there are more pictures than the denoiser's batch allows.
 
     Raises:
-        UsageError: latents or embeddings that do not fit. NumericsError: a text encoder left NaN or Inf.
+        UsageError: latents or embeddings do not fit.
+        NumericsError: a text encoder returned NaN or Inf.
     """
     request = plan.request
     pictures = request.num_prompts * request.num_images_per_prompt
-    # Samplers that draw noise in every step go on with the stream that drew the starting latents.
+    # Samplers that draw noise in every step continue the stream that the starting latents were drawn from.
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     latents = starting_latents(plan, drawable.manifest, pictures, generator)
     positive = _rows(drawable.conditioning, request, pictures, negative=False)
@@ -132,10 +136,10 @@ def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
 def starting_latents(
     plan: Plan, manifest: Manifest, pictures: int, generator: Generator | Sequence[Generator]
 ) -> Array:
-    """(B,C,H,W) fp32: the caller's own latents, else noise.
+    """The starting latents (B,C,H,W) fp32: those of the caller, or noise.
 
     Raises:
-        UsageError: the caller's latents have another shape, or hold NaN or Inf.
+        UsageError: the caller's latents have the wrong shape, or hold NaN or Inf.
     """
     latent = manifest.latents
     cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
@@ -145,16 +149,16 @@ def starting_latents(
     try:
         given = np.asarray(plan.request.latents, np.float32)
     except (TypeError, ValueError) as e:
-        raise UsageError(f"latents are no array: {e}", hint=f"pass an array of {shape}") from e
+        raise UsageError(f"latents are not an array: {e}", hint=f"pass an array of shape {shape}") from e
     if given.shape != shape:
         raise UsageError(
-            f"latents are {given.shape}, this request needs {shape}",
-            hint="pass (pictures, channels, height, width) in latent cells of the drawn size",
+            f"latents have shape {given.shape}, but this request needs {shape}",
+            hint="pass an array (pictures, channels, height, width), with the drawn size in latent cells",
         )
     if not np.isfinite(given).all():
         raise UsageError(
             f"latents have {np.count_nonzero(~np.isfinite(given))} values that are NaN or Inf",
-            hint="pass finite ones, or a seed",
+            hint="pass finite latents, or a seed instead",
         )
     return given
 
@@ -167,9 +171,9 @@ def _first_state(
     negative: Sequence[Mapping[str, Array]],
     generator: Generator | Sequence[Generator],
 ) -> DenoiseState:
-    """The state of as many pictures as there are latents, with one row of conditioning for each."""
+    """The state of B pictures, from one row of conditioning per picture."""
     batch, contract, skip = latents.shape[0], drawable.contract, plan.skip_layer_guidance
-    rows = [*negative, *positive, *(positive if skip is not None else [])]  # diffusers' order
+    rows = [*negative, *positive, *(positive if skip is not None else [])]  # the order of diffusers
     steps = plan.num_inference_steps
     table = coefficient_table(drawable.manifest.scheduler, steps, columns=contract.columns)
     guidance = guidance_feeds(contract, batch, plan.guidance_scale, skip, steps)
@@ -197,6 +201,6 @@ def _first_state(
 def _rows(
     conditioning: Conditioning, request: Request, pictures: int, *, negative: bool
 ) -> list[Mapping[str, Array]]:
-    """One row of conditioning for each picture."""
+    """One row of conditioning per picture."""
     rows = conditioning.rows(request, negative=negative)
     return [row for row in rows for _ in range(pictures // len(rows))]

@@ -1,4 +1,4 @@
-"""A file of prompts: one a line, UTF-8; blank lines and lines that start with # are skipped."""
+"""Reads files of prompts: UTF-8, one prompt per line. Blank lines and lines that start with # are skipped."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in order; "-" is stdin.
 
     Raises:
-        UsageError: it cannot be read, or holds none.
+        UsageError: the file cannot be read, or holds no prompts.
     """
     return [prompt for _, prompt in numbered_prompts(path)]
 
 
 def numbered_prompts(path: Path) -> list[tuple[int, str]]:
-    """As `read_prompts`, each with the number of its line.
+    """Like `read_prompts`, with the line number of each prompt.
 
     Raises:
-        UsageError: it cannot be read, or holds none.
+        UsageError: the file cannot be read, or holds no prompts.
     """
     try:
         data = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
     except OSError as e:
         raise UsageError(
-            f"cannot read prompts from {path}: {e.strerror or e}", hint="one prompt a line, UTF-8"
+            f"cannot read prompts from {path}: {e.strerror or e}",
+            hint="pass a UTF-8 file with one prompt per line",
         ) from e
-    # Not splitlines: it also splits at form feeds and other characters that a prompt may have copied along.
+    # Not splitlines, which also splits at form feeds and other characters that a copied prompt may contain.
     lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
     stripped = [(number, _decode(line, path, number).strip()) for number, line in lines]
     prompts = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     if not prompts:
-        raise UsageError(f"{path} holds no prompts", hint="write one prompt a line; # begins a comment")
+        raise UsageError(f"{path} holds no prompts", hint="write one prompt per line; # begins a comment")
     return prompts
 
 

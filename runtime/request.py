@@ -1,4 +1,4 @@
-"""What a caller asks for, checked before any work begins. Names and defaults are diffusers'."""
+"""What a caller asks for, checked before any work begins. Names and defaults are those of diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
-# Arguments of diffusers that ask for what is done anyway, and how they do.
+# Arguments of diffusers that are accepted only with these values, which ask for what ditc does anyway.
 IMPLIED = {"return_dict": (True,), "callback_on_step_end_tensor_inputs": (["latents"], ("latents",))}
 
 
@@ -29,19 +29,20 @@ class Request:
     """One call of the pipeline. None means the bundle's default.
 
     Attributes:
-        prompt: one or several texts; None when prompt_embeds are given.
-        negative_prompt: one text for all, or one a prompt; used when guidance_scale > 1.
-        prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the second and third text encoder;
-            where they are left out, every encoder reads the first.
-        num_inference_steps, guidance_scale: of every picture of this request.
-        height, width: pixels. seed, generator: the starting noise; a list holds one generator a picture.
+        prompt: one or several texts; None if prompt_embeds are given.
+        negative_prompt: one text for all prompts, or one per prompt. It is used if guidance_scale > 1.
+        prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the second and third text encoder.
+            An encoder without a text of its own reads the first.
+        num_inference_steps, guidance_scale: apply to every picture of this request.
+        height, width: the size of the pictures, in pixels.
+        seed, generator: what the starting noise is drawn from. A list holds one generator per picture.
         latents: (B,C,H,W) fp32 starting latents, instead of noise.
         prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, negative_*: (prompts, S, D) fp32, (prompts, S) and
-            (prompts, P), instead of texts; the last two where the model takes them.
-        skip_layer_guidance_scale, _start, _stop: guidance away from a network with layers left out, and the fractions
-            of the steps between which it acts; 0 turns it off.
-        use_resolution_binning: draw at the nearest trained size, then resize and crop to the asked one.
-        allow_uniform: a picture of one colour warns instead of raising.
+            (prompts, P), instead of texts. Mask and pooled embeddings are given only if the model takes them.
+        skip_layer_guidance_scale, _start, _stop: strength of the guidance away from the network with skipped layers (0
+            turns it off), and the fractions of all steps between which it acts.
+        use_resolution_binning: draw at the nearest trained size, then resize and crop to height and width.
+        allow_uniform: warn about a picture of one colour instead of raising an error.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -73,7 +74,7 @@ class Request:
 
     @property
     def prompts(self) -> list[str]:
-        """The texts as a list; empty when embeddings are given."""
+        """The texts as a list, which is empty if embeddings are given."""
         if self.prompt is None:
             return []
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
@@ -84,11 +85,11 @@ class Request:
 
     @property
     def negative_prompts(self) -> list[str]:
-        """One negative text a prompt; None is the empty text."""
+        """One negative text per prompt; None means the empty text."""
         return self._one_each(self.negative_prompt)
 
     def texts(self, encoders: int, *, negative: bool) -> list[tuple[str, ...]]:
-        """For each prompt, the texts that its encoders read; an empty one stands for the first, as in diffusers."""
+        """Per prompt, the text that each encoder reads. An empty one stands for the first text, as in diffusers."""
         first = self.negative_prompts if negative else self.prompts
         others = [self._one_each(text) for text in self.further_texts(negative=negative).values()]
         return [
@@ -97,12 +98,12 @@ class Request:
         ]
 
     def further_texts(self, *, negative: bool) -> dict[str, str | Sequence[str] | None]:
-        """The texts for the second encoder and on, by argument."""
+        """The texts for the second and third encoder, by name of the argument."""
         names = [f"{'negative_' if negative else ''}prompt_{number}" for number in (2, 3)]
         return {name: getattr(self, name) for name in names}
 
     def embeds(self, *, negative: bool) -> dict[str, Array]:
-        """The embeddings that are given instead of texts, by argument without its negative_."""
+        """The embeddings that are given instead of texts, by name of the argument without the prefix negative_."""
         names = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
         found = {name: getattr(self, f"negative_{name}" if negative else name) for name in names}
         return {name: array for name, array in found.items() if array is not None}
@@ -114,17 +115,16 @@ class Request:
 
 
 def make_request(**arguments: Any) -> Request:
-    """A request from a caller's keyword arguments; those of diffusers that change nothing are taken too.
+    """A request from a caller's keyword arguments. Arguments of diffusers that change nothing are accepted too.
 
     Raises:
-        UsageError: an argument that a request does not have, with the nearest that it has.
+        UsageError: a request has no such argument; the hint names the most similar one. Or an argument of diffusers has
+            a value that is not supported.
     """
     known = [field.name for field in fields(Request)]
     for name, value in arguments.items():
         if name in IMPLIED and value not in IMPLIED[name]:
-            raise UsageError(
-                f"{name} is {value!r:.80}, here it is always {IMPLIED[name][0]}", hint="leave it out"
-            )
+            raise UsageError(f"{name} is {value!r:.80}, but must be {IMPLIED[name][0]}", hint="leave it out")
         if name not in known and name not in IMPLIED:
             close = get_close_matches(name, known, n=1)
             raise UsageError(
@@ -135,10 +135,10 @@ def make_request(**arguments: Any) -> Request:
 
 
 def check_request(request: Request) -> None:
-    """Refuse what no bundle can serve.
+    """Refuse a request that no bundle can draw.
 
     Raises:
-        UsageError: naming the argument and its value.
+        UsageError: the message names the argument and its value.
     """
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
@@ -156,32 +156,32 @@ def check_request(request: Request) -> None:
     if len(request.negative_prompts) != request.num_prompts:
         raise UsageError(
             f"{len(request.negative_prompts)} negative prompts for {request.num_prompts} prompts",
-            hint="pass one negative_prompt for all, or one for each",
+            hint="pass one negative_prompt for all prompts, or one per prompt",
         )
     for name, texts in further.items():
         if texts is not None and not isinstance(texts, str) and len(texts) != request.num_prompts:
             raise UsageError(
                 f"{name} holds {len(texts)} texts for {request.num_prompts} prompts",
-                hint="pass one for all, or one for each",
+                hint="pass one text for all prompts, or one per prompt",
             )
     _check_embeds(request)
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
-        raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="take at least 1 step")
+        raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="pass at least 1")
     for name, pixels in (("height", request.height), ("width", request.width)):
         if pixels is not None and pixels < 1:
             raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
     if request.num_images_per_prompt < 1:
-        raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="take at least 1")
+        raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="pass at least 1")
     if request.seed is not None and request.generator is not None:
-        raise UsageError("seed and generator are both given", hint="pass one of them")
+        raise UsageError("seed and generator are both given", hint="pass only one of them")
     generators = [request.generator] if isinstance(request.generator, Generator | None) else request.generator
     if not isinstance(generators, Sequence) or not all(isinstance(g, Generator | None) for g in generators):
         raise UsageError(
             f"generator is {request.generator!r:.80}",
-            hint="pass ditc.runtime.rng.Generator(seed): it draws what torch's CPU generator draws",
+            hint="pass ditc.runtime.Generator(seed), which draws what torch's CPU generator draws",
         )
     if request.output_type not in ("pil", "np", "latent"):
-        raise UsageError(f"output_type is {request.output_type!r}", hint='take "pil", "np" or "latent"')
+        raise UsageError(f"output_type is {request.output_type!r}", hint='pass "pil", "np" or "latent"')
 
 
 def _check_numbers(request: Request) -> None:
@@ -204,7 +204,7 @@ def _check_arrays(request: Request) -> None:
             if not getattr(array, "ndim", 0):
                 raise UsageError(
                     f"{'negative_' if negative else ''}{name} is {array!r:.80}",
-                    hint="pass a numpy array with one row for each prompt",
+                    hint="pass a numpy array with one row per prompt",
                 )
 
 
@@ -222,20 +222,21 @@ def _check_embeds(request: Request) -> None:
         for name, array in given.items():
             if array.shape[0] != request.num_prompts:
                 raise UsageError(
-                    f"{sign}{name} hold {array.shape[0]} rows for {request.num_prompts} prompts",
-                    hint="pass one row for each prompt",
+                    f"{sign}{name} has {array.shape[0]} rows for {request.num_prompts} prompts",
+                    hint="pass one row per prompt",
                 )
         further = [name for name, texts in request.further_texts(negative=negative).items() if texts]
         if given and further:
             raise UsageError(
-                f"{further[0]} and {sign}{next(iter(given))} are both given", hint="pass texts or embeddings"
+                f"{further[0]} and {sign}{next(iter(given))} are both given",
+                hint="pass either texts or embeddings",
             )
         embeds, mask = given.get("prompt_embeds"), given.get("prompt_attention_mask")
         if embeds is None:
             continue
         if embeds.ndim != 3 or (mask is not None and embeds.shape[:2] != mask.shape):
-            beside = "" if mask is None else f", {sign}prompt_attention_mask is {tuple(mask.shape)}"
+            beside = "" if mask is None else f", {sign}prompt_attention_mask has {tuple(mask.shape)}"
             raise UsageError(
-                f"{sign}prompt_embeds is {tuple(embeds.shape)}{beside}",
-                hint="the mask is (prompts, tokens), the embeds (prompts, tokens, channels)",
+                f"{sign}prompt_embeds has shape {tuple(embeds.shape)}{beside}",
+                hint="pass embeds of shape (prompts, tokens, channels) and a mask of shape (prompts, tokens)",
             )

@@ -1,11 +1,12 @@
-"""The noise that torch's CPU generator draws, in numpy: the same seed starts from the same latents.
+"""The noise that torch's CPU generator draws, in numpy, so that equal seeds give equal starting latents.
 
-What torch 2.13 does (aten/src/ATen/core/MT19937RNGEngine.h, DistributionsHelper.h and
-native/cpu/DistributionTemplates.h): a Mersenne Twister seeded with the low 32 bits of the seed, and
-Box-Muller in one of two ways. From 16 values on, float32 uniforms of 24 bits fill the tensor and are
-transformed in place in groups of 16 (cosines of 8 pairs, then their sines); when the size is no multiple of
-16, the last 16 values are drawn again. Below 16, float64 pairs, whose second normal is kept for the next such
-draw.
+torch 2.13 (aten/src/ATen/core/MT19937RNGEngine.h, DistributionsHelper.h and native/cpu/DistributionTemplates.h) seeds a
+Mersenne Twister with the low 32 bits of the seed, and uses the Box-Muller transform in one of two ways:
+
+    16 values or more   float32 uniforms of 24 bits fill the tensor and are transformed in place in groups of 16: the
+                        cosines of 8 pairs, then their sines. If the size is not a multiple of 16, the last 16 values
+                        are drawn again.
+    fewer than 16       float64 pairs. The second normal of a pair is kept for the next draw of this kind.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _TWO_PI = np.float32(2 * math.pi)
 
 
 class Generator:
-    """A stream of normal values, torch.Generator("cpu").manual_seed(seed)'s; it remembers how far it is.
+    """The normal values of torch.Generator("cpu").manual_seed(seed). Each draw continues where the last one ended.
 
     Args:
-        seed: from -2**63 to 2**64 - 1, as torch takes it.
+        seed: from -2**63 to 2**64 - 1, like torch's.
 
     Raises:
-        UsageError: a seed outside that range.
+        UsageError: the seed is outside that range.
     """
 
     def __init__(self, seed: int) -> None:
@@ -38,16 +39,16 @@ class Generator:
             raise UsageError(f"seed is {seed}", hint="pass a seed from -2**63 to 2**64 - 1")
         self.seed = seed
         self._engine = np.random.MT19937()
-        # RandomState seeds with init_genrand of the reference Mersenne Twister, as torch does; MT19937(seed)
-        # hashes the seed first.
+        # RandomState seeds with init_genrand of the reference Mersenne Twister, as torch does. MT19937(seed) would hash
+        # the seed first.
         state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
         self._engine.state = state
         self._second_normal: float | None = None
 
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
-        """torch.randn(shape, generator=...) within 1e-6: torch's log, sin and cos are an ulp off numpy's.
+        """torch.randn(shape, generator=...) to within 1e-6; log, sin and cos of torch and numpy differ by one ulp.
 
-        Within 4e-6 of torch on a CPU without AVX2, where its angle is rounded in another place.
+        On a CPU without AVX2, torch rounds the angle in another place, and the difference is up to 4e-6.
         """
         size = math.prod(shape)
         values = self._fill(size) if size >= _GROUP else self._one_by_one(size)
@@ -84,7 +85,7 @@ class Generator:
 
 
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normals from (16 n,) uniforms, each step rounded to float32 as in torch."""
+    """Normal values from uniforms (16 n,). Each operation is rounded to float32, as in torch."""
     pairs = uniforms.reshape(-1, 2, _GROUP // 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - pairs[:, 0]))
     angle = _TWO_PI * pairs[:, 1]
@@ -98,16 +99,16 @@ def randn_latents(shape: Sequence[int], generator: Generator | Sequence[Generato
     """Starting latents (B, ...), as diffusers' randn_tensor draws them.
 
     Args:
-        generator: one for the whole batch, or a sequence of B, one a picture.
+        generator: one for the whole batch, or a sequence of B generators, one per picture.
 
     Raises:
-        UsageError: a sequence whose length is not B.
+        UsageError: the sequence has another length than B.
     """
     if isinstance(generator, Generator):
         return generator.randn(shape)
     if len(generator) != shape[0]:
         raise UsageError(
             f"{len(generator)} generators for {shape[0]} pictures",
-            hint="pass one generator, or one for each picture",
+            hint="pass one generator for all pictures, or one per picture",
         )
     return np.concatenate([one.randn((1, *shape[1:])) for one in generator])

@@ -1,8 +1,9 @@
-"""The text rows of a batch, one behind the other in one tensor for each name; a request's rows are copied once.
+"""The text rows of a batch, stacked in one tensor per name. The rows of a request are copied once, when it joins.
 
-A row of a large model's conditioning is 54 to 161 MB, so a change of members must not copy those that stay: a request
-that joins is written into the place of one that left, or behind the last; a gap is closed with the last request of the
-same size. The order of the rows means nothing to a denoiser, since `row_of` says whose they are.
+A row of a large model's conditioning has 54 to 161 MB, so the rows of requests that stay must not be copied when others
+join or leave. A request that joins is written into the gap of one that left, or after the last one. A gap that remains
+is closed with the last request if that has the same number of rows; otherwise the requests after the gap are rewritten.
+The order of the rows does not matter to the denoiser, because `row_of` says to which sample each row belongs.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class _Member:
 
 
 class RowStack:
-    """Rows of conditioning of several requests, where the session reads them.
+    """Rows of conditioning of several requests, in the session's memory.
 
     Attributes:
-        tensors: by name, (R, ...) with R = size; they change only when members do.
-        size: how many rows are in use.
+        tensors: by name, (R, ...) with R = size. They change only when requests join or leave.
+        size: the number of rows in use.
     """
 
     def __init__(self, session: Session) -> None:
@@ -47,17 +48,18 @@ class RowStack:
         self._capacity = 0
 
     def place(self, wanted: Sequence[Rows]) -> list[int]:
-        """Make these rows, and no others, the stack's; returns where each of them starts.
+        """Make the stack hold exactly these rows, and return the index at which each of them starts.
 
         Raises:
-            UsageError: rows that cannot lie in one tensor, such as texts of different lengths.
+            UsageError: the rows do not fit in one tensor, for example because texts differ in length, or a request is
+                given twice.
         """
         known = {member.rows: member for member in self._members}
         if len(known) != len(wanted) or any(rows not in known for rows in wanted):
             try:
                 self._change(wanted)
             except BaseException:
-                self.__init__(self._session)  # type: ignore[misc]  # nothing half-changed stays
+                self.__init__(self._session)  # type: ignore[misc]  # a stack that is half changed must not stay
                 raise
             known = {member.rows: member for member in self._members}
         return [known[rows].start for rows in wanted]
@@ -70,7 +72,7 @@ class RowStack:
         members = [member for member in self._members if member.rows in unique]
         holes = _holes(members)
         new = [_Member(rows, -1) for rows in unique if all(rows is not m.rows for m in members)]
-        for member in new:  # into the place of one that left
+        for member in new:  # take the gap of a request that left
             hole = next((hole for hole in holes if hole[1] == member.count), None)
             if hole is not None:
                 holes.remove(hole)
@@ -88,7 +90,7 @@ class RowStack:
         self.tensors = {name: narrow(buffer, 0, self.size) for name, buffer in self._buffers.items()}
 
     def _grow(self, kept: Sequence[_Member], needed: int, example: Rows) -> None:
-        """Buffers for at least so many rows, with what is kept where it was."""
+        """Make room for at least `needed` rows. The rows that are kept stay at their places."""
         if needed <= self._capacity and _fits(self._buffers, example):
             return
         most = self._session.spec.profile[ROWS].max if ROWS in self._session.spec.profile else needed
@@ -106,7 +108,7 @@ class RowStack:
             assign(self._buffers[name], start, tensor)
 
     def _close_gaps(self) -> None:
-        """Move the last members into gaps; where sizes do not fit, lay the members behind the gap anew."""
+        """Move the last member into each gap. If its size differs, rewrite all members after the gap instead."""
         while holes := _holes(self._members):
             start, count = holes[0]
             last = self._members[-1]
@@ -123,7 +125,7 @@ class RowStack:
 
 
 def _holes(members: Sequence[_Member]) -> list[tuple[int, int]]:
-    """(start, count) of the gaps before and between members, which are in the order of their starts."""
+    """(start, count) of the gaps before and between members, which are sorted by their starts."""
     holes, end = [], 0
     for member in members:
         if member.start > end:
@@ -146,6 +148,6 @@ def _check_shapes(rows: Sequence[Rows]) -> None:
             if shape != tuple(tensor.shape[1:]):
                 raise UsageError(
                     f"requests whose {name} differ in size cannot be stepped together: "
-                    f"request 0 has {tuple(tensor.shape[1:])} for each row, request {index} {shape}",
-                    hint="pad their texts to one number of tokens, or step them in batches of their own",
+                    f"request 0 has {tuple(tensor.shape[1:])} per row, request {index} {shape}",
+                    hint="pad their texts to the same number of tokens, or step them in separate batches",
                 )

@@ -1,4 +1,4 @@
-"""Picture sizes: which of the trained sizes serves a request, and which sizes a denoiser was built for."""
+"""Picture sizes: the trained size that is nearest to a request, and the sizes that a denoiser was built for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ditc.runtime.step_contract import HEIGHT, WIDTH
 
 
 def classify(height: int, width: int, bins: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) of the bin whose aspect ratio is nearest; the size itself where there are no bins.
+    """The (height, width) of the bin with the nearest aspect ratio, or the size itself if there are no bins.
 
-    Bins are compared by their ratio to two decimals, and the first of two equally near ones is taken: that is
-    what diffusers' classify_height_width_bin (0.42.1) does, whose tables are keyed so.
+    The ratios of bins are rounded to two decimals, and of two equally near bins the first is taken. This is what
+    diffusers' classify_height_width_bin (0.42.1) does, because its tables have these ratios as keys.
     """
     if not bins:
         return height, width
@@ -26,7 +26,7 @@ def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, de
     """Refuse a picture size that the denoiser was not built for.
 
     Raises:
-        UsageError: with the size, the step and the range, and the nearest size that works.
+        UsageError: the message names the size, the step and the range, and the hint the nearest size that works.
     """
     for name, dimension, value in (("height", HEIGHT, height), ("width", WIDTH, width)):
         cells = spec.profile[dimension]

@@ -1,7 +1,7 @@
-"""The vocabulary that every part shares: what a tensor, a profile and a stage promise.
+"""The vocabulary that all parts share: element types, precisions, backends, and the specs of tensors and stages.
 
-A dimension is an int (fixed) or a str (named and dynamic). Dimensions of one stage that bear the same
-name are equal at run time; a Profile bounds each name.
+A dimension is an int (fixed) or a str (named and dynamic). Dimensions of one stage that have the same name are equal at
+run time, and the stage's profile bounds each name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class DType(StrEnum):
-    """Element types that cross a stage boundary. numpy has no bfloat16: it travels as its uint16 bits."""
+    """Element types of tensors between stages. numpy has no bfloat16: such a tensor is a uint16 array of its bits."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -23,7 +23,7 @@ class DType(StrEnum):
 
 
 class Precision(StrEnum):
-    """What the weights and GEMMs of a stage are computed in. fp32 means fp32: TF32 is a precision of its own."""
+    """Precision of a stage's weights and matrix products. FP32 never uses TF32, which is a precision of its own."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -37,13 +37,14 @@ SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
 
 
 class Backend(str):
-    """Name of a library that can execute a stage, as manifests and `--backend` write it.
+    """Name of a library that can run a stage, as manifests and `--backend` write it.
 
-    Which backends there are is the registry's to say (runtime/sessions/registry.py). A manifest may name one that this
-    version of ditc does not know. Equal names are one object, so `is` compares them like members of an enumeration.
+    The backends of this version of ditc are listed in runtime/sessions/registry.py; a manifest may name another one.
+    Equal names are one object, so they can be compared with `is`, like the members of an enum.
 
     Raises:
-        ValueError: the name is not made of lower-case letters, digits and hyphens; it becomes a part of file names.
+        ValueError: the name has other characters than lower-case letters, digits and single hyphens. It becomes part
+            of file names.
     """
 
     __slots__ = ()
@@ -56,13 +57,13 @@ class Backend(str):
     def __new__(cls, name: str) -> Backend:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
             raise ValueError(
-                f"{name!r:.60} is not a backend's name: letters a to z, digits and single hyphens"
+                f"{name!r:.60} is not a backend's name: use letters a to z, digits and single hyphens"
             )
         return cls._names.setdefault(str(name), super().__new__(cls, name))
 
     @property
     def value(self) -> str:
-        """The name as plain text, as members of an enumeration give it."""
+        """The name as plain text, like the value of an enum member."""
         return str(self)
 
 
@@ -92,7 +93,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Smallest, most likely and largest value of a named dimension; multiple_of is the step between."""
+    """Smallest, most likely and largest value of a named dimension. Every value is a multiple of multiple_of."""
 
     min: int
     opt: int
@@ -105,9 +106,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """What one stage takes and gives, and inside which sizes.
+    """The inputs and outputs of one stage, and the sizes that it accepts.
 
-    profile maps every named dimension of inputs and outputs to its Range, except names derived inside the graph.
+    Attributes:
+        profile: the Range of every named dimension, except dimensions that the graph computes by itself.
     """
 
     name: str
@@ -116,16 +118,16 @@ class StageSpec:
     profile: dict[str, Range]
 
     def input(self, name: str) -> TensorSpec:
-        """The input of that name. Raises KeyError."""
-        return next_named(self.inputs, name)
+        """The input with this name. Raises KeyError if there is none."""
+        return spec_named(self.inputs, name)
 
     def output(self, name: str) -> TensorSpec:
-        """The output of that name. Raises KeyError."""
-        return next_named(self.outputs, name)
+        """The output with this name. Raises KeyError if there is none."""
+        return spec_named(self.outputs, name)
 
 
-def next_named(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
-    """The spec of that name. Raises KeyError with the names there are."""
+def spec_named(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    """The spec with this name. Raises KeyError, which lists the names, if there is none."""
     for spec in specs:
         if spec.name == name:
             return spec

@@ -1,7 +1,7 @@
-"""One request's position in its own schedule, as a value.
+"""The state of one request between two denoising steps, as a value.
 
-Nothing of it lives in a session, so states may be interleaved, stacked, replaced from outside (teacher forcing,
-image-to-image, inpainting) or dropped at any moment.
+Sessions keep nothing of a request. Its state can therefore be interleaved or stacked with others, replaced from outside
+(teacher forcing, image-to-image, inpainting) or dropped at any moment.
 """
 
 # B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
@@ -27,10 +27,10 @@ from ditc.runtime.step_contract import (
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What the network's rows are conditioned on; constant over a request. Compared by identity.
+    """The conditioning of the network's rows, which is constant over a request. Instances are compared by identity.
 
     Attributes:
-        row_of: (R,) int64, the sample each row belongs to.
+        row_of: (R,) int64, the sample to which each row belongs.
         conditioning: named tensors with R rows.
     """
 
@@ -39,7 +39,7 @@ class Rows:
     _first: dict[int, Rows] = field(default_factory=dict, repr=False)
 
     def first(self, count: int) -> Rows:
-        """The first rows; the same object every time, so that a device is sent their tensors once."""
+        """The first `count` rows. The object is the same every time, so that its tensors are sent to a device once."""
         if count == len(self.row_of):
             return self
         if count not in self._first:
@@ -53,12 +53,14 @@ class DenoiseState:
     """One request between two steps.
 
     Attributes:
-        latents: (B,C,H,W) fp32. history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
-        schedule: per step, the small host feeds: timestep (B,), guidance_weights (B,R), coefficients (B,K) and
-            whatever else the contract of the step asks for. R may differ from step to step.
-        rows: the conditioning of the step with most rows; a step takes the first R of them.
-        step_index: steps done. x0: of the step just done. stats: (B,2) of it, or (S,B,2) of the S steps that were
-            done in one launch.
+        latents: (B,C,H,W) fp32.
+        history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
+        schedule: the small inputs of each step, on the host: timestep (B,), guidance_weights (B,R), coefficients (B,K)
+            and whatever else the step contract requires. R may differ from step to step.
+        rows: the conditioning for the step with the most rows. A step with R rows takes the first R of them.
+        step_index: how many steps are done.
+        x0: (B,C,H,W) fp32, what the last step predicted.
+        stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
         generator: the random stream for samplers that draw noise in every step.
     """
 
@@ -77,40 +79,40 @@ class DenoiseState:
 
     @property
     def step_feeds(self) -> Mapping[str, Array]:
-        """What differs from step to step, for the next step."""
+        """The inputs of the next step that differ from step to step."""
         return self.schedule[self.step_index]
 
     @property
     def active_rows(self) -> Rows:
-        """The rows of the next step: the first ones, as many as it has guidance weights for."""
+        """The rows of the next step: the first ones, one for each of its guidance weights."""
         return self.rows.first(self.row_count(self.step_index))
 
     def row_count(self, step: int) -> int:
-        """How many rows a step has."""
+        """The number of rows of a step."""
         return int(self.schedule[step][GUIDANCE_WEIGHTS].shape[1])
 
     def constant_feeds(self) -> dict[str, Tensor]:
-        """What the denoiser is fed for the next step and no schedule holds."""
+        """The inputs of the next step that the schedule does not hold."""
         rows = self.active_rows
         return {LATENTS: self.latents, HISTORY: self.history, ROW_OF: rows.row_of, **rows.conditioning}
 
     def feeds(self) -> dict[str, Tensor]:
-        """Everything that the denoiser is fed for the next step, except noise."""
+        """All inputs of the next step, except noise."""
         return {**self.constant_feeds(), **self.step_feeds}
 
     def draw_noise(self) -> Array:
-        """(B,C,H,W) fp32 fresh noise from the request's own stream.
+        """Fresh noise (B,C,H,W) fp32 from the request's own stream.
 
         Raises:
             ValueError: the state has no generator.
         """
         if self.generator is None:
-            raise ValueError("this sampler draws noise in every step: the state needs a generator")
+            raise ValueError("this sampler draws noise in every step, but the state has no generator")
         return randn_latents(tuple(self.latents.shape), self.generator)
 
     def advanced(self, outputs: Mapping[str, Tensor], count: int = 1) -> DenoiseState:
-        """The state after `count` steps, with what the last of them left behind."""
-        return DenoiseState(  # not replace(): this is on the way of every step
+        """The state after `count` steps, whose last one returned `outputs`."""
+        return DenoiseState(  # not replace(), which is slower, and every step comes through here
             latents=outputs[NEXT_LATENTS],
             history=outputs[NEXT_HISTORY],
             schedule=self.schedule,

@@ -1,13 +1,13 @@
-"""The contract of a denoising step: what the denoiser takes and gives, by name, and what its coefficients mean.
+"""The contract of a denoising step: the names of a denoiser's inputs and outputs, and what its coefficients mean.
 
-A denoiser is one whole solver step. The exporter builds it to this contract, the manifest states the guidance mode, and
-everything that prepares, runs or checks a step reads the names here.
+A denoiser computes one whole solver step. The exporter builds it to this contract, the manifest states its guidance
+mode, and all code that prepares, runs or checks a step takes the names from here.
 
     pred  = sum_r guidance_weights[b,r] * network(c_in * latents[row_of[r]], timestep, [guidance], row r)
     x0    = a * latents + b * pred
     next  = cx * latents + c0 * x0 + sum_k h_k * history_k + [cn * noise]
 
-history_k is the x0 of k steps ago. A solver is a table with one row for each step and one column for each coefficient.
+history_k is the x0 of k steps ago. A solver is a table with one row per step and one column per coefficient.
 """
 
 # B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
@@ -19,16 +19,16 @@ from enum import StrEnum
 
 from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
-# Inputs. Those in brackets above are there only where the denoiser needs them.
+# Inputs. Those in brackets above exist only in denoisers that need them.
 LATENTS = "latents"  # (B,C,H,W) fp32
-ROW_OF = "row_of"  # (R,) int64: the sample that each row of the network belongs to
-TIMESTEP = "timestep"  # (B,) fp32, as the network sees it
+ROW_OF = "row_of"  # (R,) int64: the sample to which each row of the network belongs
+TIMESTEP = "timestep"  # (B,) fp32, after timestep_scale, as the network sees it
 GUIDANCE_WEIGHTS = "guidance_weights"  # (B,R) fp32
 COEFFICIENTS = "coefficients"  # (B,K) fp32
 HISTORY = "history"  # (B,P,C,H,W) fp32, newest x0 first, zeros at the start
-NOISE = "noise"  # (B,C,H,W) fp32, fresh in every step
-GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that have it as an embedding
-SKIP_GATE = "skip_gate"  # (R,) fp32: 1 for rows of the network that leave some layers out
+NOISE = "noise"  # (B,C,H,W) fp32, drawn anew for every step
+GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that embed it
+SKIP_GATE = "skip_gate"  # (R,) fp32: 1 for rows that skip some of the network's layers
 
 # Outputs, all fp32.
 NEXT_LATENTS = "next_latents"
@@ -37,16 +37,16 @@ NEXT_HISTORY = "next_history"
 STATS = "stats"  # (B,2): how many values of x0 are not finite, and the largest finite magnitude
 STATS_SIZE = 2
 
-# What the outputs of one step are in the next step.
+# Outputs of one step, and the inputs that they become in the next step.
 CARRY = {NEXT_LATENTS: LATENTS, NEXT_HISTORY: HISTORY}
 
-# Inputs with one value for each row of the network; the others have one for each sample.
+# Inputs with one value per row of the network; the other small inputs have one value per sample.
 PER_ROW = frozenset({ROW_OF, SKIP_GATE})
 
-# The network alone, without the step around it.
+# The output of the network alone, without the step around it.
 PREDICTION = "prediction"
 
-# Names of dimensions, those of the stages around the denoiser included.
+# Names of dimensions, including those of the stages before and after the denoiser.
 BATCH = "batch"
 ROWS = "rows"
 HEIGHT = "height"  # in latent cells
@@ -63,9 +63,10 @@ class GuidanceMode(StrEnum):
     """How guidance_scale reaches a denoiser.
 
     Attributes:
-        CFG: as weights of unconditional and conditional rows (arXiv 2207.12598); a negative prompt has an effect.
-        EMBEDDED: as an input of the network, which was distilled with it; one row for each sample.
-        NONE: not at all; one row for each sample.
+        CFG: classifier-free guidance (arXiv 2207.12598). guidance_scale sets the weights of unconditional and
+            conditional rows, and a negative prompt has an effect.
+        EMBEDDED: guidance_scale is an input of the network, which was distilled with it. There is one row per sample.
+        NONE: the denoiser does not use guidance_scale. There is one row per sample.
     """
 
     CFG = "cfg"
@@ -74,7 +75,7 @@ class GuidanceMode(StrEnum):
 
 
 def history_column(steps_ago: int) -> str:
-    """The name of the coefficient of the x0 of so many steps ago, 1 or more."""
+    """The name of the coefficient for the x0 of `steps_ago` steps ago, which is 1 or more."""
     return f"h{steps_ago}"
 
 
@@ -92,7 +93,7 @@ class StepContract:
         history_length: P, how many earlier x0 the update reads.
         noise: whether the update adds fresh noise, as stochastic samplers do.
         guidance: how guidance_scale reaches the network.
-        skip_gate: whether some rows may leave layers out (skip-layer guidance).
+        skip_gate: whether rows may skip layers, as skip-layer guidance needs.
     """
 
     history_length: int = 1
@@ -102,7 +103,7 @@ class StepContract:
 
     @classmethod
     def of(cls, spec: StageSpec, guidance: GuidanceMode) -> StepContract:
-        """The contract that a denoiser's spec and its manifest state."""
+        """The contract of a denoiser, from its spec and from the guidance mode in its manifest."""
         names = {tensor.name for tensor in spec.inputs}
         length = spec.input(HISTORY).shape[1] if HISTORY in names else 0
         assert isinstance(length, int)
@@ -119,7 +120,8 @@ class StepContract:
         """The inputs of the whole step, in the order in which the exported module takes them.
 
         Args:
-            channels: C. conditioning: what the conditioner gives, (R, ...) each.
+            channels: C.
+            conditioning: the outputs of the conditioner, each of shape (R, ...).
         """
         image = (BATCH, channels, HEIGHT, WIDTH)
         return (
@@ -136,7 +138,7 @@ class StepContract:
         )
 
     def network_inputs(self, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        """The inputs of the network alone after its latents; everything is given per row."""
+        """The inputs of the network alone, which follow its latents. Each has one entry per row."""
         return (
             TensorSpec(TIMESTEP, DType.FLOAT32, (ROWS,)),
             *((TensorSpec(GUIDANCE, DType.FLOAT32, (ROWS,)),) if self.embeds_guidance else ()),
@@ -145,7 +147,7 @@ class StepContract:
         )
 
     def outputs(self, channels: int) -> tuple[TensorSpec, ...]:
-        """The outputs of the whole step, in the order in which the exported module gives them."""
+        """The outputs of the whole step, in the order in which the exported module returns them."""
         image = (BATCH, channels, HEIGHT, WIDTH)
         return (
             TensorSpec(NEXT_LATENTS, DType.FLOAT32, image),
@@ -156,7 +158,7 @@ class StepContract:
 
     @property
     def rows_per_sample(self) -> int:
-        """The most rows that guidance gives a sample: unconditional, conditional, and with layers left out."""
+        """Largest number of rows per sample: unconditional, conditional, and conditional with skipped layers."""
         return (2 if self.guidance is GuidanceMode.CFG else 1) + self.skip_gate
 
     @property
@@ -166,5 +168,5 @@ class StepContract:
 
 
 def is_whole_step(spec: StageSpec) -> bool:
-    """Whether a stage is a denoiser with its solver step, and not a network alone or another stage."""
+    """Whether a stage is a denoiser with its solver step, as opposed to the network alone or another stage."""
     return any(tensor.name == GUIDANCE_WEIGHTS for tensor in spec.inputs)

@@ -1,6 +1,6 @@
-"""Prompts to token ids, as data says: what is done to a text before its encoder, and to the states after it.
+"""Prompts to token ids: what is done to a text before its encoder, and to the encoder's states after it.
 
-Reproduces the prompt handling of diffusers' pipelines (encode_prompt, 0.42.1) from a TextSpec:
+A TextSpec in the manifest describes the prompt handling of a pipeline of diffusers (encode_prompt, 0.42.1):
 
     lower, strip -> prefix + text -> tokenize, cut on the right at max_length, pad -> text encoder
     -> select positions of states and mask -> conditioner
@@ -35,9 +35,9 @@ class PaddingSide(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Positions that reach the conditioner: the first `first` and the last `last` of S.
+    """The positions that reach the conditioner: the first `first` and the last `last` of S.
 
-    With an instruction before the prompt: <bos>, and the prompt without the instruction.
+    With an instruction before the prompt, they are <bos> and the prompt without the instruction.
     """
 
     first: int
@@ -51,20 +51,21 @@ class Select:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
-    """What one text encoder is fed, and which of its states are used.
+    """How texts are prepared for one text encoder, and which of its states are used.
 
     Attributes:
         stage: the encoder's stage.
         tokenizer: path of its tokenizer.json inside the bundle.
-        length: L, the same for both kinds of prompt.
-        max_length, negative_max_length: S for a prompt and a negative prompt, special tokens included.
+        length: L, the same for prompts and negative prompts.
+        max_length, negative_max_length: S for prompts and for negative prompts, including special tokens.
+        pad_token_id, padding_side: how shorter texts are padded to S tokens.
         prefix, negative_prefix: text put before every prompt, such as an instruction to a language model.
-        select, negative_select: which states are used; None for all.
-        lower, strip: what is done to a prompt, in this order, before its prefix. Prefixes stay as they are.
-        mask: the conditioner's input that takes the selected attention mask; None where it takes none.
+        select, negative_select: the positions whose states are used; None for all.
+        lower, strip: whether a prompt is lower-cased and then stripped, before the prefix, which stays as it is.
+        mask: the conditioner's input for the selected attention mask; None if it has no such input.
 
     Raises:
-        ValueError: lengths that do not fit each other.
+        ValueError: the lengths do not fit each other.
     """
 
     stage: str
@@ -89,39 +90,39 @@ class TextSpec:
         ):
             selected = length if select is None else select.first + select.last
             if selected != self.length or not 0 < selected <= length:
-                raise ValueError(f"{selected} of {length} tokens are selected, length is {self.length}")
+                raise ValueError(f"{selected} of {length} tokens are selected, but length is {self.length}")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Input of a text encoder: both (B,S) int64."""
+    """The inputs of a text encoder, both (B,S) int64."""
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
 
 
 class Tokenizer:
-    """A tokenizer.json. Safe to share between threads: nothing changes after construction.
+    """A tokenizer.json. Threads can share it, because nothing changes after construction.
 
     Raises:
-        BundleError: the file is missing or is no tokenizer.
+        BundleError: the file is missing or is not a tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers 0.23 raises bare Exception for malformed files
-            raise BundleError(f"{path} is no tokenizer: {error}", hint="rebuild the bundle") from error
+            raise BundleError(f"{path} is not a tokenizer: {error}", hint="rebuild the bundle") from error
         # A tokenizer.json that transformers saved may carry the truncation and padding of its last call.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     def encode(self, texts: Sequence[str], spec: TextSpec, *, negative: bool = False) -> TokenBatch:
-        """Token ids and mask of every text, cut (with a warning in the log) and padded to the spec's length.
+        """Token ids and mask of every text, padded or cut (with a warning in the log) to the spec's length.
 
         Raises:
-            UsageError: a prompt that is no Unicode text.
+            UsageError: a prompt is not text, or not valid Unicode.
         """
         prefix = spec.negative_prefix if negative else spec.prefix
         length = spec.negative_max_length if negative else spec.max_length
@@ -135,12 +136,12 @@ class Tokenizer:
         return TokenBatch(input_ids, attention_mask)
 
     def _ids(self, text: str, length: int, stage: str) -> list[int]:
-        """At most `length` ids. The text is cut before special tokens are added, so <eos> survives a cut."""
+        """At most `length` ids. The text is cut before special tokens are added, so that <eos> is never cut off."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = length - self._special_tokens
         if len(encoding.ids) > room:
             cut = self._tokenizer.decode(encoding.ids[room:], skip_special_tokens=False)
-            # Vocabularies that mark the ends of words have no decoder that turns the mark into a space.
+            # Tokenizers that mark the ends of words may have no decoder that turns the marks into spaces.
             cut = cut.replace(getattr(self._tokenizer.model, "end_of_word_suffix", None) or " ", " ").strip()
             log.warning(
                 "%s has room for %d tokens; the end of this prompt is left out: %r", stage, length, cut
@@ -155,7 +156,7 @@ class Tokenizer:
         """The states and the mask (B,S) at the positions that reach the conditioner.
 
         Args:
-            states: the encoder's named outputs; those without a token axis, (B,D), stay as they are.
+            states: the encoder's named outputs. Those without a token axis, (B,D), stay as they are.
         """
         select = spec.negative_select if negative else spec.select
         if select is None:
@@ -165,13 +166,13 @@ class Tokenizer:
 
 def _prepared(text: str, spec: TextSpec) -> str:
     if not isinstance(text, str):
-        raise UsageError(f"a prompt is {text!r:.60}, not text", hint="pass a str or a list of str")
+        raise UsageError(f"a prompt is {text!r:.60}, which is not text", hint="pass a str or a list of str")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
             f"the prompt {text!r:.60} is not valid Unicode: {error.reason} at position {error.start}",
-            hint="it was probably cut inside a character: decode it as UTF-8",
+            hint="it was probably cut inside a character: decode its bytes as UTF-8",
         ) from error
     text = text.lower() if spec.lower else text
     return text.strip() if spec.strip else text

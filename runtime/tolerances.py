@@ -1,12 +1,13 @@
-"""The tolerance table: what may differ, by how much, and why. Every check of ditc takes its bound from here.
+"""The tolerance table: how far results may differ, and why. Every check of ditc takes its bound from here.
 
-A row says how its bound is meant:
+The form of a row says how its number becomes a bound:
 
-    absolute      the bound itself
-    x PyTorch     bound times what PyTorch itself loses in that precision against fp32, on the same input
-    dB below      a picture's PSNR may be that many dB below PyTorch's own in that precision
+    absolute      the number is the bound
+    x PyTorch     the number times the error of PyTorch itself in that precision against fp32, on the same input
+    dB below      a picture's PSNR may be this many dB below that of PyTorch in that precision
 
-For 8 bits, "in that precision" is PyTorch with the codes and scales that calibration decided, which the bundle records.
+For 8 bits, "PyTorch in that precision" is PyTorch with the quantized weights and the scales that calibration decided,
+which the bundle records.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ditc.runtime.spec import Precision
 
 
 class Level(StrEnum):
-    """The levels of parity, from the smallest thing compared to the largest."""
+    """The levels of parity, from the smallest part that is compared to the largest."""
 
     GRAPH = "graph"
     OP = "op"
@@ -30,7 +31,7 @@ class Level(StrEnum):
 
 
 class Metric(StrEnum):
-    """What is measured. psnr and ssim must reach their bound, the others must not exceed it."""
+    """What is measured. PSNR and SSIM must reach their bound; the others must not exceed it."""
 
     RELATIVE_L2 = "relative L2"
     COUNT = "count"
@@ -40,6 +41,7 @@ class Metric(StrEnum):
 
     @property
     def at_least(self) -> bool:
+        """Whether the bound is a minimum, not a maximum."""
         return self in (Metric.PSNR, Metric.SSIM)
 
 
@@ -58,7 +60,7 @@ EIGHT = (Precision.INT8, Precision.FP8)
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """One row."""
+    """One row of the table."""
 
     level: Level
     metric: Metric
@@ -68,19 +70,19 @@ class Tolerance:
     reason: str
 
 
-_ROUNDING = (
-    "two correct programs round differently: 1.5 leaves room for another order of summation, and a lost fp32 island "
-    "or an overflow costs a factor of 3 and more"
+_SIXTEEN_BIT_ROUNDING = (
+    "two correct programs round differently: 1.5 leaves room for another order of summation, while a lost fp32 island "
+    "or an overflow costs a factor of 3 or more"
 )
 
-_CODES = (
-    "PyTorch with the recorded codes and scales, on the same input, loses as much as a right graph does, whatever the "
-    "prompt; measured 0.95 to 1.05. Small defects show at the module level"
+_QUANTIZED = (
+    "on the same input, PyTorch with the recorded quantized weights and scales has the same error as a correct graph, "
+    "for any prompt; measured 0.95 to 1.05 of it. Small defects are found at the module level"
 )
-_EDGES = (
-    "the reference is PyTorch with the recorded codes: equal, until a sum that is rounded otherwise puts a value on "
-    "the edge of two codes into the other one; measured up to 0.13 of what the codes cost there. A scale that is wrong "
-    "by 12 costs 0.6 to 12, in one channel alone 0.26 to 3"
+_QUANTIZED_MODULE = (
+    "the reference is PyTorch with the recorded quantized weights and scales. Results are equal until a differently "
+    "rounded sum moves a value to the neighbouring quantization level; measured up to 0.13 of the quantization error "
+    "there. A scale that is wrong by a factor of 12 costs 0.6 to 12, in one channel alone 0.26 to 3"
 )
 
 TABLE: tuple[Tolerance, ...] = (
@@ -90,7 +92,7 @@ TABLE: tuple[Tolerance, ...] = (
         tuple(Precision),
         0,
         Form.ABSOLUTE,
-        "weights, scheduler numbers and the types of fp32 islands are facts: they agree or they do not",
+        "weights, scheduler numbers and the types of fp32 islands are either equal or wrong",
     ),
     Tolerance(
         Level.OP,
@@ -98,7 +100,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         2e-6,
         Form.ABSOLUTE,
-        "one fp32 op against fp64: two dependent sums of up to 16384 terms, rounded pairwise; measured 1e-7 to 6e-7",
+        "one fp32 op against fp64: two dependent sums of up to 16384 terms, summed pairwise; measured 1e-7 to 6e-7",
     ),
     Tolerance(
         Level.OP,
@@ -106,7 +108,7 @@ TABLE: tuple[Tolerance, ...] = (
         (Precision.FP16,),
         5e-4,
         Form.ABSOLUTE,
-        "fp32 inside, so only the output is rounded: half an ulp of fp16 is 2**-11 = 4.9e-4",
+        "the op computes in fp32, so only its output is rounded: half an ulp of fp16 is 2**-11 = 4.9e-4",
     ),
     Tolerance(
         Level.OP,
@@ -114,7 +116,7 @@ TABLE: tuple[Tolerance, ...] = (
         (Precision.BF16,),
         4e-3,
         Form.ABSOLUTE,
-        "fp32 inside, so only the output is rounded: half an ulp of bf16 is 2**-8 = 3.9e-3",
+        "the op computes in fp32, so only its output is rounded: half an ulp of bf16 is 2**-8 = 3.9e-3",
     ),
     Tolerance(
         Level.MODULE,
@@ -130,7 +132,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         1e-5,
         Form.ABSOLUTE,
-        "a few hundred dependent fp32 GEMMs in other kernels; measured 1e-7 to 4e-6, a wrong graph gives 1e-3 and more",
+        "a few hundred dependent fp32 GEMMs in other kernels; measured 1e-7 to 4e-6. A wrong graph gives 1e-3 or more",
     ),
     Tolerance(
         Level.STEP,
@@ -138,7 +140,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         1e-5,
         Form.ABSOLUTE,
-        "one stage plus guidance and the solver's update, all fp32, from the reference's own latents",
+        "one stage, guidance and the solver's update, all in fp32, from the latents of the reference",
     ),
     Tolerance(
         Level.TRAJECTORY,
@@ -146,7 +148,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         1e-4,
         Form.ABSOLUTE,
-        "the bound of a step, compounded over 20: errors of random sign grow with the root, of one sign tenfold",
+        "the bound of a step, compounded over 20 steps: errors of random sign grow with the root, of one sign tenfold",
     ),
     Tolerance(
         Level.PICTURE,
@@ -154,7 +156,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         45.0,
         Form.ABSOLUTE,
-        "45 dB is an error of 1.4 of 255 grey levels, which no eye sees; fp32 parity measures 90 dB and more",
+        "45 dB is an error of 1.4 of 255 grey levels, which is invisible; fp32 parity measures 90 dB or more",
     ),
     Tolerance(
         Level.PICTURE,
@@ -162,7 +164,7 @@ TABLE: tuple[Tolerance, ...] = (
         EXACT,
         0.99,
         Form.ABSOLUTE,
-        "at 45 dB and above structure is untouched; SSIM catches a local defect that the mean error hides",
+        "at 45 dB and above, structure is preserved; SSIM catches a local defect that the mean error hides",
     ),
     Tolerance(
         Level.PICTURE,
@@ -173,7 +175,7 @@ TABLE: tuple[Tolerance, ...] = (
         "a tenth of what JPEG at quality 95 costs; fp32 parity is far below it",
     ),
     *(
-        Tolerance(level, Metric.RELATIVE_L2, SIXTEEN, 1.5, Form.TIMES_PYTORCH, _ROUNDING)
+        Tolerance(level, Metric.RELATIVE_L2, SIXTEEN, 1.5, Form.TIMES_PYTORCH, _SIXTEEN_BIT_ROUNDING)
         for level in (Level.MODULE, Level.STAGE, Level.STEP, Level.TRAJECTORY)
     ),
     Tolerance(
@@ -185,10 +187,10 @@ TABLE: tuple[Tolerance, ...] = (
         "1.5 times the error is 20*log10(1.5) = 3.5 dB",
     ),
     *(
-        Tolerance(level, Metric.RELATIVE_L2, EIGHT, 1.5, Form.TIMES_PYTORCH, _CODES)
+        Tolerance(level, Metric.RELATIVE_L2, EIGHT, 1.5, Form.TIMES_PYTORCH, _QUANTIZED)
         for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY)
     ),
-    Tolerance(Level.MODULE, Metric.RELATIVE_L2, EIGHT, 0.25, Form.TIMES_PYTORCH, _EDGES),
+    Tolerance(Level.MODULE, Metric.RELATIVE_L2, EIGHT, 0.25, Form.TIMES_PYTORCH, _QUANTIZED_MODULE),
     Tolerance(
         Level.PICTURE,
         Metric.PSNR,
@@ -202,14 +204,14 @@ TABLE: tuple[Tolerance, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A bound for one comparison, and why it is that."""
+    """The bound for one comparison, and the reason for its value."""
 
     bound: float
     reason: str
 
 
 def tolerance(level: Level, metric: Metric, precision: Precision) -> Tolerance | None:
-    """The table's row, or None where nothing is promised for that precision."""
+    """The row of the table, or None if nothing is promised for this precision."""
     for row in TABLE:
         if row.level is level and row.metric is metric and precision in row.precisions:
             return row
@@ -224,18 +226,18 @@ def limit(
     pytorch: float | None = None,
     budget: float | None = None,
 ) -> Limit | None:
-    """The bound for one comparison. A bound below fp32 is never tighter than fp32's own.
+    """The bound for one comparison. For precisions below fp32 it is never tighter than the bound for fp32.
 
     Args:
-        pytorch: what PyTorch itself measures in that precision against fp32, on the same input.
-        budget: for int8 and fp8: the relative L2 that somebody allows a stage and a step instead.
+        pytorch: the metric of PyTorch itself in this precision against fp32, on the same input.
+        budget: for int8 and fp8, a relative L2 that replaces the bound of stages, steps and trajectories.
 
     Returns:
-        None where the bound cannot be told: the comparison is then "not checked", never passed.
+        None if the bound is not known. The comparison is then reported as "not checked", never as passed.
     """
-    judged_by_hand = level in (Level.STAGE, Level.STEP, Level.TRAJECTORY) and metric is Metric.RELATIVE_L2
-    if precision in EIGHT and judged_by_hand and budget is not None:
-        return Limit(budget, "the budget given for 8 bits")
+    takes_budget = level in (Level.STAGE, Level.STEP, Level.TRAJECTORY) and metric is Metric.RELATIVE_L2
+    if precision in EIGHT and takes_budget and budget is not None:
+        return Limit(budget, "the budget that was given for 8 bits")
     row = tolerance(level, metric, precision)
     if row is None:
         return None

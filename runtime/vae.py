@@ -1,7 +1,7 @@
-"""Tiled decoding and encoding: large pictures through a VAE in overlapping tiles whose seams are blended.
+"""Tiled decoding and encoding: a VAE computes large pictures in overlapping tiles, whose seams are blended.
 
-Computes what diffusers' autoencoders do after enable_tiling (tiled_decode, tiled_encode, 0.42.1) with the
-same tile and stride, holding one row of tiles at a time instead of all of them.
+The result is that of diffusers' autoencoders after enable_tiling (tiled_decode, tiled_encode, 0.42.1) with the same
+tile and stride. Only one row of tiles is in memory at a time, instead of all of them.
 """
 
 # B pictures, C channels, h/w in latent cells, H/W in pixels
@@ -25,15 +25,15 @@ Span = tuple[int, int]
 def decode_tiled(
     decode: Callable[[Array], Array], latents: Array, *, tile: int, stride: int, scale: int
 ) -> Array:
-    """decode((B,C,h,w)) -> (B,3,H,W), tile by tile; in one piece when the picture is no larger than a tile.
+    """Decode latents (B,C,h,w) to (B,3,H,W) tile by tile, or in one piece if the picture fits into one tile.
 
     Args:
         tile: side of a tile in pixels (diffusers: tile_sample_min_height and _width).
-        stride: distance of two tiles in pixels; neighbours blend over tile - stride.
+        stride: distance between two tiles in pixels. Neighbours are blended over tile - stride pixels.
         scale: pixels per latent cell.
 
     Raises:
-        UsageError: a tile or stride that is not made of whole cells, or a stride longer than the tile.
+        UsageError: tile or stride are not a whole number of cells, or the stride is longer than the tile.
     """
     check_tiling(tile, stride, scale)
     if max(latents.shape[2:]) <= tile // scale:
@@ -46,15 +46,15 @@ def decode_tiled(
 def encode_tiled(
     encode: Callable[[Array], Array], images: Array, *, tile: int, stride: int, scale: int
 ) -> Array:
-    """encode((B,3,H,W)) -> (B,C,h,w), tile by tile; arguments as in decode_tiled.
+    """Encode pictures (B,3,H,W) to latents (B,C,h,w) tile by tile. The arguments are those of decode_tiled.
 
     Raises:
-        UsageError: as decode_tiled, or a picture whose sides are not multiples of `scale`.
+        UsageError: as in decode_tiled, or the sides of the picture are not multiples of `scale`.
     """
     check_tiling(tile, stride, scale)
     if images.shape[2] % scale or images.shape[3] % scale:
         raise UsageError(
-            f"the picture is {images.shape[2]}x{images.shape[3]}, not made of {scale}x{scale} cells",
+            f"the picture is {images.shape[2]}x{images.shape[3]}, which is not a whole number of {scale}x{scale} cells",
             hint=f"resize it to multiples of {scale}",
         )
     if max(images.shape[2:]) <= tile:
@@ -65,24 +65,27 @@ def encode_tiled(
 
 
 def check_tiling(tile: int, stride: int, scale: int) -> None:
-    """Raises UsageError for a tile or stride that decode_tiled cannot use."""
+    """Raise UsageError for a tile or stride that decode_tiled cannot use."""
     if tile % scale or stride % scale or not 0 < stride <= tile:
         raise UsageError(
             f"tile {tile} and stride {stride} do not fit cells of {scale} pixels",
-            hint=f"take multiples of {scale}, with 0 < stride <= tile",
+            hint=f"use multiples of {scale} with 0 < stride <= tile",
         )
 
 
 def check_tiles(
     height: int, width: int, spec: StageSpec, tiling: Tiling | None, *, scale: int, default: Tiling | None
 ) -> None:
-    """Refuse a picture whose tiles, or which in one piece, the decoder was not built for: before any step.
+    """Check that the decoder was built for the tiles of a picture, or for the whole picture, before any step.
 
     Args:
-        height, width: of the latents, in cells. default: the bundle's own tiling, which always fits.
+        height, width: size of the latents, in cells.
+        tiling: None decodes in one piece.
+        scale: pixels per latent cell.
+        default: the bundle's own tiling, which always fits.
 
     Raises:
-        UsageError: with the sizes, and what works.
+        UsageError: it was not. The message names the sizes, and the hint a tiling that works.
     """
     sizes = {(height, width)}
     if tiling is not None:
@@ -103,9 +106,9 @@ def check_tiles(
 
 
 def tile_sizes(height: int, width: int, *, tile: int, stride: int) -> set[tuple[int, int]]:
-    """The sizes of tile that height x width is cut into: the last row and column are smaller.
+    """The sizes of the tiles that height x width is cut into. Tiles of the last row and column may be smaller.
 
-    For a check against a stage's profile before any work is done. All arguments in one unit, pixels or cells.
+    All arguments are in the same unit, pixels or cells.
     """
     if max(height, width) <= tile:
         return {(height, width)}
@@ -134,10 +137,10 @@ def _blend_tiles(
 def _blended_row(
     run: Callable[[Array], Array], strip: Array, above: list[Array], *, tile: int, stride: int, overlap: int
 ) -> Iterator[Array]:
-    """The tiles of one row, each blended with its already blended neighbours: first above, then left."""
+    """The tiles of one row, each blended with its neighbours above and left, which are already blended."""
     left: Array | None = None
     for column, (start, stop) in enumerate(_spans(strip.shape[3], tile, stride)):
-        # A copy: the result of a session may be a buffer that its next run overwrites.
+        # Copied, because the result of a session may be a buffer that its next run overwrites.
         piece = np.array(run(np.ascontiguousarray(strip[:, :, :, start:stop])))
         if above:
             _blend(above[column], piece, overlap, axis=2)
@@ -154,7 +157,7 @@ def _blend(before: Array, piece: Array, overlap: int, axis: int) -> None:
         return
     shape = [1] * piece.ndim
     shape[axis] = extent
-    # Fractions of two integers, rounded once to the picture's type, as torch rounds a Python scalar.
+    # Quotients of two integers, rounded once to the picture's type, as torch rounds a Python scalar.
     fade: NDArray[np.float64] = np.arange(extent) / extent
     fade_in, fade_out = (w.astype(piece.dtype).reshape(shape) for w in (fade, 1 - fade))
     end = before.take(range(before.shape[axis] - extent, before.shape[axis]), axis)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def installed_version(root: Path = Path(__file__).parents[1]) -> str:
-    """What the package was installed as; in a source tree that was not installed, what its pyproject.toml says."""
+    """The version of the installed package, or that of pyproject.toml in a source tree that is not installed."""
     try:
         return version("ditc")
     except PackageNotFoundError:
         pyproject = root / "pyproject.toml"
         if not pyproject.is_file():
-            return "unknown"  # a copied folder, with no record of where it came from
+            return "unknown"  # a copied folder without its pyproject.toml
         return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
 
 

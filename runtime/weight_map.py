@@ -1,7 +1,8 @@
 """The weight map: which initializer of which stage holds each tensor of the checkpoint, and how it is stored there.
 
-Every graph has one beside it, `GRAPH.onnx.weights.json`: a list of `Weight`. Whoever changes or checks weights of a
-bundle (LoRA, refit, parity) goes by it, from the checkpoint's name of a tensor to the initializer's and back.
+Every graph has its map beside it, `GRAPH.onnx.weights.json`, which is a list of `Weight`. Code that changes or checks
+the weights of a bundle (LoRA, refit, parity) uses it to find the initializer of a tensor, or the tensor of an
+initializer.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ SUFFIX = ".weights.json"
 
 
 class Transform(StrEnum):
-    """One thing that was done to a tensor's values on their way from the checkpoint into the graph.
+    """One operation on a tensor's values between the checkpoint and the graph.
 
-    A tensor without transforms is stored as it is.
+    A tensor without transforms is stored unchanged.
     """
 
     RESHAPE = "reshape"  # the same values in row-major order under another shape
     TRANSPOSE = "transpose"  # a matrix with its axes swapped
-    SMOOTH = "smooth"  # input channels multiplied by factors, which the layer's input is divided by
-    QUANTIZE = "quantize"  # 8-bit codes with a scale for each output channel
+    SMOOTH = "smooth"  # input channels multiplied by factors, by which the layer's input is divided
+    QUANTIZE = "quantize"  # 8-bit quantized values with one scale per output channel
 
 
-# What changes the order of the values and none of them.
+# Transforms that change the order of the values, but not the values.
 LOSSLESS = frozenset({Transform.RESHAPE, Transform.TRANSPOSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
-    """How the codes of a quantized matrix are read.
+    """How the quantized values (codes) of a matrix are turned back into floats.
 
     Attributes:
-        axis: of the output channels.
-        scale: the initializer with a scale for each of them.
-        reciprocals: the initializer with one over the factor of each input channel; None where nothing is smoothed.
+        axis: the axis of the output channels.
+        scale: name of the initializer with one scale per output channel.
+        reciprocals: name of the initializer with 1 / factor for each input channel; None without smoothing.
     """
 
     axis: int
@@ -55,14 +56,16 @@ class Codes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One checkpoint tensor inside an ONNX file.
+    """One tensor of the checkpoint inside an ONNX file.
 
     Attributes:
-        initializer: its name in the stage's graph, which is the PyTorch parameter's.
-        transforms: what was done to the values, first step first.
-        shape, dtype: the tensor's own, in the checkpoint.
-        stored_shape: the initializer's. None in maps of earlier versions.
-        codes: how a quantized matrix is read. None for every other tensor, and in maps of earlier versions.
+        checkpoint: the tensor's name in the checkpoint.
+        initializer: its name in the stage's graph, which is also the name of the PyTorch parameter.
+        transforms: the operations on the values, in the order in which they were done.
+        shape, dtype: the tensor's shape and type in the checkpoint.
+        stored_shape: the initializer's shape. None in maps of earlier versions.
+        codes: how a quantized matrix is turned back into floats. None for all other tensors, and in maps of earlier
+            versions.
     """
 
     checkpoint: str
@@ -76,7 +79,7 @@ class Weight:
 
 
 def weight_map_path(graph: Path) -> Path:
-    """Where the weight map of an ONNX file lies."""
+    """The path of an ONNX file's weight map."""
     return graph.with_name(graph.name + SUFFIX)
 
 
@@ -102,23 +105,25 @@ def write_weight_map(path: Path, weights: Iterable[Weight]) -> Path:
 
 
 def by_checkpoint(weights: Iterable[Weight]) -> dict[str, Weight]:
-    """The weights by the checkpoint's names. Names are unique within one component of a checkpoint."""
+    """The weights by their names in the checkpoint, which are unique within one component of a checkpoint."""
     return {weight.checkpoint: weight for weight in weights}
 
 
 def apply(weight: Weight, tensor: Array, *, stored_shape: tuple[int, ...] | None = None) -> Array:
-    """A tensor of the checkpoint's shape as the graph stores it, in the tensor's own type.
+    """Convert a tensor from the checkpoint's shape to the form that the graph stores, without changing its type.
 
     Args:
-        tensor: an array of NumPy or a tensor of PyTorch.
-        stored_shape: the initializer's, for maps of earlier versions, which do not hold it.
+        tensor: a NumPy array or a PyTorch tensor.
+        stored_shape: the initializer's shape, needed for maps of earlier versions, which do not hold it.
 
     Raises:
-        BundleError: the weight is stored in 8 bits, which lose what a tensor holds, or its stored shape is not known.
+        BundleError: the weight is stored in 8 bits, so that it cannot be replaced exactly, or its stored shape is not
+            known.
     """
     if not is_lossless(weight):
         raise BundleError(
-            f"{weight.stage}: {weight.initializer} is stored in 8 bits", hint="build the stage without 8 bits"
+            f"{weight.stage}: {weight.initializer} is stored in 8 bits",
+            hint="build the stage in another precision than int8 or fp8",
         )
     swapped = Transform.TRANSPOSE in weight.transforms
     for transform in weight.transforms:
@@ -136,17 +141,17 @@ def apply(weight: Weight, tensor: Array, *, stored_shape: tuple[int, ...] | None
 
 
 def invert(weight: Weight, stored: Array, initializers: Mapping[str, Array] | None = None) -> Array:
-    """An initializer's values in the checkpoint's shape. 8-bit codes become the fp32 values that they stand for.
+    """Convert an initializer's values to the checkpoint's shape. 8-bit values are dequantized to fp32.
 
     Args:
-        stored: an array of NumPy or, unless it holds codes, a tensor of PyTorch.
-        initializers: scales and factors of the graph by name, which 8-bit codes need.
+        stored: a NumPy array or, unless its values are quantized, a PyTorch tensor.
+        initializers: the graph's scales and reciprocals by name, needed for 8-bit values.
 
     Raises:
-        BundleError: the map or the graph lacks what the codes are read with.
+        BundleError: the map or the graph lacks what is needed to dequantize the values.
     """
     if not is_lossless(weight):
-        stored = _decoded(weight, stored, initializers or {})
+        stored = _dequantized(weight, stored, initializers or {})
     for transform in reversed(weight.transforms):
         if transform is Transform.TRANSPOSE:
             stored = stored.T
@@ -156,20 +161,21 @@ def invert(weight: Weight, stored: Array, initializers: Mapping[str, Array] | No
 
 
 def is_lossless(weight: Weight) -> bool:
-    """Whether the initializer holds the tensor's own values, in whatever order."""
+    """Whether the initializer holds exactly the tensor's values, in any order."""
     return set(weight.transforms) <= LOSSLESS
 
 
-def _decoded(weight: Weight, codes: Array, initializers: Mapping[str, Array]) -> Array:
-    """Scales undone along the output channels, then the smoothing along the input channels."""
+def _dequantized(weight: Weight, quantized: Array, initializers: Mapping[str, Array]) -> Array:
+    """Undo the scales along the output channels, then the smoothing along the input channels."""
     how = weight.codes
     names = () if how is None else (how.scale, *((how.reciprocals,) if how.reciprocals else ()))
     if how is None or not set(names) <= initializers.keys():
         raise BundleError(
-            f"{weight.stage}: nothing says how the codes of {weight.initializer} are read", hint="build again"
+            f"{weight.stage}: the scales of {weight.initializer}, which is stored in 8 bits, are not known",
+            hint="build the bundle again",
         )
     channels = initializers[how.scale].astype(np.float32)
-    matrix: Array = codes.astype(np.float32) * np.expand_dims(channels, 1 - how.axis)
+    matrix: Array = quantized.astype(np.float32) * np.expand_dims(channels, 1 - how.axis)
     if how.reciprocals is not None:
         matrix = matrix * np.expand_dims(initializers[how.reciprocals].astype(np.float32), how.axis)
     return matrix

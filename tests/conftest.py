@@ -1,4 +1,4 @@
-"""Checkpoints and bundles that many tests share, made once a run: by the first process that needs them."""
+"""Checkpoints and bundles that many tests share. The first process that needs one makes it, once per run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Make = Callable[[Path], object]
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Make) -> Path:
-    """The directory that `make` writes. Processes of pytest-xdist share it: the others wait for the first."""
+    """The directory that `make` writes. Processes of pytest-xdist share it: all others wait for the first one."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     path, done = root / name, root / f"{name}.done"
     with FileLock(root / f"{name}.lock"):
         if not done.exists():
-            shutil.rmtree(path, ignore_errors=True)  # of a process that failed
+            shutil.rmtree(path, ignore_errors=True)  # left by a process that failed
             make(path)
             done.touch()
     return path
@@ -48,13 +48,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle: fp32, ONNX Runtime. Tests that change files copy it first."""
+    """The bundle of tiny_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
     return made_once(tmp_path_factory, "tiny-bundle", lambda path: _build(tiny_checkpoint, path))
 
 
 @pytest.fixture(scope="session")
 def euler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights with flow-match Euler as their scheduler."""
+    """The weights of tiny_checkpoint, with flow-match Euler as the scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     checkpoint = tmp_path_factory.mktemp("euler") / "checkpoint"
@@ -68,7 +68,7 @@ def euler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def euler_report(euler_checkpoint: Path, tiny_bundle: Path) -> BuildReport:
-    """What building it into a copy of the other scheduler's bundle did: nothing but the manifest."""
+    """The report of building euler_checkpoint over a copy of tiny_bundle, which changes only the manifest."""
     return _build(euler_checkpoint, Path(shutil.copytree(tiny_bundle, euler_checkpoint.parent / "bundle")))
 
 
@@ -82,14 +82,14 @@ def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd3_bundle(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle: fp32, ONNX Runtime. Tests that change files copy it first."""
+    """The bundle of sd3_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
     return made_once(tmp_path_factory, "sd3-bundle", lambda path: _build(sd3_checkpoint, path))
 
 
 @pytest.fixture(scope="session")
 def mmdit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seeded lucidrains/mmdit checkpoint with two blocks; text encoder and VAE are the tiny Sana's."""
-    pytest.importorskip("mmdit", reason="the trunk is the mmdit package's: pip install ditc[dev]")
+    """A seeded lucidrains/mmdit checkpoint with two blocks. Text encoder and VAE are those of tiny_checkpoint."""
+    pytest.importorskip("mmdit", reason="the trunk needs the mmdit package: pip install ditc[dev]")
     from tiny_mmdit import make_checkpoint
 
     return made_once(tmp_path_factory, "mmdit-checkpoint", make_checkpoint)
@@ -97,7 +97,7 @@ def mmdit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mmdit_bundle(mmdit_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle, built over a copy of one with the same text encoder and VAE, which are then reused."""
+    """The bundle of mmdit_checkpoint, built over a copy of tiny_bundle, whose text encoder and VAE are reused."""
 
     def make(path: Path) -> BuildReport:
         return _build(mmdit_checkpoint, Path(shutil.copytree(tiny_bundle, path)))

@@ -1,4 +1,4 @@
-"""What tests of pictures share: unmodified diffusers beside a bundle, and how far apart two results are."""
+"""Helpers for tests that compare the pictures of a bundle with those of unmodified diffusers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Output, Pipeline
 from ditc.runtime.session import Array
 
-# The project's promise for fp32: other kernels, same graph.
+# The bounds that README.md promises for fp32, where only kernels and orders of summation differ.
 STEP_RELATIVE_L2 = 1e-4
 PICTURE_DB = 45.0
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Latents after every step, (B,C,h,w) each, and the pictures (B,H,W,3) in [0,1]."""
+    """The latents (B,C,h,w) after every step, and the pictures (B,H,W,3) in [0,1]."""
 
     latents: list[Array]
     pictures: Array
@@ -44,7 +44,7 @@ class Reference:
         }
 
     def draw(self, prompt: str | Sequence[str] | None, *, seed: int | None = None, **arguments: Any) -> Drawn:
-        """Arguments are SanaPipeline's."""
+        """Draw with diffusers. The arguments are those of SanaPipeline."""
         latents: list[Array] = []
 
         def keep(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Reference:
 
 
 def draw(pipeline: Pipeline, prompt: str | Sequence[str] | None, **arguments: Any) -> Drawn:
-    """The same with ditc; arguments are Request's."""
+    """Draw with ditc. The arguments are those of Request."""
     latents: list[Array] = []
 
     def keep(_: Pipeline, __: int, ___: float, tensors: dict[str, Array]) -> None:
@@ -69,7 +69,7 @@ def draw(pipeline: Pipeline, prompt: str | Sequence[str] | None, **arguments: An
 
 
 def assert_same(ours: Drawn, theirs: Drawn) -> None:
-    """Every step within STEP_RELATIVE_L2, every picture within PICTURE_DB."""
+    """Check that every step is within STEP_RELATIVE_L2 and every picture reaches PICTURE_DB."""
     errors = [relative_l2(a, b) for a, b in zip(ours.latents, theirs.latents, strict=True)]
     assert max(errors) <= STEP_RELATIVE_L2, f"worst step {int(np.argmax(errors))}: {max(errors):.3g}"
     for index, (a, b) in enumerate(zip(ours.pictures, theirs.pictures, strict=True)):

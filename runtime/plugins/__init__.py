@@ -1,14 +1,14 @@
-"""Plugins that an engine may hold, known to the library before the engine is read."""
+"""Plugins that an engine may contain. They must be registered before the library reads the engine."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_registered: dict[str, Any] = {}  # module name -> creators, which the library does not keep alive
+_registered: dict[str, Any] = {}  # module name -> creator; the library does not keep creators alive
 
 
 def register(trt: Any) -> None:
-    """Register every plugin of ditc with `tensorrt_rtx`, once a process."""
+    """Register all plugins of ditc with `tensorrt_rtx`, once per process."""
     if trt.__name__ in _registered:
         return
     from ditc.runtime.plugins.relu_linear_attention import make_creator

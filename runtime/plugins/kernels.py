@@ -1,4 +1,4 @@
-"""Kernels in PTX, loaded and launched through the CUDA driver: the one place that launches kernels by itself."""
+"""Loads and launches PTX kernels through the CUDA driver. No other module launches kernels by itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from ditc.runtime.errors import MissingExtra, SessionError
 
 
 class PtxKernel:
-    """One kernel, loaded into the current context at its first launch.
+    """One kernel, which is loaded into the current context at its first launch.
 
     Args:
-        ptx: text of a module. name: of the kernel in it. threads: of a block. shared_bytes: dynamic, a block.
+        name: the kernel's name in the module.
+        ptx: the text of the module.
+        threads: number of threads per block.
+        shared_bytes: dynamic shared memory per block.
     """
 
     def __init__(self, *, name: str, ptx: str, threads: int, shared_bytes: int) -> None:
@@ -21,13 +24,14 @@ class PtxKernel:
         self._function: Any = None
 
     def launch(self, grid: tuple[int, int], arguments: Sequence[int | float], stream: int) -> None:
-        """Put the kernel into the stream.
+        """Launch the kernel in the stream.
 
         Args:
-            arguments: addresses as Pointer, integers as int (i32), floats as float (fp32).
+            arguments: addresses as Pointer, integers as int (passed as i32), floats as float (passed as fp32).
 
         Raises:
-            MissingExtra, SessionError: cuda-python is not installed, or the driver refuses the kernel.
+            MissingExtra: cuda-python is not installed.
+            SessionError: the driver refuses the kernel.
         """
         driver = _driver()
         if self._function is None:
@@ -40,16 +44,14 @@ class PtxKernel:
     def _load(self, driver: Any) -> Any:
         (module,) = _check(driver, driver.cuModuleLoadData(self.ptx.encode() + b"\0"), self.name)
         (function,) = _check(driver, driver.cuModuleGetFunction(module, self.name.encode()), self.name)
-        if (
-            self.shared_bytes > 48 * 1024
-        ):  # beyond what every kernel may have without asking (programming guide)
+        if self.shared_bytes > 48 * 1024:  # more must be requested (CUDA programming guide)
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver, driver.cuFuncSetAttribute(function, limit, self.shared_bytes), self.name)
         return function
 
 
 class Pointer(int):
-    """An address, told from an integer argument by its type."""
+    """An address. The type distinguishes it from an integer argument."""
 
 
 def _kind(value: object) -> Any:

@@ -1,8 +1,8 @@
-"""The linear-attention plugin for TensorRT-RTX: an IPluginV3 that brings its kernels with it.
+"""The linear-attention plugin for TensorRT-RTX: an IPluginV3 whose kernels are stored in the engine.
 
 An ONNX node ditc::ReluLinearAttention(q, k, v) with the attributes `eps` and `kernels` (PTX and sizes as JSON, see
-ptx.py of the exporter's op) becomes this plugin. Both are stored in the engine, so that a machine needs neither
-the compiler nor the exporter to run it; it does need this module, cuda-python and Python.
+ptx.py of the exporter's op) becomes this plugin. The engine holds both attributes. A machine that runs it needs Python,
+this module and cuda-python, but neither the kernel compiler nor the exporter.
 """
 
 # B batch, N tokens, H heads, D head dim, S shares of the tokens
@@ -18,19 +18,19 @@ from ditc.runtime.errors import SessionError
 from ditc.runtime.plugins.kernels import Pointer, PtxKernel
 
 NAME, VERSION, NAMESPACE = "ReluLinearAttention", "1", "ditc"
-# Tokens that one program of the first kernel sums: enough programs to fill a GPU at 1024 tokens x 70 heads x 2.
+# Tokens per program of the first kernel. At 1024 tokens x 70 heads x batch 2, this gives enough programs to fill a GPU.
 SHARE = 512
 
 
 class Launcher:
-    """Sizes and launches of the kernel pair; knows nothing of TensorRT.
+    """Computes the sizes of the two kernels and launches them. It does not use TensorRT.
 
     Args:
         eps: added to the denominator.
         data: the node's `kernels` attribute.
 
     Raises:
-        SessionError: data that ditc did not write.
+        SessionError: the data was not written by ditc.
     """
 
     def __init__(self, eps: float, data: str) -> None:
@@ -44,17 +44,22 @@ class Launcher:
             raise SessionError(f"{NAME}: the plugin's kernels cannot be read: {e}") from e
 
     def shares(self, tokens: int) -> int:
-        """S for so many tokens."""
+        """S, the number of shares for this number of tokens."""
         return -(-tokens // SHARE)
 
     def workspace_bytes(self, batch: int, tokens: int, heads: int) -> int:
-        """The partial sums: fp32, for each head and share a matrix and a vector."""
+        """Size of the partial sums, which are a matrix and a vector in fp32 for each head and share."""
         return batch * heads * self.shares(tokens) * (self.block_d + 1) * self.block_d * 4
 
     def launch(
         self, shape: tuple[int, ...], q: int, k: int, v: int, out: int, workspace: int, stream: int
     ) -> None:
-        """Both kernels into the stream. shape: (B,N,H,D) of every tensor; addresses on the device."""
+        """Launch both kernels in the stream.
+
+        Args:
+            shape: (B,N,H,D), the shape of q, k, v and out.
+            q, k, v, out, workspace: addresses on the device.
+        """
         batch, tokens, heads, _ = shape
         shares = self.shares(tokens)
         kv = Pointer(workspace)
@@ -67,7 +72,7 @@ class Launcher:
 
 
 def make_creator(trt: Any) -> Any:
-    """The plugin's creator; the library's classes exist only once it is imported."""
+    """The plugin's creator. Its class is made here, because its base classes come from the imported library."""
     plugin = _plugin_class(trt)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]
@@ -91,7 +96,7 @@ def make_creator(trt: Any) -> Any:
 
 
 def _text(data: Any) -> str:
-    """A CHAR field: bytes, text, or numbers, as the library hands it over."""
+    """The text of a CHAR field, which the library passes as bytes, text or numbers."""
     if isinstance(data, str):
         return data
     raw = bytes(data) if isinstance(data, (bytes, bytearray)) else np.asarray(data).astype(np.uint8).tobytes()
@@ -109,7 +114,7 @@ def _plugin_class(trt: Any) -> Any:
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
             self.num_outputs = 1
             self.launcher = launcher
-            # PluginField keeps bare pointers, which the library reads later: the bytes must live as long as the plugin.
+            # PluginField keeps bare pointers, which are read later, so the bytes must live as long as the plugin.
             self._eps, self._kernels = np.array([launcher.eps], np.float32), launcher.data.encode()
             self._stored = trt.PluginFieldCollection(
                 [
@@ -159,7 +164,7 @@ def _plugin_class(trt: Any) -> Any:
         def enqueue(
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> None:
-            # A failure is told by an exception, unlike in C++: the bindings ignore what is returned (their docstring).
+            # Failures are exceptions, unlike in C++: the bindings ignore the return value (says their docstring).
             q, k, v = inputs
             self.launcher.launch(tuple(input_desc[0].dims), q, k, v, outputs[0], workspace, stream)
 

@@ -1,8 +1,8 @@
-"""Samplers as data: a table of the coefficients that a denoiser takes in every step (runtime/step_contract.py).
+"""Samplers as data: a table with the coefficients of a denoiser for every step (runtime/step_contract.py).
 
-A solver is a function from a scheduler's parameters to named coefficients for each step. They are computed once for
-each request, in float64, from sigmas that are rounded to float32 where diffusers 0.42.1 rounds them. A new sampler is
-one file here and one row below.
+A solver is a function from a scheduler's parameters to the named coefficients of each step. They are computed once per
+request, in float64, from sigmas that are rounded to float32 where diffusers 0.42.1 rounds them. A new sampler is one
+file in this folder and one row in SOLVERS.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SOLVERS = {SchedulerKind.DPMSOLVER: DPMSOLVER, SchedulerKind.EULER: EULER}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoefficientTable:
-    """A schedule with one row for each step.
+    """A schedule with one row per step.
 
     Attributes:
         columns: the names of the K coefficients, in the denoiser's order.
-        timesteps: (N,) float32, what the network sees.
+        timesteps: (N,) float32, as the network sees them.
         coefficients: (N, K) float32.
-        sigmas: (N + 1,) float32, noise levels before each step and after the last.
+        sigmas: (N + 1,) float32, the noise levels before each step and after the last one.
         init_noise_sigma: standard deviation of the starting latents.
     """
 
@@ -57,7 +57,7 @@ class CoefficientTable:
 
 
 def history_length(params: SchedulerParams) -> int:
-    """How many past x0 the solver's update reads."""
+    """How many earlier x0 the solver's update reads."""
     return SOLVERS[params.kind].history_length(params)
 
 
@@ -76,12 +76,12 @@ def coefficient_table(
     """The schedule of `num_inference_steps` steps, from step `begin_index` on (image-to-image starts late).
 
     Args:
-        columns: the coefficients that the denoiser takes; None for those that the solver needs. Those that the solver
-            does not use are zero.
+        columns: the coefficients that the denoiser takes; None for exactly those that the solver needs. Columns that
+            the solver does not use are zero.
 
     Raises:
-        UsageError: no steps, a begin_index outside them, a denoiser that lacks a column which the solver needs, or a
-            schedule whose update is not finite.
+        UsageError: there are no steps, begin_index is outside them, the denoiser lacks a column that the solver needs,
+            or a coefficient is not finite.
     """
     needed = coefficient_columns(history_length(params), draws_noise(params))
     names = needed if columns is None else tuple(columns)
@@ -90,14 +90,14 @@ def coefficient_table(
     table = np.array([[update.get(name, 0.0) for name in names] for update in schedule.updates])
     if not np.isfinite(table).all():
         raise UsageError(
-            f"{num_inference_steps} steps with shift {params.shift} give an update that is not finite",
-            hint="take fewer steps: two neighbouring sigmas are equal in float32",
+            f"{num_inference_steps} steps with shift {params.shift} give coefficients that are not finite",
+            hint="use fewer steps: two neighbouring sigmas are equal in float32",
         )
-    # What the network sees is one float32 product in diffusers: t * timestep_scale.
-    seen = schedule.timesteps * np.float32(params.timestep_scale)
+    # diffusers computes this product in float32 too.
+    scaled = schedule.timesteps * np.float32(params.timestep_scale)
     return CoefficientTable(
         columns=names,
-        timesteps=seen[begin_index:],
+        timesteps=scaled[begin_index:],
         coefficients=table.astype(np.float32),
         sigmas=schedule.sigmas[begin_index:],
         init_noise_sigma=schedule.init_noise_sigma,
@@ -107,17 +107,17 @@ def coefficient_table(
 def _check(params: SchedulerParams, num_inference_steps: int, begin_index: int, lacking: set[str]) -> None:
     if num_inference_steps < 1:
         raise UsageError(
-            f"num_inference_steps is {num_inference_steps}, a picture needs at least one step",
+            f"num_inference_steps is {num_inference_steps}, but a picture needs at least one step",
             hint="pass num_inference_steps >= 1",
         )
     if not 0 <= begin_index < num_inference_steps:
         raise UsageError(
-            f"begin_index is {begin_index}, the schedule has steps 0 to {num_inference_steps - 1}",
+            f"begin_index is {begin_index}, but the schedule has steps 0 to {num_inference_steps - 1}",
             hint="pass a begin_index inside the schedule",
         )
     if lacking:
         raise UsageError(
             f"{params.kind} of order {params.solver_order} needs the coefficients {', '.join(sorted(lacking))}, "
-            "which this denoiser's step does not have",
-            hint="export the denoiser for this scheduler: its history and its noise are part of the graph",
+            "which this denoiser does not have",
+            hint="build the bundle for this scheduler: history and noise are part of the denoiser's graph",
         )

@@ -15,7 +15,7 @@ from ditc.runtime.step_contract import C0, CX, history_column
 
 
 def solve(params: SchedulerParams, num_inference_steps: int, begin_index: int) -> Schedule:
-    """The schedule; timesteps are truncated to integers, as diffusers does."""
+    """The schedule, with timesteps truncated to integers as in diffusers."""
     alphas = np.linspace(1, 1 / params.num_train_timesteps, num_inference_steps + 1)
     levels = shifted(1.0 - alphas, params.shift)[:0:-1]
     last = params.sigma_min if params.final_sigmas_type == FinalSigmas.SIGMA_MIN else 0.0
@@ -23,7 +23,7 @@ def solve(params: SchedulerParams, num_inference_steps: int, begin_index: int) -
     exact = sigmas.astype(np.float64).tolist()
     updates = []
     for step in range(begin_index, num_inference_steps):
-        # A late start has no x0 before its first step, so that step is of first order.
+        # After a late start there is no earlier x0, so the first step is of first order.
         if step > begin_index and _is_second_order(params, step, num_inference_steps):
             update = _second_order_update(params, *exact[step - 1 : step + 2])
         else:
@@ -34,13 +34,13 @@ def solve(params: SchedulerParams, num_inference_steps: int, begin_index: int) -
 
 
 def _is_second_order(params: SchedulerParams, step: int, num_inference_steps: int) -> bool:
-    """diffusers' rule (DPMSolverMultistepScheduler.step): when the last step falls back to first order."""
+    """Whether a step is of second order, by the rule of diffusers (DPMSolverMultistepScheduler.step)."""
     if params.solver_order == 1:
         return False
     is_last = step == num_inference_steps - 1
     falls_back = (
         params.euler_at_final
-        # 15: below it diffusers holds that a high-order last step is unstable.
+        # diffusers considers a high-order last step unstable below 15 steps.
         or (params.lower_order_final and num_inference_steps < 15)
         or params.final_sigmas_type == FinalSigmas.ZERO
     )

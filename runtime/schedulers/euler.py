@@ -9,7 +9,7 @@ from ditc.runtime.schedulers.solver import Schedule, Solver, first_order_update,
 
 
 def solve(params: SchedulerParams, num_inference_steps: int, begin_index: int) -> Schedule:
-    """The schedule of diffusers 0.42.1; its timesteps are not truncated, and its shift here is the second one."""
+    """The schedule of diffusers 0.42.1. Timesteps are not truncated, and `shift` is the second of its two shifts."""
     train = params.num_train_timesteps
     timesteps = np.linspace(params.sigma_max * train, params.sigma_min * train, num_inference_steps)
     levels = shifted(timesteps / train, params.shift).astype(np.float32)

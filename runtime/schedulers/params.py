@@ -1,4 +1,4 @@
-"""What decides a schedule's numbers: the settings that a bundle keeps of its checkpoint's scheduler."""
+"""Parameters of a schedule: the settings of the checkpoint's scheduler that a bundle keeps."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from enum import StrEnum
 
 
 class SchedulerKind(StrEnum):
-    """The solvers."""
+    """The solvers, as manifests name them."""
 
     DPMSOLVER = "flow_dpmsolver_multistep"
     EULER = "flow_match_euler"
 
 
 class SolverType(StrEnum):
-    """How DPM-Solver++ 2M weighs the difference of two predictions."""
+    """How DPM-Solver++ 2M weights the difference between two predictions."""
 
     MIDPOINT = "midpoint"
     HEUN = "heun"
 
 
 class FinalSigmas(StrEnum):
-    """Where DPM-Solver++ ends: without noise, or at the smallest noise level of the training betas."""
+    """The last noise level of DPM-Solver++: zero, or the smallest level of the training betas."""
 
     ZERO = "zero"
     SIGMA_MIN = "sigma_min"
@@ -29,18 +29,18 @@ class FinalSigmas(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerParams:
-    """Everything that decides a schedule's numbers; JSON scalars only. Names are diffusers' where it has one.
+    """All settings that decide the numbers of a schedule, as JSON scalars. Names are those of diffusers, if it has one.
 
     Attributes:
         kind: the solver.
-        num_train_timesteps: the timestep that stands for sigma 1.
+        num_train_timesteps: the timestep at sigma 1.
         shift: diffusers' flow_shift (DPM-Solver++) or shift (Euler).
-        timestep_scale: factor on the timesteps that the network sees, from the transformer's config.
-        sigma_min: DPM-Solver++: the last sigma when final_sigmas_type is "sigma_min". Euler: the smallest
-            training sigma after the first shift. diffusers shifts in __init__ and again in set_timesteps: the
-            values between the two freeze that into the bundle.
-        sigma_max: Euler: the largest training sigma after the first shift.
-        solver_order, solver_type, final_sigmas_type, lower_order_final, euler_at_final: DPM-Solver++ only.
+        timestep_scale: factor from timesteps to what the network sees, from the transformer's config.
+        sigma_min: for DPM-Solver++, the last sigma if final_sigmas_type is "sigma_min". For Euler, the smallest
+            training sigma after the first shift: diffusers shifts in __init__ and again in set_timesteps, and the
+            bundle keeps the values between the two shifts.
+        sigma_max: for Euler, the largest training sigma after the first shift.
+        solver_order, solver_type, final_sigmas_type, lower_order_final, euler_at_final: for DPM-Solver++ only.
     """
 
     kind: SchedulerKind

@@ -1,4 +1,4 @@
-"""What a solver gives to the table of coefficients, and the arithmetic that several solvers share."""
+"""What a solver returns for the table of coefficients, and the arithmetic that several solvers share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ditc.runtime.step_contract import C0, C_IN, CX, A, B
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A solver's steps, in float64 but for what diffusers rounds to float32.
+    """A solver's steps, in float64, except values that diffusers rounds to float32.
 
     Attributes:
         timesteps: (N,) float32, before timestep_scale.
-        sigmas: (N + 1,) float32, the noise levels before each step and after the last.
-        updates: for each step from begin_index on, the value of each named coefficient; those left out are zero.
+        sigmas: (N + 1,) float32, the noise levels before each step and after the last one.
+        updates: for each step from begin_index on, coefficients by name. Coefficients that are not named are zero.
         init_noise_sigma: standard deviation of the starting latents.
     """
 
@@ -35,8 +35,8 @@ class Solver:
 
     Attributes:
         solve: (params, num_inference_steps, begin_index) -> Schedule.
-        history_length: how many past x0 the update reads.
-        draws_noise: whether a step adds fresh noise, the coefficient "cn".
+        history_length: how many earlier x0 the update reads, as a function of the parameters.
+        draws_noise: whether each step adds fresh noise, scaled by the coefficient "cn".
     """
 
     solve: Callable[[SchedulerParams, int, int], Schedule]
@@ -50,15 +50,15 @@ def shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
 
 
 def velocity(sigma: float) -> dict[str, float]:
-    """The coefficients of a velocity prediction: the network sees x as it is, and x0 = x - sigma * pred."""
+    """The coefficients of a velocity prediction: the network's input is x itself, and x0 = x - sigma * pred."""
     return {C_IN: 1.0, A: 1.0, B: -sigma}
 
 
 def first_order_update(sigma: float, sigma_next: float) -> dict[str, float]:
     """The first-order step, which Euler and DPM-Solver++ 1 share.
 
-    With alpha = 1 - sigma, DPM-Solver++'s  -alpha_next * (exp(-h) - 1)  is  alpha_next - alpha * ratio
-    = 1 - ratio: no logarithm is left, so a last sigma of 0 (h infinite) needs no case of its own.
+    With alpha = 1 - sigma, DPM-Solver++'s  -alpha_next * (exp(-h) - 1)  equals  alpha_next - alpha * ratio = 1 - ratio.
+    Without a logarithm, a last sigma of 0, where h is infinite, is not a special case.
     """
     ratio = sigma_next / sigma
     return {CX: ratio, C0: 1.0 - ratio}

@@ -1,4 +1,4 @@
-"""One loaded pipeline and one diffusers reference for the tests of the runtime."""
+"""A loaded pipeline and references in diffusers, shared by the tests of the runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_plugin.py in a process of its own: KERNELS.json ... -> KERNELS.engine with them."""
+"""Builds an engine for each file of kernels. test_plugin.py runs it in a separate process: KERNELS.json ..."""
 
 from __future__ import annotations
 

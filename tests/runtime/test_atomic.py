@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whoever else writes there and whatever ends the process."""
+"""Files and folders appear whole or not at all, even with other writers and after a killed process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_text_and_bytes_are_written_as_they_are_and_folders_are_made(tmp_path: P
     assert names(path.parent) == ["out"]
 
 
-def test_the_temporary_file_is_beside_the_path_and_bears_the_suffix(tmp_path: Path) -> None:
+def test_the_temporary_file_is_beside_the_path_and_has_the_suffix(tmp_path: Path) -> None:
     with atomic_path(tmp_path / ("n" * 250)) as partial:
         assert (partial.parent, partial.suffix) == (tmp_path, SUFFIX)
         assert partial.read_bytes() == b""
@@ -82,7 +82,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(
 
 
 @POSIX
-def test_a_killed_process_leaves_the_old_file_and_what_the_sweep_finds(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_file_and_leftovers_that_can_be_removed(tmp_path: Path) -> None:
     path = write_atomic(tmp_path / "out", "old")
     code = (
         "import os, signal, sys; from pathlib import Path; from ditc.runtime.atomic import *\n"
@@ -93,12 +93,12 @@ def test_a_killed_process_leaves_the_old_file_and_what_the_sweep_finds(tmp_path:
     done = subprocess.run([sys.executable, "-c", code, path, tmp_path / "folder"])
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old" and not (tmp_path / "folder").exists()
-    assert len(names(tmp_path)) == 3, "the test must have been killed in the middle"
+    assert len(names(tmp_path)) == 3, "the process must have been killed in the middle"
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["out"]
 
 
-def test_the_sweep_goes_below_and_leaves_everything_else(tmp_path: Path) -> None:
+def test_leftovers_are_removed_from_subfolders_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "a" / f".x.123{SUFFIX}" / "b").mkdir(parents=True)
     (tmp_path / "a" / f"old.json.123{SUFFIX}").touch()  # as earlier versions named them
     (tmp_path / "a" / "partial").touch()
@@ -117,7 +117,7 @@ def test_a_link_under_the_temporary_name_is_not_followed(
     taken_name.symlink_to(victim)
     path = write_atomic(tmp_path / "out", "new")
     assert path.read_text() == "new" and not path.is_symlink()
-    assert taken_name.is_symlink(), "it is somebody else's"
+    assert taken_name.is_symlink(), "the link belongs to somebody else"
     assert not victim.exists() if dangling else victim.read_text() == "precious"
 
 
@@ -134,10 +134,8 @@ def test_a_link_of_the_files_name_is_replaced_and_not_followed(tmp_path: Path) -
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 def test_modes_are_what_the_umask_gives(tmp_path: Path, umask: Callable[[int], None], mask: int) -> None:
     umask(mask)
-    with atomic_path(
-        tmp_path / "private"
-    ) as partial:  # as safetensors does it: another file, for its owner alone
-        partial.unlink()
+    with atomic_path(tmp_path / "private") as partial:
+        partial.unlink()  # safetensors makes a new file that only its owner can read
         partial.touch(mode=0o600)
     with atomic_files(tmp_path / "one") as folder:
         (folder / "one").touch(mode=0o600)
@@ -195,10 +193,10 @@ def test_the_disk_has_the_content_before_the_name_and_caches_do_not_wait(
     assert calls[3:] == (["fsync"] if os.name == "posix" else []), "the folder holds the name"
 
 
-def test_a_platform_that_cannot_open_folders_is_served(
+def test_a_platform_that_cannot_open_folders_is_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows answers with PermissionError."""
+    """Windows raises PermissionError."""
     real = os.open
 
     def no_folders(path: Path, *arguments: int) -> int:
@@ -213,7 +211,7 @@ def test_a_platform_that_cannot_open_folders_is_served(
     assert (tmp_path / "folder" / "file").read_text() == "new"
 
 
-# Places that cannot be written to
+# Paths that cannot be written
 
 
 @pytest.mark.parametrize(
@@ -241,7 +239,7 @@ def test_a_failing_disk_is_one_error_with_path_reason_and_hint(
     assert names(tmp_path) == ["out"] and path.read_text() == "old"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
 @pytest.mark.parametrize("write", [atomic_path, atomic_files, atomic_folder])
 def test_an_unwritable_folder_is_named(write: Callable[..., object]) -> None:
     with pytest.raises(OutputError, match=r"^cannot write /proc/out: ") as caught, write(Path("/proc/out")):
@@ -250,7 +248,7 @@ def test_an_unwritable_folder_is_named(write: Callable[..., object]) -> None:
 
 
 @pytest.mark.parametrize("write", [atomic_path, atomic_files, atomic_folder])
-def test_a_place_below_a_file_is_refused(tmp_path: Path, write: Callable[..., object]) -> None:
+def test_a_path_below_a_file_is_refused(tmp_path: Path, write: Callable[..., object]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot write .*out: "), write(tmp_path / "file" / "a" / "out"):
         raise AssertionError("begun")
@@ -279,7 +277,7 @@ def test_a_device_or_pipe_is_refused_and_stays(tmp_path: Path) -> None:
 # Several files, folders, scratch files
 
 
-def test_files_that_name_each_other_are_moved_in_order_and_the_rest_goes(
+def test_files_that_refer_to_each_other_are_moved_in_order_and_the_rest_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[str] = []
@@ -320,7 +318,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExce
 
 @POSIX
 @pytest.mark.parametrize("there", ["folder", "file", "link"])
-def test_a_folder_takes_no_place_that_is_taken(tmp_path: Path, there: str) -> None:
+def test_a_folder_does_not_replace_what_exists(tmp_path: Path, there: str) -> None:
     path = tmp_path / "out"
     if there == "link":
         path.symlink_to(tmp_path / "nowhere")
@@ -361,7 +359,7 @@ def test_a_folder_that_fails_leaves_the_one_that_it_was_to_replace(tmp_path: Pat
 def test_a_replacement_that_cannot_be_moved_leaves_the_older_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Neither when the older one cannot be moved away, nor when the new one cannot take its place."""
+    """Either the older one cannot be moved away, or the new one cannot be moved to its place."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     moves, move = iter(range(1, 9)), Path.rename
@@ -384,16 +382,16 @@ def test_a_scratch_file_is_beside_its_path_and_gone_after_the_block(tmp_path: Pa
     assert names(tmp_path) == []
 
 
-def test_errors_of_those_who_use_a_scratch_file_are_their_own(tmp_path: Path) -> None:
+def test_errors_inside_the_block_of_a_scratch_file_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), scratch_file(tmp_path / "g.onnx", b""):
         (tmp_path / "missing").read_bytes()
 
 
-# Nobody else does it by hand
+# No other module does this by itself
 
 
 def by_hand(source: str) -> list[str]:
-    """What a file does that only the atomic writer should do, with line numbers."""
+    """Calls and names in a source text that only runtime/atomic.py may contain, with line numbers."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and SUFFIX in node.value:
@@ -417,7 +415,7 @@ def test_no_other_module_moves_temporary_files(part: str) -> None:
     assert not {path: lines for path, lines in found.items() if lines}
 
 
-def test_the_check_sees_what_was_there_before() -> None:
+def test_the_check_finds_moves_and_temporary_names() -> None:
     assert by_hand("os.replace(partial, path)") and by_hand("partial.replace(path)")
     assert by_hand("temporary.rename(out)") and by_hand("mask = os.umask(0)")
     assert by_hand('path.with_name(f"{path.name}.{os.getpid()}.partial")')

@@ -32,7 +32,7 @@ from ditc.runtime.step_contract import (
 
 
 class Echo:
-    """A denoiser whose x0 is the guided mean of its rows' text, so that a row in the wrong place shows."""
+    """A denoiser whose x0 is the guided mean of its rows' text, so that a row in the wrong place changes it."""
 
     spec = StageSpec(DENOISER, (), (), {ROWS: Range(1, 2, 16)})
 
@@ -45,7 +45,7 @@ class Echo:
         weights, text, latents = host[GUIDANCE_WEIGHTS], host["text"], host[LATENTS]
         assert weights.shape == (len(latents), len(text))
         belongs = host[ROW_OF][None] == np.arange(len(latents))[:, None]
-        assert not weights[~belongs].any(), "a row counts for another sample than its own"
+        assert not weights[~belongs].any(), "a row has a weight for another sample than its own"
         guided = (weights @ text)[:, :1, None, None]
         return {
             NEXT_LATENTS: latents + guided,
@@ -88,8 +88,8 @@ def test_rows_of_several_requests_point_at_their_own_samples() -> None:
     assert [value_of(one) for one in after] == [1, 2, 3]
 
 
-def test_requests_join_leave_and_change_places_and_each_gets_its_own() -> None:
-    """Random members, sizes and orders: the session itself checks that no row counts for a stranger."""
+def test_requests_join_leave_and_change_places_and_each_gets_its_own_result() -> None:
+    """Members, sizes and orders are random. The session checks that no row has a weight for another request."""
     rng = np.random.default_rng(0)
     batch, waiting = Batch(Echo()), 0
     members: dict[float, DenoiseState] = {}
@@ -110,7 +110,7 @@ def test_requests_join_leave_and_change_places_and_each_gets_its_own() -> None:
             members[value] = after
 
 
-def test_only_the_rows_of_who_joined_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_rows_of_requests_that_joined_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[float] = []
 
     def assign(target: Tensor, start: int, source: Tensor) -> None:
@@ -123,15 +123,15 @@ def test_only_the_rows_of_who_joined_are_copied(monkeypatch: pytest.MonkeyPatch)
     copied.clear()
     stack.place(requests[:4])
     stack.place(requests[3::-1])
-    assert copied == [], "the same members in another order are where they were"
+    assert copied == [], "the same members in another order need no copy"
     stack.place([*requests[:2], requests[3]])
-    assert copied == [3, 3], "the last closes the gap"
+    assert copied == [3, 3], "the last member closes the gap"
     copied.clear()
     stack.place([requests[0], requests[4], requests[3]])
-    assert copied == [4, 4], "one leaves and one joins in its place"
+    assert copied == [4, 4], "the new member takes the place of the one that left"
     copied.clear()
     starts = stack.place([requests[0], requests[4], requests[3], requests[5]])
-    assert copied == [5, 5], "there was room behind the last"
+    assert copied == [5, 5], "the new member is written after the last one"
     text = to_numpy(stack.tensors["text"])
     assert [text[start, 0] for start in starts] == [0, 4, 3, 5]
 
@@ -146,7 +146,7 @@ def test_a_stack_holds_no_rows_of_requests_that_left() -> None:
     assert gone() is None
 
 
-def test_no_rows_outlive_the_batch_of_its_owner() -> None:
+def test_rows_are_freed_with_their_batch() -> None:
     batch, only = Batch(Echo()), state(1.0)
     gone = weakref.ref(only.rows)
     batch.step([only, state(2.0)])
@@ -165,7 +165,7 @@ def test_texts_of_different_lengths_are_refused_by_name() -> None:
         Batch(Echo()).step([state(1.0), state(2.0, tokens=5)])
 
 
-def test_a_batch_that_refused_its_members_goes_on_with_others() -> None:
+def test_a_batch_that_refused_its_members_still_works_with_others() -> None:
     batch, good = Batch(Echo()), [state(1.0), state(2.0)]
     batch.step(good)
     with pytest.raises(UsageError):
@@ -179,8 +179,8 @@ def test_one_request_cannot_be_in_a_batch_twice() -> None:
         Batch(Echo()).step([one, one])
 
 
-def test_rows_that_only_some_steps_run_on_come_and_go() -> None:
-    """Skip-layer guidance has a third row in its window alone."""
+def test_rows_that_only_some_steps_use_are_added_and_removed() -> None:
+    """Skip-layer guidance has a third row only in some steps."""
     third, two = state(3.0, rows=3), state(3.0, rows=2)
     changing = replace(third, schedule=(two.schedule[0], third.schedule[0], two.schedule[0]))
     batch, other = Batch(Echo()), state(1.0)
@@ -189,7 +189,7 @@ def test_rows_that_only_some_steps_run_on_come_and_go() -> None:
         assert value_of(changing) == pytest.approx(3.0) and value_of(other) == 1.0
 
 
-def test_neighbours_in_the_last_step_are_not_copied() -> None:
+def test_requests_that_were_adjacent_in_the_last_step_are_not_copied() -> None:
     session, seen = Echo(), []
     real = session.run
 
@@ -214,7 +214,7 @@ def test_neighbours_in_the_last_step_are_not_copied() -> None:
         np.testing.assert_array_equal(to_numpy(seen[-1][LATENTS]), wanted)
 
 
-def test_latents_that_were_replaced_from_outside_are_taken() -> None:
+def test_latents_that_were_replaced_from_outside_are_used() -> None:
     session = Echo()
     batch = Batch(session)
     one, two = batch.step([state(1.0), state(2.0)])
@@ -222,7 +222,7 @@ def test_latents_that_were_replaced_from_outside_are_taken() -> None:
     assert session.feeds[-1][LATENTS][:, 0, 0, 0].tolist() == [101 + 7, 202]
 
 
-def test_latents_and_history_of_a_steady_batch_are_the_last_run_s_own() -> None:
+def test_a_batch_whose_members_stay_copies_no_latents_and_no_history() -> None:
     session, seen = Echo(), []
     real = session.run
 
@@ -237,7 +237,7 @@ def test_latents_and_history_of_a_steady_batch_are_the_last_run_s_own() -> None:
         if len(seen) > 1:
             assert np.shares_memory(to_numpy(seen[-1][LATENTS]), to_numpy(before[0].latents))
             assert np.shares_memory(to_numpy(seen[-1][HISTORY]), to_numpy(before[2].history))
-            assert seen[-1][ROW_OF] is seen[-2][ROW_OF], "a device is sent it once"
+            assert seen[-1][ROW_OF] is seen[-2][ROW_OF], "a device must be sent it only once"
             assert seen[-1]["text"] is seen[-2]["text"]
 
 

@@ -39,7 +39,7 @@ def test_the_least_recently_used_row_leaves_first() -> None:
     assert cache.misses == misses + 1
 
 
-def test_a_row_larger_than_the_cache_is_handed_through_and_evicts_nothing() -> None:
+def test_a_row_larger_than_the_cache_is_returned_and_evicts_nothing() -> None:
     cache = RowCache(100)
     cache.get("a", lambda: row(60))
     assert cache.get("big", lambda: row(101))["kv"].nbytes == 101
@@ -69,7 +69,7 @@ def test_threads_that_miss_together_count_the_row_once() -> None:
     cache, barrier = RowCache(100), threading.Barrier(4)
 
     def compute() -> dict[str, Array]:
-        barrier.wait(timeout=60)  # the threads of a loaded machine start late
+        barrier.wait(timeout=60)  # threads may start late on a busy machine
         return row(30)
 
     threads = [threading.Thread(target=cache.get, args=("a", compute)) for _ in range(4)]
@@ -91,7 +91,7 @@ def test_a_text_is_encoded_once_for_any_number_of_requests(pipeline: Pipeline) -
     assert cache.misses - misses == 2, "the key is the token ids, not the text"
 
 
-def test_a_text_as_prompt_and_as_negative_prompt_are_two_rows(pipeline: Pipeline) -> None:
+def test_a_text_has_one_row_as_prompt_and_another_as_negative_prompt(pipeline: Pipeline) -> None:
     cache = pipeline.conditioning.cache
     cache.clear()
     misses = cache.misses

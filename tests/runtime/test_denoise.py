@@ -1,4 +1,4 @@
-"""The step primitive: several requests in one run, and what guards them."""
+"""The step primitive: several requests in one run, and the check for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ditc.runtime.session import Array, ComputeDevice, Session, Tensor
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 from ditc.runtime.state import DenoiseState, Rows
 
-# Kernels choose their blocking by batch size: fp32 rounding over at most four steps of two layers.
+# Kernels choose their blocking by batch size, so results differ by fp32 rounding, over at most 4 steps of 2 layers.
 FP32_BOUND = 1e-5
 
 
 def states_of(pipeline: Pipeline) -> list[DenoiseState]:
-    """Four strangers: other prompts, seeds, guidance (one without), step counts and step indices."""
+    """Four requests that differ in prompt, seed, guidance (one has none), number of steps and step index."""
     common = {"height": 32, "width": 32}
     requests = [
         Request(prompt="red cat", seed=1, num_inference_steps=4, guidance_scale=3.0, **common),
@@ -42,7 +42,7 @@ def states_of(pipeline: Pipeline) -> list[DenoiseState]:
     return states
 
 
-def test_strangers_in_one_batch_get_what_they_get_alone(pipeline: Pipeline) -> None:
+def test_different_requests_in_one_batch_get_what_they_get_alone(pipeline: Pipeline) -> None:
     session, together = pipeline.sessions[DENOISER], states_of(pipeline)
     alone = list(together)
     while any(not state.done for state in together):
@@ -102,7 +102,7 @@ def test_non_finite_values_are_named_with_stage_step_and_sample(pipeline: Pipeli
 
 
 class Recorder(Session):
-    """Gives back the latents, and keeps the noise that it was fed."""
+    """A denoiser that returns its latents unchanged and keeps the noise that it was fed."""
 
     def __init__(self) -> None:
         self._spec = StageSpec(
@@ -164,7 +164,7 @@ def test_a_sampler_that_draws_noise_needs_a_generator() -> None:
         denoise.step(Recorder(), [noisy_state(1, None)])
 
 
-def test_a_started_request_carries_its_stream_chunk_by_chunk(pipeline: Pipeline) -> None:
+def test_each_chunk_of_a_request_has_the_generators_of_its_pictures(pipeline: Pipeline) -> None:
     generators = [Generator(seed) for seed in range(6)]
     request = Request(prompt=["cat"] * 6, generator=generators, num_inference_steps=1, height=32, width=32)
     first, second = pipeline.start(pipeline.plan(request))

@@ -1,4 +1,4 @@
-"""Places for results are tried before the work, without leaving anything there."""
+"""Output paths are checked before the work, and the check leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from ditc.runtime.files import check_writable
 
 
 @pytest.mark.parametrize("place", ["new.html", "there.html", "a/b/new.html"])
-def test_a_file_may_be_new_or_there_already_and_its_folders_missing(tmp_path: Path, place: str) -> None:
+def test_a_file_may_be_new_or_exist_and_its_folders_may_be_missing(tmp_path: Path, place: str) -> None:
     (tmp_path / "there.html").touch()
     check_writable(tmp_path / place, "--html")
     assert [path.name for path in tmp_path.iterdir()] == ["there.html"]
 
 
-def test_a_relative_place_is_looked_for_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_starts_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     check_writable(Path("new.html"), "--html")
 
@@ -26,7 +28,7 @@ def test_a_relative_place_is_looked_for_here(tmp_path: Path, monkeypatch: pytest
     ("place", "why"),
     [("folder", "it is a directory"), ("file/new.html", "file is a file"), ("file/a/new.html", "is a file")],
 )
-def test_a_folder_and_a_place_below_a_file_are_refused(tmp_path: Path, place: str, why: str) -> None:
+def test_a_folder_and_a_path_below_a_file_are_refused(tmp_path: Path, place: str, why: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=f"cannot write .*{place}: .*{why}") as caught:
@@ -40,8 +42,8 @@ def test_a_device_is_refused_even_to_root() -> None:
         check_writable(Path("/dev/null"), "--html")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that refuses root too")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
 @pytest.mark.parametrize("place", ["/proc/new.html", "/proc/self/a/new.html"])
-def test_a_place_without_permission_is_refused_even_to_root(place: str) -> None:
+def test_a_path_without_permission_is_refused_even_to_root(place: str) -> None:
     with pytest.raises(UsageError, match=f"cannot write {place}: /proc"):
         check_writable(Path(place), "--html")

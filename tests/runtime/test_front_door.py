@@ -1,4 +1,4 @@
-"""`from ditc.runtime import Pipeline`: what is exported, that it is found, and that it costs nothing until used."""
+"""`from ditc.runtime import Pipeline`: the exported names, and that importing the package loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
 
 
 @pytest.mark.parametrize("name", ditc.runtime.__all__)
-def test_every_name_is_that_of_its_own_module(name: str) -> None:
+def test_every_name_is_the_object_of_its_own_module(name: str) -> None:
     home = importlib.import_module(f"ditc.runtime.{ditc.runtime._MODULES[name]}")
     assert getattr(ditc.runtime, name) is getattr(home, name)
     assert name in dir(ditc.runtime)
@@ -81,7 +81,7 @@ from ditc.runtime import DitcError, __version__
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 from ditc.runtime import Pipeline
-assert "numpy" in sys.modules, "this test would not see a heavy import"
+assert "numpy" in sys.modules, "this test could not detect a heavy import"
 """
     done = _python(code)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, VAE_DECODER, 
 
 
 class Broken:
-    """A real session whose outputs are spoiled on the way out: what a failing kernel looks like."""
+    """A real session whose outputs are changed before they are returned, as by a failing kernel."""
 
     def __init__(self, session: Session, spoil: object) -> None:
         self.session, self.spoil, self.runs = session, spoil, 0

@@ -1,4 +1,4 @@
-"""Guidance as weights of rows: what diffusers adds up, and on which steps."""
+"""Guidance as weights of rows: the same sums as in diffusers, on the same steps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_the_weights_add_up_to_what_diffusers_computes() -> None:
     ("steps", "start", "stop", "inside"),
     [
         (28, 0.01, 0.2, [1, 2, 3, 4, 5]),
-        (20, 0.0, 0.2, [1, 2, 3]),  # both ends are left out: steps 0 and 4 lie on them
+        (20, 0.0, 0.2, [1, 2, 3]),  # both ends are excluded, and steps 0 and 4 lie on them
         (5, 0.2, 0.8, [2, 3]),
         (10, 0.5, 0.5, []),
     ],
 )
-def test_the_third_row_is_there_in_diffusers_window_only(
+def test_the_third_row_exists_only_on_the_steps_of_diffusers(
     steps: int, start: float, stop: float, inside: list[int]
 ) -> None:
     skip = SkipLayerGuidance(layers=(1,), scale=2.0, start=start, stop=stop)
@@ -51,7 +51,7 @@ def test_a_denoiser_without_a_gate_is_fed_none() -> None:
     assert guidance_feeds(StepContract(), 1, 3.0, None, 2)[0].keys() == {GUIDANCE_WEIGHTS}
 
 
-def test_without_guidance_there_is_one_row_a_sample_whatever_is_skipped() -> None:
+def test_without_guidance_there_is_one_row_per_sample_and_none_skips_layers() -> None:
     assert guidance_feeds(GATED, 2, 1.0, SKIP, 28)[3][GUIDANCE_WEIGHTS].shape == (2, 2)
 
 

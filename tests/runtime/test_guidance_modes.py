@@ -22,7 +22,7 @@ from ditc.runtime.step_contract import GUIDANCE, ROWS, GuidanceMode, StepContrac
 
 
 class Distilled(nn.Module):
-    """A network whose prediction depends on the embedded guidance; it keeps how many rows it ran on."""
+    """A network whose prediction depends on the embedded guidance, and which records its numbers of rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def draw(pipeline: Pipeline, **arguments: Any) -> np.ndarray:
     return np.asarray(pipeline.draw(Request(prompt=["red cat", "dog"], **{**settings, **arguments})).images)
 
 
-def test_an_embedded_guidance_scale_changes_the_picture_and_needs_one_row_for_each_sample(
+def test_an_embedded_guidance_scale_changes_the_picture_and_needs_one_row_per_sample(
     distilled: Callable[..., tuple[Pipeline, Distilled]],
 ) -> None:
     pipeline, network = distilled(GuidanceMode.EMBEDDED)
@@ -70,7 +70,7 @@ def test_an_embedded_guidance_scale_changes_the_picture_and_needs_one_row_for_ea
     assert state.schedule[0][GUIDANCE].tolist() == [4.5]
 
 
-def test_a_negative_prompt_that_nothing_reads_is_said_and_changes_nothing(
+def test_a_negative_prompt_that_is_not_used_gives_a_warning_and_changes_nothing(
     distilled: Callable[..., tuple[Pipeline, Distilled]], caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline, _ = distilled(GuidanceMode.EMBEDDED)
@@ -81,7 +81,7 @@ def test_a_negative_prompt_that_nothing_reads_is_said_and_changes_nothing(
     assert "negative prompts have no effect" in caplog.text
 
 
-def test_a_guidance_scale_that_nothing_reads_is_refused(
+def test_a_guidance_scale_that_is_not_used_is_refused(
     distilled: Callable[..., tuple[Pipeline, Distilled]],
 ) -> None:
     pipeline, network = distilled(GuidanceMode.NONE)

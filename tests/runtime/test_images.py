@@ -1,4 +1,4 @@
-"""Pictures against diffusers' image processors."""
+"""Pictures, compared with those of diffusers' image processors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(5).uniform(-1.5, 1.5, shape).astype(np.float32)
 
 
-def test_pictures_are_diffusers_bit_for_bit() -> None:
+def test_pictures_equal_diffusers_bit_for_bit() -> None:
     batch = images(3, 3, 40, 56)
-    # Halves in 8 bits: rounding is to even.
+    # These values lie halfway between two 8-bit values, and must be rounded to even.
     batch[0, 0, 0] = (np.arange(56) + 0.5) / 255 * 2 - 1
     processor = PixArtImageProcessor(vae_scale_factor=32)
     reference = processor.postprocess(torch.from_numpy(batch))
@@ -61,7 +61,7 @@ def test_resizing_back_equals_diffusers(drawn: tuple[int, int], asked: tuple[int
     np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=resize_bound(*drawn))
 
 
-def test_a_size_that_diffusers_makes_one_pixel_wide_is_whole() -> None:
+def test_a_size_that_diffusers_makes_one_pixel_wide_is_resized_correctly() -> None:
     """diffusers 0.42.1: int(1344 * max(256 / 704, 492 / 1344)) is 491, and the crop starts at -1."""
     batch = images(1, 3, 704, 1344)
     broken = PixArtImageProcessor.resize_and_crop_tensor(torch.from_numpy(batch), 492, 256)
@@ -71,7 +71,7 @@ def test_a_size_that_diffusers_makes_one_pixel_wide_is_whole() -> None:
     np.testing.assert_allclose(whole, scaled[:, :, :256], rtol=0, atol=resize_bound(704, 1344))
 
 
-def test_one_odd_pixel_is_enough_not_to_be_uniform() -> None:
+def test_one_different_pixel_makes_a_picture_not_uniform() -> None:
     picture = np.full((1, 8, 8, 3), (10, 20, 30), np.uint8)
     assert is_uniform(picture)
     picture[0, 3, 4, 2] += 1

@@ -19,20 +19,20 @@ def test_relative_l2_does_not_overflow_in_fp16() -> None:
     assert relative_l2(reference / 2, reference) == 0.5
 
 
-def test_equal_pictures_are_infinitely_close_and_nan_is_no_number_of_db() -> None:
+def test_psnr_of_equal_pictures_is_infinite_and_of_nan_is_nan() -> None:
     picture = np.random.default_rng(0).random((8, 9, 3))
     assert psnr(picture, picture) == math.inf
     assert math.isnan(psnr(np.full_like(picture, np.nan), picture))
     assert abs(psnr(picture + 0.1, picture) - 20) < 1e-9
 
 
-def test_ssim_is_one_for_equal_pictures_and_sees_what_is_smaller_than_its_window() -> None:
+def test_ssim_works_on_pictures_smaller_than_its_window() -> None:
     picture = np.random.default_rng(0).random((7, 6, 3))
     assert abs(ssim(picture, picture) - 1) < 1e-12
     assert ssim(picture[::-1], picture) < 0.9
 
 
-def test_one_value_everywhere_is_flat() -> None:
+def test_a_tensor_of_equal_values_is_flat() -> None:
     assert is_flat(np.ones((2, 2)))
     assert not is_flat(np.arange(4))
     assert not is_flat(np.ones(1))

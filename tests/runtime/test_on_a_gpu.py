@@ -1,4 +1,4 @@
-"""What only a GPU can show. None of it has been run by us on a GPU: none was at hand."""
+"""Tests that need a GPU. None of them has ever been run on one, because none was available."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SETTINGS: dict[str, Any] = {
     "seed": 3,
     "output_type": "np",
 }
-# fp32 engines beside ONNX Runtime in fp32: other orders of summation, over 5 steps and the decoder.
+# fp32 engines against ONNX Runtime in fp32: sums are in another order, over 5 steps and the decoder.
 PSNR_DB = 50.0
 
 
-# Backend, and what its bundle is built with beside it.
+# Backends, and further build options for their bundles.
 DRAWING = [
     pytest.param(Backend.ONNXRUNTIME, {}, id="onnxruntime"),
     pytest.param(Backend.TENSORRT, {}, id="tensorrt"),
@@ -60,7 +60,7 @@ PROVED = [
 
 
 def built(backend: Backend, options: dict[str, Any], fp32: Path, checkpoint: Path, folder: Path) -> Path:
-    """A bundle for this GPU; skips with the reason where the backend cannot be had here."""
+    """A bundle for this GPU. Skips the test, with the reason, if the backend is not available here."""
     gpu = find_gpu()
     assert gpu is not None
     row = row_of(backend)
@@ -81,7 +81,7 @@ def built(backend: Backend, options: dict[str, Any], fp32: Path, checkpoint: Pat
 def test_a_backend_draws_what_the_cpu_draws(
     backend: Backend, options: dict[str, Any], tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Plain, in chunks, the whole loop, and the whole loop as a graph; all stages loaded, and one at a time."""
+    """With 1, 2 and all steps per launch (the second time as a CUDA graph); all stages loaded, or one at a time."""
     bundle = built(backend, options, tiny_bundle, tiny_checkpoint, tmp_path)
     with Pipeline.load(tiny_bundle, provider="cpu") as reference:
         expected = np.asarray(reference.draw(Request(prompt="red cat", **SETTINGS)).images)
@@ -97,7 +97,7 @@ def test_a_backend_draws_what_the_cpu_draws(
 
 
 def check_graphs(session: Any, *, streamed: bool) -> None:
-    """Every loop ended as a graph, or in ONNX Runtime every step; weights that are streamed may prevent one."""
+    """Every loop (in ONNX Runtime, every step) became a CUDA graph, unless streamed weights prevent that."""
     if isinstance(session, TensorRTSession):
         said = [loop.uncapturable for loop in session._loops.values() if loop.graph is None]
         assert not said or (streamed and all(said)), said
@@ -109,13 +109,13 @@ def check_graphs(session: Any, *, streamed: bool) -> None:
 def test_parity_holds(
     backend: Backend, options: dict[str, Any], tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Every level of it; in 16 bits against 1.5 times what PyTorch itself loses."""
+    """All levels; in 16 bits the bound is 1.5 times the error of PyTorch itself."""
     bundle = built(backend, options, tiny_bundle, tiny_checkpoint, tmp_path)
     which = ["--backend", backend.value, "--precision", options["precision"].value]
     assert main(["parity", str(bundle), "--against", str(tiny_checkpoint), *which]) == 0
 
 
-def test_cuda_calls_do_what_the_fake_does() -> None:
+def test_cuda_calls_do_what_those_of_the_fake_gpu_do() -> None:
     pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
     device = open_device()
     cuda, data = device.cuda, np.arange(1024, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The whole pipeline, beside unmodified diffusers and beside itself."""
+"""The whole pipeline, compared with unmodified diffusers and with itself."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ditc.runtime.session import Array, Tensor
 from ditc.runtime.spec import DENOISER
 
 SIZES = [(64, 64), (32, 96)]
-# The kernels of one session choose their blocking by batch size: a few units in the last place, over all steps.
+# A session's kernels choose their blocking by batch size, which costs a few units in the last place over all steps.
 SAME_FP32 = 1e-5
 
 
-# Beside diffusers
+# Compared with diffusers
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -212,7 +212,7 @@ def test_callback_results_that_do_not_fit_are_refused(pipeline: Pipeline) -> Non
         pipeline("dog", callback_on_step_end=unknown, num_inference_steps=1)
 
 
-# Beside itself
+# Compared with itself
 
 
 def test_one_seed_gives_one_picture_bit_for_bit(pipeline: Pipeline) -> None:
@@ -220,7 +220,7 @@ def test_one_seed_gives_one_picture_bit_for_bit(pipeline: Pipeline) -> None:
     np.testing.assert_array_equal(first.images, second.images)
 
 
-def test_a_seed_is_chosen_told_and_reproduces_the_picture(pipeline: Pipeline) -> None:
+def test_a_seed_that_was_chosen_at_random_is_returned_and_reproduces_the_picture(pipeline: Pipeline) -> None:
     first = pipeline("cat", output_type="np", num_inference_steps=2)
     other = pipeline("cat", output_type="np", num_inference_steps=2)
     again = pipeline("cat", output_type="np", num_inference_steps=2, seed=first.seed)
@@ -295,20 +295,20 @@ def test_a_callback_that_raises_stops_the_run_and_leaves_nothing_behind(pipeline
 def test_a_closed_pipeline_says_that_it_is_closed(tiny_bundle: Path) -> None:
     with Pipeline.load(tiny_bundle, threads=1) as pipeline:
         pass
-    pipeline.close()  # a second time is nothing
+    pipeline.close()  # closing twice has no effect
     with pytest.raises(SessionError, match="the pipeline is closed") as caught:
         pipeline("cat")
     assert caught.value.hint
 
 
-def test_a_state_replaced_from_outside_goes_on_from_there(pipeline: Pipeline) -> None:
+def test_a_run_can_be_resumed_from_any_state(pipeline: Pipeline) -> None:
     request = Request(prompt="cat", seed=1, num_inference_steps=3, height=32, width=32)
     steps = [step.state for step in pipeline.steps(request)]
     resumed = [step.state for step in pipeline.run([steps[0]])]
     np.testing.assert_array_equal(resumed[-1].latents, steps[-1].latents)
 
 
-def test_bins_draw_at_a_trained_size_and_return_the_asked_one(pipeline: Pipeline) -> None:
+def test_bins_draw_at_a_trained_size_and_return_the_requested_one(pipeline: Pipeline) -> None:
     binned = _with_bins(pipeline, ((32, 64), (64, 64)))
     plan = binned.plan(Request(prompt="cat", height=50, width=90))
     assert (plan.drawn_height, plan.drawn_width) == (32, 64)
@@ -339,7 +339,9 @@ def test_tiled_decoding_is_used_as_the_bundle_says(pipeline: Pipeline, reference
     finally:
         vae.disable_tiling()
     assert_same(draw(tiled, "cat", **settings), theirs)
-    assert psnr(draw(pipeline, "cat", **settings).pictures, theirs.pictures) < 90, "tiles left no trace"
+    assert psnr(draw(pipeline, "cat", **settings).pictures, theirs.pictures) < 90, (
+        "tiling did not change the picture"
+    )
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_tiles_that_the_decoder_was_not_built_for_are_refused_before_the_first_s
     tiled.plan(Request(prompt="cat", height=64, width=64, output_type="latent"))
 
 
-def test_previews_are_one_small_picture_a_sample(pipeline: Pipeline) -> None:
+def test_previews_are_one_small_picture_per_sample(pipeline: Pipeline) -> None:
     step = next(pipeline.steps(Request(prompt=["cat", "dog"], seed=1)))
     previews = pipeline.preview(step.state)
     assert [preview.size for preview in previews] == [(32, 32), (32, 32)]

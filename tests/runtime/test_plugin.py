@@ -1,4 +1,4 @@
-"""The linear-attention plugin as TensorRT-RTX holds it, with kernels that nobody compiled."""
+"""The linear-attention plugin inside TensorRT-RTX, with placeholder text instead of compiled kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed:
 
 
 def test_an_engine_holds_every_byte_of_the_kernels(tmp_path: Path) -> None:
-    """In a process of its own, for the library reads LD_LIBRARY_PATH at start and aborts where the link is missing."""
+    """Runs in a separate process: the library reads LD_LIBRARY_PATH at start, and aborts if the link is missing."""
     folder = rtx_library_folder()
     assert folder is not None
     (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
@@ -42,15 +42,15 @@ def test_an_engine_holds_every_byte_of_the_kernels(tmp_path: Path) -> None:
     assert not lacking
 
 
-def test_what_a_plugin_stores_outlives_the_call_that_asked_for_it() -> None:
+def test_the_fields_of_a_plugin_live_longer_than_the_call_that_returned_them() -> None:
     plugin = _plugin()
     fields = plugin.get_fields_to_serialize()
-    others = [np.full(1, 7, np.float32) for _ in range(1000)]  # take whatever memory has become free
+    others = [np.full(1, 7, np.float32) for _ in range(1000)]  # reuse any memory that has become free
     assert fields[0].data == np.float32(1e-15) and bytes(fields[1].data) == _kernels().encode()
     del others, plugin
 
 
-def test_a_kernel_that_the_driver_refuses_is_an_exception_out_of_the_plugin(
+def test_a_kernel_that_the_driver_refuses_raises_an_exception(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -63,7 +63,7 @@ def test_a_kernel_that_the_driver_refuses_is_an_exception_out_of_the_plugin(
 
 
 def _plugin() -> Any:
-    """From its fields, as the library makes it."""
+    """A plugin that is made from its fields, as the library makes it."""
     eps, kernels = np.array([1e-15], np.float32), np.frombuffer(_kernels().encode(), np.int8)
     fields = trt.PluginFieldCollection(
         [

@@ -1,4 +1,4 @@
-"""A file of prompts means the same to every verb that reads one."""
+"""All verbs read files of prompts in the same way."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ditc.runtime.prompts import read_prompts
 FILE = "\ufeff# mine\r\n\r\na cat\r\n  a dog  \na\x0cform feed\n # not this one\na #1 fan".encode()
 
 
-def test_comments_blank_lines_and_a_byte_order_mark_are_no_prompts(tmp_path: Path) -> None:
+def test_comments_blank_lines_and_a_byte_order_mark_are_not_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(FILE)
     assert read_prompts(path) == ["a cat", "a dog", "a\x0cform feed", "a #1 fan"]
 
 
-def test_calibration_reads_what_is_drawn(tmp_path: Path) -> None:
+def test_calibration_reads_the_same_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(FILE.replace(b"\x0c", b" "))
     assert calibration.read_prompts(path) == read_prompts(path)

@@ -1,4 +1,4 @@
-"""Requests that no bundle can serve are refused before any work, with the value and a hint."""
+"""Requests that cannot be drawn are refused before any work, with the value and a hint."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MASK = np.ones((2, 12), np.int64)
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"prompt_2": 5}, "prompt_2 must be text, got 5"),
         ({"prompt_3": ["a", "b"]}, "prompt_3 holds 2 texts for 1 prompts"),
-        ({"prompt_2": "dog"}, r"prompt_2 is given, this bundle has 1 text encoder"),
-        ({"negative_prompt_3": "dog"}, r"negative_prompt_3 is given, this bundle has 1 text encoder"),
+        ({"prompt_2": "dog"}, "prompt_2 is given, but this bundle has only 1 text encoder"),
+        ({"negative_prompt_3": "dog"}, "negative_prompt_3 is given, but this bundle has only 1 text encoder"),
         ({"skip_layer_guidance_scale": 2.8}, "2.8, but this bundle's denoiser cannot skip layers"),
         (
             {"skip_layer_guidance_start": 0.0},
@@ -45,10 +45,10 @@ MASK = np.ones((2, 12), np.int64)
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"num_inference_step": 3}, "there is no argument num_inference_step"),
         ({"max_sequence_length": 300}, "there is no argument max_sequence_length"),
-        ({"return_dict": False}, "return_dict is False, here it is always True"),
+        ({"return_dict": False}, "return_dict is False, but must be True"),
         (
             {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
-            r"is \['prompt_embeds'\], here it is always \['latents'\]",
+            r"is \['prompt_embeds'\], but must be \['latents'\]",
         ),
         ({"width": 128.0}, "width is 128.0"),
         ({"seed": 3.0}, "seed is 3.0"),
@@ -66,14 +66,14 @@ MASK = np.ones((2, 12), np.int64)
         ({"generator": [Generator(1), Generator(2)]}, "2 generators for 1 pictures"),
         (
             {"latents": np.zeros((1, 8, 16, 16), np.float32)},
-            r"latents are \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
+            r"latents have shape \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
         ),
         ({"latents": np.full((1, 8, 32, 32), np.nan, np.float32)}, "latents have 8192 values that are NaN"),
-        ({"latents": "noise"}, "latents are no array: could not convert string"),
+        ({"latents": "noise"}, "latents are not an array: could not convert string"),
         ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
     ],
 )
-def test_requests_that_cannot_be_served_are_refused(
+def test_requests_that_cannot_be_drawn_are_refused(
     pipeline: Pipeline, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
@@ -111,7 +111,7 @@ def test_requests_that_cannot_be_served_are_refused(
                 "negative_prompt_embeds": np.concatenate([EMBEDS, EMBEDS[:1]]),
                 "negative_prompt_attention_mask": np.concatenate([MASK, MASK[:1]]),
             },
-            "negative_prompt_embeds hold 3 rows for 2 prompts",
+            "negative_prompt_embeds has 3 rows for 2 prompts",
         ),
         (
             {
@@ -132,30 +132,30 @@ def test_embeddings_that_do_not_fit_are_refused(
     assert caught.value.hint
 
 
-def test_a_misspelled_argument_is_told_the_right_one(pipeline: Pipeline) -> None:
+def test_the_hint_for_a_misspelled_argument_names_the_right_one(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError) as caught:
         pipeline("cat", num_inference_step=3)
     assert caught.value.hint == "did you mean num_inference_steps?"
 
 
-def test_arguments_of_diffusers_that_ask_for_what_is_done_anyway_are_taken() -> None:
+def test_arguments_of_diffusers_that_change_nothing_are_accepted() -> None:
     implied = {"return_dict": True, "callback_on_step_end_tensor_inputs": ["latents"]}
     assert make_request(prompt="cat", seed=np.int64(3), guidance_scale=np.float32(2), **implied).seed == 3
 
 
-def test_the_hint_of_a_wrong_size_names_one_that_works(pipeline: Pipeline) -> None:
+def test_the_hint_for_a_wrong_size_names_one_that_works(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError) as caught:
         pipeline("cat", height=1001)
     assert caught.value.hint == "take height 128; the default is 64x64"
     assert pipeline.plan(Request(prompt="cat", height=128)).height == 128
 
 
-def test_left_out_values_come_from_the_bundle(pipeline: Pipeline) -> None:
+def test_values_that_are_left_out_come_from_the_bundle(pipeline: Pipeline) -> None:
     plan = pipeline.plan(Request(prompt="cat"))
     assert (plan.height, plan.width, plan.num_inference_steps, plan.guidance_scale) == (64, 64, 4, 3.0)
 
 
-def test_one_negative_prompt_serves_all_prompts_and_none_is_the_empty_one() -> None:
+def test_one_negative_prompt_is_used_for_all_prompts_and_none_means_the_empty_text() -> None:
     assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts == ["c", "c"]
     assert Request(prompt=["a", "b"], negative_prompt=None).negative_prompts == ["", ""]
     assert Request(prompt=["a", "b"], negative_prompt=["c", "d"]).negative_prompts == ["c", "d"]

@@ -1,4 +1,4 @@
-"""Our generator against torch's own."""
+"""The generator, compared with torch's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_size_and_seed_equals_torch(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 3])
 def test_successive_draws_of_mixed_sizes_equal_torch(seed: int) -> None:
-    """An odd draw below 16 keeps a second normal, which the next such draw takes, past larger draws."""
+    """An odd number of values below 16 leaves one for the next such draw, even if larger draws come between."""
     ours, theirs = Generator(seed), torch_generator(seed)
     for size in (3, 16, 1, 5, 40, 7, 0, 2, 700, 1, 1, 33, 15, 15):
         reference = torch.randn(size, generator=theirs).numpy()
@@ -50,7 +50,7 @@ def test_a_generator_for_each_picture_equals_diffusers() -> None:
     np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=BOUND)
 
 
-def test_a_picture_in_a_batch_has_the_noise_that_it_has_alone() -> None:
+def test_a_picture_has_the_same_noise_in_a_batch_and_alone() -> None:
     batch = randn_latents((2, 4, 4, 4), [Generator(1), Generator(2)])
     np.testing.assert_array_equal(batch[1:], randn_latents((1, 4, 4, 4), Generator(2)))
 

@@ -1,4 +1,4 @@
-"""The coefficient table against diffusers' own schedulers, stepped over the same deterministic network."""
+"""The coefficient table, compared with diffusers' schedulers on the same deterministic network."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ditc.runtime.step_contract import CN, coefficient_columns
 
 STEPS = (1, 2, 3, 14, 15, 20, 50)
 SHAPE = (2, 4, 8, 8)
-# Both sides keep the latents in float32 (6e-8 a step) and diffusers its coefficients too. The second-order
-# update multiplies the rounding of x0 by the ratio of two steps in lambda, about 4 in the last ones, before
-# the steps shrink it again. Measured over all cases below: at most 6e-7.
+# Both sides keep the latents in float32 (6e-8 per step), and diffusers also its coefficients. The second-order update
+# multiplies the rounding of x0 by the ratio of two steps in lambda, which is about 4 in the last steps, before further
+# steps reduce it again. Measured over all cases below: at most 6e-7.
 BOUND = 2e-6
 
 
@@ -36,7 +36,7 @@ def start() -> np.ndarray:
 
 
 def run_table(table: CoefficientTable) -> np.ndarray:
-    """The engine's arithmetic in numpy float32."""
+    """The arithmetic of the denoiser's step, in numpy float32."""
     x, history = start(), [np.zeros(SHAPE, np.float32)] * (table.coefficients.shape[1] - 5)
     for t, (c_in, a, b, cx, c0, *past) in zip(table.timesteps, table.coefficients, strict=True):
         x0 = a * x + b * network(c_in * x, t)
@@ -125,7 +125,7 @@ def test_euler_on_an_engine_with_history_gives_the_same_latents() -> None:
     np.testing.assert_array_equal(run_table(padded), run_table(coefficient_table(params, 8)))
 
 
-def test_a_step_that_takes_noise_gets_none_of_it_from_a_sampler_that_draws_none() -> None:
+def test_the_noise_coefficient_is_zero_for_a_sampler_that_draws_no_noise() -> None:
     params = scheduler_params(config_of(dpmsolver(flow_shift=3.0)))
     columns = coefficient_columns(2, True)
     table, plain = coefficient_table(params, 8, columns=columns), coefficient_table(params, 8)
@@ -187,12 +187,12 @@ def test_a_setting_that_changes_the_numbers_is_refused_by_name(
         scheduler_params({**config_of(scheduler), setting: value})
 
 
-def test_every_switch_of_diffusers_is_either_served_or_refused() -> None:
-    """A switch that a newer diffusers adds is seen here, and not silently ignored."""
-    served = {"use_flow_sigmas", "euler_at_final", "variance_type"}
+def test_every_switch_of_diffusers_is_either_supported_or_refused() -> None:
+    """This fails if a newer diffusers adds a switch, so that the switch is not silently ignored."""
+    supported = {"use_flow_sigmas", "euler_at_final", "variance_type"}
     for scheduler in (dpmsolver(final_sigmas_type="sigma_min"), FlowMatchEulerDiscreteScheduler()):
         config = config_of(scheduler)
-        for setting in {key for key, value in config.items() if value is None or value is False} - served:
+        for setting in {key for key, value in config.items() if value is None or value is False} - supported:
             with pytest.raises(CheckpointError, match=setting):
                 scheduler_params({**config, setting: True})
 

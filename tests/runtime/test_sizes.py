@@ -1,4 +1,4 @@
-"""Resolution bins against diffusers."""
+"""Resolution bins, compared with those of diffusers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_size_falls_into_the_bin_of_diffusers(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", TABLES)
-def test_the_square_is_its_own_bin(size: int) -> None:
+def test_the_square_size_is_a_bin(size: int) -> None:
     assert classify(size, size, resolution_bins(size)) == (size, size)
 
 

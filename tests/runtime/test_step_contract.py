@@ -1,4 +1,4 @@
-"""The contract of a step: what a spec says of it, and that the exporter's module and the scheduler's table keep it."""
+"""The step contract: it is read from a spec and a manifest, and the exported module follows it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_columns_of_the_coefficients_have_names() -> None:
 
 
 class Spy(nn.Module):
-    """Keeps what it was called with, and predicts zeros."""
+    """A network that keeps its arguments and predicts zeros."""
 
     def forward(self, latents: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
         self.rest = rest

@@ -1,4 +1,4 @@
-"""Prompt handling against transformers' tokenizers and diffusers' SanaPipeline."""
+"""Prompt handling, compared with transformers' tokenizers and diffusers' SanaPipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPTS = {
 
 
 def train_bpe() -> tokenizers.Tokenizer:
-    """A small BPE of Gemma's form: spaces become ▁, unknown characters their bytes."""
+    """A small BPE tokenizer like Gemma's: spaces become ▁, and unknown characters become their bytes."""
     model = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
@@ -63,7 +63,7 @@ def gemma_like() -> Any:
 
 
 def with_end_token() -> Any:
-    """CLIP's and T5's form: the last special token stays when a text is cut."""
+    """A tokenizer like CLIP's and T5's: the last special token stays when a text is cut."""
     trained = train_bpe()
     special = [("<bos>", 2), ("<eos>", 1)]
     trained.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
@@ -83,7 +83,7 @@ def demo() -> Any:
 
 
 def ours(reference: Any, folder: Path) -> Tokenizer:
-    """Our tokenizer over the file that transformers saves."""
+    """The runtime's tokenizer, from the file that transformers saves."""
     reference.save_pretrained(folder)
     return Tokenizer(folder / "tokenizer.json")
 
@@ -106,7 +106,7 @@ def sana_spec(reference: Any) -> TextSpec:
 
 
 class Encoder(torch.nn.Module):
-    """Stands where Gemma does, and shows which tokens reached it: state = (token id, position)."""
+    """Replaces Gemma and shows which tokens reach it: each state is (token id, position)."""
 
     dtype = torch.float32
 
@@ -116,7 +116,7 @@ class Encoder(torch.nn.Module):
 
 
 def encode_with_diffusers(tokenizer: Any, prompt: list[str], negative_prompt: list[str]) -> list[np.ndarray]:
-    """(embeds, mask, negative embeds, negative mask) of SanaPipeline.encode_prompt itself."""
+    """(embeds, mask, negative embeds, negative mask), from SanaPipeline.encode_prompt itself."""
     pipe = SanaPipeline.__new__(SanaPipeline)
     pipe.tokenizer, pipe.text_encoder = tokenizer, Encoder()
     options = {"device": torch.device("cpu"), "complex_human_instruction": INSTRUCTION}
@@ -160,7 +160,7 @@ def test_a_cut_keeps_the_end_token_as_transformers_does(prompt: str, side: str, 
         pad_token_id=reference.pad_token_id,
         padding_side=PaddingSide(side),
     )
-    # Saved after the call: the file carries transformers' truncation and padding, which must not count.
+    # Saved after the call, so that the file holds transformers' truncation and padding, which must be ignored.
     path = tmp_path / "tokenizer.json"
     reference.backend_tokenizer.enable_truncation(5)
     reference.backend_tokenizer.enable_padding(length=9, pad_id=3)
@@ -227,16 +227,16 @@ def test_a_spec_whose_lengths_do_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["\ud83d broken", 7, None])
-def test_a_prompt_that_is_no_text_is_refused(prompt: Any, tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_text_is_refused(prompt: Any, tmp_path: Path) -> None:
     reference = gemma_like()
     with pytest.raises(UsageError, match="prompt"):
         ours(reference, tmp_path).encode([prompt], sana_spec(reference))
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"model": 3}', "PK\x03\x04"])
-def test_a_file_that_is_no_tokenizer_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(BundleError, match="no tokenizer"):
+    with pytest.raises(BundleError, match="is not a tokenizer"):
         Tokenizer(path)

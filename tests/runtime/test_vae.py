@@ -1,4 +1,4 @@
-"""Tiling against diffusers' AutoencoderDC.enable_tiling, with a tiny autoencoder of its own architecture."""
+"""Tiling, compared with AutoencoderDC.enable_tiling of diffusers on a tiny autoencoder of that class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.vae import decode_tiled, encode_tiled, tile_sizes
 
 SCALE = 4
-# The network runs on the same tiles on both sides; what differs is one float32 rounding of a blend.
+# Both sides run the network on the same tiles; they differ only in one float32 rounding of a blend.
 BOUND = 1e-6
 CASES = [
     # tile, stride, latent height and width
@@ -85,8 +85,8 @@ def test_tiled_encoding_equals_diffusers(
     np.testing.assert_allclose(latents, reference, rtol=0, atol=BOUND * np.abs(reference).max())
 
 
-def test_tiling_is_seen_in_the_picture(vae: AutoencoderDC) -> None:
-    """The comparison above would be empty if tiles changed nothing."""
+def test_tiling_changes_the_picture(vae: AutoencoderDC) -> None:
+    """The comparisons above would prove nothing if tiling did not change the picture."""
     latents = noise(1, 4, 20, 20).numpy()
     whole = as_numpy(vae.decoder)(latents)
     tiled = decode_tiled(as_numpy(vae.decoder), latents, tile=32, stride=24, scale=SCALE)
@@ -125,6 +125,6 @@ def test_tiles_that_do_not_fit_are_refused(tile: int, stride: int) -> None:
         decode_tiled(lambda x: x, np.zeros((1, 4, 20, 20), np.float32), tile=tile, stride=stride, scale=SCALE)
 
 
-def test_a_picture_of_broken_cells_is_refused() -> None:
+def test_a_picture_that_is_not_made_of_whole_cells_is_refused() -> None:
     with pytest.raises(UsageError, match="41x40"):
         encode_tiled(lambda x: x, np.zeros((1, 3, 41, 40), np.float32), tile=32, stride=24, scale=SCALE)

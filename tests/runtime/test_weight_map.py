@@ -1,4 +1,4 @@
-"""The weight map alone: reading, and the way from a tensor to its initializer and back, in numpy."""
+"""The weight map: reading and writing it, and converting tensors to initializers and back, in numpy."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_tensor_is_found_by_the_checkpoints_name() -> None:
 
 
 @pytest.mark.parametrize("transforms", [(), ("reshape",), ("transpose",), ("reshape", "transpose")])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])  # bf16 travels as uint16
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])  # bf16 is stored as uint16
 def test_inverting_undoes_applying_bit_for_bit(transforms: tuple[str, ...], dtype: type) -> None:
     shape = (3, 2, 2, 2) if "reshape" in transforms else (3, 8)
     stored_shape = (8, 3) if "transpose" in transforms else (3, 8)
@@ -106,7 +106,7 @@ def test_inverting_undoes_applying_bit_for_bit(transforms: tuple[str, ...], dtyp
     np.testing.assert_array_equal(back, tensor)
 
 
-def test_the_order_of_values_is_the_matrix_products() -> None:
+def test_values_are_stored_in_the_order_of_the_matrix_product() -> None:
     """x @ stored is what the convolution over flattened patches computes."""
     tensor = np.arange(24.0).reshape(3, 2, 2, 2)
     patch = np.arange(8.0)
@@ -114,7 +114,7 @@ def test_the_order_of_values_is_the_matrix_products() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_codes_become_what_the_graph_computes_with(axis: int) -> None:
+def test_quantized_values_become_the_floats_that_the_graph_computes_with(axis: int) -> None:
     rng = np.random.default_rng(0)
     matrix_OI = rng.normal(size=(3, 8)).astype(np.float32)
     factors_I = rng.uniform(0.5, 2, 8).astype(np.float32)
@@ -129,14 +129,15 @@ def test_codes_become_what_the_graph_computes_with(axis: int) -> None:
     )
     got = invert(weight, codes_OI.T if axis == 1 else codes_OI, {"s": scale_O, "r": 1 / factors_I})
     assert got.shape == (3, 8)
-    np.testing.assert_allclose(
-        got, matrix_OI, atol=float(scale_O.max()) * 1.01
-    )  # half a step, at factors of 0.5
+    # Half a quantization step, divided by the smallest factor, 0.5.
+    np.testing.assert_allclose(got, matrix_OI, atol=float(scale_O.max()) * 1.01)
 
 
-def test_codes_are_not_written_and_not_read_without_their_scales() -> None:
+def test_quantized_weights_cannot_be_applied_and_are_inverted_only_with_their_scales() -> None:
     with pytest.raises(BundleError, match=r"network\.patch_embed\.weight is stored in 8 bits"):
         apply(CODES, np.zeros((3, 8)))
     for weight, arrays in ((replace(CODES, codes=None), {"s": np.ones(3)}), (CODES, {"s": np.ones(3)})):
-        with pytest.raises(BundleError, match="nothing says how the codes"):
+        with pytest.raises(
+            BundleError, match=r"the scales of network\.patch_embed\.weight, .* are not known"
+        ):
             invert(weight, np.zeros((8, 3), np.int8), arrays)

@@ -1,4 +1,4 @@
-"""`Pipeline.with_sessions`: the same pipeline with another session for a stage, and who closes what."""
+"""`Pipeline.with_sessions`: the same pipeline with other sessions for some stages, and who closes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditc.runtime.spec import DENOISER
 
 
 class Watched:
-    """A session over another that counts its runs and says whether it was closed."""
+    """Wraps a session, counts its runs and records whether it was closed."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.spec = session, session.spec
@@ -38,7 +38,9 @@ def test_with_sessions_uses_them_and_leaves_the_first_pipeline_as_it_is(pipeline
     assert denoiser.runs == 2 and other.chosen == "watched"
     assert other.uncertified == "its sessions are not the bundle's"
     assert pipeline.sessions == before
-    assert other.conditioning is pipeline.conditioning, "no text stage is replaced: the cached rows are good"
+    assert other.conditioning is pipeline.conditioning, (
+        "no text stage was replaced, so the cached rows stay valid"
+    )
 
 
 def test_with_sessions_replaces_text_stages_where_texts_are_encoded(pipeline: Pipeline) -> None:
