@@ -20,47 +20,102 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Settings of the measurement, or of the search that follows it."""
-    parser.add_argument("checkpoint", nargs="?", help="a diffusers directory; --merge alone needs none")
+    """The settings of the measurement and of the search that may follow it."""
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="ranges, .safetensors"
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="A diffusers directory. --merge without --budget needs none.",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="File to write the ranges to, with the ending .safetensors.",
     )
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help="of the checkpoint's weight files, such as fp16 (default: those without one)",
-    )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: ours)")
-    parser.add_argument("--num-prompts", type=int, metavar="N", help="only the first N")
-    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
-    parser.add_argument("--guidance-scale", type=float, metavar="G")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)"
+        help="Variant of the checkpoint's weight files, such as fp16 (default: files without one).",
     )
     parser.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the networks that run"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="File with one prompt per line (default: built-in prompts).",
     )
-    parser.add_argument("--device", default="cpu", help="a PyTorch device (default: %(default)s)")
     parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="every N-th prompt from the I-th, then --merge"
+        "--num-prompts",
+        type=int,
+        metavar="PROMPTS",
+        help="Number of prompts to measure, from the first on (default: all prompts).",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="STEPS",
+        dest="num_inference_steps",
+        help="Number of denoising steps (default: the checkpoint's).",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the guidance, without a unit (default: the checkpoint's).",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="Seed of the first prompt, a whole number; every further prompt has the next seed (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=["fp32", "fp16", "bf16"],
+        help="Precision that the networks run in (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="PyTorch device to run on, such as cpu or cuda (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="Measure only every N-th prompt, beginning with the I-th, counted from 0; --merge adds up the shards "
+        "(default: %(default)s, all prompts).",
     )
     parser.add_argument(
         "--budget",
         metavar="METRIC=X",
-        help="then search the best format of every layer: psnr=40 or rel_l2=0.05",
+        help="After measuring or merging, search for the best format of every layer within this budget: psnr=40 (mean "
+        "PSNR of the pictures in dB) or rel_l2=0.05 (relative L2 error of the latents) (default: no search).",
     )
     parser.add_argument(
-        "--formats", default="int8", help="the search may use these, comma-separated (default: %(default)s)"
+        "--formats",
+        default="int8",
+        metavar="NAME,NAME",
+        help="Formats that the search may use, separated by commas: int8, fp8 (default: %(default)s).",
     )
     parser.add_argument(
         "--search-minutes",
         type=float,
         default=4.0,
-        metavar="M",
-        help="time for the table's column of final pictures (default: %(default)s)",
+        metavar="MINUTES",
+        help="Minutes to spend on the table's column of final pictures (default: %(default)s).",
     )
     parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="FILE", help="add up ranges instead of measuring"
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="Add up these files of ranges instead of measuring (default: measure).",
     )
 
 

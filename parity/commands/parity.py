@@ -22,48 +22,100 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two sides, what is drawn, and the form of the answer."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--against", metavar="CHECKPOINT", help="the checkpoint it was built from")
+    """The two sides, what they draw, and the form of the report."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The directory of the bundle to check.")
     parser.add_argument(
-        "--variant", metavar="NAME", help="of its weight files, as in the build (default: those without one)"
+        "--against",
+        metavar="CHECKPOINT",
+        help="The checkpoint that the bundle was built from (default: none; either this or --reference is needed).",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="Variant of the checkpoint's weight files, such as fp16, as in the build (default: files without one).",
     )
     parser.add_argument(
         "--level",
         action="append",
         choices=[level.value for level in Level],
-        help="only this level; repeatable",
+        help="Run only this level; may be repeated (default: all levels).",
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0 1")
-    parser.add_argument("--steps", type=int, metavar="N", dest="num_inference_steps")
-    parser.add_argument("--guidance-scale", type=float, metavar="G")
-    parser.add_argument("--height", type=int, metavar="PX")
-    parser.add_argument("--width", type=int, metavar="PX")
-    add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
     parser.add_argument(
-        "--save-reference", type=Path, metavar="FILE", help="write what PyTorch computed, for --reference"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="File with one prompt per line (default: two built-in prompts).",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="Seeds to draw every prompt with, whole numbers (default: 0 1).",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="STEPS",
+        dest="num_inference_steps",
+        help="Number of denoising steps (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the guidance, without a unit (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--height", type=int, metavar="PX", help="Picture height in pixels (default: the bundle's)."
+    )
+    parser.add_argument(
+        "--width", type=int, metavar="PX", help="Picture width in pixels (default: the bundle's)."
+    )
+    add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
+    _add_reference_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="REL_L2",
+        help="Relative L2 error, without a unit, that 8-bit stages may have at the levels stage, step and trajectory "
+        "(default: a multiple of the error of PyTorch with the recorded plan).",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="Write the report as a page with pictures, curves and modules (default: no page).",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON (default: as text).")
+
+
+def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="Compare with a file from --save-reference instead of a checkpoint (default: none; see --against).",
+    )
+    parser.add_argument(
+        "--no-diffusers",
+        action="store_true",
+        help="Leave out the second reference, unmodified diffusers or the family's own upstream package (default: "
+        "compare with it too).",
+    )
+    parser.add_argument(
+        "--save-reference",
+        type=Path,
+        metavar="FILE",
+        help="Write what PyTorch computed to this file, for --reference on another machine (default: not written).",
     )
     parser.add_argument(
         "--save-polygraphy",
         type=Path,
         metavar="DIR",
-        help="write the stages' inputs and PyTorch's results for `polygraphy run`, and a script that runs it",
+        help="Write the stages' inputs, PyTorch's results and a script that compares them with `polygraphy run` "
+        "(default: not written).",
     )
-    parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="compare with such a file, instead of --against"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        metavar="X",
-        help="relative L2 that 8-bit stages may have (default: by the recorded plan)",
-    )
-    parser.add_argument("--no-diffusers", action="store_true", help="leave out the second reference")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with pictures, curves and modules"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
