@@ -28,7 +28,7 @@ from ditc.runtime.gpu import find_gpu
 from ditc.runtime.load_options import DEFAULTS
 from ditc.runtime.session import Array, Session, to_numpy
 from ditc.runtime.sessions.device import open_device
-from ditc.runtime.sessions.onnxruntime_device import open_bound
+from ditc.runtime.sessions.onnxruntime_device import open_on_device
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import library_version, missing, row_of, rows
 from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
@@ -180,7 +180,7 @@ class Ours:
 
     def _onnxruntime(self, precision: Precision) -> tuple[Session, Any]:
         path, spec = self._graph(precision)
-        return open_bound(path, spec, precision=precision, graphs=True, device=DEVICE), None
+        return open_on_device(path, spec, precision=precision, graphs=True, device=DEVICE), None
 
     def _engine(self, backend: Backend, precision: Precision, form: LinearAttention) -> tuple[Session, Any]:
         gpu = find_gpu()

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the parsers themselves: `python docs/cli_reference.py > docs/cli.md`."""
+"""Writes docs/cli.md from the parsers of the verbs: `python docs/cli_reference.py > docs/cli.md`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ditc.runtime.cli import VERBS
 
 HEAD = """# The `ditc` command
 
-Written by `python docs/cli_reference.py > docs/cli.md`; a test holds it to the code.
+This page is written by `python docs/cli_reference.py > docs/cli.md`; a test compares it with the code.
 
-Results go to stdout, progress and errors to stderr. Errors are one line with the values and a `hint:` line; with
-`--json` they are JSON on stdout as well. Exit codes: 0 done, 1 a check failed, 2 usage or bad input, 130 interrupted.
-Every verb takes `-h` and `-v` (more log; twice for all).
+Results go to stdout, progress and errors to stderr. An error is one line with the values and a `hint:` line; with
+`--json` it is JSON on stdout as well. The exit code is 0 if all is done, 1 if a check failed, 2 after wrong usage or
+bad input, and 130 after an interrupt. Every verb also takes `-h`, which prints its help, and `-v`, which logs what is
+done to stderr (`-vv` logs all details).
 """
 
 
@@ -24,13 +25,13 @@ def reference() -> str:
 
 
 def section(name: str) -> str:
-    """One verb: what it does, its arguments, the extra that it needs."""
+    """One verb: what it does, the extra that it needs, and its arguments."""
     verb, parser = VERBS[name], argparse.ArgumentParser(prog=f"ditc {name}", add_help=False)
     importlib.import_module(verb.module).add_arguments(parser)
     needs = f' Needs `pip install "ditc[{verb.extra}]"`.' if verb.extra else ""
     rows = [f"| {_names(action)} | {_help(action)} |\n" for action in parser._actions]
     table = "| argument | meaning |\n|---|---|\n" + "".join(rows) if rows else ""
-    return f"\n## `ditc {name}`\n\n{verb.help[0].upper()}{verb.help[1:]}.{needs}\n\n{table}"
+    return f"\n## `ditc {name}`\n\n{verb.help}{needs}\n\n{table}"
 
 
 def _names(action: argparse.Action) -> str:
@@ -42,15 +43,13 @@ def _names(action: argparse.Action) -> str:
         if action.nargs == 0
         else f" {action.metavar or '{' + ','.join(map(str, action.choices or ())) + '}'}"
     )
-    if value == " {}":
-        value = f" {action.dest.upper()}"
+    if action.nargs == "+":
+        value += " ..."
     return "`" + ", ".join(action.option_strings) + value + "`" + (" (required)" if action.required else "")
 
 
 def _help(action: argparse.Action) -> str:
-    text = (action.help or "") % {"default": action.default}
-    shown = action.default not in (None, False, "", argparse.SUPPRESS) and "default" not in text
-    return (f"{text}; default `{action.default}`".removeprefix("; ") if shown else text).replace("|", "\\|")
+    return ((action.help or "") % {"default": action.default}).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The `ditc` command: a table of verbs, resolved when one is typed.
+"""The `ditc` command: a table of verbs. A verb's module is imported when the verb is typed.
 
-Progress and errors go to stderr, results to stdout. Exit codes: 0 done, 1 a check failed, 2 usage or bad input,
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input,
 130 interrupted.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ditc.runtime.errors import DitcError, MissingExtra, UsageError
 
@@ -25,39 +25,56 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Where a verb lives, what it does, and the extra that installs what it needs."""
+    """One verb of the command line.
+
+    Attributes:
+        module: the module with its `add_arguments` and `run`, as a string: the runtime must not import parts that may
+            not be installed.
+        help: what the verb does, in one sentence.
+        extra: the extra that installs the packages that it needs; None if ditc itself requires them.
+    """
 
     module: str
     help: str
     extra: str | None = None
 
 
-# Strings, so that the runtime imports no part that may be absent.
 VERBS = {
     "build": Verb(
-        "ditc.export.commands.build", "checkpoint -> bundle (ONNX graphs, optionally engines)", "export"
+        "ditc.export.commands.build",
+        "Build a bundle from a checkpoint: ONNX graphs and, if asked for, engines.",
+        "export",
     ),
     "parity": Verb(
-        "ditc.parity.commands.parity", "prove that a bundle computes what PyTorch computes", "parity"
+        "ditc.parity.commands.parity",
+        "Prove that a bundle computes what its checkpoint computes in PyTorch.",
+        "parity",
     ),
-    "run": Verb("ditc.runtime.commands.run", "draw pictures with a bundle"),
-    "inspect": Verb("ditc.runtime.commands.inspect", "what a bundle holds"),
-    "verify": Verb("ditc.runtime.commands.verify", "check every hash of a bundle"),
-    "sign": Verb("ditc.runtime.commands.sign", "sign a bundle with an ed25519 key", "sign"),
+    "run": Verb("ditc.runtime.commands.run", "Draw pictures with a bundle."),
+    "inspect": Verb("ditc.runtime.commands.inspect", "Show what a bundle holds, without loading it."),
+    "verify": Verb(
+        "ditc.runtime.commands.verify",
+        "Check the hashes of all files of a bundle and, if asked for, run its self-test.",
+    ),
+    "sign": Verb("ditc.runtime.commands.sign", "Sign a bundle with an ed25519 key.", "sign"),
     "doctor": Verb(
-        "ditc.runtime.commands.doctor", "what this machine can build and run, and what is missing"
+        "ditc.runtime.commands.doctor", "Show what this machine can build and run, and what is missing."
     ),
     "convert": Verb(
-        "ditc.export.commands.convert", "native checkpoint -> diffusers layout, and back", "export"
+        "ditc.export.commands.convert",
+        "Convert a checkpoint between its family's own layout and the layout of diffusers.",
+        "export",
     ),
     "calibrate": Verb(
-        "ditc.calib.commands.calibrate", "checkpoint -> ranges for 8-bit builds; precision search", "export"
+        "ditc.calib.commands.calibrate",
+        "Measure the ranges that 8-bit builds need, and search for the best format of every layer.",
+        "export",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
+    """The entry point of the console script. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     place = next((i for i, a in enumerate(arguments) if not a.startswith("-")), len(arguments))
@@ -70,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, typed = VERBS[arguments[place]], parser.verbs[arguments[place]]
         module = _resolve(verb)
         module.add_arguments(typed)
-        # Intermixed, or `run BUNDLE --steps 2 PROMPT` has no PROMPT: argparse of Python 3.11 fills an optional
-        # positional together with the one before it.
+        # The plain parse_args of Python 3.11 fills an optional positional together with the one before it, and would
+        # find no PROMPT in `run BUNDLE --steps 2 PROMPT`.
         options = typed.parse_intermixed_args(arguments[place + 1 :])
         _configure_logging(options.verbose)
         return _run(verb, module, options)
@@ -88,14 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether ctrl-C is what happened: while a compiled module starts (onnxruntime 1.31's), it ends as ImportError."""
+    """Whether ctrl-C caused the error. onnxruntime 1.31 turns a ctrl-C during its import into an ImportError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def report(error: DitcError, *, as_json: bool = False) -> None:
-    """One line of what happened, one of what to do, to stderr; as JSON to stdout where a program reads."""
+    """Write one line that says what happened and one with a hint to stderr; with as_json, also JSON to stdout."""
     if as_json:
         print(json.dumps({"error": type(error).__name__, "message": str(error), "hint": error.hint}))  # noqa: T201
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -104,23 +121,39 @@ def report(error: DitcError, *, as_json: bool = False) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses as every other part does; the top-level one has its verbs' at hand so that only the typed is filled."""
+    """A parser that raises UsageError, like every other part of ditc.
+
+    Attributes:
+        verbs: the parsers of the verbs, in the top-level parser. Only the parser of the typed verb gets its arguments.
+    """
 
     verbs: dict[str, _Parser]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(add_help=False, **settings)
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="ditc", description="Compile diffusion transformers, run them, prove them.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser = _Parser(
+        prog="ditc",
+        description="Compile diffusion transformers, run them, and prove that they compute what PyTorch computes.",
+        epilog="`ditc VERB --help` lists the options of a verb.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="Print the version and exit.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     parser.verbs = {}
     for name, verb in VERBS.items():
         parser.verbs[name] = verbs.add_parser(name, help=verb.help, description=verb.help)
         parser.verbs[name].add_argument(
-            "-v", "--verbose", action="count", default=0, help="more log; twice for all"
+            "-v",
+            "--verbose",
+            action="count",
+            default=0,
+            help="Log what is done to stderr; -vv logs all details (default: only warnings).",
         )
     return parser
 
@@ -146,7 +179,7 @@ def _resolve(verb: Verb) -> ModuleType:
 
 
 def _run(verb: Verb, module: ModuleType, options: argparse.Namespace) -> int:
-    """A verb may import what it needs only when it works: what is missing then is said in the same way."""
+    """Run the verb. A package that is missing is reported like one that `_resolve` misses: `run` imports late."""
     try:
         code: int = module.run(options)
     except ModuleNotFoundError as e:
@@ -167,18 +200,18 @@ def _configure_logging(verbosity: int) -> None:
 
 
 class _Once(logging.Filter):
-    """Says a warning once: a text that is cut is cut each time that it is encoded."""
+    """Passes every warning once. A text that is too long, for example, is cut and warned of at every encoding."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
         message = record.getMessage()
-        new = message not in self._said
-        self._said.add(message)
+        new = message not in self._seen
+        self._seen.add(message)
         return new
 
 

@@ -1,4 +1,4 @@
-"""The GPU of this machine, asked of its driver's own tool, and where TensorRT-RTX keeps its libraries."""
+"""This machine's GPU, as nvidia-smi reports it, and the folder of TensorRT-RTX's libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-# The parser of TensorRT-RTX opens this name once it meets a plugin; the wheel of 1.7.1 ships NAME.1 alone.
+# When TensorRT-RTX's parser meets a plugin, it opens a library of this name. The wheel of 1.7.1 has only NAME.1.
 RTX_LIBRARY = "libtensorrt_rtx.so"
 NO_GPU = "no NVIDIA GPU with a driver (nvidia-smi finds none)"
 
@@ -24,10 +24,10 @@ class Gpu:
 
 @cache
 def find_gpu() -> Gpu | None:
-    """CUDA's first GPU as nvidia-smi knows it; None without GPU or driver, or where CUDA_VISIBLE_DEVICES hides all.
+    """The first GPU that CUDA sees. None without a GPU or driver, or if CUDA_VISIBLE_DEVICES hides all GPUs.
 
-    On a machine with different GPUs, numbers in CUDA_VISIBLE_DEVICES mean the same to both only with
-    CUDA_DEVICE_ORDER=PCI_BUS_ID; UUIDs always do (CUDA programming guide, "CUDA Environment Variables").
+    If a machine has different GPUs, CUDA and nvidia-smi number them alike only with CUDA_DEVICE_ORDER=PCI_BUS_ID. UUIDs
+    in CUDA_VISIBLE_DEVICES are safe (CUDA programming guide, "CUDA Environment Variables").
     """
     name, _, capability = _nvidia_smi("name,compute_cap").rpartition(",")
     return Gpu(name.strip(), "sm" + capability.strip().replace(".", "")) if name else None
@@ -35,17 +35,17 @@ def find_gpu() -> Gpu | None:
 
 @cache
 def driver_version() -> str:
-    """Version of the NVIDIA driver, as nvidia-smi says; "" without one."""
+    """The version of the NVIDIA driver; "" without a driver or a GPU."""
     return _nvidia_smi("driver_version")
 
 
 def _nvidia_smi(fields: str) -> str:
-    """One line about the first visible GPU; "" where there is none."""
+    """nvidia-smi's answer about the first visible GPU, one line; "" if there is none."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if first in ("", "-1"):
         return ""
-    if not first.startswith("MIG-"):  # a share of a GPU, which nvidia-smi lists by its GPU's number alone
+    if not first.startswith("MIG-"):  # --id takes GPUs, but not the MIG instances that a GPU is divided into
         command.append(f"--id={first}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -55,7 +55,7 @@ def _nvidia_smi(fields: str) -> str:
 
 
 def rtx_library_folder() -> Path | None:
-    """Where the wheel of TensorRT-RTX keeps its libraries; None if it is not installed."""
+    """The folder of the libraries in TensorRT-RTX's wheel; None if it is not installed."""
     for name in ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs"):
         try:
             files = distribution(name).files or []

@@ -1,4 +1,4 @@
-"""How a bundle is loaded: one dataclass for the API and the command line, checked when it is made."""
+"""How a bundle is loaded: one dataclass for the API and the command line. Its values are checked when it is made."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from ditc.runtime.spec import Precision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """What whoever loads a bundle may choose.
+    """The choices of a program or person that loads a bundle.
 
     Attributes:
-        backend: the library that runs the stages. "auto" takes the preferred one of those that this machine and the
-            bundle share, and says why in the log.
-        precision: of the denoiser; None for the highest that the bundle holds for the backend.
-        threads: CPU threads of each stage; 0 leaves the number to the backend.
-        provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA where it works, else
+        backend: the library that runs the stages. "auto" takes the first backend in the order of preference that can
+            run on this machine and that the bundle has a denoiser for, and logs the reason.
+        precision: the denoiser's precision. None takes the highest that the bundle holds for the backend.
+        threads: the number of CPU threads that each stage computes with. 0 leaves it to the backend.
+        provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA if it works here, else
             the CPU.
-        low_vram: keep one stage at a time in GPU memory, and stream its weights if its engine was built for that.
-        require_signature: ed25519 public key (PEM) whose owner must have signed the bundle.
+        low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
+        require_signature: file with the ed25519 public key (PEM) whose owner must have signed the bundle.
         require_certificate: refuse artifacts that parity has not proven for this machine.
-        self_test: run the golden inputs before the first use on a device that the export could not try.
+        self_test: run every stage on its golden inputs before its first use on a kind of device that builds do not run
+            their graphs on.
 
     Raises:
-        UsageError: an unknown backend, provider or precision, a provider of another backend, or threads below 0.
+        UsageError: the backend, provider or precision is unknown, the provider belongs to another backend, or threads
+            is negative.
     """
 
     backend: str = AUTO
@@ -58,13 +60,13 @@ class LoadOptions:
             )
         if self.named_backend != AUTO and self.provider not in (AUTO, *row_of(self.named_backend).providers):
             raise UsageError(
-                f"provider {self.provider} is {_owners(self.provider)}'s, asked for with backend {self.backend}",
-                hint="leave one of the two out",
+                f"provider {self.provider} belongs to {_owners(self.provider)}, not to backend {self.backend}",
+                hint="leave out either the provider or the backend",
             )
 
     @property
     def named_backend(self) -> str:
-        """The backend that these options ask for, by its own name or by that of its provider; "auto" for neither."""
+        """The backend that these options ask for, directly or through its provider; "auto" if they ask for none."""
         if self.backend != AUTO or self.provider == AUTO:
             return self.backend
         return next(row.name for row in rows() if self.provider in row.providers)
@@ -90,8 +92,8 @@ def add_load_arguments(parser: argparse.ArgumentParser, *names: str, when: str =
     """Add the options of the command line that `load_options` reads.
 
     Args:
-        names: of the fields of LoadOptions that the verb serves; all of them if none is given.
-        when: a sentence in front of every help text, for a verb that loads on one condition.
+        names: the fields of LoadOptions that the verb has options for; all fields if none is named.
+        when: a sentence in front of every help text, for a verb that loads a bundle only under a condition.
     """
     for name, settings in _arguments().items():
         if not names or name in names:
@@ -101,19 +103,19 @@ def add_load_arguments(parser: argparse.ArgumentParser, *names: str, when: str =
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
-    """The parsed options. Raises UsageError for a value that cannot be."""
+    """The options that were parsed. Raises UsageError as LoadOptions does."""
     return LoadOptions(**{name: vars(arguments)[name] for name in given_names(arguments)})
 
 
 def given_names(arguments: argparse.Namespace) -> list[str]:
-    """Fields of LoadOptions that the command line sets to something else than their default."""
+    """The fields of LoadOptions that the command line sets to another value than their default."""
     parsed = vars(arguments)
     names = [field.name for field in fields(LoadOptions) if field.name in parsed]
     return [name for name in names if parsed[name] != getattr(DEFAULTS, name)]
 
 
 def _arguments() -> dict[str, dict[str, Any]]:
-    """By field: how argparse is to read its option. Written when asked for, since the table of backends may grow."""
+    """The settings of each field's option for argparse. Made at every call, because backends may be registered."""
     return {
         "backend": {
             "metavar": "NAME",
@@ -123,45 +125,45 @@ def _arguments() -> dict[str, dict[str, Any]]:
         },
         "precision": {
             "metavar": "NAME",
-            "help": f"Precision of the denoiser, where the bundle holds several: {_either(tuple(Precision))} "
+            "help": f"Precision of the denoiser, if the bundle holds several: {_either(tuple(Precision))} "
             "(default: the highest that the bundle holds for the backend).",
         },
         "threads": {
             "type": int,
-            "metavar": "N",
+            "metavar": "THREADS",
             "help": "Number of CPU threads that each stage computes with; 0 leaves it to the backend "
             "(default: %(default)s).",
         },
         "provider": {
             "metavar": "NAME",
-            "help": f"What {_owners()} computes with: {_either(provider_names())}. auto takes CUDA where it works, "
-            "else the CPU (default: %(default)s).",
+            "help": f"What {_owners()} computes with: {_either(provider_names())}. auto takes CUDA if it works on this "
+            "machine, else the CPU (default: %(default)s).",
         },
         "low_vram": {
             "action": "store_true",
-            "help": "Keep one stage at a time in GPU memory, and stream the weights of engines that were built with "
-            "--weight-streaming (default: all stages stay loaded). ONNX Runtime keeps all stages loaded either way.",
+            "help": "Keep only one stage at a time in GPU memory, and stream the weights of engines that were built "
+            "with --weight-streaming. ONNX Runtime ignores this (default: all stages stay loaded).",
         },
         "require_signature": {
             "type": Path,
             "metavar": "PUB.pem",
             "help": "Refuse a bundle that the owner of this ed25519 public key has not signed "
-            "(default: no signature is asked for).",
+            "(default: no signature is required).",
         },
         "require_certificate": {
             "action": "store_true",
-            "help": "Refuse artifacts that parity has not proven for this machine (default: warn of them).",
+            "help": "Refuse artifacts that parity has not proven for this machine (default: only warn).",
         },
         "self_test": {
             "action": "store_false",
-            "help": "Do not run the golden inputs before stages compute on a GPU for the first time "
-            "(default: they are run once for each machine and set of artifacts).",
+            "help": "Do not run the self-test on the golden inputs before stages compute on a GPU for the first time "
+            "(default: it runs once per machine and set of artifacts).",
         },
     }
 
 
 def _owners(provider: str | None = None) -> str:
-    """The libraries that have providers, or this one."""
+    """The titles of the libraries that have this provider, or of all that have providers."""
     return " or ".join(row.title for row in rows() if row.providers and provider in (None, *row.providers))
 
 

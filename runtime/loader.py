@@ -1,4 +1,4 @@
-"""A bundle to sessions: choose one artifact a stage, check the files, open them."""
+"""Loading a bundle: choose one artifact per stage, check the files, and open a session for each stage."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ REBUILD = "ditc build CHECKPOINT -o BUNDLE --backend ... --precision ..."
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a Pipeline is made of. chosen: backend and precision, and why. artifacts: what each stage runs.
+    """The parts that a Pipeline is made of.
 
-    device: the GPU that the engines share, None where there are none.
+    Attributes:
+        chosen: the chosen backend and precision, and the reason, in one line.
+        artifacts: the artifact that each stage runs.
+        device: the GPU that the engines share; None if no stage runs an engine.
     """
 
     manifest: Manifest
@@ -45,10 +48,12 @@ class Parts:
 
 
 def load_parts(bundle: Path, options: LoadOptions) -> Parts:
-    """Everything that a Pipeline is made of. Certificate and self-test are the caller's to ask for.
+    """Load everything that a Pipeline is made of. The caller checks the certificate and runs the self-test.
 
     Raises:
-        BundleError: damaged or foreign files. UsageError: nothing in the bundle fits. SessionError: it does not open.
+        BundleError: a file is damaged or does not belong to the bundle.
+        UsageError: nothing in the bundle fits this machine and the options.
+        SessionError: a stage cannot be opened.
     """
     manifest = load_manifest(bundle)
     if options.require_signature is not None:
@@ -70,15 +75,16 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
 
 
 def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:
-    """One artifact for each stage that a picture needs, and a sentence that says why.
+    """Choose one artifact for each stage that a picture needs; the second result says in one line which and why.
 
-    The denoiser decides: of the backends that can run here, in their order of preference, the first for which the
-    bundle has a denoiser (in the asked precision). The other stages take the same backend, else another that runs.
-    Artifacts of backends that this version of ditc does not know are passed over.
+    The denoiser decides. Of the backends that can run on this machine, the first in the order of preference is taken
+    for which the bundle has a denoiser in the requested precision. The other stages take the same backend if they can,
+    else another one that can run. Artifacts of backends that this version of ditc does not know are skipped.
 
     Raises:
-        UsageError: no backend and precision that the bundle, this machine and the options share.
-        SessionError: an engine was asked for by name that is not for this machine's GPU or library.
+        UsageError: no backend and precision is in the bundle, runs on this machine and fits the options.
+        BundleError: a stage is missing, or has no artifact that fits the denoiser.
+        SessionError: the options name a backend whose engine was not built for this machine's GPU or library.
     """
     runnable, backend, precision = available_backends(), options.named_backend, options.precision
     wanted = list(runnable) if backend == AUTO else [Backend(backend)]
@@ -87,14 +93,14 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
     denoisers = manifest.stages[DENOISER].artifacts
     unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
     if unknown:
-        log.info("passed over: this version of ditc does not know the backend %s", ", ".join(unknown))
+        log.info("skipped: this version of ditc does not know the backend %s", ", ".join(unknown))
     for candidate in wanted:
         fitting = [
             a
             for a in denoisers
             if a.backend is candidate
             and (precision is None or a.precision == precision)
-            and (backend != AUTO or _serves(a))
+            and (backend != AUTO or _is_for_this_machine(a))
         ]
         if fitting and candidate in runnable:
             best = min(fitting, key=lambda a: list(Precision).index(a.precision))
@@ -103,7 +109,8 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
             return chosen, f"{candidate} {best.precision.value}: {runnable[candidate]}"
     for artifact in denoisers:
         if artifact.backend in wanted and artifact.backend not in runnable:
-            check_artifact(artifact)  # says why not
+            # One of these raises an error that says why the named backend cannot run.
+            check_artifact(artifact)
             check_runs(artifact)
     have = sorted({f"{a.backend} {a.precision.value}" for a in denoisers})
     raise UsageError(
@@ -115,12 +122,12 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
     )
 
 
-def _serves(artifact: Artifact) -> bool:
-    """Whether an artifact is for this machine's GPU and libraries; "auto" passes over one that is not."""
+def _is_for_this_machine(artifact: Artifact) -> bool:
+    """Whether an artifact was built for this machine's GPU and libraries. "auto" skips the others."""
     try:
         check_artifact(artifact)
     except SessionError as e:
-        log.info("passed over: %s", e)
+        log.info("skipped: %s", e)
         return False
     return True
 
@@ -128,11 +135,11 @@ def _serves(artifact: Artifact) -> bool:
 def _open_all(
     bundle: Path, chosen: Mapping[str, Artifact], options: LoadOptions, device: Device | None
 ) -> dict[str, Session]:
-    """A session for each stage; when one does not open, those before it are closed again."""
+    """Open a session for each stage. If one cannot be opened, those before it are closed again."""
     sessions: dict[str, Session] = {}
     residency = Residency()
     if device is not None:
-        device.enter()  # the device outlives every stage, loaded or not
+        device.enter()  # one use more than the sessions': the device must stay open while no stage is loaded
 
     def opener(artifact: Artifact) -> Callable[[], Session]:
         return lambda: open_session(bundle / artifact.file.path, artifact, options, device)
@@ -155,8 +162,13 @@ def _open_all(
 
 
 def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
-    """The stage's artifact that goes with the denoiser: same backend if there is one; the conditioner's outputs are
-    the denoiser's inputs, so its precision must agree in element types."""
+    """The stage's artifact that fits the chosen denoiser best: if possible, of the same backend and precision.
+
+    The conditioner's outputs are inputs of the denoiser, so the element types of tensors with the same name must agree.
+
+    Raises:
+        BundleError: the stage is missing, or has no artifact that fits and can run here.
+    """
     needed = {spec.name: spec.dtype for spec in denoiser.spec.inputs}
 
     def fits(artifact: Artifact) -> bool:
@@ -175,7 +187,7 @@ def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
     usable = [a for a in manifest.stages[stage].artifacts if a.backend in runnable and fits(a)]
     if not usable:
         raise BundleError(
-            f"no artifact of {stage} goes with the {denoiser.backend} {denoiser.precision.value} denoiser",
+            f"no artifact of {stage} fits the {denoiser.backend} {denoiser.precision.value} denoiser",
             hint="build all stages together: ditc build CHECKPOINT -o BUNDLE",
         )
     return min(usable, key=rank)
@@ -190,16 +202,16 @@ def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:
 
 
 def _check_golden_table(manifest: Manifest) -> None:
-    """Refuse to run a bundle whose schedule this runtime would compute differently."""
+    """Refuse a bundle if this runtime computes another schedule than the one that the bundle was built with."""
     golden = manifest.golden_table
     table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
     timesteps = np.asarray(golden.timesteps, np.float32)
     coefficients = np.asarray(golden.coefficients, np.float32)
     same = np.array_equal(table.timesteps, timesteps) and table.coefficients.shape == coefficients.shape
-    # The tolerance is the last bits of libm's log and exp.
+    # The C libraries of different systems differ in the last bits of log and exp.
     if not same or not np.allclose(table.coefficients, coefficients, rtol=1e-6, atol=1e-7):
         raise BundleError(
-            f"this ditc computes other scheduler coefficients than the one that built the bundle "
+            f"this version of ditc computes other scheduler coefficients than the one that built the bundle "
             f"({manifest.tools.get('ditc', 'unknown version')})",
             hint="build the bundle again with this version",
         )

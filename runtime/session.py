@@ -1,6 +1,7 @@
-"""What the pipeline knows of a backend: a Session runs one stage, and exchanges opaque tensors.
+"""The interface between the pipeline and the backends: a Session runs one stage, from tensors to tensors.
 
-A session holds no request state, so one session serves any number of interleaved requests.
+A tensor is a numpy array or a buffer on a device, which only its backend looks into. A session keeps no state of a
+request, so it can serve any number of interleaved requests.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Array = NDArray[Any]
 
 @runtime_checkable
 class DeviceTensor(Protocol):
-    """A buffer that lives on a device. `numpy()` copies it to the host."""
+    """A tensor in device memory. `numpy()` copies it to the host."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -27,11 +28,11 @@ class DeviceTensor(Protocol):
     def numpy(self) -> Array: ...
 
     def narrow(self, start: int, stop: int) -> DeviceTensor:
-        """The entries start to stop of the first dimension, in the same memory."""
+        """The entries from start up to stop of the first dimension, in the same memory."""
         ...
 
     def assign(self, start: int, source: Tensor) -> None:
-        """Copy the source over the entries from `start` on. Only who made the buffer may write to it."""
+        """Copy the source over the entries from `start` on. Only the code that made the tensor may write to it."""
         ...
 
 
@@ -40,14 +41,14 @@ Tensor = Array | DeviceTensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeDevice:
-    """Where a session computes, and what follows from it for those who judge its results.
+    """Where a session computes, and what its results can prove.
 
     Attributes:
-        kind: of processor; "other" is one that only a reference in PyTorch may use.
-        name: what computes there, for messages: "ONNX Runtime's CPU provider".
-        native_16_bits: 16-bit stages are computed in 16 bits. Where they are not, their rounding does not show.
-        tried_at_build: every build runs its graphs on such a device, so that a first use needs no self-test. Elsewhere
-            kernels differ by processor and driver, and each machine shows its own.
+        kind: the kind of processor. Only references in PyTorch may use "other".
+        name: what computes there, for messages, such as "ONNX Runtime's CPU provider".
+        native_16_bits: whether 16-bit stages are computed in 16 bits. If not, results do not show their rounding.
+        tried_at_build: whether every build runs its graphs on such a device, so that its first use needs no self-test.
+            Other devices need one per machine, because kernels depend on the processor and the driver.
     """
 
     kind: Literal["cpu", "cuda", "other"]
@@ -56,12 +57,12 @@ class ComputeDevice:
     tried_at_build: bool = False
 
     def widens(self, precision: Precision) -> bool:
-        """Whether a stage of this precision is computed in a wider type here."""
+        """Whether a stage of this precision is computed in a wider type on this device."""
         return precision in SIXTEEN_BITS and not self.native_16_bits
 
 
 class Session(Protocol):
-    """Runs one stage. Feeds are named as in `spec.inputs`, results as in `spec.outputs`."""
+    """Runs one stage. Inputs are named as in `spec.inputs`, results as in `spec.outputs`."""
 
     @property
     def spec(self) -> StageSpec: ...
@@ -70,21 +71,24 @@ class Session(Protocol):
     def device(self) -> ComputeDevice: ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Execute the stage once.
+        """Run the stage once.
+
+        Args:
+            feeds: the inputs, by name.
 
         Raises:
-            SessionError: a feed is missing, or its type or shape is outside the spec.
+            SessionError: an input is missing, or its element type or shape does not fit the spec.
         """
         ...
 
     def close(self) -> None:
-        """Release everything that the session owns. Idempotent."""
+        """Release everything that the session owns. May be called more than once."""
         ...
 
 
 @runtime_checkable
 class LoopSession(Protocol):
-    """A session that can run several times in one launch and feed its outputs back, without the host between."""
+    """A session that can run a stage several times in one launch, with outputs fed back on the device."""
 
     def run_loop(
         self,
@@ -94,49 +98,49 @@ class LoopSession(Protocol):
         carry: Mapping[str, str],
         keep: Collection[str],
     ) -> dict[str, Tensor]:
-        """Run once for each entry of per_step.
+        """Run the stage once per entry of per_step.
 
         Args:
-            feeds: the inputs that are constant, and the first values of those that are carried.
-            per_step: the other inputs, by step.
-            carry: output -> the input that it is in the next step.
-            keep: outputs wanted of every step: they come back with a first dimension more, one entry a step.
+            feeds: the inputs that are the same in all steps, and the first values of those that are fed back.
+            per_step: the inputs that differ by step, one entry per step.
+            carry: names of outputs that are fed back, and the inputs that they become in the next step.
+            keep: names of outputs that are wanted from every step.
 
         Returns:
-            All outputs, as the last step left them but for `keep`.
+            All outputs of the last step. Those in `keep` have an additional first dimension with one entry per step.
 
         Raises:
-            SessionError: as `run`.
+            SessionError: for the reasons of `run`.
         """
         ...
 
 
 @runtime_checkable
 class DeviceSession(Protocol):
-    """A session whose tensors live on a device, and that makes such tensors for whoever stacks its inputs."""
+    """A session whose tensors are in device memory. Callers who stack several inputs get the memory from it."""
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
-        """A tensor with undefined content, for `assign`. Raises SessionError when there is no memory."""
+        """A tensor with undefined content, for `assign`. Raises SessionError if the memory does not suffice."""
         ...
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """The tensor on the host: itself if it is an array, else a copy."""
+    """The tensor as an array on the host. Only a tensor on a device is copied."""
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
 
 def samples(tensor: Tensor) -> list[Tensor]:
-    """The tensor's entries along its first dimension, each (1, ...), left where they are."""
+    """The tensor's entries along its first dimension, each of shape (1, ...), without a copy."""
     return [narrow(tensor, i, i + 1) for i in range(tensor.shape[0])]
 
 
 def narrow(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """The entries start to stop of the first dimension, left where they are."""
+    """The entries from start up to stop of the first dimension, without a copy."""
     return tensor[start:stop] if isinstance(tensor, np.ndarray) else tensor.narrow(start, stop)
 
 
 def assign(target: Tensor, start: int, source: Tensor) -> None:
-    """Copy the source over the target's entries from `start` on."""
+    """Copy the source over the entries of the target from `start` on."""
     if isinstance(target, np.ndarray):
         target[start : start + source.shape[0]] = to_numpy(source)
     else:
@@ -144,7 +148,12 @@ def assign(target: Tensor, start: int, source: Tensor) -> None:
 
 
 def empty_like(tensor: Tensor, length: int, name: str, session: Session) -> Tensor:
-    """A tensor with undefined content for `length` entries of an input of the session, where the session reads it."""
+    """A tensor with undefined content for an input of the session, in the memory that the session reads.
+
+    Args:
+        tensor: an example; the result has its shape, but for the first dimension, which is `length`.
+        name: the name of the input.
+    """
     shape = (length, *tensor.shape[1:])
     if isinstance(session, DeviceSession):
         return session.empty(shape, session.spec.input(name).dtype)
@@ -152,7 +161,7 @@ def empty_like(tensor: Tensor, length: int, name: str, session: Session) -> Tens
 
 
 def concatenate(parts: Sequence[Tensor], name: str, session: Session) -> Tensor:
-    """Parts of an input along the first dimension, copied to where the session reads them."""
+    """Join parts of an input along the first dimension, in the memory that the session reads."""
     if not isinstance(session, DeviceSession):
         return np.concatenate([to_numpy(part) for part in parts])
     whole, start = empty_like(parts[0], sum(part.shape[0] for part in parts), name, session), 0
@@ -166,10 +175,10 @@ _NUMPY = {DType.BFLOAT16: np.dtype(np.uint16), DType.BOOL: np.dtype(np.bool_)}
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[np.generic]:
-    """The numpy type that carries a stage tensor on the host; bf16 travels as its bits."""
+    """The numpy type of a tensor on the host. numpy has no bf16; such a tensor is a uint16 array of its bits."""
     return _NUMPY.get(dtype) or np.dtype(dtype.value)
 
 
 def zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    """A host tensor of zeros in a stage's element type."""
+    """An array of zeros on the host, in an element type of a stage."""
     return np.zeros(shape, numpy_dtype(dtype))

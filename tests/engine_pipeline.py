@@ -1,4 +1,4 @@
-"""A pipeline whose stages are engine sessions over a fake GPU."""
+"""A pipeline whose stages are engine sessions on a fake GPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A GPU for tests: the CUDA calls of sessions/cuda.py over host memory, and engines that ONNX Runtime computes.
 
-Every call is recorded. The fake is stricter than a GPU: freed and foreign addresses, copies past the end of an
-allocation, outputs over inputs, unaligned tensors and allocations while capturing are errors; new memory is NaN; work
-in the stream is done as late as it may be, when somebody waits for it.
+Every call is recorded. The fake is stricter than a GPU. These are errors: using a freed or unknown address, a copy past
+the end of an allocation, an output that overlaps an input, an unaligned tensor, an allocation during a capture. New
+memory is filled with NaN. Work in the stream is done as late as possible, which is when somebody waits for it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ POISON = 0xFF  # NaN as fp32, fp16 and bf16; -1 as an integer
 
 @dataclass
 class FakeCuda:
-    """One device with `total_bytes` of memory. calls: names of all calls, oldest first."""
+    """One device with `total_bytes` of memory. `calls` has the names of all calls, oldest first."""
 
     total_bytes: int = 1 << 34
-    dlpack_device: tuple[int, int] = (1, 0)  # the host: numpy and torch can read it
+    dlpack_device: tuple[int, int] = (
+        1,
+        0,
+    )  # DLPack's number for the host, so that numpy and torch can read the memory
     calls: list[str] = field(default_factory=list)
     blocks: dict[int, tuple[Any, int]] = field(default_factory=dict)
-    streams: set[int] = field(default_factory=lambda: {0})  # 0 is the legacy default stream
+    streams: set[int] = field(default_factory=lambda: {0})  # stream 0, CUDA's default, always exists
     waiting: list[Callable[[], Any]] = field(default_factory=list)
     recording: list[Callable[[], Any]] | None = None
     refuse_capture: bool = False
@@ -125,7 +128,7 @@ class FakeCuda:
         self._note("destroy_graph")
 
     def do(self, work: Callable[[], Any]) -> None:
-        """Work in the stream: later, or as a part of the graph that is being captured."""
+        """Put work into the stream, to be done later, or into the graph that is being captured."""
         if self.recording is None:
             self.waiting.append(work)
             return
@@ -133,7 +136,7 @@ class FakeCuda:
         self.recording.append(work)
 
     def check(self, pointer: int, size_bytes: int) -> None:
-        """The range lies within one live allocation."""
+        """Assert that the range is inside one allocation that has not been freed."""
         inside = any(
             base <= pointer and pointer + size_bytes <= base + size for base, (_, size) in self.blocks.items()
         )
@@ -151,13 +154,21 @@ class FakeCuda:
 
 @dataclass
 class FakeEngine:
-    """A stage's ONNX file behind the interface of an engine; profiles as `runtime.spec` has them."""
+    """A stage's ONNX file behind the interface of an engine.
+
+    Attributes:
+        ranges: for each profile, the ranges of named dimensions that differ from those of the spec.
+        scale: pixels per latent cell, for stages whose outputs have dimensions of their own.
+        workspace: bytes of workspace, to which the fake adds some for larger shapes.
+        fail: let every run fail.
+        refuse_address: the tensor whose address is refused.
+    """
 
     cuda: FakeCuda
     model: Path
     spec: StageSpec
     ranges: tuple[Mapping[str, Any], ...] = ({},)
-    scale: int = 1  # pixels a cell, for stages whose outputs have dimensions of their own
+    scale: int = 1
     workspace: int = 4096
     closed: bool = False
     fail: bool = False
@@ -202,15 +213,17 @@ class FakeEngine:
 
 
 class FakeContext:
-    """Computes on the addresses that it was given, at the moment the stream gets there."""
+    """An execution context. It computes with the addresses that it was given, when the stream does the work."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.cuda = engine, engine.cuda
         self.shapes: dict[str, Shape] = {}
         self.addresses: dict[str, int] = {}
         self.workspace = (0, 0)
-        self.changed = True  # since the last enqueue outside of a capture
-        # The shapes of the last enqueue: TensorRT keeps data that depends on them.
+        self.changed = (
+            True  # whether shapes or workspace have changed since the last enqueue outside of a capture
+        )
+        # The shapes of the last enqueue, because TensorRT keeps data that depends on them.
         self.state: dict[str, Shape] = {}
 
     def set_shape(self, name: str, shape: Shape) -> bool:
@@ -230,7 +243,7 @@ class FakeContext:
         )
 
     def _derived(self, dim: str, sizes: Mapping[Any, int]) -> int:
-        """Of a picture: the VAE's scale times the cells."""
+        """A dimension of a picture: the number of latent cells times the VAE's scale."""
         return sizes[{"image_height": "height", "image_width": "width"}[dim]] * self.engine.scale
 
     def set_address(self, name: str, pointer: int) -> None:
@@ -240,7 +253,7 @@ class FakeContext:
         self.addresses[name] = pointer
 
     def workspace_bytes(self) -> int:
-        """More for larger inputs."""
+        """The bytes of workspace, which grow with the inputs as in TensorRT."""
         return self.engine.workspace + 4 * sum(map(math.prod, self.shapes.values()))
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:

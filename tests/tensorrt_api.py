@@ -1,8 +1,9 @@
 """Every name of TensorRT's Python API that ditc uses, with its parameters as recorded from tensorrt-rtx 1.7.1.116.
 
-Both libraries must have a name unless it stands in RTX_ONLY or TENSORRT_ONLY. Held once by hand against the bindings
-of tensorrt 11.4.0.106, imported over empty libraries: no difference. Used by runtime/sessions/tensorrt_engine.py,
-tensorrt_log.py, runtime/plugins/, export/engine/tensorrt.py and export/graph/ops/relu_linear_attention/qdp.py.
+Both libraries must have a name unless it is in RTX_ONLY or TENSORRT_ONLY. The list was compared once by hand with the
+bindings of tensorrt 11.4.0.106, imported over empty libraries, and there was no difference. The names are used by
+runtime/sessions/tensorrt_engine.py, tensorrt_log.py, runtime/plugins/, export/engine/tensorrt.py and
+export/graph/ops/relu_linear_attention/qdp.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# "Class.method": names of its parameters after self, as pybind11 prints them; () for attributes and enum members.
+# "Class.method": the names of its parameters after self, as pybind11 prints them; () for attributes and enum members.
 API: dict[str, tuple[str, ...]] = {
     "Builder.create_network": ("flags",),
     "Builder.create_builder_config": (),
@@ -150,7 +151,7 @@ TENSORRT_ONLY: dict[str, tuple[str, ...]] = {
 
 
 def differences(module: Any, api: dict[str, tuple[str, ...]]) -> list[str]:
-    """What a library lacks of the API, or spells in another way."""
+    """The names that a library lacks or whose parameters differ, one line each."""
     found = []
     for path, parameters in api.items():
         target: Any = module
@@ -165,7 +166,7 @@ def differences(module: Any, api: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _signatures(target: Any) -> list[str]:
-    """Every signature in a docstring of pybind11, overloads too."""
+    """All signatures in a docstring of pybind11, including overloads."""
     lines = (target.__doc__ or "").splitlines()
     return [line for line in lines if re.match(r"^(\d+\. )?\w+\(", line)]
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the measurement and of the search that may follow it."""
     parser.add_argument(
-        "checkpoint", nargs="?", help="A diffusers directory. --merge without --budget needs none."
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="A diffusers directory. --merge without --budget needs none.",
     )
     parser.add_argument(
         "-o",
@@ -44,24 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="File with one prompt per line (default: built-in prompts).",
     )
     parser.add_argument(
-        "--num-prompts", type=int, metavar="N", help="Use only the first N prompts (default: all)."
+        "--num-prompts",
+        type=int,
+        metavar="PROMPTS",
+        help="Number of prompts to measure, from the first on (default: all prompts).",
     )
     parser.add_argument(
         "--steps",
         type=int,
-        metavar="N",
+        metavar="STEPS",
         dest="num_inference_steps",
         help="Number of denoising steps (default: the checkpoint's).",
     )
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="Strength of guidance (default: the checkpoint's)."
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the guidance, without a unit (default: the checkpoint's).",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        metavar="N",
-        help="Seed of the first prompt; every further prompt has the next seed (default: %(default)s).",
+        metavar="SEED",
+        help="Seed of the first prompt, a whole number; every further prompt has the next seed (default: %(default)s).",
     )
     parser.add_argument(
         "--dtype",
@@ -69,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["fp32", "fp16", "bf16"],
         help="Precision that the networks run in (default: %(default)s).",
     )
-    parser.add_argument("--device", default="cpu", help="PyTorch device to run on (default: %(default)s).")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="PyTorch device to run on, such as cpu or cuda (default: %(default)s).",
+    )
     parser.add_argument(
         "--shard",
         default="0/1",
@@ -80,19 +94,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         metavar="METRIC=X",
-        help="After measuring or merging, search the best format of every layer within this budget: psnr=40 (mean PSNR "
-        "of pictures in dB) or rel_l2=0.05 (relative L2 error of latents). Default: no search.",
+        help="After measuring or merging, search for the best format of every layer within this budget: psnr=40 (mean "
+        "PSNR of the pictures in dB) or rel_l2=0.05 (relative L2 error of the latents) (default: no search).",
     )
     parser.add_argument(
         "--formats",
         default="int8",
+        metavar="NAME,NAME",
         help="Formats that the search may use, separated by commas: int8, fp8 (default: %(default)s).",
     )
     parser.add_argument(
         "--search-minutes",
         type=float,
         default=4.0,
-        metavar="M",
+        metavar="MINUTES",
         help="Minutes to spend on the table's column of final pictures (default: %(default)s).",
     )
     parser.add_argument(
@@ -100,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="Add up these files of ranges instead of measuring.",
+        help="Add up these files of ranges instead of measuring (default: measure).",
     )
 
 

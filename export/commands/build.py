@@ -20,78 +20,120 @@ MEMORY = "memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The user's choices; everything else comes from the checkpoint."""
-    parser.add_argument("checkpoint", help="a diffusers directory")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+    """The checkpoint, the bundle, and the user's choices. Everything else follows from the checkpoint."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="A diffusers directory, or the id of one on the Hugging Face hub.",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="BUNDLE",
+        help="Directory to write the bundle to. If it is a bundle already, only what has changed is built.",
+    )
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help="of the checkpoint's weight files, such as fp16 (default: those without one)",
+        help="Variant of the checkpoint's weight files, such as fp16 (default: files without one).",
     )
     parser.add_argument(
         "--precision",
         default=Precision.FP32.value,
         choices=[p.value for p in Precision],
-        help="of the denoiser",
+        help="Precision of the denoiser's weights and matrix products. That of the other stages follows from the model "
+        "(default: %(default)s).",
+    )
+    _add_engine_arguments(parser)
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PX",
+        help="Side of a square picture in pixels that the bundle is built around (default: the checkpoint's).",
     )
     parser.add_argument(
-        "--backend",
-        default=GRAPH_BACKEND,
-        choices=build_backends(),
-        help="engines are built in addition to the ONNX graphs that they are made from (default: %(default)s)",
+        "--max-batch",
+        type=int,
+        default=4,
+        metavar="PICTURES",
+        help="Largest number of pictures in one run of the denoiser (default: %(default)s).",
     )
-    parser.add_argument(
-        "--targets",
-        default="",
-        metavar="SM,SM",
-        help="engines: comma-separated, such as sm80,sm86,sm89,sm120",
-    )
-    parser.add_argument(
-        "--linear-attention",
-        default="decomposed",
-        choices=["decomposed", "plugin"],
-        help="engines: from standard ops, or by ditc's plugin, which needs the extra `plugin` (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--weight-streaming",
-        action="store_true",
-        help="engines: let the weights stay in host memory when run with --low-vram",
-    )
-    parser.add_argument(
-        "--resolution", type=int, metavar="PX", help="nominal size (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--max-batch", type=int, default=4, metavar="N", help="most pictures in one denoiser run"
-    )
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="8 bits: a recipe's name or .json (default: FAMILY-int8, FAMILY-fp8)"
-    )
-    parser.add_argument(
-        "--ranges",
-        type=Path,
-        metavar="FILE",
-        help="8 bits: what `ditc calibrate` measured on this checkpoint",
-    )
-    parser.add_argument(
-        "--base-precision",
-        choices=["fp32", "fp16", "bf16"],
-        help="8 bits: everything else's (default: fp32 for ONNX Runtime, fp16 for engines)",
-    )
+    _add_quantization_arguments(parser)
     parser.add_argument(
         "--opset",
         type=int,
         default=20,
         choices=[20, 23],
-        help="of the ONNX graphs: 23 writes attention and RMS norms as single operations, for ONNX Runtime; engines "
-        "are built from 20; bf16 stages are 22 at least (default: %(default)s)",
+        help="Version of ONNX's operator set in the graphs. 23 writes attention and RMS norms as single operations, "
+        "for ONNX Runtime; engines need 20; bf16 stages have at least 22 (default: %(default)s).",
     )
     parser.add_argument(
-        "--raw", action="store_true", help="also export the network alone, without the step around it"
+        "--raw",
+        action="store_true",
+        help="Also export the network alone, without the solver step around it (default: only with the step).",
     )
     parser.add_argument(
-        "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this ed25519 private key"
+        "--sign",
+        type=Path,
+        metavar="KEY.pem",
+        help="Sign the bundle with the ed25519 private key in this file (default: no signature).",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default=GRAPH_BACKEND,
+        choices=build_backends(),
+        help="Library to build for. Every build makes ONNX graphs for ONNX Runtime; the other backends add engines "
+        "that are built from them (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--targets",
+        default="",
+        metavar="SM,SM",
+        help="For engines: what to build for. TensorRT-RTX takes compute capabilities, separated by commas (default: "
+        "those of sm80,sm86,sm89,sm120 that have the precision); TensorRT takes this-gpu, same-compute-capability or "
+        "ampere-plus (default: this-gpu).",
+    )
+    parser.add_argument(
+        "--linear-attention",
+        default="decomposed",
+        choices=["decomposed", "plugin"],
+        help="For engines: compute linear attention with standard operations or with ditc's plugin, which needs the "
+        "extra `plugin` (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="For engines: let the weights stay in host memory when the bundle is run with --low-vram (default: all "
+        "weights are in GPU memory).",
+    )
+
+
+def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="For int8 and fp8: the name of a recipe, or a .json file with one, which says which layers are in 8 bits "
+        "(default: FAMILY-int8 or FAMILY-fp8).",
+    )
+    parser.add_argument(
+        "--ranges",
+        type=Path,
+        metavar="FILE",
+        help="For int8 and fp8: the ranges that `ditc calibrate` measured on this checkpoint (default: none; some "
+        "recipes need them).",
+    )
+    parser.add_argument(
+        "--base-precision",
+        choices=["fp32", "fp16", "bf16"],
+        help="For int8 and fp8: the precision of everything that is not in 8 bits (default: fp32 for ONNX Runtime, "
+        "fp16 for engines).",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

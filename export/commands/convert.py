@@ -9,31 +9,82 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """What is converted, where to, and what the file does not say about its network."""
     parser.add_argument(
-        "source", help="native .pth or .safetensors file; with --to-native a diffusers directory"
+        "source",
+        metavar="SOURCE",
+        help="A .pth or .safetensors file in the family's own layout; with --to-native, a diffusers directory.",
     )
-    parser.add_argument("out", type=Path, help="directory to make; with --to-native a .safetensors file")
-    parser.add_argument("--to-native", action="store_true", help="write diffusers weights under native names")
-    parser.add_argument("--base", help="diffusers checkpoint to copy text encoder, tokenizer and VAE from")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="Diffusers directory to make; with --to-native, .safetensors file to write.",
+    )
+    parser.add_argument(
+        "--to-native",
+        action="store_true",
+        help="Convert from diffusers to the family's own layout (default: to diffusers).",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="Diffusers checkpoint to copy the components from that SOURCE does not hold, such as the text encoder "
+        "(default: they are left out).",
+    )
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help="of a diffusers checkpoint's weight files, such as fp16 (default: none)",
+        help="Variant of the diffusers checkpoint's weight files, such as fp16 (default: files without one).",
     )
-    parser.add_argument("--ema", action="store_true", help="take state_dict_ema of a training file")
-    group = parser.add_argument_group("what a native checkpoint's keys cannot tell")
-    group.add_argument("--resolution", type=int, help="pixels of a side it was trained for, say 1024")
-    group.add_argument("--flow-shift", type=float, help="of the sampler, if it has one")
-    group.add_argument("--position-embedding", choices=("none", "sincos"))
-    group.add_argument("--interpolation-scale", type=float, help="of the sincos position embedding")
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="Convert the averaged weights of a training file, state_dict_ema (default: state_dict).",
+    )
+    group = parser.add_argument_group("settings that the tensors of a native file do not show")
+    group.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PX",
+        help="Side in pixels of the square pictures that the network was trained for, such as 1024 (default: none; an "
+        "error says when it is needed).",
+    )
+    group.add_argument(
+        "--flow-shift",
+        type=float,
+        metavar="SHIFT",
+        help="Shift of the sampler's noise schedule, without a unit, such as 3 (default: none; an error says when "
+        "it is needed).",
+    )
+    group.add_argument(
+        "--position-embedding",
+        choices=("none", "sincos"),
+        help="Kind of the network's position embedding (default: none; an error says when it is needed).",
+    )
+    group.add_argument(
+        "--interpolation-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the positions in the sincos position embedding, without a unit (default: none; sincos needs "
+        "one).",
+    )
     group.add_argument(
         "--dtype",
         choices=("fp32", "fp16", "bf16"),
-        help="element type to write (default: the file's, where the family allows it)",
+        help="Element type to write (default: the file's, if the family allows it; else an error says that it is "
+        "needed).",
     )
-    group.add_argument("--attention-head-dim", type=int, help="for a hidden size that no release has")
-    group.add_argument("--cross-attention-head-dim", type=int, help="for a hidden size that no release has")
+    for option, what in (
+        ("attention-head-dim", "self-attention"),
+        ("cross-attention-head-dim", "cross-attention"),
+    ):
+        group.add_argument(
+            f"--{option}",
+            type=int,
+            metavar="CHANNELS",
+            help=f"Number of channels of each {what} head (default: that of the release with this hidden size).",
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:

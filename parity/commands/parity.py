@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The two sides, what they draw, and the form of the report."""
-    parser.add_argument("bundle", type=Path, help="The bundle to check.")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The directory of the bundle to check.")
     parser.add_argument(
         "--against",
         metavar="CHECKPOINT",
-        help="The checkpoint that the bundle was built from. Either this or --reference is needed.",
+        help="The checkpoint that the bundle was built from (default: none; either this or --reference is needed).",
     )
     parser.add_argument(
         "--variant",
@@ -47,17 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="File with one prompt per line (default: two built-in prompts).",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="Seeds to draw every prompt with (default: 0 1)."
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="Seeds to draw every prompt with, whole numbers (default: 0 1).",
     )
     parser.add_argument(
         "--steps",
         type=int,
-        metavar="N",
+        metavar="STEPS",
         dest="num_inference_steps",
         help="Number of denoising steps (default: the bundle's).",
     )
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="Strength of guidance (default: the bundle's)."
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the guidance, without a unit (default: the bundle's).",
     )
     parser.add_argument(
         "--height", type=int, metavar="PX", help="Picture height in pixels (default: the bundle's)."
@@ -66,43 +73,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width", type=int, metavar="PX", help="Picture width in pixels (default: the bundle's)."
     )
     add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
-    parser.add_argument(
-        "--save-reference",
-        type=Path,
-        metavar="FILE",
-        help="Write what PyTorch computed to this file, for --reference on another machine.",
-    )
-    parser.add_argument(
-        "--save-polygraphy",
-        type=Path,
-        metavar="DIR",
-        help="Write the stages' inputs, PyTorch's results and a script that compares them with `polygraphy run`.",
-    )
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="FILE",
-        help="Compare with a file from --save-reference instead of a checkpoint.",
-    )
+    _add_reference_arguments(parser)
     parser.add_argument(
         "--budget",
         type=float,
-        metavar="X",
-        help="Relative L2 error allowed at the levels stage, step and trajectory in 8 bits (default: 1.5 times that of "
-        "PyTorch with the recorded plan).",
-    )
-    parser.add_argument(
-        "--no-diffusers",
-        action="store_true",
-        help="Leave out the second reference, unmodified diffusers or the family's own upstream package.",
+        metavar="REL_L2",
+        help="Relative L2 error, without a unit, that 8-bit stages may have at the levels stage, step and trajectory "
+        "(default: a multiple of the error of PyTorch with the recorded plan).",
     )
     parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="Write the report as a page with pictures, curves and modules.",
+        help="Write the report as a page with pictures, curves and modules (default: no page).",
     )
-    parser.add_argument("--json", action="store_true", help="Print the report as JSON.")
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON (default: as text).")
+
+
+def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="Compare with a file from --save-reference instead of a checkpoint (default: none; see --against).",
+    )
+    parser.add_argument(
+        "--no-diffusers",
+        action="store_true",
+        help="Leave out the second reference, unmodified diffusers or the family's own upstream package (default: "
+        "compare with it too).",
+    )
+    parser.add_argument(
+        "--save-reference",
+        type=Path,
+        metavar="FILE",
+        help="Write what PyTorch computed to this file, for --reference on another machine (default: not written).",
+    )
+    parser.add_argument(
+        "--save-polygraphy",
+        type=Path,
+        metavar="DIR",
+        help="Write the stages' inputs, PyTorch's results and a script that compares them with `polygraphy run` "
+        "(default: not written).",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

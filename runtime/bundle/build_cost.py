@@ -1,7 +1,7 @@
-"""What building an artifact cost: the part of the build's records in a bundle that the runtime reads.
+"""What the build of an artifact cost: the only part of a bundle's build records that the runtime reads.
 
-The records are in the folder `.build`, which export/build/journal.py describes. A bundle that was copied without that
-folder is a whole bundle; it only cannot tell what it cost.
+The records are in the folder `.build`, which export/build/journal.py describes. A bundle works without that folder, but
+then its costs are unknown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class BuildCost:
     """Time and memory of one artifact's build.
 
     Attributes:
-        peak_memory_bytes: largest resident size of the process. estimated_memory_bytes: what was expected before.
+        peak_memory_bytes: the largest resident size of the process.
+        estimated_memory_bytes: the estimate that was made before the build.
     """
 
     seconds: float = 0.0
@@ -32,18 +33,18 @@ class BuildCost:
 
 
 def record_path(bundle: Path, name: str, key: str) -> Path:
-    """The record of what was made under a name from inputs with that key."""
+    """The path of a record: it has a name, and the build key of what was built."""
     return bundle / FOLDER / f"{name}-{key[:16]}.json"
 
 
 def artifact_record(stage: str, backend: Backend) -> str:
-    """The name that the records of a stage's graphs have, or those of its engines."""
+    """The name of the records of a stage's graphs, or of its engines if the backend runs engines."""
     row = find_row(backend)  # None for a backend of a newer version, whose record this version does not read
     return stage if row is not None and not row.builds_engines else f"engine-{stage}"
 
 
 def read_cost(bundle: Path, stage: str, artifact: Artifact) -> BuildCost | None:
-    """What the artifact cost, None where no record says so."""
+    """What the artifact's build cost; None if there is no readable record of it."""
     name = artifact_record(stage, artifact.backend)
     try:
         record = json.loads(record_path(bundle, name, artifact.key).read_bytes())

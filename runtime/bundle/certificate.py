@@ -1,11 +1,12 @@
-"""certificate.json: what was shown of a bundle, beside its immutable manifest.
+"""certificate.json: what parity and self-tests have shown about a bundle.
 
     {"manifest": digest, "entries": [
         {"artifact_set": ..., "artifacts": {stage: sha256}, "machine": {...},
          "parity": {...} or null, "self_test": {...} or null}]}
 
-One entry an artifact set and machine. Parity needs the checkpoint and PyTorch; a self-test needs the bundle alone and
-extends a parity result to another machine. A certificate whose manifest digest does not fit says nothing.
+It is a file of its own because the manifest never changes after the build. There is one entry per artifact set and
+machine. Parity needs the checkpoint and PyTorch. A self-test needs only the bundle, and extends a parity result to
+another machine. A certificate with the digest of another manifest is ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CERTIFICATE = "certificate.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """The worst comparison of one level (parity) or of one stage (self-test). passed None: not checked."""
+    """The worst comparison of one level (parity) or of one stage (self-test). passed is None if it was not checked."""
 
     name: str
     metric: str
@@ -40,7 +41,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One run: passed as a whole, its lines, when, with which libraries, and what it was compared with."""
+    """One run of parity or of the self-test.
+
+    Attributes:
+        passed: whether the run passed as a whole.
+        date: when it ran, in UTC, as ISO 8601.
+        tools: the versions of the libraries that it ran with.
+        reference: what the bundle was compared with.
+    """
 
     passed: bool
     lines: tuple[Line, ...]
@@ -50,13 +58,18 @@ class Record:
 
     @property
     def checked(self) -> int:
-        """How many lines this run could decide."""
+        """The number of lines that were checked."""
         return sum(line.passed is not None for line in self.lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Everything that is known of one artifact set on one machine."""
+    """Everything that is known about one artifact set on one machine.
+
+    Attributes:
+        artifact_set: the hash of all files of the artifacts.
+        artifacts: for each stage, the hash of its artifact's files.
+    """
 
     artifact_set: str
     artifacts: dict[str, str]
@@ -67,13 +80,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """The whole file."""
+    """The content of certificate.json. `manifest` is the digest of the manifest that it belongs to."""
 
     manifest: str
     entries: tuple[Entry, ...] = ()
 
     def of(self, artifacts: Mapping[str, Artifact]) -> tuple[Entry, ...]:
-        """Entries of exactly these artifacts, on any machine."""
+        """The entries of exactly these artifacts, on all machines."""
         wanted = artifact_set(artifacts)
         return tuple(entry for entry in self.entries if entry.artifact_set == wanted)
 
@@ -84,7 +97,7 @@ class Certificate:
         parity: Record | None = None,
         self_test: Record | None = None,
     ) -> Certificate:
-        """The certificate with one more record for this machine; an older one of the same kind is replaced."""
+        """The certificate with new records for this machine, which replace older ones of the same kind."""
         machine, wanted = this_machine(), artifact_set(artifacts)
         old = next((e for e in self.entries if (e.artifact_set, e.machine) == (wanted, machine)), None)
         entry = old or Entry(artifact_set=wanted, artifacts=_hashes(artifacts), machine=machine)
@@ -93,7 +106,7 @@ class Certificate:
 
 
 def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
-    """The bundle's certificate; an empty one if there is none or if it belongs to another manifest.
+    """Read the bundle's certificate. It is empty if there is no file, or if the file belongs to another manifest.
 
     Raises:
         BundleError: the file is damaged.
@@ -104,12 +117,14 @@ def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
     try:
         certificate = from_json(Certificate, json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as e:  # Mismatch is a ValueError
-        raise BundleError(f"{path} is no certificate: {e}", hint="remove it and run ditc parity again") from e
+        raise BundleError(
+            f"{path} is not a certificate: {e}", hint="remove it and run ditc parity again"
+        ) from e
     return certificate if certificate.manifest == manifest.digest else Certificate(manifest=manifest.digest)
 
 
 def save_certificate(bundle: Path, certificate: Certificate) -> Path:
-    """Write certificate.json as a whole.
+    """Write certificate.json.
 
     Raises:
         OutputError: the bundle cannot be written to.
@@ -119,7 +134,7 @@ def save_certificate(bundle: Path, certificate: Certificate) -> Path:
 
 
 def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] | None = None) -> Record:
-    """A record of now, with the libraries of this machine."""
+    """Make a record with the current time and the versions of this machine's libraries."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Record(
         passed=passed, lines=lines, date=now, tools=library_versions(), reference=dict(reference or {})
@@ -162,7 +177,7 @@ def check_certified(
 
 
 def artifact_set(artifacts: Mapping[str, Artifact]) -> str:
-    """One hash of all files of the chosen artifacts."""
+    """One hash over all files of the artifacts."""
     return hashlib.sha256(json.dumps(_hashes(artifacts), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""Golden inputs and outputs of a stage: a self-test that needs the bundle alone, on the machine that will serve.
+"""Golden inputs and outputs of a stage: a self-test on the target machine, which needs nothing but the bundle.
 
     golden/STAGE-KEY.safetensors    tensors "in.NAME" and "out.NAME"; metadata "ditc.golden", JSON
 
-An input is stored as the values that, repeated, fill its shape; of an output every stride-th value is stored. So a
-conditioning tensor of 50 MB costs 100 KB.
+To keep the files small, an input is stored as a few values, which are repeated to fill its shape, and of an output only
+every stride-th value is stored. A conditioning tensor of 50 MB takes 100 KB.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ METADATA = "ditc.golden"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenInfo:
-    """What the file's metadata says.
+    """The metadata of a golden file.
 
     Attributes:
-        inputs, outputs: full shapes. strides: of the stored values of each output.
-        losses: by precision, the relative L2 that PyTorch itself loses on these inputs, worst output.
+        inputs, outputs: the full shapes of the tensors, by name.
+        strides: for each output, the distance between two stored values.
+        losses: for each precision, the relative L2 error of PyTorch itself on these inputs, of the worst output.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -45,7 +46,7 @@ class GoldenInfo:
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """One stage's test: full inputs, thinned fp32 outputs."""
+    """The test of one stage: full inputs, and every stride-th value of the fp32 outputs."""
 
     info: GoldenInfo
     inputs: Mapping[str, Array]
@@ -53,10 +54,10 @@ class Golden:
 
 
 def read_golden(path: Path) -> Golden:
-    """Read the file of one stage.
+    """Read the golden file of one stage.
 
     Raises:
-        BundleError: it is damaged.
+        BundleError: the file is damaged.
     """
     tensors, metadata = read_safetensors(path)
     try:
@@ -69,7 +70,10 @@ def read_golden(path: Path) -> Golden:
 
 
 def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) -> Line:
-    """Run one stage on its golden inputs: the worst output against the tolerance of the artifact's precision."""
+    """Run one stage on its golden inputs, and compare its worst output with the tolerance of the artifact's precision.
+
+    A stage that cannot run, or whose outputs have another shape, NaN or Inf, has failed.
+    """
     try:
         got = session.run(_feeds(session, golden))
     except DitcError as e:
@@ -81,9 +85,9 @@ def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) 
         array = widened(to_numpy(got[name]))
         if array.shape != golden.info.outputs[name] or not np.isfinite(array).all():
             problem = (
-                f"{name} is {array.shape}, has NaN or Inf"
+                f"{name} has NaN or Inf"
                 if array.shape == golden.info.outputs[name]
-                else (f"{name} is {array.shape}, not {golden.info.outputs[name]}")
+                else f"{name} has shape {array.shape}, not {golden.info.outputs[name]}"
             )
             return Line(
                 name=stage, metric=Metric.RELATIVE_L2, value=None, bound=None, passed=False, detail=problem
@@ -91,17 +95,17 @@ def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) 
         error = relative_l2(array.ravel()[:: golden.info.strides[name]], wanted)
         if error >= worst:
             worst, detail = error, name
-    return _judged(stage, worst, detail, session, artifact, golden)
+    return _compare_with_tolerance(stage, worst, detail, session, artifact, golden)
 
 
-def _judged(
+def _compare_with_tolerance(
     stage: str, error: float, output: str, session: Session, artifact: Artifact, golden: Golden
 ) -> Line:
     precision = artifact.precision
     bound = limit(Level.STAGE, Metric.RELATIVE_L2, precision, pytorch=golden.info.losses.get(precision.value))
     passed: bool | None = None if bound is None else error <= bound.bound
     if bound is None:
-        output += f": nothing is recorded to measure {precision.value} by"
+        output += f": the file has no error of PyTorch in {precision.value} to compare with"
     elif passed and session.device.widens(precision):
         passed, output = None, f"{output}: {session.device.name} computes {precision.value} in fp32"
     return Line(
@@ -118,9 +122,8 @@ def _feeds(session: Session, golden: Golden) -> dict[str, Array]:
     feeds = {}
     for spec in session.spec.inputs:
         array = golden.inputs[spec.name]
-        if (
-            spec.dtype is DType.BFLOAT16
-        ):  # golden inputs are exact in 8 bits of mantissa: the upper half is all
+        if spec.dtype is DType.BFLOAT16:
+            # Golden inputs have at most 8 bits of mantissa, so the upper half of their fp32 bits is the exact value.
             array = (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
         feeds[spec.name] = array.astype(numpy_dtype(spec.dtype))
     return feeds

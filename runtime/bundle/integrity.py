@@ -1,4 +1,4 @@
-"""Hashing of bundle files: everything that will be deserialised is read and compared first."""
+"""Hashes of a bundle's files: every file is checked before it is deserialised."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def file_ref(path: Path, bundle: Path) -> FileRef:
-    """The reference to a file of the bundle as it is now on disk."""
+    """The reference to a file of the bundle, with its current hash and size."""
     return FileRef(path.relative_to(bundle).as_posix(), sha256(path), path.stat().st_size)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of the file's content."""
+    """The hash of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -30,13 +30,13 @@ def sha256(path: Path) -> str:
 def check_files(
     bundle: Path, refs: Iterable[FileRef], *, done: Callable[[FileRef], None] | None = None
 ) -> None:
-    """Compare size and hash of every file, several at once (hashlib releases the GIL).
+    """Compare the size and hash of every file. Several files are read in parallel, as hashlib releases the GIL.
 
     Args:
-        done: called from worker threads after each file.
+        done: is called after each file, from a worker thread.
 
     Raises:
-        BundleError: names the first file that is missing, truncated, changed, or a link that leaves the bundle.
+        BundleError: a file is missing, truncated, changed, or a link that leaves the bundle. The message names it.
     """
 
     def check(ref: FileRef) -> None:
@@ -50,7 +50,7 @@ def check_files(
 
 
 def check_file(bundle: Path, ref: FileRef) -> None:
-    """Raise BundleError unless the file is inside the bundle and has the size and hash that the manifest names."""
+    """Raise BundleError unless the file is inside the bundle and has the size and hash in the manifest."""
     path, hint = bundle / ref.path, f"rebuild with: ditc build CHECKPOINT -o {bundle}"
     if not path.is_file():
         raise BundleError(f"{bundle}: {ref.path} is missing", hint=hint)
@@ -62,8 +62,10 @@ def check_file(bundle: Path, ref: FileRef) -> None:
             f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint
         )
     if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
-        log.warning("%s: every user of this machine may change %s; chmod o-w it", bundle, ref.path)
+        log.warning(
+            "%s: every user of this machine may change %s; forbid it with chmod o-w", bundle, ref.path
+        )
     if sha256(path) != ref.sha256:
         raise BundleError(
-            f"{bundle}: {ref.path} has been changed: its sha256 does not fit the manifest", hint=hint
+            f"{bundle}: {ref.path} has been changed: its sha256 is not the one in the manifest", hint=hint
         )

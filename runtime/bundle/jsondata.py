@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, strictly: unknown, missing and mistyped fields are refused by path."""
+"""Frozen dataclasses to JSON and back. Unknown, missing and wrongly typed fields are refused with their path."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ T = TypeVar("T")
 
 
 class Mismatch(ValueError):
-    """The data does not have the form of the class; the message starts with the path of the field."""
+    """The data does not have the form of the class. The message starts with the path of the field, such as $.name."""
 
 
 def to_json(value: Any) -> Any:
-    """Plain dicts, lists, strings and numbers, in field order."""
+    """Convert a dataclass to plain dicts, lists, strings and numbers. Fields keep their order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
-    return str(value) if isinstance(value, str) else value  # members of enumerations become plain text
+    return str(value) if isinstance(value, str) else value  # members of string enums become plain strings
 
 
 def from_json(kind: type[T], data: Any, path: str = "$") -> T:
-    """An instance of the dataclass `kind` from parsed JSON.
+    """Make an instance of the dataclass `kind` from parsed JSON.
 
     Raises:
-        Mismatch: a field is unknown, missing or of another type; names its path.
+        Mismatch: a field is unknown, missing or of another type.
     """
     return typing.cast(T, _decode(kind, data, path))
 
@@ -109,10 +109,10 @@ def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
         try:
             return kind(data)
         except ValueError as e:
-            raise Mismatch(f"{path}: {data!r:.60} is none of {[m.value for m in kind]}") from e
+            raise Mismatch(f"{path}: {data!r:.60} is not one of {[m.value for m in kind]}") from e
     if isinstance(data, str) and isinstance(kind, type) and issubclass(kind, str) and kind is not str:
         try:
-            return kind(data)  # a str that checks itself, such as a backend's name
+            return kind(data)  # a subclass of str that checks its value, such as Backend
         except ValueError as e:
             raise Mismatch(f"{path}: {e}") from e
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):

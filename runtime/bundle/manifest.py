@@ -1,11 +1,11 @@
-"""What a bundle says of itself: `manifest.json`, read strictly and written once.
+"""manifest.json: the description of everything in a bundle. It is written once by a build and read strictly.
 
 bundle/
-  manifest.json       this page; immutable after a build, carries its own digest
-  certificate.json    results of parity, one entry per artifact set and machine
-  onnx/ engines/      one folder a kind of artifact
+  manifest.json       described here; does not change after a build, and contains its own digest
+  certificate.json    results of parity and self-tests, one entry per artifact set and machine
+  onnx/ engines/      the files of the artifacts, one folder per kind
   tokenizer/          tokenizer.json files
-  golden/             inputs and fp32 outputs of each stage, for a self-test on the target
+  golden/             inputs and fp32 outputs of each stage, for a self-test on the target machine
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """One file of the bundle: path relative to it (POSIX), hash and size."""
+    """One file of the bundle: its path relative to the bundle, with slashes, its hash and its size."""
 
     path: str
     sha256: str
@@ -39,16 +39,19 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """One executable form of a stage.
+    """One executable form of a stage: a graph or an engine, in one precision.
 
     Attributes:
-        spec: what this form takes and gives; forms of one stage differ in element types and in profile only.
-        file: the ONNX graph or the engine. data: external weights that the file refers to.
-        targets: SMs an engine was built for ("sm89"); empty for ONNX.
-        key: hash of everything the artifact was made from.
-        weights: the weight map of the graph: checkpoint tensor -> stage, initializer, transforms, as JSON.
-        recipe: name of the quantization recipe, for int8 and fp8. quantization: its record, as JSON.
-        library: version of the library that built an engine. gpu: name of the GPU it was built on, if on one.
+        spec: the inputs and outputs of this form. The forms of one stage differ only in element types and profile.
+        file: the ONNX graph or the engine.
+        data: external weights that the file refers to.
+        targets: the compute capabilities that an engine was built for, such as "sm89"; empty for graphs.
+        key: the build key, a hash of everything that the artifact was made from.
+        weights: the weight map of the graph as JSON: checkpoint tensor -> stage, initializer, transforms.
+        recipe: the name of the quantization recipe, for int8 and fp8.
+        quantization: the record of the quantization, as JSON, for int8 and fp8.
+        library: the version of the library that built an engine.
+        gpu: the name of the GPU that an engine was built on, if it was built on one.
     """
 
     spec: StageSpec
@@ -71,7 +74,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage and the artifacts that execute it."""
+    """A stage: the artifacts that can run it, and its golden file."""
 
     artifacts: tuple[Artifact, ...]
     golden: FileRef | None = None
@@ -79,9 +82,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class LatentSpec:
-    """Latent channels, pixels per latent cell, and the cells a network's patch takes.
+    """The form of the latents.
 
-    rgb is a (3, C+1) matrix (last column the bias) fitted at build, for previews in [-1, 1].
+    Attributes:
+        channels: C, the number of channels.
+        scale_factor: pixels per latent cell, on each side.
+        patch_size: latent cells per patch of the network, on each side.
+        rgb: a (3, C+1) matrix, whose last column is the bias. It maps a latent cell to a colour in [-1, 1] for previews
+            and is fitted by the build.
     """
 
     channels: int
@@ -92,7 +100,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """Default tile and stride of tiled decoding, in pixels."""
+    """The default size of a tile and the distance between tiles in tiled decoding, in pixels."""
 
     tile: int
     stride: int
@@ -100,11 +108,12 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipLayerGuidance:
-    """Guidance away from a network with some layers left out; names are diffusers'.
+    """Guidance away from what the network draws without some of its layers. The names are those of diffusers.
 
     Attributes:
-        layers: those that the denoiser's gate skips; fixed in the graph.
-        scale: 0 leaves it off. start, stop: the window, as fractions of the steps.
+        layers: the layers that the denoiser's gate skips. They are fixed in the graph.
+        scale: the strength of the guidance; 0 turns it off.
+        start, stop: the steps between which it acts, as fractions of all steps.
     """
 
     layers: tuple[int, ...]
@@ -115,9 +124,13 @@ class SkipLayerGuidance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Inference defaults: sizes in pixels; bins as (height, width) pairs, empty for none.
+    """What a request gets if it does not ask for something else.
 
-    skip_layer_guidance is None where the denoiser cannot skip layers.
+    Attributes:
+        height, width: the size of a picture in pixels.
+        bins: the (height, width) pairs in pixels that the model was trained with; empty if it has no such list.
+        tiling: how large pictures are decoded; None to decode every picture in one piece.
+        skip_layer_guidance: None if the denoiser cannot skip layers.
     """
 
     height: int
@@ -131,7 +144,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenTable:
-    """The coefficient table at build time: a runtime that computes another one must not run the bundle."""
+    """The scheduler coefficients that the build computed. A runtime that computes others must not run the bundle."""
 
     num_inference_steps: int
     timesteps: tuple[float, ...]
@@ -140,11 +153,13 @@ class GoldenTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The whole of manifest.json.
+    """The content of manifest.json.
 
     Attributes:
-        family: a label for people; no code reads it.
-        guidance: how guidance_scale reaches the denoiser. Bundles from before this field was there all use CFG.
+        family: a label for people. No code reads it.
+        files: files that belong to no single artifact, such as tokenizers.
+        tools: the versions of the libraries that built the bundle.
+        guidance: how guidance_scale reaches the denoiser. All bundles that are older than this field use CFG.
     """
 
     schema_version: int
@@ -162,11 +177,11 @@ class Manifest:
     digest: str = ""
 
     def step_contract(self, denoiser: StageSpec) -> StepContract:
-        """What the step of this bundle's denoiser takes, of the form that runs here."""
+        """The contract of a step with this bundle's denoiser, given the spec of the artifact that runs."""
         return StepContract.of(denoiser, self.guidance)
 
     def all_files(self) -> Iterator[FileRef]:
-        """Every file that the bundle owns besides the manifest and the certificate, each once."""
+        """Every file whose hash is in the manifest, each once: all but manifest, signature and certificate."""
         seen: set[str] = set()
         artifacts = (a for stage in self.stages.values() for a in stage.artifacts)
         golden = (stage.golden for stage in self.stages.values() if stage.golden)
@@ -177,20 +192,20 @@ class Manifest:
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """The manifest with the digest of its own content."""
+    """The manifest, sealed: its `digest` is set to the hash of all other fields."""
     return replace(manifest, digest=_digest(to_json(replace(manifest, digest=""))))
 
 
 def save_manifest(manifest: Manifest, bundle: Path) -> Path:
-    """Seal the manifest and write manifest.json as a whole."""
-    return write_atomic(bundle / MANIFEST, _written(to_json(sealed(manifest))))
+    """Seal the manifest and write manifest.json."""
+    return write_atomic(bundle / MANIFEST, _serialize(to_json(sealed(manifest))))
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Read and check manifest.json: form, schema version, digest, and that no path leaves the bundle.
+    """Read manifest.json, and check its form, its schema version, its digest, and that no path leaves the bundle.
 
     Raises:
-        BundleError: with what is wrong, by field, and what to do.
+        BundleError: one of these checks fails. The message names the field.
     """
     path = bundle / MANIFEST
     rebuild = f"rebuild with: ditc build CHECKPOINT -o {bundle}"
@@ -205,15 +220,17 @@ def load_manifest(bundle: Path) -> Manifest:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version!r}, this ditc reads {SCHEMA_VERSION}",
+            f"{path} has schema version {version!r}, this version of ditc reads {SCHEMA_VERSION}",
             hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
         )
     if data.get("digest") != _digest({**data, "digest": ""}):
         raise BundleError(
             f"{path} was changed after the build: its digest does not fit its content", hint=rebuild
         )
-    if _written(data) != content:  # the digest is of values; a changed space would pass it
-        raise BundleError(f"{path} was changed after the build: ditc writes it otherwise", hint=rebuild)
+    if _serialize(data) != content:  # the digest is a hash of the values, and does not show a changed space
+        raise BundleError(
+            f"{path} was changed after the build: its bytes are not what ditc writes", hint=rebuild
+        )
     try:
         manifest = from_json(Manifest, data)
     except Mismatch as e:
@@ -225,25 +242,27 @@ def load_manifest(bundle: Path) -> Manifest:
 
 
 def _check_tokenizers(manifest: Manifest, path: Path) -> None:
-    """A tokenizer is opened by its path in `text`: it must be one of the files whose hash is known."""
+    """Check that the path of every tokenizer in `text`, by which it is opened, is among the files with a hash."""
     listed = {ref.path for ref in manifest.files}
     for spec in manifest.text:
         if spec.tokenizer not in listed:
             raise BundleError(
-                f"{path}: tokenizer {spec.tokenizer!r} is not among the bundle's files", hint="do not use it"
+                f"{path}: tokenizer {spec.tokenizer!r} is not among the bundle's files",
+                hint="do not use this bundle",
             )
 
 
 def check_inside(path: str) -> None:
-    """Raise BundleError unless a manifest's path is relative and stays inside the bundle on every platform."""
+    """Raise BundleError unless a path in a manifest is relative and stays inside the bundle on every platform."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
         raise BundleError(
-            f"manifest names {path!r}, which is not a plain path inside the bundle", hint="do not use it"
+            f"the manifest names {path!r}, which is not a plain path inside the bundle",
+            hint="do not use this bundle",
         )
 
 
-def _written(data: object) -> bytes:
+def _serialize(data: object) -> bytes:
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 

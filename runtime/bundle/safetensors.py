@@ -1,7 +1,7 @@
-"""Read a small safetensors file into numpy, every number in its header checked before it is used.
+"""Reads small safetensors files into numpy arrays. Every number in a header is checked before it is used.
 
-The format: 8 bytes little-endian length of a JSON header, the header, the tensors' bytes
-(huggingface/safetensors, README "Format"). Larger files are read by the safetensors package, on the export side.
+The format (huggingface/safetensors, README "Format"): 8 bytes with the length of a JSON header, little-endian; the
+header; the bytes of the tensors. Large files are read only by the exporter, with the safetensors package.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DTYPES = {
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors by name, and the metadata.
+    """Read the tensors, by name, and the metadata. bf16 tensors become uint16 arrays of their bits.
 
     Raises:
-        BundleError: the file is missing, truncated, or its header does not describe it.
+        BundleError: the file is missing or truncated, or its header does not fit its content.
     """
     try:
         data = path.read_bytes()
@@ -39,7 +39,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         tensors = {name: _tensor(entry, body) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise BundleError(f"{path} is no safetensors file: {e}", hint="rebuild the bundle") from e
+        raise BundleError(f"{path} is not a safetensors file: {e}", hint="rebuild the bundle") from e
     return tensors, metadata
 
 

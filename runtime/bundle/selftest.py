@@ -1,4 +1,4 @@
-"""The self-test of a bundle on this machine: every stage on its golden inputs, and the result in certificate.json."""
+"""The self-test of a bundle: runs every stage on its golden inputs, and writes the result into certificate.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def run_self_test(
     *,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Record:
-    """Run every stage that has golden values; a stage without them is told as not checked.
+    """Run every stage on its golden inputs. A stage without golden values is reported as not checked.
+
+    Args:
+        on_stage: is called with the name of each stage before it runs.
 
     Raises:
         BundleError: a golden file is damaged.
@@ -50,7 +53,7 @@ def run_self_test(
 def certify(
     bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], result: Record
 ) -> Certificate:
-    """Write a self-test's result for this machine."""
+    """Write the result of a self-test on this machine into the certificate."""
     certificate = load_certificate(bundle, manifest).with_record(artifacts, self_test=result)
     save_certificate(bundle, certificate)
     return certificate
@@ -59,11 +62,13 @@ def certify(
 def first_use(
     bundle: Path, manifest: Manifest, sessions: Mapping[str, Session], artifacts: Mapping[str, Artifact]
 ) -> None:
-    """Before stages compute for the first time on a device that no build tried: the self-test, once for each machine
-    and artifact set.
+    """Run the self-test before stages compute for the first time on this machine's device.
+
+    Nothing is run if every build runs its graphs on such a device, or if the certificate says that these artifacts have
+    passed the self-test on this machine.
 
     Raises:
-        NumericsError: a stage does not compute here what it computed in PyTorch.
+        NumericsError: a stage does not compute on this machine what it computed in PyTorch.
     """
     if all(sessions[name].device.tried_at_build for name in artifacts):
         return
@@ -79,12 +84,12 @@ def first_use(
     if broken is not None:
         raise NumericsError(
             f"the self-test failed on this machine: {describe(broken)}",
-            hint="build the engine again with another version of its library; --no-self-test runs it all the same",
+            hint="build the engine again with another version of its library, or run it anyway with --no-self-test",
         )
 
 
 def describe(line: Line) -> str:
-    """One line of a result for people."""
+    """One line of a result as text."""
     verdict = {True: "pass", False: "FAIL", None: "not checked"}[line.passed]
     value = "-" if line.value is None else f"{line.value:.2e}"
     bound = "" if line.bound is None else f" <= {line.bound:.2e}"
@@ -92,5 +97,5 @@ def describe(line: Line) -> str:
 
 
 def _without_golden(stage: str) -> Line:
-    detail = "the bundle holds no golden values for it"
+    detail = "the bundle holds no golden values for this stage"
     return Line(name=stage, metric="relative L2", value=None, bound=None, passed=None, detail=detail)

@@ -1,7 +1,7 @@
-"""ed25519 signatures of bundles: who built it, where the manifest's digest alone says that nothing was damaged.
+"""ed25519 signatures, which show who built a bundle. The digest of the manifest shows only that nothing is damaged.
 
-`manifest.sig` beside the manifest holds a signature of its digest, which covers the hash of every file. Needs the
-`cryptography` package (`pip install "ditc[sign]"`); bundles without signature need nothing.
+`manifest.sig` beside the manifest is a signature of its digest, which covers the hashes of all files. Signing and
+checking need the package `cryptography` (`pip install "ditc[sign]"`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, UsageError
 
 SIGNATURE = "manifest.sig"
-# What is signed begins with its purpose, so that no signature made for something else fits.
+# The signed message begins with its purpose, so that no signature that was made for something else is valid here.
 _PURPOSE = b"ditc bundle manifest, sha256 "
 
 
 def sign(bundle: Path, private_key: Path) -> Path:
-    """Sign the bundle's manifest with an ed25519 key in PEM, and return the signature's path.
+    """Sign the bundle's manifest with an ed25519 private key (a PEM file), and return the path of the signature.
 
     Raises:
-        BundleError: no sound manifest. UsageError: no such key, or the signature cannot be written.
-        MissingExtra: cryptography is not installed.
+        BundleError: the manifest is missing or damaged.
+        UsageError: the key cannot be read.
+        OutputError: the signature cannot be written.
+        MissingExtra: the package cryptography is not installed.
     """
     manifest, key = load_manifest(bundle), load_private_key(private_key)
     record = {
@@ -36,15 +38,16 @@ def sign(bundle: Path, private_key: Path) -> Path:
 
 
 def load_private_key(path: Path) -> Any:
-    """The ed25519 key of a PEM file: what `sign` needs, to be tried before long work.
+    """Read an ed25519 private key from a PEM file. A build calls this first, so that it does not fail at its end.
 
     Raises:
-        UsageError: no such key. MissingExtra: cryptography is not installed.
+        UsageError: the file cannot be read, or holds no such key.
+        MissingExtra: the package cryptography is not installed.
     """
     ed25519, serialization = _library()
     key = _read(path, lambda data: serialization.load_pem_private_key(data, password=None))
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise UsageError(f"{path} is no ed25519 private key", hint=_MAKE_KEY)
+        raise UsageError(f"{path} is not an ed25519 private key", hint=_MAKE_KEY)
     return key
 
 
@@ -52,17 +55,18 @@ def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
     """Refuse a bundle whose manifest was not signed by the owner of the key.
 
     Args:
-        manifest: as it was loaded, so that nobody can exchange the file in between.
-        public_key: ed25519, PEM.
+        manifest: the manifest that was loaded. The file is not read again, as it could have been exchanged since.
+        public_key: a PEM file with an ed25519 public key.
 
     Raises:
-        BundleError: unsigned, signed by another key, or changed after it was signed.
-        UsageError: no such key. MissingExtra: cryptography is not installed.
+        BundleError: the bundle is not signed, is signed with another key, or was changed after it was signed.
+        UsageError: the key cannot be read.
+        MissingExtra: the package cryptography is not installed.
     """
     ed25519, serialization = _library()
     key = _read(public_key, serialization.load_pem_public_key)
     if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise UsageError(f"{public_key} is no ed25519 public key", hint=_MAKE_KEY)
+        raise UsageError(f"{public_key} is not an ed25519 public key", hint=_MAKE_KEY)
     path = bundle / SIGNATURE
     hint = "do not run it, or sign it yourself: ditc sign BUNDLE --key KEY.pem"
     if not path.is_file():
@@ -70,7 +74,7 @@ def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
     try:
         signature = bytes.fromhex(json.loads(path.read_bytes())["signature"])
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise BundleError(f"{path} is no signature: {type(e).__name__}", hint=hint) from e
+        raise BundleError(f"{path} is not a signature: {type(e).__name__}", hint=hint) from e
     from cryptography.exceptions import InvalidSignature
 
     try:
@@ -103,5 +107,5 @@ def _library() -> tuple[Any, Any]:
 def _read(path: Path, parse: Any) -> Any:
     try:
         return parse(path.read_bytes())
-    except (OSError, ValueError, TypeError) as e:  # TypeError: the key is encrypted
+    except (OSError, ValueError, TypeError) as e:  # a TypeError means that the key is encrypted
         raise UsageError(f"{path} cannot be read as a PEM key: {e}", hint=_MAKE_KEY) from e

@@ -1,1 +1,1 @@
-"""One verb of the command line a file: `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""The verbs of the command line, one file per verb: `add_arguments(parser)` and `run(arguments) -> exit code`."""

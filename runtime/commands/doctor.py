@@ -1,4 +1,4 @@
-"""`ditc doctor`: what this machine can build and run, what is missing, and what to do about it."""
+"""`ditc doctor`: shows what this machine can build and run, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.errors import CheckpointError
 
-# By extra of pyproject.toml; those of the backends are in their table.
+# The packages of each extra in pyproject.toml. The extras of backends are in the table of backends.
 PACKAGES = {
     "runtime": ("numpy", "onnxruntime", "tokenizers", "pillow", "rich", "filelock"),
     "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors"),
@@ -23,22 +23,27 @@ PACKAGES = {
     "sign": ("cryptography",),
 }
 
-# Peak memory and disk of a build, in bytes for each byte of weights; docs/engines.md has the builds behind them.
+# Estimates of a build with engines. Memory: bytes that every build takes, and bytes per byte of the largest component's
+# weights. Disk: bytes per byte of all weights. docs/engines.md lists the builds that they were measured on.
 FIXED_MEMORY = 1.3e9
 MEMORY_PER_WEIGHT_BYTE = 3.5
 DISK_PER_WEIGHT_BYTE = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The form of the answer, and what is to be built."""
+    """The checkpoint that may be built here, and the form of the answer."""
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="also say whether this machine can build that checkpoint"
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="A diffusers directory. If given, also estimate whether this machine can build it.",
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--json", action="store_true", help="Print the findings as JSON (default: as text).")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when something that the runtime needs is missing or known to be bad."""
+    """Print all findings. The exit code is 1 if one of them is bad: a package is missing or has a known defect."""
     from ditc.runtime.commands.doctor_engines import engine_findings
 
     findings = [*_machine(), *_packages(), *_conflicts(), *_backends(), *engine_findings()]
@@ -67,7 +72,7 @@ def _machine() -> list[Finding]:
             "disk",
             f"{free:.0f} GB free here",
             free > 5 or None,
-            None if free > 5 else "a full-size checkpoint needs about three times its own size to build",
+            None if free > 5 else "the build of a full-size checkpoint needs about three times its size",
         ),
     ]
     memory = _memory_gb()
@@ -78,23 +83,25 @@ def _machine() -> list[Finding]:
                 "memory",
                 f"{memory[0]:.0f} of {memory[1]:.0f} GB free",
                 enough or None,
-                None if enough else "the demo builds in 2 GB; a 1.6B model needs about 12 GB",
+                None
+                if enough
+                else "the demo is built in 2 GB, a model of 1.6 billion weights in about 12 GB",
             )
         )
     return findings
 
 
 def checkpoint_findings(checkpoint: Path) -> list[Finding]:
-    """Free disk and memory against what a build of the checkpoint with engines needs.
+    """Compare the free disk and memory with estimates for building the checkpoint with engines.
 
     Raises:
-        CheckpointError: no safetensors there.
+        CheckpointError: the folder holds no .safetensors file.
     """
     folders: dict[Path, int] = {}
     for path in checkpoint.rglob("*.safetensors"):
         folders[path.parent] = folders.get(path.parent, 0) + path.stat().st_size
     if not folders:
-        raise CheckpointError(f"{checkpoint} holds no .safetensors", hint="give a diffusers directory")
+        raise CheckpointError(f"{checkpoint} holds no .safetensors file", hint="give a diffusers directory")
     disk = DISK_PER_WEIGHT_BYTE * sum(folders.values()) / 1e9
     memory = (FIXED_MEMORY + MEMORY_PER_WEIGHT_BYTE * max(folders.values())) / 1e9
     free_disk, free_memory = shutil.disk_usage(".").free / 1e9, _memory_gb()
@@ -104,24 +111,25 @@ def checkpoint_findings(checkpoint: Path) -> list[Finding]:
             "build",
             f"{checkpoint} needs about {disk:.1f} GB of disk for graphs and engines, {free_disk:.1f} GB are free",
             free_disk >= disk,
-            None if free_disk >= disk else "free some space, or give -o on another disk",
+            None if free_disk >= disk else "free some space, or build with -o on another disk",
         )
     ]
     if free_memory is not None:
         enough = free_memory[0] >= memory
         text = f"{checkpoint} needs about {memory:.1f} GB of memory (for {largest}), {free_memory[0]:.1f} GB are free"
-        hint = None if enough else "build on a larger machine: a bundle can be copied"
+        hint = None if enough else "build on a larger machine, and copy the bundle to this one"
         findings.append(Finding("build", text, enough, hint))
     return findings
 
 
 def _memory_gb() -> tuple[float, float] | None:
+    """Free and total memory in GB; None on systems other than Linux."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
             fields = dict(line.split(":", 1) for line in file)
         return tuple(int(fields[name].split()[0]) / 1e6 for name in ("MemAvailable", "MemTotal"))  # type: ignore[return-value]
     except (OSError, KeyError, ValueError):
-        return None  # not Linux: nothing to say
+        return None
 
 
 def _installed(name: str) -> str | None:
@@ -139,7 +147,7 @@ def _packages() -> list[Finding]:
     for extra, names in (PACKAGES | backends).items():
         found = {name: _installed(name) for name in names}
         if extra == "runtime" and found["onnxruntime"] is None and _installed("onnxruntime-gpu"):
-            del found["onnxruntime"]  # the same library, built for CUDA
+            del found["onnxruntime"]  # onnxruntime-gpu is the same library, built for CUDA
             found["onnxruntime-gpu"] = _installed("onnxruntime-gpu")
         missing = [name for name, v in found.items() if v is None]
         text = ", ".join(f"{name} {v}" for name, v in found.items() if v) or "not installed"

@@ -1,4 +1,4 @@
-"""What `ditc doctor` says about engines: the GPU and its target, the libraries' known defects."""
+"""What `ditc doctor` finds about GPUs and engines: the GPU and its target, and known defects of the libraries."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_lib
 from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
 from ditc.runtime.sessions.registry import library_version, missing, rows
 
-# Package, version prefix, what happens, what to do. Sources: NVIDIA's release notes of the versions named.
+# Package, prefix of the version, its defect, and the hint. Sources: NVIDIA's release notes of these versions.
 KNOWN_BAD = (
     (
         "tensorrt",
         "11.3.0",
-        "REFIT can drop a GEMM's bias (release notes 11.3.0)",
-        "ditc sets REFIT_IDENTICAL, which is not affected; otherwise pip install 'tensorrt>=11.4'",
+        "refitting an engine built with REFIT can drop the bias of a matrix product (release notes 11.3.0)",
+        "ditc builds with REFIT_IDENTICAL, which is not affected; for other programs, pip install 'tensorrt>=11.4'",
     ),
     ("tensorrt", "10.", "its networks are not strongly typed by default", "pip install 'tensorrt>=11'"),
     (
         "tensorrt-rtx",
         "1.4",
-        "its engines are not those of 1.5 and later (ABI break)",
+        "versions from 1.5 on cannot load its engines (ABI break)",
         "pip install 'tensorrt-rtx>=1.7.1'",
     ),
 )
 
 
 def engine_findings() -> list[Finding]:
-    """All of it."""
+    """All findings about GPUs and engines."""
     gpu = find_gpu()
     return [
         *_gpu(gpu),
@@ -46,19 +46,19 @@ def engine_findings() -> list[Finding]:
 def _gpu(gpu: Gpu | None) -> list[Finding]:
     if gpu is None:
         anywhere = ", ".join(row.name for row in rows() if row.targets)
-        return [Finding("gpu", f"none: engines can be built here ({anywhere}), not run", None)]
+        return [Finding("gpu", f"none: engines can be built here ({anywhere}) but not run", None)]
     name, driver = f"{gpu.name}, {gpu.sm}", f"driver {driver_version() or 'unknown'}"
     engines = [row for row in reversed(rows()) if row.same_gpu]
     serving = [row.name for row in engines if row.built_on_gpu or gpu.sm in row.targets]
     others = [row.name for row in engines if row.name not in serving]
     if not others:
-        return [Finding("gpu", f"{name}: {' and '.join(serving)} serve it; {driver}")]
-    hint = f"build for it with --backend {' or '.join(serving)}, on this machine"
-    return [Finding("gpu", f"{name}: not a target of {' and '.join(others)}; {driver}", None, hint)]
+        return [Finding("gpu", f"{name}: supported by {' and '.join(serving)}; {driver}")]
+    hint = f"build engines for it on this machine, with --backend {' or '.join(serving)}"
+    return [Finding("gpu", f"{name}: not supported by {' and '.join(others)}; {driver}", None, hint)]
 
 
 def _targets() -> list[Finding]:
-    """What engines each installed library builds here."""
+    """For each installed library that builds engines, what it can build them for here."""
     found = []
     for row in reversed(rows()):
         installed = library_version(row.name) if row.builds_engines else None
@@ -71,30 +71,33 @@ def _targets() -> list[Finding]:
 
 
 def _runs() -> list[Finding]:
-    """Backends that cannot run here, each with the first thing that it lacks; `doctor.py` tells those that can."""
-    return [Finding("runs not", f"{row.name}: {lack}", None) for row in rows() if (lack := missing(row.name))]
+    """Backends that cannot run here, each with the first thing that it lacks. `doctor.py` lists those that can."""
+    return [
+        Finding("cannot run", f"{row.name}: {lack}", None) for row in rows() if (lack := missing(row.name))
+    ]
 
 
 def _onnxruntime(gpu: Gpu | None) -> list[Finding]:
-    """ONNX Runtime on the GPU, where there is one or the wheel for it."""
+    """Whether ONNX Runtime can run on the GPU; nothing if there is neither a GPU nor onnxruntime-gpu."""
     if gpu is None and _version("onnxruntime-gpu") is None:
         return []
     lack = cuda_lack()
     if lack:
-        return [Finding("runs not", f"onnxruntime on a GPU: {lack}", None, INSTALL if gpu else None)]
-    return [Finding("runs", "onnxruntime on the GPU, by its CUDA provider")]
+        return [Finding("cannot run", f"onnxruntime on a GPU: {lack}", None, INSTALL if gpu else None)]
+    return [Finding("runs", "onnxruntime on the GPU, with its CUDA provider")]
 
 
 def _plugin() -> list[Finding]:
     """Whether --linear-attention plugin can be built."""
     triton = _version("triton")
     if triton is None:
-        return [Finding("plugin", "triton is not installed", None, 'pip install "ditc[plugin]" (optional)')]
-    return [Finding("plugin", f"triton {triton} compiles the linear-attention kernels")]
+        hint = 'pip install "ditc[plugin]"; only --linear-attention plugin needs it'
+        return [Finding("plugin", "triton is not installed", None, hint)]
+    return [Finding("plugin", f"triton {triton} can compile the linear-attention kernels")]
 
 
 def known_bad() -> list[Finding]:
-    """Installed versions with a defect that matters here."""
+    """Installed versions that have a known defect."""
     return [
         Finding("conflict", f"{package} {installed}: {what}", False, hint)
         for package, prefix, what, hint in KNOWN_BAD
@@ -103,15 +106,13 @@ def known_bad() -> list[Finding]:
 
 
 def missing_link(libraries: Path | None) -> list[Finding]:
-    """The wheel ships libtensorrt_rtx.so.1 alone; the parser opens libtensorrt_rtx.so when it meets a plugin."""
+    """Whether libtensorrt_rtx.so is missing: the parser opens it for plugins, but the wheel has only ...so.1."""
     if libraries is None or os.name == "nt" or (libraries / RTX_LIBRARY).exists():
         return []
-    hint = f"only for plugins; --linear-attention plugin makes it, or: ln -s {RTX_LIBRARY}.1 {libraries / RTX_LIBRARY}"
-    return [
-        Finding(
-            "rtx link", f"{libraries / RTX_LIBRARY} is missing: a plugin would abort the process", None, hint
-        )
-    ]
+    link = libraries / RTX_LIBRARY
+    text = f"{link} is missing, without which a build with the plugin would abort"
+    hint = f"--linear-attention plugin makes this link by itself; by hand: ln -s {RTX_LIBRARY}.1 {link}"
+    return [Finding("rtx link", text, None, hint)]
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""One line of what `ditc doctor` answers."""
+"""One finding of `ditc doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """ok None: neither good nor bad."""
+    """One finding. ok is None if it is neither good nor bad."""
 
     topic: str
     text: str

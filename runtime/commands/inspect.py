@@ -1,4 +1,4 @@
-"""`ditc inspect BUNDLE`: what a bundle holds, without loading any of it."""
+"""`ditc inspect BUNDLE`: shows what a bundle holds, without loading any graph, engine or weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, and the form of the answer."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="Print the whole manifest as JSON (default: a table of its stages).",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    # A file or a pipe gets whole lines.
+    # In a file or a pipe, the lines of the table must not be wrapped.
     width = None if sys.stdout.isatty() else 240
     console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
     defaults, scheduler = manifest.defaults, manifest.scheduler
@@ -46,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if skip := defaults.skip_layer_guidance:
         layers, window = ", ".join(map(str, skip.layers)), f"from {skip.start} to {skip.stop} of the steps"
-        scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless asked for"
+        scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless a request asks for it"
         console.print(f"skip-layer guidance: layers {layers}, {scale}")
-    # Narrow enough for 80 columns: inputs, which are long, have lines of their own below it.
+    # The table fits 80 columns. The stages' inputs are longer and follow on lines of their own.
     columns = ("stage", "precision", "backend", "targets", "MB", "built in", "peak memory")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for name, stage in manifest.stages.items():
@@ -67,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inputs(manifest: Manifest) -> Iterator[str]:
-    """What each stage takes, said once where its artifacts agree."""
+    """One line per stage with its inputs; more only if its artifacts differ in them."""
     for name, stage in manifest.stages.items():
         shapes = [
             ", ".join(f"{t.name}({','.join(map(str, t.shape))})" for t in artifact.spec.inputs)
@@ -78,12 +82,12 @@ def _inputs(manifest: Manifest) -> Iterator[str]:
 
 
 def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """What certificate.json says, one line a record."""
+    """One line per record of certificate.json."""
     from ditc.runtime.bundle.certificate import load_certificate
 
     certificate = load_certificate(bundle, manifest)
     if not certificate.entries:
-        yield "certificate: none for these artifacts (ditc parity BUNDLE --against CHECKPOINT makes one)"
+        yield "certificate: none yet (ditc parity BUNDLE --against CHECKPOINT writes one)"
     for entry in certificate.entries:
         for kind, found in (("parity", entry.parity), ("self-test", entry.self_test)):
             if found is None:
@@ -98,7 +102,7 @@ def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _cost(bundle: Path, stage: str, artifact: Artifact) -> tuple[str, str]:
-    """Seconds and memory of the build, where the bundle still has its records."""
+    """Time and memory of the artifact's build; "-" if the bundle no longer has its build records."""
     from ditc.runtime.bundle.build_cost import read_cost
 
     cost = read_cost(bundle, stage, artifact)

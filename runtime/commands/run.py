@@ -1,4 +1,4 @@
-"""`ditc run BUNDLE PROMPT -o out.png`: draw pictures."""
+"""`ditc run BUNDLE PROMPT -o out.png`: draws pictures with a bundle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Fields of Request that are options of the same name.
+# Fields of Request. Each has an option of the same name.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 SETTINGS = (
     *("num_inference_steps", "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
@@ -32,62 +32,118 @@ SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Names are diffusers' where it has one; every default is the bundle's."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("prompt", nargs="?", help="what to draw")
+    """The bundle, the request and the output. Options of the request have diffusers' names where it has them."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="The text that says what to draw.")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT; - is stdin"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="Read one prompt per line from this file, or from stdin if it is - (default: PROMPT alone).",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         default=Path("out.png"),
-        help="PNG; several get -0, -1, ... (default: %(default)s)",
+        metavar="FILE",
+        help="PNG file to write; several pictures get -0, -1 and so on before the .png (default: %(default)s).",
     )
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT")
+    _add_request_arguments(parser)
+    add_load_arguments(parser)
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="DIR",
+        help="After every step, write a rough picture of the current state into this folder (default: none).",
+    )
+    parser.add_argument(
+        "--allow-uniform",
+        action="store_true",
+        help="Keep a picture that has only one colour (default: such a picture is an error).",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
+
+
+def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="The text that says what the picture should not look like; used with --guidance-scale above 1 "
+        "(default: an empty text).",
+    )
     for number, nth in ((2, "second"), (3, "third")):
         parser.add_argument(
             f"--prompt-{number}",
             metavar="TEXT",
-            help=f"another text for the {nth} text encoder, where the bundle has one (default: PROMPT)",
+            help=f"Another text for the bundle's {nth} text encoder, if it has one (default: PROMPT).",
         )
         parser.add_argument(
             f"--negative-prompt-{number}",
             metavar="TEXT",
-            help="its negative text (default: --negative-prompt)",
+            help=f"Another negative text for the {nth} text encoder (default: that of --negative-prompt).",
         )
-    parser.add_argument("--steps", "--num-inference-steps", type=int, metavar="N", dest="num_inference_steps")
-    parser.add_argument("--guidance-scale", type=float, metavar="G")
+    parser.add_argument(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="STEPS",
+        dest="num_inference_steps",
+        help="Number of denoising steps (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the guidance, without a unit: how strongly the picture follows the prompt. Up to 1, "
+        "classifier-free guidance is off (default: the bundle's).",
+    )
     parser.add_argument(
         "--skip-layer-guidance-scale",
         type=float,
-        metavar="S",
-        help="guidance away from a network with layers left out, where the bundle can; 0 turns it off",
+        metavar="SCALE",
+        help="Scale of the skip-layer guidance, without a unit: how strongly to guide the picture away from what the "
+        "network draws without some of its layers. 0 turns it off; not every bundle has it (default: the bundle's).",
     )
-    for end, what in (("start", "begins after"), ("stop", "ends before")):
+    for end, verb in (("start", "begins"), ("stop", "ends")):
         parser.add_argument(
             f"--skip-layer-guidance-{end}",
             type=float,
-            metavar="F",
-            help=f"it {what} this share of the steps (default: the bundle's)",
+            metavar="FRACTION",
+            help=f"Where skip-layer guidance {verb}, as a fraction of the steps from 0 to 1 (default: the bundle's).",
         )
-    parser.add_argument("--height", type=int, metavar="PX")
-    parser.add_argument("--width", type=int, metavar="PX")
-    parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, printed")
-    parser.add_argument("-n", "--num-images-per-prompt", type=int, default=1, metavar="N")
-    add_load_arguments(parser)
-    parser.add_argument("--preview", type=Path, metavar="DIR", help="write a rough picture after every step")
-    parser.add_argument("--allow-uniform", action="store_true", help="keep a picture of one colour")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    for side in ("height", "width"):
+        parser.add_argument(
+            f"--{side}",
+            type=int,
+            metavar="PX",
+            help=f"The picture's {side} in pixels (default: the bundle's).",
+        )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="SEED",
+        help="Seed of the noise that the pictures start from, a whole number (default: a random seed, which is "
+        "printed).",
+    )
+    parser.add_argument(
+        "-n",
+        "--num-images-per-prompt",
+        type=int,
+        default=1,
+        metavar="PICTURES",
+        help="Number of pictures per prompt (default: %(default)s).",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load, draw, save; every PNG is complete or absent."""
+    """Load the bundle, draw and save. Every PNG file is complete or does not exist."""
     prompts, options = _prompts(arguments), load_options(arguments)
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(
-            f"output {arguments.output} is not a .png", hint="pictures carry their settings as PNG text"
+            f"output {arguments.output} is not a .png",
+            hint="name a .png file: pictures carry their settings as PNG text",
         )
     for path in _paths(arguments, len(prompts) * arguments.num_images_per_prompt):
         check_writable(path, "-o")
@@ -96,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with Pipeline.load(arguments.bundle, options=options) as pipeline:
         if pipeline.uncertified:
-            log.warning("not certified: %s", pipeline.uncertified)
+            log.warning("the bundle is not certified: %s", pipeline.uncertified)
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
         request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
@@ -115,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UsageError(
-            "give a PROMPT or --prompts FILE, one of them", hint='ditc run BUNDLE "a red heart" -o out.png'
+            "give a PROMPT or --prompts FILE, but not both", hint='ditc run BUNDLE "a red heart" -o out.png'
         )
     if arguments.prompts is None:
         return [arguments.prompt]
@@ -130,9 +186,9 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
     if preview is not None:
         _make_directory(preview)
     console = Console(stderr=True)
-    # Where nobody watches, a bar that is gone at the end still leaves an empty line (rich 15).
+    # Without a terminal, a transient bar would leave an empty line behind (rich 15).
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("text", total=None)
+        task = progress.add_task("encoding text", total=None)
 
         def on_step(step: Step) -> None:
             progress.update(task, description="denoising", total=step.total, completed=step.index + 1)
@@ -171,7 +227,7 @@ def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int
         "height": plan.height,
         "width": plan.width,
         "backend": pipeline.chosen,
-        # One seed draws the noise of all of them: which of how many this one is belongs to it.
+        # One seed draws the noise of all pictures, so the place of this one among them is needed to draw it again.
         "index": index,
         "num_prompts": len(prompts),
         "num_images_per_prompt": plan.request.num_images_per_prompt,

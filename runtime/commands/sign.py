@@ -9,12 +9,18 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle and the key."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--key", type=Path, required=True, metavar="KEY.pem", help="ed25519 private key")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    parser.add_argument(
+        "--key",
+        type=Path,
+        required=True,
+        metavar="KEY.pem",
+        help="File with the ed25519 private key to sign with, in PEM format.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check every hash, then sign and print the signature's path."""
+    """Check the hash of every file, sign the manifest, and print the path of the signature."""
     from ditc.runtime.bundle.integrity import check_files
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.bundle.signature import sign

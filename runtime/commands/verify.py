@@ -1,4 +1,4 @@
-"""`ditc verify BUNDLE`: read every byte that the manifest speaks of and compare; --run also runs every stage."""
+"""`ditc verify BUNDLE`: hashes every file that the manifest lists and compares; --run also runs every stage."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from ditc.runtime.load_options import LoadOptions, add_load_arguments, given_nam
 if TYPE_CHECKING:
     from ditc.runtime.bundle.certificate import Record
 
-# Options that choose what --run runs, and on what.
+# Options that choose which artifacts --run runs, and how. Without --run they have no effect, so they are refused.
 RUN_OPTIONS = ("backend", "provider", "precision", "threads", "low_vram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and the form of the answer."""
-    parser.add_argument("bundle", type=Path)
+    """The bundle, what is checked, and the form of the answer."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
     add_load_arguments(parser, "require_signature")
     parser.add_argument(
-        "--run", action="store_true", help="also run every stage on its golden inputs, on this machine"
+        "--run",
+        action="store_true",
+        help="Also run every stage on its golden inputs on this machine, and write the result into certificate.json "
+        "(default: only compare hashes).",
     )
     add_load_arguments(parser, *RUN_OPTIONS, when="Only with --run.")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Hash all files with a progress bar; the first that differs is named and ends with exit code 2."""
+    """Hash all files behind a progress bar. The first file that differs is named, and the exit code is 2."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -40,10 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.bundle.selftest import describe
     from ditc.runtime.bundle.signature import check_signature
 
-    idle = [] if arguments.run else [name for name in given_names(arguments) if name in RUN_OPTIONS]
-    if idle:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise UsageError(f"without --run there is nothing to choose with {flags}", hint="add --run")
+    unused = [] if arguments.run else [name for name in given_names(arguments) if name in RUN_OPTIONS]
+    if unused:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UsageError(f"{flags}: only --run runs stages and needs this", hint="add --run")
     options = load_options(arguments)
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:
@@ -70,14 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
         for line in tested.lines if tested is not None else ():
             sys.stdout.write(describe(line) + "\n")
         sys.stdout.write(
-            f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as built, "
+            f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as they were built, "
             f"digest {manifest.digest[:12]}\n"
         )
     return 0 if tested is None or tested.passed else 1
 
 
 def _self_test(bundle: Path, options: LoadOptions) -> Record:
-    """Run the stages and write the machine into the certificate."""
+    """Run the self-test, and write its result for this machine into the certificate."""
     from rich.console import Console
 
     from ditc.runtime.bundle.selftest import certify, run_self_test

@@ -1,1 +1,1 @@
-"""Backends. `registry.py` is the table of them, `opening.py` opens a stage by it; one file and one row for each."""
+"""The backends. Each has one file here and one row in `registry.py`; `opening.py` opens a stage with them."""

@@ -1,4 +1,4 @@
-"""Device memory as sessions use it: pools of equal buffers, and tensors that hold one."""
+"""Device memory of sessions: pools of equally large buffers, and tensors that hold one of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ditc.runtime.spec import DType
 
 
 def size_of(shape: tuple[int, ...], dtype: DType) -> int:
-    """Bytes of a contiguous tensor."""
+    """The bytes of a contiguous tensor."""
     return math.prod(shape) * numpy_dtype(dtype).itemsize
 
 
 class Lease:
-    """A buffer out of a pool; it goes back when the last tensor that holds it is gone."""
+    """A buffer that was taken from a pool. It returns to the pool when the last tensor that holds it is deleted."""
 
     __slots__ = ("__weakref__", "pointer")
 
@@ -29,7 +29,7 @@ class Lease:
 
 
 class Pool:
-    """Buffers of one size, made when all others are in use: two serve a loop that feeds a result back."""
+    """Buffers of one size. A new one is made if all others are in use. A loop that feeds results back needs two."""
 
     def __init__(self, device: Device, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -38,14 +38,14 @@ class Pool:
         self._closed = False
 
     def take(self) -> Lease:
-        """A buffer that nobody holds; its content is undefined."""
+        """A buffer that nobody holds. Its content is undefined."""
         pointer = self._idle.pop() if self._idle else self._device.allocate(self.size_bytes)
         lease = Lease(pointer)
         weakref.finalize(lease, self._give_back, pointer).atexit = False
         return lease
 
     def close(self) -> None:
-        """Free what is idle now, and the rest as it comes back."""
+        """Free the idle buffers now, and the others when they are returned."""
         self._closed = True
         while self._idle:
             self._device.free(self._idle.pop(), self.size_bytes)
@@ -58,10 +58,12 @@ class Pool:
 
 
 class DeviceArray:
-    """A tensor on the device: a value, never written again while anybody holds it.
+    """A tensor on the device. It is not written to while anybody holds it, except with `assign`.
 
     Args:
-        pitch: bytes from one first index to the next where rows are padded, else 0.
+        lease: the buffer that the tensor lies in.
+        offset: where the tensor begins in the buffer, in bytes.
+        pitch: bytes from one entry of the first dimension to the next if the entries are padded, else 0.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class DeviceArray:
         return size_of(self.shape, self.dtype)
 
     def numpy(self) -> Array:
-        """A copy on the host; waits for the work that makes the tensor."""
+        """A copy on the host. Waits for the work that computes the tensor."""
         kind = numpy_dtype(self.dtype)
         rows = (self.shape[0], self.pitch // kind.itemsize) if self.pitch else self.shape
         host = np.empty(rows, kind)
@@ -98,7 +100,7 @@ class DeviceArray:
         return host
 
     def narrow(self, start: int, stop: int) -> DeviceArray:
-        """The entries start to stop of the first dimension, in the same memory."""
+        """The entries from start up to stop of the first dimension, in the same memory."""
         if (start, stop) == (0, self.shape[0]):
             return self
         step = self.pitch or size_of(self.shape[1:], self.dtype)
@@ -112,7 +114,7 @@ class DeviceArray:
         )
 
     def assign(self, start: int, source: Tensor) -> None:
-        """Copy the source over the entries from `start` on, in the stream's order."""
+        """Copy the source over the entries from `start` on, after the work that is already in the stream."""
         step = size_of(self.shape[1:], self.dtype)
         pointer, device = self.pointer + start * step, self.device
         with device.lock:
@@ -125,9 +127,9 @@ class DeviceArray:
         return self.device.cuda.dlpack_device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        """A capsule of this memory, finished: the stream is waited for, whatever stream the consumer has."""
+        """A DLPack capsule of this memory. Waits until the tensor is computed, so any stream may read it."""
         if self.pitch:
-            raise BufferError("rows of this tensor are padded: take one with narrow(), or numpy()")
+            raise BufferError("the entries of this tensor are padded: take one with narrow(), or use numpy()")
         with self.device.lock:
             self.device.synchronize()
         return to_capsule(self, self.pointer, self.shape, self.dtype, self.__dlpack_device__())

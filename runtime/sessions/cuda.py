@@ -1,6 +1,6 @@
-"""The CUDA calls that sessions make, each a line or two over cuda-python; nothing else in ditc calls CUDA.
+"""All CUDA calls of ditc, each in a line or two over cuda-python.
 
-Pointers and streams are integers. The tests put a class with these methods over host memory in its place.
+Pointers and streams are integers. The tests use a class with the same methods over host memory.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.session import Array
 
-# DLPack's numbers of device kinds (dlpack.h): kDLCPU, kDLCUDA.
+# DLPack's numbers for kinds of devices (dlpack.h): kDLCPU and kDLCUDA.
 DLPACK_CPU, DLPACK_CUDA = 1, 2
 
 
 class Cuda(Protocol):
-    """One device. Copies are asynchronous in the stream's order, as far as the host memory allows."""
+    """One device. Copies are ordered by the stream, and asynchronous if CUDA can do that with the host's memory."""
 
     @property
     def dlpack_device(self) -> tuple[int, int]: ...
@@ -31,7 +31,7 @@ class Cuda(Protocol):
     def synchronize(self, stream: int) -> None: ...
 
     def upload(self, pointer: int, source: Array, stream: int) -> None:
-        """From a contiguous array, which must stay as it is until the stream is waited for."""
+        """Copy a contiguous array to the device. The array must not change before `synchronize` has returned."""
         ...
 
     def download(self, target: Array, pointer: int, stream: int) -> None: ...
@@ -39,7 +39,7 @@ class Cuda(Protocol):
 
     def begin_capture(self, stream: int) -> None: ...
     def end_capture(self, stream: int) -> Any:
-        """The captured work, ready to launch. Raises SessionError if something in it cannot be captured."""
+        """The captured work as a graph to launch. Raises SessionError if some of the work cannot be captured."""
         ...
 
     def launch(self, graph: Any, stream: int) -> None: ...
@@ -47,11 +47,11 @@ class Cuda(Protocol):
 
 
 class CudaRuntime:
-    """The real device, through cuda.bindings.runtime (which brings CUDA's runtime; the driver is the machine's).
+    """A GPU, through cuda.bindings.runtime. That package contains CUDA's runtime; the machine must have the driver.
 
     Raises:
         MissingExtra: cuda-python is not installed.
-        SessionError: no device or no driver that this CUDA can use.
+        SessionError: there is no GPU, or no driver that this version of CUDA can use.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -87,9 +87,8 @@ class CudaRuntime:
         return int(free), int(total)
 
     def create_stream(self) -> int:
-        flags = (
-            self._cuda.cudaStreamNonBlocking
-        )  # not ordered with the legacy default stream of other libraries
+        # Non-blocking: the stream does not wait for the legacy default stream, which other libraries use.
+        flags = self._cuda.cudaStreamNonBlocking
         (stream,) = self._call(self._cuda.cudaStreamCreateWithFlags(flags), "cudaStreamCreateWithFlags")
         return int(stream)
 
@@ -112,7 +111,7 @@ class CudaRuntime:
         self._copy(target, source, size_bytes, kind, stream)
 
     def begin_capture(self, stream: int) -> None:
-        # Thread-local: other threads may allocate meanwhile; this one must not.
+        # In this mode other threads may allocate memory during the capture. This thread must not.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._cuda.cudaStreamBeginCapture(stream, mode), "cudaStreamBeginCapture")
 

@@ -1,4 +1,4 @@
-"""One GPU as sessions share it: a stream, one workspace for activations, and the memory they took."""
+"""One GPU that sessions share: a stream, one workspace for activations, and a count of the memory they use."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import numpy as np
 from ditc.runtime.session import Array
 from ditc.runtime.sessions.cuda import Cuda, CudaRuntime
 
-# TensorRT wants the workspace at multiples of 256 (IExecutionContext::setDeviceMemory); cudaMalloc gives them. ditc
-# keeps the same for every tensor that it hands to an engine.
+# Bytes. TensorRT needs its workspace at a multiple of 256 (IExecutionContext::setDeviceMemory), and cudaMalloc returns
+# such addresses. ditc aligns every tensor that it hands to an engine in the same way.
 ALIGNMENT = 256
 
 
 def aligned(size_bytes: int) -> int:
-    """The size, rounded up so that what follows is aligned."""
+    """The size, rounded up to a multiple of ALIGNMENT."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class Device:
-    """A device, its stream, and the workspace that all contexts use one after the other.
+    """A device, its stream, and the workspace that all execution contexts use one after the other.
 
-    Work of all sessions is put into one stream under one lock, so a buffer that is given back may be used again at
-    once: what reads it comes before what writes it. The last session that leaves closes the device.
+    All sessions put their work into one stream, under one lock. Therefore a buffer that is returned to its pool can be
+    used again at once: work that still reads it comes before work that writes to it. The device closes when its last
+    session leaves.
+
+    Attributes:
+        allocated_bytes: memory that ditc has allocated on the device.
+        peak_bytes: the largest result of `measure` so far.
+        workspace: pointer and size in bytes; (0, 0) if there is none.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -31,20 +37,20 @@ class Device:
         self.lock = threading.RLock()
         self.stream = cuda.create_stream()
         self.allocated_bytes = 0
-        self.workspace = (0, 0)  # pointer, size
+        self.workspace = (0, 0)
         self._uploads: list[Array] = []
         self._users = 0
         self._used_before = self._used()
         self.peak_bytes = 0
 
     def enter(self) -> None:
-        """A session begins to use the device."""
+        """Count a session that begins to use the device."""
         self._users += 1
 
     def leave(self) -> None:
-        """A session has ended; after the last, stream and workspace are freed.
+        """Count a session that has ended. After the last one, the stream and the workspace are freed.
 
-        Tensors may outlive it: they are read and freed through CUDA's own stream 0.
+        Tensors may live longer. They are then read and freed through CUDA's default stream, 0.
         """
         self._users -= 1
         if self._users == 0:
@@ -54,26 +60,29 @@ class Device:
             self.stream = 0
 
     def allocate(self, size_bytes: int) -> int:
-        """Memory that `free` gives back. Raises SessionError when there is none."""
+        """Allocate memory, for `free` to release. Raises SessionError if there is not enough."""
         pointer = self.cuda.allocate(max(size_bytes, ALIGNMENT))
         self.allocated_bytes += size_bytes
         self.measure()
         return pointer
 
     def free(self, pointer: int, size_bytes: int) -> None:
-        """Give memory back; work that uses it may still be in the stream (cudaFree waits for it)."""
+        """Release memory. Work that uses it may still be in the stream, because cudaFree waits for that work."""
         self.cuda.free(pointer)
         self.allocated_bytes -= size_bytes
 
     def reserve(self, size_bytes: int) -> tuple[int, int]:
-        """The workspace, at least so large. When it grows it moves: graphs that hold its address are void."""
+        """The workspace (pointer, size), with at least this size in bytes.
+
+        If it has to grow, it moves, and CUDA graphs that contain its old address must not be used any more.
+        """
         if self.workspace[1] < size_bytes:
             self.trim()
             self.workspace = (self.allocate(size_bytes), size_bytes)
         return self.workspace
 
     def trim(self) -> None:
-        """Free the workspace; the next run that needs one reserves it again."""
+        """Free the workspace. The next run that needs one reserves it again."""
         pointer, size_bytes = self.workspace
         if pointer:
             self.synchronize()
@@ -81,23 +90,26 @@ class Device:
             self.free(pointer, size_bytes)
 
     def upload(self, pointer: int, source: Array) -> None:
-        """Copy from the host, in the stream's order. The caller may change or drop the array at once.
+        """Copy an array to the device, in the stream's order. The caller may change or delete the array at once.
 
-        CUDA only says that such a copy from pageable memory "might be synchronous" (API synchronization behavior), so
-        the bytes are kept until the stream is waited for: a copy of them, unless nobody can write them.
+        CUDA only says that such a copy from pageable memory "might be synchronous" (API synchronization behavior).
+        Therefore the bytes are kept until the stream is done: the array itself if it is not writeable, else a copy.
         """
-        fixed = source.flags.c_contiguous and not source.flags.writeable
-        kept = source if fixed else np.array(source, order="C")
+        constant = source.flags.c_contiguous and not source.flags.writeable
+        kept = source if constant else np.array(source, order="C")
         self._uploads.append(kept)
         self.cuda.upload(pointer, kept, self.stream)
 
     def synchronize(self) -> None:
-        """Wait for everything in the stream."""
+        """Wait until everything in the stream is done."""
         self.cuda.synchronize(self.stream)
         self._uploads.clear()
 
     def measure(self) -> int:
-        """Bytes in use on the whole GPU since this device was opened, by ditc and its libraries; keeps the peak."""
+        """Bytes that are in use on the whole GPU beyond those in use when this device was opened. Updates peak_bytes.
+
+        This includes memory that the libraries allocate by themselves, and that of other processes.
+        """
         used = self._used() - self._used_before
         self.peak_bytes = max(self.peak_bytes, used)
         return used
@@ -108,5 +120,5 @@ class Device:
 
 
 def open_device() -> Device:
-    """This machine's first GPU, for the engines of one bundle to share. Raises SessionError, MissingExtra."""
+    """Open this machine's first GPU, which the engines of one bundle share. Raises as CudaRuntime does."""
     return Device(CudaRuntime())

@@ -1,6 +1,6 @@
-"""DLPack capsules in and out, through ctypes: device buffers cross to torch, cupy and jax without a copy.
+"""DLPack capsules through ctypes: device memory is shared with torch, cupy and jax without a copy.
 
-The structures are those of dlpack.h (version 0.x, the unversioned capsule, which every library reads).
+The structures are those of dlpack.h, version 0.x. Its capsule has no version and is read by every library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
 _Managed._fields_ = (("tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter))
 
 _NAME, _USED = b"dltensor", b"used_dltensor"
-# DLDataTypeCode and bits.
+# DLDataTypeCode and bits of each element type.
 _CODES = {
     DType.FLOAT32: (2, 32),
     DType.FLOAT16: (2, 16),
@@ -57,7 +57,7 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes
 _rename = ctypes.pythonapi.PyCapsule_SetName
 _rename.restype, _rename.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
 
-# A consumer holds a bare pointer to these until it calls the deleter.
+# By address of the capsule's structure: what must stay in memory until the consumer calls the deleter.
 _alive: dict[int, tuple[Any, ...]] = {}
 
 
@@ -70,12 +70,12 @@ def to_capsule(
     *,
     bool_as_uint8: bool = False,
 ) -> Any:
-    """A capsule over contiguous memory; `owner` lives until the consumer has let go of it.
-
-    A capsule that nobody consumes keeps its owner alive.
+    """Make a capsule over contiguous memory.
 
     Args:
-        bool_as_uint8: for consumers that know no type code for bool, which DLPack has only since version 0.6.
+        owner: the object that owns the memory. It is kept until the consumer has released the capsule; if nobody
+            consumes the capsule, it is kept for ever.
+        bool_as_uint8: for consumers that do not know the type code of bool, which DLPack has only since version 0.6.
     """
     code, bits = (1, 8) if bool_as_uint8 and dtype is DType.BOOL else _CODES[dtype]
     dims = (ctypes.c_int64 * len(shape))(*shape)
@@ -93,14 +93,14 @@ def _delete(managed: Any) -> None:
 
 
 class Foreign:
-    """A tensor of another library: pointer, shape, type and device, valid while this object lives.
+    """A tensor of another library: its pointer, shape and element type. They are valid while this object exists.
 
     Args:
-        producer: anything with `__dlpack__` and `__dlpack_device__`.
-        stream: the consumer's stream, which the producer orders itself before; None on a CPU.
+        producer: any object with `__dlpack__` and `__dlpack_device__`.
+        stream: our stream. The producer makes it wait for the work that computes the tensor. None on a CPU.
 
     Raises:
-        SessionError: an element type that no stage takes, or memory that is not contiguous.
+        SessionError: no stage takes the tensor's element type, or its memory is not contiguous.
     """
 
     def __init__(self, producer: Any, stream: int | None) -> None:

@@ -1,6 +1,6 @@
-"""What a session needs of an engine library: enough to plan buffers, bind addresses and enqueue.
+"""The interface to an engine library: what a session needs to plan buffers, set addresses and run.
 
-`tensorrt_engine.py` is this over TensorRT. The tests put ONNX Runtime over host memory in its place.
+`tensorrt_engine.py` implements it with TensorRT, and the tests with ONNX Runtime over host memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """An input or output of an engine. on_host: the library reads it from host memory (a shape input)."""
+    """An input or output of an engine. on_host: the library reads it from host memory, because it is a shape input."""
 
     name: str
     dtype: DType
@@ -26,7 +26,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class ShapeRange:
-    """Smallest and largest shape of an input in one profile."""
+    """The smallest and the largest shape of an input in one profile."""
 
     min: Shape
     max: Shape
@@ -38,24 +38,33 @@ class ShapeRange:
 
 
 class Context(Protocol):
-    """One profile of an engine, ready to run; holds shapes and addresses, no memory of its own."""
+    """An execution context: one profile of an engine with its shapes and addresses. It owns no device memory."""
 
-    def set_shape(self, name: str, shape: Shape) -> bool: ...
+    def set_shape(self, name: str, shape: Shape) -> bool:
+        """Set the shape of an input. False if the library refuses it."""
+        ...
+
     def shape(self, name: str) -> Shape:
-        """Of an output, once all inputs have theirs; -1 where it depends on data."""
+        """The shape of an output, once the shapes of all inputs are set. A size is -1 if it depends on values."""
         ...
 
     def set_address(self, name: str, pointer: int) -> None:
-        """Raises SessionError when the library refuses it."""
+        """Set the address of an input or output. Raises SessionError if the library refuses it."""
         ...
 
     def workspace_bytes(self) -> int:
-        """What a run needs beside its tensors, for the shapes that are set."""
+        """The size of the workspace that a run with the current shapes needs."""
         ...
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None: ...
-    def enqueue(self, stream: int) -> bool: ...
-    def capturable(self, stream: int) -> bool: ...
+
+    def enqueue(self, stream: int) -> bool:
+        """Put one run into the stream. False if the library refuses."""
+        ...
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run can be captured in a CUDA graph, as far as the library can say in advance."""
+        ...
 
 
 class Engine(Protocol):
@@ -67,11 +76,11 @@ class Engine(Protocol):
     def profiles(self) -> tuple[Mapping[str, ShapeRange], ...]: ...
 
     def context(self, profile: int, stream: int) -> Context:
-        """stream: the one that the context will be enqueued in."""
+        """Make a context for a profile, given by its index. `stream` is the stream that will run it."""
         ...
 
     def last_error(self) -> str:
-        """What the library said last, one line."""
+        """The library's last error message, in one line."""
         ...
 
     def close(self) -> None: ...

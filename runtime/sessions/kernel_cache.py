@@ -1,7 +1,7 @@
-"""Kernels that TensorRT-RTX compiled for this GPU, kept between processes.
+"""The kernels that TensorRT-RTX has compiled for this GPU, in files that later processes read.
 
-A file is named by everything that its content depends on (TensorRT-RTX 1.6 release notes: GPU, library and driver
-must match): another GPU, driver, library or engine has another file, so a mismatch is a miss.
+The name of a file is a hash of everything that its content depends on: the GPU, the driver, the library's version
+(TensorRT-RTX 1.6 release notes) and the engine. If one of them changes, no file is found, and a new one is written.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True)
 class KernelCache:
-    """One engine's file: SHA-256 of the kernels, and the kernels."""
+    """The file of one engine: the SHA-256 of the kernels, followed by the kernels."""
 
     file: Path
 
     def load(self) -> bytes:
-        """The kernels; b"" if there are none."""
+        """The kernels; b"" if the file is missing or damaged."""
         try:
             data = self.file.read_bytes()
         except OSError:
             return b""
-        # TensorRT-RTX 1.7.1 takes kernels with a flipped byte, and then makes no context.
+        # TensorRT-RTX 1.7.1 accepts kernels with a flipped byte, and then cannot make a context.
         digest, kernels = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         return kernels if hashlib.sha256(kernels).digest() == digest else b""
 
     def save(self, data: bytes) -> None:
-        """Write the kernels as a whole. A cache that cannot be written costs time at the next start, nothing else."""
+        """Write the kernels. If that fails it is no error: the next start only has to compile them again."""
         if data != self.load():
             with suppress(OutputError):
                 write_atomic(self.file, hashlib.sha256(data).digest() + data, durable=False)
 
     def discard(self) -> None:
-        """Forget a file that the library refuses."""
+        """Delete the file, because the library refuses its kernels."""
         with suppress(OSError):
             self.file.unlink()
 
 
 def kernel_cache(folder: Path, *, gpu: str, driver: str, library: str, engine: str) -> KernelCache:
-    """The cache of one engine (its artifact's key) on one GPU, driver and library."""
+    """The cache of one engine, given by its artifact's key, for one GPU, driver and library version."""
     name = hashlib.sha256("\0".join((gpu, driver, library, engine)).encode()).hexdigest()[:32]
     return KernelCache(folder / f"{name}.bin")
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
+    """The folder of the kernel caches, inside the user's folder for caches."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ditc" / "kernels"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditc" / "kernels"

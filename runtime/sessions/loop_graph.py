@@ -1,11 +1,14 @@
-"""Several runs of an engine as one launch: a CUDA graph of the whole loop, results fed back on the device.
+"""Several runs of an engine in one launch: a CUDA graph of the whole loop, with results fed back on the device.
 
-    step 0: latents A -> next B     step 1: latents B -> next A     ...     (an output must not alias its input)
-    what differs by step (timestep, coefficients, weights, noise) is a table on the device, one row a step;
-    what every step leaves behind (stats) is a table too, so that a NaN can be told by its step afterwards.
+    step 0: latents in buffer A -> next latents in buffer B
+    step 1: latents in buffer B -> next latents in buffer A     ...
 
-The addresses are fixed when the loop is captured and the contents written before each launch: a graph serves every
-request of its shapes, whatever its prompt, guidance and schedule.
+There are two buffers because an output must not overlap its input. The inputs that differ by step (timestep,
+coefficients, guidance weights, noise) are a table on the device with one row per step. The outputs that are wanted from
+every step (statistics) are a table too, so that a NaN can be traced to its step after the launch.
+
+A graph contains the addresses of these buffers, and their contents are written before each launch. So one graph serves
+all requests with the same shapes, whatever their prompt, guidance and schedule.
 """
 
 from __future__ import annotations
@@ -31,11 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopPlan:
-    """What makes two loops the same: equal plans share one graph.
+    """Everything that the graph of a loop depends on. Loops with equal plans share one graph.
 
     Attributes:
-        count: steps. inputs, outputs: shape and type by name. per_step: inputs that differ by step.
-        carry: (output, input) pairs; the output is the next step's input. keep: outputs wanted of every step.
+        count: the number of steps.
+        inputs, outputs: name, shape and element type of each.
+        per_step: the names of the inputs that differ by step.
+        carry: pairs of an output and the input that it becomes in the next step.
+        keep: the names of the outputs that are wanted from every step.
     """
 
     count: int
@@ -47,10 +53,19 @@ class LoopPlan:
 
 
 class Loop:
-    """The buffers of one plan, and its graph once captured.
+    """The buffers of one plan and, once it is captured, its graph.
 
-    The first launch runs the steps one by one, the second captures. What cannot be captured goes on being run one by
-    one, with the same buffers.
+    The first launch runs the steps one by one, and the second captures them. If they cannot be captured, all launches
+    run them one by one, in the same buffers.
+
+    Args:
+        context: an execution context that only this loop uses, with its shapes set. The caller sets its workspace
+            before every launch.
+        constants: the addresses of the inputs that are the same in all steps.
+        last_error: returns the library's last error message.
+
+    Attributes:
+        uncapturable: why the loop cannot be captured; "" as long as nothing is known against it.
     """
 
     def __init__(
@@ -63,11 +78,11 @@ class Loop:
     ) -> None:
         self.plan = plan
         self.graph: Any = None
-        self.uncapturable = ""  # why, if so
+        self.uncapturable = ""
         self.launches = 0
-        self.context = context  # nobody else's, its shapes set; the caller sets its workspace before a launch
+        self.context = context
         self.workspace_bytes = context.workspace_bytes()
-        self._last_error = last_error  # of the library
+        self._last_error = last_error
         self._device, self._constants = device, dict(constants)
         sizes = {name: size_of(shape, dtype) for name, shape, dtype in (*plan.inputs, *plan.outputs)}
         self._carried = {inp: out for out, inp in plan.carry}
@@ -86,11 +101,11 @@ class Loop:
         self._captured_with = (0, 0)
 
     def start(self, name: str) -> int:
-        """Where the first value of a carried input is to be written."""
+        """The address to which the first value of a carried input must be written."""
         return self._slots[name][0]
 
     def result(self, name: str) -> tuple[int, int]:
-        """Where an output lies after a launch, and the bytes from step to step of one that is kept (else 0)."""
+        """The address of an output after a launch, and the bytes from step to step if it is in `keep`, else 0."""
         if name in self._kept:
             return self._kept[name], aligned(self._sizes[name])
         for out, inp in self.plan.carry:
@@ -99,9 +114,9 @@ class Loop:
         return self._last[name], 0
 
     def launch(self, per_step: Sequence[Mapping[str, Array]]) -> None:
-        """Write the table and run all steps. Raises SessionError when the engine does not run."""
+        """Write the table of inputs and run all steps. Raises SessionError if the engine does not run."""
         device, workspace = self._device, self._device.workspace
-        device.upload(self._table, self._packed(per_step))
+        device.upload(self._table, self._pack(per_step))
         if self.graph is not None and self._captured_with != workspace:
             self._drop_graph()
         if self.graph is None and self.launches and not self.uncapturable:
@@ -113,7 +128,7 @@ class Loop:
         self.launches += 1
 
     def close(self) -> None:
-        """Free graph and buffers; waits for the stream, which may still use them."""
+        """Free the graph and the buffers, after waiting for the stream, which may still use them."""
         self._device.synchronize()
         self._drop_graph()
         while self._blocks:
@@ -126,16 +141,17 @@ class Loop:
             log.info("no CUDA graph: %s", self.uncapturable)
             return
         # The first enqueue after a change of shapes or workspace updates TensorRT's state and must not be captured
-        # (developer guide, "CUDA Graphs"); the workspace may have moved. Step 0 leaves its inputs as they are.
+        # (developer guide, "CUDA Graphs"). The workspace may have changed, so one step runs outside of the graph. This
+        # is step 0, which does not change its own inputs.
         self._enqueue(0)
         problem = ""
-        with _no_finalisers():
+        with _no_garbage_collection():
             device.cuda.begin_capture(device.stream)
             try:
                 self._enqueue_all()
             except SessionError as e:
                 problem = f"{e}: {self._last_error()}"
-            try:  # in every case: the stream must leave its capturing state
+            try:  # even after an error, so that the stream stops capturing
                 graph = device.cuda.end_capture(device.stream)
             except SessionError as e:
                 problem = problem or str(e)
@@ -146,7 +162,7 @@ class Loop:
         if graph is not None:
             device.cuda.destroy_graph(graph)
         self.uncapturable = problem
-        log.warning("no CUDA graph for %d steps: %s; they run one by one", self.plan.count, problem)
+        log.warning("no CUDA graph for %d steps, they run one by one: %s", self.plan.count, problem)
 
     def _enqueue_all(self) -> None:
         for step in range(self.plan.count):
@@ -154,7 +170,7 @@ class Loop:
 
     def _enqueue(self, step: int) -> None:
         context = self.context
-        if step == 0:  # what no step changes
+        if step == 0:  # these addresses are the same in all steps
             for name, pointer in (*self._constants.items(), *self._last.items()):
                 context.set_address(name, pointer)
         for name, offset in self._offsets.items():
@@ -167,7 +183,8 @@ class Loop:
         if not context.enqueue(self._device.stream):
             raise SessionError(f"the engine refused step {step} of {self.plan.count}")
 
-    def _packed(self, per_step: Sequence[Mapping[str, Array]]) -> Array:
+    def _pack(self, per_step: Sequence[Mapping[str, Array]]) -> Array:
+        """The table of inputs that differ by step, as bytes: (steps, row_bytes)."""
         table = np.zeros((self.plan.count, self.row_bytes), np.uint8)
         for name, offset in self._offsets.items():
             column = np.stack([feeds[name] for feeds in per_step])
@@ -186,8 +203,8 @@ class Loop:
 
 
 @contextmanager
-def _no_finalisers() -> Iterator[None]:
-    """The garbage collector waits: tensors that it frees free memory or wait for the stream, which breaks a capture."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Turn the garbage collector off. It deletes tensors, which may free memory or wait; either breaks a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -198,11 +215,11 @@ def _no_finalisers() -> Iterator[None]:
 
 
 def check_steps(per_step: Sequence[Mapping[str, Array]]) -> None:
-    """Raises SessionError: no step, or steps that differ in their feeds, shapes or element types."""
+    """Raise SessionError if there is no step, or if steps differ in the names, shapes or element types of inputs."""
     facts = [{name: (feed.shape, feed.dtype) for name, feed in step.items()} for step in per_step]
     if not facts or any(other != facts[0] for other in facts):
         raise SessionError(
-            f"a loop of {len(facts)} steps needs the same feeds in every step, and one at least"
+            f"a loop of {len(facts)} steps: it needs at least one step, and all steps need the same feeds"
         )
 
 
@@ -214,10 +231,10 @@ def loop_plan(
     carry: Mapping[str, str],
     keep: Collection[str],
 ) -> LoopPlan:
-    """The plan of a loop.
+    """Make the plan of a loop.
 
     Raises:
-        SessionError: a result that does not fit where it is fed back.
+        SessionError: an output differs in shape or element type from the input that it is fed back to.
     """
     for out, inp in carry.items():
         if outputs[out] != inputs[inp]:
@@ -233,7 +250,7 @@ def loop_plan(
 
 
 def _row(names: Sequence[str], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Where each tensor lies in a row of the table, and the row's bytes."""
+    """The offset of each tensor in a row of the table, and the size of the row, in bytes."""
     offsets, end = {}, 0
     for name in names:
         offsets[name] = end

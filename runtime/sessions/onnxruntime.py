@@ -1,4 +1,4 @@
-"""Runs a stage with ONNX Runtime: the CPU provider anywhere, CUDA's and OpenVINO's where they are installed."""
+"""Runs a stage with ONNX Runtime, on its CPU provider or, if they are installed, on CUDA's or OpenVINO's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CPU = "CPUExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
 
 DEVICES = {
-    # It computes fp16 in fp32 and has no bf16 (1.31). The export runs every graph on it that it can run.
+    # This provider computes fp16 in fp32 and has no bf16 (1.31). Every build runs its graphs on it, except bf16 ones.
     CPU: ComputeDevice(
         kind="cpu", name="ONNX Runtime's CPU provider", native_16_bits=False, tried_at_build=True
     ),
     CUDA: ComputeDevice(kind="cuda", name="ONNX Runtime's CUDA provider"),
-    # It compiles kernels for the very CPU that it finds.
+    # This provider compiles kernels for the model of CPU that it finds.
     OPENVINO: ComputeDevice(kind="cpu", name="ONNX Runtime's OpenVINO provider"),
 }
 
@@ -37,12 +37,17 @@ class OnnxRuntimeSession:
     """One stage in ONNX Runtime.
 
     Args:
-        model: the .onnx file; external weights lie beside it.
-        spec: what the stage promises; the graph is held against it.
-        provider: an execution provider's name, or None for CUDA when present, else the CPU. OPENVINO runs on the
-            CPU too, and needs the extra of that name.
-        threads: intra-op threads; 0 lets ONNX Runtime choose.
-        cuda_graph: let the CUDA provider capture; the graph must then run on it alone.
+        model: the .onnx file, with its external weights beside it.
+        spec: the spec of the stage. The graph must have the same inputs and outputs.
+        precision: the precision of the artifact.
+        provider: the name of an execution provider. None takes CUDA if it works here, else the CPU. OPENVINO runs on
+            the CPU and needs the extra `openvino`.
+        threads: the number of intra-op threads; 0 lets ONNX Runtime choose.
+        cuda_graph: let the CUDA provider capture CUDA graphs. It must then support every node of the graph.
+
+    Raises:
+        SessionError: ONNX Runtime cannot load the graph with this provider, or the graph does not fit the spec.
+        MissingExtra: OpenVINO is asked for and is not installed.
     """
 
     def __init__(
@@ -69,14 +74,15 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         if precision is Precision.INT8:
-            # Without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs in 16 bits and saturates (its quantization page,
-            # "U8S8"): this makes it u8 x u8 there, exact and slower. CPUs with VNNI ignore it.
+            # On CPUs without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs of products in 16 bits and saturates (its
+            # quantization page, "U8S8"). This setting makes it use u8 x u8 there, which is exact and slower. CPUs with
+            # VNNI ignore it.
             options.add_session_config_entry("session.x64quantprecision", "1")
         if precision is Precision.FP8:
-            # ONNX Runtime 1.31 fuses FP8 pairs into MatMulIntegerToFloat, which has no FP8 ("INVALID_GRAPH: Type
-            # 'tensor(float8e4m3fn)' ... is invalid"): without that fusion it computes them in fp32.
+            # ONNX Runtime 1.31 fuses FP8 Q/DQ pairs into MatMulIntegerToFloat, which does not support FP8
+            # ("INVALID_GRAPH: Type 'tensor(float8e4m3fn)' ... is invalid"). Without the fusion it computes in fp32.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # fp32 means fp32: the CUDA provider uses TF32 unless told otherwise (ONNX Runtime, CUDA provider options).
+        # By default the CUDA provider computes fp32 graphs in TF32 (ONNX Runtime, CUDA provider options, "use_tf32").
         tf32 = "1" if precision is Precision.TF32 else "0"
         providers: list[Any] | None = [provider]
         if provider == CUDA:
@@ -85,29 +91,29 @@ class OnnxRuntimeSession:
             _add_openvino(options, threads)
             providers = None
         try:
-            # Without fallback: ONNX Runtime would say on stdout that it goes on with other providers, and go on.
+            # With its fallback, ONNX Runtime would continue with other providers, and say so only on stdout.
             self._session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
-            # Its CUDA provider has no Resize and no DepthToSpace in bf16 (1.31.1): a decoder in bf16 is an engine's.
-            lacks = "ONNX Runtime lacks some bf16 kernels: add fp32 stages, ditc build CHECKPOINT -o BUNDLE"
+            # bf16 decoders need an engine: the CUDA provider has no bf16 Resize or DepthToSpace (1.31.1).
+            hint = "ONNX Runtime has no bf16 kernels for some operations: add fp32 stages with ditc build CHECKPOINT "
             raise SessionError(
                 f"{spec.name}: ONNX Runtime cannot load {model.name}: {first_line(e)}",
-                hint=lacks if precision is Precision.BF16 else None,
+                hint=f"{hint}-o BUNDLE" if precision is Precision.BF16 else None,
             ) from e
         if provider not in self._session.get_providers():
             raise SessionError(
                 f"{spec.name}: ONNX Runtime made a session without {provider}, only with "
                 f"{', '.join(self._session.get_providers())}",
-                hint="ONNX Runtime's log, above, has the reason; or run with --provider cpu",
+                hint="see ONNX Runtime's messages above for the reason, or run with --provider cpu",
             )
         self._outputs = [out.name for out in self._session.get_outputs()]
         self._check_graph()
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Execute the stage once on host arrays; extra feeds are refused by ONNX Runtime, missing ones named."""
+        """Run the stage once on arrays of the host. ONNX Runtime checks names, types and shapes of the inputs."""
         try:
             results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
-        except Exception as e:  # as above
+        except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
             raise SessionError(f"{self.spec.name}: {first_line(e)}; fed {shapes}") from e
         return dict(zip(self._outputs, results, strict=True))
@@ -129,31 +135,33 @@ class OnnxRuntimeSession:
 
 
 def lack(row: BackendRow) -> str:
-    """What ONNX Runtime lacks to run on this machine's CPU; "" if nothing."""
+    """What ONNX Runtime lacks to run on this machine's CPU; "" if it lacks nothing."""
     return "" if find_spec("onnxruntime") is not None else f"{row.title} is not installed: {row.install}"
 
 
 def open_stage(
     row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
 ) -> Session:
-    """The session of the provider that the options name; "auto" is CUDA's where that can run, else the CPU's.
+    """Open a session with the provider that the options name. "auto" takes CUDA if it works here, else the CPU.
 
     Raises:
-        SessionError: no CUDA provider here. MissingExtra: no OpenVINO here.
+        SessionError: the CUDA provider is asked for and cannot run here, or the stage cannot be loaded.
+        MissingExtra: OpenVINO is asked for and is not installed.
     """
     spec, precision = artifact.spec, artifact.precision
     provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
     if provider in ("cpu", "openvino"):
         name = OPENVINO if provider == "openvino" else CPU
         return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=options.threads)
-    from ditc.runtime.sessions.onnxruntime_device import open_bound
+    from ditc.runtime.sessions.onnxruntime_device import open_on_device
 
-    # The denoiser runs many times with one shape; the other stages once a request.
-    return open_bound(model, spec, precision=precision, graphs=spec.name == DENOISER)
+    # CUDA graphs pay off for the denoiser, which runs many times with the same shapes. The other stages run once per
+    # request.
+    return open_on_device(model, spec, precision=precision, graphs=spec.name == DENOISER)
 
 
 def _add_openvino(options: Any, threads: int) -> None:
-    """Put OpenVINO's CPU device into the session's options; a plugin library, registered once a process."""
+    """Add OpenVINO's CPU device to the session's options. Its plugin library is registered once per process."""
     import onnxruntime as ort
 
     try:
@@ -167,15 +175,16 @@ def _add_openvino(options: Any, threads: int) -> None:
         for device in ort.get_ep_devices()
         if device.ep_name == OPENVINO and device.device.type == ort.OrtHardwareDeviceType.CPU
     ]
-    if not devices:  # onnxruntime-ep-openvino 1.8.1 lists none on an AMD CPU
+    if not devices:  # as with onnxruntime-ep-openvino 1.8.1 on an AMD CPU
         raise SessionError(
             "OpenVINO's plugin offers no CPU device on this machine", hint="run with --provider cpu"
         )
-    # ACCURACY keeps every type of the graph: by default OpenVINO lowers fp32 to bf16 where the CPU has it, islands too.
+    # ACCURACY keeps all element types of the graph. By default OpenVINO computes fp32 in bf16 if the CPU supports it,
+    # even the fp32 islands: operations that stay in fp32 because 16 bits are not enough for them.
     settings = {"precision": "ACCURACY", **({"num_of_threads": str(threads)} if threads else {})}
     options.add_provider_for_devices(devices, settings)
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, without its stack."""
+    """The first line of a library's error message, without the stack that follows it."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
-"""Whether ONNX Runtime's CUDA provider can run here, and what it lacks: asked before a session is made.
+"""Whether ONNX Runtime's CUDA provider can run here. This is checked before a session is made.
 
-ONNX Runtime itself only logs that the provider did not load, and makes a session for the CPU, which then answers every
-binding to the device with "CUDA Provider not available".
+If the provider cannot be loaded, ONNX Runtime itself only logs that and makes a session for the CPU. That session fails
+later, at the first binding to the device, with "CUDA Provider not available".
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from ditc.runtime.gpu import NO_GPU, find_gpu
 log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
-# Two wheels write the same files, and ditc requires the CPU's: an extra would install both, the CPU's last.
+# The wheels onnxruntime and onnxruntime-gpu contain the same files, and ditc requires the former. An extra cannot
+# replace it: pip would install both.
 INSTALL = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
 @cache
 def cuda_lack() -> str:
-    """Why the CUDA provider cannot run here, one line; "" if it can."""
+    """Why the CUDA provider cannot run here, in one line; "" if it can."""
     import numpy as np
     import onnxruntime as ort
 
@@ -34,11 +35,11 @@ def cuda_lack() -> str:
         return f"this ONNX Runtime has no CUDA provider: {', '.join(ort.get_available_providers())}"
     if find_gpu() is None:
         return NO_GPU
-    with redirect_stdout(
-        io.StringIO()
-    ):  # CUDA and cuDNN from PyPI lie where no loader looks; what it lacks, it prints
+    # The loader does not search the folders where pip puts CUDA and cuDNN, so they are loaded beforehand. preload_dlls
+    # prints what it does not find.
+    with redirect_stdout(io.StringIO()):
         ort.preload_dlls()
-    ort.set_default_logger_severity(4)  # fatal: it would log what we say
+    ort.set_default_logger_severity(4)  # only fatal errors: the reason is logged below
     try:
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
     except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
@@ -46,12 +47,15 @@ def cuda_lack() -> str:
         log.warning("%s", lack)
         return lack
     finally:
-        ort.set_default_logger_severity(2)  # warning, its default
+        ort.set_default_logger_severity(2)  # warnings, the default
     return ""
 
 
 def _reason(ort: Any, error: Exception) -> str:
-    """The loader's word on the provider's library ("libcudnn.so.9: cannot open ..."), which the error leaves out."""
+    """What the system's loader says about the provider's library, such as "libcudnn.so.9: cannot open ...".
+
+    ONNX Runtime's own error does not contain this.
+    """
     name = "onnxruntime_providers_cuda.dll" if os.name == "nt" else "libonnxruntime_providers_cuda.so"
     try:
         ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / name))

@@ -1,7 +1,7 @@
-"""ONNX Runtime with its tensors on the device: results stay there, constant inputs are sent once, shapes are captured.
+"""ONNX Runtime with its tensors on the device (IO binding), for GPUs and stages that have no engine.
 
-The second GPU backend, for GPUs and stages that no engine serves. IO binding works on the CPU's memory too, which is
-how it is tested; ONNX Runtime's CUDA provider itself was never run by us.
+Results stay on the device, constant inputs are sent once, and runs of the same shapes can be replayed as a CUDA graph.
+IO binding works with the CPU's memory too, and that is how this file is tested. It has not computed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ditc.runtime.spec import DType, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
-# Shapes that are captured; further ones run without a graph. Each holds its inputs and outputs.
+# The number of sets of shapes that get a CUDA graph; further ones run without. A graph keeps its inputs and outputs.
 MAX_GRAPHS = 4
-# ONNX Runtime's run option: -1 neither captures nor replays (CUDA execution provider, "Using CUDA Graphs").
+# A value of the run option gpu_graph_id: neither capture nor replay (CUDA execution provider, "Using CUDA Graphs").
 NO_GRAPH = "-1"
-# onnx.TensorProto's numbers of the element types.
+# The numbers of the element types in onnx.TensorProto.
 ELEMENT_TYPES = {
     DType.FLOAT32: 1,
     DType.INT64: 7,
@@ -40,14 +40,14 @@ BFLOAT16 = ELEMENT_TYPES[DType.BFLOAT16]
 
 
 class OrtTensor:
-    """A value of ONNX Runtime, where it is; never written again while anybody holds it."""
+    """A tensor that ONNX Runtime holds, on the device or the host. It is not written to while anybody holds it."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self.shape = tuple(value.shape())
 
     def numpy(self) -> Array:
-        """A copy on the host; bf16 as its uint16 bits, for which ONNX Runtime knows no NumPy type."""
+        """A copy on the host. bf16 comes as uint16 bits, because NumPy has no such type."""
         if self.value.element_type() == BFLOAT16:
             bits = np.empty(self.shape, np.uint16)
             _bf16_bits(bits).update_inplace(self.value)
@@ -55,7 +55,7 @@ class OrtTensor:
         return np.array(self.value.numpy())
 
     def narrow(self, start: int, stop: int) -> OrtTensor:
-        """The entries start to stop of the first dimension, in the same memory."""
+        """The entries from start up to stop of the first dimension, in the same memory."""
         whole = (start, stop) == (0, self.shape[0])
         return self if whole else OrtTensor(_view(self.value, start, stop - start))
 
@@ -78,21 +78,26 @@ class OrtTensor:
 
 @dataclass
 class _Graph:
-    """Buffers of one set of shapes, whose addresses the graph holds. held: the value that was last copied in."""
+    """A CUDA graph for one set of shapes, with the buffers whose addresses it holds.
+
+    Attributes:
+        number: the graph's id in ONNX Runtime (gpu_graph_id).
+        copied: for each input, the value that was copied into its buffer last.
+    """
 
     number: str
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     binding: Any
-    held: dict[str, Any]
+    copied: dict[str, Any]
 
 
 class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
-    """One stage, bound to buffers on a device.
+    """One stage whose inputs and outputs are bound to buffers on a device.
 
     Args:
         device: "cuda", or "cpu" for the CPU provider.
-        graphs: replay a captured CUDA graph for each set of shapes, from its second run on.
+        graphs: from the second run of a set of shapes on, capture and replay it as a CUDA graph.
     """
 
     def __init__(
@@ -116,27 +121,27 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         self._device, self._use_graphs = device, graphs
         self._bf16 = {tensor.name for tensor in spec.inputs if tensor.dtype is DType.BFLOAT16}
         self._sent: dict[str, tuple[weakref.ref[Array], Any]] = {}
-        # Shape and ONNX element type of each output, by the shapes of the inputs.
-        self._seen: dict[Any, dict[str, tuple[tuple[int, ...], int]]] = {}
+        # For every set of input shapes that has run: the shape and ONNX element type of each output.
+        self._outputs_of: dict[Any, dict[str, tuple[tuple[int, ...], int]]] = {}
         self._graphs: dict[Any, _Graph] = {}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Execute the stage once; the results are on the device."""
+        """Run the stage once. The results are on the device."""
         key = tuple(sorted((name, tuple(feed.shape)) for name, feed in feeds.items()))
         try:
-            if self._use_graphs and key in self._seen:
+            if self._use_graphs and key in self._outputs_of:
                 graph = self._graphs.get(key)
                 if graph is None and len(self._graphs) < MAX_GRAPHS:
-                    graph = self._graphs[key] = self._bound(feeds, self._seen[key])
+                    graph = self._graphs[key] = self._make_graph(feeds, self._outputs_of[key])
                 if graph is not None:
                     return self._replay(graph, feeds)
-            results = self._plain(feeds)
+            results = self._run_without_graph(feeds)
         except SessionError:
             raise
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
             raise SessionError(f"{self.spec.name}: {first_line(e)}; fed {shapes}") from e
-        self._seen[key] = {name: (t.shape, t.value.element_type()) for name, t in results.items()}
+        self._outputs_of[key] = {name: (t.shape, t.value.element_type()) for name, t in results.items()}
         return dict(results)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> OrtTensor:
@@ -149,7 +154,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         self._sent.clear()
         super().close()
 
-    def _plain(self, feeds: Mapping[str, Tensor]) -> dict[str, OrtTensor]:
+    def _run_without_graph(self, feeds: Mapping[str, Tensor]) -> dict[str, OrtTensor]:
         binding = self._session.io_binding()
         values = {name: self._value(name, feed) for name, feed in feeds.items()}
         for name, value in values.items():
@@ -160,13 +165,13 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         return {n: OrtTensor(v) for n, v in zip(self._outputs, binding.get_outputs(), strict=True)}
 
     def _run(self, binding: Any, graph: str) -> None:
-        # Copies from device to device go through CUDA's default stream and may be under way; the provider's own stream
-        # does not wait for that one. The run itself waits for its end.
+        # Copies from device to device go through CUDA's default stream, and the provider's own stream does not wait for
+        # that one. The run itself returns when it is finished.
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding, _options(graph))
 
     def _value(self, name: str, feed: Tensor) -> Any:
-        """The feed on the device; an array that nobody can change is sent once."""
+        """The input on the device. An array that is not writeable is sent only once, because it cannot change."""
         import onnxruntime as ort
 
         if isinstance(feed, OrtTensor):
@@ -184,32 +189,35 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             self._sent[name] = (weakref.ref(feed), value)
         return value
 
-    def _bound(
+    def _make_graph(
         self, feeds: Mapping[str, Tensor], outputs: Mapping[str, tuple[tuple[int, ...], int]]
     ) -> _Graph:
-        """Buffers that stay where they are, for a graph of these shapes."""
+        """Make the buffers for a graph of these shapes. ONNX Runtime captures the graph when it runs first."""
         binding = self._session.io_binding()
-        fixed = {name: _copy(self._value(name, feed), self._device) for name, feed in feeds.items()}
-        made = {name: _empty(shape, kind, self._device) for name, (shape, kind) in outputs.items()}
-        for name, value in fixed.items():
+        inputs = {name: _copy(self._value(name, feed), self._device) for name, feed in feeds.items()}
+        results = {name: _empty(shape, kind, self._device) for name, (shape, kind) in outputs.items()}
+        for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
-        for name, value in made.items():
+        for name, value in results.items():
             binding.bind_ortvalue_output(name, value)
-        return _Graph(str(len(self._graphs) + 1), fixed, made, binding, {})
+        return _Graph(str(len(self._graphs) + 1), inputs, results, binding, {})
 
     def _replay(self, graph: _Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, feed in feeds.items():
             value = self._value(name, feed)
-            if graph.held.get(name) is not value:  # a value that was sent once is there already
+            if graph.copied.get(name) is not value:
                 graph.inputs[name].update_inplace(value)
-                graph.held[name] = value
+                graph.copied[name] = value
         self._run(graph.binding, graph.number)
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Memory inside a value, as DLPack offers it. ONNX Runtime reads bool as uint8 and asks `dtype` which it is."""
+    """A part of a tensor's memory, for `OrtValue.from_dlpack`.
+
+    ONNX Runtime expects bool as DLPack's uint8, and reads from the attribute `dtype` whether it is bool.
+    """
 
     value: Any
     pointer: int
@@ -221,10 +229,13 @@ class _Part:
         return to_capsule(self.value, self.pointer, self.shape, self.dtype, self.device, bool_as_uint8=True)
 
 
-def open_bound(
+def open_on_device(
     model: Path, spec: StageSpec, *, precision: Precision, graphs: bool, device: str = "cuda"
 ) -> OnnxRuntimeDeviceSession:
-    """A session on the first GPU; with graphs where the provider takes every node, as it must to capture.
+    """Open a session on the first GPU.
+
+    Args:
+        graphs: use CUDA graphs if the provider supports every node of the stage, which ONNX Runtime requires for them.
 
     Raises:
         SessionError: the CUDA provider cannot run here, or cannot load the file.
@@ -254,14 +265,14 @@ def _empty(shape: tuple[int, ...], kind: int, device: str) -> Any:
 
 
 def _bf16_bits(bits: Array) -> Any:
-    """A bf16 value over the memory of its bits; uint16, which is what the array says, no session would take."""
+    """A bf16 tensor over the memory of an array of its bits. Sessions would refuse the array's own type, uint16."""
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
 
 
 def _view(value: Any, first: int, length: int) -> Any:
-    """Entries of a value in the same memory, by way of DLPack: ONNX Runtime has no slices."""
+    """Some entries of a tensor, in the same memory. ONNX Runtime has no slices, so this goes through DLPack."""
     import onnxruntime as ort
 
     kind, shape = value.element_type(), tuple(value.shape())

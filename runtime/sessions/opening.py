@@ -1,4 +1,4 @@
-"""Opening a stage: refused before its file is read where it cannot run here, else opened by its backend's row."""
+"""Opening a stage with the row of its backend. A stage that cannot run here is refused before its file is read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ RUN_THE_GRAPH = f"run the {row_of(GRAPH_BACKEND).title} artifact: --backend {GRA
 def open_session(
     model: Path, artifact: Artifact, options: LoadOptions, device: Device | None = None
 ) -> Session:
-    """A session for the artifact's backend.
+    """Open a session of the artifact's backend.
 
     Args:
-        device: what the engines of a bundle share (`open_device`). None: one of its own, for those that need one.
+        model: the artifact's file.
+        device: the device that the engines of a bundle share (see `open_device`). With None, an engine opens one for
+            itself.
 
     Raises:
-        SessionError: the backend cannot run here or cannot load the file.
+        SessionError: the backend cannot run on this machine, or cannot load the file.
     """
     check_artifact(artifact)
     check_runs(artifact)
@@ -36,7 +38,7 @@ def open_session(
 
 
 def check_runs(artifact: Artifact) -> None:
-    """Refuse an artifact whose backend lacks something on this machine. Raises SessionError."""
+    """Raise SessionError if this machine lacks something that the artifact's backend needs."""
     row = row_of(artifact.backend)
     lack = row.lack(row)
     if lack:
@@ -49,7 +51,7 @@ def check_artifact(artifact: Artifact) -> None:
     """Refuse an artifact of an unknown backend, and an engine that was not built for this machine.
 
     Raises:
-        SessionError: with what it was built for and what is here.
+        SessionError: the message says what the engine was built for and what this machine has.
     """
     row = find_row(artifact.backend)
     if row is None:
@@ -63,10 +65,15 @@ def check_artifact(artifact: Artifact) -> None:
 
 
 def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) -> None:
-    """Refuse an engine that was built for another GPU or with another library, as far as its backend's row asks for it.
+    """Refuse an engine that was built for another GPU or library version, if its backend's row says that this matters.
+
+    Args:
+        gpu: this machine's GPU, if it has one.
+        library: the installed version of the backend's library, if there is one.
 
     Raises:
-        SessionError: no library or GPU, another version, or a GPU that is not among the targets.
+        SessionError: the library or the GPU is missing, the library has another version, or the GPU is not among the
+            engine's targets.
     """
     row, stage = row_of(artifact.backend), artifact.spec.name
     rebuild = f"build it here: ditc build CHECKPOINT -o BUNDLE --backend {row.name}"
@@ -77,7 +84,7 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
     if row.same_library and artifact.library is not None and artifact.library != library:
         raise SessionError(
             f"{stage}: the engine was built with {row.name} {artifact.library}, this machine has {library}",
-            hint=f"install {row.packages[0]}=={artifact.library}, or {rebuild}",
+            hint=f"pip install {row.packages[0]}=={artifact.library}, or {rebuild}",
         )
     if not row.same_gpu:
         return
@@ -88,7 +95,7 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
         )
     if row.targets and gpu.sm not in artifact.targets:
         builders = " or ".join(f"--backend {other.name}" for other in rows() if other.built_on_gpu)
-        other = f"{row.title} has none for {gpu.sm}: build here with {builders}, or {RUN_THE_GRAPH}"
+        other = f"{row.title} does not support {gpu.sm}: build here with {builders}, or {RUN_THE_GRAPH}"
         raise SessionError(
             f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
             hint=f"{rebuild} --targets {gpu.sm}" if gpu.sm in row.targets else other,

@@ -1,8 +1,8 @@
-"""The table of backends: one row for each, in order of preference.
+"""The table of backends: one row per backend, in order of preference.
 
-A new backend is one file beside this one and one row here. The loader, the verbs, the doctor, builds, parity and the
-benchmarks read the rows and compare with no backend by name. Nothing here imports a backend's file, or NumPy, before
-one of its functions is called: the options of the command line are made from the table.
+A new backend is one file beside this one and one row here. All other code, from the loader to the benchmarks, reads the
+rows and compares with no backend by name. A backend's file is imported only when one of its functions is called, and
+NumPy is not imported here: the options of the command line are made from this table and must be fast.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendRow:
-    """What ditc has to know of a backend.
+    """Everything that ditc has to know about a backend.
 
     Attributes:
-        name: in manifests, in `--backend` and in the names of engine files.
+        name: its name in manifests, in `--backend` and in the names of engine files.
         title: the library's own name, for messages.
-        packages: Python packages, one of which holds the library; the version of the first that is installed counts.
-        needs: Python packages that it needs besides, all of them.
-        extra: of pyproject.toml, which installs these packages; None where ditc itself requires them.
-        lack: what this machine lacks to run it, in one line with the command that helps; "" where it can run.
-        open: opens a stage. Called once `lack` and the artifact's build have been checked.
-        builds_engines: it runs engines, which a build makes from the stage's ONNX graph. Else it runs the graph itself.
-        same_library: an engine runs only with the version of the library that built it.
-        same_gpu: an engine runs only on the NVIDIA GPU, or the kinds of GPU, that it was built for. The sessions of a
-            bundle share one CUDA device.
-        built_on_gpu: the builder times kernels on the GPU that the engine is for. Else any machine builds them.
-        targets: compute capabilities that engines can be built for; empty where the build follows from the machine.
-        providers: what `--provider` may choose for it, besides "auto".
-        polygraphy: the command by which NVIDIA's Polygraphy runs an artifact, `{model}` its file; "" where it cannot.
+        packages: alternative Python packages with the library. The version of the first one that is installed counts.
+        needs: Python packages that it needs in addition, all of them.
+        extra: the extra in pyproject.toml that installs these packages; None if ditc itself requires them.
+        lack: says in one line what this machine lacks to run it, with the command that helps; "" if it can run.
+        open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
+        builds_engines: whether it runs engines, which a build makes from the stage's ONNX graph. Otherwise it runs the
+            graph itself.
+        same_library: whether an engine runs only with the version of the library that built it.
+        same_gpu: whether an engine runs only on the NVIDIA GPU, or the kinds of GPU, that it was built for. The
+            sessions of a bundle then share one CUDA device.
+        built_on_gpu: whether its builder times kernels and so must run on the GPU that the engine is for. Otherwise any
+            machine can build engines.
+        targets: compute capabilities that engines can be built for; empty if engines are built for the machine itself.
+        providers: the values of `--provider` that choose what it computes with, without "auto".
+        polygraphy: the command with which NVIDIA's Polygraphy runs an artifact, whose file is `{model}`; "" if it
+            cannot run one.
     """
 
     name: Backend
@@ -69,8 +72,8 @@ class BackendRow:
         return "pip install ditc" if self.extra is None else f'pip install "ditc[{self.extra}]"'
 
 
-def _later(module: str, function: str) -> Callable[..., Any]:
-    """A function of a module that is imported when the function is first called."""
+def _imported_later(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module. The module is imported when the function is called for the first time."""
 
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*arguments)
@@ -78,13 +81,14 @@ def _later(module: str, function: str) -> Callable[..., Any]:
     return call
 
 
-# tensorrt_rtx.ComputeCapability of 1.7.1. It has no sm90 and no sm100, and says of an engine there: "TensorRT-RTX does
-# not support this compute capability, so the engine cannot be rebuilt for it".
+# The members of tensorrt_rtx.ComputeCapability in 1.7.1. There is no sm90 and no sm100; on such a GPU the library says:
+# "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it".
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 _TENSORRT, _ONNXRUNTIME = "ditc.runtime.sessions.tensorrt_backend", "ditc.runtime.sessions.onnxruntime"
 
-# Engines first: they are what a GPU is there for. TensorRT before RTX: where both run, it was built on that very GPU.
+# Engines come first, because they make the best use of a GPU. TensorRT comes before TensorRT-RTX: if a bundle has
+# engines of both for this machine, those of TensorRT were tuned on this very GPU.
 _table: list[BackendRow] = [
     BackendRow(
         name=Backend.TENSORRT,
@@ -92,8 +96,8 @@ _table: list[BackendRow] = [
         packages=("tensorrt",),
         needs=("cuda-python",),
         extra="tensorrt",
-        lack=_later(_TENSORRT, "lack"),
-        open=_later(_TENSORRT, "open_stage"),
+        lack=_imported_later(_TENSORRT, "lack"),
+        open=_imported_later(_TENSORRT, "open_stage"),
         builds_engines=True,
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
@@ -106,8 +110,8 @@ _table: list[BackendRow] = [
         packages=("tensorrt-rtx",),
         needs=("cuda-python",),
         extra="rtx",
-        lack=_later(_TENSORRT, "lack"),
-        open=_later(_TENSORRT, "open_stage"),
+        lack=_imported_later(_TENSORRT, "lack"),
+        open=_imported_later(_TENSORRT, "open_stage"),
         builds_engines=True,
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,
@@ -118,29 +122,29 @@ _table: list[BackendRow] = [
         name=Backend.ONNXRUNTIME,
         title="ONNX Runtime",
         packages=("onnxruntime", "onnxruntime-gpu"),
-        lack=_later(_ONNXRUNTIME, "lack"),
-        open=_later(_ONNXRUNTIME, "open_stage"),
+        lack=_imported_later(_ONNXRUNTIME, "lack"),
+        open=_imported_later(_ONNXRUNTIME, "open_stage"),
         providers=("cpu", "cuda", "openvino"),
         polygraphy="polygraphy run {model} --onnxrt",
     ),
 ]
 
-# Every build makes ONNX graphs, and their artifacts are of this backend. Engines are built from them.
+# The backend that runs ONNX graphs. Every build makes them, and engines are built from them.
 GRAPH_BACKEND = Backend.ONNXRUNTIME
 
 
 def rows() -> tuple[BackendRow, ...]:
-    """All backends, the preferred first."""
+    """All backends, in order of preference."""
     return tuple(_table)
 
 
 def find_row(name: str) -> BackendRow | None:
-    """The row of a backend; None for one that this version of ditc does not know."""
+    """The row of a backend; None if this version of ditc does not know it."""
     return next((row for row in _table if row.name == name), None)
 
 
 def row_of(name: str) -> BackendRow:
-    """The row of a backend. Raises UsageError for a name that has none."""
+    """The row of a backend. Raises UsageError if there is none with this name."""
     row = find_row(name)
     if row is None:
         names = ", ".join((AUTO, *(row.name for row in _table)))
@@ -150,9 +154,9 @@ def row_of(name: str) -> BackendRow:
 
 @contextmanager
 def registered(row: BackendRow) -> Iterator[None]:
-    """One backend more, preferred over the others, inside a `with` block."""
+    """Add a backend to the table, as the preferred one, for the duration of a `with` block."""
     if find_row(row.name) is not None:
-        raise UsageError(f"backend {row.name!r} is in the table already", hint="give it another name")
+        raise UsageError(f"backend {row.name!r} is already in the table", hint="give it another name")
     _table.insert(0, row)
     try:
         yield
@@ -161,39 +165,39 @@ def registered(row: BackendRow) -> Iterator[None]:
 
 
 def is_graph(artifact: Artifact) -> bool:
-    """Whether an artifact's file is the stage's ONNX graph. What an unknown backend reads is not taken for one."""
+    """Whether an artifact's file is the stage's ONNX graph. Artifacts of unknown backends do not count as graphs."""
     row = find_row(artifact.backend)
     return row is not None and not row.builds_engines
 
 
 def backend_names() -> tuple[str, ...]:
-    """What `--backend` of a verb that loads a bundle may be: "auto", graphs, then engines."""
+    """The values of `--backend` for verbs that load a bundle: "auto", the backend for graphs, those for engines."""
     return (AUTO, *(row.name for row in reversed(_table)))
 
 
 def build_backends() -> tuple[str, ...]:
-    """What `--backend` of a build may be: graphs alone, or engines besides."""
+    """The values of `--backend` for builds: graphs alone, or a backend whose engines are built in addition."""
     return (GRAPH_BACKEND, *(row.name for row in reversed(_table) if row.builds_engines))
 
 
 def provider_names() -> tuple[str, ...]:
-    """What `--provider` may be."""
+    """The values of `--provider`."""
     return (AUTO, *dict.fromkeys(provider for row in _table for provider in row.providers))
 
 
 def available_backends() -> dict[Backend, str]:
-    """Backends that can run on this machine, the preferred first, each with the reason."""
+    """The backends that can run on this machine, in order of preference, each with the reason why it can."""
     return {row.name: _reason(row) for row in _table if not row.lack(row)}
 
 
 def missing(backend: Backend) -> str:
-    """What this machine lacks to run a backend, with the command that helps; "" if nothing."""
+    """What this machine lacks to run a backend, with the command that helps; "" if it lacks nothing."""
     row = row_of(backend)
     return row.lack(row)
 
 
 def library_version(backend: Backend) -> str | None:
-    """Version of the library that runs a backend's artifacts, None if it is not installed."""
+    """The version of the library that runs a backend's artifacts; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     for package in row_of(backend).packages:

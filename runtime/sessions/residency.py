@@ -1,4 +1,4 @@
-"""Load, use, unload: one stage in GPU memory at a time, for GPUs that do not hold all of them."""
+"""One stage in GPU memory at a time, for GPUs that cannot hold all stages: each is loaded when it is used."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from ditc.runtime.spec import DType, StageSpec
 
 
 class Residency:
-    """Which stage is loaded. Using another one unloads it first."""
+    """Keeps track of the stage that is loaded, and unloads it before another one is used."""
 
     def __init__(self) -> None:
         self._loaded: OnDemandSession | None = None
 
     def enter(self, session: OnDemandSession) -> None:
-        """Make room for a stage."""
+        """Unload the loaded stage, unless it is this one. The caller loads this one next."""
         if self._loaded is not None and self._loaded is not session:
             self._loaded.unload()
         self._loaded = session
 
 
 class OnDemandSession:
-    """A session that is opened when it is used; the denoiser stays for its whole loop, since nothing comes between.
+    """A session that is opened when it is used. The denoiser stays open for its whole loop: no other stage runs then.
 
     Args:
-        open_inner: opens the stage. device: of the session that it will open.
+        open_inner: opens the session of the stage.
+        device: the device of that session.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class OnDemandSession:
         self._inner: Session | None = None
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As the inner session; opens it first."""
+        """Run the stage. Opens the session first if it is not open."""
         return self._ready().run(feeds)
 
     def run_loop(
@@ -62,15 +63,15 @@ class OnDemandSession:
         carry: Mapping[str, str],
         keep: Collection[str],
     ) -> dict[str, Tensor]:
-        """As the inner session, which must be one that loops."""
+        """Run a loop. The inner session must be a LoopSession."""
         return cast(LoopSession, self._ready()).run_loop(feeds, per_step, carry=carry, keep=keep)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
-        """As the inner session, which must be one on a device."""
+        """Make a tensor. The inner session must be a DeviceSession."""
         return cast(DeviceSession, self._ready()).empty(shape, dtype)
 
     def unload(self) -> None:
-        """Close the inner session; the next use opens it again."""
+        """Close the inner session. The next use opens it again."""
         inner, self._inner = self._inner, None
         if inner is not None:
             inner.close()

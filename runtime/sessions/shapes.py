@@ -1,4 +1,4 @@
-"""Feeds against a stage's spec and an engine's profiles: refused here, with names, before anything is copied."""
+"""Checks inputs against a stage's spec and an engine's profiles, before anything is copied to the device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ditc.runtime.spec import StageSpec, TensorSpec
 
 
 def check_feeds(spec: StageSpec, feeds: Mapping[str, Any]) -> None:
-    """Names, element types and sizes of all feeds.
+    """Check the names, element types and sizes of all inputs.
 
     Raises:
-        SessionError: with the tensor, its shape and what the stage takes.
+        SessionError: the message names the tensor, its shape and what the stage takes.
     """
     wanted, given = {t.name for t in spec.inputs}, set(feeds)
     if wanted != given:
@@ -36,23 +36,23 @@ def check_feeds(spec: StageSpec, feeds: Mapping[str, Any]) -> None:
 def choose_profile(
     spec: StageSpec, profiles: Sequence[Mapping[str, ShapeRange]], shapes: Mapping[str, Shape]
 ) -> int:
-    """The first profile that takes these shapes.
+    """The index of the first profile that allows these shapes.
 
     Raises:
-        SessionError: none does.
+        SessionError: no profile allows them. The message is about the profile that allows most of them.
     """
     for index, profile in enumerate(profiles):
         if all(shapes[name] in range_ for name, range_ in profile.items() if name in shapes):
             return index
     closest = max(range(len(profiles)), key=lambda i: _fitting(profiles[i], shapes))
     wrong = [
-        f"{name} {shapes[name]} is not within {range_.min} and {range_.max}"
+        f"{name} {shapes[name]} is not between {range_.min} and {range_.max}"
         for name, range_ in profiles[closest].items()
         if name in shapes and shapes[name] not in range_
     ]
     raise SessionError(
-        f"{spec.name}: no profile of the engine takes these sizes: {'; '.join(wrong)}",
-        hint="build the engine with a larger --max-batch or other sizes, or run --backend onnxruntime",
+        f"{spec.name}: no profile of the engine allows these sizes: {'; '.join(wrong)}",
+        hint="build the engine with a larger --max-batch or other sizes, or run with --backend onnxruntime",
     )
 
 
@@ -78,7 +78,7 @@ def _check_shape(
         known, where = sizes.setdefault(dim, (size, tensor.name))
         if known != size:
             raise SessionError(
-                f"{spec.name}: {dim} is {known} in {where} and {size} in {tensor.name}, they must agree"
+                f"{spec.name}: {dim} is {known} in {where} and {size} in {tensor.name}, but must be the same"
             )
         if dim in spec.profile and size not in spec.profile[dim]:
             range_ = spec.profile[dim]

@@ -1,8 +1,8 @@
-"""Runs a stage with a TensorRT or TensorRT-RTX engine: buffers made once, inputs written in place.
+"""Runs a stage with a TensorRT or TensorRT-RTX engine.
 
-feed       on the host: copied into the input's own buffer; on the device: read where it lies
-output     in a buffer out of the output's pool, as large as the profile allows; handed on as it is
-workspace  one for all stages of the device, for they run one after the other
+input      on the host: copied into a buffer that is made once; on the device: read where it is, without a copy
+output     in a buffer from a pool, which is as large as the profiles allow; passed on as it is
+workspace  one for all stages of the device, because they run one after the other
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
 from ditc.runtime.spec import DType, StageSpec
 
-# Loops whose buffers and graphs are kept: sizes and step counts that a server alternates between.
+# The number of loops, by size and step count, whose buffers and graphs are kept. A server may alternate between them.
 MAX_LOOPS = 8
 
 
 class TensorRTSession:
-    """One stage of one engine on one device.
+    """One stage that runs as an engine.
 
     Args:
-        engine: deserialised; the session closes it.
-        spec: what the stage promises; the engine is held against it.
-        device: shared with the other stages.
-        name: of the backend, for messages.
+        engine: a deserialised engine. The session closes it.
+        spec: the spec of the stage. The engine must have the same inputs and outputs.
+        device: the device, which other stages may share.
+        name: the backend's name, for messages.
+
+    Raises:
+        SessionError: the engine does not fit the spec, or cannot be run by ditc.
     """
 
     def __init__(self, engine: Engine, spec: StageSpec, device: Device, *, name: str = "tensorrt") -> None:
@@ -49,25 +52,25 @@ class TensorRTSession:
         self._check_bindings()
         self._contexts: dict[int, Context] = {}
         self._shapes: dict[int, dict[str, Shape]] = {}
-        self._workspace_bytes: dict[int, int] = {}  # of each context, for its shapes
+        self._workspace_bytes: dict[int, int] = {}  # what each profile's context needs for its current shapes
         self._pools = {name: Pool(device, size) for name, size in self._largest_outputs().items()}
-        self._tables: dict[int, Pool] = {}  # for what a loop keeps of every step, by size
-        self._inputs: dict[str, tuple[int, int]] = {}
-        self._written: dict[str, weakref.ref[Any]] = {}
+        self._tables: dict[int, Pool] = {}  # by size in bytes: for outputs that a loop keeps from every step
+        self._inputs: dict[str, tuple[int, int]] = {}  # pointer and size in bytes
+        self._written: dict[str, weakref.ref[Any]] = {}  # what each input's buffer holds
         self._loops: OrderedDict[Any, Loop] = OrderedDict()
         self._closed = False
         device.enter()
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Execute the stage once, without waiting for it: the results are on the device.
+        """Run the stage once. Returns before it has finished; the results are on the device.
 
         Raises:
-            SessionError: a feed is missing, or its type or shape is outside the spec or the engine's profiles.
+            SessionError: an input is missing, or its type or shape does not fit the spec or the engine's profiles.
         """
-        given = {name: self._known(name, feed) for name, feed in feeds.items()}
+        given = {name: self._imported(name, feed) for name, feed in feeds.items()}
         check_feeds(self.spec, given)
         with self._device.lock:
-            profile = self._prepare({name: tuple(feed.shape) for name, feed in given.items()})
+            profile = self._choose_profile({name: tuple(feed.shape) for name, feed in given.items()})
             context = self._contexts[profile]
             addresses = {name: self._place(name, feed) for name, feed in given.items()}
             results: dict[str, Tensor] = {}
@@ -75,7 +78,7 @@ class TensorRTSession:
                 lease = self._pools[tensor.name].take()
                 addresses[tensor.name] = lease.pointer
                 results[tensor.name] = self._array(lease, tensor.name, context.shape(tensor.name))
-            with self._said():
+            with self._details_in_errors():
                 for name, pointer in addresses.items():
                     context.set_address(name, pointer)
                 if not context.enqueue(self._device.stream):
@@ -90,23 +93,26 @@ class TensorRTSession:
         carry: Mapping[str, str],
         keep: Collection[str],
     ) -> dict[str, Tensor]:
-        """Several runs in one launch; see `LoopSession`. From the second time with the same shapes as one graph."""
-        given = {name: self._known(name, feed) for name, feed in feeds.items()}
+        """Several runs in one launch, as `LoopSession` says.
+
+        The second launch with the same shapes captures a CUDA graph, which all further ones replay.
+        """
+        given = {name: self._imported(name, feed) for name, feed in feeds.items()}
         check_steps(per_step)
         inputs = {**given, **per_step[0]}
         check_feeds(self.spec, inputs)
         with self._device.lock:
-            profile = self._prepare({name: tuple(feed.shape) for name, feed in inputs.items()})
+            profile = self._choose_profile({name: tuple(feed.shape) for name, feed in inputs.items()})
             loop = self._loop(profile, given, per_step, carry=carry, keep=keep)
             loop.context.set_workspace(*self._device.reserve(loop.workspace_bytes))
             for name in carry.values():
                 self._copy_in(loop.start(name), given[name])
-            with self._said():
+            with self._details_in_errors():
                 loop.launch(per_step)
-            return {tensor.name: self._taken(loop, tensor.name) for tensor in self.spec.outputs}
+            return {tensor.name: self._copy_out(loop, tensor.name) for tensor in self.spec.outputs}
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
-        """A tensor on the device with undefined content; its memory is freed with its last holder."""
+        """A tensor on the device with undefined content. Its memory is freed when nothing holds the tensor any more."""
         size_bytes = size_of(shape, dtype)
         with self._device.lock:
             lease = Lease(self._device.allocate(size_bytes))
@@ -114,7 +120,7 @@ class TensorRTSession:
         return DeviceArray(self._device, lease, shape, dtype)
 
     def close(self) -> None:
-        """Free contexts, buffers, graphs and the engine. Tensors that are still held stay valid."""
+        """Free the contexts, buffers, graphs and the engine. Tensors that are still held stay valid."""
         if self._closed:
             return
         self._closed = True
@@ -132,8 +138,8 @@ class TensorRTSession:
             self._device.leave()
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
-        """Errors with the stage's name and the library's words."""
+    def _details_in_errors(self) -> Iterator[None]:
+        """Add the stage's name and the library's last error message to errors."""
         try:
             yield
         except SessionError as e:
@@ -145,35 +151,36 @@ class TensorRTSession:
             (t.name, t.dtype, False) for t in self.spec.outputs
         }
         if found != wanted:
-            odd = ", ".join(f"{name} {dtype.value}" for name, dtype, _ in sorted(found ^ wanted))
+            differing = ", ".join(f"{name} {dtype.value}" for name, dtype, _ in sorted(found ^ wanted))
             raise SessionError(
-                f"{self.spec.name}: the engine and the manifest differ in {odd}",
+                f"{self.spec.name}: the engine and the manifest differ in {differing}",
                 hint="the bundle is inconsistent: build it again",
             )
         on_host = [binding.name for binding in self._engine.bindings if binding.on_host]
         if on_host:
             raise SessionError(
                 f"{self.spec.name}: the engine reads {', '.join(on_host)} from host memory",
-                hint="a shape is computed from that input's values: export the stage without",
+                hint="the values of that input decide a shape: export the stage so that none does",
             )
 
     def _largest_outputs(self) -> dict[str, int]:
-        """Bytes of each output at the largest shapes of any profile."""
+        """The bytes of each output with the largest shapes of all profiles."""
         sizes = {tensor.name: 0 for tensor in self.spec.outputs}
         for index, profile in enumerate(self._profiles):
-            context = self._prepared(index, {name: range_.max for name, range_ in profile.items()})
+            context = self._context(index, {name: range_.max for name, range_ in profile.items()})
             for name in sizes:
-                sizes[name] = max(sizes[name], size_of(self._known_shape(context, name), self._dtypes[name]))
+                sizes[name] = max(sizes[name], size_of(self._output_shape(context, name), self._dtypes[name]))
         return sizes
 
-    def _prepare(self, shapes: Mapping[str, Shape]) -> int:
-        """The profile for these shapes, its context set to them and to the workspace."""
+    def _choose_profile(self, shapes: Mapping[str, Shape]) -> int:
+        """Choose the profile for these shapes, and set its context to the shapes and the workspace."""
         profile = choose_profile(self.spec, self._profiles, shapes)
-        context = self._prepared(profile, shapes)
+        context = self._context(profile, shapes)
         context.set_workspace(*self._device.reserve(self._workspace_bytes[profile]))
         return profile
 
-    def _prepared(self, profile: int, shapes: Mapping[str, Shape]) -> Context:
+    def _context(self, profile: int, shapes: Mapping[str, Shape]) -> Context:
+        """The context of a profile, with its shapes set."""
         if profile not in self._contexts:
             self._contexts[profile] = self._engine.context(profile, self._device.stream)
         context, known = self._contexts[profile], self._shapes.setdefault(profile, {})
@@ -193,17 +200,17 @@ class TensorRTSession:
                     f"{self.spec.name}: the engine refuses {name} {shape}: {self._engine.last_error()}"
                 )
 
-    def _known_shape(self, context: Context, name: str) -> Shape:
+    def _output_shape(self, context: Context, name: str) -> Shape:
         shape = context.shape(name)
         if any(size < 0 for size in shape):
             raise SessionError(
-                f"{self.spec.name}: the shape of {name} is {shape}, it depends on data",
-                hint="export the stage so that its sizes follow from those of its inputs",
+                f"{self.spec.name}: the shape of {name} is {shape}: it depends on values of the inputs",
+                hint="export the stage so that all sizes follow from the shapes of its inputs",
             )
         return shape
 
-    def _known(self, name: str, feed: Tensor) -> Any:
-        """The feed as an array of ours: DLPack tensors on our device are taken where they lie."""
+    def _imported(self, name: str, feed: Tensor) -> Any:
+        """The input as a numpy array or a DeviceArray. Another library's tensor on our device is not copied."""
         if isinstance(feed, (np.ndarray, DeviceArray)):
             return feed
         if not hasattr(feed, "__dlpack__"):
@@ -213,26 +220,26 @@ class TensorRTSession:
         if where != device.cuda.dlpack_device:
             try:
                 return np.array(np.from_dlpack(producer))
-            except (BufferError, RuntimeError, TypeError) as e:  # which of them depends on the producer
+            except (BufferError, RuntimeError, TypeError) as e:  # different libraries raise different ones
                 raise SessionError(
                     f"{self.spec.name}: {name}, on DLPack's device {where}, cannot be read: {e}",
-                    hint="pass it on the engine's GPU, or as a numpy array (bfloat16 as its bits, in uint16)",
+                    hint="pass it on the engine's GPU, or as a numpy array (bfloat16 as uint16 bits)",
                 ) from e
         foreign = Foreign(feed, device.stream if where[0] != DLPACK_CPU else None)
         lease = Lease(foreign.pointer)
         array = DeviceArray(device, lease, foreign.shape, foreign.dtype)
-        # Ours until the stream is done with it: the producer's allocator knows nothing of our stream.
+        # The producer's allocator does not know our stream, so the tensor is kept until the stream is done with it.
         weakref.finalize(lease, _release, device, foreign).atexit = False
         return array
 
     def _place(self, name: str, feed: Any) -> int:
-        """The address of a feed: its own if the engine can read it there, else the input's buffer."""
+        """The address where the engine reads an input: the tensor's own if possible, else the input's buffer."""
         if isinstance(feed, DeviceArray) and feed.device is self._device and feed.pointer % ALIGNMENT == 0:
             return feed.pointer
         return self._write(name, feed)
 
     def _write(self, name: str, feed: Any) -> int:
-        """Copy a feed into the input's buffer, unless it is there already and nobody can have changed it."""
+        """Copy an input into its buffer, unless the buffer holds it already and it cannot have changed since."""
         if name not in self._inputs:
             largest = max(size_of(p[name].max, self._dtypes[name]) for p in self._profiles)
             self._inputs[name] = (self._device.allocate(largest), largest)
@@ -273,16 +280,16 @@ class TensorRTSession:
         if plan not in self._loops:
             while len(self._loops) >= MAX_LOOPS:
                 self._loops.popitem(last=False)[1].close()
-            # Of its own: a graph is replayed with the state of its context, which other shapes would change
-            # (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
+            # A graph is replayed with the state of its context, which other shapes would change. So every loop has its
+            # own context (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
             own = self._engine.context(profile, self._device.stream)
             self._set_shapes(own, {name: shape for name, (shape, _) in inputs.items()})
             self._loops[plan] = Loop(self._device, own, plan, constants, self._engine.last_error)
         self._loops.move_to_end(plan)
         return self._loops[plan]
 
-    def _taken(self, loop: Loop, name: str) -> DeviceArray:
-        """A copy of a loop's result, for the next launch writes over it."""
+    def _copy_out(self, loop: Loop, name: str) -> DeviceArray:
+        """A copy of a loop's result, because the next launch overwrites the result."""
         pointer, pitch = loop.result(name)
         shape, dtype = next((s, d) for n, s, d in loop.plan.outputs if n == name)
         device, count = self._device, loop.plan.count
@@ -299,7 +306,7 @@ class TensorRTSession:
 
 
 def _release(device: Device, foreign: Foreign) -> None:
-    """Let go of another library's memory once nothing in the stream can read it."""
+    """Release another library's tensor, once no work in the stream can read it any more."""
     with device.lock:
         device.synchronize()
     del foreign

@@ -1,4 +1,4 @@
-"""The rows of TensorRT and TensorRT-RTX: what they lack on this machine, and how they open a stage."""
+"""The functions of TensorRT's and TensorRT-RTX's rows: what they lack on this machine, and how they open a stage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine
 
 
 def lack(row: BackendRow) -> str:
-    """The first of library, cuda-python and GPU that is not here; "" where engines can run."""
+    """The first of the library, cuda-python and a GPU that is missing; "" if engines can run here."""
     if library_version(row.name) is None:
         return f"{row.name} is not installed: {row.install}"
     try:
         found = find_spec("cuda.bindings")
-    except ModuleNotFoundError:  # no package `cuda` at all
+    except ModuleNotFoundError:  # there is no package `cuda` at all
         found = None
     if found is None:
         return f"cuda-python is not installed: {row.install}"
@@ -32,7 +32,7 @@ def lack(row: BackendRow) -> str:
 def open_stage(
     row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
 ) -> Session:
-    """An engine on the device that the bundle's stages share.
+    """Open an engine on the device that the bundle's stages share, or with None on one of its own.
 
     Raises:
         SessionError: the engine is not for this GPU, library or driver, or the file is damaged.

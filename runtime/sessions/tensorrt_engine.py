@@ -1,7 +1,8 @@
-"""The only user of TensorRT's runtime API: one code for `tensorrt` 11 and `tensorrt_rtx` 1.7.
+"""Engines over TensorRT's runtime API, which only this file uses. `tensorrt` 11 and `tensorrt_rtx` 1.7 share the code.
 
-They differ in three places: TensorRT-RTX judges an engine before it is loaded, compiles its kernels when a context
-is made (and can keep them in a runtime cache), and has a CUDA graph strategy of its own, which is off here.
+The two libraries differ in three places. TensorRT-RTX says before an engine is loaded whether it can run here. It
+compiles kernels when a context is made, and can keep them in a runtime cache. And it can capture CUDA graphs by itself,
+which ditc turns off.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MODULES = {Backend.TENSORRT_RTX: "tensorrt_rtx", Backend.TENSORRT: "tensorrt"}
 
 
 def load_library(backend: Backend) -> Any:
-    """The backend's Python module. Raises MissingExtra."""
+    """Import the backend's Python module. Raises MissingExtra if it is not installed."""
     module = MODULES[backend]
     try:
         return importlib.import_module(module)
@@ -37,13 +38,15 @@ def load_library(backend: Backend) -> Any:
 
 
 class TensorRTEngine:
-    """An engine file, deserialised.
+    """An engine that was loaded from its file.
 
     Args:
-        stage: for messages. gpu: this machine's, for messages and the cache's key.
-        kernels: where TensorRT-RTX keeps the kernels that it compiles for this GPU; None to compile every time.
-        stream_weights: keep the weights on the host and copy them as layers need them, where the engine was built
-            for that. Slower; saves `streamable_weights_size` bytes.
+        stage: the stage's name, for messages.
+        gpu: this machine's GPU, for messages.
+        kernels: where TensorRT-RTX keeps the kernels that it compiles for this GPU. With None, every process compiles
+            them anew.
+        stream_weights: keep weights on the host and copy them to the GPU when layers need them, if the engine was built
+            for that. This is slower, and saves up to `streamable_weights_size` bytes of GPU memory.
 
     Raises:
         SessionError: the engine is not for this GPU, library or driver, or the file is damaged.
@@ -62,14 +65,14 @@ class TensorRTEngine:
         trt = load_library(backend)
         self.backend = backend
         self._trt, self._stage, self._kernels = trt, stage, kernels
-        self._said = message_log(trt)
-        self._said.pass_on = True
-        self._opened_at = self._said.count
+        self._messages = message_log(trt)
+        self._messages.pass_on = True
+        self._opened_at = self._messages.count
         if backend is Backend.TENSORRT_RTX:
-            # TensorRT's engines hold their plugin's kernel (QDP). Its builder registers that under the same name, and
-            # the registry keeps whoever comes first.
+            # TensorRT's engines contain their plugin's kernel and need no registration. Its builder registers a plugin
+            # under the same name (a QDP), and the registry keeps only the first one with a name.
             register(trt)
-        self._runtime = trt.Runtime(self._said.logger)
+        self._runtime = trt.Runtime(self._messages.logger)
         if self._runtime is None:
             raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -96,57 +99,61 @@ class TensorRTEngine:
         )
 
     def context(self, profile: int, stream: int) -> TensorRTContext:
-        """Without memory of its own. On TensorRT-RTX this compiles kernels, unless the cache has them.
+        """Make an execution context without memory of its own. TensorRT-RTX compiles its kernels, or takes cached ones.
 
         Args:
-            stream: where the context will be enqueued: what the choice of a profile copies must come before that, and
-                our stream waits for no other, not even for stream 0 (cudaStreamNonBlocking).
+            profile: the index of the profile.
+            stream: the stream that will run the context. Choosing a profile makes copies, which must be in the same
+                stream: it is non-blocking, so it waits for no other stream, not even for stream 0.
+
+        Raises:
+            SessionError: the library cannot make the context, or refuses the profile.
         """
         trt = self._trt
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.backend is Backend.TENSORRT_RTX:
-            # Our graphs hold many enqueues; one that the library captures by itself cannot be nested in them.
+            # Our graphs contain many runs. A run that the library captures by itself cannot be part of such a graph.
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-            # Lazy specialisation swaps kernels after some runs: a captured graph would keep the slow ones.
+            # Lazy specialisation replaces kernels after some runs. A captured graph would keep the first, slow ones.
             config.dynamic_shapes_kernel_specialization_strategy = (
                 trt.DynamicShapesKernelSpecializationStrategy.EAGER
             )
             self._use_cache(config)
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise SessionError(f"{self._stage}: no execution context: {self.last_error()}")
-        # Profile 0 is the library's own choice for the first context.
+            raise SessionError(f"{self._stage}: no execution context could be made: {self.last_error()}")
+        # Profile 0 is what the library chooses by itself for the first context.
         if profile and not context.set_optimization_profile_async(profile, stream):
             raise SessionError(f"{self._stage}: profile {profile} is refused: {self.last_error()}")
         return TensorRTContext(context, int(self._engine.get_device_memory_size_for_profile_v2(profile)))
 
     def last_error(self) -> str:
-        errors = self._said.errors(self._opened_at)
+        errors = self._messages.errors(self._opened_at)
         return errors[-1].splitlines()[0] if errors else "no message"
 
     def close(self) -> None:
-        """Keep the compiled kernels, then free the engine."""
-        self._keep_kernels()
+        """Save the compiled kernels, then free the engine."""
+        self._save_kernels()
         self._cache = self._engine = self._runtime = None
 
     def _check_validity(self, data: Any, gpu: Gpu | None) -> None:
-        """Raises SessionError where the library refuses; with its reasons, the GPU and the command that rebuilds."""
+        """Raise SessionError if the library refuses the engine, with its reasons, the GPU, and what to do about it."""
         header = data[: int(getattr(self._runtime, "engine_header_size", 0))]
         valid, reasons = validity(self._trt, self._runtime, header)
         if valid:
             if reasons:
                 log.warning(
-                    "%s: the engine runs here, but not at its best (%s)", self._stage, ", ".join(reasons)
+                    "%s: the engine runs here, but slower than it could (%s)", self._stage, ", ".join(reasons)
                 )
             return
-        said = "; ".join(f"{name} ({_ADVICE[name]})" if name in _ADVICE else name for name in reasons)
-        where = f"{gpu.name} ({gpu.sm})" if gpu is not None else "a machine without GPU"
+        why = "; ".join(f"{name} ({_MEANINGS[name]})" if name in _MEANINGS else name for name in reasons)
+        where = f"{gpu.name} ({gpu.sm})" if gpu is not None else "a machine without a GPU"
         target = f" --targets {gpu.sm}" if gpu is not None else ""
         backend = self.backend.value
         raise SessionError(
             f"{self._stage}: {backend} {self._trt.__version__} refuses the engine on {where}: "
-            f"{said or self.last_error()}",
+            f"{why or self.last_error()}",
             hint=next(
                 (_HINTS[name] for name in reasons if name in _HINTS),
                 f"build it for this GPU: ditc build CHECKPOINT -o BUNDLE --backend {backend}{target}",
@@ -160,7 +167,9 @@ class TensorRTEngine:
         trt, engine = self._trt, self._engine
         kind = engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
-            raise SessionError(f"{self._stage}: {name} of the engine is {kind}, which no stage has")
+            raise SessionError(
+                f"{self._stage}: {name} of the engine has element type {kind}, which no stage has"
+            )
         return Binding(
             name,
             _DTYPES[kind],
@@ -173,45 +182,51 @@ class TensorRTEngine:
         return ShapeRange(tuple(smallest), tuple(largest))
 
     def _stream_weights(self, wanted: bool) -> None:
-        """Without a budget the library keeps all weights on the GPU (weight streaming is then off)."""
+        """Set the budget for weights on the GPU. Without a budget, the library keeps all weights there."""
         engine = self._engine
         if not wanted or not engine.streamable_weights_size:
             return
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         log.info(
-            "%s: of %.2f GB of weights %.2f GB stay on the GPU, the others are streamed",
+            "%s: %.2f of %.2f GB of weights stay on the GPU, the others are streamed",
             self._stage,
-            engine.streamable_weights_size / 1e9,
             engine.weight_streaming_budget_v2 / 1e9,
+            engine.streamable_weights_size / 1e9,
         )
 
     def _use_cache(self, config: Any) -> None:
-        """One runtime cache for all contexts of the engine; one that the library refuses is thrown away."""
+        """Use one runtime cache for all contexts of the engine. If the library refuses the cached file, delete it."""
         if self._kernels is None:
             return
         if self._cache is None:
             cache, known = config.create_runtime_cache(), self._kernels.load()
             if known and not cache.deserialize(known):
-                log.info("%s: the cached kernels do not fit any more", self._stage)
+                log.info("%s: the library refuses the cached kernels, they are compiled again", self._stage)
                 self._kernels.discard()
                 cache, known = config.create_runtime_cache(), b""
-            if not known:  # up to half a minute on two cores, for the demo
-                log.warning("%s: compiling its kernels for this GPU, the next start finds them", self._stage)
+            if not known:  # this takes up to half a minute on two cores, for the demo
+                log.warning(
+                    "%s: compiling its kernels for this GPU; they are kept for the next start", self._stage
+                )
             self._cache = cache
         else:
-            # A context finds the kernels that another one compiled only once they were serialised (1.7.1): without
-            # this, every new loop compiles its engine again.
-            self._keep_kernels()
+            # A context finds the kernels that another context compiled only after they were serialised (1.7.1). Without
+            # this, every new loop would compile its kernels again.
+            self._save_kernels()
         if not config.set_runtime_cache(self._cache):
-            log.warning("%s: the cache of compiled kernels is not used", self._stage)
+            log.warning("%s: the library does not use the cache of compiled kernels", self._stage)
 
-    def _keep_kernels(self) -> None:
+    def _save_kernels(self) -> None:
         if self._cache is not None and self._kernels is not None:
             self._kernels.save(bytes(self._cache.serialize()))
 
 
 class TensorRTContext:
-    """An execution context with one profile. largest: bytes of workspace at the profile's largest shapes."""
+    """An execution context with one profile.
+
+    Args:
+        largest: the size of the workspace in bytes for the profile's largest shapes.
+    """
 
     def __init__(self, context: Any, largest: int) -> None:
         self._context, self._largest = context, largest
@@ -227,7 +242,7 @@ class TensorRTContext:
             raise SessionError(f"the engine refuses {pointer:#x} as the address of {name}")
 
     def workspace_bytes(self) -> int:
-        # 0 is the library's "cannot say" (IExecutionContext::updateDeviceMemorySizeForShapes).
+        # 0 means that the library cannot say (IExecutionContext::updateDeviceMemorySizeForShapes).
         return int(self._context.update_device_memory_size_for_shapes()) or self._largest
 
     def set_workspace(self, pointer: int, size_bytes: int) -> None:
@@ -237,7 +252,7 @@ class TensorRTContext:
         return bool(self._context.execute_async_v3(stream))
 
     def capturable(self, stream: int) -> bool:
-        """TensorRT-RTX says; TensorRT has no such question, its capture fails instead."""
+        """Ask TensorRT-RTX. TensorRT has no such question, so the answer is True, and its capture may fail."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
 
@@ -250,7 +265,8 @@ _DTYPES = {
     "BOOL": DType.BOOL,
 }
 
-_ADVICE = {
+# TensorRT-RTX's reasons against an engine, by name of the flag in EngineInvalidityDiagnostics.
+_MEANINGS = {
     "VERSION_MISMATCH": "it was built with another version of the library",
     "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
     "OLD_CUDA_DRIVER": "this machine's NVIDIA driver is too old for it",
@@ -259,8 +275,6 @@ _ADVICE = {
     "MALFORMED_ENGINE": "the file is not an engine of this library",
     "CUDA_ERROR": "CUDA does not work here (no GPU, or no driver)",
 }
-
-
 _HINTS = {
     "OLD_CUDA_DRIVER": "update the NVIDIA driver",
     "INSUFFICIENT_GPU_MEMORY": "run with --low-vram, or build it for smaller pictures and a smaller --max-batch",
@@ -269,9 +283,14 @@ _HINTS = {
 
 
 def validity(trt: Any, runtime: Any, header: bytes) -> tuple[bool, list[str]]:
-    """Whether TensorRT-RTX will load an engine here, and what speaks against it, from the engine's first bytes.
+    """Ask TensorRT-RTX whether it can load an engine here, and what speaks against it.
 
-    TensorRT cannot be asked: it says so when it loads.
+    Args:
+        header: the first bytes of the engine's file.
+
+    Returns:
+        Whether it can be loaded, and the names of the reasons against it or against its speed. TensorRT cannot be asked
+        and refuses an engine only when it loads it, so its answer is always (True, []).
     """
     if not hasattr(runtime, "get_engine_validity"):
         return True, []

@@ -1,8 +1,9 @@
-"""The `ditc` command: exit codes, JSON, files that are whole or absent."""
+"""The `ditc` command: help texts, exit codes, JSON, and files that are either complete or absent."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -33,6 +34,69 @@ def draw(bundle: Path, *arguments: str) -> int:
 
 def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.strip().splitlines()
+
+
+# Help
+
+# The metavar of every option that takes a number names its unit, and the help text says it with these words.
+UNITS = {
+    "PX": "pixels",
+    "STEPS": "steps",
+    "PICTURES": "pictures",
+    "PROMPTS": "prompts",
+    "THREADS": "threads",
+    "CHANNELS": "channels",
+    "MINUTES": "minutes",
+    "FRACTION": "fraction of the steps from 0 to 1",
+    "SEED": "whole number",
+    "SCALE": "without a unit",
+    "SHIFT": "without a unit",
+    "REL_L2": "without a unit",
+}
+
+
+def arguments_of(verb: str) -> list[argparse.Action]:
+    parser = cli._parser().verbs[verb]
+    importlib.import_module(VERBS[verb].module).add_arguments(parser)
+    return parser._actions
+
+
+def is_sentence(text: str) -> bool:
+    """Three words or more that begin with a capital letter or with code, and end with a full stop."""
+    begins = re.match(r"[A-Z`]|\S*[\d_./-]\S* ", text)
+    return begins is not None and len(text.split()) >= 3 and text.endswith(".")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_text_is_a_sentence_that_names_the_default(verb: str) -> None:
+    assert is_sentence(VERBS[verb].help)
+    for action in arguments_of(verb):
+        text = action.help or ""
+        assert is_sentence(text), (action.dest, text)
+        if action.option_strings and not action.required and action.dest != "help":
+            assert "(default: " in text, (action.dest, text)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_that_takes_a_number_names_its_unit(verb: str) -> None:
+    for action in arguments_of(verb):
+        if action.type in (int, float) and not action.choices:
+            assert UNITS[str(action.metavar)] in (action.help or "").lower(), action.dest
+
+
+@pytest.mark.parametrize("text", ["", "Height.", "Picture height", "one prompt a line", "of the denoiser."])
+def test_fragments_are_not_sentences(text: str) -> None:
+    assert not is_sentence(text)
+
+
+def test_the_help_of_the_command_lists_every_verb_with_its_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    assert all(f"{name} {verb.help}" in shown for name, verb in VERBS.items())
 
 
 # Pictures
@@ -106,7 +170,7 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, 
     output, previews = tmp_path / "out" / "x.png", tmp_path / "steps"
     command = [sys.executable, "-m", "ditc.runtime.cli", "run", str(tiny_bundle), "cat", "-o", str(output)]
     process = subprocess.Popen(
-        # Ten batches of 900 steps: far from done on any machine when the first preview is seen.
+        # Ten batches of 900 steps are far from done on any machine when the first preview appears.
         [*command, "--steps", "900", "-n", "40", "--threads", "1", "--preview", str(previews)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -217,7 +281,7 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFi
         (["draw"], "argument VERB: invalid choice: 'draw'", "ditc --help"),
         (["-v", "run"], "unrecognized arguments: -v", "ditc --help"),
         (["--nonsense"], "unrecognized arguments: --nonsense", "ditc --help"),
-        (["run"], "the following arguments are required: bundle", "ditc run --help"),
+        (["run"], "the following arguments are required: BUNDLE", "ditc run --help"),
         (["run", "x", "y", "z"], "unrecognized arguments: z", "ditc run --help"),
         (
             ["run", "x", "y", "--width", "wide"],

@@ -1,4 +1,4 @@
-"""inspect, verify and doctor: what the command tells of a bundle and of this machine."""
+"""inspect, verify and doctor: what they show about a bundle and about this machine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_inspect_fits_a_terminal_of_80_columns(
     assert "vae_decoder takes latents(batch,8,height,width)" in lines
 
 
-def test_what_nobody_watches_leaves_no_empty_line(
+def test_progress_leaves_no_empty_line_where_there_is_no_terminal(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(tiny_bundle, "cat", "-o", str(tmp_path / "x.png")) == 0
@@ -59,7 +59,7 @@ def test_what_nobody_watches_leaves_no_empty_line(
 
 
 @pytest.mark.parametrize("choice", [["--backend", "nonsense"], ["--precision", "fp16"]])
-def test_verify_refuses_a_choice_of_what_it_does_not_run(
+def test_verify_refuses_options_of_its_run_without_run(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str], choice: list[str]
 ) -> None:
     assert main(["verify", str(tiny_bundle), *choice]) == USAGE
@@ -125,15 +125,15 @@ def test_doctor_takes_the_gpu_build_of_onnx_runtime_for_onnx_runtime(monkeypatch
     assert runtime.ok and "onnxruntime-gpu 1.31.1" in runtime.text
 
 
-def test_a_warning_is_said_once_and_progress_every_time() -> None:
-    """A text that is cut is cut wherever it is encoded: parity encodes each a dozen times."""
+def test_a_warning_is_shown_once_and_progress_every_time() -> None:
+    """Every encoding of a text that is too long warns that it is cut, and parity encodes each text a dozen times."""
     once = cli._Once()
 
-    def said(level: int, text: str) -> bool:
+    def shown(level: int, text: str) -> bool:
         return once.filter(logging.LogRecord("ditc", level, __file__, 1, "%s is cut", (text,), None))
 
-    assert [said(logging.WARNING, text) for text in ("a", "a", "b", "a")] == [True, False, True, False]
-    assert [said(logging.INFO, "a") for _ in range(2)] == [True, True]
+    assert [shown(logging.WARNING, text) for text in ("a", "a", "b", "a")] == [True, False, True, False]
+    assert [shown(logging.INFO, "a") for _ in range(2)] == [True, True]
 
 
 def test_the_longest_name_of_a_stage_leaves_room_for_its_verdict() -> None:

@@ -1,4 +1,4 @@
-"""What ditc doctor finds: defects of installed versions, the missing link, and whether a checkpoint can be built."""
+"""ditc doctor: defects of installed versions, the missing link, and whether a checkpoint can be built here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditc.runtime.commands import doctor, doctor_engines
 from ditc.runtime.gpu import Gpu
 
 
-def test_a_version_with_a_known_defect_is_bad_and_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_with_a_known_defect_is_bad_and_has_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_engines, "_version", {"tensorrt": "11.3.0.14"}.get)
     (finding,) = doctor_engines.known_bad()
     assert finding.ok is False and "11.3.0.14" in finding.text and finding.hint
@@ -33,23 +33,23 @@ def test_the_wheels_missing_link_is_found_until_it_is_made(tmp_path: Path) -> No
     ("gpu", "text"),
     [
         (None, "none: engines can be built here"),
-        (Gpu("NVIDIA L40", "sm89"), "tensorrt-rtx and tensorrt serve it"),
-        (Gpu("NVIDIA H100", "sm90"), "sm90: not a target of tensorrt-rtx"),
+        (Gpu("NVIDIA L40", "sm89"), "sm89: supported by tensorrt-rtx and tensorrt"),
+        (Gpu("NVIDIA H100", "sm90"), "sm90: not supported by tensorrt-rtx"),
     ],
 )
-def test_the_gpu_is_told_with_the_backends_that_serve_it(gpu: Gpu | None, text: str) -> None:
+def test_the_gpu_is_shown_with_the_backends_that_support_it(gpu: Gpu | None, text: str) -> None:
     (finding,) = doctor_engines._gpu(gpu)
     assert text in finding.text
 
 
-def test_what_cannot_run_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_is_shown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     lacks = {"tensorrt": "tensorrt is not installed", "tensorrt-rtx": "", "onnxruntime": ""}
     monkeypatch.setattr(doctor_engines, "missing", lacks.get)
     (finding,) = doctor_engines._runs()
     assert finding.text == "tensorrt: tensorrt is not installed" and finding.ok is None
 
 
-def test_disk_and_memory_are_held_against_what_a_checkpoint_needs(
+def test_free_disk_and_memory_are_compared_with_what_a_checkpoint_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""Which GPU the driver's tool is asked about."""
+"""Finding the GPU: which one nvidia-smi is asked about."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ditc.runtime.gpu import Gpu, driver_version, find_gpu
 
-# Two GPUs; answers as nvidia-smi does to --query-gpu=... --format=csv,noheader [--id=N].
+# A stand-in for nvidia-smi on a machine with two GPUs. It answers --query-gpu=... --format=csv,noheader [--id=N].
 TOOL = """#!/bin/sh
 case "$*" in *driver_version*) line="580.95.05";; *) line="";; esac
 case "$*" in

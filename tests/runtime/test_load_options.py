@@ -1,4 +1,4 @@
-"""How a bundle is loaded: the same options in the API and on the command line, refused before a file is read."""
+"""LoadOptions: the same in the API and on the command line. Bad values are refused before a file is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions, add_load_arguments, load_options
 from ditc.runtime.pipeline import Pipeline
 
-# A value of every option that is not its default, as the command line writes it.
+# For every option, a value other than its default, as the command line writes it and as the field holds it.
 CHOICES: dict[str, tuple[list[str], Any]] = {
     "backend": (["--backend", "tensorrt"], "tensorrt"),
     "precision": (["--precision", "fp16"], "fp16"),
@@ -45,7 +45,7 @@ def test_without_arguments_the_defaults_are_the_options_own() -> None:
     assert parsed([]) == parsed([], "backend", "threads") == DEFAULTS
 
 
-def test_a_verb_may_serve_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verb_may_have_only_some_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed(["--threads", "2"], "threads") == LoadOptions(threads=2)
     with pytest.raises(SystemExit):
         parsed(["--low-vram"], "threads")
@@ -67,10 +67,10 @@ def test_every_help_text_is_sentences_with_the_default() -> None:
         ({"precision": "fp64"}, "precision 'fp64' is unknown", "take one of fp32, tf32, fp16"),
         ({"threads": -1}, "threads is -1", "0 to leave"),
         ({"provider": "npu"}, "provider 'npu' is unknown", "auto, cpu, cuda, openvino"),
-        ({"provider": "cpu", "backend": "tensorrt"}, "cpu is ONNX Runtime's, asked for with", "leave one"),
+        ({"provider": "cpu", "backend": "tensorrt"}, "cpu belongs to ONNX Runtime, not", "leave out"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_file_is_read(
+def test_bad_values_are_refused_before_a_file_is_read(
     changes: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Opening a bundle: what is chosen, what is checked first, and what damage is found by name."""
+"""Loading a bundle: which artifacts are chosen, and which damage is found before anything is opened."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def load(bundle: Path) -> set[str]:
-    """Stages that got a session."""
+    """The stages for which loading opened a session."""
     parts = load_parts(bundle, LoadOptions(threads=1))
     for session in parts.sessions.values():
         session.close()
@@ -107,8 +107,8 @@ def test_all_files_are_checked_and_the_bad_one_is_named(tmp_path: Path) -> None:
     check_file(tmp_path, refs[0])
 
 
-def test_a_file_that_is_no_graph_is_refused_with_its_stage(copy: Path) -> None:
-    """As a bundle would be whose build wrote nonsense: hash and manifest agree."""
+def test_a_file_that_is_not_a_graph_is_refused_with_its_stage(copy: Path) -> None:
+    """The build itself wrote nonsense, so the hash in the manifest is right."""
     manifest, artifact = load_manifest(copy), denoiser_of(copy)
     (copy / artifact.file.path).write_bytes(b"no graph")
     broken = replace(artifact, file=file_ref(copy / artifact.file.path, copy))
@@ -186,7 +186,7 @@ def test_the_named_precision_is_taken_with_a_conditioner_of_its_types(tiny_bundl
     assert reason.startswith("onnxruntime fp16")
     only_fp16 = _with(manifest, DENOISER, manifest.stages[DENOISER].artifacts[1])
     mismatched = _with(only_fp16, CONDITIONER, fp32[CONDITIONER])
-    with pytest.raises(BundleError, match="no artifact of conditioner goes with"):
+    with pytest.raises(BundleError, match="no artifact of conditioner fits"):
         choose(mismatched)
 
 
@@ -236,14 +236,16 @@ def test_feeds_that_do_not_fit_are_reported_with_stage_and_shapes(tiny_bundle: P
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"provider": "npu"}, "provider 'npu' is unknown"),
-        ({"provider": "cpu", "backend": "tensorrt"}, "provider cpu is ONNX Runtime's"),
+        ({"provider": "cpu", "backend": "tensorrt"}, "provider cpu belongs to ONNX Runtime"),
     ],
 )
-def test_a_provider_that_cannot_be_is_refused(tiny_bundle: Path, options: dict[str, str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_a_provider_that_is_unknown_or_of_another_backend_is_refused(
+    tiny_bundle: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         Pipeline.load(tiny_bundle, **options)
 
 
@@ -257,10 +259,10 @@ def test_a_provider_that_is_not_installed_is_named_with_what_installs_it(tiny_bu
     Pipeline.load(tiny_bundle, provider="cpu").close()
 
 
-def test_a_plugin_that_offers_no_device_is_said_so(
+def test_an_openvino_plugin_without_a_device_is_refused(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What onnxruntime-ep-openvino 1.8.1 does on an AMD CPU: it registers, and lists nothing."""
+    """onnxruntime-ep-openvino 1.8.1 can be registered on an AMD CPU, but lists no device there."""
     plugin = ModuleType("onnxruntime_ep_openvino")
     plugin.get_library_path = lambda: "plugin.so"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, plugin.__name__, plugin)

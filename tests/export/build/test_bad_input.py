@@ -223,7 +223,7 @@ def test_a_key_that_cannot_sign_is_refused_before_the_build(
     (tmp_path / "ec.pem").write_bytes(pem)
     (tmp_path / "text.pem").write_text("no key")
     build = ["build", tiny_checkpoint, "-o", tmp_path / "bundle", "--sign"]
-    assert "is no ed25519 private key" in refused(capsys, *build, tmp_path / "ec.pem")
+    assert "is not an ed25519 private key" in refused(capsys, *build, tmp_path / "ec.pem")
     assert "cannot be read as a PEM key" in refused(capsys, *build, tmp_path / "text.pem")
     assert "No such file" in refused(capsys, *build, tmp_path / "missing.pem")
     assert not (tmp_path / "bundle").exists()

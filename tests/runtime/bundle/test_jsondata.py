@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back, strictly."""
+"""Dataclasses to JSON and back: what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_whole_numbers_are_floats_where_floats_are_wanted() -> None:
     [
         ({"name": 5}, r"^\$\.name: expected str, got 5"),
         ({"flag": 1}, r"^\$\.flag: expected bool"),
-        ({"colour": "blue"}, r"^\$\.colour: 'blue' is none of \['red'\]"),
+        ({"colour": "blue"}, r"^\$\.colour: 'blue' is not one of \['red'\]"),
         ({"backend": "../x"}, r"^\$\.backend: '\.\./x' is not a backend's name"),
         ({"backend": 5}, r"^\$\.backend: expected Backend, got 5"),
         ({"inner": []}, r"^\$\.inner: expected an object"),
@@ -75,7 +75,7 @@ def test_whole_numbers_are_floats_where_floats_are_wanted() -> None:
         ({"extra": 1}, r"^\$: unknown field 'extra'"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_path(change: dict[str, Any], message: str) -> None:
+def test_a_value_that_does_not_fit_is_refused_with_its_path(change: dict[str, Any], message: str) -> None:
     with pytest.raises(Mismatch, match=message):
         from_json(Outer, {**to_json(VALUE), **change})
 

@@ -1,4 +1,4 @@
-"""manifest.json: strict to read, sealed by its digest, and without a way out of the bundle."""
+"""manifest.json: it is read strictly, sealed by its digest, and names no path outside of the bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Data = dict[str, Any]
 
 
 def resealed(bundle: Path, out: Path, change: Callable[[Data], None]) -> Path:
-    """A directory with the bundle's manifest, changed and sealed again as a forger would."""
+    """A directory with the bundle's manifest, which is changed and sealed again, as a forger would do."""
     data = json.loads((bundle / "manifest.json").read_text())
     change(data)
     out.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def test_the_digest_covers_every_field(tiny_bundle: Path, tmp_path: Path) -> Non
         ('{"schema_version": 1}', "digest"),
     ],
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(BundleError, match=message) as caught:
         load_manifest(tmp_path)
@@ -69,7 +69,7 @@ def test_a_newer_schema_hints_at_an_update(tmp_path: Path) -> None:
     assert caught.value.hint == "update ditc"
 
 
-def test_a_directory_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_manifest(tmp_path)
     with pytest.raises(BundleError, match="is not a bundle"):
@@ -122,7 +122,7 @@ def test_the_manifest_tells_the_tools_that_built_it(tiny_bundle: Path) -> None:
     assert to_json(manifest)["family"] == "sana"
 
 
-def test_a_file_in_place_of_a_bundle_is_not_built_over(tmp_path: Path) -> None:
+def test_a_file_is_not_a_bundle_and_the_hint_asks_for_a_directory(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(b"")
     with pytest.raises(BundleError, match="is not a bundle") as e:

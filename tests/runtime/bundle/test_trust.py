@@ -1,4 +1,4 @@
-"""What a bundle can and cannot make the runtime do: damage, forgery, links, engines for other machines."""
+"""Bundles that must be refused: damaged or forged ones, links to the outside, engines for other machines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def verify(bundle: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The error of a command that must end with 2 and exactly an error and a hint."""
+    """The error line of a command, which must end with exit code 2, one error line and one hint."""
     assert main(list(arguments)) == USAGE
     out, err = capsys.readouterr()
     assert not out
@@ -52,7 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_any_changed_byte_of_any_file_is_refused_by_name(copy: Path) -> None:
-    """Flipped and restored in place; the manifest itself is among the files, each drawn as often as any other."""
+    """Bytes are changed in place and restored. The manifest is among the files, and each file has its turn as often."""
     refs = list(load_manifest(copy).all_files())
     names = ["manifest.json", *(ref.path for ref in refs)]
     rng = random.Random(0)
@@ -85,7 +85,7 @@ def test_a_truncated_file_is_refused_by_name(copy: Path, kept: int) -> None:
 
 
 def test_a_file_of_another_bundle_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two stages' graphs exchanged: both sound, neither where the manifest has it."""
+    """One stage's graph has the content of another's: a sound graph, but not the one in the manifest."""
     manifest = load_manifest(copy)
     first, second = (
         copy / manifest.stages[name].artifacts[0].file.path for name in ("vae_encoder", DENOISER)
@@ -179,7 +179,7 @@ def test_a_forged_manifest_does_not_fit_the_signature(copy: Path, keys: tuple[Pa
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"signature": "xyz"}', '{"signature": 1}', '{"signature": "00"}']
 )
-def test_what_is_no_signature_is_refused(copy: Path, keys: tuple[Path, Path], content: str) -> None:
+def test_a_file_that_is_not_a_signature_is_refused(copy: Path, keys: tuple[Path, Path], content: str) -> None:
     (copy / SIGNATURE).write_text(content)
     with pytest.raises(BundleError, match=r"manifest\.sig"):
         check_signature(copy, load_manifest(copy), keys[1])
@@ -238,7 +238,7 @@ def test_an_engine_for_another_machine_is_refused_before_it_is_opened(
 
 
 @pytest.mark.parametrize(("sm", "hint"), [("sm120", "--targets sm120"), ("sm90", "--backend onnxruntime")])
-def test_the_hint_names_no_target_that_cannot_be_built(tiny_bundle: Path, sm: str, hint: str) -> None:
+def test_the_hint_never_names_a_target_that_cannot_be_built(tiny_bundle: Path, sm: str, hint: str) -> None:
     with pytest.raises(SessionError) as caught:
         check_engine(engine(tiny_bundle), gpu=Gpu("a GPU", sm), library="1.7.1.116")
     assert hint in str(caught.value.hint) and "--targets sm90" not in str(caught.value.hint)

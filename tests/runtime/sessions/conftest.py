@@ -1,4 +1,4 @@
-"""One pipeline of engine sessions, and what it must draw."""
+"""A pipeline of engine sessions, and the pictures that it must draw."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gpu(tiny_bundle: Path) -> Iterator[Gpu]:
 
 @pytest.fixture(scope="module")
 def expected(pipeline: Pipeline) -> Any:
-    """What ONNX Runtime draws; bit for bit, for the fake computes with the same kernels and one thread."""
+    """The picture from ONNX Runtime. It must be equal bit for bit: the fake uses the same kernels and one thread."""
 
     def draw(prompt: str = "red cat", **changes: Any) -> np.ndarray:
         return np.asarray(

@@ -1,4 +1,4 @@
-"""Batches whose tensors live on a device: nothing of a steady batch crosses to the host, and little when it changes."""
+"""Batches whose tensors are on a device: a steady batch copies nothing to the host, and a changed one only a little."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ditc.runtime.sessions.tensorrt import TensorRTSession
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState
 
-# Kernels choose their blocking by batch size: fp32 rounding over at most eight steps of two layers.
+# Kernels choose their blocking by batch size, so results differ by fp32 rounding: over at most eight steps, two layers.
 FP32_BOUND = 1e-5
 PROMPTS = ("red cat", "blue dog", "a photo of an apple", "green tree")
 
@@ -77,7 +77,7 @@ def check_alone(states: list[DenoiseState], expected: list[DenoiseState]) -> Non
 
 
 def changing_batch(session: Session, pipeline: Pipeline) -> Iterator[list[DenoiseState]]:
-    """Requests join, leave and change places; each is compared with itself, drawn alone on the CPU."""
+    """Requests join, leave and change places. Each is compared with the same request drawn alone on the CPU."""
     alone = pipeline.sessions[DENOISER]
     batch = Batch(session)
     states = {i: start(pipeline, i, guidance_scale=1.0 if i == 2 else 3.0 + i) for i in range(4)}
@@ -91,12 +91,14 @@ def changing_batch(session: Session, pipeline: Pipeline) -> Iterator[list[Denois
         yield stepped
 
 
-def test_strangers_on_a_fake_gpu_get_what_they_get_alone(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+def test_requests_that_share_a_batch_on_a_fake_gpu_get_what_they_get_alone(
+    gpu: OnFakeGpu, pipeline: Pipeline
+) -> None:
     for stepped in changing_batch(gpu.session, pipeline):
         assert all(isinstance(state.latents, DeviceArray) for state in stepped)
 
 
-def test_strangers_in_onnxruntimes_memory_get_what_they_get_alone(
+def test_requests_that_share_a_batch_in_onnxruntimes_memory_get_what_they_get_alone(
     bound: OnnxRuntimeDeviceSession, pipeline: Pipeline
 ) -> None:
     for stepped in changing_batch(bound, pipeline):
@@ -116,7 +118,9 @@ def test_a_steady_batch_copies_nothing_to_the_host_and_only_its_small_feeds_to_t
         assert gpu.cuda.calls.count("upload") == 3, "timestep, guidance_weights and coefficients"
 
 
-def test_a_change_of_members_sends_only_the_rows_of_who_joined(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+def test_a_change_of_members_sends_only_the_rows_of_the_request_that_joined(
+    gpu: OnFakeGpu, pipeline: Pipeline
+) -> None:
     batch, states = Batch(gpu.session), [start(pipeline, i) for i in range(4)]
     together = batch.step(states[:3])
     conditioning = len(states[0].rows.conditioning)
@@ -129,14 +133,14 @@ def test_a_change_of_members_sends_only_the_rows_of_who_joined(gpu: OnFakeGpu, p
 
     small = 4  # timestep, guidance_weights, coefficients, and row_of, which changed
     together, count = uploads(together[1:])
-    assert count == small, "who stays is not sent again"
+    assert count == small, "requests that stay are not sent again"
     together, count = uploads([*together, states[3]])
     assert count == small + conditioning + 2, "the rows, latents and history of the request that joined"
     together, count = uploads(together[::-1])
     assert count == small, "another order sends nothing but row_of"
 
 
-def test_memory_of_a_batch_goes_with_it(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+def test_memory_of_a_batch_is_freed_with_it(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
     states = [start(pipeline, i) for i in range(2)]
     denoise.step(gpu.session, states)  # pools and buffers of the session are made
     before = gpu.cuda.used()

@@ -1,4 +1,4 @@
-"""Tensors between the host, the device and other libraries: who may read what, and for how long."""
+"""Tensors that are passed between the host, the device and other libraries: which can be read, and for how long."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_array_that_changes_after_the_call_changes_no_result(tiny_bundle: Pat
     session.close()
 
 
-def test_a_tensor_elsewhere_that_numpy_cannot_read_is_refused_with_what_to_do(tiny_bundle: Path) -> None:
+def test_a_tensor_on_another_device_that_numpy_cannot_read_is_refused_with_a_hint(tiny_bundle: Path) -> None:
     import torch
 
     session = _decoder(tiny_bundle, FakeCuda(dlpack_device=(2, 0)))

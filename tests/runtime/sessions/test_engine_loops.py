@@ -1,4 +1,4 @@
-"""Loops of engine sessions over a fake GPU: one launch for many steps, with the states of single steps."""
+"""Loops of engine sessions on a fake GPU: one launch runs many steps and gives the same states as single steps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def test_a_loop_is_one_launch_and_draws_the_same_picture(gpu: Gpu, expected: Any
     assert np.array_equal(third, expected("blue dog", guidance_scale=2.0, seed=5))
 
 
-def test_a_launch_makes_no_call_a_step(gpu: Gpu) -> None:
-    """Host work of a captured loop is the same for 5 steps and for 20."""
+def test_a_launch_makes_as_many_calls_for_20_steps_as_for_5(gpu: Gpu) -> None:
     calls = {}
     for count in (5, 20):
         states = gpu.pipeline.start(
@@ -84,7 +83,7 @@ def test_a_cancelled_request_leaves_nothing_behind(gpu: Gpu, expected: Any) -> N
     assert gpu.cuda.used() - before <= gpu.denoiser._pools["next_latents"].size_bytes * 8
 
 
-def test_sizes_alternate_and_each_has_its_graph(gpu: Gpu, expected: Any) -> None:
+def test_each_of_two_alternating_sizes_has_its_graph(gpu: Gpu, expected: Any) -> None:
     for _ in range(3):
         for height, width in ((64, 64), (32, 96)):
             assert np.array_equal(gpu.draw(height=height, width=width), expected(height=height, width=width))
@@ -101,12 +100,12 @@ def test_the_number_of_kept_loops_is_bounded(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("how", ["library", "driver"])
-def test_what_cannot_be_captured_runs_step_by_step(tiny_bundle: Path, expected: Any, how: str) -> None:
+def test_a_loop_that_cannot_be_captured_runs_step_by_step(tiny_bundle: Path, expected: Any, how: str) -> None:
     gpu = Gpu(tiny_bundle, FakeCuda(refuse_capture=how == "driver"), can_capture=how != "library")
     for _ in range(3):
         assert np.array_equal(gpu.draw(), expected())
     assert "launch" not in gpu.cuda.calls and gpu.cuda.calls.count("begin_capture") == (how == "driver")
-    assert gc.isenabled()  # off while a loop is captured
+    assert gc.isenabled()  # it is off only during a capture
     gpu.pipeline.close()
 
 
@@ -133,11 +132,13 @@ def test_steps_of_a_loop_that_differ_in_names_sizes_or_types_are_refused(
     gpu: Gpu, other: dict[str, np.ndarray]
 ) -> None:
     for per_step in ([], [STEP, other]):
-        with pytest.raises(SessionError, match=f"a loop of {len(per_step)} steps needs the same feeds"):
+        with pytest.raises(
+            SessionError, match=f"a loop of {len(per_step)} steps: it needs at least one step, and"
+        ):
             gpu.denoiser.run_loop({}, per_step, carry={}, keep=())
 
 
-def test_a_step_that_leaves_nan_is_named_though_the_loop_was_one_launch(gpu: Gpu) -> None:
+def test_a_step_that_leaves_nan_is_named_even_in_a_loop_of_one_launch(gpu: Gpu) -> None:
     plan = gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS))
     (state,) = gpu.pipeline.start(plan)
     spoiled = {

@@ -1,4 +1,4 @@
-"""Memory of engine sessions over a fake GPU: one workspace, buffers that never alias, nothing left behind."""
+"""Memory of engine sessions on a fake GPU: one shared workspace, buffers that never overlap, everything is freed."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from ditc.runtime.state import Rows
 def test_stages_share_one_workspace_as_large_as_the_largest_needs(tiny_bundle: Path) -> None:
     gpu = Gpu(tiny_bundle)
     for name, engine in gpu.engines.items():
-        engine.workspace = 1 << (18 + len(name) % 3)  # far more than what the fake adds for the sizes
+        engine.workspace = 1 << (18 + len(name) % 3)  # far more than the fake adds for the shapes
     gpu.draw()
     largest = max(engine.workspace for engine in gpu.engines.values())
     assert largest <= gpu.device.workspace[1] < 1.5 * largest
     gpu.pipeline.close()
 
 
-def test_the_workspace_is_that_of_the_sizes_that_ran_and_grows_with_them(gpu: Gpu, expected: Any) -> None:
-    """Not of the profile's largest: a convolution at 4 x 1024 x 1024 reserves 4.3 GB, at 64 x 64 it needs 18 MB."""
-    taken = []
+def test_the_workspace_is_as_large_as_the_sizes_that_ran_need(gpu: Gpu, expected: Any) -> None:
+    """The profile's largest size needs much more: a convolution takes 4.3 GB at 4 x 1024 x 1024, 18 MB at 64 x 64."""
+    sizes = []
     for side in (32, 64, 32, 64):
         for _ in range(3):  # plain, captured, replayed
             assert np.array_equal(gpu.draw(height=side, width=side), expected(height=side, width=side))
-        taken.append(gpu.device.workspace[1])
-    assert taken[0] < taken[1] == taken[2] == taken[3]
+        sizes.append(gpu.device.workspace[1])
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
 
 
 def test_closing_frees_every_byte(tiny_bundle: Path) -> None:
@@ -67,7 +67,7 @@ def test_constant_feeds_are_sent_once_and_a_changed_array_again(gpu: Gpu) -> Non
     (state,) = denoise.step(gpu.denoiser, [state])
     gpu.cuda.calls.clear()
     (state,) = denoise.step(gpu.denoiser, [state])
-    small = len(state.schedule[0]) + 1  # of the step, and row_of
+    small = len(state.schedule[0]) + 1  # the inputs that differ by step, and row_of
     assert gpu.cuda.calls.count("upload") == small
     name, rows = next(iter(state.rows.conditioning.items()))
     changed = np.array(rows)
@@ -75,7 +75,7 @@ def test_constant_feeds_are_sent_once_and_a_changed_array_again(gpu: Gpu) -> Non
     other = replace(state, rows=Rows(state.rows.row_of, {**state.rows.conditioning, name: changed}))
     one, two = (to_numpy(denoise.step(gpu.denoiser, [s])[0].x0) for s in (state, other))
     assert not np.array_equal(one, two)
-    changed += 1  # the same array object, other values
+    changed += 1  # the same array object with other values
     assert not np.array_equal(two, to_numpy(denoise.step(gpu.denoiser, [other])[0].x0))
 
 
@@ -105,7 +105,7 @@ def test_dlpack_hands_a_tensor_out_and_takes_one_in_without_a_copy(gpu: Gpu) -> 
     gc.collect()
     for _ in range(3):
         gpu.draw()
-    assert np.array_equal(ours.numpy(), kept)  # torch still holds the buffer: nobody writes into it
+    assert np.array_equal(ours.numpy(), kept)  # torch still holds the buffer, so nothing is written into it
 
 
 def test_on_demand_stages_are_loaded_one_at_a_time_and_draw_the_same(
@@ -133,14 +133,14 @@ def test_on_demand_stages_are_loaded_one_at_a_time_and_draw_the_same(
     for _ in range(2):
         assert np.array_equal(gpu.draw(), expected())
         most.append([name for name, session in lazy.items() if session._inner is not None])
-    assert most == [[VAE_DECODER]] * 2  # the last that was used
-    assert loaded.count(DENOISER) == loaded.count(VAE_DECODER) == 2  # once a request, not once a step
+    assert most == [[VAE_DECODER]] * 2  # only the last stage that was used
+    assert loaded.count(DENOISER) == loaded.count(VAE_DECODER) == 2  # once per request, not once per step
     gpu.pipeline.close()
     gpu.device.leave()
     gc.collect()
     assert gpu.cuda.used() == 0
 
 
-def test_out_of_memory_names_what_helps(tiny_bundle: Path) -> None:
+def test_out_of_memory_is_an_error(tiny_bundle: Path) -> None:
     with pytest.raises(SessionError, match="out of GPU memory"):
         Gpu(tiny_bundle, FakeCuda(total_bytes=1 << 16)).draw()

@@ -1,4 +1,4 @@
-"""Engine sessions over a fake GPU: the same pictures as ONNX Runtime, and what is refused."""
+"""Engine sessions on a fake GPU draw the same pictures as ONNX Runtime, and refuse inputs that do not fit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_tiles_are_decoded_through_an_engine_too(gpu: Gpu, pipeline: Pipeline, e
         (lambda feeds: feeds.update(timestep=feeds["timestep"].astype(np.float64)), "timestep is float64"),
         (
             lambda feeds: feeds.update(timestep=np.zeros(2, np.float32)),
-            "batch is 1 in latents and 2 in timestep",
+            "batch is 1 in latents and 2 in timestep, but must be the same",
         ),
         (lambda feeds: feeds.update(timestep=np.zeros((1, 1), np.float32)), r"timestep is \(1, 1\)"),
         (
@@ -69,7 +69,7 @@ def test_a_wrong_feed_is_refused_before_anything_is_copied(gpu: Gpu, change: Any
     assert not gpu.cuda.calls
 
 
-def test_an_engine_that_does_not_run_is_an_error_with_its_words(tiny_bundle: Path) -> None:
+def test_the_error_of_an_engine_that_does_not_run_has_the_librarys_message(tiny_bundle: Path) -> None:
     gpu = Gpu(tiny_bundle)
     (state,) = gpu.pipeline.start(gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS)))
     gpu.engines[DENOISER].refuse_address = "timestep"

@@ -1,4 +1,4 @@
-"""What becomes of a CUDA provider that is offered and does not work; over the CPU's wheel, which lacks its library."""
+"""A CUDA provider that ONNX Runtime lists but cannot load, imitated with the CPU's wheel, which lacks its library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 @pytest.fixture
 def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU, and a CUDA provider that is offered and does not load: the CPU's wheel has no such library."""
+    """A machine with a GPU, where ONNX Runtime lists the CUDA provider and cannot load its library."""
     offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas.so"))  # noqa: T201
@@ -34,7 +34,7 @@ def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_cuda_provider_that_does_not_load_is_named_and_auto_takes_the_cpu(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ONNX Runtime goes on with a CPU session, which then cannot bind to the device: the first run failed."""
+    """ONNX Runtime alone continues with a CPU session, whose first run fails because it cannot bind to the device."""
     with Pipeline.load(tiny_bundle) as pipe:
         pipe.draw(Request(prompt="red cat", num_inference_steps=2, height=64, width=64, seed=1))
     said = [record.message for record in caplog.records if "CUDA provider does not load" in record.message]
@@ -49,14 +49,14 @@ def test_a_cuda_provider_that_does_not_load_is_named_and_auto_takes_the_cpu(
 def test_doctor_says_why_the_cuda_provider_does_not_run() -> None:
     (finding,) = doctor_engines._onnxruntime(Gpu("a GPU", "sm90"))
     assert (
-        finding.topic == "runs not"
+        finding.topic == "cannot run"
         and "does not load" in finding.text
         and finding.hint == onnxruntime_cuda.INSTALL
     )
 
 
 def test_a_session_without_its_provider_is_refused(tiny_bundle: Path) -> None:
-    """ONNX Runtime only warns that it goes on without."""
+    """ONNX Runtime itself only warns that it continues without the provider."""
     artifact = load_manifest(tiny_bundle).stages["conditioner"].artifacts[0]
     with pytest.warns(UserWarning), pytest.raises(SessionError, match="without CUDAExecutionProvider"):
         OnnxRuntimeSession(tiny_bundle / artifact.file.path, artifact.spec, provider="CUDAExecutionProvider")

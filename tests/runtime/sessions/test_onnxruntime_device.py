@@ -1,4 +1,4 @@
-"""IO binding over the CPU's memory: what the CUDA session does, with the CPU provider under it."""
+"""IO binding with the CPU's memory: the code of the CUDA session, run on the CPU provider."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_state_is_that_of_the_plain_session(
             (other,) = denoise.step(pipeline.sessions[DENOISER], [other])
             assert isinstance(state.latents, OrtTensor)
             kept.append((state, other))
-        for mine, plain in kept:  # results of earlier steps are values: nothing wrote over them
+        for mine, plain in kept:  # nothing has overwritten the results of earlier steps
             for name in ("latents", "history", "x0", "stats"):
                 assert np.array_equal(to_numpy(getattr(mine, name)), to_numpy(getattr(plain, name))), name
     session.close()
@@ -74,7 +74,7 @@ def test_a_wrong_shape_is_a_session_error(tiny_bundle: Path, pipeline: Pipeline)
 
 
 def test_bf16_goes_in_and_comes_back_as_its_bits(tmp_path: Path) -> None:
-    """ONNX Runtime's numpy() knows no such type, and an array of uint16 is not one of bf16 to a session."""
+    """numpy() of ONNX Runtime does not support bf16, and its sessions do not take a uint16 array for a bf16 input."""
     graph = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 20]> g (bfloat16[n] x) => (bfloat16[n] y) { y = Identity(x) }'
     )

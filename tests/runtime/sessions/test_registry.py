@@ -1,4 +1,4 @@
-"""The table of backends: a new one is one file and one row, and nobody compares with a certain one."""
+"""The table of backends: a new backend is one file and one row, and no other code compares with a certain backend."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def toy() -> Iterator[BackendRow]:
 
 @pytest.fixture
 def toy_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny bundle, whose artifacts are all of the toy backend."""
+    """The tiny bundle with the toy as the backend of all artifacts."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     data = json.loads((bundle / "manifest.json").read_text())
     manifest = load_manifest(bundle)
@@ -123,7 +123,9 @@ def test_a_backend_of_one_file_and_one_row_draws_a_picture(toy_bundle: Path, pip
 
 
 @pytest.mark.usefixtures("toy")
-def test_every_verb_takes_it(toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_accepts_the_new_backend(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.png"
     small = ["--steps", "2", "--height", "64", "--width", "64", "--seed", "3"]
     assert main(["run", str(toy_bundle), "red cat", "-o", str(out), "--backend", "toy", *small]) == 0
@@ -137,17 +139,19 @@ def test_every_verb_takes_it(toy_bundle: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("toy")
-def test_doctor_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_lists_the_new_backend(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     assert "ok  runs        toy: Toy is installed" in lines
     assert any(line.startswith(f"ok  builds      toy {library_version(TOY.name)} for ") for line in lines)
     with registered(replace(TOY, name=Backend("toy-2"), lack=lambda row: f"{row.name}: {row.install}")):
         main(["doctor"])
-    assert "-   runs not    toy-2: toy-2: pip install ditc" in capsys.readouterr().out
+    assert "-   cannot run  toy-2: toy-2: pip install ditc" in capsys.readouterr().out
 
 
-def test_what_a_backend_lacks_is_said_and_auto_takes_another(tiny_bundle: Path, toy_bundle: Path) -> None:
+def test_the_error_says_what_a_backend_lacks_and_auto_takes_another(
+    tiny_bundle: Path, toy_bundle: Path
+) -> None:
     with registered(replace(TOY, lack=lambda row: "no toys here: buy some")):
         assert "toy" not in available_backends()
         assert {a.backend for a in choose(load_manifest(tiny_bundle))[0].values()} == {"onnxruntime"}
@@ -156,13 +160,13 @@ def test_what_a_backend_lacks_is_said_and_auto_takes_another(tiny_bundle: Path, 
         assert caught.value.hint == "or run the ONNX Runtime artifact: --backend onnxruntime"
 
 
-# A bundle of a version that knows more backends
+# Bundles of a newer version of ditc, which knows more backends
 
 
-def test_artifacts_of_an_unknown_backend_are_passed_over(
+def test_artifacts_of_an_unknown_backend_are_skipped(
     tiny_bundle: Path, toy_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bundle that a newer ditc has added a backend to still draws with what this one knows."""
+    """A bundle to which a newer version of ditc has added a backend still draws with the backends of this version."""
     caplog.set_level("INFO", logger="ditc")
     manifest, ours = load_manifest(toy_bundle), load_manifest(tiny_bundle)
     both = {
@@ -171,10 +175,10 @@ def test_artifacts_of_an_unknown_backend_are_passed_over(
     }
     chosen, _ = choose(replace(manifest, stages=both))
     assert {artifact.backend for artifact in chosen.values()} == {"onnxruntime"}
-    assert "passed over: this version of ditc does not know the backend toy" in caplog.text
+    assert "skipped: this version of ditc does not know the backend toy" in caplog.text
 
 
-def test_a_bundle_of_unknown_backends_alone_asks_for_an_update(toy_bundle: Path) -> None:
+def test_a_bundle_that_has_only_unknown_backends_asks_for_an_update(toy_bundle: Path) -> None:
     with pytest.raises(UsageError, match="holds denoisers for toy fp32; asked for auto") as caught:
         Pipeline.load(toy_bundle)
     assert str(caught.value.hint).startswith("update ditc, which does not know toy")
@@ -196,7 +200,7 @@ def test_a_backend_whose_name_could_be_a_path_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
-def test_every_row_has_what_others_need(row: BackendRow) -> None:
+def test_every_row_has_what_other_code_needs(row: BackendRow) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     if row.extra is not None:
         required = {line.split(">")[0].split("=")[0] for line in extras[row.extra]}
@@ -210,8 +214,8 @@ def test_every_row_has_what_others_need(row: BackendRow) -> None:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
-def test_the_functions_of_a_row_are_there_and_take_what_they_are_given(row: BackendRow) -> None:
-    """They are named by strings, which no type checker follows."""
+def test_the_functions_of_a_row_exist_and_take_their_arguments(row: BackendRow) -> None:
+    """The table names them with strings, which a type checker cannot follow."""
     for later, arguments in ((row.lack, 1), (row.open, 5)):
         names = dict(
             zip(later.__code__.co_freevars, (cell.cell_contents for cell in later.__closure__), strict=True)
@@ -231,13 +235,13 @@ def test_engines_are_preferred_and_graphs_are_written_first(tiny_bundle: Path) -
 
 
 def test_a_name_is_in_the_table_once(toy: BackendRow) -> None:
-    with pytest.raises(UsageError, match="'toy' is in the table already"), registered(toy):
+    with pytest.raises(UsageError, match="'toy' is already in the table"), registered(toy):
         pass
 
 
-# Nobody else compares with a certain backend
+# No other code compares with a certain backend
 
-# Files that are TensorRT: its two libraries differ there.
+# Files that are about TensorRT alone, and need to tell its two libraries apart.
 TENSORRT = {
     "runtime/sessions/tensorrt_engine.py",
     "export/engine/tensorrt.py",
@@ -261,7 +265,7 @@ def names_a_backend(node: ast.AST) -> bool:
 
 
 def comparisons(source: str) -> Iterator[str]:
-    """Comparisons, cases and keys of tables that are about a certain backend."""
+    """Comparisons, match cases and dictionary keys that are about a certain backend."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
             parts: list[ast.AST] = [node.left, *node.comparators]
@@ -301,13 +305,12 @@ def test_no_file_but_tensorrts_compares_with_a_certain_backend() -> None:
         "match backend:\n    case 'tensorrt-rtx':\n        pass",
     ],
 )
-def test_the_check_of_comparisons_sees(line: str) -> None:
+def test_the_check_of_comparisons_finds_every_form(line: str) -> None:
     assert list(comparisons(line))
     assert not list(comparisons("a.backend is other.backend"))
 
 
-def test_nobody_asks_a_session_for_attributes_that_it_may_not_have() -> None:
-    """What a session or a tensor can be asked is in its protocol."""
+def test_no_code_asks_a_session_for_attributes_that_are_not_in_its_protocol() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
         for path in sources("runtime", "parity")

@@ -1,4 +1,4 @@
-"""What TensorRT says of engines on a machine without GPU, and the cache of compiled kernels."""
+"""What TensorRT says about engines on a machine without a GPU, and the cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ditc.runtime.sessions.device import open_device
 from ditc.runtime.sessions.kernel_cache import kernel_cache
 from ditc.runtime.sessions.registry import missing
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
-from ditc.runtime.sessions.tensorrt_log import HARMLESS, KEPT, message_log
+from ditc.runtime.sessions.tensorrt_log import HARMLESS, MAX_MESSAGES, message_log
 from ditc.runtime.spec import Backend
 
 STREAM = 7
@@ -43,8 +43,8 @@ def test_kernels_are_kept_by_gpu_driver_library_and_engine(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:40] + b"x" + data[41:], lambda data: b""]
 )
-def test_damaged_kernels_are_no_kernels(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    """TensorRT-RTX 1.7.1 takes some of them, and makes no context from then on."""
+def test_damaged_kernels_are_not_loaded(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """TensorRT-RTX 1.7.1 accepts some damaged kernels, and then cannot make a context."""
     cache = kernel_cache(tmp_path, **KEY)
     cache.save(b"kernels" * 10)
     cache.file.write_bytes(damage(cache.file.read_bytes()))
@@ -59,8 +59,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_what_speaks_against_an_engine_is_told_by_name() -> None:
-    """The library's own enums, its answer put in its place: 2 is UNSUPPORTED_CC, 4 OLD_CUDA_DRIVER."""
+def test_the_reasons_against_an_engine_are_named() -> None:
+    """The enums are the library's own, and its answer is replaced: 2 is UNSUPPORTED_CC, 4 is OLD_CUDA_DRIVER."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     says: Any = SimpleNamespace(get_engine_validity=lambda header: (trt.EngineValidity.INVALID, 2 | 4))
     valid, reasons = validity(trt, says, b"")
@@ -71,26 +71,24 @@ def test_what_speaks_against_an_engine_is_told_by_name() -> None:
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
-def test_a_file_that_is_no_engine_is_refused_by_the_library_itself(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_engine_is_refused_by_the_library_itself(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     path = tmp_path / "denoiser.engine"
     path.write_bytes(bytes(1024))
     with pytest.raises(
-        SessionError, match=r"denoiser: tensorrt-rtx .* refuses the engine on a machine without GPU"
+        SessionError, match=r"denoiser: tensorrt-rtx .* refuses the engine on a machine without a GPU"
     ):
         TensorRTEngine(path, Backend.TENSORRT_RTX, stage="denoiser", gpu=None)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 def test_without_a_gpu_the_device_says_what_is_missing() -> None:
-    """cuda-python is not installed, or it finds no driver."""
+    """Either cuda-python is not installed, or it finds no driver."""
     with pytest.raises(DitcError, match=r"cuda-python is not installed|cudaError 35|cudaError 100"):
         open_device()
 
 
-def test_auto_passes_over_an_engine_for_another_gpu_and_a_name_is_taken_at_its_word(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_skips_an_engine_for_another_gpu(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     manifest = load_manifest(tiny_bundle)
@@ -131,7 +129,7 @@ def test_a_profile_that_the_library_refuses_is_an_error(library: Library, tmp_pa
 def test_an_engine_of_tensorrt_leaves_the_plugins_name_to_the_one_that_builds(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT's registry takes one plugin a name, and a build in the same process registers the QDP under it."""
+    """TensorRT's registry takes one plugin per name, and a build in the same process registers its QDP under it."""
     other = ModuleType("tensorrt")
     other.__dict__.update(vars(importlib.import_module("tensorrt_rtx")), __name__="tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", other)
@@ -140,7 +138,7 @@ def test_an_engine_of_tensorrt_leaves_the_plugins_name_to_the_one_that_builds(
 
 
 def test_builders_and_runtimes_share_one_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The library warns of a second one, ignores it, and goes on pointing at the first when that is gone."""
+    """The library warns about a second logger, ignores it, and keeps its pointer to the first, even a freed one."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     builders = [Compiler(Backend.TENSORRT_RTX), Compiler(Backend.TENSORRT_RTX)]
     with pytest.raises(SessionError, match="refuses the engine"):
@@ -155,13 +153,14 @@ def test_the_last_error_of_an_engine_is_no_older_than_the_engine(library: Librar
     logger.log(trt.ILogger.ERROR, "of a build before")
     engine = _engine(tmp_path)
     assert engine.last_error() == "no message"
-    for number in range(2 * KEPT):
+    for number in range(2 * MAX_MESSAGES):
         logger.log(trt.ILogger.ERROR, f"error {number}\nmore of it")
     logger.log(trt.ILogger.INFO, "and something else")
-    assert engine.last_error() == f"error {2 * KEPT - 1}" and len(message_log(trt).since(0)) == KEPT
+    assert engine.last_error() == f"error {2 * MAX_MESSAGES - 1}"
+    assert len(message_log(trt).since(0)) == MAX_MESSAGES
 
 
-def test_a_warning_that_is_not_so_is_not_passed_on(
+def test_a_warning_that_does_not_apply_is_not_passed_on(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trt = importlib.import_module("tensorrt_rtx")
@@ -177,32 +176,31 @@ def test_an_address_that_the_library_refuses_is_an_error(library: Library, tmp_p
         _engine(tmp_path).context(0, STREAM).set_address("latents", 0x100)
 
 
-def test_a_cache_of_kernels_that_the_library_does_not_take_is_told(
+def test_a_cache_of_kernels_that_the_library_refuses_is_reported(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library.refused = "set_runtime_cache"
     _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY)).context(0, STREAM)
-    assert "denoiser: the cache of compiled kernels is not used" in caplog.text
+    assert "denoiser: the library does not use the cache of compiled kernels" in caplog.text
 
 
 def test_a_context_gets_the_kernels_of_those_before_it(library: Library, tmp_path: Path) -> None:
-    """The library shares them once they were serialised: else every new loop compiles the engine again."""
+    """The library shares kernels only after they were serialised. Without that, every new loop compiles them again."""
     library.__dict__["serialize"] = lambda: library.calls.append(("serialize",)) or b"kernels"
     engine = _engine(tmp_path, kernels=kernel_cache(tmp_path, **KEY))
     for _ in range(2):
         engine.context(0, STREAM)
-    assert (
-        kernel_cache(tmp_path, **KEY).load() == b"kernels"
-    )  # and a process that is killed leaves them behind
+    # They are on disk already, so a process that is killed leaves them for the next one.
+    assert kernel_cache(tmp_path, **KEY).load() == b"kernels"
     names = [call[0] for call in library.calls if call[0] in ("serialize", "create_execution_context")]
     assert names == ["create_execution_context", "serialize", "create_execution_context"]
 
 
-def test_a_first_start_says_what_takes_its_time(
+def test_only_the_first_start_says_that_it_compiles_kernels(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels = kernel_cache(tmp_path, **KEY)
-    for messages in (["denoiser: compiling its kernels for this GPU, the next start finds them"], []):
+    for messages in (["denoiser: compiling its kernels for this GPU; they are kept for the next start"], []):
         engine = _engine(tmp_path, kernels=kernels)
         for _ in range(2):
             engine.context(0, STREAM)
@@ -215,7 +213,7 @@ def test_a_first_start_says_what_takes_its_time(
 def test_the_workspace_is_what_the_library_says_for_the_shapes(
     says: int, needs: int, library: Library, tmp_path: Path
 ) -> None:
-    """0 is that it cannot say: then what it says of the profile."""
+    """0 means that the library cannot say. Then the workspace is as large as the profile needs."""
     library.__dict__["update_device_memory_size_for_shapes"] = lambda: says
     library.__dict__["get_device_memory_size_for_profile_v2"] = lambda profile: 456
     assert _engine(tmp_path).context(0, STREAM).workspace_bytes() == needs
@@ -229,7 +227,7 @@ def test_the_workspace_is_what_the_library_says_for_the_shapes(
         ("UNSUPPORTED_CC", "ditc build"),
     ],
 )
-def test_a_refused_engine_comes_with_what_helps(
+def test_the_error_of_a_refused_engine_has_a_hint(
     reason: str, hint: str, library: Library, tmp_path: Path
 ) -> None:
     trt = importlib.import_module("tensorrt_rtx")
@@ -247,7 +245,7 @@ def test_what_a_backend_lacks_is_one_sentence(backend: Backend) -> None:
 
 
 class Library:
-    """What ditc calls of a runtime, an engine, its contexts and their configs, recorded. All say yes but `refused`."""
+    """Stands for a runtime, an engine, its contexts and their configs. It records all calls; only `refused` fails."""
 
     engine_header_size = 64
     refused = ""
@@ -268,7 +266,7 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    """In the place of TensorRT-RTX's runtime, the rest of the library as it is."""
+    """A Library in place of TensorRT-RTX's runtime. The rest of tensorrt_rtx is the real one."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     library = Library()
     monkeypatch.setattr(trt, "Runtime", lambda logger: library)
