@@ -110,49 +110,86 @@ def build_engine(
         OutputError: the engine cannot be written.
     """
     check_targets(backend, targets)
+    _check_files(spec, onnx_path, out)
+    plugin = _uses_plugin(spec, onnx_path, targets, linear_attention)
+    used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
+    begin = time.monotonic()
+    with PeakMemory() as memory:
+        compiler = Compiler(backend, progress, plugins=plugin)
+        _parse(compiler, spec, onnx_path, plugin=plugin)
+        check_types(targets, compiler.types())
+        for profile in used:
+            _add_profile(compiler, spec, profile)
+        compiler.set_targets(targets)
+        _set_flags(compiler, refit=refit, tf32=tf32, weight_streaming=weight_streaming)
+        _compile(compiler, spec, out, timing_cache)
+    return _report(compiler, out, targets, used, time.monotonic() - begin, memory.peak_bytes)
+
+
+def _check_files(spec: StageSpec, onnx_path: Path, out: Path) -> None:
+    """Refuse a graph that is missing and a disk that cannot hold the engine; make the engine's folder."""
     if not onnx_path.is_file():
         raise BuildError(f"{spec.name}: {onnx_path} does not exist", hint="export the stage first")
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(spec, onnx_path, out)
-    begin = time.monotonic()
-    with PeakMemory() as memory:
-        plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
-        if plugin and "sm75" in targets:
-            raise BuildError(
-                f"{spec.name}: sm75 cannot run the linear-attention plugin, its kernels are compiled for sm80",
-                hint="leave sm75 out, or --linear-attention decomposed",
-            )
-        compiler = Compiler(backend, progress, plugins=plugin)
-        _parse(compiler, spec, onnx_path, plugin=plugin)
-        check_types(targets, compiler.types())
-        used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
-        for profile in used:
-            _add_profile(compiler, spec, profile)
-        compiler.set_targets(targets)
-        tf32_flag = compiler.allow_tf32(tf32)
-        if refit:
-            compiler.allow_refit()
-        # REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile
-        # of more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
-        if weight_streaming:
-            compiler.allow_weight_streaming()
-        if timing_cache and row_of(backend).built_on_gpu:
-            compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+
+
+def _uses_plugin(
+    spec: StageSpec, onnx_path: Path, targets: tuple[str, ...], linear_attention: LinearAttention
+) -> bool:
+    """Whether ditc's plugin computes the graph's linear attention: asked for, and there is one."""
+    plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
+    if plugin and "sm75" in targets:
+        raise BuildError(
+            f"{spec.name}: sm75 cannot run the linear-attention plugin, because its kernels are compiled for sm80",
+            hint="leave sm75 out of --targets, or build with --linear-attention decomposed",
+        )
+    return plugin
+
+
+def _set_flags(compiler: Compiler, *, refit: bool, tf32: bool, weight_streaming: bool) -> None:
+    """Set the builder's flags.
+
+    REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile of
+    more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
+    """
+    compiler.allow_tf32(tf32)
+    if refit:
+        compiler.allow_refit()
+    if weight_streaming:
+        compiler.allow_weight_streaming()
+
+
+def _compile(compiler: Compiler, spec: StageSpec, out: Path, timing_cache: Path | None) -> None:
+    """Build the engine into `out`; start from the timing cache and save it, where the builder times kernels."""
+    if timing_cache is None or not row_of(compiler.backend).built_on_gpu:
         _write(compiler, spec, out)
-        if timing_cache and row_of(backend).built_on_gpu:
-            write_atomic(timing_cache, compiler.timing_cache(), durable=False)
+        return
+    compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    _write(compiler, spec, out)
+    write_atomic(timing_cache, compiler.timing_cache(), durable=False)
+
+
+def _report(
+    compiler: Compiler,
+    out: Path,
+    targets: tuple[str, ...],
+    profiles: tuple[dict[str, Range], ...],
+    seconds: float,
+    peak_memory_bytes: int,
+) -> EngineReport:
     return EngineReport(
         file=out,
         size_bytes=out.stat().st_size,
-        seconds=time.monotonic() - begin,
-        peak_memory_bytes=memory.peak_bytes,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
         targets=targets,
-        profiles=used,
-        library=backend.value,
+        profiles=profiles,
+        library=compiler.backend.value,
         version=compiler.version,
         num_layers=compiler.num_layers,
         types=tuple(sorted(compiler.types())),
-        tf32=tf32_flag,
+        tf32=compiler.tf32_allowed,
         warnings=tuple(compiler.warnings()),
     )
 

@@ -90,11 +90,14 @@ class Compiler:
                 found.add(names.get(kind, kind.lower()))
         return found
 
-    def allow_tf32(self, allowed: bool) -> bool:
-        """Set the TF32 flag, which the library sets by default, and read it back."""
-        flag = self._trt.BuilderFlag.TF32
-        (self._config.set_flag if allowed else self._config.clear_flag)(flag)
-        return bool(self._config.get_flag(flag))
+    def allow_tf32(self, allowed: bool) -> None:
+        """Set or clear the TF32 flag, which the library sets by default."""
+        (self._config.set_flag if allowed else self._config.clear_flag)(self._trt.BuilderFlag.TF32)
+
+    @property
+    def tf32_allowed(self) -> bool:
+        """The TF32 flag, as read back from the library."""
+        return bool(self._config.get_flag(self._trt.BuilderFlag.TF32))
 
     def allow_refit(self) -> None:
         """Let the weights be replaced later. In 11.3.0 plain REFIT can drop a GEMM's bias."""
