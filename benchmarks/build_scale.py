@@ -28,6 +28,9 @@ from benchmarks.machine import write
 
 if TYPE_CHECKING:
     from ditc.export.checkpoint.open import Checkpoint
+    from ditc.export.contract import BuildOptions, ModelPlan
+    from ditc.export.engine.build import EngineReport
+    from ditc.runtime.spec import StageSpec
 
 SHARD_BYTES = 10**9
 TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
@@ -198,57 +201,40 @@ def checkpoint_around(
 
 
 def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
-    """Export and compile; call it in a fresh process."""
+    """Export the stage and build its engine. Call it in a fresh process: peak memory counts the whole process."""
     import psutil
 
     from ditc.export.build import estimates
-    from ditc.export.checkpoint.release_memory import drop_pages
     from ditc.export.contract import BuildOptions
-    from ditc.export.engine.build import build_engine, estimate_memory_bytes
+    from ditc.export.engine.build import estimate_memory_bytes
     from ditc.export.engine.memory import PeakMemory
-    from ditc.export.engine.profiles import orientation_profiles
     from ditc.export.families import find_adapter
-    from ditc.export.graph.onnx import to_onnx
     from ditc.runtime.spec import Backend, Precision
 
     case = CASES[name]
     defaults = {"height": 1024, "width": 1024, **DEFAULTS[case.family]}
     checkpoint = checkpoint_around(case, directory, _tokenizers(case.family, out), defaults)
-    component = checkpoint.component(case.component)
     denoiser = case.dtype if case.component == "transformer" else "bf16"
     options = BuildOptions(precision=Precision(denoiser), backend=Backend.TENSORRT_RTX, max_batch=1)
-    adapter = find_adapter(checkpoint)
-    plan = adapter.plan(checkpoint, options)
+    plan = find_adapter(checkpoint).plan(checkpoint, options)
     precision = plan.stages[case.stage].precision
-    weights = estimates.weight_bytes([component], precision)
-    estimate = estimates.estimate_export_bytes(weights, precision)
+    weights = estimates.weight_bytes([checkpoint.component(case.component)], precision)
+    export_estimate = estimates.estimate_export_bytes(weights, precision)
     started = perf_counter()
     with PeakMemory() as exporting:
-        module = adapter.load(checkpoint, plan, case.stage, options)
-        spec = module.spec
-        files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
-        del module
-        gc.collect()
-        drop_pages(checkpoint.component(case.component).files)
-    exported = perf_counter()
+        spec, model = _export(case, checkpoint, plan, options, out)
+    export_s = perf_counter() - started
     before = psutil.Process().memory_info().rss
-    engine_estimate = before + estimate_memory_bytes(files.model)
+    engine_estimate = before + estimate_memory_bytes(model)
     with PeakMemory() as compiling:
-        report = build_engine(
-            files.model,
-            out / f"{case.stage}.engine",
-            spec=spec,
-            backend=Backend.TENSORRT_RTX,
-            targets=TARGETS,
-            profiles=orientation_profiles(spec, plan.defaults, Backend.TENSORRT_RTX),
-        )
+        report = _build_engine(case, spec, model, plan)
     return {
         "stage": case.stage,
         "precision": precision.value,
         "weights_bytes": weights,
-        "export_s": exported - started,
+        "export_s": export_s,
         "export_peak_bytes": exporting.peak_bytes,
-        "export_estimated_bytes": estimate,
+        "export_estimated_bytes": export_estimate,
         "resident_before_engine_bytes": before,
         "engine_s": report.seconds,
         "engine_peak_bytes": report.peak_memory_bytes,
@@ -256,14 +242,46 @@ def measure(name: str, directory: Path, out: Path) -> dict[str, Any]:
         "engine_bytes": report.size_bytes,
         "profiles": len(report.profiles),
         "library": f"{report.library} {report.version}",
-        "seconds": exported - started + report.seconds,
-        "cpu_s": sum(
-            psutil.Process().cpu_times()[:2]
-        ),  # with imports; tells a busy machine from a slow build
+        "seconds": export_s + report.seconds,
+        # Imports included. Far below the seconds above, it shows that the machine was busy, not that the build is slow.
+        "cpu_s": sum(psutil.Process().cpu_times()[:2]),
         "peak_bytes": max(exporting.peak_bytes, report.peak_memory_bytes),
         # Without the checkpoint's mapped pages, which the system drops when memory is short.
         "peak_anonymous_bytes": max(exporting.peak_anonymous_bytes, compiling.peak_anonymous_bytes),
     }
+
+
+def _export(
+    case: Case, checkpoint: Checkpoint, plan: ModelPlan, options: BuildOptions, out: Path
+) -> tuple[StageSpec, Path]:
+    """Export the stage and free its weights. Returns its spec and its ONNX file."""
+    from ditc.export.checkpoint.release_memory import drop_pages
+    from ditc.export.families import find_adapter
+    from ditc.export.graph.onnx import to_onnx
+
+    module = find_adapter(checkpoint).load(checkpoint, plan, case.stage, options)
+    spec = module.spec
+    files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
+    del module
+    gc.collect()
+    drop_pages(checkpoint.component(case.component).files)
+    return spec, files.model
+
+
+def _build_engine(case: Case, spec: StageSpec, model: Path, plan: ModelPlan) -> EngineReport:
+    """Build the engine beside its graph, with the profiles that `ditc build` gives it."""
+    from ditc.export.engine.build import build_engine
+    from ditc.export.engine.profiles import orientation_profiles
+    from ditc.runtime.spec import Backend
+
+    return build_engine(
+        model,
+        model.with_name(f"{case.stage}.engine"),
+        spec=spec,
+        backend=Backend.TENSORRT_RTX,
+        targets=TARGETS,
+        profiles=orientation_profiles(spec, plan.defaults, Backend.TENSORRT_RTX),
+    )
 
 
 def _tokenizers(family: str, folder: Path) -> dict[str, Path]:

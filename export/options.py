@@ -1,4 +1,4 @@
-"""What the user may choose for a build. Free of torch: a build that has nothing to do must not wait for it."""
+"""The options of a build. This module does not import torch: a build with nothing to do must not wait for it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import Literal
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
 from ditc.runtime.spec import Backend, Precision
 
-# 20: Gelu as a single node; Q/DQ of every type that we write (INT8 13, FP8 19). 23: Attention and RMSNormalization.
+# 20 has Gelu as a single node, and Q/DQ of every type that we write (INT8 since 13, FP8 since 19). 23 adds Attention
+# and RMSNormalization.
 OPSETS = (20, 23)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What the user may choose. Sizes in pixels; None leaves the choice to the adapter.
+    """What the user may choose for a build. Where None is allowed, it means the default that is named here.
 
     Attributes:
-        precision: of the denoiser; the other stages follow by the adapter's rule.
-        variant: of the checkpoint's weight files ("fp16"); None for those without one.
-        resolution: nominal square size, for checkpoints that serve several.
-        max_batch: most samples in one run of the denoiser.
-        targets: SMs to build engines for ("sm89"); empty for the backend's default.
-        raw: also export the network alone, without the step around it.
-        recipe: of an int8 or fp8 denoiser: a name or a .json file; None for the precision's default.
+        precision: precision of the denoiser. The adapter's rule derives those of the other stages from it.
+        backend: what the bundle is built for.
+        variant: variant of the checkpoint's weight files, such as "fp16"; None for the files without a variant.
+        resolution: nominal square size in pixels, for checkpoints that serve several; None for the checkpoint's own.
+        max_batch: the most samples in one run of the denoiser.
+        targets: GPU targets of the engines, such as "sm89"; empty for the backend's default.
+        raw: whether to export the network alone too, without the step around it.
+        recipe: name or .json file of the recipe of an int8 or fp8 denoiser; None for the precision's default.
         ranges: file of calibrated ranges for the recipe.
-        base_precision: what an int8 or fp8 denoiser computes in outside its 8-bit GEMMs; None for fp32 in ONNX
-            Runtime and fp16 in engines.
-        opset: of the ONNX graphs.
-        linear_attention: what engines compute it with: standard ops, or ditc's plugin.
-        weight_streaming: engines whose weights may stay on the host (`ditc run --low-vram`).
+        base_precision: precision of an int8 or fp8 denoiser outside its 8-bit GEMMs; None for fp32 in ONNX Runtime
+            and fp16 in engines.
+        opset: opset of the ONNX graphs.
+        linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
+        weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
     """
 
     precision: Precision = Precision.FP32
@@ -49,12 +51,12 @@ class BuildOptions:
 
     @property
     def quantized(self) -> bool:
-        """Whether the denoiser's GEMMs become 8 bits."""
+        """Whether the denoiser's GEMMs are quantized to 8 bits."""
         return self.precision in (Precision.INT8, Precision.FP8)
 
     @property
     def base(self) -> Precision:
-        """What the networks are exported in, before quantization."""
+        """The precision in which the networks are exported, before quantization."""
         if not self.quantized:
             return self.precision
         return self.base_precision or (Precision.FP16 if self.builds_engines else Precision.FP32)

@@ -1,4 +1,4 @@
-"""The manifest of a build: finished artifacts, what stays of earlier builds, and everything that is not a stage."""
+"""Put together the manifest of a build: its artifacts, those that stay from earlier builds, and all other facts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from ditc.runtime.spec import VAE_ENCODER
 def assemble(
     build: BuildContext, graphs: Mapping[str, Artifact], engines: Mapping[str, Artifact]
 ) -> Manifest:
-    """The manifest, unsealed; tokenizers and golden files are written on the way.
+    """The manifest without its digest. Writes the tokenizers and the golden files, which the manifest names.
 
     Args:
-        graphs: every stage's. engines: those of stages that have one.
+        graphs: the graph of every stage, by the stage's name.
+        engines: the engine of every stage that has one, by the stage's name.
+
+    Raises:
+        BuildError: a record that this build has written is gone.
     """
     plan = build.plan
     records = {name: _record(build, name, graph) for name, graph in graphs.items()}
@@ -60,12 +64,15 @@ def assemble(
 def _record(build: BuildContext, name: str, graph: Artifact) -> StageRecord:
     record = build.journal.record(StageRecord, artifact_record(name, graph.backend), graph.key)
     if record is None:
-        raise BuildError(f"{name}: the build journal vanished while building", hint="build again")
+        raise BuildError(
+            f"{name}: its record in {build.journal.folder} was removed while the build was running",
+            hint="build again",
+        )
     return record
 
 
 def _kept(build: BuildContext, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:
-    """The stage's new artifacts, and those of earlier builds that stay."""
+    """The stage's new artifacts, and those that stay from earlier builds."""
     new = (graph,) if engine is None else (graph, engine)
     stay = previous_build.artifacts_that_stay(build.old, build.checkpoint.path.name, name, new, build.journal)
     return previous_build.in_order((*new, *stay))

@@ -1,4 +1,4 @@
-"""What an artifact was made from, as one hash: equal keys mean that building again would change nothing."""
+"""The key of an artifact: one hash of everything it was made from. Under an equal key, a new build changes nothing."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TOOLS = (
 
 
 def digest(value: Any) -> str:
-    """sha256 of plain data or dataclasses, independent of the order of keys."""
+    """The sha256 of plain data or dataclasses. It does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(to_json(value), sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def tool_versions() -> dict[str, str]:
-    """Installed versions of everything that shapes an artifact."""
+    """The installed versions of all packages that shape an artifact."""
     found = {}
     for name in TOOLS:
         try:
@@ -49,9 +49,9 @@ def tool_versions() -> dict[str, str]:
 
 
 class FileHashes:
-    """sha256 of input files, remembered by size, mtime and inode.
+    """The sha256 of files, remembered between builds for as long as size, mtime and inode stay the same.
 
-    Only used to decide whether a rebuild is needed, never to trust a file that will be executed.
+    It only decides whether a rebuild is needed. A file that will be executed is never trusted because of it.
     """
 
     def __init__(self, store: Path) -> None:
@@ -61,10 +61,10 @@ class FileHashes:
             try:
                 self._known = json.loads(store.read_bytes())
             except ValueError:
-                self._known = {}  # a lost memory costs one hash
+                self._known = {}  # an unreadable store only means that files are hashed once more
 
     def of(self, path: Path) -> str:
-        """The file's sha256, from memory if nothing about the file has changed."""
+        """The file's sha256. It is computed only if the file's size, mtime or inode has changed."""
         stat = path.stat()
         identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         known = self._known.get(str(path.resolve()))
@@ -74,16 +74,16 @@ class FileHashes:
         return str(known[3])
 
     def of_all(self, paths: Iterable[Path]) -> dict[str, str]:
-        """Name to sha256 for several files of one directory."""
+        """The sha256 of several files of one directory, by file name."""
         return {path.name: self.of(path) for path in paths}
 
     def save(self) -> None:
-        """Remember for the next build."""
+        """Write the hashes to disk for the next build."""
         write_atomic(self._store, json.dumps(self._known), durable=False)
 
 
 def explain(old: Any, new: Any) -> str:
-    """Which fields of two inputs of the same kind differ, in words."""
+    """Say in words which fields differ between two inputs of the same kind."""
     names = sorted(field.name for field in fields(new))
     changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     return (

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: every stage content-addressed, finished ones reused, the manifest switched last."""
+"""Build a bundle from a checkpoint. Finished stages are reused by key, and the manifest is replaced last."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditc.export.build.context import BuildContext
 from ditc.export.build.engine_artifact import engine_artifact
 from ditc.export.build.events import BuildEvent, BuildReport, EventLog
 from ditc.export.build.graph_artifact import graph_artifact, stage_inputs
-from ditc.export.build.journal import Journal, check_ours, check_writable, locked, unwritten
+from ditc.export.build.journal import Journal, as_ditc_error, check_bundle_or_empty, check_writable, locked
 from ditc.export.build.preflight import check_options, check_weights
 from ditc.export.build.records import StageInputs, StageRecord
 from ditc.export.checkpoint.open import open_checkpoint
@@ -35,14 +35,23 @@ def build_bundle(
     *,
     on_event: Callable[[BuildEvent], None] = lambda event: None,
 ) -> BuildReport:
-    """Build, or bring up to date, the bundle in `out`.
+    """Build the bundle in `out`, or bring it up to date.
+
+    An error leaves an existing bundle as it was.
+
+    Args:
+        source: a diffusers directory.
+        on_event: called with each event as it happens, for a progress line.
 
     Raises:
-        CheckpointError, BuildError, BundleError, OutputError: each before anything of an existing bundle is replaced.
+        UsageError: an option has a value that cannot be served.
+        CheckpointError: the checkpoint is incomplete or damaged.
+        BuildError, BundleError: a stage cannot be built.
+        OutputError: `out` cannot be written.
     """
     started = perf_counter()
     check_options(options)
-    check_ours(out)
+    check_bundle_or_empty(out)
     checkpoint = open_checkpoint(source, variant=options.variant)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
@@ -65,7 +74,7 @@ def build_bundle(
         try:
             manifest = _build(build)
         except OSError as e:
-            raise unwritten(e, out) from e
+            raise as_ditc_error(e, out) from e
         report = BuildReport(
             bundle=out,
             manifest=manifest,
@@ -78,7 +87,10 @@ def build_bundle(
 
 
 def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
-    """What engines are built for. A missing library is said here, before the export and not after it."""
+    """The targets of the engines, () where none are built.
+
+    A missing library and a target that lacks a stage's precision are reported here, before the export starts.
+    """
     if not options.builds_engines:
         return ()
     library_version(options.backend)
@@ -89,7 +101,7 @@ def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
 
 
 def _build(build: BuildContext) -> Manifest:
-    """All stages, then the small files, then the manifest in one move, then the sweep of what is left over."""
+    """Build all stages and the small files, replace the manifest in one move, then remove files it no longer names."""
     inputs = {name: stage_inputs(build, name) for name in build.plan.stages}
     _check_missing(build, inputs)
     graphs = {name: graph_artifact(build, name) for name in build.plan.stages}
@@ -99,7 +111,7 @@ def _build(build: BuildContext) -> Manifest:
     _check_unchanged(build, inputs)
     build.journal.hashes.save()
     manifest = assemble(build, graphs, engines)
-    if build.old is None or digest(manifest) != digest(previous_build.unsealed(build.old)):
+    if build.old is None or digest(manifest) != digest(previous_build.without_digest(build.old)):
         save_manifest(manifest, build.out)
     manifest = load_manifest(build.out)
     previous_build.sweep(build.out, manifest)
@@ -107,7 +119,7 @@ def _build(build: BuildContext) -> Manifest:
 
 
 def _check_missing(build: BuildContext, inputs: Mapping[str, StageInputs]) -> None:
-    """Weights, disk and memory of the stages that are not finished yet, before the first export."""
+    """Check weights, free disk space and memory for the stages that are not finished yet, before the first export."""
     missing = [
         name for name, made_from in inputs.items() if not build.journal.finished(StageRecord, made_from)
     ]
@@ -124,7 +136,10 @@ def _check_missing(build: BuildContext, inputs: Mapping[str, StageInputs]) -> No
 
 
 def _check_unchanged(build: BuildContext, inputs: Mapping[str, StageInputs]) -> None:
-    """Stages of two versions of a checkpoint would each be correct and together draw noise."""
+    """Refuse a checkpoint that changed during the build.
+
+    Stages of two versions of a checkpoint would each be correct, but together they would draw noise.
+    """
     for name, stage in build.plan.stages.items():
         if stage_inputs(build, name) != inputs[name]:
             raise BuildError(

@@ -1,4 +1,4 @@
-"""What every part of one build has at hand."""
+"""What all steps of one build share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class BuildContext:
     """One build.
 
     Attributes:
-        out: the bundle's folder. old: its manifest before this build, None where there is none.
-        targets: what engines are built for; empty where none are.
-        quantization: of an 8-bit denoiser.
+        out: the bundle's folder.
+        old: the bundle's manifest before this build; None for a new bundle.
+        targets: the GPUs that engines are built for; empty where no engines are built.
+        quantization: how the denoiser is quantized; None if it is not.
     """
 
     checkpoint: Checkpoint

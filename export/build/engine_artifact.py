@@ -1,4 +1,4 @@
-"""One stage's engine in a bundle: what it depends on, reused or built anew from the stage's graph."""
+"""One stage's engine in a bundle: reused if nothing that it depends on has changed, else built from the graph."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInpu
 
 
 def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact:
-    """The engine of a finished graph for all targets, from an earlier build if nothing that it depends on changed."""
+    """The engine of a finished graph for all targets. An earlier build's is reused if its inputs are the same."""
     inputs, stage, options = engine_inputs(build, name, graph), f"{name} engine", build.options
     finished = build.journal.finished(EngineRecord, inputs)
     if finished is not None:
         build.events.reused(stage, finished)
         return finished
     why, onnx, key = build.journal.why(EngineRecord, inputs), build.out / graph.file.path, digest(inputs)
-    gc.collect()  # exported modules hold cycles, and with them their weights
+    gc.collect()  # exported modules are in reference cycles, which would keep their weights in memory
     for component in build.plan.stages[name].components:
         drop_pages(build.checkpoint.component(component).files)
     estimate = estimates.resident_bytes() + estimate_memory_bytes(onnx)

@@ -1,4 +1,4 @@
-"""What a build needs: memory and disk, said before it starts and compared with what it took."""
+"""Estimate the memory and disk that a build needs. `ditc build` prints the estimate beside the measured peak."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from ditc.runtime.spec import Precision
 
 ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
-# Peak resident size of a process that exports one stage. torch, diffusers and transformers alone take 0.7 GB; the
-# weights are there once (Sana 1.6B in fp16: 3.4 GB of 3.2 GB of weights). A stage that is small enough to be run after
-# its export is there again in PyTorch's activations and, packed, in ONNX Runtime, which holds fp16 in fp32.
+# Peak resident size of a process that exports one stage. torch, diffusers and transformers alone take 0.7 GB. The
+# weights are held once (Sana 1.6B in fp16: a peak of 3.4 GB for 3.2 GB of weights). A stage that is small enough to be
+# checked by running its graph needs more: PyTorch's activations, and ONNX Runtime's packed copy, which holds fp16 as
+# fp32.
 EXPORT_FIXED_BYTES = 900_000_000
-CHECKED = 3.5
-UNCHECKED = 1.0
+BYTES_PER_CHECKED_WEIGHT_BYTE = 3.5
+BYTES_PER_UNCHECKED_WEIGHT_BYTE = 1.0
 
 
 def weight_bytes(components: Iterable[Component], precision: Precision) -> int:
-    """Size of all tensors of the components in a precision (8 bits are made from its base)."""
+    """Size of all tensors of the components in a precision. For an 8-bit denoiser, give its base precision."""
     item = ITEM_BYTES[precision]
     return sum(math.prod(c.tensors.shape(name)) * item for c in components for name in c.tensors)
 
 
 def estimate_export_bytes(weights: int, precision: Precision) -> int:
-    """About the peak resident size of the process while a stage with that many bytes of weights is exported."""
+    """Estimate the peak resident size of the process while it exports a stage.
+
+    Args:
+        weights: bytes of the stage's weights in `precision`.
+    """
     limit = MOST_CHECKED_PARAMETERS.get(precision, 0) * ITEM_BYTES[precision]
-    return EXPORT_FIXED_BYTES + round((CHECKED if weights <= limit else UNCHECKED) * weights)
+    per_byte = BYTES_PER_CHECKED_WEIGHT_BYTE if weights <= limit else BYTES_PER_UNCHECKED_WEIGHT_BYTE
+    return EXPORT_FIXED_BYTES + round(per_byte * weights)
 
 
 def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool) -> None:
@@ -39,10 +45,10 @@ def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool)
 
     Args:
         stages: name and bytes of weights of each stage that will be written.
-        engines: every stage is written a second time.
+        engines: whether engines are built too. Each holds the weights of its stage a second time.
 
     Raises:
-        BuildError: with what is needed and what there is.
+        BuildError: the disk has less free space than the build needs.
     """
     needed = sum(size for _, size in stages) * (2 if engines else 1)
     free = shutil.disk_usage(out).free
@@ -56,7 +62,7 @@ def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool)
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Memory that can be allocated without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""What a build tells while it works and when it is done."""
+"""What a build reports while it works and when it is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 
-# working: what else goes on, for a progress line.
+# A stage is "building" and then "built", or "reused". "working" is only for a progress line.
 Status = Literal["working", "reused", "building", "built"]
 
 
@@ -19,10 +19,10 @@ class BuildEvent:
     """What happened to one stage, for progress and for the summary.
 
     Attributes:
-        stage: its name, or what else the build is busy with.
-        why: the reason; while working, what the build is at.
+        stage: the stage's name. While "working", it may be a component's name or "memory".
+        why: why the stage is built or reused. While "working", what is being done.
         peak_memory_bytes: largest resident size of the process while the stage was built.
-        estimated_memory_bytes: what was expected of it before.
+        estimated_memory_bytes: the estimate of that peak, made before the stage was built.
     """
 
     stage: str
@@ -39,7 +39,7 @@ class BuildReport:
     """The finished bundle and what each stage cost.
 
     Attributes:
-        dropped: artifacts of earlier builds that are gone, as "denoiser fp16 (onnxruntime)".
+        dropped: artifacts of earlier builds that this build removed, as "denoiser fp16 (onnxruntime)".
     """
 
     bundle: Path
@@ -50,28 +50,28 @@ class BuildReport:
 
 
 class EventLog:
-    """Tells each event at once, and keeps those that the report names."""
+    """Passes each event on at once, and keeps the "reused" and "built" events for the report."""
 
     def __init__(self, on_event: Callable[[BuildEvent], None]) -> None:
         self.events: list[BuildEvent] = []
         self._on_event = on_event
 
     def working(self, stage: str, doing: str) -> None:
-        """For a progress line."""
+        """Report what is being done, for a progress line."""
         self._on_event(BuildEvent(stage=stage, status="working", why=doing))
 
     def building(self, stage: str, why: str) -> None:
-        """A stage is begun."""
+        """Report that a stage's build begins."""
         self._on_event(BuildEvent(stage=stage, status="building", why=why))
 
     def reused(self, stage: str, artifact: Artifact) -> None:
-        """A stage is as an earlier build left it."""
+        """Report that a stage is reused from an earlier build."""
         self._keep(
             BuildEvent(stage=stage, status="reused", why="nothing changed", size_bytes=_size_bytes(artifact))
         )
 
     def built(self, stage: str, why: str, artifact: Artifact, cost: BuildCost) -> None:
-        """A stage is done."""
+        """Report that a stage has been built."""
         self._keep(
             BuildEvent(
                 stage=stage,

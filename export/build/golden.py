@@ -1,4 +1,4 @@
-"""Write a stage's golden inputs and outputs: seeded inputs at small sizes, what PyTorch makes of them in fp32."""
+"""Write a stage's golden file: small seeded inputs, and the outputs that PyTorch computes from them in fp32."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import SIXTEEN_BITS, DType, StageSpec
 
-# A bundle's golden files stay below 2 MB: five stages have 16 float tensors, 16 * 24576 * 4 bytes = 1.6 MB.
-LARGEST = 24576
+# Most values that are stored per tensor. A bundle's golden files stay below 2 MB: five stages have 16 float tensors,
+# 16 * 24576 * 4 bytes = 1.6 MB.
+MAX_VALUES = 24576
 
 
 def write_golden(
@@ -32,44 +33,46 @@ def write_golden(
     deployed: StageModule | None = None,
     losses: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
-    """Write one stage's file.
+    """Write one stage's golden file.
 
     Args:
-        reference: the stage in fp32. deployed: the same stage in the artifact's precision, if that is 16-bit: what
-            PyTorch itself loses in it is recorded, because the self-test's bound is a multiple of that.
-        losses: what was recorded of other precisions, which the file goes on to say.
+        reference: the stage in fp32.
+        deployed: the same stage in the artifact's precision, if that is 16-bit. The error that PyTorch itself has in
+            this precision is recorded, because the self-test's bound is a multiple of it.
+        losses: the recorded errors of other precisions, by precision; the new file keeps them.
     """
     feeds = golden_feeds(reference)
     outputs = _run(reference, feeds)
-    strides = {name: -(-array.size // LARGEST) for name, array in outputs.items()}
+    strides = {name: -(-array.size // MAX_VALUES) for name, array in outputs.items()}
     info = GoldenInfo(
         inputs={name: array.shape for name, array in feeds.items()},
         outputs={name: array.shape for name, array in outputs.items()},
         strides=strides,
         losses={**losses, **_losses(deployed, feeds, outputs)},
     )
-    tensors = {f"in.{name}": array.ravel()[:LARGEST].copy() for name, array in feeds.items()}
+    tensors = {f"in.{name}": array.ravel()[:MAX_VALUES].copy() for name, array in feeds.items()}
     tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
     return write_atomic(path, save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
 
 
 def golden_feeds(stage: StageModule) -> dict[str, Array]:
-    """Inputs whose values every deployment type holds exactly, and that repeat after LARGEST values."""
+    """Inputs whose values every deployment type holds exactly. They repeat after MAX_VALUES values."""
     feeds = example_feeds(stage.spec, _sizes(stage.spec), seed=7, integers=stage.integers)
     return {
-        name: np.resize(_exact(name, array).ravel()[:LARGEST], array.shape) for name, array in feeds.items()
+        name: np.resize(_exact(name, array).ravel()[:MAX_VALUES], array.shape)
+        for name, array in feeds.items()
     }
 
 
 def _exact(name: str, array: Array) -> Array:
-    """Multiples of 1/32 below 4: 8 significant bits, so bf16 and fp16 hold them."""
+    """Round to multiples of 1/32 below 4. They have at most 8 significant bits, so bf16 and fp16 hold them exactly."""
     if array.dtype.kind != "f" or name == step_contract.TIMESTEP:
         return array
     return (np.clip(np.round(array * 32), -127, 127) / 32).astype(np.float32)
 
 
 def _sizes(spec: StageSpec) -> dict[str, int]:
-    """As small as the profile allows, but several of what one alone would not test: rows, tokens, cells."""
+    """Small sizes within the profile, but more than one row, token and cell, since one alone would test too little."""
     several = {step_contract.BATCH: 1, step_contract.ROWS: 2}
     sizes = {}
     for name, bounds in spec.profile.items():

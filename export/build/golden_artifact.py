@@ -1,4 +1,4 @@
-"""One stage's golden file in a bundle: for all precisions of the stage, reused or written anew."""
+"""One stage's golden file in a bundle. It serves all precisions of the stage, and is reused if nothing changed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from ditc.runtime.spec import SIXTEEN_BITS, Precision
 def golden_artifact(
     build: BuildContext, graph: StageInputs, artifact: Artifact, kept: tuple[Artifact, ...]
 ) -> FileRef:
-    """The self-test's inputs and fp32 outputs of a stage.
+    """The file with the self-test's inputs and fp32 outputs of a stage.
 
-    Its name follows from what all precisions have in common and from the 16-bit ones among them, whichever was built
-    last.
+    Its name is derived from the inputs that all precisions of the stage share and from the stage's 16-bit precisions,
+    so it does not depend on which precision was built last.
 
     Args:
-        graph: what the stage's graph was made from. artifact: the graph.
+        graph: what the stage's graph was made from.
+        artifact: the graph.
         kept: all artifacts of the stage.
     """
     name = graph.stage
     precisions = sorted({a.precision.value for a in kept if a.precision in SIXTEEN_BITS})
-    inputs = GoldenInputs(of=previous_build.but_for_precision(graph), losses=tuple(precisions))
+    inputs = GoldenInputs(of=previous_build.without_precision(graph), losses=tuple(precisions))
     known = build.journal.record_of(GoldenRecord, inputs)
     if known is not None and build.journal.intact(known.file):
         return known.file
-    build.events.working(name, "golden inputs and outputs")
+    build.events.working(name, "computing golden inputs and outputs")
     exact = replace(build.options, precision=Precision.FP32, recipe=None, ranges=None, base_precision=None)
     plan = build.adapter.plan(build.checkpoint, exact)
     reference = build.adapter.load(build.checkpoint, plan, name, exact)

@@ -1,4 +1,4 @@
-"""One stage's ONNX graph in a bundle: what it depends on, reused or exported anew."""
+"""One stage's ONNX graph in a bundle: reused if nothing that it depends on has changed, else exported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
 
 
 def graph_artifact(build: BuildContext, name: str) -> Artifact:
-    """The stage's graph, from an earlier build if everything that it depends on is the same."""
+    """The stage's graph. An earlier build's is reused if everything that it depends on is the same."""
     inputs = stage_inputs(build, name)
     finished = build.journal.finished(StageRecord, inputs)
     if finished is not None:
@@ -93,7 +93,7 @@ def _written(
     quantization: Quantization | None,
     plan: QuantPlan | None,
 ) -> Artifact:
-    """Write what lies beside the graph, and refer to all of it."""
+    """Write the files that lie beside the graph, and return the artifact that names them all."""
     record = None
     if quantization is not None and plan is not None:
         record = write_record(files.model, plan, module.spec, quantization.ranges_sha256)

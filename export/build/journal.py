@@ -1,12 +1,13 @@
-"""The folder `.build` of a bundle: what was made from what, so that a killed build resumes and a second one ends early.
+"""The build journal, a bundle's folder `.build`. It records what each artifact was made from, so that a killed build
+resumes and a build with nothing to do ends early.
 
 bundle/.build/STAGE-KEY.json      one finished artifact: its inputs, its files, seconds and peak memory
-bundle/.build/request-KEY.json    one finished build: what was asked for, and the manifest that answered it
-bundle/.build/inputs.json         sha256 of files by size, mtime and inode
-bundle/.build/timing.cache        what TensorRT has timed
+bundle/.build/request-KEY.json    one finished build: its inputs, and the digest of its manifest
+bundle/.build/inputs.json         sha256 of files, with the size, mtime and inode at which it was computed
+bundle/.build/timing.cache        TensorRT's kernel timings
 bundle/.build/lock                held while building; the operating system frees it when the owner dies
 
-Free of torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -42,36 +43,36 @@ class Journal:
         self.timing_cache = self.folder / "timing.cache"
 
     def record(self, kind: type[R], name: str, key: str) -> R | None:
-        """What was written under the name and key; None if nothing was, or nothing that this version can read."""
+        """The record under the name and key; None if there is none that this version can read."""
         return _read(kind, record_path(self.bundle, name, key))
 
     def record_of(self, kind: type[R], inputs: Inputs) -> R | None:
-        """What was made from the inputs."""
+        """The record of what was made from the inputs, or None."""
         return self.record(kind, inputs.record_name, digest(inputs))
 
     def write(self, record: Record) -> None:
-        """Remember what was made, under the digest of its inputs."""
+        """Write a record under the name and digest of its inputs."""
         path = record_path(self.bundle, record.inputs.record_name, digest(record.inputs))
         write_atomic(path, json.dumps(to_json(record), indent=1, ensure_ascii=False))
 
     def records(self) -> list[Path]:
-        """The files of all records."""
+        """The paths of all records."""
         return sorted(self.folder.glob("*-*.json"))
 
     def finished(self, kind: type[StageRecord] | type[EngineRecord], inputs: Inputs) -> Artifact | None:
-        """The artifact made from the inputs, if all of its files are still what they were."""
+        """The artifact made from the inputs, if all of its files are unchanged; else None."""
         record = self.record_of(kind, inputs)
         return (
             record.artifact if record is not None and all(map(self.intact, record.artifact.files)) else None
         )
 
     def intact(self, ref: FileRef) -> bool:
-        """Whether the file has its size and hash; an unchanged size, mtime and inode stand for the hash."""
+        """Whether the file has the recorded size and hash. It is hashed only if size, mtime or inode has changed."""
         path = self.bundle / ref.path
         return path.is_file() and path.stat().st_size == ref.size_bytes and self.hashes.of(path) == ref.sha256
 
     def why(self, kind: type[R], inputs: Inputs) -> str:
-        """What differs from the last time that something of this name was made."""
+        """Why something must be made: how the inputs differ from those of the last record of that name."""
         earlier = sorted(
             self.folder.glob(f"{inputs.record_name}-*.json"), key=lambda path: path.stat().st_mtime
         )
@@ -87,23 +88,24 @@ class Journal:
 def _read(kind: type[R], path: Path) -> R | None:
     try:
         return from_json(kind, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):  # Mismatch is a ValueError
+    except (OSError, ValueError, RecursionError):  # from_json raises Mismatch, a ValueError
         return None
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the directory's lock, and clear away what a killed build has left half-written.
+    """Hold the directory's lock, and first remove half-written files that a killed build has left.
 
     Raises:
-        BuildError: another build holds it.
+        BuildError: another build holds the lock.
     """
     lock = filelock.FileLock(out / FOLDER / "lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as e:
         raise BuildError(
-            f"another build is working in {out}", hint="wait for it; a killed build frees its lock by itself"
+            f"another build is working in {out}",
+            hint="wait until it has ended; the lock of a killed build is freed by itself",
         ) from e
     try:
         remove_leftovers(out)
@@ -112,8 +114,12 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_ours(out: Path) -> None:
-    """Refuse to build among someone's files: the build removes what its manifest does not name."""
+def check_bundle_or_empty(out: Path) -> None:
+    """Refuse a directory with other files in it, because a build removes files that its manifest does not name.
+
+    Raises:
+        BuildError: `out` is a file, or a directory that is neither empty nor a bundle.
+    """
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is a file", hint="choose a directory for -o")
     if out.is_dir() and not (out / MANIFEST).exists() and not (out / FOLDER).exists() and any(out.iterdir()):
@@ -121,10 +127,10 @@ def check_ours(out: Path) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Make the directory, and write a file in it that is gone at once.
+    """Make the directory, and write a temporary file in it.
 
     Raises:
-        OutputError: it cannot be made, or not be written to.
+        OutputError: the directory cannot be made, or cannot be written to.
     """
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -133,11 +139,11 @@ def check_writable(out: Path) -> None:
         raise OutputError(f"cannot write into {out}: {e.strerror}", hint=OUTPUT_HINT) from e
 
 
-def unwritten(error: OSError, out: Path) -> DitcError:
-    """What went wrong with a file while building, for people."""
+def as_ditc_error(error: OSError, out: Path) -> DitcError:
+    """The error that tells a user which file could not be read or written, and what to do."""
     where = error.filename or out
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return output_error(Path(where), error, OUTPUT_HINT)
     return BuildError(
-        f"{where}: {error.strerror or error}", hint="check the disk and the permissions, build again"
+        f"{where}: {error.strerror or error}", hint="check the disk and the permissions, then build again"
     )

@@ -1,4 +1,4 @@
-"""A linear map from latents to colours, for previews: fitted on pictures of coloured blocks and gradients."""
+"""Fit the linear map from latents to colours that previews use, on pictures of coloured blocks and gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _PICTURES = 12
 
 
 def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
-    """Least-squares (3, C+1) matrix, bias last, from a latent cell to the mean colour of its pixels in [-1, 1].
+    """The matrix (3, C+1), bias last, that maps a latent cell to the mean colour of its pixels in [-1, 1].
+
+    It is a least-squares fit.
 
     Args:
-        encoder: images (B,3,H,W) in [-1,1] -> latents (B,C,H/f,W/f) as the denoiser sees them.
+        encoder: maps images (B,3,H,W) in [-1,1] to latents (B,C,H/f,W/f) as the denoiser sees them.
     """
     size = _CELLS * latents.scale_factor
     images = torch.from_numpy(_pictures(size))
@@ -27,7 +29,8 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     x = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy().astype(np.float64)
     y = colours.permute(0, 2, 3, 1).reshape(-1, 3).numpy().astype(np.float64)
-    # A ridge keeps the map tame: latents of blocks span fewer directions than latents of pictures.
+    # Latents of blocks span fewer directions than latents of real pictures: without a ridge, the map would be
+    # ill-determined in the others.
     ridge = 1e-3 * len(x) * np.eye(x.shape[1])
     solution: Array = np.linalg.solve(x.T @ x + ridge, x.T @ y).T
     return solution.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Where a build puts the files of a bundle. Names contain the key, so that no build overwrites another's file."""
+"""Where a build puts the files of a bundle. Names contain the key, so that no build overwrites another build's file."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ GRAPHS, ENGINES, GOLDEN = "onnx", "engines", "golden"
 
 
 def graph_path(bundle: Path, stage: str, precision: Precision, key: str) -> Path:
-    """A stage's ONNX file."""
+    """The path of a stage's ONNX file."""
     return bundle / GRAPHS / f"{stage}-{precision.value}-{key[:8]}.onnx"
 
 
 def engine_path(bundle: Path, stage: str, precision: Precision, backend: Backend, key: str) -> Path:
-    """A stage's engine."""
+    """The path of a stage's engine."""
     return bundle / ENGINES / f"{stage}-{precision.value}-{key[:8]}.{backend.value}"
 
 
 def golden_path(bundle: Path, stage: str, key: str) -> Path:
-    """A stage's golden inputs and outputs."""
+    """The path of a stage's golden inputs and outputs."""
     return bundle / GOLDEN / f"{stage}-{key[:8]}.safetensors"

@@ -1,8 +1,8 @@
-"""The build that has nothing to do: decided from file hashes alone, before torch is imported.
+"""Recognise a build that has nothing to do, from file hashes alone and before torch is imported.
 
 A build depends on the bytes of the checkpoint's files, the options, the source of ditc and the versions of its tools.
-When all are as they were for a finished build, and the bundle still holds that build's manifest and files, the
-answer is known.
+If all of these are as they were for a finished build, and the bundle still holds that build's manifest and files,
+building again would change nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.sessions.registry import row_of
 
-# Everything that is read of a checkpoint: weights, configs, tokenizers (SentencePiece models, vocabularies, templates).
+# The files of a checkpoint that a build may read: weights, configs, and tokenizers (SentencePiece models,
+# vocabularies, templates).
 SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 
 
 def up_to_date(source: str | Path, out: Path, options: BuildOptions) -> BuildReport | None:
-    """The report of a build that changes nothing, or None where there may be something to do."""
+    """The report of a build that changes nothing; None if there may be something to do."""
     started = perf_counter()
     checkpoint = Path(source)
     journal = Journal(out)
@@ -50,7 +51,7 @@ def up_to_date(source: str | Path, out: Path, options: BuildOptions) -> BuildRep
 
 
 def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: BuildReport) -> None:
-    """Let the next call of `up_to_date` know that this build is done."""
+    """Record a finished build, so that the next call of `up_to_date` recognises it."""
     for ref in report.manifest.all_files():
         journal.hashes.of(report.bundle / ref.path)
     inputs = request(checkpoint, options, journal)
@@ -60,7 +61,7 @@ def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: 
 
 
 def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> RequestInputs:
-    """Everything that a build depends on."""
+    """Collect everything that a build depends on."""
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     options_files = [Path(name) for name in (options.ranges, options.recipe) if name and Path(name).is_file()]
     return RequestInputs(

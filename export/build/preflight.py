@@ -1,4 +1,4 @@
-"""Everything that a build can refuse before its first export: options, weights, free disk; and what it will need."""
+"""Check options, weights and free disk space before the first export, and report how much memory it will need."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ def check_options(options: BuildOptions) -> None:
     """Refuse options that no checkpoint could be built with.
 
     Raises:
-        UsageError: which, with its value. MissingExtra: Triton, for --linear-attention plugin.
+        UsageError: an option has a value that cannot be served; the message names both.
+        MissingExtra: Triton is not installed, and --linear-attention plugin needs it.
     """
     if options.max_batch < 1:
-        raise UsageError(f"max_batch is {options.max_batch}", hint="take at least 1")
+        raise UsageError(f"max_batch is {options.max_batch}", hint="max_batch must be at least 1")
     if options.resolution is not None and options.resolution < 1:
         raise UsageError(
-            f"resolution is {options.resolution} pixels", hint="leave it out for the checkpoint's own"
+            f"resolution is {options.resolution} pixels",
+            hint="leave --resolution out to use the checkpoint's own",
         )
     if options.opset not in OPSETS:
-        raise UsageError(f"opset is {options.opset}", hint=f"take one of {', '.join(map(str, OPSETS))}")
+        raise UsageError(f"opset is {options.opset}", hint=f"use one of {', '.join(map(str, OPSETS))}")
     if options.opset != OPSETS[0] and options.builds_engines:
-        # "Setting softmax precision is not supported in TensorRT Attention.", TensorRT-RTX 1.7.1's parser. Without it
-        # the softmax of a 16-bit graph would be 16-bit.
+        # TensorRT-RTX 1.7.1's parser says: "Setting softmax precision is not supported in TensorRT Attention." Without
+        # that setting, the softmax of a 16-bit graph would be 16-bit.
         raise UsageError(
-            f"opset {options.opset} cannot be built into engines: their parser takes no Attention with an fp32 softmax",
-            hint=f"leave --opset out: opset {OPSETS[0]} has the same attention in plain nodes",
+            f"opset {options.opset} cannot be built into engines: their parser refuses Attention with an fp32 softmax",
+            hint=f"leave --opset out: in opset {OPSETS[0]} the same attention is written in plain nodes",
         )
     if not options.builds_engines:
         _check_no_engine_options(options)
@@ -53,7 +55,7 @@ def _check_no_engine_options(options: BuildOptions) -> None:
     ):
         if given:
             raise UsageError(
-                f"{text} belongs to an engine, this build makes ONNX graphs alone",
+                f"{text} is an option of engines, but this build makes only ONNX graphs",
                 hint="add "
                 + " or ".join(f"--backend {b}" for b in build_backends() if row_of(b).builds_engines),
             )
@@ -66,15 +68,16 @@ def check_weights(
     options: BuildOptions,
     out: Path,
     stages: Sequence[str],
-    say: Callable[[str, str], None],
+    on_progress: Callable[[str, str], None],
 ) -> None:
-    """Names, shapes and values of the stages' weights, and free space; says how much memory the export needs.
+    """Check names, shapes and values of the stages' weights, and free space; report the memory that the export needs.
 
     Args:
-        say: called with a component or "memory", and what is going on.
+        on_progress: called with a component's name or "memory", and a text about it.
 
     Raises:
-        CheckpointError, BuildError: what is wrong, with the values.
+        CheckpointError: a weight is missing, has another shape than the config says, or is not finite.
+        BuildError: the disk has too little free space.
     """
     headers = {
         name: replace(component, tensors=component.tensors.headers())
@@ -89,20 +92,20 @@ def check_weights(
         [(component, sizes[name]) for component, name in components.items()],
         engines=options.builds_engines,
     )
-    say("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
+    on_progress("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
     for component in components:
-        say(component, "reading every weight")
+        on_progress(component, "reading every weight")
         check_finite(checkpoint.component(component))
 
 
 def weight_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
-    """Bytes of the stage's weights in its deployment dtype."""
+    """Bytes of the stage's weights in its deployment precision."""
     stage = plan.stages[name]
     return estimates.weight_bytes(map(checkpoint.component, stage.components), stage.precision)
 
 
 def export_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
-    """The estimate of what exporting the stage needs in memory."""
+    """Estimate the peak memory of exporting the stage, in bytes."""
     return estimates.estimate_export_bytes(weight_bytes(checkpoint, plan, name), plan.stages[name].precision)
 
 

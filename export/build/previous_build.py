@@ -1,4 +1,4 @@
-"""What an earlier build left in a bundle: which of its artifacts stay, and what is swept."""
+"""Decide which artifacts of earlier builds stay in a bundle, and remove the files of those that do not."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ditc.runtime.spec import DType, Precision, TensorSpec
 
 
 def existing(out: Path) -> Manifest | None:
-    """The manifest of the bundle in `out`, None where there is none or none that can be read."""
+    """The manifest of the bundle in `out`; None if there is none or it cannot be read."""
     try:
         return load_manifest(out)
     except BundleError:
         return None
 
 
-def unsealed(manifest: Manifest) -> Manifest:
+def without_digest(manifest: Manifest) -> Manifest:
     """A manifest without its digest."""
     return replace(manifest, digest="")
 
@@ -34,10 +34,13 @@ def unsealed(manifest: Manifest) -> Manifest:
 def artifacts_that_stay(
     old: Manifest | None, checkpoint: str, name: str, new: tuple[Artifact, ...], journal: Journal
 ) -> list[Artifact]:
-    """The stage's artifacts of other precisions and backends that an earlier build left intact.
+    """The stage's artifacts of other precisions and backends that stay from earlier builds.
+
+    A graph stays if it was made from the same weights, config and exporter as the new one. An engine stays as long as
+    the graph that it was built from is current.
 
     Args:
-        checkpoint: the name of what is built now; nothing of another checkpoint's bundle stays.
+        checkpoint: the name of the checkpoint that is built now. Nothing stays from another checkpoint's bundle.
         new: the graph just built or reused, then its engine if there is one.
     """
     if old is None or old.checkpoint != checkpoint or name not in old.stages:
@@ -53,14 +56,18 @@ def artifacts_that_stay(
     engines = [
         a
         for a in others
-        # An engine was made from the graph of its precision, and goes when that graph goes.
+        # An engine was built from the graph of its precision, and is removed together with it.
         if not is_graph(a) and (a.precision, earlier.get(a.precision)) in current
     ]
     return [*graphs, *engines]
 
 
 def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
-    """The same artifacts are the same manifest, whichever was built last: a signature and a certificate hold."""
+    """Sort artifacts by precision and backend, graphs before engines.
+
+    Equal artifacts then give an equal manifest, whichever was built last, so that a signature and a certificate of
+    the bundle stay valid.
+    """
     places = {row.name: place for place, row in enumerate(reversed(rows()))}  # graphs first
 
     def place(artifact: Artifact) -> tuple[int, int, str]:
@@ -74,7 +81,7 @@ def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
 
 
 def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float]:
-    """What the stage's golden file of the earlier build says of 16-bit precisions (GoldenInfo.losses)."""
+    """The errors of 16-bit precisions that the earlier build's golden file records (GoldenInfo.losses)."""
     golden = old.stages[stage].golden if old is not None and stage in old.stages else None
     if golden is None:
         return {}
@@ -84,8 +91,8 @@ def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float
         return {}
 
 
-def but_for_precision(inputs: StageInputs) -> StageInputs:
-    """The same inputs for all precisions of one graph: in fp32, and so are the tensors of the stage."""
+def without_precision(inputs: StageInputs) -> StageInputs:
+    """The inputs as those of an unquantized fp32 graph, so that all precisions of one graph have equal inputs."""
     spec = inputs.shapes
     shapes = replace(
         spec, inputs=tuple(map(_in_fp32, spec.inputs)), outputs=tuple(map(_in_fp32, spec.outputs))
@@ -94,7 +101,7 @@ def but_for_precision(inputs: StageInputs) -> StageInputs:
 
 
 def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
-    """The artifacts whose stage, precision and backend the new manifest has no other for, in words."""
+    """The artifacts of the old manifest whose stage, precision and backend the new manifest lacks, in words."""
     if old is None:
         return ()
     kept = set(_slots(new))
@@ -106,7 +113,7 @@ def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
 
 
 def sweep(bundle: Path, manifest: Manifest) -> None:
-    """Remove files that the manifest does not name any more; the journal of what is kept stays."""
+    """Remove files that the manifest does not name any more. The journal is not touched."""
     kept = {ref.path for ref in manifest.all_files()}
     folders = {GRAPHS, ENGINES, GOLDEN} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
     for path in (path for folder in folders for path in (bundle / folder).glob("*")):
@@ -129,7 +136,7 @@ def _same_source(journal: Journal, name: str, other: Artifact, artifact: Artifac
     )
     if old is None or new is None:
         return False
-    return but_for_precision(old.inputs) == but_for_precision(new.inputs)
+    return without_precision(old.inputs) == without_precision(new.inputs)
 
 
 def _in_fp32(tensor: TensorSpec) -> TensorSpec:

@@ -1,7 +1,8 @@
-"""What the journal remembers: inputs, whose digest is a key, and records of what was made from them.
+"""What the journal stores: inputs, whose digest is a key, and records of what was made from them.
 
-The names of the inputs' fields are the words that a user reads when one has changed: "weights changed". A record of an
-earlier version of ditc, which has other fields, cannot be read, and what it is of is made again. Free of torch.
+The names of the inputs' fields are the words that a user reads when one has changed: "weights changed". A record that
+an earlier version of ditc wrote with other fields cannot be read, and its artifact is made again. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from ditc.runtime.spec import Backend, Precision, Range, StageSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationInputs:
-    """What 8-bit layers follow from. recipe: its digest. ranges: sha256 of the file, None where none is needed."""
+    """What the 8-bit layers depend on.
+
+    Attributes:
+        recipe: the recipe's digest.
+        ranges: sha256 of the file of calibrated ranges; None if the recipe needs none.
+    """
 
     recipe: str
     ranges: str | None
@@ -28,7 +34,8 @@ class StageInputs:
     """Everything that a stage's graph depends on.
 
     Attributes:
-        weights: by component, the sha256 of every weight file. config: by component, the digest of its config.
+        weights: the sha256 of every weight file, by component and file name.
+        config: the digest of each component's config, by component.
         facts: StagePlan.facts, each as JSON text.
         export_source: hash of the exporter's own source.
     """
@@ -82,8 +89,8 @@ class GoldenInputs:
     """Everything that a stage's golden file depends on.
 
     Attributes:
-        of: the inputs of the stage's graphs without what differs between their precisions.
-        losses: the 16-bit precisions for which the file says what PyTorch loses in them.
+        of: the inputs that the stage's graphs of all precisions share.
+        losses: the 16-bit precisions for which the file records PyTorch's own error.
     """
 
     of: StageInputs
@@ -100,8 +107,10 @@ class RequestInputs:
     """Everything that a whole build depends on.
 
     Attributes:
-        files: sha256 of the checkpoint's files. option_files: of files that the options name.
-        options: every option as text. ditc_source: hash of the exporter's and the runtime's source.
+        files: sha256 of the checkpoint's files, by path.
+        options: every option as text.
+        option_files: sha256 of the files that the options name, by path.
+        ditc_source: hash of the exporter's and the runtime's source.
     """
 
     checkpoint: str
@@ -132,13 +141,17 @@ class Record(Protocol):
 
     @property
     def inputs(self) -> Inputs:
-        """What it was made from."""
+        """The inputs that it was made from."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
-    """A finished graph. latent_rgb: for previews, fitted to the encoder of pictures alone (LatentSpec.rgb)."""
+    """A finished graph.
+
+    Attributes:
+        latent_rgb: the matrix that previews use (LatentSpec.rgb). Only the VAE encoder's record has one.
+    """
 
     inputs: StageInputs
     artifact: Artifact
@@ -165,7 +178,12 @@ class GoldenRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """A finished build: the digest of its manifest, and the size of each stage's files."""
+    """A finished build.
+
+    Attributes:
+        manifest: the digest of its manifest.
+        stages: the size of each stage's files in bytes.
+    """
 
     inputs: RequestInputs
     manifest: str

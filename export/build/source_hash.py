@@ -1,8 +1,8 @@
-"""Hashes of ditc's own source, so that no hand-kept version number can be forgotten.
+"""Hashes of ditc's own source. They replace version numbers that someone could forget to raise.
 
-What shapes a graph or an engine is hashed as code: comments, docstrings and formatting do not count, so that editing
-them rebuilds nothing. A syntax tree's text may differ between versions of Python: changing Python builds everything
-once more. Free of torch.
+Files that shape a graph or an engine are hashed as code: comments, docstrings and formatting do not count, so editing
+them rebuilds nothing. The text of a syntax tree may differ between versions of Python, so a new Python version builds
+everything once more. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# What decides the bytes of a stage's graph, its weight map and its golden file, and what a checkpoint is read as.
-# Of the runtime that is the step's tensors and columns, and the vocabulary of the specs.
+# The code that decides the bytes of a stage's graph, weight map and golden file, and how a checkpoint is read. Of the
+# runtime, these files define the step's tensors and columns, the weight map and the specs.
 GRAPH_SOURCES = (
     "export/families",
     "export/networks",
@@ -32,8 +32,8 @@ GRAPH_SOURCES = (
     "runtime/weight_map.py",
     "runtime/spec.py",
 )
-# Files of those folders that no graph depends on: the table of families; the conversion of native files; recipes, which
-# are in the key of the stage that they quantize; and the comparison of finished graphs.
+# Files in those folders that no graph depends on: the table of families; the conversion of native files; recipes, whose
+# content is already in the key of the stage that they quantize; and the comparison of finished graphs.
 NOT_IN_GRAPHS = (
     "export/families/__init__.py",
     "export/families/*/convert.py",
@@ -42,43 +42,44 @@ NOT_IN_GRAPHS = (
     "export/families/*/recipe.py",
     "export/quant/measure.py",
 )
-# What else decides an engine: its building, and what the plugin stores in it.
+# The code that decides an engine beside its graph: the engine builder, and what the plugin stores in the engine.
 ENGINE_SOURCES = ("export/engine", "runtime/plugins/relu_linear_attention.py")
-# What the command line prints shapes nothing.
+# The command line only prints, so it does not shape a bundle.
 NOT_IN_BUNDLES = ("export/commands/*.py",)
 
 
 @cache
 def graph_source(root: Path = ROOT) -> str:
-    """Of the code that shapes a stage's graph."""
+    """The hash of the code that shapes a stage's graph."""
     return _hash(source_files(GRAPH_SOURCES, but=NOT_IN_GRAPHS, root=root), root, code_of)
 
 
 @cache
 def engine_source(root: Path = ROOT) -> str:
-    """Of the code that makes an engine from a graph."""
+    """The hash of the code that makes an engine from a graph."""
     return _hash(source_files(ENGINE_SOURCES, root=root), root, code_of)
 
 
 @cache
 def bundle_source(root: Path = ROOT) -> str:
-    """Of the text of everything that may shape a bundle: reading text takes 10 ms, reading code half a second.
+    """The hash of the text of all files that may shape a bundle.
 
-    It decides only whether a build looks at its stages. An edited comment costs that look, and rebuilds nothing.
+    Hashing text takes 10 ms, hashing code half a second. This hash only decides whether a build compares the inputs of
+    its stages, so an edited comment costs that comparison and rebuilds nothing.
     """
     files = source_files(("export", "runtime"), but=NOT_IN_BUNDLES, root=root)
     return _hash(files, root, lambda source: source)
 
 
 def source_files(names: Iterable[str], *, but: tuple[str, ...] = (), root: Path = ROOT) -> list[Path]:
-    """The Python files of the named files and folders, without those that a pattern of `but` names."""
+    """The named Python files and those in the named folders, without files that match a pattern of `but`."""
     named = (root / name for name in names)
     files = (file for path in named for file in (path.rglob("*.py") if path.is_dir() else (path,)))
     return sorted(path for path in files if not any(path.match(pattern) for pattern in but))
 
 
 def code_of(source: bytes) -> bytes:
-    """The source's syntax tree as text, without docstrings; a tree has no comments and no formatting."""
+    """The source's syntax tree as text, without docstrings. A syntax tree has no comments and no formatting."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -87,7 +88,7 @@ def code_of(source: bytes) -> bytes:
 
 
 def _hash(files: Iterable[Path], root: Path, what: Callable[[bytes], bytes]) -> str:
-    """Of the files' names below root and of what counts of each file's content."""
+    """The hash of the files' names below root, and of what `what` returns for each file's content."""
     hasher = hashlib.sha256()
     for path in files:
         name = path.relative_to(root).as_posix().encode()
@@ -96,7 +97,7 @@ def _hash(files: Iterable[Path], root: Path, what: Callable[[bytes], bytes]) -> 
 
 
 def _is_docstring(node: ast.stmt) -> bool:
-    """A string that stands alone does nothing, wherever in a body it stands."""
+    """Whether the statement is only a string. Such a statement does nothing, wherever in a body it stands."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)

@@ -1,4 +1,4 @@
-"""The weight map of a finished graph, and the way back from a bundle's ONNX files to the checkpoint's tensors."""
+"""The weight map of a finished graph, and how to get the checkpoint's tensors back from a bundle's ONNX files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ def weights_of(sources: Iterable[WeightSource], model: ir.Model) -> tuple[Weight
     """The weight map of one stage's finished graph.
 
     Raises:
-        BuildError: a parameter is not in the graph, so the graph would ignore a tensor of the checkpoint.
+        BuildError: a parameter is not in the graph, so that the graph would ignore a tensor of the checkpoint.
     """
     return tuple(_weight(source, model) for source in sources)
 
 
 def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Each checkpoint tensor's name and values, read from the stages' ONNX files one at a time.
+    """The name and values of each checkpoint tensor, read one at a time from the stages' ONNX files.
 
-    They equal the checkpoint's bit for bit if the graph's type holds the checkpoint's (fp16 or bf16 in fp32, or
-    equal types); else, 8-bit weights among them, they are what the graph computes with, in the checkpoint's type.
+    The values equal the checkpoint's bit for bit if the graph's type holds the checkpoint's (equal types, or fp16 or
+    bf16 in fp32). Otherwise, for example with 8-bit weights, they are the values that the graph computes with,
+    converted to the checkpoint's type.
 
     Args:
-        files: the .onnx file of every stage that the weights name; external data lies beside it.
+        files: the .onnx file of every stage that the weights name, with external data beside it.
 
     Raises:
         BuildError: a file lacks an initializer that the map names.
@@ -51,7 +52,10 @@ def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tu
 
 
 def stored_tensor(value: ir.Value) -> Tensor:
-    """A copy of an initializer's values in their own type. The file is mapped read-only, and numpy has no bf16."""
+    """A copy of an initializer's values in their own type.
+
+    It is a copy because the file is mapped read-only. It is a torch tensor because NumPy has no bf16.
+    """
     stored = value.const_value
     assert stored is not None
     array = np.array(stored.numpy())
@@ -68,7 +72,7 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
             hint="the network must compute with every tensor that it loads",
         )
     codes = codes_of(value)
-    # Codes have the scale's type outside the GEMM.
+    # Outside the GEMM, quantized values are dequantized to the type of their scale.
     stored = value.const_value if codes is None else _initializer(codes.scale, model).const_value
     assert stored is not None
     dtype = source.dtype or to_torch_dtype(stored.dtype)
@@ -85,7 +89,7 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
 
 
 def _first(source: WeightSource) -> tuple[Transform, ...]:
-    """What loading did to the tensor, before any graph pass."""
+    """The transform that loading applied to the tensor, before any graph pass."""
     return () if source.transform == "identity" else (Transform(source.transform),)
 
 

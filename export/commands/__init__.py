@@ -1,1 +1,1 @@
-"""Verbs that need the export extra: `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""Verbs that need the export extra. Each module has `add_arguments(parser)` and `run(arguments) -> exit code`."""

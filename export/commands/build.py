@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ditc.export.build.events import BuildEvent, BuildReport
     from ditc.export.options import BuildOptions
 
-# The event that says how much memory the build will take; it stays on the screen.
+# The event that says how much memory the build will take. It is printed, and not only shown in the progress line.
 MEMORY = "memory"
 
 
@@ -137,16 +137,16 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build and print one line a stage to stderr and one summary line to stdout."""
+    """Build, then print one line per stage to stderr and one summary line to stdout."""
     from ditc.export.build.noop import up_to_date
 
     options = build_options(arguments)
     if arguments.sign is not None:
         from ditc.runtime.bundle.signature import load_private_key
 
-        load_private_key(arguments.sign)  # refused before the build, not after it
+        load_private_key(arguments.sign)  # an unusable key is refused before the build, not after it
     report = up_to_date(arguments.checkpoint, arguments.output, options)
-    if report is not None:  # said without importing torch, which takes seconds
+    if report is not None:  # nothing to do: torch, whose import takes seconds, is not needed
         for event in report.events:
             sys.stderr.write(_line(event) + "\n")
     else:
@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def build_options(arguments: argparse.Namespace) -> BuildOptions:
-    """The arguments as the build takes them."""
+    """The options of the build that the arguments ask for."""
     from ditc.export.options import BuildOptions
 
     return BuildOptions(
@@ -237,6 +237,7 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
     sys.stdout.write(f"{report.bundle}: {summary}, digest {report.manifest.digest[:12]}\n")
     if report.dropped:
         sys.stdout.write(
-            f"dropped, made from other weights, shapes or source of ditc: {', '.join(report.dropped)}\n"
-            "hint: build again in that precision and backend, if you still want them\n"
+            f"removed, because they were made from other weights, shapes or source of ditc: "
+            f"{', '.join(report.dropped)}\n"
+            "hint: if you still need them, build again in that precision and backend\n"
         )

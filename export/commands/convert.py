@@ -1,4 +1,4 @@
-"""`ditc convert`: a checkpoint in its family's own layout as a diffusers directory, and back."""
+"""`ditc convert`: turn a checkpoint in its family's own layout into a diffusers directory, and back."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, and print the path of what was written."""
+    """Convert the checkpoint, and print the path of the result."""
     from ditc.export.convert.layout import NativeOptions
     from ditc.export.convert.native import convert, convert_to_native
 

@@ -1,4 +1,4 @@
-"""What `ditc build` says after an 8-bit build: coverage, what stayed high, fidelity and speed."""
+"""What `ditc build` prints after an 8-bit build: coverage, layers kept in high precision, fidelity and speed."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.sessions.registry import is_graph
 from ditc.runtime.spec import DENOISER, Precision
 
-NUMBERS_ONLY = "ONNX Runtime's CPU provider computes FP8 graphs in fp32: fidelity is FP8's, speed is not"
+NUMBERS_ONLY = (
+    "ONNX Runtime's CPU provider computes FP8 graphs in fp32: this is the fidelity of FP8, but not its speed"
+)
 
 
 def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
-    """Lines about the 8-bit denoiser that was just built; its measurement goes to quantized.json."""
+    """Lines about the 8-bit denoiser that was just built. Its measurement is saved in the bundle."""
     artifact = next(
         a for a in manifest.stages[DENOISER].artifacts if a.precision is precision and is_graph(a)
     )
     assert artifact.quantization is not None
     lines = coverage_lines(read_record(bundle / artifact.quantization.path))
     if any(t.dtype.value == "bfloat16" for t in artifact.spec.inputs):
-        return [*lines, "fidelity and speed: not measured, ONNX Runtime's CPU provider has no bf16"]
+        return [*lines, "fidelity and speed: not measured, because ONNX Runtime's CPU provider has no bf16"]
     known = known_measurement(bundle, manifest, artifact.key)
     if known is not None:
         return [*lines, *measured_lines(known, precision)]
     measurement = measure(bundle, manifest, precision)
     if measurement is None:
         hint = "build it into this bundle without --precision, then build again"
-        return [*lines, f"fidelity and speed: not measured, the bundle has no unquantized denoiser ({hint})"]
+        why = "the bundle has no unquantized denoiser"
+        return [*lines, f"fidelity and speed: not measured, because {why} (hint: {hint})"]
     save_measurement(measurement, bundle)
     return [*lines, *measured_lines(measurement, precision)]
 
 
 def coverage_lines(record: QuantRecord) -> list[str]:
-    """Shares, size, and the layers that stayed high, largest first."""
+    """Coverage, size, and the layers kept in high precision, largest first."""
     coverage = record.coverage
     lines = [
         f"{record.recipe.name}: {coverage.layers} layers in 8 bits, {coverage.gemm_share:.1%} of GEMM FLOPs "
@@ -43,12 +46,14 @@ def coverage_lines(record: QuantRecord) -> list[str]:
         f"weights {coverage.size_bytes / 1e6:.1f} MB, {coverage.fp16_bytes / 1e6:.1f} MB in fp16; "
         f"{len(record.smoothed)} layers smoothed",
     ]
-    lines += [f"  high: {layer.name} ({layer.share:.2%}): {layer.why}" for layer in coverage.high]
+    lines += [
+        f"  kept in high precision: {layer.name} ({layer.share:.2%}): {layer.why}" for layer in coverage.high
+    ]
     return lines
 
 
 def measured_lines(m: Measurement, precision: Precision) -> list[str]:
-    """Fidelity and speed, with a warning where 8 bits are not faster."""
+    """Fidelity and speed, with a warning if 8 bits are not faster."""
     lines = [
         f"fidelity: PSNR {m.psnr_db:.1f} dB (worst {m.worst_db:.1f}) over {m.prompts} pictures x "
         f"{m.num_inference_steps} steps, latents {m.latents_rel_l2:.4f} relative L2, against the unquantized bundle",

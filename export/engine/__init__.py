@@ -1,1 +1,1 @@
-"""What export/engine/build.py needs to build engines: targets, memory, and the only user of TensorRT's API."""
+"""Build engines from ONNX graphs: targets, profiles, plugins, memory, and the only module that uses TensorRT's API."""

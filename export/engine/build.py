@@ -1,7 +1,8 @@
-"""Build an engine from ONNX: TensorRT-RTX ahead of time on any CPU, TensorRT on the GPU that will run it.
+"""Build an engine from an ONNX graph.
 
-Both take the same graph through the same code. Precision lies in the graph; the builder only gets
-sizes (optimisation profiles) and targets. One file serves all targets: see docs/engines.md.
+TensorRT-RTX builds ahead of time on any CPU; TensorRT builds on the GPU that will run the engine. Both take the same
+graph through the same code. The graph decides the precision; the builder only gets sizes (optimisation profiles) and
+targets. One file serves all targets: see docs/engines.md.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ LinearAttention = Literal["decomposed", "plugin"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReport:
-    """What a build gave and what it took.
+    """The engine file that a build made, and what the build took.
 
-    peak_memory_bytes is the largest resident size of the whole process during the build. num_layers counts
-    the parsed network, before fusion; types are its element types; tf32 is the builder's flag
-    as read back.
+    Attributes:
+        peak_memory_bytes: the largest resident size of the whole process during the build.
+        num_layers: layers of the parsed network, before fusion.
+        types: element types of the parsed network.
+        tf32: the builder's TF32 flag, as read back.
+        warnings: the library's warnings, oldest first.
     """
 
     file: Path
@@ -55,15 +59,19 @@ class EngineReport:
 
 
 def library_version(backend: Backend) -> str:
-    """Version of the installed builder. Raises MissingExtra."""
+    """The version of the installed builder.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     return str(load_library(backend).__version__)
 
 
 def estimate_memory_bytes(onnx_path: Path) -> int:
-    """About how much memory `build_engine` will take on top of what the process holds.
+    """Estimate how many bytes `build_engine` will take on top of what the process already holds.
 
     Raises:
-        BuildError: the file is missing or not ONNX, or its external data is.
+        BuildError: the file is missing or not ONNX, or its external data is missing.
     """
     if not onnx_path.is_file():
         raise BuildError(f"{onnx_path} does not exist", hint="export the stage first")
@@ -88,71 +96,108 @@ def build_engine(
     """Build one engine file for all targets and profiles.
 
     Args:
-        onnx_path: the graph; external data is read from beside it.
-        out: the engine; written under a temporary name and renamed when whole.
+        onnx_path: the graph, with its external data beside it.
+        out: the engine. It is written under a temporary name and renamed when it is complete.
         spec: the stage's inputs, and the ranges of their named dimensions.
-        targets: see `engine_targets(backend)` in engine/targets.py.
-        profiles: one optimisation profile each, naming the dimensions that differ from spec.profile (say,
-            one a resolution bin). None: one profile with the ranges of spec.profile.
-        timing_cache: read if it is there, written after the build, by builders that time kernels on the GPU.
-        refit: let the weights be replaced later (REFIT_IDENTICAL). Needs a GPU.
-        tf32: let fp32 matrix products use TF32; fp32 means fp32 unless this is asked for.
-        linear_attention: "decomposed" inlines the op's function, "plugin" leaves it to ditc's plugin, where the graph
-            has any (docs/backends.md).
-        weight_streaming: let the runtime keep weights on the host (`ditc run --low-vram`). On TensorRT-RTX such an
-            engine may allocate while it runs, so that no CUDA graph is promised.
-        progress: called as progress(phase, step, steps); an exception in it stops the build.
+        targets: names from `engine_targets(backend)` in engine/targets.py.
+        profiles: optimisation profiles, each with the ranges that differ from spec.profile. None means one profile
+            with the ranges of spec.profile.
+        timing_cache: a file that builders which time kernels on the GPU read before the build and write after it.
+        refit: allow the weights to be replaced later (REFIT_IDENTICAL). Needs a GPU.
+        tf32: allow TF32 in fp32 matrix products, which are exact fp32 otherwise.
+        linear_attention: "decomposed" inlines the op's function; "plugin" leaves the op to ditc's plugin, if the graph
+            has the op (docs/backends.md).
+        weight_streaming: allow the runtime to keep weights on the host (`ditc run --low-vram`). On TensorRT-RTX such
+            an engine may allocate while it runs, so capture in a CUDA graph is not promised.
+        progress: called as progress(phase, step, steps). An exception in it stops the build.
 
     Raises:
-        UsageError: a backend or target that cannot be served.
+        UsageError: the backend builds no engines, or not for a target.
         MissingExtra: the backend's library is not installed.
-        BuildError: naming the stage, the layer, the library's message and a hint.
+        BuildError: the graph cannot be built. The message names the stage, the layer and what the library says.
         OutputError: the engine cannot be written.
     """
     check_targets(backend, targets)
+    _check_files(spec, onnx_path, out)
+    plugin = _uses_plugin(spec, onnx_path, targets, linear_attention)
+    used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
+    begin = time.monotonic()
+    with PeakMemory() as memory:
+        compiler = Compiler(backend, progress, plugins=plugin)
+        _parse(compiler, spec, onnx_path, plugin=plugin)
+        check_types(targets, compiler.types())
+        for profile in used:
+            _add_profile(compiler, spec, profile)
+        compiler.set_targets(targets)
+        _set_flags(compiler, refit=refit, tf32=tf32, weight_streaming=weight_streaming)
+        _compile(compiler, spec, out, timing_cache)
+    return _report(compiler, out, targets, used, time.monotonic() - begin, memory.peak_bytes)
+
+
+def _check_files(spec: StageSpec, onnx_path: Path, out: Path) -> None:
+    """Refuse a graph that is missing and a disk that cannot hold the engine; make the engine's folder."""
     if not onnx_path.is_file():
         raise BuildError(f"{spec.name}: {onnx_path} does not exist", hint="export the stage first")
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(spec, onnx_path, out)
-    begin = time.monotonic()
-    with PeakMemory() as memory:
-        plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
-        if plugin and "sm75" in targets:
-            raise BuildError(
-                f"{spec.name}: sm75 cannot run the linear-attention plugin, its kernels are compiled for sm80",
-                hint="leave sm75 out, or --linear-attention decomposed",
-            )
-        compiler = Compiler(backend, progress, plugins=plugin)
-        _parse(compiler, spec, onnx_path, plugin=plugin)
-        check_types(targets, compiler.types())
-        used = tuple({**spec.profile, **profile} for profile in profiles or ({},))
-        for profile in used:
-            _add_profile(compiler, spec, profile)
-        compiler.set_targets(targets)
-        tf32_flag = compiler.allow_tf32(tf32)
-        if refit:
-            compiler.allow_refit()
-        # REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile
-        # of more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
-        if weight_streaming:
-            compiler.allow_weight_streaming()
-        if timing_cache and row_of(backend).built_on_gpu:
-            compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+
+
+def _uses_plugin(
+    spec: StageSpec, onnx_path: Path, targets: tuple[str, ...], linear_attention: LinearAttention
+) -> bool:
+    """Whether ditc's plugin is asked for, and the graph has linear attention that it can compute."""
+    plugin = linear_attention == "plugin" and has_linear_attention(onnx_path)
+    if plugin and "sm75" in targets:
+        raise BuildError(
+            f"{spec.name}: sm75 cannot run the linear-attention plugin, because its kernels are compiled for sm80",
+            hint="leave sm75 out of --targets, or build with --linear-attention decomposed",
+        )
+    return plugin
+
+
+def _set_flags(compiler: Compiler, *, refit: bool, tf32: bool, weight_streaming: bool) -> None:
+    """Set the builder's flags.
+
+    REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile of
+    more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
+    """
+    compiler.allow_tf32(tf32)
+    if refit:
+        compiler.allow_refit()
+    if weight_streaming:
+        compiler.allow_weight_streaming()
+
+
+def _compile(compiler: Compiler, spec: StageSpec, out: Path, timing_cache: Path | None) -> None:
+    """Write the engine to `out`. A builder that times kernels starts from the timing cache and updates it."""
+    if timing_cache is None or not row_of(compiler.backend).built_on_gpu:
         _write(compiler, spec, out)
-        if timing_cache and row_of(backend).built_on_gpu:
-            write_atomic(timing_cache, compiler.timing_cache(), durable=False)
+        return
+    compiler.use_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    _write(compiler, spec, out)
+    write_atomic(timing_cache, compiler.timing_cache(), durable=False)
+
+
+def _report(
+    compiler: Compiler,
+    out: Path,
+    targets: tuple[str, ...],
+    profiles: tuple[dict[str, Range], ...],
+    seconds: float,
+    peak_memory_bytes: int,
+) -> EngineReport:
     return EngineReport(
         file=out,
         size_bytes=out.stat().st_size,
-        seconds=time.monotonic() - begin,
-        peak_memory_bytes=memory.peak_bytes,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
         targets=targets,
-        profiles=used,
-        library=backend.value,
+        profiles=profiles,
+        library=compiler.backend.value,
         version=compiler.version,
         num_layers=compiler.num_layers,
         types=tuple(sorted(compiler.types())),
-        tf32=tf32_flag,
+        tf32=compiler.tf32_allowed,
         warnings=tuple(compiler.warnings()),
     )
 
@@ -170,8 +215,8 @@ def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path, *, plugin: bool
     found, wanted = compiler.inputs(), {tensor.name: tensor.shape for tensor in spec.inputs}
     if set(found) != set(wanted):
         raise BuildError(
-            f"{spec.name}: {onnx_path} has inputs {sorted(found)}, the stage promises {sorted(wanted)}",
-            hint="graph and spec are from different exports: export the stage again",
+            f"{spec.name}: {onnx_path} has inputs {sorted(found)}, but the stage's spec has {sorted(wanted)}",
+            hint="the graph and the spec are from different exports: export the stage again",
         )
     for name, shape in found.items():
         fits = len(shape) == len(wanted[name]) and all(
@@ -179,8 +224,9 @@ def _parse(compiler: Compiler, spec: StageSpec, onnx_path: Path, *, plugin: bool
         )
         if not fits:
             raise BuildError(
-                f"{spec.name}: {onnx_path} has {name} {list(shape)}, the stage promises {list(wanted[name])}",
-                hint="-1 is dynamic; graph and spec are from different exports: export the stage again",
+                f"{spec.name}: {onnx_path} has {name} {list(shape)}, but the stage's spec has {list(wanted[name])}",
+                hint="-1 is a dynamic dimension; the graph and the spec are from different exports: "
+                "export the stage again",
             )
 
 
@@ -193,7 +239,7 @@ def _add_profile(compiler: Compiler, spec: StageSpec, profile: Profile) -> None:
         if unknown:
             raise BuildError(
                 f"{spec.name}: input {tensor.name} has dimension {unknown[0]!r} without a range",
-                hint=f"the profile has {', '.join(sorted(profile))}",
+                hint=f"add a range for it to the profile, which has {', '.join(sorted(profile))}",
             )
         ranges = [Range(dim, dim, dim) if isinstance(dim, int) else profile[dim] for dim in tensor.shape]
         shapes[tensor.name] = (
@@ -204,7 +250,7 @@ def _add_profile(compiler: Compiler, spec: StageSpec, profile: Profile) -> None:
     if shapes and not compiler.add_profile(shapes):
         raise BuildError(
             f"{spec.name}: {compiler.backend} refuses the sizes {shapes}: {_last(compiler)}",
-            hint="every range must have min <= opt <= max",
+            hint="make sure that every range has min <= opt <= max",
         )
 
 
@@ -215,20 +261,20 @@ def _write(compiler: Compiler, spec: StageSpec, out: Path) -> None:
 
 
 def _failure(compiler: Compiler, spec: StageSpec) -> BuildError:
-    text = "; ".join(compiler.errors()) or "no message"
+    text = "; ".join(compiler.errors()) or "the library gave no message"
     return BuildError(f"{spec.name}: {compiler.backend} {compiler.version} failed: {text}", hint=_hint(text))
 
 
-# What the libraries say, by substring, and what helps.
+# Substrings of the libraries' messages, and a hint for each.
 HINTS = (
     ("for Turing (SM75)", SM75_HINT),
     ("HW-specific datatypes", "a target lacks an element type of the graph: build for fewer targets"),
-    # TensorRT-RTX 1.7.1 compiles kernels at once where weights stay refittable, so it asks for a device.
-    ("graph_jit.cpp", "this build needs a GPU (refit does): leave refit out, or build on a machine with one"),
-    ("CUDA driver version is insufficient", "this build needs a GPU and its driver"),
+    # TensorRT-RTX 1.7.1 compiles kernels at build time if weights stay refittable, so it needs a device.
+    ("graph_jit.cpp", "refit needs a GPU at build time: leave refit out, or build on a machine with a GPU"),
+    ("CUDA driver version is insufficient", "build on a machine with a GPU and its driver"),
     ("out of memory", "make the largest sizes of the profile smaller, or decode in tiles"),
     ("OutOfMemory", "make the largest sizes of the profile smaller, or decode in tiles"),
-    ("Could not find any implementation", "split the profile: one a resolution bin, or a smaller maximum"),
+    ("Could not find any implementation", "make the maximum of the profile smaller, or split it in several"),
     ("optimization profile", "a dynamic input has no range: check the stage's profile"),
 )
 
@@ -237,26 +283,28 @@ def _hint(text: str) -> str:
     for part, hint in HINTS:
         if part in text:
             return hint
-    return "run the stage with --backend onnxruntime to tell a broken graph from a limit of the library"
+    return "run the stage with --backend onnxruntime: if that works, the graph is sound and the library has a limit"
 
 
 def _parse_hint(complaint: str) -> str:
     if "Plugin not found" in complaint or "plugin" in complaint.lower():
         return "the graph has an op that the library lacks: export custom ops with their function bodies"
-    return "the graph is broken or uses what the library lacks: check it with onnx.checker.check_model"
+    return (
+        "check the graph with onnx.checker.check_model: it is invalid, or uses an op that the library lacks"
+    )
 
 
 def _last(compiler: Compiler) -> str:
-    return (compiler.errors() or ["no message"])[-1]
+    return (compiler.errors() or ["the library gave no message"])[-1]
 
 
 def _check_space(spec: StageSpec, onnx_path: Path, out: Path) -> None:
-    """An engine holds the graph's weights: it is as large as the graph and its data."""
+    """Refuse a disk with less free space than the engine needs, which is about the size of the graph and its data."""
     needed_bytes = graph_size_bytes(onnx_path)
     free_bytes = shutil.disk_usage(out.parent).free
     if free_bytes < needed_bytes:
         raise BuildError(
-            f"{spec.name}: {out.parent} has {free_bytes / 2**20:.0f} MiB free, the engine needs about "
+            f"{spec.name}: {out.parent} has {free_bytes / 2**20:.0f} MiB free, but the engine needs about "
             f"{needed_bytes / 2**20:.0f} MiB",
-            hint="free some space or build elsewhere",
+            hint="free some space, or build into a directory on another disk",
         )

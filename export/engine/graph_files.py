@@ -15,31 +15,34 @@ from ditc.runtime.errors import BuildError
 
 
 def graph_size_bytes(onnx_path: Path) -> int:
-    """Size of an ONNX file together with its external data files.
+    """The size of an ONNX file together with its external data files.
 
     Raises:
-        BuildError: not ONNX, or external data that is missing, too short, or outside the file's folder.
+        BuildError: the file is not ONNX, or its external data is missing, too short, or outside the file's folder.
     """
     ends = _external_ends(onnx_path)
     for name, end in ends.items():
         if Path(name).name != name:
-            raise BuildError(f"{onnx_path} keeps weights in {name!r}, outside its folder")
+            raise BuildError(
+                f"{onnx_path} keeps weights in {name!r}, outside its folder", hint="export the stage again"
+            )
         path = onnx_path.parent / name
         size_bytes = path.stat().st_size if path.is_file() else 0
         if size_bytes < end:
             raise BuildError(
                 f"{onnx_path} needs {end} bytes of weights in {path}, which has {size_bytes}",
-                hint="external data must lie beside the .onnx file; export the stage again",
+                hint="put the external data beside the .onnx file, or export the stage again",
             )
     return onnx_path.stat().st_size + sum((onnx_path.parent / name).stat().st_size for name in ends)
 
 
 @contextmanager
 def inlined(onnx_path: Path) -> Iterator[Path]:
-    """A copy of the graph, beside it for its external data, in which every function call is replaced by its body.
+    """A temporary copy of the graph in which every function call is replaced by the function's body.
 
-    TensorRT-RTX 1.7.1 inlines functions by itself, but gives the nodes of all calls the same names: it warns, and
-    their tensors cannot be told apart. A graph without functions is taken as it is.
+    The copy lies beside the graph, so that it finds the external data. TensorRT-RTX 1.7.1 inlines functions by itself,
+    but gives the nodes of all calls the same names: it warns, and their tensors cannot be told apart. A graph without
+    functions is used without a copy.
     """
     model = onnx.load(onnx_path, load_external_data=False)
     if not model.functions:
@@ -53,7 +56,7 @@ def inlined(onnx_path: Path) -> Iterator[Path]:
 
 
 def _external_ends(onnx_path: Path) -> dict[str, int]:
-    """Name of each external data file -> the byte behind the last that the graph reads."""
+    """The name of each external data file, and the end of the last byte range that the graph reads from it."""
     try:
         model = onnx.load(onnx_path, load_external_data=False)
     except DecodeError as error:

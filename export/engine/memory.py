@@ -1,4 +1,4 @@
-"""Peak memory of this process while a native library works."""
+"""Measure the peak memory of this process while a native library works, and estimate it for an engine's build."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import psutil
 
 INTERVAL_S = 0.02
 
-# Peak of a TensorRT-RTX 1.7.1 build over what was resident before, chains of 2048x2048 MatMuls, one process each:
-# 64 MiB 0.455 GB, 256 MiB 0.863 (fp32) and 0.871 (fp16), 1 GiB 2.53: 0.32 GB + 2.06 times the weights.
+# Peak of a TensorRT-RTX 1.7.1 build above what was resident before. Measured on chains of 2048x2048 MatMuls, one per
+# process: 64 MiB of weights took 0.455 GB, 256 MiB took 0.863 (fp32) and 0.871 (fp16), 1 GiB took 2.53. That is
+# 0.32 GB + 2.06 times the weights.
 FIXED_BYTES = 350_000_000
-# Full size took more: 2.6 times the weights for Gemma-2-2b, SD3.5-medium and Sana 0.6B, 2.0 for SANA-1.5 4.8B.
+# Full-size models took more: 2.6 times the weights for Gemma-2-2b, SD3.5-medium and Sana 0.6B, 2.0 for SANA-1.5 4.8B.
 BYTES_PER_WEIGHT_BYTE = 2.7
 
 
 def estimate_build_bytes(graph_bytes: int) -> int:
-    """About how much memory a build takes for a graph with that many bytes of weights."""
+    """Estimate the bytes of memory that a build takes for a graph with that many bytes of weights."""
     return FIXED_BYTES + round(BYTES_PER_WEIGHT_BYTE * graph_bytes)
 
 
 class PeakMemory:
-    """Samples the process's resident memory on a thread; `peak_bytes` is the largest sample.
+    """Samples the process's resident memory on a thread.
 
-    It counts the whole process: what was resident before the block is in it. `peak_anonymous_bytes` leaves out pages of
-    mapped files, a checkpoint's weights above all, which the system drops and reads again when memory is short.
+    Attributes:
+        peak_bytes: the largest sample. It counts the whole process, with what was resident before the block.
+        peak_anonymous_bytes: the same without pages of mapped files, most of them a checkpoint's weights. The system
+            drops such pages when memory is short, and reads them again.
     """
 
     def __init__(self) -> None:
@@ -53,5 +56,5 @@ class PeakMemory:
     def _sample(self) -> None:
         memory = self._process.memory_info()
         self.peak_bytes = max(self.peak_bytes, memory.rss)
-        anonymous = memory.rss - getattr(memory, "shared", 0)  # psutil has it on Linux only
+        anonymous = memory.rss - getattr(memory, "shared", 0)  # psutil reports it on Linux only
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous)

@@ -1,7 +1,7 @@
-"""Which form of the linear attention an engine is built from: standard ops, or ditc's plugin.
+"""Prepare a graph so that ditc's plugin computes its linear attention, and not standard ops.
 
-The plugin's graph is the same ONNX without the function's body, and with compiled kernels as an attribute of each
-node; without a body, the parser has nothing to inline and looks for a plugin of that name.
+The prepared graph is the same ONNX without the function's body, and with the compiled kernels as an attribute of each
+node. Without a body, the parser has nothing to inline and looks for a plugin of that name.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ _TYPES = {
 
 @contextmanager
 def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
-    """A copy of the graph, beside it for its weights, whose linear attention is left to the backend's plugin.
+    """A temporary copy of the graph in which the backend's plugin computes the linear attention.
 
-    TensorRT-RTX: the IPluginV3 of runtime/plugins, its kernels in the graph. TensorRT: the QDP plugin of
-    export/graph/ops/relu_linear_attention/qdp.py, whose kernel goes into the engine: nothing is needed to run it.
+    The copy lies beside the graph, so that it finds the weights. TensorRT-RTX uses the IPluginV3 of runtime/plugins,
+    with its kernels in the graph. TensorRT uses the QDP plugin of export/graph/ops/relu_linear_attention/qdp.py, which
+    stores its kernel in the engine, so that running the engine needs no plugin.
 
     Raises:
-        BuildError: the graph has none. MissingExtra: Triton is not installed.
+        BuildError: the graph has no linear attention.
+        MissingExtra: Triton is not installed.
     """
     model = onnx.load(onnx_path, load_external_data=False)
     if not use_plugin(model, kernels=backend is Backend.TENSORRT_RTX):
@@ -59,7 +61,7 @@ def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
 
 
 def has_linear_attention(onnx_path: Path) -> bool:
-    """Whether a graph calls the op."""
+    """Whether the graph calls ditc's linear-attention op."""
     model = onnx.load(onnx_path, load_external_data=False)
     return any(_is_ours(node) for node in model.graph.node)
 
@@ -68,10 +70,11 @@ def use_plugin(model: onnx.ModelProto, *, kernels: bool) -> int:
     """Remove the op's body and name the plugin in each node, in place. Returns the number of nodes.
 
     Args:
-        kernels: give each node its compiled kernels, too.
+        kernels: whether to store the compiled kernels in each node.
 
     Raises:
-        BuildError: the type or head dimension of a node is unknown. MissingExtra: Triton is not installed.
+        BuildError: the graph does not say the type or head dimension of a node.
+        MissingExtra: Triton is not installed.
     """
     values = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.input)}
     nodes = [node for node in model.graph.node if _is_ours(node)]
@@ -87,12 +90,13 @@ def use_plugin(model: onnx.ModelProto, *, kernels: bool) -> int:
 
 
 def link_library() -> None:
-    """Make the link that the wheel of TensorRT-RTX lacks: its parser opens libtensorrt_rtx.so when it has made a
-    plugin, the wheel (1.7.1) ships libtensorrt_rtx.so.1 alone, and the process ends with "terminate called without
-    an active exception".
+    """Make the link libtensorrt_rtx.so, which the wheel of TensorRT-RTX lacks and plugins need.
+
+    When the parser has made a plugin, it opens libtensorrt_rtx.so, but the wheel (1.7.1) ships only
+    libtensorrt_rtx.so.1. Without the link, the process ends with "terminate called without an active exception".
 
     Raises:
-        BuildError: the folder cannot be written; with the command that makes the link.
+        BuildError: the folder cannot be written. The hint has the command that makes the link.
     """
     folder = rtx_library_folder()
     if folder is None or os.name == "nt" or _reachable(folder):
@@ -102,10 +106,10 @@ def link_library() -> None:
         link.symlink_to(f"{RTX_LIBRARY}.1")
     except OSError as e:
         raise BuildError(
-            f"{link} is missing, TensorRT-RTX's parser needs it for plugins: {e.strerror}",
-            hint=f"ln -s {RTX_LIBRARY}.1 {link}, or a link of that name in a folder of LD_LIBRARY_PATH",
+            f"TensorRT-RTX's parser needs {link} for plugins, and it cannot be made: {e.strerror}",
+            hint=f"ln -s {RTX_LIBRARY}.1 {link}, or make a link of that name in a folder of LD_LIBRARY_PATH",
         ) from e
-    log.warning("made %s -> %s.1, which the wheel lacks and plugins need", link, RTX_LIBRARY)
+    log.warning("made the link %s -> %s.1, which the wheel lacks and plugins need", link, RTX_LIBRARY)
 
 
 def _register(backend: Backend) -> None:
@@ -126,7 +130,7 @@ def _is_ours(node: onnx.NodeProto) -> bool:
 
 
 def _facts(node: onnx.NodeProto, values: dict[str, Any]) -> tuple[DType, int]:
-    """Element type and head dimension, from any of the node's tensors that the graph describes."""
+    """The element type and head dimension, taken from any of the node's tensors that the graph describes."""
     for name in (*node.input, *node.output):
         known = values.get(name)
         if known is None or known.elem_type not in _TYPES or len(known.shape.dim) != 4:

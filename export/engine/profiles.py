@@ -1,10 +1,10 @@
-"""Optimisation profiles of an engine: by the orientation of the picture, so that memory follows real sizes.
+"""Optimisation profiles of an engine: one per orientation of the picture, so that workspace fits real sizes.
 
-A bundle with resolution bins spans short and long sides, 512 to 2048 px at 1K say, but no bin is long on both.
-One profile over both ranges would plan workspace for four times the pixels of any picture; one for landscape and one
-for portrait plan for two times at most. `tensorrt`, which chooses kernels while it builds, gets a third one for the
-default size alone; TensorRT-RTX specialises its kernels to the shapes it meets (its runtime configuration's
-`dynamic_shapes_kernel_specialization_strategy`), and every profile costs it as long as the first.
+With resolution bins, a bundle has short and long sides, for example 512 to 2048 px at 1K, but no bin is long on both.
+One profile over both ranges would plan workspace for four times the pixels of any picture. One profile for landscape
+and one for portrait plan for at most two times. `tensorrt`, which chooses kernels while it builds, gets a third profile
+for the default size. TensorRT-RTX does not need it: it specialises its kernels to the shapes it meets (its runtime
+configuration's `dynamic_shapes_kernel_specialization_strategy`), and each further profile takes as long as the first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _SIDES = ((HEIGHT, WIDTH), (IMAGE_HEIGHT, IMAGE_WIDTH))
 def orientation_profiles(
     spec: StageSpec, defaults: Defaults, backend: Backend
 ) -> tuple[dict[str, Range], ...]:
-    """What differs from spec.profile, one mapping a profile; one empty mapping where one profile is enough.
+    """One mapping per profile, with the ranges that differ from spec.profile.
 
-    Tiles are small on both sides and have no orientation.
+    One empty mapping means that one profile is enough. That holds for stages that run on tiles, because tiles are
+    small on both sides and have no orientation.
     """
     named = [sides for sides in _SIDES if sides[0] in spec.profile]
     tiles = defaults.tiling is not None and spec.name in (VAE_DECODER, VAE_ENCODER)

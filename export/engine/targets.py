@@ -1,4 +1,4 @@
-"""GPU targets of an engine: which there are, and which element types each can run."""
+"""The GPU targets that an engine can be built for, and the element types that each can run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from ditc.runtime.errors import BuildError, UsageError
 from ditc.runtime.sessions.registry import RTX_TARGETS
 from ditc.runtime.spec import Backend, Precision
 
-# Enterprise TensorRT has no cross compiler: it builds on the GPU that will run the engine. These name its
-# HardwareCompatibilityLevel: this GPU model, any GPU of its compute capability, any GPU since Ampere.
+# Enterprise TensorRT has no cross compiler: it builds on the GPU that will run the engine. Its targets stand for its
+# HardwareCompatibilityLevel: this GPU model, any GPU of the same compute capability, any GPU since Ampere.
 TENSORRT_TARGETS = ("this-gpu", "same-compute-capability", "ampere-plus")
 
-# First compute capability with the type in hardware. The builder of TensorRT-RTX 1.7.1 refuses older ones:
+# The first compute capability whose hardware has the type. For older ones, TensorRT-RTX 1.7.1 refuses to build:
 # "Cannot compile for target(s) sm86, because the model contains HW-specific datatypes: fp8_e4m3".
-# fp4: TensorRT-RTX support matrix 1.5.
+# The value for fp4 is from the TensorRT-RTX support matrix 1.5.
 FIRST_SM = {"bf16": 80, "fp8": 89, "fp4": 120}
 
-# "Cannot compile operation ... for Turing (SM75): FP32 GEMM is not supported", TensorRT-RTX 1.7.1.
+# TensorRT-RTX 1.7.1 says: "Cannot compile operation ... for Turing (SM75): FP32 GEMM is not supported".
 SM75_HINT = "leave sm75 out: fp32 networks, and the fp32 parts that 16-bit networks keep, need sm80"
 
 
 def engine_targets(backend: Backend) -> tuple[str, ...]:
-    """Every target that the backend can build for; () for a backend that builds no engines."""
+    """All targets that the backend can build for; () for a backend that builds no engines."""
     if backend is Backend.TENSORRT_RTX:
         return RTX_TARGETS
     return TENSORRT_TARGETS if backend is Backend.TENSORRT else ()
 
 
 def default_targets(backend: Backend, precision: Precision) -> tuple[str, ...]:
-    """What a build serves when the user names nothing: every generation that has bf16 and the precision's type."""
+    """The targets of a build for which the user names none: every GPU generation with bf16 and the precision's type."""
     if backend is not Backend.TENSORRT_RTX:
         return engine_targets(backend)[:1]
     return tuple(
@@ -40,11 +40,12 @@ def default_targets(backend: Backend, precision: Precision) -> tuple[str, ...]:
 
 
 def check_targets(backend: Backend, targets: Collection[str], precision: Precision | None = None) -> None:
-    """Refuse targets that the backend cannot build for, in that precision if one is given.
+    """Refuse targets that the backend cannot build for. If a precision is given, each target must be able to run it.
 
     Raises:
-        UsageError: no target, an unknown one, several for enterprise TensorRT, or a backend without engines.
-        BuildError: a target whose hardware lacks the precision's element type.
+        UsageError: there is no target, a target is unknown, there are several for enterprise TensorRT, or the backend
+            builds no engines.
+        BuildError: the hardware of a target lacks the precision's element type.
     """
     known = engine_targets(backend)
     if not known:
@@ -57,7 +58,7 @@ def check_targets(backend: Backend, targets: Collection[str], precision: Precisi
     if backend is Backend.TENSORRT and len(targets) > 1:
         raise UsageError(
             f"{backend} builds for one target at a time, not {', '.join(targets)}",
-            hint="ampere-plus gives one engine for several GPU classes",
+            hint="use ampere-plus for one engine that runs on several GPU classes",
         )
     if precision is None:
         return
@@ -70,11 +71,11 @@ def check_types(targets: Collection[str], types: Collection[str]) -> None:
     """Refuse element types that a target's hardware does not have.
 
     Args:
-        targets: "sm86" and the like; other names are not judged.
-        types: "bf16", "fp8", "fp4" and others, which every target has.
+        targets: names such as "sm86". Other names are not checked.
+        types: names such as "bf16", "fp8" and "fp4". Types without an entry in FIRST_SM run on every target.
 
     Raises:
-        BuildError: with the type, the targets that lack it and those that have it.
+        BuildError: a target lacks a type. The hint names the targets that have it.
     """
     for name in sorted(set(types) & set(FIRST_SM)):
         lacking = [target for target in targets if target.startswith("sm") and _sm(target) < FIRST_SM[name]]

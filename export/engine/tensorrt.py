@@ -1,6 +1,6 @@
-"""The only user of the TensorRT Python API: one code for `tensorrt` 11 and `tensorrt_rtx` 1.7.
+"""The only module of the exporter that uses TensorRT's Python API. It serves both `tensorrt` 11 and `tensorrt_rtx` 1.7.
 
-Both are strongly typed: all precision lies in the ONNX graph, the builder has no precision flags.
+Both are strongly typed: the ONNX graph decides all precisions, and the builder has no precision flags.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ditc.runtime.sessions.tensorrt_engine import load_library as runtime_librar
 from ditc.runtime.sessions.tensorrt_log import message_log
 from ditc.runtime.spec import Backend
 
-# Called as progress(phase, step, steps): the builder finished `step` of `steps` in `phase`. Phases nest.
+# Called as progress(phase, step, steps) when the builder has finished `step` of `steps` in `phase`. Phases nest.
 Progress = Callable[[str, int, int], None]
 
-# min, opt, max of one input.
+# The min, opt and max shape of one input.
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -26,8 +26,8 @@ def load_library(backend: Backend) -> Any:
     """The backend's Python module.
 
     Raises:
-        UsageError: the backend has no builder.
-        MissingExtra: it is not installed.
+        UsageError: the backend builds no engines.
+        MissingExtra: its library is not installed.
     """
     if backend not in MODULES:
         raise UsageError(f"backend {backend} builds no engines", hint="use tensorrt-rtx or tensorrt")
@@ -35,7 +35,7 @@ def load_library(backend: Backend) -> Any:
 
 
 class Compiler:
-    """One network on its way from ONNX to an engine. Owns the library's builder, network and config."""
+    """Compiles one network from ONNX to an engine. It owns the library's builder, network and config."""
 
     def __init__(self, backend: Backend, progress: Progress | None = None, *, plugins: bool = False) -> None:
         self._trt = load_library(backend)
@@ -44,8 +44,8 @@ class Compiler:
         self._said = message_log(self._trt)
         self._begun_at = self._said.count
         self._builder = self._trt.Builder(self._said.logger)
-        # Flags 0: TensorRT 11 and TensorRT-RTX type networks strongly without being asked.
-        # With plugins, TensorRT is told to take their compiled kernels; TensorRT-RTX has no such flag.
+        # Strong typing needs no flag in TensorRT 11 and TensorRT-RTX. With plugins, a flag tells TensorRT to use their
+        # compiled kernels; TensorRT-RTX has no such flag.
         flag = getattr(self._trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)
         self._network = self._builder.create_network(1 << int(flag) if plugins and flag is not None else 0)
         self._config = self._builder.create_builder_config()
@@ -54,7 +54,7 @@ class Compiler:
             self._config.progress_monitor = self._monitor
 
     def parse(self, path: Path) -> str | None:
-        """Read an ONNX file and its external data. Returns the parser's complaint, None if it has none."""
+        """Read an ONNX file and its external data. Returns the parser's errors as text, or None if there are none."""
         parser = self._trt.OnnxParser(self._network, self._said.logger)
         if parser.parse_from_file(str(path)):
             return None
@@ -90,22 +90,25 @@ class Compiler:
                 found.add(names.get(kind, kind.lower()))
         return found
 
-    def allow_tf32(self, allowed: bool) -> bool:
-        """Set the TF32 flag, which the library sets by default, and read it back."""
-        flag = self._trt.BuilderFlag.TF32
-        (self._config.set_flag if allowed else self._config.clear_flag)(flag)
-        return bool(self._config.get_flag(flag))
+    def allow_tf32(self, allowed: bool) -> None:
+        """Set or clear the TF32 flag, which the library sets by default."""
+        (self._config.set_flag if allowed else self._config.clear_flag)(self._trt.BuilderFlag.TF32)
+
+    @property
+    def tf32_allowed(self) -> bool:
+        """The TF32 flag, as read back from the library."""
+        return bool(self._config.get_flag(self._trt.BuilderFlag.TF32))
 
     def allow_refit(self) -> None:
-        """Let the weights be replaced later. In 11.3.0 plain REFIT can drop a GEMM's bias."""
+        """Allow the weights to be replaced later. In 11.3.0 plain REFIT can drop a GEMM's bias."""
         self._config.set_flag(self._trt.BuilderFlag.REFIT_IDENTICAL)
 
     def allow_weight_streaming(self) -> None:
-        """Let the runtime keep weights on the host."""
+        """Allow the runtime to keep weights on the host."""
         self._config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
 
     def layer_kinds(self) -> list[str]:
-        """Kind of every layer of the parsed network: "PLUGIN_V3", "MATRIX_MULTIPLY" and so on."""
+        """The kind of every layer of the parsed network, such as "PLUGIN_V3" or "MATRIX_MULTIPLY"."""
         return [self._network.get_layer(index).type.name for index in range(self._network.num_layers)]
 
     def add_profile(self, shapes: Mapping[str, ShapeRange]) -> bool:
@@ -131,7 +134,7 @@ class Compiler:
         }[targets[0]]
 
     def use_timing_cache(self, data: bytes) -> None:
-        """Start from a saved timing cache; b"" makes a new one. For `tensorrt`: RTX times nothing."""
+        """Start from a saved timing cache; b"" makes a new one. Only for `tensorrt`: TensorRT-RTX times no kernels."""
         self._config.set_timing_cache(self._config.create_timing_cache(data), ignore_mismatch=False)
 
     def timing_cache(self) -> bytes:
@@ -139,13 +142,13 @@ class Compiler:
         return bytes(self._config.get_timing_cache().serialize())
 
     def build(self, file: BinaryIO) -> bool:
-        """Build, and write the engine to the file piece by piece: it is never whole in memory twice.
+        """Build the engine and write it to the file piece by piece, so that memory never holds a second copy of it.
 
         Returns:
-            False if the library refuses; its messages say why.
+            False if the library refuses to build; `errors()` says why.
 
         Raises:
-            Whatever the file's write or the progress callback raised.
+            Whatever the file's write or the progress callback raises.
         """
         writer = _make_writer(self._trt, file)
         built = bool(self._builder.build_serialized_network_to_stream(self._network, self._config, writer))
@@ -155,16 +158,16 @@ class Compiler:
         return built
 
     def errors(self) -> list[str]:
-        """What the library logged as an error, oldest first."""
+        """The messages that the library logged as errors, oldest first."""
         texts = self._said.errors(self._begun_at)
         return [text.split(_NO_DRIVER)[0].rstrip("; \n") for text in texts]
 
     def warnings(self) -> list[str]:
-        """What it warned of, oldest first."""
+        """The messages that the library logged as warnings, oldest first."""
         return [text for severity, text in self._said.since(self._begun_at) if severity == "WARNING"]
 
 
-# Without a GPU the library appends this to whatever it has to say; the line is about the machine, not the graph.
+# On a machine without a GPU, the library appends this to every message. It says nothing about the graph.
 _NO_DRIVER = "[checkMacros.cpp::catchCudaError"
 
 
@@ -175,8 +178,8 @@ def _describe(error: Any) -> str:
     return f"{place}{operator}: {' / '.join(lines)}"
 
 
-# The library's callback classes exist only once a module is chosen, so they are derived inside functions. An
-# exception must not cross into C++: it is kept in .error, the call answers "stop", and build() raises it.
+# The base classes of callbacks depend on the library that is chosen, so subclasses are defined inside functions. An
+# exception must not cross into C++: it is kept in .error, the callback returns "stop", and build() raises it.
 
 
 def _make_monitor(trt: Any, progress: Progress) -> Any:
@@ -195,7 +198,7 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
 
         def phase_finish(self, phase_name: str) -> None:
             step, steps = self._steps.pop(phase_name, (0, 0))
-            if step < steps:  # a phase may end without telling its last steps
+            if step < steps:  # a phase may end without reporting its last steps
                 self._tell(phase_name, steps, steps)
 
         def _tell(self, phase: str, step: int, steps: int) -> None:

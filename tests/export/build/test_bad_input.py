@@ -159,9 +159,9 @@ def test_a_pth_of_more_than_tensors_is_refused_and_not_run(
             ["--base-precision", "bf16", "--precision", "fp16"],
             "--base-precision bf16 belongs to an 8-bit build, but this one is fp16",
         ),
-        (["--targets", "sm86,sm89"], "--targets sm86,sm89 belongs to an engine"),
-        (["--linear-attention", "plugin"], "--linear-attention plugin belongs to an engine"),
-        (["--weight-streaming"], "--weight-streaming belongs to an engine"),
+        (["--targets", "sm86,sm89"], "--targets sm86,sm89 is an option of engines"),
+        (["--linear-attention", "plugin"], "--linear-attention plugin is an option of engines"),
+        (["--weight-streaming"], "--weight-streaming is an option of engines"),
         (
             ["--precision", "fp8", "--backend", "tensorrt-rtx", "--targets", "sm86"],
             "sm86 cannot run fp8|ranges",

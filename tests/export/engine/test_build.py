@@ -287,10 +287,10 @@ def test_a_file_that_is_not_onnx_and_one_that_is_missing_are_refused(tmp_path: P
 
 def test_a_graph_of_another_stage_is_refused(tmp_path: Path) -> None:
     graph = _mlp(tmp_path)
-    with pytest.raises(BuildError, match=r"has x \[-1, -1, 64\], the stage promises \['B', 'N', 65\]"):
+    with pytest.raises(BuildError, match=r"has x \[-1, -1, 64\], but the stage's spec has \['B', 'N', 65\]"):
         build_engine(graph, tmp_path / "e", spec=_spec(width=65), backend=RTX, targets=("sm86",))
     other = StageSpec("denoiser", (TensorSpec("z", DType.FLOAT32, ("B",)),), (), {"B": Range(1, 1, 1)})
-    with pytest.raises(BuildError, match=r"has inputs \['x'\], the stage promises \['z'\]"):
+    with pytest.raises(BuildError, match=r"has inputs \['x'\], but the stage's spec has \['z'\]"):
         build_engine(graph, tmp_path / "e", spec=other, backend=RTX, targets=("sm86",))
 
 
