@@ -82,7 +82,7 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
     else another one that can run. Artifacts of backends that this version of ditc does not know are skipped.
 
     Raises:
-        UsageError: no backend and precision is in the bundle, runs on this machine and fits the options.
+        UsageError: the bundle has no denoiser that can run on this machine and fits the options.
         BundleError: a stage is missing, or has no artifact that fits the denoiser.
         SessionError: the options name a backend whose engine was not built for this machine's GPU or library.
     """

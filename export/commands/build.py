@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution",
         type=int,
         metavar="PX",
-        help="Side of a square picture in pixels that the bundle is built around (default: the checkpoint's).",
+        help="Nominal side of a square picture in pixels, from which default and allowed sizes follow (default: the "
+        "checkpoint's).",
     )
     parser.add_argument(
         "--max-batch",

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless a request asks for it"
         console.print(f"skip-layer guidance: layers {layers}, {scale}")
     # The table fits 80 columns. The stages' inputs are longer and follow on lines of their own.
-    columns = ("stage", "precision", "backend", "targets", "MB", "built in", "peak memory")
+    columns = ("stage", "precision", "backend", "targets", "MB", "build time", "peak memory")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for name, stage in manifest.stages.items():
         for artifact in stage.artifacts:
