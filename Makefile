@@ -58,7 +58,8 @@ run: $(READY)  ## draw PROMPT with bundle OUT
 test: $(TESTED)  ## run all tests that take a CPU only minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
-# torch, oneDNN, MKL, OpenBLAS and NumPy use only the instructions of a CPU of 2008. ONNX Runtime 1.32 has no such switch.
+# torch, oneDNN, MKL, OpenBLAS and NumPy are limited to the instructions of a CPU of 2008. ONNX Runtime 1.32 has no such
+# switch.
 test-isa: $(TESTED)  ## run the same tests with the instructions of an old CPU (except in ONNX Runtime) and four threads
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
 	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" OMP_NUM_THREADS=4 \
@@ -86,7 +87,7 @@ bench: $(READY)  ## measure fidelity, host time and denoiser step time; writes b
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
 	$(BIN)/python -m benchmarks.denoiser_step --model $(MODEL)
 
-bench-gpu: $(READY)  ## compare engines, ONNX Runtime, diffusers and torch.compile on this GPU; writes benchmarks/results/
+bench-gpu: $(READY)  ## compare engines, ONNX Runtime, diffusers, torch.compile on this GPU; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(READY)  ## measure ranges of MODEL over PROMPTS into RANGES, for PRECISION=int8 and fp8

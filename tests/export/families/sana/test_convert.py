@@ -280,7 +280,9 @@ def test_the_error_for_a_directory_points_to_to_native_and_a_missing_file_is_nam
     out = tmp_path / "out"
     (tmp_path / "checkpoint").mkdir()
     assert main(["convert", str(tmp_path / "checkpoint"), str(out)]) == 2
-    assert "hint: to convert a diffusers directory to a native file, add --to-native" in capsys.readouterr().err
+    assert (
+        "hint: to convert a diffusers directory to a native file, add --to-native" in capsys.readouterr().err
+    )
     for missing in ("net.pth", "net.safetensors", "net"):
         assert main(["convert", str(tmp_path / missing), str(out)]) == 2
         assert f"{missing} does not exist" in capsys.readouterr().err
