@@ -86,9 +86,9 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     prompts = read_prompts(arguments.prompts or GENERAL)
 
     if ranges.origin.seed or len(ranges.prompts) != arguments.num_prompts:
+        measured = f"{len(ranges.prompts)} prompts and seed {ranges.origin.seed}"
         raise SystemExit(
-            f"the ranges were measured on {len(ranges.prompts)} prompts from seed {ranges.origin.seed}, not on "
-            f"{arguments.num_prompts} from seed 0\nhint: give --num-prompts that number, and calibrate with seed 0"
+            f"the ranges have {measured}: give --num-prompts that number, and use ranges of seed 0"
         )
 
     def inputs(chosen: list[str], seed: int, *, largest: int) -> dict[str, Tensor]:

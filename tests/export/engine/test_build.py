@@ -70,7 +70,7 @@ def test_tf32_is_cleared_unless_it_is_asked_for(tmp_path: Path) -> None:
 def test_no_engine_has_the_flag_that_crashes_its_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """REQUIRE_USER_ALLOCATION with a profile of several sizes gives a SIGSEGV in execute_async_v3 (TensorRT-RTX 1.7.1)."""
+    """With REQUIRE_USER_ALLOCATION and a profile of several sizes, execute_async_v3 crashes (TensorRT-RTX 1.7.1)."""
     build, flags = Compiler.build, []
 
     def spied(compiler: Compiler, file: Any) -> bool:
