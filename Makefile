@@ -1,4 +1,4 @@
-# ditc: every target sets up what it needs. Options: MODEL= OUT= BACKEND= PRECISION= PROMPT=
+# Every target first installs what it needs. Options: MODEL= OUT= BACKEND= PRECISION= PROMPT=
 PYTHON    ?= python3
 VENV      ?= .venv
 MODEL     ?= demo/checkpoint
@@ -11,7 +11,7 @@ PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,gener
 TESTS     ?= tests
 RANGED     = $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
 
-export PROMPT  # recipes read it from the environment: it may hold quotes
+export PROMPT  # recipes read it from the environment, because it may hold quotes
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,13 +20,13 @@ TESTED := $(VENV)/.ready-to-test
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo "Options: MODEL=$(MODEL) OUT=$(OUT) BACKEND=$(BACKEND) PRECISION=$(PRECISION) PROMPT='$$PROMPT'"
 
-setup: $(READY) types  ## a virtual environment with everything that the other targets need, and links for editors
+setup: $(READY) types  ## make a virtual environment for all other targets, and links for editors
 
-# torch first and alone: with it in place, no later requirement can pull another build of it.
+# torch is installed first and alone, so that no later requirement can pull in another build of it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -34,73 +34,75 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
 	@touch $@
 
-# Triton runs the linear-attention kernels in its interpreter; 1 GB that nothing but tests and --linear-attention plugin needs.
+# Triton's interpreter runs the linear-attention kernels in tests. Its 1 GB is needed only there and for
+# --linear-attention plugin.
 $(TESTED): $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign,plugin]"
 	@touch $@
 
-# The engines are fp32, from the graphs that are there: in fp16 every stage would be exported once more.
-# Parity comes last: a certificate is of one manifest, and every build writes a new one.
+# The engines are fp32, built from the fp32 graphs: for fp16, every stage would have to be exported once more.
+# Parity comes last, because a certificate is valid for one manifest, and a build that adds artifacts writes a new one.
 demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines, prove parity with diffusers
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
 	$(BIN)/python -m demo.draw $(OUT) --output $(dir $(OUT))
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --seeds 1 --html $(dir $(OUT))parity.html
 
-export: $(READY)  ## checkpoint MODEL -> bundle OUT of ONNX graphs in PRECISION
+export: $(READY)  ## export checkpoint MODEL to bundle OUT of ONNX graphs in PRECISION
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 
 run: $(READY)  ## draw PROMPT with bundle OUT
 	$(BIN)/ditc run $(OUT) "$$PROMPT" -o build/out.png
 
-# Two processes, a file each at a time, one thread each: that is how two cores are busy all the time.
-test: $(TESTED)  ## all tests that a CPU runs in minutes
+# Two processes with one thread each, which take one test file at a time, keep two cores busy.
+test: $(TESTED)  ## run all tests that take a CPU only minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
-# torch, oneDNN, MKL, OpenBLAS and NumPy as on a CPU of 2008. ONNX Runtime 1.32 has no switch for its instruction set.
-test-isa: $(TESTED)  ## the same as on an old CPU with four threads; ONNX Runtime alone keeps this CPU's instructions
+# torch, oneDNN, MKL, OpenBLAS and NumPy are limited to the instructions of a CPU of 2008. ONNX Runtime 1.32 has no such
+# switch.
+test-isa: $(TESTED)  ## run the same tests with the instructions of an old CPU (except in ONNX Runtime) and four threads
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
 	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" OMP_NUM_THREADS=4 \
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -n 2 --dist loadfile
 
-test-slow: $(TESTED)  ## the long tests: full-width layers, random kills
+test-slow: $(TESTED)  ## run the long tests: full-width layers, random kills
 	$(BIN)/python -m pytest $(TESTS) -q --durations=10 -m slow
 
-test-gpu: $(TESTED)  ## tests marked gpu; skipped with the reason where there is none
+test-gpu: $(TESTED)  ## run the tests marked gpu; without a GPU they are skipped with the reason
 	$(BIN)/python -m pytest $(TESTS) -q -rs -m gpu
 
-check: $(READY) types  ## ruff and mypy --strict
+check: $(READY) types  ## run ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .types/ditc
 
-# mypy and editors (Pyright) see the folders as the package that they are installed as.
+# With these links, mypy and editors (Pyright) see the folders as the package `ditc` that they are installed as.
 types:
 	@mkdir -p .types/ditc
 	@for part in runtime export parity calib; do ln -sfn ../../$$part .types/ditc/$$part; done
 
-bench: $(READY)  ## fidelity, host time and denoiser step time; writes benchmarks/results/
+bench: $(READY)  ## measure fidelity, host time and denoiser step time; writes benchmarks/results/
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
 	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
 	$(BIN)/python -m benchmarks.denoiser_step --model $(MODEL)
 
-bench-gpu: $(READY)  ## engines, ONNX Runtime, diffusers and torch.compile on this machine's GPU; writes benchmarks/results/
+bench-gpu: $(READY)  ## compare engines, ONNX Runtime, diffusers, torch.compile on this GPU; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.gpu
 
-calibrate: $(READY)  ## ranges RANGES of MODEL over PROMPTS, for PRECISION=int8 and fp8
+calibrate: $(READY)  ## measure ranges of MODEL over PROMPTS into RANGES, for PRECISION=int8 and fp8
 	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)
 
 engines: PRECISION = fp16
-engines: $(READY)  ## TensorRT-RTX engines of MODEL in PRECISION, built ahead of time into OUT
+engines: $(READY)  ## build TensorRT-RTX engines of MODEL in PRECISION into OUT, ahead of time
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx --precision $(PRECISION) $(RANGED)
 
 parity: $(READY)  ## prove that the bundle OUT computes what MODEL computes; writes a page beside it
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --precision $(PRECISION) --html $(dir $(OUT))parity.html
 
-serve: $(READY)  ## not there yet: an HTTP server over a bundle
-	@echo "serving is not part of this version" >&2; exit 2
+serve: $(READY)  ## an HTTP server for a bundle; not available yet
+	@echo "serve is not available in this version; hint: draw with make run" >&2; exit 2
 
 demo-checkpoint: $(READY)  ## train demo/checkpoint from scratch (hours on a CPU; resumes)
 	$(BIN)/python -m demo.train all

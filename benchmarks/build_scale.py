@@ -1,10 +1,10 @@
-"""What a full-size build takes on a CPU: seconds and peak memory of export and TensorRT-RTX engine, random weights.
+"""How many seconds and how much memory does a full-size build take on a CPU? Export and TensorRT-RTX engine.
 
     python -m benchmarks.build_scale sana-0.6b sana-1.6b dc-ae gemma-2-2b sana-4.8b sd3.5-medium
 
-Each model is written to a temporary directory in diffusers layout, shard by shard, in the element type that is
-released, and built in a process of its own, whose largest resident size is what counts. The graph is not run against
-PyTorch here (docs/engines.md says from which size on a build leaves that to `ditc parity`).
+Each model has random weights. It is written to a temporary directory in diffusers layout, shard by shard, in the
+element type of the release. It is built in its own process, whose largest resident size is reported. The graph is not
+checked against PyTorch here (docs/engines.md says from which size on a build leaves that to `ditc parity`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 SHARD_BYTES = 10**9
 TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
-# One bundle for square, landscape and portrait at 1024 px.
+# Each bundle is for square, landscape and portrait pictures at 1024 px.
 BINS = [[1024, 1024], [832, 1216], [1216, 832]]
+# Goals by model: seconds, and peak memory in bytes.
 GOALS = {"sana-1.6b": (180, 12e9), "gemma-2-2b": (180, 18e9), "sd3.5-medium": (240, 14e9)}
 
 
 def transformer(layers: int, heads: int, cross_heads: int, *, qk_norm: bool) -> dict[str, Any]:
-    """The config of a released Sana (NVlabs/Sana, configs; diffusers' conversion script)."""
+    """The config of a released Sana, from NVlabs/Sana's configs and diffusers' conversion script."""
     width = heads * 32
     return {
         "_class_name": "SanaTransformer2DModel",
@@ -90,7 +91,7 @@ KL_VAE = {
 }
 CLIP_L = {"hidden_size": 768, "projection_dim": 768, "max_position_embeddings": 77}
 CLIP_G = {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}
-# What a plan needs of the components that are not built. T5 may be left out of an SD3 checkpoint.
+# Configs of all components, because a plan reads also those that are not built. An SD3 checkpoint may lack T5.
 OTHERS = {
     "sana": {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA},
     "sd3": {"transformer": SD35_MEDIUM, "vae": KL_VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
@@ -110,7 +111,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One stage to build, and the component whose weights it needs. dtype: of the release and of the build."""
+    """One stage to build, and the component whose weights it needs.
+
+    Attributes:
+        dtype: the element type of the release, in which a denoiser is also built.
+    """
 
     stage: str
     component: str
@@ -130,7 +135,7 @@ CASES = {
 
 
 def make(name: str, directory: Path) -> None:
-    """Write the component's weights, never holding more than one shard."""
+    """Write random weights for the component, with at most one shard in memory."""
     import torch
     from safetensors.torch import save_file
 
@@ -138,7 +143,7 @@ def make(name: str, directory: Path) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in _reference(case)().state_dict().items()}
-    # One block of normal numbers, at another offset for each tensor: equal tensors would be stored once.
+    # Every tensor is the same block of normal numbers at another offset, because equal tensors would be stored once.
     block = (torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     shard: dict[str, Any] = {}
     index: dict[str, str] = {}
@@ -169,7 +174,7 @@ def _stem(case: Case) -> str:
 
 
 def _reference(case: Case) -> Callable[[], Any]:
-    """What makes the network whose names and shapes a checkpoint has."""
+    """A function that makes the upstream network, which has the names and shapes of the checkpoint's tensors."""
     if case.component == "text_encoder":
         from transformers import Gemma2Config, Gemma2Model
 
@@ -183,7 +188,7 @@ def _reference(case: Case) -> Callable[[], Any]:
 def checkpoint_around(
     case: Case, directory: Path, tokenizers: dict[str, Path], defaults: dict[str, Any]
 ) -> Checkpoint:
-    """The component in `directory` as part of a whole checkpoint, whose other parts are configs only."""
+    """A whole checkpoint around the component in `directory`. The other components have a config but no weights."""
     from ditc.export.checkpoint.open import Checkpoint, Component, open_component
     from ditc.export.checkpoint.tensors import TensorSource
 
@@ -285,7 +290,7 @@ def _build_engine(case: Case, spec: StageSpec, model: Path, plan: ModelPlan) -> 
 
 
 def _tokenizers(family: str, folder: Path) -> dict[str, Path]:
-    """Folders of tokenizers. CLIP's vocabulary is no part of what is measured; its length and padding are."""
+    """The tokenizers' folders, by name. CLIP's get a small vocabulary: only length and padding affect the results."""
     if family == "sana":
         return {"tokenizer": TOKENIZER}
     from transformers import CLIPTokenizer
@@ -300,7 +305,7 @@ def _tokenizers(family: str, folder: Path) -> dict[str, Path]:
 
 
 def run(name: str, temporary: Path | None) -> dict[str, Any]:
-    """Make, measure and remove one model; a build that is killed is recorded as such."""
+    """Make, measure and remove one model. A build that fails or is killed is recorded as such."""
     folder = Path(tempfile.mkdtemp(prefix="build-scale-", dir=temporary))
     directory = folder / CASES[name].component
     directory.mkdir()
@@ -327,10 +332,10 @@ def _child(task: str, name: str, directory: Path, out: Path) -> str:
 
 
 def main() -> None:
-    """Measure the named models one after the other, and write what was measured after each."""
+    """Measure the named models one after the other, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", choices=CASES)
-    parser.add_argument("--temporary", type=Path, help="where the weights go: up to 30 GB for 4.8B")
+    parser.add_argument("--temporary", type=Path, help="folder for the weights: up to 30 GB for 4.8B")
     parser.add_argument("--task", choices=["make", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

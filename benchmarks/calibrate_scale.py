@@ -1,9 +1,10 @@
-"""What calibrating a full-width Sana-0.6B takes on a CPU: seconds a step and peak memory, random weights.
+"""How many seconds per step and how much memory does it take to calibrate a full-width Sana-0.6B on a CPU?
 
     python -m benchmarks.calibrate_scale [--size 1024] [--num-prompts 2] [--steps 4] [--dtype fp32]
 
-The denoiser is what benchmarks.build_scale makes; the text encoder has Gemma-2-2b's width and one layer, because only
-the shape of what it gives counts here. Measured in a process of its own, whose largest resident size is reported.
+The weights are random. The denoiser is the one of benchmarks.build_scale. The text encoder has Gemma-2-2b's width but
+one layer, because only the shape of its output matters here. The measurement runs in its own process, whose largest
+resident size is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GOAL_BYTES = 12e9
 
 
 def main() -> None:
-    """Make the checkpoint and measure it, each in a process of its own; write the result."""
+    """Make the checkpoint and measure its calibration, each in its own process, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--temporary", type=Path, help="where the weights go: 1.2 GB")
+    parser.add_argument("--temporary", type=Path, help="folder for the weights: 1.2 GB")
     parser.add_argument("--task", choices=["make", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,7 +70,7 @@ def make_parts(directory: Path) -> None:
 
 
 def open_parts(directory: Path, size: int) -> Checkpoint:
-    """A checkpoint whose denoiser and text encoder have weights, and whose autoencoder is a config only."""
+    """A checkpoint whose denoiser and text encoder have weights; its autoencoder has only a config."""
     from ditc.export.checkpoint.open import open_component
 
     defaults = {**DEFAULTS["sana"], "resolution_bins": None, "height": size, "width": size}
@@ -81,7 +82,7 @@ def open_parts(directory: Path, size: int) -> Checkpoint:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate; call it in a fresh process."""
+    """Calibrate and measure. Call it in a fresh process: peak memory counts the whole process."""
     import torch
 
     from ditc.calib.collect import Progress, Settings, collect

@@ -1,12 +1,13 @@
-"""Signal-to-noise of each quantized layer: ours beside nvidia-modelopt's, on the same inputs and weights.
+"""Compare the signal-to-noise ratio of each quantized layer with nvidia-modelopt's, on the same inputs and weights.
 
     python -m benchmarks.calibration demo/checkpoint --ranges build/demo/ranges.safetensors [--modelopt PYTHON]
 
-PYTHON is the interpreter of an environment of its own, because modelopt's extras conflict with ours:
+PYTHON is the interpreter of a separate environment, because modelopt's extras conflict with ours:
     python3 -m venv build/modelopt && build/modelopt/bin/pip install torch==2.13.0 nvidia-modelopt==0.47.0 requests
-Both sides calibrate on the same prompts (give --num-prompts what the ranges were measured with) and are judged on
-inputs from others: 10 log10(|y|^2 / |y - yq|^2) of every layer's output y = x W^T, with y and yq in fp32. modelopt
-gets a sample of the calibration's rows, which holds the largest. Writes benchmarks/results/calibration.json.
+Both sides calibrate on the same prompts: --num-prompts must be the number that the ranges were measured with. Both are
+judged on inputs from other prompts, by 10 log10(|y|^2 / |y - yq|^2) of every layer's output y = x W^T, with y and yq in
+fp32. modelopt gets a sample of the calibration's rows that includes the largest ones. The result is written to
+benchmarks/results/calibration.json.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 OURS = {"int8": "sana-int8", "fp8": "sana-fp8"}
 THEIRS = {"int8": "INT8_SMOOTHQUANT_CFG", "fp8": "FP8_DEFAULT_CFG"}
 MODELOPT = "0.47"
-ROWS = 4096  # of each layer's inputs that are kept for calibration and for judging
-JUDGED = 4  # prompts, the last of the file
+ROWS = 4096  # rows of each layer's inputs that are kept for calibration and for judging
+JUDGED = 4  # the number of prompts to judge on, taken from the end of the file
 
 
 def main() -> None:
-    """Collect inputs, quantize on both sides, print and write the table."""
+    """Collect inputs, quantize with ditc and with modelopt, and print and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--ranges", type=Path)
     parser.add_argument("--modelopt", type=Path, metavar="PYTHON")
-    parser.add_argument("--prompts", type=Path, help="as for ditc calibrate")
+    parser.add_argument("--prompts", type=Path, help="the file of prompts that was given to ditc calibrate")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--inside-modelopt", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
         modelopt_side(arguments.inside_modelopt)
         return
     if arguments.checkpoint is None or arguments.ranges is None:
-        parser.error("checkpoint and --ranges are needed")
+        parser.error("checkpoint and --ranges are required")
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.safetensors"
         table = our_side(arguments, samples)
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str, float]]:
-    """Our SNRs by layer and format; writes weights and inputs for the other side."""
+    """Our SNRs in dB by layer and format. Writes the weights and inputs that modelopt gets."""
     from ditc.calib.observe import watching
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.export.families.sana.recipe import RECIPES
@@ -85,7 +86,10 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     prompts = read_prompts(arguments.prompts or GENERAL)
 
     if ranges.origin.seed or len(ranges.prompts) != arguments.num_prompts:
-        raise SystemExit(f"the ranges have {len(ranges.prompts)} prompts: give --num-prompts that number")
+        measured = f"{len(ranges.prompts)} prompts and seed {ranges.origin.seed}"
+        raise SystemExit(
+            f"the ranges have {measured}: give --num-prompts that number, and use ranges of seed 0"
+        )
 
     def inputs(chosen: list[str], seed: int, *, largest: int) -> dict[str, Tensor]:
         seen: dict[str, list[Tensor]] = {}
@@ -103,7 +107,7 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
             kept[name] = rows[torch.cat([top, channels, others])[:ROWS]]
         return kept
 
-    # Rows and channels with the largest values stay: a calibrator that never saw them would be judged unfairly.
+    # Rows and channels with the largest values are kept: a calibrator that never saw them would be judged unfairly.
     calibration = inputs(prompts[: arguments.num_prompts], ranges.origin.seed, largest=64)
     judged = inputs(prompts[-JUDGED:], 10_000, largest=0)
     tensors = {f"weight/{n}": layer.linear.weight.detach().clone() for n, layer in wanted.items()}
@@ -122,7 +126,7 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
 
 
 def modelopt_side(samples: Path) -> None:
-    """Runs in modelopt's environment: the same weights and inputs through its quantizers."""
+    """Put the same weights and inputs through modelopt's quantizers. This runs in modelopt's environment."""
     import modelopt.torch.quantization as mtq
 
     tensors = load_file(samples)
@@ -149,7 +153,7 @@ def snr_db(value: Tensor, reference: Tensor) -> float:
 
 
 def report(table: Mapping[str, Mapping[str, float]], arguments: argparse.Namespace) -> None:
-    """Print every layer, the means and who is ahead; write the file."""
+    """Print every layer, the means and the comparison per format, and write the file."""
     from benchmarks.machine import facts
 
     columns = list(next(iter(table.values())))

@@ -1,8 +1,9 @@
-"""How long does one guided denoiser step take beside diffusers, on the same weights and in the same run?
+"""How long does one guided denoiser step take, compared with diffusers on the same weights in the same run?
 
-Two sizes: the demo checkpoint at its default size, and the width of Sana-0.6B (4 of 28 layers, 16x16 latents = 512 px,
-300 text tokens, two rows for guidance, random weights). Ours is a whole step, solver update included; diffusers' is
-the transformer's forward alone. Candidates alternate, so that a busy machine slows all of them alike.
+It is measured at two sizes: the demo checkpoint at its default size, and the width of Sana-0.6B with random weights (4
+of 28 layers, 16x16 latents = 512 px, 300 text tokens, two rows for guidance). Our time is that of a whole step, solver
+update included; diffusers' time is that of the transformer's forward alone. Candidates alternate, so that a busy
+machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ def sana_600m(model: Path, out: Path) -> Path:
 
 
 def measure(checkpoint: Path, work: Path, repeats: int, *, compiled: bool) -> dict[str, Any]:
-    """Seconds of a step by candidate, and how many times as fast ours is."""
+    """Seconds per step of each candidate, and how many times as fast ours is."""
     source, options = open_checkpoint(checkpoint), BuildOptions(max_batch=2)
     adapter = find_adapter(source)
     stage = adapter.load(source, adapter.plan(source, options), DENOISER, options)
     files = to_onnx(stage, work / "denoiser.onnx")
     sizes = {**example_sizes(stage.spec), "batch": 1, "rows": 2}
     feeds = example_feeds(stage.spec, sizes)
-    del stage.module.network  # the reference's weights: diffusers loads its own
+    del stage.module.network  # frees its weights: diffusers loads its own
     session = OnnxRuntimeSession(files.model, stage.spec)
     candidates: dict[str, Callable[[], object]] = {"ditc onnxruntime fp32": lambda: session.run(feeds)}
     for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -99,7 +100,7 @@ def measure(checkpoint: Path, work: Path, repeats: int, *, compiled: bool) -> di
 
 
 def diffusers_forward(network: Any, sizes: dict[str, int], dtype: torch.dtype) -> Callable[[], object]:
-    """One forward of unmodified diffusers at the same sizes: two rows, all text tokens."""
+    """A function that runs unmodified diffusers' forward at the same sizes, with two rows and all text tokens."""
     config = network.config
     latents = torch.randn(2, config.in_channels, sizes["height"], sizes["width"]).to(dtype)
     text = torch.randn(2, sizes["text_length"], config.caption_channels).to(dtype)

@@ -1,13 +1,15 @@
-"""What does a GPU make of the engines, beside diffusers eager and torch.compile, on the same weights in one run?
+"""How fast are the engines on a GPU, compared with diffusers eager and torch.compile on the same weights in one run?
 
     python -m benchmarks.gpu --models sana-0.6b sana-1.6b dc-ae --sizes 512 1024
 
-For each model, size and batch: latency of one call (a guided denoiser step, a decode), host time of handing it over,
-images a second, peak memory, relative L2 against fp32 (theirs against diffusers, ours against the same network around
-the same step in PyTorch), and the share of what the GPU can do at most,
-which a copy and a matrix product measure in the same run. With --bundle also whole pictures, loop graph included.
-Random weights at full width. What cannot run here is listed with the reason. Writes results/<gpu>-<date>.json.
-Without a GPU it ends with exit code 2. It was never run on one.
+For each model, size and batch it measures
+  - the latency of one call (a guided denoiser step, or a decode) and the host time until the call returns,
+  - pictures per second and peak memory,
+  - relative L2 against fp32: diffusers' against diffusers, ours against the same network and step in PyTorch,
+  - the share of the GPU's peak, which is measured in the same run with a copy and a matrix product.
+With --bundle it also times whole pictures, with and without the loop graph. Weights are random, at full width. What
+cannot run is listed with the reason. The result is written to results/<gpu>-<date>.json. Without a GPU the exit code is
+2. The benchmark has never been run on a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from ditc.runtime.spec import DENOISER
 
 
 def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, Any]:
-    """Latency with the GPU waited for, and host time: how long the call itself takes to return."""
+    """Latency until the GPU is done, and host time until the call returns, both in seconds."""
     for _ in range(warmup):
         candidate.call()
     candidate.wait()
@@ -59,7 +61,7 @@ def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, An
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and operations a second of a bf16 product, on this GPU, now."""
+    """This GPU's peak rates: bytes per second of a copy (read and written), and FLOPs per second of a bf16 product."""
     import torch
 
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
@@ -71,7 +73,10 @@ def ceilings() -> dict[str, float]:
 
 
 def kernel_bandwidth(ceiling_bytes: float) -> dict[str, Any]:
-    """The linear-attention kernels at Sana-1.6B's 1024 px: bytes that must be moved, over the time."""
+    """Time, bandwidth and error of the linear-attention kernels at the sizes of Sana-1.6B at 1024 px.
+
+    Bandwidth is the bytes that must be read and written at least, per second.
+    """
     import torch
 
     from ditc.export.graph.ops.relu_linear_attention.reference import relu_linear_attention_reference
@@ -106,7 +111,7 @@ def kernel_bandwidth(ceiling_bytes: float) -> dict[str, Any]:
 
 
 def compare(name: str, size: int, *, repeats: int, ceiling: dict[str, float]) -> dict[str, Any]:
-    """All candidates of one model and size; latency at each batch, fidelity at batch 1."""
+    """Measure all candidates of one model and size: latency at each batch, fidelity at batch 1."""
     import torch
 
     results: dict[str, Any] = {}
@@ -133,7 +138,7 @@ def compare(name: str, size: int, *, repeats: int, ceiling: dict[str, float]) ->
             clear()
             try:
                 session, device = open_it()
-            except Exception as e:  # whatever a library raises: the others are still to be measured
+            except Exception as e:  # any error of a library: the other candidates must still be measured
                 results[label] = {"failed": _first_line(e)}
                 continue
             try:
@@ -148,13 +153,13 @@ def compare(name: str, size: int, *, repeats: int, ceiling: dict[str, float]) ->
 def over_batches(
     build: Callable[[int], Candidate], rate: Callable[[Candidate, int], dict[str, Any]]
 ) -> dict[Any, Any]:
-    """Each batch size's row, up to the first that fails; nothing of one stays on the GPU while the next is built."""
+    """One row per batch size, up to the first that fails. The GPU is cleared before each candidate is built."""
     rows: dict[Any, Any] = {}
     for batch in BATCHES:
         clear()
         try:
             rows[batch] = rate(build(batch), batch)
-        except Exception as e:  # out of memory has a class of its own in every library
+        except Exception as e:  # every library has its own class for out-of-memory errors
             rows[batch] = {"failed": _first_line(e)}
             break
     clear()
@@ -171,7 +176,10 @@ def _session_rows(
 
 
 def pictures(bundle: Path, *, repeats: int) -> dict[str, Any]:
-    """Whole requests with 20 steps by every backend that the bundle and this GPU share: loop graph and step by step."""
+    """Time whole requests of 20 steps on every backend that has an artifact in the bundle and runs on this GPU.
+
+    Each backend runs once with the whole loop as one graph, and once step by step.
+    """
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 
@@ -219,7 +227,7 @@ def _distance(found: Array, reference: Array) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown for the README: one row a candidate, at batch 1."""
+    """A Markdown table for the README: one row per candidate, at batch 1."""
     lines = [
         "| model | candidate | median ms | p95 ms | host ms | rel. L2 | of ceiling |",
         "|---|---|---|---|---|---|---|",
@@ -266,7 +274,7 @@ def main() -> int:
     for name, size in itertools.product(arguments.models, arguments.sizes):
         found = compare(name, size, repeats=arguments.repeats, ceiling=ceiling)
         results["models"][f"{name} {size}px"] = found
-        write(file, results)  # what is measured is kept, whatever happens to the next model
+        write(file, results)  # results so far are kept, whatever happens to the next model
     if arguments.bundle is not None:
         results["pictures"] = pictures(arguments.bundle, repeats=arguments.repeats)
     print(json.dumps(results.get("pictures", {}), indent=1))

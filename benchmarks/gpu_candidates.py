@@ -1,4 +1,4 @@
-"""Who takes part in the GPU benchmark: diffusers, torch.compile and every session of ours, on the same weights."""
+"""The candidates of the GPU benchmark: diffusers, torch.compile and all our sessions, on the same weights."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ from ditc.runtime.spec import DENOISER, Backend, Precision, StageSpec
 BATCHES = (1, 2, 4, 8, 16)
 DEVICE = "cuda"
 PRECISIONS = (Precision.FP16, Precision.BF16)
-SCALE = 32  # pixels a latent cell of DC-AE f32
+SCALE = 32  # pixels per latent cell of DC-AE f32
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that computes a stage. call returns its result; wait ends when the GPU is done."""
+    """Something that computes a stage.
+
+    Attributes:
+        call: starts the computation; the GPU may still be working when it returns.
+        wait: returns when the GPU is done.
+        result: computes the stage and returns its first output as a fp32 array.
+    """
 
     call: Callable[[], Any]
     wait: Callable[[], None]
@@ -50,7 +56,7 @@ class Candidate:
 
 @contextmanager
 def checkpoint(name: str) -> Iterator[Path]:
-    """Random weights at full width, as diffusers would save them."""
+    """A temporary directory with random weights at full width, in diffusers layout."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-bench-"))
     directory = folder / CASES[name].component
     directory.mkdir()
@@ -62,13 +68,13 @@ def checkpoint(name: str) -> Iterator[Path]:
 
 
 def torch_candidates(name: str, directory: Path, size: int) -> dict[str, Callable[[int], Candidate]]:
-    """diffusers in fp32 (the reference of fidelity) and bf16, and torch.compile; each for a batch."""
+    """diffusers in fp32 (the reference for fidelity) and bf16, and torch.compile. Each function takes a batch size."""
     import diffusers
     import torch
 
     case = CASES[name]
     network_class = getattr(diffusers, case.config["_class_name"])
-    # fp32 is a reference: cuDNN's convolutions take TF32 by default.
+    # The reference must be exact fp32, but cuDNN's convolutions use TF32 by default.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def build(batch: int, dtype: Any, mode: str | None) -> Candidate:
@@ -76,7 +82,7 @@ def torch_candidates(name: str, directory: Path, size: int) -> dict[str, Callabl
         network.eval().to(DEVICE)
         feeds = torch_feeds(name, size, batch, dtype)
         run = network if case.stage == DENOISER else network.decode
-        # Static shapes, which are its best: by default the second batch would be compiled for any.
+        # torch.compile is fastest with static shapes. By default it would compile the second batch size for any size.
         run = torch.compile(run, mode=mode, dynamic=False) if mode else run
 
         @torch.inference_mode()
@@ -99,10 +105,10 @@ def wait_for_torch() -> None:
 
 
 def clear() -> None:
-    """What earlier candidates left: compiled code, networks in reference cycles, torch's cached memory."""
+    """Free what earlier candidates have left: compiled code, networks in reference cycles, torch's cached memory."""
     import torch
 
-    torch.compiler.reset()  # one cache for all batches otherwise, with dynamic shapes from the second on
+    torch.compiler.reset()  # else all batch sizes share one cache, with dynamic shapes from the second on
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -110,7 +116,7 @@ def clear() -> None:
 
 
 def inputs(name: str, size: int, batch: int) -> dict[str, Array]:
-    """The same numbers for every candidate: latents, and the text of a guided step (two rows a picture)."""
+    """The same inputs for every candidate: latents, and the text of a guided step (two rows per picture)."""
     rng, cells = np.random.default_rng(0), size // SCALE
     latents = rng.standard_normal((batch, 32, cells, cells), np.float32)
     if CASES[name].stage != DENOISER:
@@ -136,10 +142,12 @@ def torch_feeds(name: str, size: int, batch: int, dtype: Any) -> dict[str, Any]:
 
 
 class Ours:
-    """Our sessions of a model at one size, on the weights that diffusers has.
+    """Our sessions of a model at one size, on the weights that diffusers gets.
 
     Args:
-        work: where graphs and engines go.
+        directory: the component's weights, in diffusers layout.
+        work: the folder for graphs and engines.
+        size: height and width of the picture in pixels.
     """
 
     def __init__(self, name: str, directory: Path, work: Path, size: int) -> None:
@@ -148,7 +156,7 @@ class Ours:
         self._source = checkpoint_around(self._case, directory, {"tokenizer": TOKENIZER}, defaults)
 
     def openers(self) -> dict[str, Callable[[], tuple[Session, Any]]]:
-        """Every backend and 16-bit precision; each opens its session, or says with an error why it cannot."""
+        """A function per backend and 16-bit precision that opens the session, or raises an error that says why not."""
         made: dict[str, Callable[[], tuple[Session, Any]]] = {}
         for precision in PRECISIONS:
             made[f"onnxruntime {precision.value}"] = partial(self._onnxruntime, precision)
@@ -160,7 +168,7 @@ class Ours:
         return made
 
     def exact(self) -> Array:
-        """The network in PyTorch and fp32, at batch 1 and on the feeds of `session_candidate`."""
+        """The fp32 output of the network in PyTorch, at batch 1 and on the feeds of `session_candidate`."""
         module = self._module(Precision.FP32)
         session = TorchSession(module.module, module.spec, device=DEVICE)
         return session_candidate(session, None, self._size, 1).result()
@@ -205,7 +213,7 @@ class Ours:
 
 
 def session_candidate(session: Session, device: Any, size: int, batch: int) -> Candidate:
-    """A session on seeded feeds of its spec; its result is the stage's first output."""
+    """A session as a candidate, on seeded feeds for its spec. Its result is the stage's first output."""
     sizes = {**example_sizes(session.spec), "batch": batch, "height": size // SCALE, "width": size // SCALE}
     if "rows" in sizes:
         sizes["rows"] = 2 * batch

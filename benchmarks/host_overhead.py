@@ -1,6 +1,8 @@
-"""How long does a denoising step take outside the session? Measured with one that returns at once.
+"""How long does a denoising step take outside the session? It is measured with a session that returns at once.
 
-Goal: at most 100 microseconds a step: `python -m benchmarks.host_overhead`.
+    python -m benchmarks.host_overhead
+
+The goal is at most 100 microseconds per step.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class NullSession:
 
 
 def state(samples: int, steps: int) -> DenoiseState:
-    """A guided request of `samples` pictures; conditioning of zeros in its real size."""
+    """A guided request of `samples` pictures. Its conditioning has real sizes, filled with zeros."""
     rows = 2 * samples
     feeds = {
         TIMESTEP: np.zeros(samples, np.float32),
@@ -83,7 +85,7 @@ def state(samples: int, steps: int) -> DenoiseState:
 
 
 def endless(start: list[DenoiseState], session: NullSession) -> Iterator[None]:
-    """Step the states through their schedule over and over, as a server would, yielding after each step."""
+    """Run the states through their schedule again and again, as a server would. Yields after each step."""
     batch = Batch(session)
     while True:
         states, guards = start, [Guard(DENOISER) for _ in start]
@@ -115,7 +117,7 @@ def main() -> None:
             f"{measured['quartile_1'] * 1e6:.0f} to {measured['quartile_3'] * 1e6:.0f} us, {verdict} the goal of 100 us"
         )
     if not arguments.no_write:
-        print(write("host_overhead", {"unit": "seconds a step, outside the session", **results}))
+        print(write("host_overhead", {"unit": "seconds per step, outside the session", **results}))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m benchmarks.int8_cpu [--layers 4] [--pixels 512] [--rounds 15] [--no-compile] [--openvino]
 
-Sana-0.6B's width (1152) with random weights, a guided step (2 rows). All contestants are timed in turn within every
-round, so that they meet the same load; ratios are medians over rounds with their quartiles. The profile at the end says
-where the INT8 graph's time goes. Writes benchmarks/results/int8_cpu.json.
+The network has Sana-0.6B's width (1152) and random weights, and runs a guided step (2 rows). All contestants are timed
+in turn within every round, so that they meet the same load. Ratios are medians over rounds, with their quartiles. The
+profile at the end shows in which kernels the INT8 graph spends its time. The result is written to
+benchmarks/results/int8_cpu.json.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ CONFIG = {
 
 
 def main() -> None:
-    """Build the contestants, time them, print and write the table."""
+    """Build the contestants, time them, and print and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +83,7 @@ def main() -> None:
 def make_contestants(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict[str, Callable[[], object]], Callable[[], dict[str, float]]]:
-    """Name -> one step; and what profiles the INT8 session."""
+    """Functions that run one step, by contestant; and a function that returns the INT8 session's kernel times."""
     cells = arguments.pixels // 32
     stage = make_stage(arguments.layers, cells, Precision.FP32)
     sizes = {"batch": 1, "rows": 2, "height": cells, "width": cells, "text_length": TEXT}
@@ -108,7 +109,7 @@ def make_contestants(
 
 
 def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
-    """The step around a random network, as an adapter would hand it over."""
+    """The step around a network with random weights, in the form that an adapter returns."""
     torch.manual_seed(0)
     contract = StepContract()
     network = SanaDenoiser(SanaConfig.from_json({**CONFIG, "num_layers": layers, "sample_size": cells}))
@@ -136,7 +137,7 @@ def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
 
 
 def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) -> None:
-    """INT8 in place, with ranges from one run: speed does not depend on them."""
+    """Quantize the graph to INT8 in place. The ranges are from one run, because speed does not depend on them."""
     layers, observer = linear_layers(stage), Observer(buckets=1)
     with watching(layers, observer.see):
         TorchSession(stage.module, stage.spec).run(feeds)
@@ -153,7 +154,7 @@ def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) ->
 
 
 def ort_session(path: Path, threads: int, profile_prefix: str | None = None) -> Any:
-    """ONNX Runtime's CPU provider."""
+    """A session of ONNX Runtime's CPU provider."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -164,7 +165,7 @@ def ort_session(path: Path, threads: int, profile_prefix: str | None = None) -> 
 
 
 def openvino_session(path: Path, threads: int) -> Any:
-    """OpenVINO as an ONNX Runtime plugin provider."""
+    """A session of OpenVINO as an ONNX Runtime plugin provider."""
     import onnxruntime as ort
     import onnxruntime_ep_openvino as openvino
 
@@ -182,7 +183,10 @@ def openvino_session(path: Path, threads: int) -> Any:
 
 
 def diffusers_steps(arguments: argparse.Namespace, cells: int) -> dict[str, Callable[[], object]]:
-    """diffusers' own transformer: the network alone, without guidance and solver, which favours it a little."""
+    """Functions that run diffusers' own transformer.
+
+    They run the network alone, without guidance and solver, which favours diffusers a little.
+    """
     from diffusers import SanaTransformer2DModel
 
     torch.manual_seed(0)
@@ -207,7 +211,7 @@ def diffusers_steps(arguments: argparse.Namespace, cells: int) -> dict[str, Call
 
 
 def race(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after two runs to warm up."""
+    """Seconds of each contestant in each round, after two warm-up runs."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for name, step in contestants.items():
         print(f"warming up {name}", flush=True)
@@ -222,7 +226,7 @@ def race(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def kernel_times(session: Any) -> dict[str, float]:
-    """Share of the INT8 session's time by kernel."""
+    """The share of the INT8 session's time that each kernel takes, largest first."""
     events = json.loads(Path(session.end_profiling()).read_text())
     kernels: dict[str, float] = {}
     for event in events:
@@ -239,7 +243,7 @@ def report(
     kernels: Mapping[str, float],
     load_before: tuple[float, float, float],
 ) -> None:
-    """Print and write."""
+    """Print the table and write it with the machine and the settings."""
     int8 = np.array(times["onnxruntime int8"])
     rows = {}
     for name, seconds in times.items():

@@ -1,10 +1,10 @@
-"""A build killed again and again: SIGKILL at random moments, until it gets through; then the bundle must be whole.
+"""Does a build survive being killed? It gets SIGKILL at random moments, and the bundle must always be whole.
 
     python -m benchmarks.kill_build CHECKPOINT --kills 100
 
-After every kill the output holds no manifest, or one whose files are all as built. The last build must reuse what
-the killed ones finished, and give the graphs that an undisturbed build gives, bit for bit. POSIX only: children are
-forked, so that the imports are paid once.
+After every kill, the output must hold either no manifest or one whose files all have their recorded hashes. A build
+that gets through must give the graphs of an undisturbed build, bit for bit. This runs on POSIX only: children are
+forked, so that the imports are done once.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from ditc.runtime.bundle.manifest import MANIFEST, load_manifest
 
 
 def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill builds at random moments of their life and check the bundle after each.
+    """Kill builds at random moments and check the bundle after each.
 
-    A moment is drawn from the time that an undisturbed build took. Whenever a build gets through, the next begins
-    anew, so that early and late moments are hit alike.
+    A moment is drawn uniformly from the seconds that an undisturbed build takes. Whenever a build gets through, the
+    next one starts from nothing, so that early and late moments are hit alike.
 
     Raises:
-        AssertionError: a half-written file was read, or the result differs from an undisturbed build's.
+        AssertionError: a file is half-written, or the result differs from that of an undisturbed build.
     """
     rng = random.Random(seed)
     reference = build_bundle(checkpoint, folder / "undisturbed", BuildOptions()).manifest
     started = time.monotonic()
     _, status = os.waitpid(_fork_build(checkpoint, folder / "timed"), 0)
     assert status == 0, "an undisturbed build failed"
-    whole_s = time.monotonic() - started  # a child's: the first build of a process takes twice as long
+    whole_s = (
+        time.monotonic() - started
+    )  # timed in a child, because the first build of a process takes twice as long
     out = folder / "killed"
     killed = finished = 0
     kept: list[int] = []
@@ -73,7 +75,7 @@ def kill_and_resume(checkpoint: Path, folder: Path, *, kills: int, seed: int = 0
 
 
 def _end(child: int, seconds: float) -> int:
-    """The child's exit status; it is killed if it has not ended by itself in that time."""
+    """The child's exit status. The child is killed if it has not ended by itself within `seconds`."""
     latest = time.monotonic() + seconds
     while time.monotonic() < latest:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -85,10 +87,10 @@ def _end(child: int, seconds: float) -> int:
 
 
 def _check_same(bundle: Path, reference: Any) -> None:
-    """Whole, and made of the very graphs of the undisturbed build.
+    """Check that the bundle's files are whole and that its graphs are those of the undisturbed build.
 
-    The rest of the manifest is not compared: golden outputs and the preview's matrix are computed in fp32, whose last
-    bits may follow the alignment of memory.
+    The rest of the manifest is not compared: golden outputs and the preview's matrix are computed in fp32, and their
+    last bits may depend on the alignment of memory.
     """
     manifest = load_manifest(bundle)
     check_files(bundle, manifest.all_files())
@@ -109,7 +111,7 @@ def _fork_build(checkpoint: Path, out: Path) -> int:
 
 
 def main() -> None:
-    """Run and record."""
+    """Kill builds as often as asked, and write the result."""
     from benchmarks.machine import write
 
     parser = argparse.ArgumentParser(description=__doc__)

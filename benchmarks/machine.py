@@ -1,4 +1,4 @@
-"""Where and with what a number was measured, and the file that it goes into."""
+"""Time functions, and write results to a file together with the machine and the versions they were measured with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def facts() -> dict[str, Any]:
 
 
 def times_s(call: Callable[[], object], *, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each repeat, after the warm-up."""
+    """The seconds of each repeat, after `warmup` calls that are not timed."""
     for _ in range(warmup):
         call()
     seconds = []
@@ -45,7 +45,7 @@ def times_s(call: Callable[[], object], *, warmup: int, repeats: int) -> list[fl
 def alternating_s(
     candidates: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate, run in turns: whatever else the machine does slows all of them alike."""
+    """The seconds of each candidate's repeats. Candidates alternate, so that other load slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         for _ in range(warmup):
@@ -59,7 +59,7 @@ def alternating_s(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
+    """Median, quartiles and extremes of the values."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {
         "median": middle,
@@ -72,12 +72,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
-    """benchmarks/results/NAME-DATE.json with the machine beside the numbers."""
+    """Write the results to benchmarks/results/NAME-DATE.json, with the command and the machine beside them."""
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     content = {"command": _command(), "date": today, "machine": facts(), "results": results}
     return write_atomic(RESULTS / f"{name}-{today}.json", json.dumps(content, indent=1) + "\n")
 
 
 def _command() -> str:
-    """The command without the paths of this machine."""
+    """The command line, with the benchmark's module name instead of its path on this machine."""
     return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])

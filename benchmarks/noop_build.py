@@ -1,9 +1,9 @@
-"""How long a build takes that has nothing to do, as a user waits for it: `ditc build` in a process of its own.
+"""How long does a user wait for a build that has nothing to do? It times `ditc build` as a process.
 
     python -m benchmarks.noop_build CHECKPOINT --bundle OUT [--precision fp16]
 
-The bundle is built first if it is not there. `ditc verify`, which reads every byte, is timed beside it.
-Goals: 1 s for the demo model, 5 s for Sana 1.6B.
+The bundle is built first if it does not exist. `ditc verify`, which reads every byte, is timed for comparison. The
+goals are 1 s for the demo model and 5 s for Sana 1.6B.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ditc.runtime.bundle.manifest import load_manifest
 
 
 def ditc(*arguments: str) -> str:
-    """What the command printed; a failing one ends the benchmark."""
+    """Run the command and return what it prints. A command that fails ends the benchmark."""
     command = [str(Path(sys.executable).with_name("ditc")), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
-    """Build once, then time the builds that find everything done."""
+    """Build once, then time builds that have nothing to do."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--bundle", required=True)

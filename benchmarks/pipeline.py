@@ -1,7 +1,7 @@
-"""Does a bundle draw what diffusers draws, and how fast, in one run: `make bench`.
+"""Does a bundle draw what diffusers draws, and how fast? `make bench` runs this benchmark.
 
-Fidelity: latents after every step and the picture, both samplers, two sizes. Time: first picture after loading,
-seconds a stage.
+Fidelity compares the latents after every step, and the picture, for both samplers at two sizes. Time is measured for
+loading, for the first picture, and per stage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT = "a red heart, flat style"
 def fidelity(
     checkpoint: Path, pipeline: Pipeline, reference: SanaPipeline, steps: int
 ) -> list[dict[str, Any]]:
-    """Worst relative L2 of any step and PSNR of the picture, for both samplers at two sizes."""
+    """The largest relative L2 of any step, and the PSNR of the picture in dB, for both samplers at two sizes."""
     defaults, original, rows = pipeline.manifest.defaults, pipeline.manifest, []
     fixed = json.loads((checkpoint / "ditc.json").read_text())
     wide = (defaults.height // 32 * 32 or 32, max(32, defaults.width * 3 // 4 // 32 * 32))
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="default: the bundle's")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--no-write", action="store_true")
     add_load_arguments(parser)
     arguments = parser.parse_args()

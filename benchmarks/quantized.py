@@ -1,10 +1,10 @@
-"""What 8 bits cost the demo model: PSNR against fp32, and retrieval on the same prompts and noise.
+"""How much quality does the demo model lose in 8 bits? PSNR against fp32, and retrieval on the same prompts and noise.
 
     python -m benchmarks.quantized build/demo/bundle [--precisions int8 fp8] [--pictures 480] [--for-psnr 32]
 
-The bundle holds an fp32 denoiser and one in each precision. Every prompt starts from its own noise, the same for all
-precisions; retrieval's difference is paired over prompts, with its 95 % interval. Writes
-benchmarks/results/quantized.json.
+The bundle must hold an fp32 denoiser and one in each precision. Every prompt has its own noise, which is the same for
+all precisions. The difference in retrieval is paired over prompts and given with its 95 % interval. The result is
+written to benchmarks/results/quantized.json.
 """
 
 from __future__ import annotations
@@ -36,17 +36,20 @@ Z_95 = 1.96
 
 
 def main() -> None:
-    """Draw with every precision, judge, print and write."""
+    """Draw and judge pictures in every precision, and print and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precisions", nargs="+", default=["int8", "fp8"])
     parser.add_argument(
-        "--pictures", type=int, default=480, help="prompts, in an order that mixes all concepts"
+        "--pictures",
+        type=int,
+        default=480,
+        help="number of prompts, taken in an order that mixes all concepts",
     )
-    parser.add_argument("--for-psnr", type=int, default=32, help="the first of them whose PSNR is taken")
-    parser.add_argument("--cache", type=Path, help="keep what is drawn here, so that a killed run goes on")
+    parser.add_argument("--for-psnr", type=int, default=32, help="number of pictures for PSNR")
+    parser.add_argument("--cache", type=Path, help="folder for drawn pictures; a killed run resumes")
     arguments = parser.parse_args()
     split = load_split()
     pairs = order_by_hash(split.trained + split.held_out)[: arguments.pictures]
@@ -83,7 +86,7 @@ def main() -> None:
 
 
 def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None) -> Array:
-    """(N,H,W,3) floats in [0,1]."""
+    """Draw one picture per pair: floats (N,H,W,3) in [0,1]. Pictures in the cache are not drawn again."""
     with Pipeline.load(bundle, backend="onnxruntime", precision=precision) as pipeline:
         largest = pipeline.sessions["denoiser"].spec.profile["batch"].max
         artifact = next(
@@ -112,12 +115,12 @@ def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None
 
 
 def to_uint8(pictures: Array) -> Array:
-    """As PNG files hold them."""
+    """The pictures as bytes in [0, 255], as PNG files store them."""
     return np.rint(pictures * 255).astype(np.uint8)
 
 
 def paired(hits: Array, reference: Array) -> tuple[float, tuple[float, float]]:
-    """Difference of two rates over the same prompts, and its 95 % interval (normal, paired)."""
+    """The difference of two rates over the same prompts, and its 95 % interval (normal approximation, paired)."""
     differences = hits.astype(float) - reference.astype(float)
     middle = float(differences.mean())
     half = Z_95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))

@@ -1,1 +1,1 @@
-"""The small trained checkpoint that ships with the project, and everything that made and judges it."""
+"""The small trained checkpoint that ships with the project, and the code that trains and evaluates it."""

@@ -1,4 +1,4 @@
-"""What the model is taught to draw: concepts, styles, backgrounds, captions, and which pairs are held out."""
+"""What the demo model learns to draw: concepts, styles, backgrounds, captions, and which pairs are held out."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BACKGROUNDS = {  # soft enough that every picture stands out from it
 WHITE = (255, 255, 255)
 
 _HELD_OUT_SALT = "ditc-demo-1"
-_HELD_OUT_SHARE = 1 / 7  # of 480 pairs: fewer than 60 would tell little about a rate
+_HELD_OUT_SHARE = 1 / 7  # of 480 pairs; a rate over fewer than 60 held-out pairs would be too uncertain
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Pair:
-    """One thing to draw in one style: the unit that is trained on or held out."""
+    """One concept in one style. A pair is either trained on or held out."""
 
     concept: str
     style: str
@@ -41,19 +41,19 @@ def vocabulary() -> list[str]:
 
 
 def caption(pair: Pair, background: str | None = None) -> str:
-    """The plain caption of a pair, e.g. ``red heart, flat style, on a blue background``."""
+    """The plain caption of a pair, for example ``red heart, flat style, on a blue background``."""
     text = f"{pair.concept}, {pair.style} style"
     return text if background is None else f"{text}, on a {background} background"
 
 
 def paraphrases(pair: Pair) -> list[str]:
-    """Other captions of the same picture on white."""
+    """Other captions of the pair's picture on a white background."""
     article = "an" if pair.concept[0] in "aeiou" else "a"
     return [f"{article} {pair.concept} in {pair.style} style", pair.concept]
 
 
 def order_by_hash(pairs: list[Pair]) -> list[Pair]:
-    """The pairs in an order that depends on their names alone, so that it survives any change of the list."""
+    """Sort pairs by a hash of their names, so that adding or removing pairs does not reorder the others."""
 
     def digest(pair: Pair) -> str:
         return hashlib.sha256(f"{_HELD_OUT_SALT}/{pair.concept}/{pair.style}".encode()).hexdigest()
@@ -62,7 +62,7 @@ def order_by_hash(pairs: list[Pair]) -> list[Pair]:
 
 
 def choose_held_out(pairs: list[Pair]) -> list[Pair]:
-    """A seventh of the pairs by hash, at most one style of a concept: each stays known from other styles."""
+    """Choose a seventh of the pairs by hash, at most one style per concept, so that its other styles are trained."""
     chosen: dict[str, Pair] = {}
     for pair in order_by_hash(pairs):
         if len(chosen) == round(len(pairs) * _HELD_OUT_SHARE):
@@ -73,7 +73,7 @@ def choose_held_out(pairs: list[Pair]) -> list[Pair]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The pairs that training may see, and those it never does."""
+    """The pairs that training sees, and those that it never sees."""
 
     trained: list[Pair]
     held_out: list[Pair]
@@ -86,7 +86,7 @@ def load_split(path: Path = SPLIT_FILE) -> Split:
 
 
 def save_split(split: Split, path: Path = SPLIT_FILE) -> None:
-    """Write the split, one pair a line."""
+    """Write the split, one pair per line."""
     blocks = []
     for name in ("trained", "held_out"):
         lines = ",\n".join(json.dumps([p.concept, p.style]) for p in getattr(split, name))

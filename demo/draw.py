@@ -1,4 +1,4 @@
-"""``python -m demo.draw BUNDLE``: pictures from the demo bundle and their seconds."""
+"""``python -m demo.draw BUNDLE``: draw pictures with the demo bundle, and print how long they take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COLUMNS, _CELL, _TEXT = 4, 192, 18
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw and report."""
+    """Parse the arguments, draw, and print an expected failure as an error and a hint."""
     parser = argparse.ArgumentParser(prog="python -m demo.draw", description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the pictures")
@@ -81,7 +81,7 @@ def _draw_all(pipeline: Pipeline, output: Path) -> tuple[list[NDArray[np.float32
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.float32]], labels: Sequence[str]) -> Image.Image:
-    """All pictures with their prompts below."""
+    """One sheet of all pictures, each with its label below it."""
     rows = math.ceil(len(pictures) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _CELL, rows * (_CELL + _TEXT)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1,4 +1,4 @@
-"""The one exception of the demo scripts: a line that says what happened, and a hint that says what to do."""
+"""The exception of the demo scripts. It has a message that says what happened and a hint that says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ditc.runtime.errors import OutputError
 
 
 class DemoError(Exception):
-    """A failure that the reader can act on; printed without a traceback by the command lines.
+    """A failure that the user can do something about. The command lines print it without a traceback.
 
     Args:
         message: what happened, with the values.
@@ -26,7 +26,7 @@ class DemoError(Exception):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Inside, a place that cannot be written to is a DemoError with the writer's words."""
+    """Turn an OutputError (a file that cannot be written) into a DemoError with the same message and hint."""
     try:
         yield
     except OutputError as e:

@@ -1,7 +1,7 @@
 """``python -m demo.evaluate [--quick] [--json]``: does the shipped checkpoint draw what it is asked for?
 
-Everything is drawn by unmodified diffusers with the defaults of ``ditc.json``. A picture counts as right
-when the nearest reference picture, of all concepts in all styles, shows the prompted concept.
+Unmodified diffusers draws everything, with the defaults of ``ditc.json``. A picture counts as right if the nearest
+reference picture, among all concepts in all styles, shows the concept of its prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from demo.references import concept_ranks
 if TYPE_CHECKING:
     from diffusers import SanaPipeline
 
-_QUICK_PAIRS = 32  # of each kind
+_QUICK_PAIRS = 32  # trained pairs, and as many held-out ones
 _BATCH = 16
 _CACHE = Path(__file__).resolve().parents[1] / "build" / "demo-train"
 _Z_95 = 1.96
@@ -51,7 +51,7 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What the evaluation found; ``ae_psnr_db`` is None where the art was not at hand (``--quick``)."""
+    """The result of the evaluation. ``ae_psnr_db`` is None with ``--quick``, which does not need the art."""
 
     ae_psnr_db: float | None
     concepts: int
@@ -62,12 +62,16 @@ class Result:
 
 
 def main() -> int:
-    """Parse the arguments, evaluate, print."""
+    """Parse the arguments, evaluate the checkpoint, and print the result."""
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="64 fixed prompts, half held out; needs no art")
+    parser.add_argument(
+        "--quick", action="store_true", help="64 fixed prompts, half of them held out; needs no art"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT_DIR, help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=_CACHE, help="the art, for the autoencoder's figure")
+    parser.add_argument(
+        "--cache", type=Path, default=_CACHE, help="folder of the art, for the autoencoder's PSNR"
+    )
     args = parser.parse_args()
     try:
         result = evaluate(args.checkpoint, args.cache, quick=args.quick)
@@ -79,10 +83,10 @@ def main() -> int:
 
 
 def evaluate(checkpoint: Path, cache: Path, *, quick: bool) -> Result:
-    """Draw and judge the prompts of all pairs, or of 64.
+    """Draw and judge one picture per pair, for all pairs or for the 64 of the quick run.
 
     Raises:
-        DemoError: the checkpoint or the references are missing, or the art cannot be had for a full run.
+        DemoError: the checkpoint or the references are missing, or a full run cannot render the art.
     """
     split = load_split()
     trained, held_out = quick_pairs(split) if quick else (split.trained, split.held_out)
@@ -106,12 +110,16 @@ def evaluate(checkpoint: Path, cache: Path, *, quick: bool) -> Result:
 
 
 def quick_pairs(split: Split) -> tuple[list[Pair], list[Pair]]:
-    """The fixed pairs of the quick run: the first of each kind in the order of their hashes."""
+    """The fixed pairs of the quick run: the first trained and the first held-out ones, ordered by hash."""
     return order_by_hash(split.trained)[:_QUICK_PAIRS], order_by_hash(split.held_out)[:_QUICK_PAIRS]
 
 
 def load_pipeline(checkpoint: Path) -> SanaPipeline:
-    """The checkpoint in fp32, through diffusers alone."""
+    """Load the checkpoint in fp32 with diffusers; ditc is not involved.
+
+    Raises:
+        DemoError: the folder holds no checkpoint.
+    """
     import torch
     from diffusers import SanaPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -133,7 +141,7 @@ def defaults(checkpoint: Path) -> dict[str, object]:
 
 
 def draw(pipeline: SanaPipeline, prompts: list[str], arguments: dict[str, object]) -> NDArray[np.uint8]:
-    """Pictures (N, H, W, 3); the noise of each depends on its prompt alone, not on the batch."""
+    """Draw pictures (N, H, W, 3). The noise of each depends on its prompt alone, not on the batch."""
     import torch
     from tqdm import tqdm
 
@@ -147,7 +155,7 @@ def draw(pipeline: SanaPipeline, prompts: list[str], arguments: dict[str, object
 
 
 def seed_of(prompt: str) -> int:
-    """A seed that is the same on every machine."""
+    """A seed derived from the prompt, the same on every machine."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
 
 
@@ -168,7 +176,7 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def as_text(result: Result) -> str:
-    """The result for a reader."""
+    """The result as lines of text."""
     psnr = "not measured (needs the art)" if result.ae_psnr_db is None else f"{result.ae_psnr_db:.2f} dB"
     lines = [f"autoencoder PSNR, held-out pictures: {psnr}", f"concepts: {result.concepts}"]
     for name, r in (("trained", result.trained), ("held out", result.held_out)):

@@ -1,4 +1,4 @@
-"""Small reference descriptors: a 16 px thumbnail of every pair, in one PNG that can also be looked at."""
+"""The reference pictures of the evaluation: a 16 px thumbnail of every pair, all in one PNG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = 30
 
 
 def all_pairs(split: Split) -> list[Pair]:
-    """The order of the thumbnails."""
+    """All pairs, in the order of their thumbnails."""
     return sorted(split.trained + split.held_out)
 
 
@@ -56,10 +56,10 @@ def load_references(split: Split, path: Path = REFERENCES_FILE) -> NDArray[np.ui
 
 
 def concept_ranks(drawn: NDArray[np.uint8], asked: list[str], split: Split) -> NDArray[np.int64]:
-    """For each picture (N, H, W, 3), how many other concepts have a reference nearer than the asked one's.
+    """For each picture (N, H, W, 3), count the concepts that are nearer to it than the asked concept.
 
-    Nearness is the Euclidean distance of the thumbnails' RGB values; a concept is as near as the nearest
-    of its styles. Rank 0 is a top-1 hit, a rank under 5 a top-5 hit.
+    Distance is the Euclidean distance of the thumbnails' RGB values. A concept's distance is that of its nearest style.
+    Rank 0 is a top-1 hit, a rank under 5 is a top-5 hit.
     """
     pairs = all_pairs(split)
     concepts = sorted({p.concept for p in pairs})

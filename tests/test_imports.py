@@ -1,4 +1,4 @@
-"""What may import what, read from the source; and that nothing under runtime/ knows a model family."""
+"""Import rules between the parts, checked in the source; and no file under runtime/ names a model family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sources(part: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that the file imports, at any depth, whether at the top or inside a function."""
+    """Every module that the file imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -117,7 +117,7 @@ HEAVY = {"numpy", "onnxruntime", "torch", "transformers", "diffusers", "onnx", "
 
 
 def test_the_command_starts_without_heavy_modules() -> None:
-    """--help answers within 0.3 s because it imports next to nothing: that is what can be checked on any machine."""
+    """--help answers within 0.3 s because it imports next to nothing. The imports can be checked on any machine."""
     assert not loaded_modules("import ditc.runtime.cli") & HEAVY
 
 

@@ -1,4 +1,4 @@
-"""What the wheel holds, and that it draws a picture where there is no torch."""
+"""The wheel holds every module and nothing else, and it draws a picture without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("runtime", "export", "parity", "calib")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
-# Blocks what a machine that only draws does not have.
+# Blocks the packages that a machine which only draws does not have.
 BLOCKED = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "onnx_ir", "safetensors", "accelerate")
 GUARD = f"""
 import sys
@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Guard())
 
 
 def subpackages() -> set[str]:
-    """Every folder with Python files, as the package that it is installed as."""
+    """The package name under which each folder with Python files is installed."""
     found = set()
     for part in PARTS:
         for file in (ROOT / part).rglob("*.py"):
@@ -43,14 +43,14 @@ def test_the_list_of_packages_is_the_tree() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == subpackages()
 
 
-def test_no_tool_passes_over_a_folder_of_ours() -> None:
+def test_no_tool_skips_a_folder_of_ours() -> None:
     """pytest and ruff skip folders named build, dist and venv unless they are told otherwise."""
     folders = {path.name for part in (*PARTS, "tests") for path in (ROOT / part).rglob("*") if path.is_dir()}
     folders -= {"__pycache__"}
     for tool, setting in (("pytest", "norecursedirs"), ("ruff", "exclude")):
         options = PROJECT["tool"][tool].get("ini_options", PROJECT["tool"][tool])
         skipped = {name for name in folders for pattern in options[setting] if fnmatch(name, pattern)}
-        assert not skipped, f"{tool} passes over {sorted(skipped)}"
+        assert not skipped, f"{tool} skips {sorted(skipped)}"
 
 
 def test_make_setup_makes_the_links_that_mypy_and_editors_follow(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_every_pinned_requirement_is_in_the_constraints() -> None:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no stale build/ folder of the checkout gets in."""
+    """The wheel, built from a copy of the source, so that no stale build/ folder gets into it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*PARTS, "pyproject.toml", "README.md", "LICENSE"):
         path = ROOT / name
@@ -133,7 +133,7 @@ assert cli.__file__.startswith({str(tmp_path)!r}), cli.__file__
 assert cli.main(["run", {str(tiny_bundle)!r}, "red cat", "-o", {str(output)!r}, "--seed", "3"]) == 0
 assert cli.main(["build", "x", "-o", "y"]) == 2
 """
-    # -I ignores the user's site; an editable install is a finder behind sys.path, so the path wins.
+    # -I ignores the user's site. An editable install is found only after sys.path, so the unpacked wheel is used.
     script = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{code}"
     done = subprocess.run(
         [sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=300, check=False
@@ -147,7 +147,7 @@ assert cli.main(["build", "x", "-o", "y"]) == 2
 def test_the_wheel_installs_and_draws_in_an_empty_environment(
     wheel: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    """What a user of a bundle does: pip install, ditc run. Needs a package index."""
+    """A user of a bundle runs pip install and ditc run. This needs a package index."""
     venv.create(tmp_path / "env", with_pip=True)
     bin_ = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
     constraints = ["--constraint", str(ROOT / "constraints.txt")]

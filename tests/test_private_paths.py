@@ -1,4 +1,4 @@
-"""No command spells the path of a file that another module owns: it asks that module."""
+"""No command contains the path of a file that another module owns. It gets the path from that module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = (
     weight_map.SUFFIX,
 )
 FOLDERS = (layout.GRAPHS, layout.ENGINES, layout.GOLDEN)
-# A benchmark's own result, which has the name of a file in bundles.
+# A benchmark's own result file, which has the same name as a file in bundles.
 OWN = {"benchmarks/quantized.py": {"quantized.json"}}
 
 
@@ -52,7 +52,7 @@ def spelled(source: str) -> set[str]:
             continue
         text = node.value
         a_name = any(text.endswith(n) or text.startswith(f"{n}/") or f"/{n}/" in text for n in NAMES)
-        # "onnx" is a package, too: a folder is what a path is joined with.
+        # "onnx" is also a package: it is a folder only if a path is joined with it.
         a_folder = any(text.startswith(f"{f}/") or (text == f and node in operands) for f in FOLDERS)
         if a_name or a_folder:
             found.add(text)

@@ -1,4 +1,4 @@
-"""README and docs: every command parses, every target exists, every link leads somewhere."""
+"""README and docs: every command parses, every make target exists, and every link leads to a file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COMMAND = re.compile(r"^(?: {4,}|\$ )(ditc [a-z]+(?: .*?)?)(?:\s+#.*)?$", re.MUL
 
 
 def commands(page: Path) -> list[str]:
-    """Lines that a reader would type; one that ends in a backslash goes on."""
+    """The commands that a reader would type. A line that ends in a backslash continues on the next one."""
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
     return [line for line in COMMAND.findall(text) if line.split()[1] in VERBS or " -> " not in line]
 
 
 def targets() -> dict[str, str]:
-    """Documented targets of the Makefile: name to its line of help."""
+    """The documented targets of the Makefile, each with its line of help."""
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     found = (re.match(r"^([a-z-]+):.*?##\s*(.+)$", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
@@ -84,7 +84,7 @@ def test_every_source_file_that_is_named_exists(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_reference_of_the_command_is_the_codes() -> None:
+def test_the_command_reference_matches_the_code() -> None:
     path = ROOT / "docs" / "cli_reference.py"
     spec = importlib.util.spec_from_file_location("cli_reference", path)
     assert spec and spec.loader

@@ -1,4 +1,4 @@
-"""docs/structure.md answers "where do I change X?" with files that exist, and leaves out none that a change needs."""
+"""docs/structure.md answers "where do I change X?" with files that exist, and names every file that a change needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
-# What a newcomer asks for, and the files that such a change cannot do without.
+# Changes that a newcomer asks about, and the files that each change needs.
 NEEDED = {
     "a new model family": {
         "export/families/__init__.py",
@@ -75,7 +75,7 @@ def test_every_file_of_an_answer_exists(question: str) -> None:
 
 
 def test_every_module_that_a_table_lists_is_where_the_table_says() -> None:
-    """A module without a folder of its own lies in its part, or beside the module before it."""
+    """A module that the table names without a folder lies in its part, or beside the module named before it."""
     for part in ("runtime", "export"):
         section = TEXT[TEXT.index(f"## {part}/:") :].split("\n## ", 1)[0]
         for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):

@@ -1,1 +1,1 @@
-"""The recipe: data, text encoder, autoencoder, transformer, and the assembled checkpoint, one file a step."""
+"""The training recipe, one file per step: data, text encoder, autoencoder, transformer, assembled checkpoint."""

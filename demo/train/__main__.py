@@ -1,4 +1,4 @@
-"""``python -m demo.train [all|STEP]``: run the recipe, step by step."""
+"""``python -m demo.train [all|STEP]``: run all steps of the training recipe, or one of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def main() -> int:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="art and training states (default: %(default)s)"
     )
-    parser.add_argument("--log", type=Path, default=LOG, help="where the numbers of the run are appended")
-    parser.add_argument("--steps", type=int, help="optimizer steps, in place of the recipe's")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 on a busy machine")
+    parser.add_argument("--log", type=Path, default=LOG, help="file to append the run's log to")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def main() -> int:
         print(f"error: {e}. hint: check the free space and the permissions of {args.cache}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command to go on.", file=sys.stderr)
+        print("interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     except Stopped as e:
         print(e, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Render the art: every emoji of the groups below in three styles, as 128 px RGBA pictures, with names."""
+"""Render the art: emoji of most groups in three styles, as 128 px RGBA pictures with their names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ditc.runtime.atomic import atomic_path, write_atomic
 SIZE = 128
 _MARGIN = 8  # white on every side, so that no shape touches the border
 _LEFT_OUT_GROUPS = {None, 1, 2, 9}  # ungrouped, people and hands (skin tones), components, flags
-_SYMBOLS_GROUP = 8  # of which only the geometric shapes are used: the rest is letters and signs
+_SYMBOLS_GROUP = 8  # only its geometric shapes are used; the rest are letters and signs
 _SHAPES = ("circle", "square")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One rendered picture: what it shows, in which style, and the words that the emoji data gives it."""
+    """The labels of one rendered picture: its concept, its style, and the tags of the emoji data."""
 
     concept: str
     style: str
@@ -35,7 +35,7 @@ class Picture:
 
 
 def build(cache: Path) -> None:
-    """Render all pictures into ``cache/art.npy`` and ``cache/art.json``, unless they are there.
+    """Render all pictures into ``cache/art.npy`` and ``cache/art.json``, unless these files exist.
 
     Raises:
         DemoError: a package or the renderer is missing, or the disk is full.
@@ -52,7 +52,11 @@ def build(cache: Path) -> None:
 
 
 def load(cache: Path) -> tuple[NDArray[np.uint8], list[Picture]]:
-    """The pictures (N, 128, 128, 4), RGBA with straight alpha, and what they show."""
+    """Load the pictures (N, 128, 128, 4), RGBA with straight alpha, and their labels.
+
+    Raises:
+        DemoError: the art has not been rendered.
+    """
     try:
         pictures = [Picture(**p) for p in json.loads((cache / "art.json").read_text())]
         return np.load(cache / "art.npy", mmap_mode="r"), pictures
@@ -61,13 +65,13 @@ def load(cache: Path) -> tuple[NDArray[np.uint8], list[Picture]]:
 
 
 def on_background(rgba: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Lay pictures (..., 4) over one colour: (..., 3)."""
+    """Blend RGBA pictures (..., 4) over one colour. Returns RGB pictures (..., 3)."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return np.round(rgba[..., :3] * alpha + np.array(colour, np.float32) * (1 - alpha)).astype(np.uint8)
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array so that the file is either whole or absent."""
+    """Write an array atomically: the file is either whole or absent."""
     with explained(), atomic_path(path) as partial, partial.open("wb") as stream:
         np.save(stream, array)
 
@@ -92,7 +96,7 @@ def _render_all(cache: Path) -> Iterator[tuple[Picture, NDArray[np.uint8]]]:
 
 
 class _IconSet:
-    """An Iconify package: SVG bodies by name, names by code point."""
+    """An Iconify package, which maps code points to names, and names to SVG bodies."""
 
     def __init__(self, folder: Path) -> None:
         self._icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
@@ -133,5 +137,5 @@ def _rasterize(svg: str, size: int) -> Image.Image:
 
 
 def _code(hexcode: str) -> str:
-    """Code points without leading zeros and the emoji variation selector, which sources write differently."""
+    """Normalise code points, which sources write differently: no leading zeros, no emoji variation selector."""
     return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")

@@ -1,8 +1,8 @@
-"""Train the AutoencoderDC: 128 px pictures to 8x8x32 latents and back.
+"""Train the AutoencoderDC, which maps 128 px pictures to 8x8x32 latents and back.
 
-The loss is for pixels (L1 and squared error), edges, and flat colours; a penalty holds every latent channel
-near mean 0 and standard deviation 1, because SanaPipeline knows one scaling factor for all of them; and noise
-on the latents makes the decoder tolerant of what a denoiser, or a quantized one, leaves behind.
+The loss sums the errors of pixels (L1 and squared), edges, and flat colours. A penalty keeps every latent channel near
+mean 0 and standard deviation 1, because SanaPipeline has one scaling factor for all channels. Noise on the latents
+makes the decoder tolerate the error that a denoiser leaves, above all a quantized one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from demo.train.muon import optimizers_for
 NAME = "autoencoder"
 _BATCH = 8
 _LATENT_NOISE = 0.1
-_VOCABULARY_SHARE = 0.6  # of a batch; the other pictures, of ~800 more concepts, keep it general
+_VOCABULARY_SHARE = (
+    0.6  # of each batch; the other pictures show ~800 more concepts, so that the model stays general
+)
 _BACKGROUND_SHARE = 0.35
 _EVALUATED = 64
 
 
 def build_model() -> AutoencoderDC:
-    """f16c32 with one EfficientViT stage on each side; the first stage is a strided convolution alone."""
+    """An f16c32 model with one EfficientViT stage on each side. The first stage is only a strided convolution."""
     blocks = ("ResBlock",) * 4 + ("EfficientViTBlock",)
     scales: tuple[tuple[int, ...], ...] = ((),) * 4 + ((5,),)
     channels = (32, 32, 64, 128, 128)
@@ -51,7 +53,7 @@ def build_model() -> AutoencoderDC:
 
 
 def run(cache: Path, log: Path, steps: int, lr: float = 3e-3) -> nn.Module:
-    """Train, or go on training, the autoencoder."""
+    """Train the autoencoder, or resume its training."""
     torch.manual_seed(0)
     model = build_model().train()
     pictures = Pictures(cache)
@@ -84,7 +86,7 @@ def reconstruction_loss(model: nn.Module, x: Tensor, generator: torch.Generator)
 
 
 def picture_loss(y: Tensor, x: Tensor) -> Tensor:
-    """Pixels, edges and flat colours."""
+    """The weighted sum of the errors of pixels, edges and flat colours."""
     error = y - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     colours = F.avg_pool2d(error, 4).abs().mean()
@@ -98,7 +100,7 @@ def latent_penalty(z: Tensor) -> Tensor:
 
 
 class Pictures:
-    """The art as batches of RGB pictures in [-1, 1], the held-out ones kept apart."""
+    """The art as batches of RGB pictures in [-1, 1]. Held-out pictures are never in a training batch."""
 
     def __init__(self, cache: Path) -> None:
         self._rgba, pictures = art.load(cache)
@@ -129,7 +131,7 @@ class Pictures:
 
 
 def to_tensor(rgb: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
-    """(B, H, W, 3) bytes to (B, 3, H, W) in [-1, 1]."""
+    """Convert bytes (B, H, W, 3) to floats (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(rgb).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
@@ -140,6 +142,6 @@ def reconstruct(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def psnr_db(y: Tensor, x: Tensor) -> float:
-    """Mean over the pictures of the peak signal-to-noise ratio, for values in [-1, 1]."""
+    """The mean over the pictures of the peak signal-to-noise ratio in dB, for values in [-1, 1]."""
     mse = ((y.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3))
     return float((-10 * mse.log10()).mean())

@@ -26,14 +26,16 @@ INFERENCE_DEFAULTS = {
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
 }
-_FLOW_SHIFT = 3.0  # what Sana ships; of 48 prompts 1 drew 37 right, 2 and 3 drew 38 (before the last steps)
+_FLOW_SHIFT = (
+    3.0  # as in Sana; of 48 prompts, a shift of 1 drew 37 right, 2 and 3 drew 38 (before the last steps)
+)
 
 
 def run(cache: Path, destination: Path = CHECKPOINT_DIR) -> None:
-    """Write the checkpoint beside its place, check it, and move it there.
+    """Write the checkpoint to a temporary folder, check its size, and move it to its destination.
 
     Raises:
-        DemoError: a part is not trained yet, the disk is full, or the result is over the size limit.
+        DemoError: a part is not trained yet, the disk is full, or the checkpoint is over the size limit.
     """
     pipeline = assemble(cache)
     with explained(), atomic_folder(destination, replace=True) as folder:
@@ -41,12 +43,13 @@ def run(cache: Path, destination: Path = CHECKPOINT_DIR) -> None:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         if size > MAX_BYTES:
             raise DemoError(
-                f"the checkpoint has {size} bytes, over {MAX_BYTES}.", "narrow one of the networks."
+                f"the checkpoint has {size} bytes, more than {MAX_BYTES}.",
+                "make one of the networks narrower.",
             )
 
 
 def assemble(cache: Path) -> SanaPipeline:
-    """The pipeline of the averaged weights that the cache holds, in fp32."""
+    """The fp32 pipeline with the averaged weights in the cache."""
     student = load_averaged(cache, text.NAME, text.Student(text.build_model()))
     return SanaPipeline(
         tokenizer=AutoTokenizer.from_pretrained(cache / "tokenizer"),
@@ -60,7 +63,7 @@ def assemble(cache: Path) -> SanaPipeline:
 
 
 def save(pipeline: SanaPipeline, folder: Path) -> None:
-    """diffusers' layout, fp16 weights, and ``ditc.json`` for what that layout cannot say."""
+    """Save in diffusers' layout with fp16 weights. ``ditc.json`` holds the defaults that this layout lacks."""
     pipeline.save_pretrained(folder)
     for weights in folder.rglob("*.safetensors"):
         halved = {name: t.to(torch.float16).contiguous() for name, t in load_file(weights).items()}

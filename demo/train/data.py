@@ -1,4 +1,4 @@
-"""The data step: the art, the split, and the reference thumbnails that the evaluation compares with."""
+"""The data step: make the art, the split, and the reference thumbnails of the evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def run(cache: Path) -> None:
     pairs = [Pair(c, s) for c in vocabulary() for s in STYLES]
     if missing := [p for p in pairs if p not in row]:
         raise DemoError(
-            f"{len(missing)} pairs have no art, the first is {missing[0]}.", "edit demo/vocabulary.txt."
+            f"{len(missing)} pairs have no art; the first is {missing[0]}.",
+            "remove these concepts from demo/vocabulary.txt.",
         )
     held_out = choose_held_out(pairs)
     split = Split([p for p in pairs if p not in set(held_out)], held_out)

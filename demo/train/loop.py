@@ -1,8 +1,8 @@
-"""The one training loop: resume, warm-up and decay, moving average, progress bar, log, stop on a signal.
+"""The training loop of all steps: resuming, warm-up and decay, moving average, progress bar, log, stop on a signal.
 
-State is written to ``<cache>/<name>.pt`` when a signal (SIGTERM, SIGINT) arrives, every few minutes, and at
-the end; the same command then goes on from there. The random numbers of a step depend on its index alone, so
-a run that was stopped and resumed draws what an uninterrupted one would have drawn.
+The state is written to ``<cache>/<name>.pt`` when a signal (SIGTERM, SIGINT) arrives, every few minutes, and at the
+end. The same command resumes from it. The random numbers of a step depend on its index alone, so a run that was stopped
+and resumed draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Job:
     """What to train and for how long.
 
     Args:
-        loss: the loss of one batch, drawn with the given generator.
-        evaluate: numbers for the log, computed on the averaged weights.
-        decay: the share of the steps, at the end, over which the learning rate falls linearly to a fiftieth.
+        loss: draws one batch with the given generator and returns its loss.
+        evaluate: computes numbers for the log from the model with averaged weights.
+        decay: the last share of the steps, over which the learning rate falls linearly to a fiftieth.
         average: decay of the moving average of the weights.
     """
 
@@ -58,14 +58,14 @@ class Job:
 
 
 class Stopped(Exception):
-    """The run was asked to stop; its state is saved."""
+    """A signal stopped the run, after its state was saved."""
 
 
 def train(job: Job) -> nn.Module:
     """Run the job to its last step and return the averaged model.
 
     Raises:
-        Stopped: a signal asked for it; the state was saved first.
+        Stopped: a signal stopped the run, after its state was saved.
         DemoError: the state cannot be read or written, or the loss is not finite.
     """
     averaged = copy.deepcopy(job.model).eval().requires_grad_(False)
@@ -93,13 +93,17 @@ def train(job: Job) -> nn.Module:
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
             if stop.asked:
                 raise Stopped(
-                    f"{job.name} stopped at step {step} of {job.steps}; run the same command to go on."
+                    f"{job.name} stopped at step {step} of {job.steps}; run the same command again to resume."
                 )
     return averaged
 
 
 def load_averaged(cache: Path, name: str, model: nn.Module) -> nn.Module:
-    """Put the averaged weights of a saved run into the model."""
+    """Load the averaged weights of a saved run into the model.
+
+    Raises:
+        DemoError: there is no saved run, or it cannot be read.
+    """
     path = cache / f"{name}.pt"
     if not path.is_file():
         raise DemoError(f"{path} is missing.", f"run that step first: python -m demo.train {name}")
@@ -144,18 +148,18 @@ def _save(job: Job, averaged: nn.Module, step: int, seconds: float) -> None:
 
 
 def save_fresh_state(cache: Path, name: str, model: nn.Module) -> None:
-    """Save weights as a state at step 0 without optimizers: training from it begins with a warm-up."""
+    """Save weights as a state at step 0 without optimizers, so that training from it begins with a warm-up."""
     weights = model.state_dict()
     state = {"step": 0, "seconds": 0.0, "model": weights, "averaged": weights, "optimizers": None}
     _write(state, cache / f"{name}.pt")
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    """Write a state as a whole; if that fails, the last one is intact."""
+    """Write a state atomically: if writing fails, the previous state is intact."""
     with explained(), atomic_path(path) as partial:
         try:
             torch.save(state, partial)
-        except RuntimeError as e:  # what torch makes of a full disk
+        except RuntimeError as e:  # torch raises it when the disk is full
             raise OSError(str(e)) from e
 
 
@@ -181,7 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise DemoError(
-            f"{path} cannot be read ({type(e).__name__}).", f"delete {path} to begin this step anew."
+            f"{path} cannot be read ({type(e).__name__}).", f"delete {path} to restart this step."
         ) from e
     return state
 
@@ -204,7 +208,7 @@ def _environment() -> dict[str, Any]:
 
 
 class _StopSignal:
-    """Notes SIGTERM and SIGINT while a training step runs, so that it ends between two steps."""
+    """Remembers that SIGTERM or SIGINT arrived, so that training stops between two steps."""
 
     def __init__(self) -> None:
         self.asked = False

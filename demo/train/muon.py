@@ -1,11 +1,11 @@
-"""Muon: momentum whose update is made orthogonal, for matrices and convolutions; AdamW for the rest.
+"""Muon, which makes the momentum's update orthogonal, for matrices and convolutions; AdamW for the other parameters.
 
-Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): the Newton-Schulz
-coefficients and the treatment of a convolution as a matrix (out, in * kh * kw) are from there. The update is
-scaled by 0.2 * sqrt(max(shape)) to AdamW's usual RMS, so that one learning rate serves both groups (Liu et
-al., "Muon is scalable for LLM training", 2025, arXiv 2502.16982). ``torch.optim.Muon`` refuses convolutions.
+The Newton-Schulz coefficients and the treatment of a convolution as a matrix (out, in * kh * kw) are from Keller Jordan
+et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The update is scaled by 0.2 *
+sqrt(max(shape)) to AdamW's usual RMS, so that one learning rate serves both groups (Liu et al., "Muon is scalable for
+LLM training", 2025, arXiv 2502.16982). ``torch.optim.Muon`` is not used because it refuses convolutions.
 
-On the autoencoder's first 80 steps it reached 21.5 dB where AdamW, at the same rate, reached 17.8 dB.
+In the autoencoder's first 80 steps Muon reached 21.5 dB, while AdamW at the same learning rate reached 17.8 dB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
-_ADAM_BETAS = (0.9, 0.99)  # a few thousand steps: the second moment must follow faster than the default 0.999
+_ADAM_BETAS = (0.9, 0.99)  # over a few thousand steps, the default 0.999 of the second moment is too slow
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def step(self, closure: None = None) -> None:
-        """One update from the gradients at hand."""
+        """Update the parameters once from their gradients."""
         with torch.no_grad():
             for group in self.param_groups:
                 self._step_group(group)

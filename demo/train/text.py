@@ -1,7 +1,7 @@
-"""Tokenizer and text encoder: a small BPE vocabulary, and a tiny Gemma2 taught to mean what MiniLM means.
+"""Train the tokenizer and the text encoder: a small BPE vocabulary, and a tiny Gemma2 distilled from MiniLM.
 
-The Gemma2's last hidden states, averaged over the tokens and projected, are pulled towards the sentence
-embedding of all-MiniLM-L6-v2 (cosine, and telling the phrases of a batch apart). The projection is then
+The Gemma2's last hidden states are averaged over the tokens and projected. The result is trained towards the sentence
+embedding of all-MiniLM-L6-v2, by cosine distance and by contrast among the phrases of a batch. The projection is then
 dropped: the transformer reads the token states, as Sana reads Gemma's.
 """
 
@@ -45,7 +45,7 @@ _CONTRAST = 20.0  # inverse temperature, sentence-transformers' usual scale
 
 
 def run(cache: Path, log: Path, steps: int, lr: float = 2e-3) -> nn.Module:
-    """Train the tokenizer if there is none, then train, or go on training, the text encoder."""
+    """Train the tokenizer if there is none. Then train the text encoder, or resume its training."""
     phrases = corpus(cache)
     tokenizer = build_tokenizer(phrases, cache / "tokenizer")
     target = teacher_embeddings(phrases, cache)
@@ -83,7 +83,7 @@ def run(cache: Path, log: Path, steps: int, lr: float = 2e-3) -> nn.Module:
 
 
 class Student(nn.Module):
-    """The Gemma2 and the projection that exists only while it is taught."""
+    """The Gemma2 and its projection to the teacher's embeddings, which is only used in training."""
 
     def __init__(self, encoder: Gemma2Model) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Student(nn.Module):
 
 
 def build_model() -> Gemma2Model:
-    """Four layers, 256 wide: 3.4 million parameters, a third of them the embedding."""
+    """A model of four layers with width 256. It has 3.4 million parameters, a third of them in the embedding."""
     config = Gemma2Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
@@ -116,20 +116,20 @@ def build_model() -> Gemma2Model:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        attn_implementation="eager",  # what Gemma2 needs for its soft-capped scores
+        attn_implementation="eager",  # needed for Gemma2's soft-capped scores
     )
     return Gemma2Model(config)
 
 
 def distillation_loss(z: Tensor, target: Tensor) -> Tensor:
-    """Cosine distance, and cross-entropy of finding the own target among those of the batch."""
+    """Cosine distance to the own target, plus the cross-entropy of finding it among the targets of the batch."""
     own = (z * target).sum(1)
     logits = _CONTRAST * z @ target.T
     return (1 - own).mean() + 0.3 * F.cross_entropy(logits, torch.arange(len(z)))
 
 
 def corpus(cache: Path) -> list[str]:
-    """Names, tags and keywords of all emoji, pairs of them, and every caption but those of held-out pairs."""
+    """The phrases to train on: names, tags and keywords of all emoji, pairs of tags, and captions of trained pairs."""
     base = packages.unpacked(packages.EMOJIBASE, cache) / "package" / "en" / "data.json"
     words = packages.unpacked(packages.EMOJILIB, cache) / "package" / "dist" / "emoji-en-US.json"
     keywords = json.loads(words.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def corpus(cache: Path) -> list[str]:
 
 
 def build_tokenizer(phrases: list[str], folder: Path) -> PreTrainedTokenizerBase:
-    """A GemmaTokenizer with its own BPE vocabulary, byte fallback, ``<bos>`` first, padding on the right."""
+    """A GemmaTokenizer trained on the phrases: BPE with byte fallback, ``<bos>`` first, padding on the right."""
     if not (folder / "tokenizer.json").is_file():
         bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         bpe.normalizer = normalizers.Replace(" ", "▁")
@@ -171,7 +171,7 @@ def build_tokenizer(phrases: list[str], folder: Path) -> PreTrainedTokenizerBase
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, phrases: list[str]) -> Tensor:
-    """Token ids (N, MAX_LENGTH) of lower-cased phrases, padded with 0, as SanaPipeline makes them."""
+    """Token ids (N, MAX_LENGTH) as SanaPipeline makes them: of lower-cased phrases, padded with 0."""
     lowered = [p.lower().strip() for p in phrases]
     tokenizer.padding_side = "right"
     batch = tokenizer(
@@ -182,7 +182,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, phrases: list[str]) -> Tensor:
 
 
 def teacher_embeddings(phrases: list[str], cache: Path) -> Tensor:
-    """MiniLM's unit sentence embeddings (N, 384), kept in the cache."""
+    """MiniLM's sentence embeddings (N, 384) of unit length. They are kept in the cache."""
     digest = hashlib.sha256("\n".join(phrases).encode()).hexdigest()[:12]
     path = cache / f"teacher-{digest}.npy"
     if not path.is_file():

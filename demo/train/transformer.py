@@ -1,7 +1,7 @@
-"""Train the SanaTransformer2DModel by flow matching on cached latents and cached caption states.
+"""Train the SanaTransformer2DModel by flow matching, on precomputed latents and caption states.
 
-``x_t = (1 - t) x_0 + t noise`` and the target is ``noise - x_0``, with logit-normal ``t`` (Esser et al. 2024,
-arXiv 2403.03206), as Sana trains. One caption in ten is emptied, for classifier-free guidance.
+As in Sana's training, ``x_t = (1 - t) x_0 + t noise``, the target is ``noise - x_0``, and ``t`` is logit-normal (Esser
+et al. 2024, arXiv 2403.03206). One caption in ten is replaced by the empty one, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from demo.train.muon import optimizers_for
 NAME = "transformer"
 _BATCH = 32
 _EMPTY_CAPTIONS = 0.1
-_CAPTION_SHARES = (0.70, 0.10, 0.06)  # plain, with an article, concept alone; the rest on coloured grounds
+_CAPTION_SHARES = (0.70, 0.10, 0.06)  # plain, with an article, concept alone; the rest name a background
 _EVALUATED_DRAWS = 4
-_NOT_HIDDEN = {"patch_embed", "proj_out", "time_embed", "caption_proj"}  # first and last layers: AdamW
+_NOT_HIDDEN = {
+    "patch_embed",
+    "proj_out",
+    "time_embed",
+    "caption_proj",
+}  # first and last layers, which AdamW trains
 
 
 def build_model() -> SanaTransformer2DModel:
-    """Six layers of six 32-wide heads on 8x8 latents, with SANA-1.5's normalised queries and keys."""
+    """A model of six layers with six 32-wide heads, for 8x8 latents, with SANA-1.5's normalised queries and keys."""
     heads, head_dim = 6, 32
     return SanaTransformer2DModel(
         in_channels=32,
@@ -50,7 +55,7 @@ def build_model() -> SanaTransformer2DModel:
 
 
 def run(cache: Path, log: Path, steps: int, lr: float = 1.6e-3) -> nn.Module:
-    """Train, or go on training, the transformer on the latents of the trained pairs."""
+    """Train the transformer on the latents of the trained pairs, or resume its training."""
     split = load_split()
     vae = load_averaged(cache, autoencoder.NAME, autoencoder.build_model())
     student = load_averaged(cache, text.NAME, text.Student(text.build_model()))
@@ -82,12 +87,12 @@ def run(cache: Path, log: Path, steps: int, lr: float = 1.6e-3) -> nn.Module:
 
 
 class Examples:
-    """Latents of pairs on every background, and the states of every caption of each.
+    """The latents of pairs on every background, and the states of all their captions.
 
     Args:
         latents: (P, 1 + backgrounds, 32, 8, 8), white first.
-        states: (P * V + 1, L, 256) caption states, the empty caption last; V captions a pair, in the order of
-            ``captions_of``.
+        states: (P * V + 1, L, 256) caption states: V captions per pair in the order of ``captions_of``, and the empty
+            caption last.
         mask: (P * V + 1, L), 1 where there is a token.
     """
 
@@ -104,7 +109,7 @@ class Examples:
         captions = [c for p in pairs for c in captions_of(p)] + [""]
         ids = text.tokenize(AutoTokenizer.from_pretrained(cache / "tokenizer"), captions)
         mask = (ids != 0).long()
-        width = int(mask.sum(1).max())  # what is cut is masked, so it is never attended to
+        width = int(mask.sum(1).max())  # only padding is cut off, which is masked in any case
         ids, mask = ids[:, :width], mask[:, :width]
         with torch.inference_mode():
             parts = zip(ids.split(256), mask.split(256), strict=True)
@@ -122,12 +127,12 @@ class Examples:
 
 
 def captions_of(pair: Pair) -> list[str]:
-    """Captions on white, then one for every background."""
+    """The captions of the pair's picture on white, then one caption per coloured background."""
     return [caption(pair), *paraphrases(pair), *(caption(pair, b) for b in BACKGROUNDS)]
 
 
 def latents_of(pairs: list[Pair], vae: nn.Module, cache: Path) -> Tensor:
-    """Latents (P, 1 + backgrounds, 32, 8, 8) of the pairs' pictures, white first, kept in the cache."""
+    """Latents (P, 1 + backgrounds, 32, 8, 8) of the pairs' pictures, white first. They are kept in the cache."""
     digest = hashlib.sha256(repr(pairs).encode())
     for weight in vae.encoder.state_dict().values():
         digest.update(weight.numpy().tobytes())

@@ -16,8 +16,7 @@ ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision
 
 # Peak resident size of a process that exports one stage. torch, diffusers and transformers alone take 0.7 GB. The
 # weights are held once (Sana 1.6B in fp16: a peak of 3.4 GB for 3.2 GB of weights). A stage that is small enough to be
-# checked by running its graph needs more: PyTorch's activations, and ONNX Runtime's packed copy, which holds fp16 as
-# fp32.
+# checked by running its graph needs more: PyTorch's activations, and ONNX Runtime's packed copy (fp16 as fp32).
 EXPORT_FIXED_BYTES = 900_000_000
 BYTES_PER_CHECKED_WEIGHT_BYTE = 3.5
 BYTES_PER_UNCHECKED_WEIGHT_BYTE = 1.0

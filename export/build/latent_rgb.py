@@ -29,8 +29,8 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     x = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy().astype(np.float64)
     y = colours.permute(0, 2, 3, 1).reshape(-1, 3).numpy().astype(np.float64)
-    # Latents of blocks span fewer directions than latents of real pictures: without a ridge, the map would be
-    # ill-determined in the others.
+    # The latents of coloured blocks span fewer directions than those of real pictures. In the other directions only the
+    # ridge bounds the map.
     ridge = 1e-3 * len(x) * np.eye(x.shape[1])
     solution: Array = np.linalg.solve(x.T @ x + ridge, x.T @ y).T
     return solution.astype(np.float32)

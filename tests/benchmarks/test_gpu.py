@@ -1,4 +1,4 @@
-"""The GPU benchmark with a CPU in the GPU's place: who takes part, what is compared, what becomes of failures."""
+"""The GPU benchmark, run on a CPU in place of the GPU: its candidates, its comparisons, and how it handles failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ compile_for_real = torch.compile
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A CPU as the device, and the inputs' shapes of everything that torch.compile compiles."""
+    """Make the CPU the device, and return the input shapes of everything that torch.compile compiles."""
     found: list[Any] = []
 
     def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -38,26 +38,26 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_everybody_is_measured_against_fp32_and_compiled_for_its_own_batch(compiled: list[Any]) -> None:
+def test_every_candidate_is_compared_with_fp32_and_compiled_for_each_batch(compiled: list[Any]) -> None:
     results = gpu.compare("tiny", 64, repeats=2, ceiling=CEILING)
     errors = {label: rows[1].get("relative_l2_of_fp32") for label, rows in results.items() if 1 in rows}
     assert errors["diffusers fp32"] == 0
-    # Neither the same numbers nor others. The CPU provider computes fp16 graphs in fp32, so ours is off by less.
+    # Errors are not zero, and small. The CPU provider computes fp16 graphs in fp32, so our error is smaller.
     for label, least in (("diffusers bf16", 1e-4), ("torch.compile bf16", 1e-4), ("onnxruntime fp16", 1e-8)):
         assert least < errors[label] < 0.02, label
         assert results[label][2]["latency_s"]["median"] > 0
-    # No engine runs here: each says so, and the others go on.
+    # No engine runs here. Each is listed as failed, and the other candidates are still measured.
     assert all("failed" in rows for label, rows in results.items() if label.startswith("tensorrt"))
-    # One graph a batch, with the latents of its two guidance rows a picture: nothing was compiled for any batch.
+    # One graph is compiled per batch size, for two guidance rows per picture. None has a dynamic batch.
     latents = [shape for shapes in compiled for shape in shapes if len(shape) == 4]
     assert latents[0] == (2, 32, 2, 2) and (4, 32, 2, 2) in latents
     assert all(isinstance(size, int) for shapes in compiled for shape in shapes for size in shape)
     assert "| tiny 64px | diffusers fp32 |" in gpu.table({"tiny 64px": results})
 
 
-def test_what_fails_is_said_and_let_go(compiled: list[Any]) -> None:
+def test_a_candidate_that_fails_is_recorded_and_freed(compiled: list[Any]) -> None:
     class Network:
-        """What a candidate holds."""
+        """Stands for the network that a candidate keeps alive."""
 
     alive: list[weakref.ref[Network]] = []
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong when building: one error, one hint, exit code 2, and nothing half-written."""
+"""Mistakes of a user who builds: each gives one error, one hint, exit code 2, and no half-written file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of this is refused before the first export, which takes minutes at full size."""
+    """Fail if an export begins: bad input must be refused before it, because it takes minutes at full size."""
 
     def export(*_: object, **__: object) -> None:
         raise AssertionError("an export was begun")
@@ -43,7 +43,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The error of a command that ends with 2, an error and a hint."""
+    """Run a command that must end with exit code 2, an error and a hint. Returns the error."""
     assert main([str(argument) for argument in arguments]) == USAGE
     out, err = capsys.readouterr()
     *_, error, hint = err.splitlines()
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_cannot_be_built_is_refused_before_any_export(
     assert not (out / "manifest.json").exists() and not list(out.glob("onnx/*"))
 
 
-def test_a_pth_of_more_than_tensors_is_refused_and_not_run(
+def test_a_pth_with_more_than_tensors_is_refused_and_not_executed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Bomb:
@@ -200,7 +200,7 @@ def test_a_missing_library_names_the_pip_line(
     assert 'hint: pip install "ditc[rtx]"' in capsys.readouterr().err and not out.exists()
 
 
-def test_a_missing_triton_is_said_before_the_export(
+def test_a_missing_triton_is_reported_before_the_export(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle_module, "library_version", lambda *_: "1.0")
@@ -276,7 +276,7 @@ def test_a_read_only_output_is_refused(
 def test_a_build_with_nothing_to_do_needs_no_torch(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    """Its second is what the whole command may take; torch alone takes longer to import."""
+    """The whole command may take one second, and importing torch alone takes longer."""
     assert up_to_date(tiny_checkpoint, tiny_bundle, BuildOptions(max_batch=3)) is None
     code = (
         "import sys; from ditc.runtime.cli import main; "

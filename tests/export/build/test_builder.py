@@ -49,13 +49,13 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 class Stopped(Exception):
-    """Raised where the manifest would be written: as if the process had died there."""
+    """Raised in place of writing the manifest, as if the process had died there."""
 
 
 def would_build(
     checkpoint: Path, bundle: Path, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """Stages that a build would export, with the reasons given, without exporting them."""
+    """The stages that a build would export, with its reasons, without exporting them."""
     reasons: dict[str, str] = {}
 
     def note(build: BuildContext, name: str) -> Artifact | None:
@@ -77,7 +77,7 @@ def would_build(
 
 
 def contents(bundle: Path) -> dict[str, tuple[int, int]]:
-    """Every file of the bundle but the journal, with inode and time of its last change."""
+    """Every file of the bundle except the journal, with its inode and the time of its last change."""
     return {
         path.relative_to(bundle).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in bundle.rglob("*")
@@ -94,9 +94,7 @@ def test_a_second_build_does_nothing_and_says_why(tiny_checkpoint: Path, bundle:
     assert contents(bundle) == before
 
 
-def test_what_an_earlier_build_made_from_something_else_goes_and_is_named(
-    tiny_checkpoint: Path, bundle: Path
-) -> None:
+def test_artifacts_made_from_other_inputs_are_removed_and_named(tiny_checkpoint: Path, bundle: Path) -> None:
     manifest = load_manifest(bundle)
     stage = manifest.stages["conditioner"]
     foreign = replace(stage.artifacts[0], precision=Precision.FP16, key="0" * 64)
@@ -110,7 +108,7 @@ def test_what_an_earlier_build_made_from_something_else_goes_and_is_named(
 def test_the_same_artifacts_are_the_same_manifest_whichever_was_built_last(
     tiny_checkpoint: Path, bundle: Path
 ) -> None:
-    """Else a build with nothing to do voids signature and certificate, and forgets what fp16 is measured by."""
+    """Else a build with nothing to do would void the signature and certificate, and lose the recorded fp16 error."""
     manifest, journal = load_manifest(bundle), Journal(bundle)
     stage = manifest.stages["conditioner"]
     fp32 = stage.artifacts[0]
@@ -208,10 +206,10 @@ def test_other_source_rebuilds_every_stage(
     assert reasons == dict.fromkeys(ALL, "export source changed")
 
 
-def test_edited_words_are_looked_at_and_rebuild_nothing(
+def test_an_edited_comment_rebuilds_nothing(
     tiny_checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a comment changes is the text of the source alone, which decides whether a build looks at its stages."""
+    """A comment changes only the text of the source, which decides whether a build compares its stages' inputs."""
     monkeypatch.setattr(noop, "bundle_source", lambda: "0" * 64)
     assert noop.up_to_date(tiny_checkpoint, bundle, BuildOptions()) is None
     assert would_build(tiny_checkpoint, bundle, BuildOptions(), monkeypatch) == {}
@@ -274,7 +272,7 @@ def test_two_builds_at_once_are_refused(tiny_checkpoint: Path, bundle: Path) -> 
 def test_a_directory_with_other_files_is_refused_and_left_alone(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The build removes what its manifest does not name: it must not do that among someone's files."""
+    """The build removes files that its manifest does not name, so it must not run in a folder with other files."""
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "mine.onnx").write_text("precious")
     with pytest.raises(BuildError, match="not empty and not a bundle"):
@@ -318,7 +316,7 @@ def test_a_directory_without_write_permission_is_refused(tiny_checkpoint: Path, 
         build_bundle(tiny_checkpoint, tmp_path / "bundle", BuildOptions())
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):
         build_bundle(tmp_path / "empty", tmp_path / "bundle", BuildOptions())

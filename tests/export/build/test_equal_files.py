@@ -1,4 +1,4 @@
-"""Equal modules give equal files: no path of the building machine, no running number of torch."""
+"""Equal modules give equal files: without paths of the machine that builds, and without torch's running numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the next build resumes, and no half-written file is ever read."""
+"""After kill -9 at any moment, the next build resumes, and no half-written file is ever read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_build_killed_at_thirty_random_moments_ends_in_the_same_bundle(
 
 
 def test_a_lock_dies_with_its_owner(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The file stays, the lock goes: what the operating system holds for a process ends with it."""
+    """The lock file stays, but the operating system frees the lock when its process ends."""
     from ditc.export.build.journal import FOLDER, locked
     from ditc.runtime.errors import BuildError
 
@@ -51,7 +51,7 @@ def test_a_lock_dies_with_its_owner(tiny_bundle: Path, tmp_path: Path) -> None:
         assert load_manifest(tiny_bundle)
 
 
-def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+def test_half_written_files_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     from ditc.export.build.journal import FOLDER, locked
 
     (tmp_path / FOLDER).mkdir()

@@ -1,4 +1,4 @@
-"""The journal's records: typed, read strictly, and what cannot be read is made again."""
+"""The journal's records are typed and read strictly. If one cannot be read, its artifact is made again."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_changed_inputs_are_named_in_words(bundle: Path, manifest: Manifest) -> 
 
 
 def damaged(record: dict[str, Any]) -> list[object]:
-    """The record truncated, with another type, with a field too many or too few, and as earlier versions wrote it."""
+    """Damaged records: truncated, with a wrong type, with one field too many or too few, or of an earlier version."""
     inputs = record["inputs"]
     return [
         "{",
@@ -121,7 +121,7 @@ def test_a_record_that_cannot_be_read_means_to_build_again(
 def test_a_bundle_without_readable_records_is_built_again_and_equal(
     tiny_checkpoint: Path, bundle: Path, manifest: Manifest
 ) -> None:
-    """As with a bundle of an earlier version: it loads, its build is not known to be done, and it is built again."""
+    """The bundle of an earlier version loads, but its build is not known to be finished, so it is built again."""
     for path in Journal(bundle).records():
         path.write_text(json.dumps({"inputs": {}, "artifact": {}}))
     assert load_manifest(bundle) == manifest

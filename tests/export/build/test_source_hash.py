@@ -1,4 +1,4 @@
-"""A rebuild follows the code that shapes an artifact: not comments, and not the folders around it."""
+"""A change of the code that shapes an artifact rebuilds it. A change of comments or of other code does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ditc.export.build.source_hash import (
 
 GRAPH_FILES = source_files(GRAPH_SOURCES, but=NOT_IN_GRAPHS)
 ENGINE_FILES = source_files(ENGINE_SOURCES)
-# What hashed files import and need not be hashed, each with its reason. A new import is hashed, or reviewed and added.
+# Files that hashed files import and that need not be hashed, each with its reason. A new import must be hashed, or
+# reviewed and added here.
 REVIEWED = {
     "runtime/errors.py": "messages",
     "runtime/sessions/registry.py": "targets and library versions, which are in an engine's key",
@@ -62,7 +63,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """All three, without their memory of this root."""
+    """All three hashes of the source below root, computed anew: the functions' caches are bypassed."""
     functions: tuple[Callable[[Path], str], ...] = (graph_source, engine_source, bundle_source)
     return {function.__name__: function.__wrapped__(root) for function in functions}  # type: ignore[attr-defined]
 
@@ -83,7 +84,7 @@ def more_code(text: str) -> str:
 
 def test_every_source_that_is_named_is_there() -> None:
     missing = [name for name in (*GRAPH_SOURCES, *ENGINE_SOURCES) if not (ROOT / name).exists()]
-    assert not missing, f"export/build/source_hash.py names what is not there: {missing}"
+    assert not missing, f"export/build/source_hash.py names files that do not exist: {missing}"
 
 
 def test_every_exception_still_excludes_a_file() -> None:
@@ -154,20 +155,20 @@ def test_a_new_file_and_a_new_name_change_the_hash(source: Path) -> None:
     assert len({before, renamed, hashes(source)["graph_source"]}) == 3
 
 
-def test_a_string_that_is_used_is_no_docstring() -> None:
+def test_a_string_that_is_used_is_not_a_docstring() -> None:
     assert code_of(b'def f():\n    "words"\n    return "a"\n') == code_of(b'def f():\n    return "a"\n')
     assert code_of(b'x = "a"\n') != code_of(b'x = "b"\n')
 
 
 def unhashed(files: list[Path], sources: list[Path]) -> dict[str, set[str]]:
-    """File -> what it imports that is neither among the sources nor reviewed."""
+    """The imports of each file that are neither hashed nor reviewed."""
     known = {path.relative_to(ROOT).as_posix() for path in sources} | REVIEWED.keys()
     found = {path.relative_to(ROOT).as_posix(): set(imported(path)) - known for path in files}
     return {path: names for path, names in found.items() if names}
 
 
 def test_what_a_hashed_file_imports_is_hashed_or_reviewed() -> None:
-    """Else a change there would leave stale artifacts: a network may not read its family's convert.py, for example."""
+    """Else a change there would leave stale artifacts. For example, a network must not read its family's convert.py."""
     assert not unhashed(GRAPH_FILES, GRAPH_FILES)
     assert not unhashed(ENGINE_FILES, [*GRAPH_FILES, *ENGINE_FILES])
     convert = source_files(["export/families/sana/convert.py"])
@@ -175,7 +176,7 @@ def test_what_a_hashed_file_imports_is_hashed_or_reviewed() -> None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Files of ditc that the file imports, at any depth."""
+    """Files of ditc that the file imports, directly or indirectly."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ditc."):
             for alias in node.names:

@@ -1,4 +1,4 @@
-"""The weight map: names, transforms and the way back from a bundle's ONNX files to the checkpoint."""
+"""The weight map: names, transforms, and how a bundle's ONNX files give back the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_initializer_bears_its_parameters_name_and_equal_ones_stay_apart(w
     mapped = {weight.initializer: weight for weight in weights if weight.stage == "denoiser"}
     assert mapped.keys() <= initializers.keys()
     block = "network.transformer_blocks.0.attn1"
-    # Both are ones in a fresh network: an exporter that merges equal initializers leaves one of them out.
+    # Both are all ones in a fresh network, and an exporter that merges equal initializers would drop one of them.
     assert {f"{block}.norm_q.weight", f"{block}.norm_k.weight"} <= mapped.keys()
     assert mapped[f"{block}.to_q.weight"].transforms == ("transpose",)
     assert mapped[f"{block}.to_q.weight"].checkpoint == "transformer_blocks.0.attn1.to_q.weight"

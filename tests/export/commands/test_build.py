@@ -1,4 +1,4 @@
-"""`ditc build`: what its arguments ask for is what is built."""
+"""`ditc build`: every argument reaches the option that it stands for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ditc.export.commands.build import add_arguments, build_options
 from ditc.export.options import BuildOptions
 
-# A value of every option that is not its default.
+# For every option, a value that is not its default.
 CHOICES = {
     "precision": ["--precision", "fp8"],
     "backend": ["--backend", "tensorrt-rtx"],
@@ -44,5 +44,5 @@ def test_without_arguments_the_defaults_are_the_options_own() -> None:
     assert options() == BuildOptions()
 
 
-def test_targets_may_stand_apart() -> None:
+def test_spaces_between_targets_are_ignored() -> None:
     assert options("--targets", "sm80, sm89,").targets == ("sm80", "sm89")

@@ -1,4 +1,4 @@
-"""Building TensorRT-RTX engines on a CPU: sizes, targets, types, and failures that say what to do."""
+"""Building TensorRT-RTX engines on a CPU: sizes, targets, types, and errors with hints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_several_targets_in_one_file_cost_no_second_copy_of_the_weights(tmp_path
         ).size_bytes
         for targets in (("sm86",), ("sm80", "sm86", "sm89", "sm120"))
     ]
-    # 1.7.1.116 adds 16 bytes; 1 % is far from the 300 % of three more engines.
+    # 1.7.1.116 adds 16 bytes. Three more copies of the weights would add 300 %, far above the limit of 1 %.
     assert sizes[1] < 1.01 * sizes[0]
 
 
@@ -67,10 +67,10 @@ def test_tf32_is_cleared_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert build_engine(graph, out, spec=_spec(), backend=RTX, targets=("sm86",), tf32=True).tf32
 
 
-def test_no_engine_asks_for_what_ends_the_process_at_its_first_run(
+def test_no_engine_has_the_flag_that_crashes_its_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """REQUIRE_USER_ALLOCATION beside a profile of several sizes (TensorRT-RTX 1.7.1): SIGSEGV in execute_async_v3."""
+    """With REQUIRE_USER_ALLOCATION and a profile of several sizes, execute_async_v3 crashes (TensorRT-RTX 1.7.1)."""
     build, flags = Compiler.build, []
 
     def spied(compiler: Compiler, file: Any) -> bool:
@@ -138,7 +138,7 @@ def test_a_build_takes_no_more_memory_than_was_estimated(tmp_path: Path) -> None
         graph, tmp_path / "net.engine", spec=_spec(width=1024), backend=RTX, targets=("sm86",)
     )
     taken = report.peak_memory_bytes - before
-    # Only an upper bound: what earlier builds left resident in this process is not taken again.
+    # This can only check an upper bound: memory that earlier builds left resident in this process is used again.
     assert taken < 1.2 * estimate_memory_bytes(graph)
     assert estimate_memory_bytes(graph) > 2 * report.size_bytes
 
@@ -154,7 +154,7 @@ def test_a_custom_op_is_built_from_its_function_body(tmp_path: Path) -> None:
     assert (tmp_path / "net.engine").is_file()
 
 
-def test_progress_tells_phase_and_steps_and_can_stop_the_build(tmp_path: Path) -> None:
+def test_progress_reports_phase_and_steps_and_can_stop_the_build(tmp_path: Path) -> None:
     graph = _mlp(tmp_path)
     seen: list[tuple[str, int, int]] = []
     build_engine(
@@ -179,7 +179,7 @@ def test_progress_tells_phase_and_steps_and_can_stop_the_build(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm100", "sm70", "ampere-plus"])
-def test_a_target_that_the_library_lacks_is_refused_with_the_way_out(tmp_path: Path, target: str) -> None:
+def test_a_target_that_the_library_lacks_is_refused_with_a_hint(tmp_path: Path, target: str) -> None:
     with pytest.raises(UsageError, match=f"tensorrt-rtx cannot build for {re.escape(target)}") as caught:
         build_engine(_mlp(tmp_path), tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86", target))
     assert "--backend tensorrt" in str(caught.value.hint)

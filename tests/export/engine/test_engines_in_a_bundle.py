@@ -1,4 +1,4 @@
-"""ditc build --backend tensorrt-rtx: engines beside the graphs that ONNX Runtime runs, built on a CPU."""
+"""`ditc build --backend tensorrt-rtx`, on a CPU: engines are built beside the graphs that ONNX Runtime runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RTX = BuildOptions(backend=Backend.TENSORRT_RTX, targets=("sm86", "sm89"))
 def engines(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[BuildEvent]]:
-    """A copy of the bundle with engines, and what its build told."""
+    """A copy of the bundle with engines, and the events of its build."""
     out = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
     events: list[BuildEvent] = []
     build_bundle(tiny_checkpoint, out, RTX, on_event=events.append)
@@ -61,14 +61,14 @@ def test_memory_is_estimated_measured_and_recorded(
     assert len(built) == len(load_manifest(bundle).stages)
     for event in built:
         assert event.seconds > 0 and event.peak_memory_bytes > 0
-        # The fixed part of the estimate is for a process that has nothing else resident.
+        # The fixed part of the estimate assumes a process that has nothing else resident.
         assert event.peak_memory_bytes < 1.5 * event.estimated_memory_bytes
     assert main(["inspect", str(bundle)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "tensorrt-rtx 1." in line]
     assert len(lines) == len(built) and all(" s " in line and " GB " in line for line in lines)
 
 
-def test_the_builders_progress_is_told(engines: tuple[Path, list[BuildEvent]]) -> None:
+def test_the_progress_of_the_builder_is_reported(engines: tuple[Path, list[BuildEvent]]) -> None:
     told = [event for event in engines[1] if event.status == "working" and event.stage == "denoiser engine"]
     assert told and all("/" in event.why for event in told)
 

@@ -1,4 +1,4 @@
-"""Function bodies are inlined before an engine is built: every call's tensors have names of their own."""
+"""Function bodies are inlined before an engine is built, so that the tensors of each call have distinct names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_parser_has_no_complaint_about_names(graph: Path) -> None:
     assert not [text for text in compiler.warnings() if "already exists" in text]
 
 
-def test_a_graph_without_functions_is_taken_as_it_is(graph: Path) -> None:
+def test_a_graph_without_functions_is_not_copied(graph: Path) -> None:
     model = onnx.inliner.inline_local_functions(onnx.load(graph))
     onnx.save(model, graph)
     with inlined(graph) as path:

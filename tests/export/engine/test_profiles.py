@@ -1,4 +1,4 @@
-"""Optimisation profiles: every bin has one, and none is as large as both longest sides together."""
+"""Optimisation profiles: every bin fits into one, and none covers the longest height and the longest width together."""
 
 from __future__ import annotations
 

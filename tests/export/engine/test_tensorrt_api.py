@@ -1,4 +1,4 @@
-"""The names of TensorRT's API that ditc uses, held against the libraries that are installed."""
+"""The installed TensorRT libraries have all names and parameters of the API that ditc uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_library_has_every_name_and_parameter_that_is_used(
     assert not differences(module, {**API, **own})
 
 
-def test_a_missing_name_and_another_parameter_are_told() -> None:
+def test_a_missing_name_and_a_changed_parameter_are_reported() -> None:
     class Other:
         class Runtime:
             """A library of another version."""
