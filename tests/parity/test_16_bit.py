@@ -75,22 +75,29 @@ def test_a_16_bit_graph_that_a_cpu_runs_in_fp32_is_not_checked(tiny_checkpoint, 
     assert {r.verdict for r in results} == {Verdict.NOT_CHECKED}
 
 
-def test_a_16_bit_graph_that_rounds_twice_as_hard_fails(tiny_checkpoint, graphs, tmp_path) -> None:
-    """The weights have 8 significant bits instead of 11, as a careless cast through bf16 leaves them."""
+# A careless cast through bf16 leaves 8 significant bits; measured 2.6 times the bound in a stage. A step takes what the
+# conditioner loses too, and so is held to more: 6 bits, measured 3.9 times its bound.
+@pytest.mark.parametrize(("level", "significant_bits"), [(Level.STAGE, 8), (Level.STEP, 6)])
+def test_a_16_bit_graph_whose_weights_were_rounded_harder_fails(
+    level, significant_bits, tiny_checkpoint, graphs, tmp_path
+) -> None:
     model = ir.load(graphs[DENOISER])
     ir.external_data.load_to_model(model)
+    dropped = 24 - significant_bits
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
             array = value.const_value.numpy().astype(np.float32)
-            bits = (array.view(np.uint32) + 0x8000) & 0xFFFF0000
+            bits = (array.view(np.uint32) + (1 << (dropped - 1))) >> dropped << dropped
             value.const_value = ir.tensor(bits.view(np.float32).astype(np.float16), name=value.name)
     path = tmp_path / "careless.onnx"
     ir.save(model, path)
     context = context_of(tiny_checkpoint, {**graphs, DENOISER: path})
-    found = [r for r in LEVELS[Level.STEP](context) if r.verdict is Verdict.FAIL]
-    assert found
-    assert found[0].value > found[0].bound
-    assert found[0].culprit is not None
+    broken = [r for r in LEVELS[level](context) if r.verdict is Verdict.FAIL and r.bound is not None]
+    found = max(broken, key=lambda r: r.share_of_bound)
+    assert found.value > 1.5 * found.bound
+    assert found.culprit is not None
+    if level is Level.STAGE:
+        assert (found.stage, found.culprit.module) == (DENOISER, "network.patch_embed.proj")
 
 
 def test_a_precision_baseline_that_overflows_gives_no_bound() -> None:
