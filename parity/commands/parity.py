@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--width", type=int, metavar="PX", help="Picture width in pixels (default: the bundle's)."
     )
-    add_load_arguments(parser, "backend", "provider", "precision", "threads", "low_vram", "require_signature")
+    # Without --provider, as in `ditc verify`: the certificate would count for another provider too.
+    add_load_arguments(parser, "backend", "precision", "threads", "low_vram", "require_signature")
     _add_reference_arguments(parser)
     parser.add_argument(
         "--budget",

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ditc.runtime.bundle.certificate import Record
 
 # Options that choose which artifacts --run runs, and how. Without --run they have no effect, so they are refused.
-RUN_OPTIONS = ("backend", "provider", "precision", "threads", "low_vram")
+# Without --provider: a certificate names artifacts and a machine, so a result of ONNX Runtime's CPU provider would also
+# count for its CUDA provider.
+RUN_OPTIONS = ("backend", "precision", "threads", "low_vram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
