@@ -278,7 +278,7 @@ def test_a_directory_is_sent_to_the_other_direction_and_a_missing_file_is_said(
     out = tmp_path / "out"
     (tmp_path / "checkpoint").mkdir()
     assert main(["convert", str(tmp_path / "checkpoint"), str(out)]) == 2
-    assert "hint: to write a diffusers directory as such a file, add --to-native" in capsys.readouterr().err
+    assert "hint: to convert a diffusers directory to a native file, add --to-native" in capsys.readouterr().err
     for missing in ("net.pth", "net.safetensors", "net"):
         assert main(["convert", str(tmp_path / missing), str(out)]) == 2
         assert f"{missing} does not exist" in capsys.readouterr().err
