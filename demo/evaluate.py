@@ -82,7 +82,7 @@ def evaluate(checkpoint: Path, cache: Path, *, quick: bool) -> Result:
     """Draw and judge the prompts of all pairs, or of 64.
 
     Raises:
-        DemoError: the checkpoint or the references are missing, or the art cannot be had for a full run.
+        DemoError: the checkpoint or the references are missing, or the art is not available for a full run.
     """
     split = load_split()
     trained, held_out = quick_pairs(split) if quick else (split.trained, split.held_out)

@@ -150,19 +150,19 @@ class Conditioning:
         argument = next(name for name, known in ARGUMENTS.items() if known == tensor.name)
         if array.ndim != len(tensor.shape):
             raise UsageError(
-                f"one prompt's {argument} is {array.shape}, this model takes {tensor.shape}",
+                f"one prompt's {argument} is {array.shape}, but this model takes {tensor.shape}",
                 hint="pass one row per prompt",
             )
         for size, wanted in zip(array.shape[1:], tensor.shape[1:], strict=True):
             if isinstance(wanted, int) and size != wanted:
                 raise UsageError(
-                    f"{argument} have {size} channels, this model takes {wanted}",
+                    f"{argument} have {size} channels, but this model takes {wanted}",
                     hint="pass the outputs of this model's text encoders",
                 )
             bounds = self.conditioner.spec.profile.get(str(wanted))
             if bounds is not None and size not in bounds:
                 raise UsageError(
-                    f"{argument} have {size} tokens, this bundle takes {bounds.min} to {bounds.max}",
+                    f"{argument} have {size} tokens, but this bundle takes {bounds.min} to {bounds.max}",
                     hint="cut them, or build with a larger max_sequence_length",
                 )
         return array

@@ -22,7 +22,7 @@ def run(cache: Path) -> None:
     pairs = [Pair(c, s) for c in vocabulary() for s in STYLES]
     if missing := [p for p in pairs if p not in row]:
         raise DemoError(
-            f"{len(missing)} pairs have no art, the first is {missing[0]}.", "edit demo/vocabulary.txt."
+            f"{len(missing)} pairs have no art; the first is {missing[0]}.", "edit demo/vocabulary.txt."
         )
     held_out = choose_held_out(pairs)
     split = Split([p for p in pairs if p not in set(held_out)], held_out)

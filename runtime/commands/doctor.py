@@ -31,7 +31,7 @@ DISK_PER_WEIGHT_BYTE = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that may be built here, and the form of the answer."""
+    """Add the options for the checkpoint that may be built here, and for the output's form."""
     parser.add_argument(
         "checkpoint",
         nargs="?",

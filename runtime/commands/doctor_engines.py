@@ -110,7 +110,7 @@ def missing_link(libraries: Path | None) -> list[Finding]:
     if libraries is None or os.name == "nt" or (libraries / RTX_LIBRARY).exists():
         return []
     link = libraries / RTX_LIBRARY
-    text = f"{link} is missing, without which a build with the plugin would abort"
+    text = f"{link} is missing, so a build with the plugin would abort"
     hint = f"--linear-attention plugin makes this link by itself; by hand: ln -s {RTX_LIBRARY}.1 {link}"
     return [Finding("rtx link", text, None, hint)]
 

@@ -95,7 +95,7 @@ def test_requests_that_cannot_be_drawn_are_refused(
         ({"prompt_embeds": EMBEDS[0], "prompt_attention_mask": MASK[0]}, r"\(12, 24\)"),
         (
             {"prompt_embeds": EMBEDS[..., :7], "prompt_attention_mask": MASK},
-            "7 channels, this model takes 24",
+            "7 channels, but this model takes 24",
         ),
         (
             {
