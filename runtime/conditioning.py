@@ -60,7 +60,7 @@ class Conditioning:
         self._key = key
 
     def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
-        """The same with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
+        """A copy with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
         if sessions.keys().isdisjoint({CONDITIONER, *(encoder.spec.stage for encoder in self.encoders)}):
             return self
         return Conditioning(
@@ -120,8 +120,8 @@ class Conditioning:
         """The row for one text that the caller has encoded.
 
         Args:
-            given: embeddings by name of the request's argument. They are inputs of the conditioner. If the conditioner
-                takes other inputs (the states of several encoders), they are its outputs, and already the row.
+            given: embeddings by name of the request's argument. They are inputs of the conditioner. If it takes
+                other inputs (the states of several encoders), they are its outputs, which make the finished row.
 
         Raises:
             UsageError: this bundle does not take embeddings of this size.

@@ -1,4 +1,4 @@
-"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, or search the best precisions."""
+"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, or search for the best formats."""
 
 from __future__ import annotations
 

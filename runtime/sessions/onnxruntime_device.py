@@ -192,7 +192,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
     def _make_graph(
         self, feeds: Mapping[str, Tensor], outputs: Mapping[str, tuple[tuple[int, ...], int]]
     ) -> _Graph:
-        """Make the buffers for a graph of these shapes. ONNX Runtime captures the graph when it runs first."""
+        """Make the buffers for a graph of these shapes. ONNX Runtime captures the graph in its first run."""
         binding = self._session.io_binding()
         inputs = {name: _copy(self._value(name, feed), self._device) for name, feed in feeds.items()}
         results = {name: _empty(shape, kind, self._device) for name, (shape, kind) in outputs.items()}
