@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many steps are done of those that this run has to do, and the seconds since it began."""
+    """How many of the run's steps are done, how many there are, and the seconds since it began."""
 
     done: int
     total: int

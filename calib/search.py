@@ -1,4 +1,4 @@
-"""Search the assignment of formats to layers that has the most FLOPs in 8 bits and keeps pictures within a budget.
+"""Search for the assignment of formats to layers that has the most FLOPs in 8 bits and keeps pictures within a budget.
 
 The layers are sorted by squared step error per FLOP, because errors of independent roundings add in squares. Those with
 the largest values are kept in high precision. How many these are is found by drawing pictures. Finally, some of them
@@ -93,7 +93,7 @@ def search(
 
     Args:
         effects: what each layer costs in each format.
-        base: the recipe whose other settings the found recipe takes over.
+        base: the recipe that provides all other settings.
         on_point: called after each assignment that was drawn.
 
     Returns:

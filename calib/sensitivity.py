@@ -21,7 +21,7 @@ class Effect:
 
     Attributes:
         share: the layer's share of the FLOPs of all GEMMs with weights.
-        step_error: relative L2 error of a step's x0, from the reference's states.
+        step_error: relative L2 error of the x0 of steps that begin at the reference's states.
         per_token_error: `step_error` if every token had an input scale of its own. This is only simulated: no graph
             that ditc builds has such scales.
         picture_db: PSNR of the final pictures in dB; None if there was no time left to draw them.
@@ -69,7 +69,7 @@ def measure_effects(
 
     Args:
         picture_seconds: the time for drawing final pictures. Layers with the largest step errors are drawn first.
-        on_progress: called with the number of measurements done and of all.
+        on_progress: called with two numbers: the measurements that are done, and all that are planned.
     """
     pairs = [(kind, plan) for kind, named in plans.items() for plan in named.values()]
     effects = []
@@ -97,12 +97,12 @@ def measure_effects(
 
 
 def as_recipe(chosen: Mapping[str, Format], kept_high_precision: Mapping[str, str], base: Recipe) -> Recipe:
-    """An assignment as a recipe that a build takes.
+    """Turn an assignment of formats into a recipe that a build accepts.
 
     Args:
         chosen: the format of each layer in 8 bits.
         kept_high_precision: for each layer that stays in high precision, the reason.
-        base: the recipe whose other settings are taken over.
+        base: the recipe that provides all other settings.
     """
     rules = [rule for rule in base.rules if rule.kind is None]
     rules += [Rule(layers=name, why=why) for name, why in kept_high_precision.items()]

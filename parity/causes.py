@@ -42,7 +42,7 @@ def feed_causes(
         got = widened(candidate[name])
         wanted = widened(wanted)
         if got.shape != wanted.shape:
-            found.append(f"{name} has shape {got.shape}, the reference feeds {wanted.shape}")
+            found.append(f"{name} has shape {got.shape}, but the reference feeds {wanted.shape}")
         elif got.dtype.kind != "f":
             if not np.array_equal(got, wanted):
                 found.append(
@@ -59,7 +59,7 @@ def range_causes(candidate_finite: bool, reference_amax: float) -> tuple[str, ..
         return ()
     if reference_amax > FP16_MAX:
         return (
-            f"fp16 overflow: the reference reaches {reference_amax:.3g}, the largest fp16 number is {FP16_MAX:.0f}",
+            f"fp16 overflow: the reference reaches {reference_amax:.3g}, but the largest fp16 number is {FP16_MAX:.0f}",
         )
     return (
         f"NaN or Inf although the reference only reaches {reference_amax:.3g}: a division by zero or a bad input",

@@ -58,7 +58,9 @@ def compare(name: str, candidate: Array, reference: Array) -> Comparison:
     if candidate.shape != reference.shape:
         element = Element(tensor=name, index=(), candidate=float("nan"), reference=float("nan"))
         return Comparison(
-            float("nan"), element, f"{name} has shape {candidate.shape}, the reference has {reference.shape}"
+            float("nan"),
+            element,
+            f"{name} has shape {candidate.shape}, but the reference has {reference.shape}",
         )
     finite = np.isfinite(candidate)
     if not finite.all():

@@ -80,7 +80,7 @@ class Context:
         return "" if self.saved_reference is not None else why_no_upstream(self.reference.checkpoint)
 
     def upstream(self) -> Upstream | None:
-        """Unmodified upstream, loaded on first use; None if it cannot be had or was left out."""
+        """Unmodified upstream, loaded on first use; None if it is not available or was left out."""
         if self._upstream is None and self.saved_reference is None and not self.why_no_upstream:
             self.tick(f"loading {self.upstream_name}")
             self._upstream = Upstream(self.reference.checkpoint)
@@ -93,7 +93,7 @@ class Context:
         return self._run("PyTorch fp32", case, lambda: self._draw(self.reference, case, "reference"))
 
     def upstream_run(self, case: Case) -> CaseRun | None:
-        """The case drawn by unmodified upstream; None without it."""
+        """The case drawn by unmodified upstream; None if upstream is not available."""
         if self.saved_reference is not None:
             return self.saved_reference.upstream.get(case)
         upstream = self.upstream()
@@ -142,7 +142,7 @@ class Context:
         return baseline.sessions[stage] if same else None
 
     def baseline_run(self, case: Case) -> CaseRun | None:
-        """The case drawn by the precision baseline; None without one."""
+        """The case drawn by the precision baseline; None if there is no baseline."""
         baseline = self.precision_baseline()
         if baseline is None:
             return None
@@ -156,7 +156,7 @@ class Context:
         """The bound of one comparison at a stage; None where the tolerance table has none for its precision.
 
         Args:
-            pytorch: what the precision baseline measures against fp32 on the same input.
+            pytorch: the precision baseline's error against fp32 on the same input.
         """
         precision = self.candidate.precision(stage)
         return limit(level, metric, precision, pytorch=pytorch, budget=self.eight_bit_budget)

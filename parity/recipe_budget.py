@@ -12,7 +12,7 @@ from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.tolerances import Level, Limit, Metric
 
-REASON = "the budget that `ditc calibrate --budget` searched the recipe for"
+REASON = "the budget for which `ditc calibrate --budget` searched this recipe"
 
 
 def check_budget(context: Context) -> Iterator[Result]:

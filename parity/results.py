@@ -30,7 +30,7 @@ class Element:
 
     def __str__(self) -> str:
         where = ",".join(map(str, self.index))
-        return f"{self.tensor}[{where}] is {self.candidate:.7g}, the reference has {self.reference:.7g}"
+        return f"{self.tensor}[{where}] is {self.candidate:.7g}, but the reference has {self.reference:.7g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

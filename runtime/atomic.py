@@ -69,7 +69,7 @@ def atomic_path(path: Path, *, durable: bool = True, hint: str = HINT) -> Iterat
 
 @contextmanager
 def atomic_files(*paths: Path, hint: str = HINT) -> Iterator[Path]:
-    """A temporary folder for files of one folder that are written together and may refer to each other.
+    """A temporary folder for files that belong in one folder, are written together and may refer to each other.
 
     The files that the block writes under the names of the paths are moved to the paths, in the given order, so the file
     that readers open first should be the last path. Everything else in the temporary folder is removed.

@@ -86,7 +86,7 @@ class Batch:
         return feeds
 
     def _rows_of_samples(self, rows: Sequence[Rows], starts: Sequence[int], samples: Sequence[int]) -> Array:
-        """row_of (R,) int64. It stays the same array while nothing changes, so that a device is sent it once."""
+        """row_of (R,) int64. It stays the same array while nothing changes, so it is sent to a device only once."""
         key = tuple(zip(starts, samples[:-1], rows, strict=True))
         if self._row_of is None or self._row_of[0] != key:
             parts = [r.row_of + first for r, first in zip(rows, samples[:-1], strict=True)]

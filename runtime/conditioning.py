@@ -60,7 +60,7 @@ class Conditioning:
         self._key = key
 
     def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
-        """The same with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
+        """A copy with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
         if sessions.keys().isdisjoint({CONDITIONER, *(encoder.spec.stage for encoder in self.encoders)}):
             return self
         return Conditioning(
@@ -120,8 +120,8 @@ class Conditioning:
         """The row for one text that the caller has encoded.
 
         Args:
-            given: embeddings by name of the request's argument. They are inputs of the conditioner. If the conditioner
-                takes other inputs (the states of several encoders), they are its outputs, and already the row.
+            given: embeddings by name of the request's argument. They are inputs of the conditioner. If it takes
+                other inputs (the states of several encoders), they are its outputs, which make the finished row.
 
         Raises:
             UsageError: this bundle does not take embeddings of this size.
@@ -150,19 +150,19 @@ class Conditioning:
         argument = next(name for name, known in ARGUMENTS.items() if known == tensor.name)
         if array.ndim != len(tensor.shape):
             raise UsageError(
-                f"one prompt's {argument} is {array.shape}, this model takes {tensor.shape}",
+                f"one prompt's {argument} is {array.shape}, but this model takes {tensor.shape}",
                 hint="pass one row per prompt",
             )
         for size, wanted in zip(array.shape[1:], tensor.shape[1:], strict=True):
             if isinstance(wanted, int) and size != wanted:
                 raise UsageError(
-                    f"{argument} have {size} channels, this model takes {wanted}",
+                    f"{argument} have {size} channels, but this model takes {wanted}",
                     hint="pass the outputs of this model's text encoders",
                 )
             bounds = self.conditioner.spec.profile.get(str(wanted))
             if bounds is not None and size not in bounds:
                 raise UsageError(
-                    f"{argument} have {size} tokens, this bundle takes {bounds.min} to {bounds.max}",
+                    f"{argument} have {size} tokens, but this bundle takes {bounds.min} to {bounds.max}",
                     hint="cut them, or build with a larger max_sequence_length",
                 )
         return array

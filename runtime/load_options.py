@@ -48,15 +48,15 @@ class LoadOptions:
             row_of(self.backend)
         if self.precision is not None and self.precision not in set(Precision):
             raise UsageError(
-                f"precision {self.precision!r} is unknown", hint=f"take one of {', '.join(Precision)}"
+                f"precision {self.precision!r} is unknown", hint=f"choose one of {', '.join(Precision)}"
             )
         if self.threads < 0:
             raise UsageError(
-                f"threads is {self.threads}", hint="take 1 or more, or 0 to leave the number to the backend"
+                f"threads is {self.threads}", hint="choose 1 or more, or 0 to leave the number to the backend"
             )
         if self.provider not in provider_names():
             raise UsageError(
-                f"provider {self.provider!r} is unknown", hint=f"take one of {', '.join(provider_names())}"
+                f"provider {self.provider!r} is unknown", hint=f"choose one of {', '.join(provider_names())}"
             )
         if self.named_backend != AUTO and self.provider not in (AUTO, *row_of(self.named_backend).providers):
             raise UsageError(

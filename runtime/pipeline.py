@@ -67,7 +67,7 @@ class Output:
     Attributes:
         images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says.
         seed: the seed of the starting noise, also if it was chosen at random. None if the caller gave a generator or
-            latents, and no seed.
+            latents instead of a seed.
         seconds: the time for each part of the work: text, denoise, decode.
     """
 

@@ -58,7 +58,7 @@ class Plan:
         height, width: the size of the pictures, in pixels.
         drawn_height, drawn_width: the size that the network draws, in pixels, before it is resized to height and width.
         guided: whether there are unconditional rows, which use the negative prompt.
-        seed: None if the caller gave a generator or latents, and no seed.
+        seed: None if the caller gave a generator or latents instead of a seed.
         skip_layer_guidance: None if it is off.
     """
 

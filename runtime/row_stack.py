@@ -1,9 +1,10 @@
 """The text rows of a batch, stacked in one tensor per name. The rows of a request are copied once, when it joins.
 
-A row of a large model's conditioning has 54 to 161 MB, so the rows of requests that stay must not be copied when others
-join or leave. A request that joins is written into the gap of one that left, or after the last one. A gap that remains
-is closed with the last request if that has the same number of rows; otherwise the requests after the gap are rewritten.
-The order of the rows does not matter to the denoiser, because `row_of` says to which sample each row belongs.
+A row of a large model's conditioning takes 54 to 161 MB, so the rows of requests that stay must not be copied when
+others join or leave. A request that joins is written into the gap of one that left, or after the last one. If a gap
+remains and the last request has as many rows, that request is moved into it; otherwise the requests after the gap are
+rewritten. The order of the rows does not matter to the denoiser, because `row_of` says to which sample each row
+belongs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Member:
 
 
 class RowStack:
-    """Rows of conditioning of several requests, in the session's memory.
+    """The conditioning rows of several requests, in the session's memory.
 
     Attributes:
         tensors: by name, (R, ...) with R = size. They change only when requests join or leave.
@@ -59,7 +60,7 @@ class RowStack:
             try:
                 self._change(wanted)
             except BaseException:
-                self.__init__(self._session)  # type: ignore[misc]  # a stack that is half changed must not stay
+                self.__init__(self._session)  # type: ignore[misc]  # a half-changed stack must not be kept
                 raise
             known = {member.rows: member for member in self._members}
         return [known[rows].start for rows in wanted]

@@ -40,5 +40,5 @@ def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, de
             raise UsageError(
                 f"{name} {value} is not a multiple of {allowed.multiple_of} "
                 f"from {allowed.min} to {allowed.max}, which this bundle was built for",
-                hint=f"take {name} {nearest}; the default is {defaults.height}x{defaults.width}",
+                hint=f"use {name} {nearest}; the default is {defaults.height}x{defaults.width}",
             )

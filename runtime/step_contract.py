@@ -138,7 +138,7 @@ class StepContract:
         )
 
     def network_inputs(self, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        """The inputs of the network alone, which follow its latents. Each has one entry per row."""
+        """The inputs that the network itself takes after its latents. Each has one entry per row."""
         return (
             TensorSpec(TIMESTEP, DType.FLOAT32, (ROWS,)),
             *((TensorSpec(GUIDANCE, DType.FLOAT32, (ROWS,)),) if self.embeds_guidance else ()),
@@ -158,7 +158,7 @@ class StepContract:
 
     @property
     def rows_per_sample(self) -> int:
-        """Largest number of rows per sample: unconditional, conditional, and conditional with skipped layers."""
+        """The largest number of rows per sample: unconditional, conditional, and conditional with skipped layers."""
         return (2 if self.guidance is GuidanceMode.CFG else 1) + self.skip_gate
 
     @property

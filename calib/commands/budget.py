@@ -1,4 +1,4 @@
-"""`ditc calibrate --budget psnr=40`: search a recipe, and write it with the table and the curve of the search."""
+"""`ditc calibrate --budget psnr=40`: search for a recipe, and write it with the search's table and curve."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import UsageError
 
-# How many prompts are drawn. With few pictures, chance decides: of four, a single one whose trajectory leaves the
-# reference's moves the mean by 5 dB.
+# How many prompts are drawn. With few pictures, chance decides: among four, a single picture whose trajectory departs
+# from the reference's changes the mean PSNR by 5 dB.
 PROMPTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """The files that a search writes beside the ranges.
+    """The files that a search writes in addition to the ranges.
 
     Attributes:
         recipe: for `ditc build --recipe`.
@@ -52,11 +52,11 @@ def find_mixed(
     picture_seconds: float,
     console: Console,
 ) -> Result:
-    """Measure every layer, search an assignment, and measure its recipe as a build will apply it.
+    """Measure every layer, search for an assignment of formats, and measure its recipe as a build will apply it.
 
     Args:
         prompts: the first PROMPTS of them are drawn.
-        picture_seconds: the time for the table's column of final pictures.
+        picture_seconds: the time limit for filling the table's column of final pictures.
 
     Raises:
         UsageError: even the least sensitive layer alone breaks the budget.
@@ -93,7 +93,7 @@ def find_mixed(
 
 
 def write_result(result: Result, ranges: Path) -> Files:
-    """Write recipe, table and curve beside the file of ranges."""
+    """Write the recipe, the table and the curve next to the file of ranges."""
     files = Files(
         recipe=ranges.with_suffix(".mixed.json"),
         table=ranges.with_suffix(".sensitivity.json"),

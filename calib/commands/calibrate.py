@@ -1,4 +1,4 @@
-"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, or search the best precisions."""
+"""`ditc calibrate CHECKPOINT -o ranges.safetensors`: measure ranges, merge them, or search for the best formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The settings of the measurement and of the search that may follow it."""
+    """Add the options of the measurement, and of the search that may follow it."""
     parser.add_argument(
         "checkpoint",
         nargs="?",

@@ -44,7 +44,7 @@ def build_bundle(
         on_event: called with each event as it happens, for a progress line.
 
     Raises:
-        UsageError: an option has a value that cannot be served.
+        UsageError: an option has a value that is not supported.
         CheckpointError: the checkpoint is incomplete or damaged.
         BuildError, BundleError: a stage cannot be built.
         OutputError: `out` cannot be written.

@@ -54,7 +54,7 @@ def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool)
     if free < needed:
         largest, size = max(stages, key=lambda stage: stage[1])
         raise BuildError(
-            f"{out} has {free / 1e6:.1f} MB free, the build needs about {needed / 1e6:.1f} MB "
+            f"{out} has {free / 1e6:.1f} MB free, but the build needs about {needed / 1e6:.1f} MB "
             f"({largest} alone {size / 1e6:.1f} MB)",
             hint="free some space, or choose another -o directory",
         )

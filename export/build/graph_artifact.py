@@ -50,7 +50,7 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
 
 
 def graph_artifact(build: BuildContext, name: str) -> Artifact:
-    """The stage's graph. An earlier build's is reused if everything that it depends on is the same."""
+    """The stage's graph: that of an earlier build if nothing that it depends on has changed, otherwise a new one."""
     inputs = stage_inputs(build, name)
     finished = build.journal.finished(StageRecord, inputs)
     if finished is not None:

@@ -22,7 +22,7 @@ def check_options(options: BuildOptions) -> None:
     """Refuse options that no checkpoint could be built with.
 
     Raises:
-        UsageError: an option has a value that cannot be served; the message names both.
+        UsageError: an option has a value that is not supported; the message names both.
         MissingExtra: Triton is not installed, and --linear-attention plugin needs it.
     """
     if options.max_batch < 1:
@@ -112,7 +112,7 @@ def export_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
 def _memory_needed(needed: dict[str, int]) -> str:
     name, most = max(needed.items(), key=lambda item: item[1])
     free = estimates.available_memory_bytes()
-    text = f"needs about {most / 1e9:.1f} GB of memory (for {name}), {free / 1e9:.1f} GB are free"
+    text = f"needs about {most / 1e9:.1f} GB of memory (for {name}); {free / 1e9:.1f} GB are free"
     if most > free:
         log.warning("the build %s: it may swap or be killed", text)
     return text

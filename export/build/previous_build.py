@@ -92,7 +92,7 @@ def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float
 
 
 def without_precision(inputs: StageInputs) -> StageInputs:
-    """The inputs as those of an unquantized fp32 graph, so that all precisions of one graph have equal inputs."""
+    """The inputs changed to those of an unquantized fp32 graph. They are then equal for all precisions of a graph."""
     spec = inputs.shapes
     shapes = replace(
         spec, inputs=tuple(map(_in_fp32, spec.inputs)), outputs=tuple(map(_in_fp32, spec.outputs))

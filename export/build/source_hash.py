@@ -1,8 +1,8 @@
 """Hashes of ditc's own source. They replace version numbers that someone could forget to raise.
 
 Files that shape a graph or an engine are hashed as code: comments, docstrings and formatting do not count, so editing
-them rebuilds nothing. The text of a syntax tree may differ between versions of Python, so a new Python version builds
-everything once more. This module does not import torch.
+them rebuilds nothing. The text of a syntax tree may differ between versions of Python, so the first build under a new
+Python version rebuilds everything. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# The code that decides the bytes of a stage's graph, weight map and golden file, and how a checkpoint is read. Of the
-# runtime, these files define the step's tensors and columns, the weight map and the specs.
+# The code that decides the bytes of a stage's graph, weight map and golden file, and how a checkpoint is read. The
+# runtime's files in this list define the step's tensors and columns, the weight map and the specs.
 GRAPH_SOURCES = (
     "export/families",
     "export/networks",
@@ -42,7 +42,7 @@ NOT_IN_GRAPHS = (
     "export/families/*/recipe.py",
     "export/quant/measure.py",
 )
-# The code that decides an engine beside its graph: the engine builder, and what the plugin stores in the engine.
+# The code that decides an engine's bytes besides its graph: the engine builder, and what the plugin stores in it.
 ENGINE_SOURCES = ("export/engine", "runtime/plugins/relu_linear_attention.py")
 # The command line only prints, so it does not shape a bundle.
 NOT_IN_BUNDLES = ("export/commands/*.py",)
@@ -72,7 +72,7 @@ def bundle_source(root: Path = ROOT) -> str:
 
 
 def source_files(names: Iterable[str], *, but: tuple[str, ...] = (), root: Path = ROOT) -> list[Path]:
-    """The named Python files and those in the named folders, without files that match a pattern of `but`."""
+    """The named Python files and those in the named folders, except files that match a pattern of `but`."""
     named = (root / name for name in names)
     files = (file for path in named for file in (path.rglob("*.py") if path.is_dir() else (path,)))
     return sorted(path for path in files if not any(path.match(pattern) for pattern in but))

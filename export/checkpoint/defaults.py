@@ -68,6 +68,6 @@ def read_defaults(path: Path) -> dict[str, Any]:
         if not is_valid(value):
             raise CheckpointError(
                 f"{path}: {name} is {value!r}, but it must be {wanted}",
-                hint="correct it, or remove the key to take the family's default",
+                hint="correct it, or remove the key to use the family's default",
             )
     return defaults

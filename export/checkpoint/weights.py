@@ -1,4 +1,4 @@
-"""The weight files of one diffusers or transformers component: single or sharded safetensors, by variant."""
+"""Finds and opens the weights of one diffusers or transformers component: one safetensors file, or several shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ditc.export.checkpoint.json_files import read_json
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource, read_safetensors
 from ditc.runtime.errors import CheckpointError
 
-# How diffusers and transformers begin the names of weight files (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME).
+# Stems of weight file names: SAFETENSORS_WEIGHTS_NAME of diffusers, SAFE_WEIGHTS_NAME of transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 

@@ -20,7 +20,7 @@ MEMORY = "memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, the bundle, and the user's choices. Everything else follows from the checkpoint."""
+    """Add the options for the user's choices. Everything else follows from the checkpoint."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

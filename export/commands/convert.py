@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is converted, where to, and what the file does not say about its network."""
+    """Add the paths, and options for what the file does not say about its network."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="Diffusers checkpoint to copy the components from that SOURCE does not hold, such as the text encoder "
+        help="Diffusers checkpoint that provides the components which SOURCE does not hold, such as the text encoder "
         "(default: they are left out).",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Prepare a graph so that ditc's plugin computes its linear attention, and not standard ops.
+"""Prepare a graph so that ditc's plugin computes its linear attention instead of standard ops.
 
 The prepared graph is the same ONNX without the function's body, and with the compiled kernels as an attribute of each
 node. Without a body, the parser has nothing to inline and looks for a plugin of that name.

@@ -38,14 +38,14 @@ class TorchSession:
         return {spec.name: from_torch(out) for spec, out in zip(self.spec.outputs, results, strict=True)}
 
     def close(self) -> None:
-        """Nothing to release: the module belongs to the caller."""
+        """Do nothing: the module belongs to the caller."""
 
     def _to_torch(self, array: Array, dtype: DType) -> torch.Tensor:
         return to_torch(array, dtype).to(self._device)
 
 
 def compute_device(device: str = "cpu") -> ComputeDevice:
-    """What PyTorch's name of a device says of the sessions on it."""
+    """The ComputeDevice of sessions that run on the PyTorch device of this name."""
     kind = torch.device(device).type
     return ComputeDevice(
         kind="cpu" if kind == "cpu" else "cuda" if kind == "cuda" else "other", name=f"PyTorch on {device}"

@@ -27,7 +27,7 @@ class WeightSource:
     Attributes:
         checkpoint: the tensor's name in the checkpoint.
         transform: "reshape" means that the parameter holds the same values, in row-major order, in another shape.
-        shape, dtype: the tensor's in the checkpoint; dtype is None if the checkpoint was not given.
+        shape, dtype: of the tensor in the checkpoint. dtype is None if the checkpoint was not given.
     """
 
     checkpoint: str
@@ -56,7 +56,7 @@ def load_strict(
 
     Args:
         unread: stages whose tensors must be in the checkpoint but are not loaded; the networks stay empty.
-        exceptions: another dtype for everything below a module path of the checkpoint, by path.
+        exceptions: module paths of the checkpoint, each with the dtype that everything below it gets instead.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape, or it holds integers where floats belong.
@@ -78,8 +78,8 @@ def weight_map(
 ) -> list[WeightSource]:
     """List where each tensor of the checkpoint is in the stages, in the stages' order.
 
-    A stage may wrap its network. The network's attribute `weights_below` is the path inside the network below which
-    names are the checkpoint's; it is "" if all names are.
+    A stage may wrap its network. The network's attribute `weights_below` is the path of the submodule whose parameters
+    have the checkpoint's names; "" means the network itself.
 
     Args:
         tensors: the checkpoint's tensors, whose dtypes are recorded.
@@ -111,7 +111,7 @@ def weight_map(
 
 
 class Without(Mapping[str, Tensor]):
-    """A checkpoint's tensors without some that are not needed, such as a tied copy. Each is read when it is used."""
+    """A checkpoint's tensors without those that are not needed, such as a tied copy. Each is read when it is used."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *names: str) -> None:
         self._tensors, self._names = tensors, names
@@ -127,7 +127,7 @@ class Without(Mapping[str, Tensor]):
 
 
 def _root(module: nn.Module) -> str:
-    """The dotted prefix that the stage's names have before the checkpoint's names."""
+    """The dotted prefix that the stage puts before the checkpoint's names."""
     for path, submodule in module.named_modules():
         below = getattr(submodule, "weights_below", None)
         if below is not None:

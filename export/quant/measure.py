@@ -43,7 +43,7 @@ class Measurement:
         latents_rel_l2: relative L2 error of the final latents.
         step_ms, base_step_ms: median time of a step of the quantized and of the unquantized denoiser.
         speedup: median over the steps of unquantized time / quantized time.
-        speedup_low, speedup_high: quartiles of the same.
+        speedup_low, speedup_high: quartiles of that ratio.
     """
 
     manifest: str
@@ -150,7 +150,7 @@ def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measur
 
 
 def save_measurement(measurement: Measurement, bundle: Path) -> Path:
-    """Add to quantized.json beside the manifest, in place of an earlier one of the same artifact and machine."""
+    """Add it to quantized.json beside the manifest, where it replaces an older one of the same artifact and machine."""
     path = bundle / FILE
     known = json.loads(path.read_bytes()) if path.is_file() else []
     slot = (measurement.artifact, measurement.machine)

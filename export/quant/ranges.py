@@ -148,7 +148,7 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
 
     Raises:
         UsageError: the file is missing or not a file of ranges, is of another checkpoint or version, or has a tensor
-            of the wrong shape or with values that are negative or not finite; names the tensor.
+            of the wrong shape or with values that are negative or not finite. The message names the tensor.
     """
     again = f"measure again: ditc calibrate CHECKPOINT -o {path}"
     try:

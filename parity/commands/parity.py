@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two sides, what they draw, and the form of the report."""
+    """Add the options for the two sides, for what they draw, and for the report."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The directory of the bundle to check.")
     parser.add_argument(
         "--against",
@@ -233,7 +233,7 @@ def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
     for name, (asked, held) in given.items():
         if asked is not None and asked != held:
             raise UsageError(
-                f"{name} is {asked}, the reference file was made with {held}",
+                f"{name} is {asked}, but the reference file was made with {held}",
                 hint="leave the option out, or save a new reference with it",
             )
 

@@ -156,7 +156,7 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
     if wanted.numel() == stored.numel():
         wanted = apply(weight, wanted, stored_shape=tuple(stored.shape))
     if stored.shape != wanted.shape:
-        return f"has shape {tuple(stored.shape)}, the checkpoint has {tuple(wanted.shape)}"
+        return f"has shape {tuple(stored.shape)}, but the checkpoint has {tuple(wanted.shape)}"
     if torch.equal(stored, wanted):
         return ""
     if not stored.any():

@@ -234,7 +234,7 @@ def _call_of(reference: TorchModel, stage: str, calls: Mapping[str, Call]) -> Ca
 
 
 def _prefix(weights: tuple[WeightSource, ...]) -> str:
-    """What ditc's module paths have in front of the checkpoint's."""
+    """The prefix that ditc's module paths have before those of the checkpoint."""
     source = weights[0]
     return source.parameter.removesuffix(source.checkpoint)
 

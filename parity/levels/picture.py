@@ -61,7 +61,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
         yield failed(Level.PICTURE, DENOISER, what, run.problem, metric=Metric.PSNR, against=against)
         return
     if run.picture.shape != wanted.shape:
-        problem = f"the picture has shape {run.picture.shape}, the reference has {wanted.shape}"
+        problem = f"the picture has shape {run.picture.shape}, but the reference has {wanted.shape}"
         yield failed(Level.PICTURE, VAE_DECODER, what, problem, metric=Metric.PSNR, against=against)
         return
     found = {Metric.PSNR: psnr(run.picture, wanted), Metric.SSIM: ssim(run.picture, wanted)}

@@ -109,7 +109,7 @@ def _result(context: Context, case: StageCase, comparison: Comparison, name: str
 
 
 def judged_outputs(context: Context, case: StageCase) -> dict[str, Array]:
-    """The outputs to compare: below fp32 not the statistics, whose one maximum per sample cannot judge rounding."""
+    """The outputs to compare. The statistics count only in fp32: one maximum per sample cannot judge rounding."""
     exact = context.candidate.precision(case.stage) is Precision.FP32
     return {name: array for name, array in case.outputs.items() if exact or name != step_contract.STATS}
 
@@ -120,7 +120,7 @@ def _check_native(context: Context, case: StageCase) -> Result:
     This shows a wrong file, but not the rounding, so the best verdict is "not checked".
     """
     session = context.candidate.native[case.stage]
-    what = f"{case.what}, as it is"
+    what = f"{case.what}, the file as it is"
     try:
         got = session.run(fit_feeds(case.feeds, session.spec))
     except SessionError as e:
@@ -133,7 +133,7 @@ def _check_native(context: Context, case: StageCase) -> Result:
             return failed(
                 Level.STAGE, case.stage, what, detail, worst=comparison.worst, against="PyTorch fp32"
             )
-    why = f"{session.device.name} computes 16 bits in fp32: the graph is right, its rounding is not shown"
+    why = f"{session.device.name} computes 16 bits in fp32: the graph is right, but its rounding was not checked"
     return not_checked(Level.STAGE, case.stage, what, why, against="PyTorch fp32")
 
 

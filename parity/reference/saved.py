@@ -42,7 +42,7 @@ def save_reference(path: Path, context: Context) -> Path:
     """Write all reference results of a context as one file.
 
     Raises:
-        OutputError: the place cannot be written to.
+        OutputError: the file cannot be written.
     """
     tensors: dict[str, Array] = {}
     stages: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def _check_fits(path: Path, saved: SavedReference, manifest: Manifest) -> None:
             if fixed is None or any(size != known for size, known in fixed):
                 found = "nothing" if held is None else f"an array of shape {held.shape}"
                 raise UsageError(
-                    f"{path} has {found} for input {tensor.name} of {case.stage}, the bundle takes {tensor.shape}",
+                    f"{path} has {found} for input {tensor.name} of {case.stage}, but the bundle takes {tensor.shape}",
                     hint="the reference file was made for another model",
                 )
 

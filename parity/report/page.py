@@ -43,7 +43,7 @@ def write_page(path: Path, report: Report) -> Path:
     """Write the page as a whole.
 
     Raises:
-        OutputError: the place cannot be written to.
+        OutputError: the file cannot be written.
     """
     return write_atomic(path, to_page(report), hint="choose another --html")
 

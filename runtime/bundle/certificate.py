@@ -157,7 +157,9 @@ def why_uncertified(certificate: Certificate, artifacts: Mapping[str, Artifact])
     tested = any(e.machine == here and e.self_test is not None and e.self_test.passed for e in entries)
     if tested or any(entry.machine == here for entry in proven):
         return ""
-    return f"parity was shown on another machine ({proven[0].machine}): run ditc verify BUNDLE --run here"
+    return (
+        f"parity has passed only on another machine ({proven[0].machine}): run ditc verify BUNDLE --run here"
+    )
 
 
 def check_certified(

@@ -220,7 +220,7 @@ def load_manifest(bundle: Path) -> Manifest:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version!r}, this version of ditc reads {SCHEMA_VERSION}",
+            f"{path} has schema version {version!r}, but this version of ditc reads {SCHEMA_VERSION}",
             hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
         )
     if data.get("digest") != _digest({**data, "digest": ""}):

@@ -31,7 +31,7 @@ DISK_PER_WEIGHT_BYTE = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that may be built here, and the form of the answer."""
+    """Add the options for the checkpoint that may be built here, and for the output's form."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -85,7 +85,7 @@ def _machine() -> list[Finding]:
                 enough or None,
                 None
                 if enough
-                else "the demo is built in 2 GB, a model of 1.6 billion weights in about 12 GB",
+                else "the build of the demo needs 2 GB, that of a model of 1.6 billion weights about 12 GB",
             )
         )
     return findings
@@ -109,14 +109,14 @@ def checkpoint_findings(checkpoint: Path) -> list[Finding]:
     findings = [
         Finding(
             "build",
-            f"{checkpoint} needs about {disk:.1f} GB of disk for graphs and engines, {free_disk:.1f} GB are free",
+            f"{checkpoint} needs about {disk:.1f} GB of disk for graphs and engines; {free_disk:.1f} GB are free",
             free_disk >= disk,
             None if free_disk >= disk else "free some space, or build with -o on another disk",
         )
     ]
     if free_memory is not None:
         enough = free_memory[0] >= memory
-        text = f"{checkpoint} needs about {memory:.1f} GB of memory (for {largest}), {free_memory[0]:.1f} GB are free"
+        text = f"{checkpoint} needs about {memory:.1f} GB of memory (for {largest}); {free_memory[0]:.1f} GB are free"
         hint = None if enough else "build on a larger machine, and copy the bundle to this one"
         findings.append(Finding("build", text, enough, hint))
     return findings

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and the form of the answer."""
+    """Add the bundle's argument, and the option for the output's form."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
     parser.add_argument(
         "--json",

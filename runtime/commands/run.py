@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle, the request and the output. Options of the request have diffusers' names where it has them."""
+    """Add the options for bundle, request and output. Those of the request have diffusers' names where it has them."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="The text that says what to draw.")
     parser.add_argument(

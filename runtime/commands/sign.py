@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle and the key."""
+    """Add the arguments for the bundle and the key."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
     parser.add_argument(
         "--key",

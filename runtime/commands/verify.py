@@ -21,7 +21,7 @@ RUN_OPTIONS = ("backend", "precision", "threads", "low_vram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle, what is checked, and the form of the answer."""
+    """Add the options for the bundle, for what is checked, and for the output's form."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
     add_load_arguments(parser, "require_signature")
     parser.add_argument(

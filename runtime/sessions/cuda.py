@@ -72,7 +72,7 @@ class CudaRuntime:
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             free, total = self.memory()
             raise SessionError(
-                f"out of GPU memory: {size_bytes / 1e9:.2f} GB more are needed, {free / 1e9:.2f} of "
+                f"out of GPU memory: {size_bytes / 1e9:.2f} GB more are needed, but {free / 1e9:.2f} of "
                 f"{total / 1e9:.1f} GB are free",
                 hint="run with --low-vram, or draw fewer or smaller pictures",
             )
@@ -138,6 +138,6 @@ class CudaRuntime:
             _, text = self._cuda.cudaGetErrorString(error)
             raise SessionError(
                 f"{name}: {text.decode()} (cudaError {int(error)})",
-                hint="see what ditc doctor says of the GPU and its driver",
+                hint="run ditc doctor to check the GPU and its driver",
             )
         return tuple(values)

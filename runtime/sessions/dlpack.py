@@ -1,6 +1,6 @@
 """DLPack capsules through ctypes: device memory is shared with torch, cupy and jax without a copy.
 
-The structures are those of dlpack.h, version 0.x. Its capsule has no version and is read by every library.
+The structures are those of dlpack.h, version 0.x. Every library reads the unversioned capsule of that version.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes
 _rename = ctypes.pythonapi.PyCapsule_SetName
 _rename.restype, _rename.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
 
-# By address of the capsule's structure: what must stay in memory until the consumer calls the deleter.
+# The objects that must stay in memory until the consumer calls the deleter, by the address of the capsule's structure.
 _alive: dict[int, tuple[Any, ...]] = {}
 
 
@@ -93,7 +93,7 @@ def _delete(managed: Any) -> None:
 
 
 class Foreign:
-    """A tensor of another library: its pointer, shape and element type. They are valid while this object exists.
+    """The pointer, shape and element type of another library's tensor. They are valid while this object exists.
 
     Args:
         producer: any object with `__dlpack__` and `__dlpack_device__`.

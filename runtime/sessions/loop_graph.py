@@ -65,7 +65,7 @@ class Loop:
         last_error: returns the library's last error message.
 
     Attributes:
-        uncapturable: why the loop cannot be captured; "" as long as nothing is known against it.
+        uncapturable: why the loop cannot be captured; "" as long as no reason is known.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Loop:
         return self._slots[name][0]
 
     def result(self, name: str) -> tuple[int, int]:
-        """The address of an output after a launch, and the bytes from step to step if it is in `keep`, else 0."""
+        """The address of an output after a launch, and the bytes from each step to the next (0 if not in `keep`)."""
         if name in self._kept:
             return self._kept[name], aligned(self._sizes[name])
         for out, inp in self.plan.carry:
@@ -162,7 +162,7 @@ class Loop:
         if graph is not None:
             device.cuda.destroy_graph(graph)
         self.uncapturable = problem
-        log.warning("no CUDA graph for %d steps, they run one by one: %s", self.plan.count, problem)
+        log.warning("no CUDA graph for %d steps, so they run one by one: %s", self.plan.count, problem)
 
     def _enqueue_all(self) -> None:
         for step in range(self.plan.count):
@@ -219,7 +219,7 @@ def check_steps(per_step: Sequence[Mapping[str, Array]]) -> None:
     facts = [{name: (feed.shape, feed.dtype) for name, feed in step.items()} for step in per_step]
     if not facts or any(other != facts[0] for other in facts):
         raise SessionError(
-            f"a loop of {len(facts)} steps: it needs at least one step, and all steps need the same feeds"
+            f"a loop has {len(facts)} steps: it needs at least one step, and all steps need the same feeds"
         )
 
 

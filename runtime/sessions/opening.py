@@ -83,7 +83,7 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
         )
     if row.same_library and artifact.library is not None and artifact.library != library:
         raise SessionError(
-            f"{stage}: the engine was built with {row.name} {artifact.library}, this machine has {library}",
+            f"{stage}: the engine was built with {row.name} {artifact.library}, but this machine has {library}",
             hint=f"pip install {row.packages[0]}=={artifact.library}, or {rebuild}",
         )
     if not row.same_gpu:
@@ -97,10 +97,11 @@ def check_engine(artifact: Artifact, *, gpu: Gpu | None, library: str | None) ->
         builders = " or ".join(f"--backend {other.name}" for other in rows() if other.built_on_gpu)
         other = f"{row.title} does not support {gpu.sm}: build here with {builders}, or {RUN_THE_GRAPH}"
         raise SessionError(
-            f"{stage}: the engine is for {', '.join(artifact.targets)}, this GPU ({gpu.name}) is {gpu.sm}",
+            f"{stage}: the engine is for {', '.join(artifact.targets)}, but this GPU ({gpu.name}) is {gpu.sm}",
             hint=f"{rebuild} --targets {gpu.sm}" if gpu.sm in row.targets else other,
         )
     if artifact.gpu is not None and artifact.targets == ("this-gpu",) and artifact.gpu != gpu.name:
         raise SessionError(
-            f"{stage}: the engine was built on and for {artifact.gpu}, this GPU is {gpu.name}", hint=rebuild
+            f"{stage}: the engine was built on and for {artifact.gpu}, but this GPU is {gpu.name}",
+            hint=rebuild,
         )

@@ -1,7 +1,7 @@
 """The table of backends: one row per backend, in order of preference.
 
 A new backend is one file beside this one and one row here. All other code, from the loader to the benchmarks, reads the
-rows and compares with no backend by name. A backend's file is imported only when one of its functions is called, and
+rows and never compares a backend's name. A backend's file is imported only when one of its functions is called, and
 NumPy is not imported here: the options of the command line are made from this table and must be fast.
 """
 
@@ -33,8 +33,9 @@ class BackendRow:
     Attributes:
         name: its name in manifests, in `--backend` and in the names of engine files.
         title: the library's own name, for messages.
-        packages: alternative Python packages with the library. The version of the first one that is installed counts.
-        needs: Python packages that it needs in addition, all of them.
+        packages: alternative Python packages with the library. The library's version is
+            that of the first one that is installed.
+        needs: further Python packages, all of which it needs.
         extra: the extra in pyproject.toml that installs these packages; None if ditc itself requires them.
         lack: says in one line what this machine lacks to run it, with the command that helps; "" if it can run.
         open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
@@ -46,9 +47,9 @@ class BackendRow:
         built_on_gpu: whether its builder times kernels and so must run on the GPU that the engine is for. Otherwise any
             machine can build engines.
         targets: compute capabilities that engines can be built for; empty if engines are built for the machine itself.
-        providers: the values of `--provider` that choose what it computes with, without "auto".
-        polygraphy: the command with which NVIDIA's Polygraphy runs an artifact, whose file is `{model}`; "" if it
-            cannot run one.
+        providers: the values of `--provider` that this backend accepts, except "auto".
+        polygraphy: the command of NVIDIA's Polygraphy that runs an artifact. `{model}` stands for the artifact's file.
+            "" if Polygraphy cannot run it.
     """
 
     name: Backend
@@ -148,7 +149,7 @@ def row_of(name: str) -> BackendRow:
     row = find_row(name)
     if row is None:
         names = ", ".join((AUTO, *(row.name for row in _table)))
-        raise UsageError(f"backend {name!r} is unknown", hint=f"take {names}")
+        raise UsageError(f"backend {name!r} is unknown", hint=f"choose one of {names}")
     return row
 
 
@@ -171,7 +172,7 @@ def is_graph(artifact: Artifact) -> bool:
 
 
 def backend_names() -> tuple[str, ...]:
-    """The values of `--backend` for verbs that load a bundle: "auto", the backend for graphs, those for engines."""
+    """The values of `--backend` for verbs that load a bundle: "auto", the graphs' backend, then those for engines."""
     return (AUTO, *(row.name for row in reversed(_table)))
 
 

@@ -1,4 +1,4 @@
-"""One stage in GPU memory at a time, for GPUs that cannot hold all stages: each is loaded when it is used."""
+"""Keeps only one stage in GPU memory, for GPUs that cannot hold all of them. Each stage is loaded when it is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Residency:
 
 
 class OnDemandSession:
-    """A session that is opened when it is used. The denoiser stays open for its whole loop: no other stage runs then.
+    """A session that is opened when it is used. The denoiser stays open during its loop, when no other stage runs.
 
     Args:
         open_inner: opens the session of the stage.

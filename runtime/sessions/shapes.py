@@ -64,7 +64,7 @@ def _check_type(spec: StageSpec, tensor: TensorSpec, feed: Any) -> None:
     kind = feed.dtype
     good = kind == numpy_dtype(tensor.dtype) if isinstance(feed, np.ndarray) else kind == tensor.dtype
     if not good:
-        raise SessionError(f"{spec.name}: {tensor.name} is {kind}, the stage takes {tensor.dtype.value}")
+        raise SessionError(f"{spec.name}: {tensor.name} is {kind}, but the stage takes {tensor.dtype.value}")
 
 
 def _check_shape(
@@ -83,8 +83,8 @@ def _check_shape(
         if dim in spec.profile and size not in spec.profile[dim]:
             range_ = spec.profile[dim]
             raise SessionError(
-                f"{spec.name}: {dim} of {tensor.name} is {size}, the stage takes {range_.min} to {range_.max} "
+                f"{spec.name}: {dim} of {tensor.name} is {size}, but the stage takes {range_.min} to {range_.max} "
                 f"in steps of {range_.multiple_of}"
             )
     if not fits:
-        raise SessionError(f"{spec.name}: {tensor.name} is {shape}, the stage takes {tensor.shape}")
+        raise SessionError(f"{spec.name}: {tensor.name} is {shape}, but the stage takes {tensor.shape}")

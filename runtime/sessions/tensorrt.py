@@ -1,7 +1,7 @@
 """Runs a stage with a TensorRT or TensorRT-RTX engine.
 
 input      on the host: copied into a buffer that is made once; on the device: read where it is, without a copy
-output     in a buffer from a pool, which is as large as the profiles allow; passed on as it is
+output     in a buffer from a pool, which is as large as the profiles allow; passed on without a copy
 workspace  one for all stages of the device, because they run one after the other
 """
 
@@ -26,7 +26,7 @@ from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
 from ditc.runtime.spec import DType, StageSpec
 
-# The number of loops, by size and step count, whose buffers and graphs are kept. A server may alternate between them.
+# How many loops keep their buffers and graphs. Each size and step count is a loop; a server may alternate between them.
 MAX_LOOPS = 8
 
 
@@ -93,9 +93,9 @@ class TensorRTSession:
         carry: Mapping[str, str],
         keep: Collection[str],
     ) -> dict[str, Tensor]:
-        """Several runs in one launch, as `LoopSession` says.
+        """Run several steps in one launch, as `LoopSession` specifies.
 
-        The second launch with the same shapes captures a CUDA graph, which all further ones replay.
+        The second launch with the same shapes captures a CUDA graph, which all later launches replay.
         """
         given = {name: self._imported(name, feed) for name, feed in feeds.items()}
         check_steps(per_step)
@@ -160,7 +160,7 @@ class TensorRTSession:
         if on_host:
             raise SessionError(
                 f"{self.spec.name}: the engine reads {', '.join(on_host)} from host memory",
-                hint="the values of that input decide a shape: export the stage so that none does",
+                hint="export the stage so that no shape depends on the values of an input",
             )
 
     def _largest_outputs(self) -> dict[str, int]:

@@ -278,7 +278,7 @@ _MEANINGS = {
 _HINTS = {
     "OLD_CUDA_DRIVER": "update the NVIDIA driver",
     "INSUFFICIENT_GPU_MEMORY": "run with --low-vram, or build it for smaller pictures and a smaller --max-batch",
-    "CUDA_ERROR": "see what ditc doctor says of the GPU and its driver",
+    "CUDA_ERROR": "run ditc doctor to check the GPU and its driver",
 }
 
 

@@ -81,8 +81,8 @@ def test_a_reference_file_takes_the_place_of_the_checkpoint(proven, capsys) -> N
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--steps", "3"], "--steps is 3, the reference file was made with 2"),
-        (["--seeds", "0", "1"], "--seeds is [0, 1], the reference file was made with [0]"),
+        (["--steps", "3"], "--steps is 3, but the reference file was made with 2"),
+        (["--seeds", "0", "1"], "--seeds is [0, 1], but the reference file was made with [0]"),
         (["--height", "96"], "--height is 96"),
     ],
 )

@@ -59,7 +59,7 @@ def test_free_disk_and_memory_are_compared_with_what_a_checkpoint_needs(
     monkeypatch.setattr(doctor, "_memory_gb", lambda: (12.0, 24.0))
     disk, memory = doctor.checkpoint_findings(tmp_path)
     assert "20.0 GB of disk" in disk.text
-    assert memory.ok is False and "36.3 GB of memory (for transformer), 12.0 GB are free" in memory.text
+    assert memory.ok is False and "36.3 GB of memory (for transformer); 12.0 GB are free" in memory.text
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,8 +63,12 @@ def test_every_help_text_is_sentences_with_the_default() -> None:
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [
-        ({"backend": "cuda"}, "backend 'cuda' is unknown", "take auto, tensorrt, tensorrt-rtx, onnxruntime"),
-        ({"precision": "fp64"}, "precision 'fp64' is unknown", "take one of fp32, tf32, fp16"),
+        (
+            {"backend": "cuda"},
+            "backend 'cuda' is unknown",
+            "choose one of auto, tensorrt, tensorrt-rtx, onnxruntime",
+        ),
+        ({"precision": "fp64"}, "precision 'fp64' is unknown", "choose one of fp32, tf32, fp16"),
         ({"threads": -1}, "threads is -1", "0 to leave"),
         ({"provider": "npu"}, "provider 'npu' is unknown", "auto, cpu, cuda, openvino"),
         ({"provider": "cpu", "backend": "tensorrt"}, "cpu belongs to ONNX Runtime, not", "leave out"),

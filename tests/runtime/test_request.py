@@ -95,7 +95,7 @@ def test_requests_that_cannot_be_drawn_are_refused(
         ({"prompt_embeds": EMBEDS[0], "prompt_attention_mask": MASK[0]}, r"\(12, 24\)"),
         (
             {"prompt_embeds": EMBEDS[..., :7], "prompt_attention_mask": MASK},
-            "7 channels, this model takes 24",
+            "7 channels, but this model takes 24",
         ),
         (
             {
@@ -146,7 +146,7 @@ def test_arguments_of_diffusers_that_change_nothing_are_accepted() -> None:
 def test_the_hint_for_a_wrong_size_names_one_that_works(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError) as caught:
         pipeline("cat", height=1001)
-    assert caught.value.hint == "take height 128; the default is 64x64"
+    assert caught.value.hint == "use height 128; the default is 64x64"
     assert pipeline.plan(Request(prompt="cat", height=128)).height == 128
 
 

@@ -98,7 +98,7 @@ def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
     if trunk_class not in ARGUMENTS:
         raise CheckpointError(
             f"trunk_class is {trunk_class!r}, which is not supported",
-            hint=f"supported are {' and '.join(ARGUMENTS)} of mmdit 0.3.0",
+            hint=f"choose {' or '.join(ARGUMENTS)}, the classes of mmdit 0.3.0",
         )
     unknown, missing = (
         sorted(set(trunk) - ARGUMENTS[trunk_class]),
@@ -118,7 +118,7 @@ def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
     _check_streams(trunk)
     if trunk.get("softclamp") and trunk.get("flash_attn"):
         raise CheckpointError(
-            "softclamp and flash_attn exclude each other upstream",
+            "upstream does not allow softclamp and flash_attn together",
             hint="set flash_attn to false in the config",
         )
 

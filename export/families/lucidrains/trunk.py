@@ -125,7 +125,7 @@ class MMDiTBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """Expands the tokens to residual streams, runs the blocks, sums the streams, and norms the image tokens.
+    """Expands the tokens to residual streams, runs the blocks, sums the streams, and normalizes the image tokens.
 
     Args:
         should_skip_last_feedforward: the last block has no text feedforward (upstream's default).

@@ -157,8 +157,8 @@ def _facts(
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     """SanaPipeline.encode_prompt (diffusers 0.42.1) as data.
 
-    With the complex human instruction, the first position and the last length - 1 positions are kept: <bos>, and the
-    prompt without the instruction before it (SANA, arXiv 2410.10629, section 3.1).
+    With the complex human instruction, the first position (<bos>) and the last `length - 1` positions are kept, which
+    are the prompt without the instruction before it (SANA, arXiv 2410.10629, section 3.1).
     """
     directory = checkpoint.tokenizers["tokenizer"]
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))

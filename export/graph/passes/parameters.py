@@ -1,4 +1,4 @@
-"""Which initializers are the network's own weights, and how their stored form was made.
+"""Protects the network's own weights from optimizers, and records the transforms that made their stored form.
 
 torch.export names every parameter and buffer by its module path. LoRA, refit, Q/DQ placement and parity find weights
 by that name. So no pass may rename, merge, fold or drop a weight because of the values that it happens to hold.
@@ -13,13 +13,13 @@ import onnx_ir as ir
 
 from ditc.runtime.weight_map import Transform
 
-# Metadata of an initializer, written to the file: the names of its transforms, in the order they were applied.
+# The metadata key of an initializer in the ONNX file that lists its transforms, in the order they were applied.
 TRANSFORMS = "ditc.transforms"
 
 
 @contextmanager
 def hidden_values(initializers: Mapping[str, ir.Value]) -> Iterator[None]:
-    """Take the initializers' values away while the context lasts, so that an optimizer cannot act on them.
+    """Hide the initializers' values within a `with` block, so that an optimizer cannot act on them.
 
     Their names, shapes and types stay.
     """

@@ -217,15 +217,20 @@ ADA = Gpu("NVIDIA RTX 6000 Ada", "sm89")
 @pytest.mark.parametrize(
     ("changes", "gpu", "library", "message"),
     [
-        ({}, Gpu("NVIDIA H100", "sm90"), "1.7.1.116", "is for sm86, sm89, this GPU .NVIDIA H100. is sm90"),
-        ({}, ADA, "1.8.0.1", "built with tensorrt-rtx 1.7.1.116, this machine has 1.8.0.1"),
+        (
+            {},
+            Gpu("NVIDIA H100", "sm90"),
+            "1.7.1.116",
+            "is for sm86, sm89, but this GPU .NVIDIA H100. is sm90",
+        ),
+        ({}, ADA, "1.8.0.1", "built with tensorrt-rtx 1.7.1.116, but this machine has 1.8.0.1"),
         ({}, None, "1.7.1.116", "no NVIDIA GPU"),
         ({}, ADA, None, "tensorrt-rtx is not installed"),
         (
             {"backend": Backend.TENSORRT, "targets": ("this-gpu",), "gpu": "NVIDIA H200"},
             Gpu("NVIDIA H100", "sm90"),
             "1.7.1.116",
-            "built on and for NVIDIA H200, this GPU is NVIDIA H100",
+            "built on and for NVIDIA H200, but this GPU is NVIDIA H100",
         ),
     ],
 )

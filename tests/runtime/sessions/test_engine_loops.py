@@ -133,7 +133,7 @@ def test_steps_of_a_loop_that_differ_in_names_sizes_or_types_are_refused(
 ) -> None:
     for per_step in ([], [STEP, other]):
         with pytest.raises(
-            SessionError, match=f"a loop of {len(per_step)} steps: it needs at least one step, and"
+            SessionError, match=f"a loop has {len(per_step)} steps: it needs at least one step, and"
         ):
             gpu.denoiser.run_loop({}, per_step, carry={}, keep=())
 

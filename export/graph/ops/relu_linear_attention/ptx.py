@@ -15,11 +15,11 @@ from typing import Any
 from ditc.runtime.errors import BuildError, MissingExtra
 from ditc.runtime.spec import DType
 
-# Tokens that a program takes at once, and its warps. Chosen for 32-wide heads, whose 64 x 32 16-bit tiles of q, k and v
-# fit into registers without spilling. Not tuned, because no GPU was at hand.
+# The number of tokens per program, and its number of warps. They suit 32-wide heads, whose 64 x 32 16-bit tiles of q, k
+# and v fit into registers without spilling. They are not tuned, because no GPU was at hand.
 BLOCK_N = 64
 WARPS = 4
-# The oldest generation whose tensor cores take bf16; sm75 is not served.
+# The oldest generation whose tensor cores take bf16; sm75 is not supported.
 TARGET_SM = 80
 
 _TYPES = {DType.FLOAT32: "fp32", DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16"}

@@ -201,7 +201,7 @@ def test_specs_agree_between_connected_stages(mmdit_checkpoint: Path) -> None:
         ),
         (
             {"trunk_class": "GeneralizedMMDiT", "trunk": {**GENERALIZED, "flash_attn": True}},
-            "softclamp and flash_attn exclude each other",
+            "upstream does not allow softclamp and flash_attn together",
         ),
     ],
 )

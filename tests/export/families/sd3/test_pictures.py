@@ -169,7 +169,7 @@ def test_embeddings_of_another_length_match_diffusers_too(pipeline, reference) -
         ({"prompt_embeds": np.zeros((1, 93, 40))}, "prompt_embeds and pooled_prompt_embeds go together"),
         (
             {"prompt_embeds": np.zeros((1, 93, 41)), "pooled_prompt_embeds": np.zeros((1, 20))},
-            "prompt_embeds have 41 channels, this model takes 40",
+            "prompt_embeds have 41 channels, but this model takes 40",
         ),
         (
             {"prompt_embeds": np.zeros((1, 700, 40)), "pooled_prompt_embeds": np.zeros((1, 20))},
