@@ -62,8 +62,8 @@ MASK = np.ones((2, 12), np.int64)
         ({"seed": 1, "generator": Generator(1)}, "seed and generator are both given"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"generator": object()}, "generator is <object"),
-        ({"generator": []}, "0 generators for 1 pictures"),
-        ({"generator": [Generator(1), Generator(2)]}, "2 generators for 1 pictures"),
+        ({"generator": []}, "generators is 0, but the number of pictures is 1"),
+        ({"generator": [Generator(1), Generator(2)]}, "generators is 2, but the number of pictures is 1"),
         (
             {"latents": np.zeros((1, 8, 16, 16), np.float32)},
             r"latents have shape \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
