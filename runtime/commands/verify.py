@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     unused = [] if arguments.run else [name for name in given_names(arguments) if name in RUN_OPTIONS]
     if unused:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
-        raise UsageError(f"{flags}: only --run runs stages and needs this", hint="add --run")
+        raise UsageError(f"{flags} has an effect only with --run, which runs the stages", hint="add --run")
     options = load_options(arguments)
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:
