@@ -102,7 +102,7 @@ def test_requests_that_cannot_be_drawn_are_refused(
                 "prompt_embeds": np.zeros((2, 40, 24), np.float32),
                 "prompt_attention_mask": np.ones((2, 40), int),
             },
-            "40 tokens, this bundle takes 1 to 12",
+            "40 tokens, but this bundle takes 1 to 12",
         ),
         (
             {
