@@ -202,7 +202,7 @@ def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:
 
 
 def _check_golden_table(manifest: Manifest) -> None:
-    """Refuse a bundle if this runtime computes another schedule than the one that the bundle was built with."""
+    """Refuse a bundle if this runtime computes a different schedule from the one that it was built with."""
     golden = manifest.golden_table
     table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
     timesteps = np.asarray(golden.timesteps, np.float32)

@@ -102,7 +102,7 @@ def randn_latents(shape: Sequence[int], generator: Generator | Sequence[Generato
         generator: one for the whole batch, or a sequence of B generators, one per picture.
 
     Raises:
-        UsageError: the sequence has another length than B.
+        UsageError: the length of the sequence is not B.
     """
     if isinstance(generator, Generator):
         return generator.randn(shape)

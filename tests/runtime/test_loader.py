@@ -64,7 +64,7 @@ def leave_a_link(path: Path) -> None:
     ("damage", "message"),
     [
         (flip_a_byte, "has been changed"),
-        (truncate, "bytes, the manifest says"),
+        (truncate, "bytes, but the manifest says"),
         (Path.unlink, "is missing"),
         (leave_a_link, "leaves the bundle"),
     ],
@@ -229,7 +229,7 @@ def test_bf16_on_the_cpu_provider_is_refused_before_the_file_is_read(tiny_bundle
 def test_feeds_that_do_not_fit_are_reported_with_stage_and_shapes(tiny_bundle: Path) -> None:
     artifact = load_manifest(tiny_bundle).stages[VAE_DECODER].artifacts[0]
     session = OnnxRuntimeSession(tiny_bundle / artifact.file.path, artifact.spec, threads=1)
-    with pytest.raises(SessionError, match=r"vae_decoder: .*fed \{\}"):
+    with pytest.raises(SessionError, match=r"vae_decoder: .*the inputs were \{\}"):
         session.run({})
     session.close()
     session.close()
