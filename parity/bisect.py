@@ -25,8 +25,8 @@ class PlaceError:
     Attributes:
         amax: the largest magnitude in the reference.
         same_form: whether the module takes the same number of tensors on both sides. Upstream's norm_out, for example,
-            takes the modulation too and so returns something else than ditc's. That is not an error: if it were one,
-            the modules after it would differ as well.
+            takes the modulation too and so returns something different from ditc's. That is not an error: if it were
+            one, the modules after it would differ as well.
     """
 
     place: Place

@@ -74,7 +74,7 @@ class StageCase:
     Attributes:
         what: the sizes of the inputs or where they come from, for reports.
         outputs: what the reference computes from `feeds`.
-        baseline_errors: relative L2 of the precision baseline's outputs against `outputs`, by name; None without one.
+        baseline_errors: relative L2 of the precision baseline's outputs against `outputs`, by name, or None.
     """
 
     stage: str

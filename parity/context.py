@@ -134,7 +134,7 @@ class Context:
         return self._precision_baseline
 
     def baseline_session(self, stage: str) -> LazyTorchSession | None:
-        """A stage of the precision baseline; None where that stage has another precision than the candidate's."""
+        """A stage of the precision baseline; None where the candidate's stage has a different precision."""
         baseline, precision = self.precision_baseline(), self.candidate.precision(stage)
         if baseline is None or precision is Precision.FP32:
             return None

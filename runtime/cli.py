@@ -200,7 +200,7 @@ def _configure_logging(verbosity: int) -> None:
 
 
 class _Once(logging.Filter):
-    """Passes every warning once. A text that is too long, for example, is cut and warned of at every encoding."""
+    """Passes every warning once. A text that is too long, for example, is cut with a warning at every encoding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def check_stats(state: DenoiseState, stage: str) -> None:
     count, amax = stats_SB2[launched, sample]
     raise NumericsError(
         f"{stage}: step {number} of {len(state.schedule)} left {count:g} NaN or Inf values"
-        f" in x0 of sample {sample}; largest finite magnitude {amax:.4g}",
+        f" in x0 of sample {sample}; the largest finite magnitude is {amax:.4g}",
         hint="fp16 overflows on some checkpoints: rebuild with --precision bf16 or fp32, "
         "or find the first wrong module with ditc parity",
     )

@@ -108,7 +108,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
 
 
 def given_names(arguments: argparse.Namespace) -> list[str]:
-    """The fields of LoadOptions that the command line sets to another value than their default."""
+    """The fields of LoadOptions that the command line sets to a value that is not the default."""
     parsed = vars(arguments)
     names = [field.name for field in fields(LoadOptions) if field.name in parsed]
     return [name for name in names if parsed[name] != getattr(DEFAULTS, name)]

@@ -77,8 +77,8 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
 def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:
     """Choose one artifact for each stage that a picture needs; the second result says in one line which and why.
 
-    The denoiser decides. Of the backends that can run on this machine, the first in the order of preference is taken
-    for which the bundle has a denoiser in the requested precision. The other stages take the same backend if they can,
+    The denoiser decides. The backend is the first one, in order of preference, that can run on this machine and for
+    which the bundle has a denoiser in the requested precision. The other stages take the same backend if they can,
     else another one that can run. Artifacts of backends that this version of ditc does not know are skipped.
 
     Raises:
@@ -114,7 +114,7 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
             check_runs(artifact)
     have = sorted({f"{a.backend} {a.precision.value}" for a in denoisers})
     raise UsageError(
-        f"the bundle holds denoisers for {', '.join(have)}; asked for {backend} {precision or 'any precision'}; "
+        f"the bundle holds denoisers for {', '.join(have)}; requested: {backend}, {precision or 'any precision'}; "
         f"this machine runs {', '.join(runnable)}",
         hint=f"update ditc, which does not know {', '.join(unknown)}, or build one that fits: {REBUILD}"
         if unknown
@@ -139,7 +139,7 @@ def _open_all(
     sessions: dict[str, Session] = {}
     residency = Residency()
     if device is not None:
-        device.enter()  # one use more than the sessions': the device must stay open while no stage is loaded
+        device.enter()  # in addition to the sessions: it must stay open while no stage is loaded
 
     def opener(artifact: Artifact) -> Callable[[], Session]:
         return lambda: open_session(bundle / artifact.file.path, artifact, options, device)
@@ -202,7 +202,7 @@ def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:
 
 
 def _check_golden_table(manifest: Manifest) -> None:
-    """Refuse a bundle if this runtime computes another schedule than the one that the bundle was built with."""
+    """Refuse a bundle if this runtime computes a different schedule from the one that it was built with."""
     golden = manifest.golden_table
     table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
     timesteps = np.asarray(golden.timesteps, np.float32)
@@ -211,7 +211,7 @@ def _check_golden_table(manifest: Manifest) -> None:
     # The C libraries of different systems differ in the last bits of log and exp.
     if not same or not np.allclose(table.coefficients, coefficients, rtol=1e-6, atol=1e-7):
         raise BundleError(
-            f"this version of ditc computes other scheduler coefficients than the one that built the bundle "
+            f"this version of ditc computes different scheduler coefficients from the version that built the bundle "
             f"({manifest.tools.get('ditc', 'unknown version')})",
             hint="build the bundle again with this version",
         )

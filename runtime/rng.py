@@ -102,13 +102,13 @@ def randn_latents(shape: Sequence[int], generator: Generator | Sequence[Generato
         generator: one for the whole batch, or a sequence of B generators, one per picture.
 
     Raises:
-        UsageError: the sequence has another length than B.
+        UsageError: the length of the sequence is not B.
     """
     if isinstance(generator, Generator):
         return generator.randn(shape)
     if len(generator) != shape[0]:
         raise UsageError(
-            f"{len(generator)} generators for {shape[0]} pictures",
+            f"the number of generators is {len(generator)}, but the number of pictures is {shape[0]}",
             hint="pass one generator for all pictures, or one per picture",
         )
     return np.concatenate([one.randn((1, *shape[1:])) for one in generator])

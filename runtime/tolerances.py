@@ -49,7 +49,7 @@ class Form(StrEnum):
     """How a row's number becomes a bound."""
 
     ABSOLUTE = "absolute"
-    TIMES_PYTORCH = "x PyTorch's own loss"
+    TIMES_PYTORCH = "x PyTorch's own error"
     BELOW_PYTORCH = "dB below PyTorch's own"
 
 

@@ -85,7 +85,7 @@ def check_tiles(
         default: the bundle's own tiling, which always fits.
 
     Raises:
-        UsageError: it was not. The message names the sizes, and the hint a tiling that works.
+        UsageError: the decoder was not built for them. The message names the sizes, and the hint a tiling that works.
     """
     sizes = {(height, width)}
     if tiling is not None:

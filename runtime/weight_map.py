@@ -123,7 +123,7 @@ def apply(weight: Weight, tensor: Array, *, stored_shape: tuple[int, ...] | None
     if not is_lossless(weight):
         raise BundleError(
             f"{weight.stage}: {weight.initializer} is stored in 8 bits",
-            hint="build the stage in another precision than int8 or fp8",
+            hint="build the stage in a precision other than int8 and fp8",
         )
     swapped = Transform.TRANSPOSE in weight.transforms
     for transform in weight.transforms:

@@ -76,7 +76,7 @@ def check_weights(
         on_progress: called with a component's name or "memory", and a text about it.
 
     Raises:
-        CheckpointError: a weight is missing, has another shape than the config says, or is not finite.
+        CheckpointError: a weight is missing, has a different shape from the config's, or is not finite.
         BuildError: the disk has too little free space.
     """
     headers = {

@@ -37,7 +37,7 @@ def read_native(path: Path, *, ema: bool = False) -> TensorSource:
     if path.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(
             f"{path} does not end in .safetensors or in one of {', '.join(sorted(TORCH_SUFFIXES))}",
-            hint="give the file under the name that it was released with",
+            hint="rename the file to the name under which it was released",
         )
     tensors = _state_dict(path, _load(path), ema)
     return TensorSource({name: _entry(tensor) for name, tensor in tensors.items()})
@@ -55,7 +55,7 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than plain tensors: {_reason(error)}",
-            hint="save only {'state_dict': model.state_dict()}, or safetensors, where the model was trained",
+            hint="where the model was trained, save only {'state_dict': model.state_dict()}, or safetensors",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(

@@ -57,7 +57,7 @@ class AutoencoderKlConfig:
         stages = len(values.get("block_out_channels", DEFAULT_CHANNELS))
         for name, block in BLOCKS.items():
             if any(kind != block for kind in values.get(name, (block,))):
-                raise CheckpointError(f"{name} has other blocks than the implemented {block}: {values[name]}")
+                raise CheckpointError(f"{name} is {values[name]}, but only {block} is implemented")
             if len(values.get(name, (block,))) != stages:
                 raise CheckpointError(
                     f"{name} has {len(values[name])} entries, but block_out_channels has {stages}"

@@ -83,7 +83,7 @@ def _check_choices(config: DcAeConfig) -> None:
     for name, (values, known) in chosen.items():
         for value in values:
             if value not in known:
-                raise CheckpointError(f"{name} has {value!r}; implemented are {', '.join(known)}")
+                raise CheckpointError(f"{name} has {value!r}, but only {', '.join(known)} can be used")
 
 
 def _check_lengths(config: DcAeConfig) -> None:

@@ -21,7 +21,7 @@ class Quantization:
 
     Attributes:
         ranges: None if the recipe quantizes only weights.
-        ranges_sha256: hash of the file of ranges; None without one.
+        ranges_sha256: hash of the file of ranges; None if there is no such file.
     """
 
     recipe: Recipe

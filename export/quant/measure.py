@@ -134,7 +134,7 @@ def measure(
 
 
 def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measurement | None:
-    """The measurement of this artifact in this bundle, on this machine and with these versions; None without one."""
+    """The measurement of this artifact in this bundle, on this machine and with these versions, or None."""
     here = {
         "manifest": manifest.digest,
         "artifact": artifact,

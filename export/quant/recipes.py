@@ -1,4 +1,4 @@
-"""Recipes: named rules over module names that say which layers become 8 bits. Ranges and scales follow at build.
+"""Recipes: named rules over module names that say which layers become 8 bits. The build then decides ranges and scales.
 
 Each family lists its layers in its `recipe.py`. This module says what a recipe is, how one is found, and which rules
 families share. Those rules keep these layers in high precision, for which the sources are:
@@ -84,7 +84,7 @@ NEVER_QUANTIZED = (
     Rule(layers="proj_out", why="final layer: its error goes directly into the picture"),
     Rule(layers="*conv_depth", why="depthwise convolution: it is not a GEMM, and it is sensitive"),
 )
-# The layers whose FP8 spoils a joint-attention transformer (vllm-omni #2728 and #2795).
+# The layers that spoil a joint-attention transformer if they are in FP8 (vllm-omni #2728 and #2795).
 NEVER_QUANTIZED_JOINT = (
     Rule(layers="*time_text_embed*", why="time and pooled text embedding: every layer depends on it"),
     Rule(layers="pos_embed.proj", why="patch embedding: it reads the latents themselves"),

@@ -1,7 +1,7 @@
 """Trajectory level, free-running: the whole loop from the same noise, as a user runs it.
 
-All cases run one after the other through the same pipeline, so that state which one request leaves behind shows in the
-next one.
+All cases run one after the other through the same pipeline, so that any state that one request leaves behind shows
+up in the next one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _compared(
     if run.problem:
         result = failed(Level.TRAJECTORY, DENOISER, str(case), run.problem, against=against)
     elif run.latents.shape != reference.latents.shape:
-        problem = f"it took {len(run.latents) - 1} steps, the reference took {len(reference.latents) - 1}"
+        problem = f"it took {len(run.latents) - 1} steps, but the reference took {len(reference.latents) - 1}"
         result = failed(Level.TRAJECTORY, "pipeline", str(case), problem, against=against)
     else:
         comparison = compare("latents", run.latents[-1], reference.latents[-1])
@@ -68,7 +68,7 @@ def _compared(
 
 
 def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
-    """The failed result with the first step that is wrong, and with the causes if the first step got wrong feeds."""
+    """The failed result with the first step that is wrong, and with the causes if the first step got wrong inputs."""
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=0.0)
     allowed = bound.bound if bound else 0.0
     first = next((i for i, error in enumerate(errors) if not error <= allowed), len(errors))

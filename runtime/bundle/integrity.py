@@ -59,7 +59,7 @@ def check_file(bundle: Path, ref: FileRef) -> None:
     size = path.stat().st_size
     if size != ref.size_bytes:
         raise BundleError(
-            f"{bundle}: {ref.path} has {size} bytes, the manifest says {ref.size_bytes}", hint=hint
+            f"{bundle}: {ref.path} has {size} bytes, but the manifest says {ref.size_bytes}", hint=hint
         )
     if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
         log.warning(

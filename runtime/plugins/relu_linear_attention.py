@@ -164,7 +164,7 @@ def _plugin_class(trt: Any) -> Any:
         def enqueue(
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> None:
-            # Failures are exceptions, unlike in C++: the bindings ignore the return value (says their docstring).
+            # Unlike in C++, failures are exceptions: the bindings ignore the return value, as their docstring says.
             q, k, v = inputs
             self.launcher.launch(tuple(input_desc[0].dims), q, k, v, outputs[0], workspace, stream)
 

@@ -47,7 +47,7 @@ class OnnxRuntimeSession:
 
     Raises:
         SessionError: ONNX Runtime cannot load the graph with this provider, or the graph does not fit the spec.
-        MissingExtra: OpenVINO is asked for and is not installed.
+        MissingExtra: OpenVINO is requested but not installed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class OnnxRuntimeSession:
             results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
-            raise SessionError(f"{self.spec.name}: {first_line(e)}; fed {shapes}") from e
+            raise SessionError(f"{self.spec.name}: {first_line(e)}; the inputs were {shapes}") from e
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class OnnxRuntimeSession:
         if sorted(promised[0]) != sorted(found[0]) or sorted(promised[1]) != sorted(found[1]):
             raise SessionError(
                 f"{self.spec.name}: the graph takes {found[0]} and gives {found[1]}, "
-                f"the manifest promises {promised[0]} and {promised[1]}",
+                f"but the manifest promises {promised[0]} and {promised[1]}",
                 hint="the bundle is inconsistent: build it again",
             )
 
@@ -145,8 +145,8 @@ def open_stage(
     """Open a session with the provider that the options name. "auto" takes CUDA if it works here, else the CPU.
 
     Raises:
-        SessionError: the CUDA provider is asked for and cannot run here, or the stage cannot be loaded.
-        MissingExtra: OpenVINO is asked for and is not installed.
+        SessionError: the CUDA provider is requested but cannot run here, or the stage cannot be loaded.
+        MissingExtra: OpenVINO is requested but not installed.
     """
     spec, precision = artifact.spec, artifact.precision
     provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider

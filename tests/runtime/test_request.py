@@ -62,8 +62,8 @@ MASK = np.ones((2, 12), np.int64)
         ({"seed": 1, "generator": Generator(1)}, "seed and generator are both given"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"generator": object()}, "generator is <object"),
-        ({"generator": []}, "0 generators for 1 pictures"),
-        ({"generator": [Generator(1), Generator(2)]}, "2 generators for 1 pictures"),
+        ({"generator": []}, "generators is 0, but the number of pictures is 1"),
+        ({"generator": [Generator(1), Generator(2)]}, "generators is 2, but the number of pictures is 1"),
         (
             {"latents": np.zeros((1, 8, 16, 16), np.float32)},
             r"latents have shape \(1, 8, 16, 16\), .* \(1, 8, 32, 32\)",
@@ -102,7 +102,7 @@ def test_requests_that_cannot_be_drawn_are_refused(
                 "prompt_embeds": np.zeros((2, 40, 24), np.float32),
                 "prompt_attention_mask": np.ones((2, 40), int),
             },
-            "40 tokens, this bundle takes 1 to 12",
+            "40 tokens, but this bundle takes 1 to 12",
         ),
         (
             {

@@ -56,7 +56,7 @@ def test_a_picture_has_the_same_noise_in_a_batch_and_alone() -> None:
 
 
 def test_too_few_generators_are_refused() -> None:
-    with pytest.raises(UsageError, match="1 generators for 2 pictures"):
+    with pytest.raises(UsageError, match="generators is 1, but the number of pictures is 2"):
         randn_latents((2, 4, 4, 4), [Generator(0)])
 
 

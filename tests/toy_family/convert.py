@@ -1,4 +1,4 @@
-"""The toy family's own files: one tensor, under another name than in its diffusers directory."""
+"""The toy family's own files: one tensor, whose name differs from that in its diffusers directory."""
 
 from __future__ import annotations
 

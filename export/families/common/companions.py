@@ -1,4 +1,4 @@
-"""Companions are the text encoder and the VAE beside a denoiser; this is what families with one text encoder share.
+"""Companions are the text encoder and the VAE of a denoiser; this is what families with one text encoder share.
 
 The plans and defaults fit any such text encoder and any VAE. `load_companion` loads Gemma-2 and DC-AE; a family that
 takes other kinds loads those itself.

@@ -159,9 +159,9 @@ def step_contract(
 
 
 def companion_precision(options: BuildOptions) -> Precision:
-    """Precision of the stages beside the denoiser that overflow in fp16: text encoders and VAEs.
+    """Precision of the text encoders and VAEs, which overflow in fp16.
 
-    Beside a 16-bit denoiser they are bf16 in engines. In ONNX Runtime they stay fp32, because its CPU provider has no
+    With a 16-bit denoiser they are bf16 in engines. In ONNX Runtime they stay fp32, because its CPU provider has no
     bf16.
     """
     exact = options.base is Precision.FP32 or not options.builds_engines

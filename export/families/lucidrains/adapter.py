@@ -134,7 +134,7 @@ def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
     kind = component.config.get("_class_name")
     if kind not in (AUTOENCODER_DC, AUTOENCODER_KL):
         raise CheckpointError(
-            f"the VAE is {kind!r}, which is not supported beside a lucidrains/mmdit trunk",
+            f"the VAE is {kind!r}, which is not supported with a lucidrains/mmdit trunk",
             hint=f"use {AUTOENCODER_DC} or {AUTOENCODER_KL}",
         )
     if kind == AUTOENCODER_KL:

@@ -61,7 +61,9 @@ class SanaConfig:
         values["out_channels"] = values.get("out_channels", 32) or values.get("in_channels", 32)
         config = read_config(cls, values, ignored=("dropout",))
         if config.qk_norm not in (None, QK_NORM):
-            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; implemented are None and {QK_NORM!r}")
+            raise CheckpointError(
+                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented"
+            )
         if config.cross_attention_dim != config.width:
             raise CheckpointError(
                 f"cross_attention_dim is {config.cross_attention_dim}, but captions are projected to {config.width}"

@@ -12,6 +12,6 @@ LAYERS = (
     "transformer_blocks.*.ff.conv_inverted",
     "transformer_blocks.*.ff.conv_point",
 )
-CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: run once per prompt")
+CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: they run only once per prompt")
 
 RECIPES = int8_and_fp8("sana", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS))

@@ -65,7 +65,9 @@ class Sd3Config:
         values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
         config = read_config(cls, values, ignored=())
         if config.qk_norm not in (None, QK_NORM):
-            raise CheckpointError(f"qk_norm is {config.qk_norm!r}; implemented are None and {QK_NORM!r}")
+            raise CheckpointError(
+                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented"
+            )
         if config.caption_projection_dim != config.width:
             raise CheckpointError(
                 f"caption_projection_dim is {config.caption_projection_dim}, but must be {config.width}: both streams "

@@ -179,7 +179,7 @@ def test_artifacts_of_an_unknown_backend_are_skipped(
 
 
 def test_a_bundle_that_has_only_unknown_backends_asks_for_an_update(toy_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="holds denoisers for toy fp32; asked for auto") as caught:
+    with pytest.raises(UsageError, match="holds denoisers for toy fp32; requested: auto") as caught:
         Pipeline.load(toy_bundle)
     assert str(caught.value.hint).startswith("update ditc, which does not know toy")
     artifact = load_manifest(toy_bundle).stages["denoiser"].artifacts[0]

@@ -173,7 +173,7 @@ def test_embeddings_of_another_length_match_diffusers_too(pipeline, reference) -
         ),
         (
             {"prompt_embeds": np.zeros((1, 700, 40)), "pooled_prompt_embeds": np.zeros((1, 20))},
-            "700 tokens, this bundle takes 1 to 589",
+            "700 tokens, but this bundle takes 1 to 589",
         ),
         (
             {"prompt_embeds": np.zeros((1, 93, 40)), "pooled_prompt_embeds": np.zeros((1, 1, 20, 1))},
