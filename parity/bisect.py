@@ -25,7 +25,7 @@ class PlaceError:
     Attributes:
         amax: the largest magnitude in the reference.
         same_form: whether the module takes the same number of tensors on both sides. Upstream's norm_out, for example,
-            takes the modulation too and so returns something different from ditc's. That is not an error: if it were one,
+            also takes the modulation, so it returns something different. That is not an error: if it were one,
             the modules after it would differ as well.
     """
 

@@ -14,8 +14,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# The library warns so about every engine with streamed weights. ditc passes the mapped file, which takes no memory of
-# its own, so the warning does not apply.
+# The library gives this warning for every engine with streamed weights. ditc passes the mapped file, which takes no
+# memory of its own, so the warning does not apply.
 HARMLESS = "Providing user-owned deserialization memory with weight streaming enabled"
 MAX_MESSAGES = 1000  # enough for every build, and a bound for servers that run for a long time
 
