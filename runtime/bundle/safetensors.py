@@ -31,7 +31,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Read the tensors, by name, and the metadata. bf16 tensors become uint16 arrays of their bits.
 
     Raises:
-        BundleError: the file is missing or truncated, or its header does not fit its content.
+        BundleError: the file is missing or truncated, or its header does not match its content.
     """
     try:
         data = path.read_bytes()
