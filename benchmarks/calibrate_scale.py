@@ -1,9 +1,9 @@
-"""What calibrating a full-width Sana-0.6B takes on a CPU: seconds a step and peak memory, random weights.
+"""What calibrating a full-width Sana-0.6B takes on a CPU, with random weights: seconds per step, and peak memory.
 
     python -m benchmarks.calibrate_scale [--size 1024] [--num-prompts 2] [--steps 4] [--dtype fp32]
 
 The denoiser is what benchmarks.build_scale makes; the text encoder has Gemma-2-2b's width and one layer, because only
-the shape of what it gives counts here. Measured in a process of its own, whose largest resident size is reported.
+the shape of its outputs matters here. The run has a process of its own, whose largest resident size is reported.
 """
 
 from __future__ import annotations

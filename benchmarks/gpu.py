@@ -1,12 +1,12 @@
-"""What does a GPU make of the engines, beside diffusers eager and torch.compile, on the same weights in one run?
+"""How fast are the engines on a GPU, compared with diffusers eager and torch.compile on the same weights in one run?
 
     python -m benchmarks.gpu --models sana-0.6b sana-1.6b dc-ae --sizes 512 1024
 
-For each model, size and batch: latency of one call (a guided denoiser step, a decode), host time of handing it over,
-images a second, peak memory, relative L2 against fp32 (theirs against diffusers, ours against the same network around
-the same step in PyTorch), and the share of what the GPU can do at most,
-which a copy and a matrix product measure in the same run. With --bundle also whole pictures, loop graph included.
-Random weights at full width. What cannot run here is listed with the reason. Writes results/<gpu>-<date>.json.
+For each model, size and batch, it measures the latency of one call (a guided denoiser step, a decode), the host time
+until the call returns, images per second, peak memory, relative L2 against fp32 (diffusers' against diffusers, ditc's
+against the same network around the same step in PyTorch), and the share of the GPU's ceiling, which a copy and a
+matrix product measure in the same run. With --bundle it also draws whole pictures, loop graph included. The weights
+are random, at full width. What cannot run here is listed with the reason. It writes results/<gpu>-<date>.json.
 Without a GPU it ends with exit code 2. It was never run on one.
 """
 
@@ -43,7 +43,7 @@ from ditc.runtime.spec import DENOISER
 
 
 def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, Any]:
-    """Latency with the GPU waited for, and host time: how long the call itself takes to return."""
+    """Latency until the GPU is done, and host time, which is how long the call itself takes to return."""
     for _ in range(warmup):
         candidate.call()
     candidate.wait()
@@ -59,7 +59,7 @@ def measured(candidate: Candidate, *, warmup: int, repeats: int) -> dict[str, An
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and operations a second of a bf16 product, on this GPU, now."""
+    """Bytes per second of a copy (read and written), and operations per second of a bf16 product, on this GPU now."""
     import torch
 
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
@@ -219,7 +219,7 @@ def _distance(found: Array, reference: Array) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown for the README: one row a candidate, at batch 1."""
+    """Markdown for the README: one row per candidate, at batch 1."""
     lines = [
         "| model | candidate | median ms | p95 ms | host ms | rel. L2 | of ceiling |",
         "|---|---|---|---|---|---|---|",

@@ -110,7 +110,7 @@ def clear() -> None:
 
 
 def inputs(name: str, size: int, batch: int) -> dict[str, Array]:
-    """The same numbers for every candidate: latents, and the text of a guided step (two rows a picture)."""
+    """The same numbers for every candidate: latents, and the text of a guided step (two rows per picture)."""
     rng, cells = np.random.default_rng(0), size // SCALE
     latents = rng.standard_normal((batch, 32, cells, cells), np.float32)
     if CASES[name].stage != DENOISER:

@@ -1,6 +1,6 @@
-"""How long does a denoising step take outside the session? Measured with one that returns at once.
+"""How long does a denoising step take outside the session? This is measured with a session that returns at once.
 
-Goal: at most 100 microseconds a step: `python -m benchmarks.host_overhead`.
+The goal is at most 100 microseconds per step: `python -m benchmarks.host_overhead`.
 """
 
 from __future__ import annotations

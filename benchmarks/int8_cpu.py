@@ -2,9 +2,9 @@
 
     python -m benchmarks.int8_cpu [--layers 4] [--pixels 512] [--rounds 15] [--no-compile] [--openvino]
 
-Sana-0.6B's width (1152) with random weights, a guided step (2 rows). All contestants are timed in turn within every
-round, so that they meet the same load; ratios are medians over rounds with their quartiles. The profile at the end says
-where the INT8 graph's time goes. Writes benchmarks/results/int8_cpu.json.
+The network has Sana-0.6B's width (1152) and random weights; a guided step has 2 rows. All contestants are timed in
+turn within every round, so that they meet the same load; ratios are medians over rounds with their quartiles. The
+profile at the end says where the INT8 graph's time goes. Writes benchmarks/results/int8_cpu.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a bundle draw what diffusers draws, and how fast, in one run: `make bench`.
 
-Fidelity: latents after every step and the picture, both samplers, two sizes. Time: first picture after loading,
-seconds a stage.
+For fidelity, it compares the latents after every step and the picture, for both samplers at two sizes. For time, it
+measures the first picture after loading, and the seconds per stage.
 """
 
 from __future__ import annotations

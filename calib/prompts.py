@@ -16,8 +16,8 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in order.
 
     Raises:
-        UsageError: the file cannot be read or has no prompts, or a line is not a prompt or occurs twice. The message names
-            the line.
+        UsageError: the file cannot be read or has no prompts, or a line is not a prompt or occurs twice. The message
+            names the line.
     """
     prompts: dict[str, int] = {}
     for number, line in numbered_prompts(path):

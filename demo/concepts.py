@@ -86,7 +86,7 @@ def load_split(path: Path = SPLIT_FILE) -> Split:
 
 
 def save_split(split: Split, path: Path = SPLIT_FILE) -> None:
-    """Write the split, one pair a line."""
+    """Write the split, one pair per line."""
     blocks = []
     for name in ("trained", "held_out"):
         lines = ",\n".join(json.dumps([p.concept, p.style]) for p in getattr(split, name))

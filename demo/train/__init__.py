@@ -1,1 +1,1 @@
-"""The recipe: data, text encoder, autoencoder, transformer, and the assembled checkpoint, one file a step."""
+"""The recipe: data, text encoder, autoencoder, transformer, and the assembled checkpoint, one file per step."""

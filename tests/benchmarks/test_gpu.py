@@ -48,7 +48,7 @@ def test_everybody_is_measured_against_fp32_and_compiled_for_its_own_batch(compi
         assert results[label][2]["latency_s"]["median"] > 0
     # No engine runs here: each says so, and the others go on.
     assert all("failed" in rows for label, rows in results.items() if label.startswith("tensorrt"))
-    # One graph a batch, with the latents of its two guidance rows a picture: nothing was compiled for any batch.
+    # One graph per batch, with the latents of its two guidance rows per picture: nothing was compiled for any batch.
     latents = [shape for shapes in compiled for shape in shapes if len(shape) == 4]
     assert latents[0] == (2, 32, 2, 2) and (4, 32, 2, 2) in latents
     assert all(isinstance(size, int) for shapes in compiled for shape in shapes for size in shape)
