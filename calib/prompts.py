@@ -16,7 +16,7 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in order.
 
     Raises:
-        UsageError: the file cannot be read or has no prompts, or a line is not a prompt or is there twice; the message
+        UsageError: the file cannot be read or has no prompts, or a line is not a prompt or occurs twice. The message
             names the line.
     """
     prompts: dict[str, int] = {}
@@ -29,15 +29,15 @@ def read_prompts(path: Path) -> list[str]:
 def _check(line: str, path: Path, number: int, earlier: dict[str, int]) -> None:
     if line in earlier:
         raise UsageError(
-            f"{path}, line {number}: the same prompt as line {earlier[line]}",
+            f"{path}, line {number}: this is the same prompt as line {earlier[line]}",
             hint="every prompt counts once: remove one of the two lines",
         )
     if len(line) > LONGEST:
         raise UsageError(
-            f"{path}, line {number}: {len(line)} characters, a prompt has at most {LONGEST}",
+            f"{path}, line {number} has {len(line)} characters, but a prompt has at most {LONGEST}",
             hint="write one prompt per line",
         )
     if not all(character.isprintable() or character == "\t" for character in line):
         raise UsageError(
-            f"{path}, line {number}: control characters", hint="use a text file with one prompt per line"
+            f"{path}, line {number} has control characters", hint="use a text file with one prompt per line"
         )

@@ -1,7 +1,7 @@
 """Search for the assignment of formats to layers that has the most FLOPs in 8 bits and keeps pictures within a budget.
 
 The layers are sorted by squared step error per FLOP, because errors of independent roundings add in squares. Those with
-the largest values are kept in high precision. How many these are is found by drawing pictures. Finally, some of them
+the largest values are kept in high precision. Drawing pictures shows how many of them must be. Finally, some of them
 are tried in 8 bits again, one by one, those with the smallest values first.
 """
 

@@ -35,8 +35,8 @@ class Candidate:
         traced: the graph to trace modules in, for stages where it is not the deployed one.
         precisions: the precision of each stage.
         native: sessions of 16-bit stages that this machine computes in a wider type (ONNX Runtime's CPU provider runs
-            fp16 in fp32). They show whether the file holds the right graph. What rounding costs is shown by the
-            pipeline's own session for the stage, which runs the same graph with the rounding written into it.
+            fp16 in fp32). They show whether the file holds the right graph. The pipeline's own session for the
+            stage, which runs the same graph with the rounding written into it, shows what rounding costs.
         plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.

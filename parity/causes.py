@@ -17,7 +17,7 @@ SAME = 1e-4
 def schedule_causes(sigmas: Array, reference: Array) -> tuple[str, ...]:
     """Why two schedules of sigmas (N+1,) differ: another number of steps, rows off by one, or another flow shift."""
     if sigmas.shape != reference.shape:
-        return (f"{len(sigmas) - 1} steps where the reference takes {len(reference) - 1}",)
+        return (f"the schedule has {len(sigmas) - 1} steps, but the reference's has {len(reference) - 1}",)
     for offset, which in ((1, "next"), (-1, "previous")):
         rolled = np.roll(sigmas, offset)
         inner = slice(1, -1)
@@ -26,7 +26,7 @@ def schedule_causes(sigmas: Array, reference: Array) -> tuple[str, ...]:
     ratio = _shift_ratio(sigmas, reference)
     if ratio is not None:
         return (f"shifted sigmas: the flow shift is {ratio:.4g} times the reference's",)
-    return ("the sigmas differ, in no known pattern: compare scheduler_config.json with the manifest",)
+    return ("the sigmas differ in no known pattern: compare scheduler_config.json with the manifest",)
 
 
 def feed_causes(

@@ -1,6 +1,6 @@
 """Write the stage level's inputs and PyTorch's results as Polygraphy files, and a script that compares with them.
 
-This is for users who want to go on with NVIDIA's tools: to mark layers of an engine as outputs, to try other builder
+This is for users who want to continue with NVIDIA's tools: to mark layers of an engine as outputs, to try other builder
 settings, or to compare on another machine. The bounds are those of ditc: Polygraphy's SNR,
 10 log10(|reference|^2 / |error|^2), is -20 log10 of the relative L2 error (polygraphy/comparator/compare.py,
 SnrCompareFunc).
@@ -31,8 +31,8 @@ HINT = "choose another --save-polygraphy"
 def save_polygraphy(folder: Path, context: Context) -> Path:
     """Write STAGE-inputs.json and STAGE-pytorch.json per stage, and a script with one `polygraphy run` per stage.
 
-    Stages of backends that Polygraphy does not run are left out, and stages in bf16: these files hold NumPy arrays,
-    which have no bf16. The script has a comment in their place.
+    Two kinds of stages are left out: those of backends that Polygraphy does not run, and those in bf16, because the
+    files hold NumPy arrays, which have no bf16. The script has a comment in their place.
 
     Raises:
         MissingExtra: Polygraphy is not installed. OutputError: the folder cannot be written to.
@@ -53,7 +53,7 @@ def save_polygraphy(folder: Path, context: Context) -> Path:
             continue
         backend = row_of(context.candidate.artifacts[stage].backend)
         if not backend.polygraphy:
-            lines.append(f"# {stage}: not here, Polygraphy does not run {backend.title}")
+            lines.append(f"# {stage} is left out: Polygraphy does not run {backend.title}")
             continue
         cases = list(stage_cases(context, stage))
         results = RunResults()

@@ -1,9 +1,9 @@
 """Trace what flows into and out of every module, in PyTorch and in an ONNX graph, under PyTorch's module names.
 
 A Place is the first tensor that enters a module or leaves it, in the module's first call. In PyTorch, hooks observe the
-places. In a graph, the name scopes of the nodes tell them: what leaves module M is the last value that a node inside M
-makes and a node outside M reads. Tracers fetch a few places at a time, so that the activations of a network are never
-in memory all at once.
+places. In a graph, the name scopes of the nodes identify them: the last value that a node inside module M makes and a
+node outside M reads is what leaves M. Tracers fetch a few places at a time, so that the activations of a network are
+never in memory all at once.
 """
 
 from __future__ import annotations

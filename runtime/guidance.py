@@ -37,7 +37,7 @@ def is_guided(contract: StepContract, guidance_scale: float) -> bool:
 
 
 def check_guidance(request: Request, contract: StepContract) -> None:
-    """Refuse a guidance_scale, and warn about a negative prompt, that this bundle's denoiser would ignore.
+    """Refuse a guidance_scale that this bundle's denoiser would ignore; warn if it would ignore a negative prompt.
 
     In diffusers, the pipelines of such networks have no argument negative_prompt.
 

@@ -26,8 +26,8 @@ class LoadOptions:
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
         require_signature: file with the ed25519 public key (PEM) whose owner must have signed the bundle.
         require_certificate: refuse artifacts that parity has not proven for this machine.
-        self_test: run every stage on its golden inputs before its first use on a kind of device that builds do not run
-            their graphs on.
+        self_test: run every stage on its golden inputs before its first use on this machine, unless builds run their
+            graphs on such a device.
 
     Raises:
         UsageError: the backend, provider or precision is unknown, the provider belongs to another backend, or threads

@@ -66,7 +66,7 @@ class Output:
 
     Attributes:
         images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says.
-        seed: the seed of the starting noise, also if it was chosen at random. None if the caller gave a generator or
+        seed: the seed of the starting noise, even if it was chosen at random. None if the caller gave a generator or
             latents instead of a seed.
         seconds: the time for each part of the work: text, denoise, decode.
     """
@@ -95,8 +95,8 @@ class Pipeline:
         self.device: Device | None = None  # the GPU that the engines share; None without engines
         self.uncertified = ""  # why parity has not certified these artifacts on this machine; "" if it has
         # Largest number of steps in one launch, for sessions that can run several (engines: as one CUDA graph). None
-        # means all steps. With a callback it is always one. Requests can only be cancelled between two launches, and
-        # previews drawn only then.
+        # means all steps. With a callback it is always one. Only between two launches can requests be cancelled and
+        # previews be drawn.
         self.steps_per_launch: int | None = None
         # May be set to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling

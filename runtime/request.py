@@ -118,8 +118,8 @@ def make_request(**arguments: Any) -> Request:
     """A request from a caller's keyword arguments. Arguments of diffusers that change nothing are accepted too.
 
     Raises:
-        UsageError: a request has no such argument; the hint names the most similar one. Or an argument of diffusers has
-            a value that is not supported.
+        UsageError: a request has no such argument (the hint names the most similar one), or an argument of diffusers
+            has a value that is not supported.
     """
     known = [field.name for field in fields(Request)]
     for name, value in arguments.items():
@@ -155,7 +155,7 @@ def check_request(request: Request) -> None:
         )
     if len(request.negative_prompts) != request.num_prompts:
         raise UsageError(
-            f"{len(request.negative_prompts)} negative prompts for {request.num_prompts} prompts",
+            f"there are {len(request.negative_prompts)} negative prompts for {request.num_prompts} prompts",
             hint="pass one negative_prompt for all prompts, or one per prompt",
         )
     for name, texts in further.items():
@@ -235,7 +235,7 @@ def _check_embeds(request: Request) -> None:
         if embeds is None:
             continue
         if embeds.ndim != 3 or (mask is not None and embeds.shape[:2] != mask.shape):
-            beside = "" if mask is None else f", {sign}prompt_attention_mask has {tuple(mask.shape)}"
+            beside = "" if mask is None else f", and {sign}prompt_attention_mask has {tuple(mask.shape)}"
             raise UsageError(
                 f"{sign}prompt_embeds has shape {tuple(embeds.shape)}{beside}",
                 hint="pass embeds of shape (prompts, tokens, channels) and a mask of shape (prompts, tokens)",

@@ -43,8 +43,8 @@ class Backend(str):
     Equal names are one object, so they can be compared with `is`, like the members of an enum.
 
     Raises:
-        ValueError: the name has other characters than lower-case letters, digits and single hyphens. It becomes part
-            of file names.
+        ValueError: the name is not made of lower-case letters, digits and single hyphens alone. It becomes part of file
+            names.
     """
 
     __slots__ = ()

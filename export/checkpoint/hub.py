@@ -64,7 +64,7 @@ def fetch_snapshot(source: str, *, variant: str | None = None, cache_dir: Path |
 def wanted_files(files: Iterable[str], variant: str | None) -> tuple[str, ...]:
     """Choose the data files of a diffusers repository.
 
-    A component that has weights of the variant gives those, any other component its default weights. Single-file
+    A component that has weights of the variant gives those, and any other gives its default weights. Single-file
     checkpoints and other layouts at the top of the repository are left out.
     """
     data = [name for name in files if name.endswith(DATA_SUFFIXES) and name.count("/") <= 1]

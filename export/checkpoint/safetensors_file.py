@@ -1,4 +1,4 @@
-"""The place that safetensors' save_file writes to: a file that appears whole or not at all."""
+"""A path for safetensors' save_file, whose file appears complete or not at all."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ def tokenizer_json(directory: Path) -> str:
     """Serialise the Rust tokenizer behind the class that tokenizer_config.json names.
 
     The result can differ from the file on disk. On loading, transformers 5 rebuilds the normalizer and the
-    pre-tokenizer by class (GemmaTokenizer turns spaces into U+2581 whatever the file says), so the file alone can give
-    other ids than the pipeline saw.
+    pre-tokenizer by class (GemmaTokenizer turns spaces into U+2581 whatever the file says), so the ids from the file
+    alone can differ from those that the pipeline saw.
 
     Raises:
         CheckpointError: the folder holds no tokenizer, or one without a Rust implementation.

@@ -18,7 +18,7 @@ from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.files import check_writable
 
-# The blocks of every diffusers transformer that ditc knows have names that begin so.
+# How the names of the blocks begin in every diffusers transformer that ditc knows.
 DIFFUSERS_PREFIX = "transformer_blocks."
 SHOWN = 3
 

@@ -1,4 +1,4 @@
-"""What a new diffusers directory is filled with, beside the converted weights."""
+"""Fill a new diffusers directory with what it needs in addition to the converted weights."""
 
 from __future__ import annotations
 

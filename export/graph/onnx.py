@@ -185,7 +185,7 @@ def check_export(stage: StageModule, model: Path) -> float:
         The largest relative L2 error of any output.
 
     Raises:
-        BuildError: an error is above the bound; names stage, output, sizes and error.
+        BuildError: an error is above the bound. The message names stage, output, sizes and error.
     """
     bound = FP16_RELATIVE_L2 if stage.precision is Precision.FP16 else FP32_RELATIVE_L2
     reference = TorchSession(stage.module, stage.spec)

@@ -46,7 +46,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """diffusers' RMSNorm: statistics and division are fp32, weight and bias are applied in the weight's type.
+    """diffusers' RMSNorm: statistics and division are fp32; weight and bias are applied in the weight's type.
 
     Args:
         dim_of_channels: -1 for tokens; 1 for (B,C,H,W), which avoids the two transposes that diffusers makes.

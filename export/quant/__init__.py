@@ -13,5 +13,5 @@ verify      checks a written graph against its plan
 simulate    the same rounding in PyTorch: the search tries it, and graphs are compared with it
 coverage    the share of the work that is in 8 bits
 record      recipe, plan and coverage, written beside the graph
-measure     fidelity and speed beside the unquantized denoiser
+measure     fidelity and speed compared with the unquantized denoiser
 """

@@ -157,7 +157,7 @@ class _InputSearch:
         """The smoothing (if one is worth it) and the clipping with the least expected error, and that error.
 
         Args:
-            largest: the magnitude that the tensor counts as never exceeding, before smoothing.
+            largest: the magnitude that the tensor is assumed never to exceed, before smoothing.
             clips: shares of the largest magnitude to try.
         """
         plain = self._clip(None, largest, clips)

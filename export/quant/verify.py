@@ -1,4 +1,4 @@
-"""Check a written graph's scales and weights against its plan: parity may take a wrong scale for a coarse recipe."""
+"""Check a written graph's scales and weights against its plan: parity may mistake a wrong scale for a coarse recipe."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_scales(model: ir.Model, plans: Mapping[str, LayerPlan], layers: Mappin
     """Compare every planned layer of a graph with its plan and its weights.
 
     Raises:
-        BuildError: an input's scale is not the plan's, or the dequantized weight is not the checkpoint's; names the
-            layer.
+        BuildError: an input's scale is not the plan's, or the dequantized weight is not the checkpoint's. The
+            message names the layer.
     """
     readers = _readers(model)
     for name, planned in plans.items():

@@ -92,7 +92,7 @@ def _check_step(
 def _compared_step(
     context: Context, run: CaseRun, start: DenoiseState, step: int
 ) -> tuple[Comparison, DenoiseState]:
-    """Run the candidate's step from the reference's latents. The comparison is the worse one of next latents and x0."""
+    """Run the candidate's step from the reference's latents. Return the worse comparison, of next latents or of x0."""
     assert run.x0 is not None
     state = forced_state(run, start, step)
     (after,) = denoise.step(context.candidate.sessions[DENOISER], [state])
@@ -109,7 +109,7 @@ def _explained(
 ) -> Result:
     """The failed result with its culprit and causes.
 
-    If the pipeline feeds the denoiser other values than the reference's pipeline does, the pipeline is wrong. If not,
+    If the two pipelines feed the denoiser different values, the candidate's pipeline is wrong. If not,
     the denoiser itself is wrong, and its modules are compared on the reference's feeds.
     """
     assert run.start is not None

@@ -1,8 +1,8 @@
 """The references. The second one is unmodified upstream: diffusers for most families, another package for the others.
 
-A family whose row in export/families does not name diffusers has a module in this folder, under the name
-of the family's folder. Its `open_pipeline` assembles upstream's own modules into a pipeline that is called in the same
-way as those of diffusers.
+A family whose row in export/families does not name diffusers has a module in this folder, under the name of the
+family's folder. Its `open_pipeline` assembles upstream's own modules into a pipeline that is called in the same way as
+those of diffusers.
 """
 
 from __future__ import annotations

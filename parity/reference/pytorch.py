@@ -66,7 +66,7 @@ class TorchModel:
 
     Args:
         options: as for a build. The precision matters most.
-        like: the manifest of the bundle to compare with. Its largest batch and its picture size are taken over.
+        like: the manifest of the bundle to compare with. Its largest batch and its picture size are used.
 
     Raises:
         CheckpointError: no adapter knows the checkpoint, or its adapter refuses it.

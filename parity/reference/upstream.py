@@ -97,8 +97,8 @@ class Upstream:
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
         """The calls that one drawn case makes, by component name.
 
-        For the denoising network that is its first call in step `step` (counted from 0), for every other component
-        its first call of all. "vae" is the call of the VAE's decoder.
+        For the denoising network, this is its first call in step `step` (counted from 0). For every other component,
+        it is the first call of the run. "vae" is the call of the VAE's decoder.
         """
         found: dict[str, Call] = {}
         done = 0

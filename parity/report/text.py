@@ -81,7 +81,7 @@ def number(value: float | None, metric: Metric) -> str:
 
 
 def sign(result: Result) -> str:
-    """How the value of a result lies to its bound."""
+    """The comparison sign between a result's value and its bound."""
     if result.verdict is Verdict.FAIL:
         return "<" if result.metric.at_least else ">"
     return ">=" if result.metric.at_least else "<="

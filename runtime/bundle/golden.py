@@ -2,8 +2,8 @@
 
     golden/STAGE-KEY.safetensors    tensors "in.NAME" and "out.NAME"; metadata "ditc.golden", JSON
 
-To keep the files small, an input is stored as a few values, which are repeated to fill its shape, and of an output only
-every stride-th value is stored. A conditioning tensor of 50 MB takes 100 KB.
+To keep the files small, an input is stored as a few values, which are repeated to fill its shape, and only every
+stride-th value of an output is stored. A conditioning tensor of 50 MB takes 100 KB.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _compare_with_tolerance(
     bound = limit(Level.STAGE, Metric.RELATIVE_L2, precision, pytorch=golden.info.losses.get(precision.value))
     passed: bool | None = None if bound is None else error <= bound.bound
     if bound is None:
-        output += f": the file has no error of PyTorch in {precision.value} to compare with"
+        output += f": the file records no error of PyTorch in {precision.value}"
     elif passed and session.device.widens(precision):
         passed, output = None, f"{output}: {session.device.name} computes {precision.value} in fp32"
     return Line(

@@ -225,7 +225,7 @@ def load_manifest(bundle: Path) -> Manifest:
         )
     if data.get("digest") != _digest({**data, "digest": ""}):
         raise BundleError(
-            f"{path} was changed after the build: its digest does not fit its content", hint=rebuild
+            f"{path} was changed after the build: its digest does not match its content", hint=rebuild
         )
     if _serialize(data) != content:  # the digest is a hash of the values, and does not show a changed space
         raise BundleError(

@@ -31,7 +31,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Read the tensors, by name, and the metadata. bf16 tensors become uint16 arrays of their bits.
 
     Raises:
-        BundleError: the file is missing or truncated, or its header does not fit its content.
+        BundleError: the file is missing or truncated, or its header does not match its content.
     """
     try:
         data = path.read_bytes()
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
+        raise ValueError(f"the header has {length} bytes, but the file has {len(data)}")
     return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
 
 
@@ -55,7 +55,9 @@ def _tensor(entry: dict[str, Any], body: memoryview) -> Array:
     shape = [int(size) for size in entry["shape"]]
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(body):
-        raise ValueError(f"a tensor of {shape} at bytes {begin} to {end} of {len(body)}")
+        raise ValueError(
+            f"a tensor of shape {shape} is at bytes {begin} to {end}, but the data has {len(body)}"
+        )
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")
+        raise ValueError(f"a {dtype} tensor of shape {shape} has {end - begin} bytes")
     return np.frombuffer(body[begin:end], dtype).reshape(shape)

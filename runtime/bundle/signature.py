@@ -81,7 +81,7 @@ def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
         key.verify(signature, _message(manifest))
     except InvalidSignature as e:
         raise BundleError(
-            f"{bundle}: {SIGNATURE} does not fit {public_key.name} and the manifest {manifest.digest[:12]}",
+            f"{bundle}: {SIGNATURE} does not match {public_key.name} and the manifest {manifest.digest[:12]}",
             hint=hint,
         ) from e
 

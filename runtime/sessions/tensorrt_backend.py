@@ -17,7 +17,7 @@ from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine
 
 
 def lack(row: BackendRow) -> str:
-    """The first of the library, cuda-python and a GPU that is missing; "" if engines can run here."""
+    """What is missing first, the library, cuda-python or a GPU; "" if engines can run here."""
     if library_version(row.name) is None:
         return f"{row.name} is not installed: {row.install}"
     try:
@@ -32,7 +32,7 @@ def lack(row: BackendRow) -> str:
 def open_stage(
     row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
 ) -> Session:
-    """Open an engine on the device that the bundle's stages share, or with None on one of its own.
+    """Open an engine on the device that the bundle's stages share, or on its own device if there is none.
 
     Raises:
         SessionError: the engine is not for this GPU, library or driver, or the file is damaged.

@@ -188,7 +188,7 @@ class TensorRTEngine:
             return
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         log.info(
-            "%s: %.2f of %.2f GB of weights stay on the GPU, the others are streamed",
+            "%s: %.2f of %.2f GB of weights stay on the GPU, and the others are streamed",
             self._stage,
             engine.weight_streaming_budget_v2 / 1e9,
             engine.streamable_weights_size / 1e9,
@@ -201,7 +201,9 @@ class TensorRTEngine:
         if self._cache is None:
             cache, known = config.create_runtime_cache(), self._kernels.load()
             if known and not cache.deserialize(known):
-                log.info("%s: the library refuses the cached kernels, they are compiled again", self._stage)
+                log.info(
+                    "%s: the library refuses the cached kernels, so they are compiled again", self._stage
+                )
                 self._kernels.discard()
                 cache, known = config.create_runtime_cache(), b""
             if not known:  # this takes up to half a minute on two cores, for the demo
@@ -252,7 +254,7 @@ class TensorRTContext:
         return bool(self._context.execute_async_v3(stream))
 
     def capturable(self, stream: int) -> bool:
-        """Ask TensorRT-RTX. TensorRT has no such question, so the answer is True, and its capture may fail."""
+        """Ask TensorRT-RTX. TensorRT cannot be asked, so the answer is True, and its capture may still fail."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
 

@@ -36,9 +36,9 @@ def test_comments_blank_lines_and_a_byte_order_mark_are_not_prompts(tmp_path):
         (b"", "holds no prompts"),
         (b"# only a comment\n\n", "holds no prompts"),
         (b"a cat\nx\xff\n", "line 2: not UTF-8"),
-        (b"a cat\na dog\na cat\n", "line 3: the same prompt as line 1"),
-        (b"a cat\n" + b"x" * 5000, "line 2: 5000 characters"),
-        (b"a\x00cat\n", "line 1: control characters"),
+        (b"a cat\na dog\na cat\n", "line 3: this is the same prompt as line 1"),
+        (b"a cat\n" + b"x" * 5000, "line 2 has 5000 characters, but a prompt has at most"),
+        (b"a\x00cat\n", "line 1 has control characters"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, content, message):

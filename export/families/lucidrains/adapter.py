@@ -194,7 +194,7 @@ def _facts(
 
 
 def _text_spec(checkpoint: Checkpoint) -> TextSpec:
-    """How a prompt becomes tokens: its text is not changed, its tokens are cut or padded on the right to one length.
+    """How a prompt becomes tokens: its text is not changed, and its tokens are cut or padded on the right.
 
     The padding is masked.
     """

@@ -131,7 +131,7 @@ class GeneralizedMMDiTBlock(nn.Module):
 
 
 class GeneralizedMMDiT(nn.Module):
-    """Expands the tokens to residual streams, runs the blocks, reduces the streams, and norms every modality.
+    """Expands the tokens to residual streams, runs the blocks, reduces the streams, and normalizes every modality.
 
     Args:
         mhc_kwargs: add_stream_embed and add_attn_pool_reduce_stream, and dim, which both need. One embedding serves

@@ -12,9 +12,9 @@ LAYERS = (
     "trunk.blocks.*.feedforwards.*.ff.*",
 )
 SCALES = (
-    Rule(layers="*.to_cond.*", why="adaLN modulation: scales every token"),
-    Rule(layers="*.to_post_branch_gammas.*", why="adaLN modulation: scales every token"),
-    Rule(layers="*.to_attn_logits", why="weights of the residual streams: scale every token"),
+    Rule(layers="*.to_cond.*", why="adaLN modulation: it scales every token"),
+    Rule(layers="*.to_post_branch_gammas.*", why="adaLN modulation: it scales every token"),
+    Rule(layers="*.to_attn_logits", why="weights of the residual streams: they scale every token"),
 )
 
 RECIPES = int8_and_fp8(

@@ -1,4 +1,4 @@
-"""Check a graph's inputs and outputs against the spec: exporters drop unused inputs and freeze dynamic axes."""
+"""Check a graph's inputs and outputs against the spec: exporters may drop unused inputs or freeze dynamic axes."""
 
 from __future__ import annotations
 

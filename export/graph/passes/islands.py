@@ -74,7 +74,7 @@ def check_islands(model: ir.Model, spec: StageSpec) -> None:
     """Check that every tensor of every island is fp32 in the finished graph.
 
     Raises:
-        BuildError: a tensor is not; names the island, the node, its module, the tensor and its type.
+        BuildError: a tensor is not. The message names the island, node, module, tensor and type.
     """
     graph = typed_copy(model).graph
     found = [

@@ -172,7 +172,7 @@ def test_a_forged_manifest_does_not_fit_the_signature(copy: Path, keys: tuple[Pa
     sign(copy, private)
     check_signature(copy, load_manifest(copy), public)
     save_manifest(replace(load_manifest(copy), checkpoint="another"), copy)
-    with pytest.raises(BundleError, match=r"does not fit public\.pem"):
+    with pytest.raises(BundleError, match=r"does not match public\.pem"):
         check_signature(copy, load_manifest(copy), public)
 
 
