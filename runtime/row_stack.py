@@ -95,8 +95,10 @@ class RowStack:
         if needed <= self._capacity and _fits(self._buffers, example):
             return
         most = self._session.spec.profile[ROWS].max if ROWS in self._session.spec.profile else needed
-        capacity = max(needed, min(2 * self._capacity, most))
+        capacity = max(needed, min(2 * self._capacity, most)) if kept else needed
         used = max((member.stop for member in kept), default=0)
+        if not used:  # free the old memory before the new one is allocated
+            self._buffers, self.tensors = {}, {}
         for name, tensor in example.conditioning.items():
             buffer = empty_like(tensor, capacity, name, self._session)
             if used:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.runtime.errors import SessionError
 from ditc.runtime.spec import SIXTEEN_BITS, DType, Precision, StageSpec
 
 Array = NDArray[Any]
@@ -32,7 +33,11 @@ class DeviceTensor(Protocol):
         ...
 
     def assign(self, start: int, source: Tensor) -> None:
-        """Copy the source over the entries from `start` on. Only the code that made the tensor may write to it."""
+        """Copy the source over the entries from `start` on. Only the code that made the tensor may write to it.
+
+        Raises:
+            SessionError: the source has another element type, or entries of another shape.
+        """
         ...
 
 
@@ -145,6 +150,16 @@ def assign(target: Tensor, start: int, source: Tensor) -> None:
         target[start : start + source.shape[0]] = to_numpy(source)
     else:
         target.assign(start, source)
+
+
+def check_fits(dtype: object, shape: Sequence[int], wanted: object, target: Sequence[int]) -> None:
+    """Raise SessionError if entries of this type and shape cannot be copied into a tensor of the wanted ones."""
+    if dtype != wanted or tuple(shape[1:]) != tuple(target[1:]):
+        raise SessionError(
+            f"entries {tuple(shape[1:])} of type {dtype} do not fit into a tensor with entries {tuple(target[1:])} of "
+            f"type {wanted}",
+            hint="keep the element types and shapes of the states that the pipeline makes",
+        )
 
 
 def empty_like(tensor: Tensor, length: int, name: str, session: Session) -> Tensor:

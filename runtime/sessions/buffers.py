@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ditc.runtime.session import Array, Tensor, numpy_dtype, to_numpy
+from ditc.runtime.session import Array, Tensor, check_fits, numpy_dtype, to_numpy
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.spec import DType
@@ -114,14 +114,20 @@ class DeviceArray:
         )
 
     def assign(self, start: int, source: Tensor) -> None:
-        """Copy the source over the entries from `start` on, after the work that is already in the stream."""
-        step = size_of(self.shape[1:], self.dtype)
-        pointer, device = self.pointer + start * step, self.device
+        """Copy the source over the entries from `start` on, after the work that is already in the stream.
+
+        Raises:
+            SessionError: the source has another element type, or entries of another shape.
+        """
+        pointer, device = self.pointer + start * size_of(self.shape[1:], self.dtype), self.device
         with device.lock:
             if isinstance(source, DeviceArray) and source.device is device and not source.pitch:
+                check_fits(source.dtype, source.shape, self.dtype, self.shape)
                 device.cuda.copy(pointer, source.pointer, source.size_bytes, device.stream)
             else:
-                device.upload(pointer, to_numpy(source))
+                array = to_numpy(source)
+                check_fits(array.dtype, array.shape, numpy_dtype(self.dtype), self.shape)
+                device.upload(pointer, array)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device.cuda.dlpack_device

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.session import Array, Tensor, to_numpy
+from ditc.runtime.session import Array, Tensor, check_fits, numpy_dtype, to_numpy
 from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession, first_line
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, INSTALL, cuda_lack
@@ -55,19 +55,21 @@ class OrtTensor:
         return np.array(self.value.numpy())
 
     def narrow(self, start: int, stop: int) -> OrtTensor:
-        """The entries from start up to stop of the first dimension, in the same memory."""
-        whole = (start, stop) == (0, self.shape[0])
-        return self if whole else OrtTensor(_view(self.value, start, stop - start))
+        """The entries from start up to stop of the first dimension, in the same memory.
+
+        Always a new object, also for all entries: a graph copies only inputs that are not the same object as before.
+        """
+        return OrtTensor(_view(self.value, start, stop - start))
 
     def assign(self, start: int, source: Tensor) -> None:
-        """Copy the source over the entries from `start` on."""
+        """Copy the source over the entries from `start` on. Raises SessionError if its element type differs."""
         part = self.narrow(start, start + source.shape[0]).value
         if isinstance(source, OrtTensor):
             part.update_inplace(source.value)
-        elif self.value.element_type() == BFLOAT16:
-            part.update_inplace(_bf16_bits(np.ascontiguousarray(to_numpy(source))))
-        else:
-            part.update_inplace(np.ascontiguousarray(to_numpy(source)))
+            return
+        array = np.ascontiguousarray(to_numpy(source))
+        check_fits(array.dtype, array.shape, numpy_dtype(_dtype(self.value)), self.shape)
+        part.update_inplace(_bf16_bits(array) if _dtype(self.value) is DType.BFLOAT16 else array)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return tuple(self.value.__dlpack_device__())
@@ -82,14 +84,14 @@ class _Graph:
 
     Attributes:
         number: the graph's id in ONNX Runtime (gpu_graph_id).
-        copied: for each input, the value that was copied into its buffer last.
+        copied: for each input, the value that was copied into its buffer last, if anybody still holds that.
     """
 
     number: str
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     binding: Any
-    copied: dict[str, Any]
+    copied: dict[str, weakref.ref[Any]]
 
 
 class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
@@ -205,9 +207,9 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
     def _replay(self, graph: _Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, feed in feeds.items():
             value = self._value(name, feed)
-            if graph.copied.get(name) is not value:
+            if name not in graph.copied or graph.copied[name]() is not value:
                 graph.inputs[name].update_inplace(value)
-                graph.copied[name] = value
+                graph.copied[name] = weakref.ref(value)
         self._run(graph.binding, graph.number)
         return {name: OrtTensor(_copy(value, self._device)) for name, value in graph.outputs.items()}
 
@@ -275,13 +277,17 @@ def _view(value: Any, first: int, length: int) -> Any:
     """Some entries of a tensor, in the same memory. ONNX Runtime has no slices, so this goes through DLPack."""
     import onnxruntime as ort
 
-    kind, shape = value.element_type(), tuple(value.shape())
-    dtype = next(dtype for dtype, number in ELEMENT_TYPES.items() if number == kind)
+    shape = tuple(value.shape())
     entry_bytes = value.tensor_size_in_bytes() // max(shape[0], 1)
     device = tuple(map(int, value.__dlpack_device__()))
     pointer = value.data_ptr() + first * entry_bytes
-    part = _Part(value, pointer, (length, *shape[1:]), dtype, (device[0], device[1]))
+    part = _Part(value, pointer, (length, *shape[1:]), _dtype(value), (device[0], device[1]))
     return ort.OrtValue.from_dlpack(part)
+
+
+def _dtype(value: Any) -> DType:
+    kind = value.element_type()
+    return next(dtype for dtype, number in ELEMENT_TYPES.items() if number == kind)
 
 
 def _copy(value: Any, device: str) -> Any:

@@ -146,6 +146,29 @@ def test_a_stack_holds_no_rows_of_requests_that_left() -> None:
     assert gone() is None
 
 
+def test_texts_of_another_length_get_no_more_memory_than_they_need() -> None:
+    """Room for further requests is made only when requests stay: a new length starts anew."""
+    stack = RowStack(Echo())
+    for tokens in (3, 5, 3, 5):
+        stack.place([state(1.0, tokens=tokens).rows])
+        (buffer,) = stack._buffers.values()
+        assert buffer.shape == (2, tokens)
+
+
+def test_rows_that_nobody_needs_are_freed_before_others_get_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, held = RowStack(Echo()), []
+    stack.place([state(1.0).rows])
+    old = weakref.ref(stack._buffers["text"])
+
+    def empty_like(tensor: Tensor, length: int, *_: object) -> Tensor:
+        held.append(old() is not None)
+        return np.empty((length, *tensor.shape[1:]), np.float32)
+
+    monkeypatch.setattr("ditc.runtime.row_stack.empty_like", empty_like)
+    stack.place([state(1.0, tokens=5).rows])
+    assert held == [False]
+
+
 def test_rows_are_freed_with_their_batch() -> None:
     batch, only = Batch(Echo()), state(1.0)
     gone = weakref.ref(only.rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from fake_gpu import FakeCuda, FakeEngine
 from ditc.runtime import denoise
 from ditc.runtime.batch import Batch
 from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.errors import SessionError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.session import Session, to_numpy
@@ -76,13 +80,18 @@ def check_alone(states: list[DenoiseState], expected: list[DenoiseState]) -> Non
             assert error <= FP32_BOUND, f"{name} of request {index}: {error}"
 
 
-def changing_batch(session: Session, pipeline: Pipeline) -> Iterator[list[DenoiseState]]:
+CHANGES = ((0, 1), (0, 1), (0, 1, 2), (2, 0, 1, 3), (2, 1, 3), (3, 1), (1, 3), (3,))
+
+
+def changing_batch(
+    session: Session, pipeline: Pipeline, turns: tuple[tuple[int, ...], ...] = CHANGES
+) -> Iterator[list[DenoiseState]]:
     """Requests join, leave and change places. Each is compared with the same request drawn alone on the CPU."""
     alone = pipeline.sessions[DENOISER]
     batch = Batch(session)
     states = {i: start(pipeline, i, guidance_scale=1.0 if i == 2 else 3.0 + i) for i in range(4)}
     expected = dict(states)
-    for members in ((0, 1), (0, 1), (0, 1, 2), (2, 0, 1, 3), (2, 1, 3), (3, 1), (1, 3), (3,)):
+    for members in turns:
         stepped = batch.step([states[i] for i in members])
         for i, state in zip(members, stepped, strict=True):
             states[i] = state
@@ -103,6 +112,38 @@ def test_requests_that_share_a_batch_in_onnxruntimes_memory_get_what_they_get_al
 ) -> None:
     for stepped in changing_batch(bound, pipeline):
         assert all(isinstance(state.latents, OrtTensor) for state in stepped)
+
+
+def test_a_captured_graph_sees_the_rows_of_a_request_that_took_the_place_of_another(
+    bound: OnnxRuntimeDeviceSession, pipeline: Pipeline
+) -> None:
+    """The shapes stay the same, so the graph is replayed, and the new rows are in the memory of the old ones."""
+    list(changing_batch(bound, pipeline, ((0, 1), (0, 1), (0, 1), (0, 3), (0, 3), (1, 3))))
+
+
+def test_a_captured_graph_does_not_keep_the_rows_of_a_batch_that_is_gone(
+    bound: OnnxRuntimeDeviceSession, pipeline: Pipeline
+) -> None:
+    batch, states = Batch(bound), [start(pipeline, i) for i in range(2)]
+    for _ in range(3):
+        states = batch.step(states)
+    rows = [weakref.ref(tensor.value) for tensor in batch._stack.tensors.values()]
+    del batch
+    gc.collect()
+    assert [row() for row in rows] == [None] * len(rows)
+
+
+@pytest.mark.parametrize("name", ["gpu", "bound"])
+def test_latents_of_another_element_type_are_refused_before_they_are_copied(
+    name: str, request: pytest.FixtureRequest, pipeline: Pipeline
+) -> None:
+    """Their bytes would be misread, and float64 would be written past the end of the buffer."""
+    fixture = request.getfixturevalue(name)
+    session: Session = fixture.session if isinstance(fixture, OnFakeGpu) else fixture
+    states = [start(pipeline, i) for i in range(2)]
+    doubled = replace(states[0], latents=to_numpy(states[0].latents).astype(np.float64))
+    with pytest.raises(SessionError, match="float64"):
+        Batch(session).step([doubled, states[1]])
 
 
 def test_a_steady_batch_copies_nothing_to_the_host_and_only_its_small_feeds_to_the_device(
