@@ -121,7 +121,7 @@ def test_a_certificate_of_another_manifest_is_ignored(bundle) -> None:
     save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=PASSED))
     assert load_certificate(bundle, manifest).entries == ()
     (bundle / "certificate.json").write_text('{"manifest": 3}')
-    with pytest.raises(BundleError, match="no certificate"):
+    with pytest.raises(BundleError, match="is not a certificate"):
         load_certificate(bundle, manifest)
 
 
@@ -149,7 +149,7 @@ def test_a_certificate_of_another_manifest_is_ignored(bundle) -> None:
 def test_a_hostile_golden_file_is_refused(data, tmp_path) -> None:
     path = tmp_path / "golden.safetensors"
     path.write_bytes(data)
-    with pytest.raises(BundleError, match="no safetensors"):
+    with pytest.raises(BundleError, match="is not a safetensors file"):
         read_safetensors(path)
 
 
