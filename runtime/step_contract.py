@@ -165,8 +165,3 @@ class StepContract:
     def embeds_guidance(self) -> bool:
         """Whether guidance_scale is an input of the network."""
         return self.guidance is GuidanceMode.EMBEDDED
-
-
-def is_whole_step(spec: StageSpec) -> bool:
-    """Whether a stage is a denoiser with its solver step, as opposed to the network alone or another stage."""
-    return any(tensor.name == GUIDANCE_WEIGHTS for tensor in spec.inputs)

@@ -13,39 +13,30 @@ from ditc.export.build.context import BuildContext
 from ditc.export.build.golden_artifact import golden_artifact
 from ditc.export.build.records import StageRecord
 from ditc.export.checkpoint.tokenizer import write_tokenizer
-from ditc.runtime.bundle.build_cost import artifact_record
 from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Artifact, GoldenTable, Manifest, Stage
-from ditc.runtime.errors import BuildError
 from ditc.runtime.schedulers import SchedulerParams, coefficient_table
 from ditc.runtime.spec import VAE_ENCODER
 
 
 def assemble(
-    build: BuildContext, graphs: Mapping[str, Artifact], engines: Mapping[str, Artifact]
+    build: BuildContext, graphs: Mapping[str, StageRecord], engines: Mapping[str, Artifact]
 ) -> Manifest:
     """The manifest without its digest. Writes the tokenizers and the golden files, which the manifest names.
 
     Args:
-        graphs: the graph of every stage, by the stage's name.
+        graphs: the record of every stage's graph, by the stage's name.
         engines: the engine of every stage that has one, by the stage's name.
-
-    Raises:
-        BuildError: a record that this build has written is gone.
     """
     plan = build.plan
-    records = {name: _record(build, name, graph) for name, graph in graphs.items()}
-    rgb = records[VAE_ENCODER].latent_rgb if VAE_ENCODER in records else None
+    rgb = graphs[VAE_ENCODER].latent_rgb if VAE_ENCODER in graphs else None
     tokenizers = [write_tokenizer(build.checkpoint.tokenizers, spec, build.out) for spec in plan.text]
-    kept = {name: _kept(build, name, graph, engines.get(name)) for name, graph in graphs.items()}
+    kept = {name: _kept(build, name, graph.artifact, engines.get(name)) for name, graph in graphs.items()}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.family,
         checkpoint=build.checkpoint.path.name,
         stages={
-            name: Stage(
-                artifacts=kept[name],
-                golden=golden_artifact(build, records[name].inputs, graph, kept[name]),
-            )
+            name: Stage(artifacts=kept[name], golden=golden_artifact(build, graph, kept[name]))
             for name, graph in graphs.items()
         },
         text=tuple(
@@ -59,16 +50,6 @@ def assemble(
         files=tuple(tokenizers),
         tools=tool_versions(),
     )
-
-
-def _record(build: BuildContext, name: str, graph: Artifact) -> StageRecord:
-    record = build.journal.record(StageRecord, artifact_record(name, graph.backend), graph.key)
-    if record is None:
-        raise BuildError(
-            f"{name}: its record in {build.journal.folder} was removed while the build was running",
-            hint="build again",
-        )
-    return record
 
 
 def _kept(build: BuildContext, name: str, graph: Artifact, engine: Artifact | None) -> tuple[Artifact, ...]:

@@ -107,7 +107,7 @@ def _build(build: BuildContext) -> Manifest:
     graphs = {name: graph_artifact(build, name) for name in build.plan.stages}
     engines: dict[str, Artifact] = {}
     if build.options.builds_engines:
-        engines = {name: engine_artifact(build, name, graph) for name, graph in graphs.items()}
+        engines = {name: engine_artifact(build, name, graph.artifact) for name, graph in graphs.items()}
     _check_unchanged(build, inputs)
     build.journal.hashes.save()
     manifest = assemble(build, graphs, engines)

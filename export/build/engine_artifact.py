@@ -43,8 +43,8 @@ def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact
     inputs, stage, options = engine_inputs(build, name, graph), f"{name} engine", build.options
     finished = build.journal.finished(EngineRecord, inputs)
     if finished is not None:
-        build.events.reused(stage, finished)
-        return finished
+        build.events.reused(stage, finished.artifact)
+        return finished.artifact
     why, onnx, key = build.journal.why(EngineRecord, inputs), build.out / graph.file.path, digest(inputs)
     gc.collect()  # exported modules are in reference cycles, which would keep their weights in memory
     for component in build.plan.stages[name].components:

@@ -9,28 +9,25 @@ from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
 from ditc.export.build.golden import write_golden
 from ditc.export.build.layout import golden_path
-from ditc.export.build.records import GoldenInputs, GoldenRecord, StageInputs
+from ditc.export.build.records import GoldenInputs, GoldenRecord, StageRecord
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact, FileRef
 from ditc.runtime.spec import SIXTEEN_BITS, Precision
 
 
-def golden_artifact(
-    build: BuildContext, graph: StageInputs, artifact: Artifact, kept: tuple[Artifact, ...]
-) -> FileRef:
+def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifact, ...]) -> FileRef:
     """The file with the self-test's inputs and fp32 outputs of a stage.
 
     Its name is derived from the inputs that all precisions of the stage share and from the stage's 16-bit precisions,
     so it does not depend on which precision was built last.
 
     Args:
-        graph: what the stage's graph was made from.
-        artifact: the graph.
+        graph: the record of the stage's graph.
         kept: all artifacts of the stage.
     """
-    name = graph.stage
+    name = graph.inputs.stage
     precisions = sorted({a.precision.value for a in kept if a.precision in SIXTEEN_BITS})
-    inputs = GoldenInputs(of=previous_build.without_precision(graph), losses=tuple(precisions))
+    inputs = GoldenInputs(of=previous_build.without_precision(graph.inputs), losses=tuple(precisions))
     known = build.journal.record_of(GoldenRecord, inputs)
     if known is not None and build.journal.intact(known.file):
         return known.file
@@ -39,7 +36,7 @@ def golden_artifact(
     plan = build.adapter.plan(build.checkpoint, exact)
     reference = build.adapter.load(build.checkpoint, plan, name, exact)
     deployed = None
-    if artifact.precision in SIXTEEN_BITS:
+    if graph.artifact.precision in SIXTEEN_BITS:
         deployed = build.adapter.load(build.checkpoint, build.plan, name, build.options)
     recorded = previous_build.losses_of(build.old, name, build.out)
     path = write_golden(

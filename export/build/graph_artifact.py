@@ -49,12 +49,12 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
     )
 
 
-def graph_artifact(build: BuildContext, name: str) -> Artifact:
-    """The stage's graph: that of an earlier build if nothing that it depends on has changed, otherwise a new one."""
+def graph_artifact(build: BuildContext, name: str) -> StageRecord:
+    """The record of the stage's graph. An earlier build's is reused if everything that it depends on is the same."""
     inputs = stage_inputs(build, name)
     finished = build.journal.finished(StageRecord, inputs)
     if finished is not None:
-        build.events.reused(name, finished)
+        build.events.reused(name, finished.artifact)
         return finished
     why, estimate = build.journal.why(StageRecord, inputs), export_bytes(build.checkpoint, build.plan, name)
     build.events.building(name, why)
@@ -75,9 +75,10 @@ def graph_artifact(build: BuildContext, name: str) -> Artifact:
     rgb = None
     if name == VAE_ENCODER:
         rgb = tuple(map(tuple, fit_latent_rgb(module.module, build.plan.latents).tolist()))
-    build.journal.write(StageRecord(inputs=inputs, artifact=artifact, cost=cost, latent_rgb=rgb))
+    record = StageRecord(inputs=inputs, artifact=artifact, cost=cost, latent_rgb=rgb)
+    build.journal.write(record)
     build.events.built(name, why, artifact, cost)
-    return artifact
+    return record
 
 
 def _quantization(build: BuildContext, name: str) -> Quantization | None:

@@ -27,10 +27,11 @@ from ditc.export.build.records import EngineRecord, Inputs, Record, StageRecord
 from ditc.runtime.atomic import output_error, remove_leftovers, write_atomic
 from ditc.runtime.bundle.build_cost import FOLDER, record_path
 from ditc.runtime.bundle.jsondata import from_json, to_json
-from ditc.runtime.bundle.manifest import MANIFEST, Artifact, FileRef
+from ditc.runtime.bundle.manifest import MANIFEST, FileRef
 from ditc.runtime.errors import BuildError, DitcError, OutputError
 
 R = TypeVar("R", bound=Record)
+A = TypeVar("A", StageRecord, EngineRecord)
 OUTPUT_HINT = "choose another -o directory"
 
 
@@ -59,12 +60,10 @@ class Journal:
         """The paths of all records."""
         return sorted(self.folder.glob("*-*.json"))
 
-    def finished(self, kind: type[StageRecord] | type[EngineRecord], inputs: Inputs) -> Artifact | None:
-        """The artifact made from the inputs, if all of its files are unchanged; else None."""
+    def finished(self, kind: type[A], inputs: Inputs) -> A | None:
+        """The record of the artifact made from the inputs, if all of its files are unchanged; else None."""
         record = self.record_of(kind, inputs)
-        return (
-            record.artifact if record is not None and all(map(self.intact, record.artifact.files)) else None
-        )
+        return record if record is not None and all(map(self.intact, record.artifact.files)) else None
 
     def intact(self, ref: FileRef) -> bool:
         """Whether the file has the recorded size and hash. It is hashed only if size, mtime or inode has changed."""

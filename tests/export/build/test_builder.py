@@ -26,7 +26,7 @@ from ditc.runtime.bundle.build_cost import FOLDER
 from ditc.runtime.bundle.golden import METADATA, read_golden
 from ditc.runtime.bundle.integrity import check_files, file_ref
 from ditc.runtime.bundle.jsondata import to_json
-from ditc.runtime.bundle.manifest import Artifact, load_manifest, save_manifest
+from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BuildError, CheckpointError, DitcError, OutputError, UsageError
@@ -58,7 +58,7 @@ def would_build(
     """The stages that a build would export, with its reasons, without exporting them."""
     reasons: dict[str, str] = {}
 
-    def note(build: BuildContext, name: str) -> Artifact | None:
+    def note(build: BuildContext, name: str) -> StageRecord | None:
         inputs = stage_inputs(build, name)
         finished = build.journal.finished(StageRecord, inputs)
         if finished is None:
