@@ -140,11 +140,15 @@ class Pipeline:
         parts = load_parts(bundle, options)
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device
-        if options.self_test:
-            first_use(bundle, parts.manifest, parts.sessions, parts.artifacts)
-        pipeline.uncertified = check_certified(
-            bundle, parts.manifest, parts.artifacts, required=options.require_certificate
-        )
+        try:
+            if options.self_test:
+                first_use(bundle, parts.manifest, parts.sessions, parts.artifacts)
+            pipeline.uncertified = check_certified(
+                bundle, parts.manifest, parts.artifacts, required=options.require_certificate
+            )
+        except BaseException:
+            pipeline.close()
+            raise
         return pipeline
 
     def with_sessions(

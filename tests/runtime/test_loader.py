@@ -269,3 +269,18 @@ def test_an_openvino_plugin_without_a_device_is_refused(
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda name, path: None)
     with pytest.raises(SessionError, match="offers no CPU device"):
         Pipeline.load(tiny_bundle, provider="openvino")
+
+
+def test_a_bundle_that_is_refused_after_its_stages_were_opened_leaves_none_open(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that goes on with another bundle would else lack the memory of the one that it refused."""
+    opened: list[OnnxRuntimeSession] = []
+
+    def check_graph(session: OnnxRuntimeSession) -> None:
+        opened.append(session)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "_check_graph", check_graph)
+    with pytest.raises(BundleError, match="certif"):
+        Pipeline.load(tiny_bundle, require_certificate=True)
+    assert opened and not any(hasattr(session, "_session") for session in opened)
