@@ -104,11 +104,6 @@ def write_weight_map(path: Path, weights: Iterable[Weight]) -> Path:
     return write_atomic(path, json.dumps(to_json(tuple(weights)), indent=1))
 
 
-def by_checkpoint(weights: Iterable[Weight]) -> dict[str, Weight]:
-    """The weights by their names in the checkpoint, which are unique within one component of a checkpoint."""
-    return {weight.checkpoint: weight for weight in weights}
-
-
 def apply(weight: Weight, tensor: Array, *, stored_shape: tuple[int, ...] | None = None) -> Array:
     """Convert a tensor from the checkpoint's shape to the form that the graph stores, without changing its type.
 

@@ -15,7 +15,6 @@ from ditc.runtime.weight_map import (
     Transform,
     Weight,
     apply,
-    by_checkpoint,
     invert,
     read_weight_map,
     weight_map_path,
@@ -84,10 +83,6 @@ def test_a_damaged_map_is_refused_by_name(tmp_path: Path, content: str) -> None:
 def test_a_missing_map_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"w\.json is not a weight map"):
         read_weight_map(tmp_path / "w.json")
-
-
-def test_a_tensor_is_found_by_the_checkpoints_name() -> None:
-    assert by_checkpoint([CONV])["patch_embed.weight"] is CONV
 
 
 @pytest.mark.parametrize("transforms", [(), ("reshape",), ("transpose",), ("reshape", "transpose")])
