@@ -91,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Measure only every N-th prompt, beginning with the I-th, counted from 0; --merge adds up the shards "
         "(default: %(default)s, all prompts).",
     )
+    _add_search_arguments(parser)
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of shards that are merged, and of the search for a recipe."""
     parser.add_argument(
         "--budget",
         metavar="METRIC=X",
