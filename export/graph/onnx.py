@@ -118,9 +118,12 @@ def to_model(stage: StageModule, opset: int = OPSETS[0]) -> ir.Model:
     model = trace(stage, opset)
     with _quiet():
         run_passes(model, stage.spec)
+    # Equal modules must give equal files. A stack trace holds paths of this machine and torch's running numbers; what
+    # the graph keeps of the ExportedProgram is in the order of a set, which differs from process to process.
     for node in model.graph.all_nodes():
-        # It holds paths of this machine and torch's running numbers, but equal modules must give equal files.
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+    for key in [key for key in model.graph.metadata_props if key.startswith("pkg.torch.export.")]:
+        del model.graph.metadata_props[key]
     ops.add_functions(model)  # last, because the passes inline every function that they see
     if stage.precision in SIXTEEN_BIT:
         check_islands(model, stage.spec)
