@@ -110,7 +110,7 @@ def main() -> None:
             next(loop)
 
         measured = spread(times_s(one_step, warmup=100, repeats=arguments.repeats))
-        results[f"{requests} request{'s' * (requests > 1)} a step"] = measured
+        results[f"{requests} request{'s' * (requests > 1)} per step"] = measured
         verdict = "within" if measured["median"] <= GOAL_S else "above"
         print(
             f"{requests} request(s): median {measured['median'] * 1e6:.0f} us, quartiles "
