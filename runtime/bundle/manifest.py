@@ -209,6 +209,9 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST
     rebuild = f"rebuild with: ditc build CHECKPOINT -o {bundle}"
+    if not bundle.exists():
+        message = f"{bundle} is not a bundle: the path does not exist"
+        raise BundleError(message, hint="check the path of the bundle")
     if not path.is_file():
         hint = "name the bundle's directory" if bundle.is_file() else rebuild
         raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=hint)

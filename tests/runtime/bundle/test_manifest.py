@@ -69,6 +69,12 @@ def test_a_newer_schema_hints_at_an_update(tmp_path: Path) -> None:
     assert caught.value.hint == "update ditc"
 
 
+def test_a_path_that_does_not_exist_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nowhere is not a bundle: the path does not exist") as caught:
+        load_manifest(tmp_path / "nowhere")
+    assert "check the path" in str(caught.value.hint)
+
+
 def test_a_directory_without_a_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_manifest(tmp_path)
