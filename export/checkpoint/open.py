@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ditc.export.checkpoint.defaults import read_defaults
+from ditc.export.checkpoint.foreign_weights import check_adapter, check_config, warn_of_loras
 from ditc.export.checkpoint.hub import fetch_snapshot, is_hub_id
 from ditc.export.checkpoint.json_files import read_json
 from ditc.export.checkpoint.tensors import TensorSource
@@ -119,6 +120,7 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
             f"no component of {path} has weights of variant {variant!r}",
             hint="leave --variant out, or fetch the variant",
         )
+    warn_of_loras(path, {file for component in components.values() for file in component.files})
     return Checkpoint(
         path=path,
         model_index=model_index,
@@ -134,10 +136,12 @@ def open_component(directory: Path, *, variant: str | None = None) -> Component:
     """Open one network's folder, which holds config.json and safetensors.
 
     Raises:
-        CheckpointError: the config or the weights are missing, or the weights are pickled, damaged or do not fit
-            their index.
+        CheckpointError: the config or the weights are missing, or the weights are pickled, damaged, quantized, or do
+            not fit their index.
     """
     config = read_json(directory / "config.json")
+    check_config(directory / "config.json", config)
+    check_adapter(directory)
     tensors, files = read_weights(
         directory, variant if variant and _has_variant(directory, variant) else None
     )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ditc.export.checkpoint.foreign_weights import DEQUANTIZE
 from ditc.export.checkpoint.json_files import read_json
+from ditc.export.checkpoint.plain_weights import plain_weights
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource, read_safetensors
 from ditc.runtime.errors import CheckpointError
 
 # Stems of weight file names: SAFETENSORS_WEIGHTS_NAME of diffusers, SAFE_WEIGHTS_NAME of transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+# Formats of other programs, by suffix, with what helps.
+OTHER_FORMATS = {
+    ".gguf": f"GGUF holds quantized weights: {DEQUANTIZE}",
+    ".msgpack": "these are Flax's weights: fetch the safetensors, or save the model from PyTorch",
+    ".h5": "these are TensorFlow's weights: fetch the safetensors, or save the model from PyTorch",
+    ".onnx": "this is an export of another program: fetch the safetensors that it was made from",
+}
 
 
 def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tuple[Path, ...]]:
@@ -20,8 +29,8 @@ def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tu
         variant: such as "fp16"; None for the default files.
 
     Raises:
-        CheckpointError: the folder has no weights of the variant, holds pickles, or has an index that does not fit
-            its shards.
+        CheckpointError: the folder has no weights of the variant, holds pickles, has an index that does not fit its
+            shards, or holds a LoRA or weights in a quantized format that ditc does not read.
     """
     refuse_pickles(directory)
     for stem in STEMS:
@@ -30,7 +39,7 @@ def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tu
                 return _read_shards(directory / index)
         single = directory / _single_name(stem, variant)
         if single.is_file():
-            return TensorSource(read_safetensors(single)), (single,)
+            return plain_weights(single, read_safetensors(single)), (single,)
     raise _no_weights(directory, variant)
 
 
@@ -88,7 +97,7 @@ def _read_shards(index: Path) -> tuple[TensorSource, tuple[Path, ...]]:
             f"{index} lists tensors that no shard holds: {_some(absent)}",
             hint="the index and the shards are from different saves: fetch both again",
         )
-    return TensorSource(entries), tuple(index.parent / shard for shard in shards)
+    return plain_weights(index.parent, entries), tuple(index.parent / shard for shard in shards)
 
 
 def _merge(
@@ -114,6 +123,12 @@ def _no_weights(directory: Path, variant: str | None) -> CheckpointError:
         return CheckpointError(
             f"{directory} has no weights of {wanted}, only {', '.join(found)}",
             hint="choose a variant that is there with --variant, or fetch the missing weights",
+        )
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_FORMATS)
+    if others:
+        return CheckpointError(
+            f"{directory} has no safetensors weights, only {', '.join(others)}",
+            hint=OTHER_FORMATS[Path(others[0]).suffix],
         )
     return CheckpointError(f"{directory} has no safetensors weights", hint="fetch the component's weights")
 

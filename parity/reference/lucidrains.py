@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Gemma2Model, T5EncoderModel
 
 from ditc.export.checkpoint.open import Checkpoint
+from ditc.parity.reference.rewritten import rewritten_networks
 
 MODULES = {"MMDiT": "mmdit.mmdit_pytorch", "GeneralizedMMDiT": "mmdit.mmdit_generalized_pytorch"}
 SCHEDULERS = {cls.__name__: cls for cls in (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
@@ -173,12 +174,14 @@ def open_pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
     scheduler = SCHEDULERS[checkpoint.scheduler_config["_class_name"]]
     encoder = TEXT_ENCODERS[checkpoint.component("text_encoder").config["model_type"]]
     vae = AUTOENCODERS[checkpoint.component("vae").config["_class_name"]]
+    rewritten = rewritten_networks(checkpoint, dtype)
     return Pipeline(
         {
             "transformer": network.to(dtype),
-            "text_encoder": encoder.from_pretrained(path / "text_encoder", dtype=dtype).eval(),
+            "text_encoder": rewritten.get("text_encoder")
+            or encoder.from_pretrained(path / "text_encoder", dtype=dtype).eval(),
             "tokenizer": AutoTokenizer.from_pretrained(path / "tokenizer"),
-            "vae": vae.from_pretrained(path / "vae", torch_dtype=dtype).eval(),
+            "vae": rewritten.get("vae") or vae.from_pretrained(path / "vae", torch_dtype=dtype).eval(),
             "scheduler": scheduler.from_pretrained(path / "scheduler"),
         }
     )

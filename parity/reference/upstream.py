@@ -19,6 +19,7 @@ from torch import nn
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.parity.cases import Case, CaseRun, Settings
 from ditc.parity.reference import find_pipeline, upstream_name
+from ditc.parity.reference.rewritten import rewritten_networks
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.session import Array
 
@@ -164,6 +165,7 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         local_files_only=True,
         trust_remote_code=False,
         **left_out,
+        **rewritten_networks(checkpoint, dtype),
     )
 
 

@@ -166,6 +166,23 @@ def test_a_file_of_the_transformer_alone_needs_no_prefix(tmp_path: Path) -> None
     assert_same(out.component("transformer").tensors, make_transformer("sd3.5-medium").state_dict())
 
 
+def test_a_file_of_scaled_fp8_becomes_a_directory_of_the_values_that_it_stands_for(tmp_path: Path) -> None:
+    native = load_file(_native_file(tmp_path, "sd3.5-medium"))
+    saved, expected = {f"{NETWORK}scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in native.items():
+        saved[name] = expected[name] = tensor
+        if name.startswith(NETWORK) and tensor.dim() == 2:
+            scale = tensor.abs().amax() / 448
+            saved[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            saved[f"{name.removesuffix('weight')}scale_weight"] = scale
+            expected[name] = saved[name].float() * scale
+    for name, tensors in (("scaled", saved), ("plain", expected)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        convert(tmp_path / f"{name}.safetensors", tmp_path / name, options=OPTIONS)
+    for path in (tmp_path / "plain").rglob("*.safetensors"):
+        assert_same(load_file(tmp_path / "scaled" / path.relative_to(tmp_path / "plain")), load_file(path))
+
+
 def test_text_encoders_in_the_file_become_transformers_directories(tmp_path: Path) -> None:
     torch.manual_seed(2)
     clips = {
