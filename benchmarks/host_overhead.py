@@ -91,8 +91,7 @@ def endless(start: list[DenoiseState], session: NullSession) -> Iterator[None]:
         states, guards = start, [Guard(DENOISER) for _ in start]
         for _ in range(STEPS):
             states = batch.step(states) if len(states) > 1 else step(session, states)
-            for guard, advanced in zip(guards, states, strict=True):
-                guard.watch(advanced)
+            states = [guard.watch(advanced) for guard, advanced in zip(guards, states, strict=True)]
             yield
 
 

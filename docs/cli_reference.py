@@ -13,9 +13,9 @@ HEAD = """# The `ditc` command
 This page is written by `python docs/cli_reference.py > docs/cli.md`; a test compares it with the code.
 
 Results go to stdout, progress and errors to stderr. An error is one line with the values and a `hint:` line; with
-`--json` it is JSON on stdout as well. The exit code is 0 if all is done, 1 if a check failed, 2 after wrong usage or
-bad input, and 130 after an interrupt. Every verb also takes `-h`, which prints its help, and `-v`, which logs what is
-done to stderr (`-vv` logs all details).
+`--json` it is JSON on stdout as well. The exit code is 0 if all is done, 1 if a check or one of several pictures
+failed, 2 after wrong usage or bad input, and 130 after an interrupt. Every verb also takes `-h`, which prints its help,
+and `-v`, which logs what is done to stderr (`-vv` logs all details).
 """
 
 

@@ -1,7 +1,7 @@
 """The `ditc` command: a table of verbs. A verb's module is imported when the verb is typed.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check failed, 2 wrong usage or bad input,
-130 interrupted.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check or one of several pictures failed, 2
+wrong usage or bad input, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -70,19 +71,18 @@ class Conditioning:
             cache=RowCache(self.cache.max_bytes),
         )
 
-    def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array]]:
-        """One row per prompt, from its texts or from its embeddings.
+    def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array] | NumericsError]:
+        """One row per prompt, from its texts or from its embeddings, or the error if an encoder returned NaN or Inf.
 
         Raises:
-            NumericsError: an encoder returned NaN or Inf.
             UsageError: the embeddings do not fit this bundle.
         """
         given = request.embeds(negative=negative)
         if not given:
             texts = request.texts(len(self.encoders), negative=negative)
-            return [self.of_texts(each, negative=negative) for each in texts]
+            return [_row_or_error(partial(self.of_texts, each, negative=negative)) for each in texts]
         return [
-            self.of_embeds({name: array[index] for name, array in given.items()})
+            _row_or_error(partial(self.of_embeds, {name: array[index] for name, array in given.items()}))
             for index in range(request.num_prompts)
         ]
 
@@ -194,6 +194,13 @@ class Conditioning:
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise NumericsError(f"{CONDITIONER}: {name} has NaN or Inf", hint="rebuild in bf16 or fp32")
         return row
+
+
+def _row_or_error(row: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array] | NumericsError:
+    try:
+        return row()
+    except NumericsError as error:  # of one text, which must not end the pictures of the others
+        return error
 
 
 def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import NumericsError
+from ditc.runtime.failure import Failure, named
 from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.prepare import Plan
-from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import VAE_DECODER
+from ditc.runtime.state import DenoiseState
 from ditc.runtime.vae import decode_tiled
 
 log = logging.getLogger(__name__)
@@ -53,21 +56,67 @@ def decode_sample(
     return image
 
 
-def as_requested(pictures: Sequence[Array], plan: Plan) -> Any:
-    """The decoded pictures as PIL images, or as floats (B,H,W,3) in [0,1].
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The pictures of a request, with None for each that failed, and the reasons.
 
-    Raises:
-        NumericsError: a picture has only one colour, and the request does not allow that.
+    Attributes:
+        pictures: (1,3,H,W) each, with the nominal range [-1,1]; the latents if the request asked for them.
+        failures: in the order of the pictures.
     """
-    for index, picture in enumerate(pictures):
-        if is_uniform(to_uint8(picture)):
-            message = f"picture {index} has one colour only"
-            if not plan.request.allow_uniform:
-                raise NumericsError(
-                    message,
-                    hint="this is almost always a defect; pass allow_uniform=True to keep the picture",
-                )
-            log.warning("%s", message)
-    if plan.request.output_type == "np":
-        return np.concatenate([to_unit_range(picture) for picture in pictures])
-    return [image for picture in pictures for image in to_pil(to_uint8(picture))]
+
+    pictures: list[Array | None]
+    failures: list[Failure]
+
+
+def decode_states(
+    session: Session, states: Sequence[DenoiseState], plan: Plan, *, scale: int, tiling: Tiling | None
+) -> Decoded:
+    """Decode every picture of a request's states. A picture that fails does not end the others.
+
+    Args:
+        session, scale, tiling: as in `decode_sample`.
+    """
+    decoded = Decoded([], [])
+    for state in states:
+        failed = {failure.index: failure for failure in state.failures}
+        for sample, latents in enumerate(samples(state.latents)):
+            index, picture, failure = len(decoded.pictures), None, failed.get(sample)
+            if failure is None and plan.request.output_type == "latent":
+                picture = to_numpy(latents)
+            elif failure is None:
+                try:
+                    picture = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
+                    _check_colours(picture, index, plan)
+                except NumericsError as error:
+                    picture, failure = None, Failure(index=index, reason=str(error), hint=error.hint)
+            if failure is not None:
+                decoded.failures.append(named(failure, index, plan.request))
+            decoded.pictures.append(picture)
+    return decoded
+
+
+def as_requested(decoded: Decoded, plan: Plan) -> Any:
+    """The pictures as PIL images, as floats (B,H,W,3) in [0,1] or as latents. A failed one is None, or all NaN.
+
+    Args:
+        decoded: with at least one picture that has not failed.
+    """
+    if plan.request.output_type == "pil":
+        return [None if p is None else to_pil(to_uint8(p))[0] for p in decoded.pictures]
+    to_array = to_numpy if plan.request.output_type == "latent" else to_unit_range
+    arrays = [None if p is None else to_array(p) for p in decoded.pictures]
+    example = next(array for array in arrays if array is not None)
+    return np.concatenate([np.full_like(example, np.nan) if array is None else array for array in arrays])
+
+
+def _check_colours(picture: Array, index: int, plan: Plan) -> None:
+    """Raise NumericsError for a picture of one colour, or warn about it if the request allows such pictures."""
+    if not is_uniform(to_uint8(picture)):
+        return
+    if not plan.request.allow_uniform:
+        raise NumericsError(
+            f"{VAE_DECODER}: the picture has one colour only",
+            hint="this is almost always a defect; pass allow_uniform=True (--allow-uniform) to keep the picture",
+        )
+    log.warning("picture %d has one colour only", index)

@@ -9,6 +9,7 @@ The loop is the generator `steps(request)`. Callers implement progress, previews
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,20 +22,23 @@ from PIL import Image
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.decode import as_requested, decode_sample
+from ditc.runtime.decode import Decoded, as_requested, decode_states
 from ditc.runtime.errors import SessionError, UsageError
+from ditc.runtime.failure import Failure, check_failures, failures_of
 from ditc.runtime.guard import Guard
 from ditc.runtime.images import preview
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
-from ditc.runtime.session import Array, Session, samples, to_numpy
+from ditc.runtime.session import Array, Session, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.step_contract import LATENTS, TIMESTEP
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
+
+log = logging.getLogger(__name__)
 
 StepCallback = Callable[["Pipeline", int, float, dict[str, Array]], Mapping[str, Array] | None]
 
@@ -65,16 +69,19 @@ class Output:
     """Pictures, and how they were made.
 
     Attributes:
-        images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says.
+        images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says. In the place
+            of a picture that failed is None, or an array of NaN.
         seed: the seed of the starting noise, even if it was chosen at random. None if the caller gave a generator or
             latents instead of a seed.
         seconds: the time for each part of the work: text, denoise, decode.
+        failures: the pictures that failed, and why. It is empty if all is well.
     """
 
     images: Any
     seed: int | None
     seconds: dict[str, float]
     plan: Plan
+    failures: tuple[Failure, ...] = ()
 
 
 class Pipeline:
@@ -189,6 +196,9 @@ class Pipeline:
     ) -> Output:
         """Draw pictures. The arguments are the fields of `Request`.
 
+        A picture with NaN, Inf or one colour only has failed. The others are drawn all the same: `failures` of the
+        result names those that are missing, and each is logged as a warning.
+
         Args:
             callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}) after each step. Latents that
                 it returns replace those of the loop. To stop the run, raise an exception: unlike in diffusers, setting
@@ -196,9 +206,13 @@ class Pipeline:
 
         Raises:
             UsageError: the request is wrong. It is checked before any work is done.
-            NumericsError: NaN, Inf or a picture of one colour.
+            NumericsError: every picture failed, or one has and the request is strict.
         """
-        return self.draw(make_request(prompt=prompt, **arguments), callback_on_step_end=callback_on_step_end)
+        request = make_request(prompt=prompt, **arguments)
+        output = self.draw(request, callback_on_step_end=callback_on_step_end)
+        for failure in output.failures:
+            log.warning("%s", failure)
+        return output
 
     def draw(
         self,
@@ -207,23 +221,35 @@ class Pipeline:
         on_step: Callable[[Step], None] = lambda step: None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Output:
-        """Draw a whole request. `on_step` only observes each step; `callback_on_step_end` may replace the latents."""
+        """Draw a whole request. `on_step` only observes each step; `callback_on_step_end` may replace the latents.
+
+        Raises:
+            NumericsError: as `__call__`.
+        """
         plan = self.plan(request)
         clock = _Clock()
         states = list(self.start(plan))
         clock.lap("text")
         at_once = 1 if callback_on_step_end else self.steps_per_launch or plan.num_inference_steps
-        for step in self.run(states, callback_on_step_end, steps_per_launch=at_once):
+        for step in self.run(states, callback_on_step_end, steps_per_launch=at_once, request=request):
             states[step.chunk] = step.state
             on_step(step)
         clock.lap("denoise")
-        images = self.decode(states, plan)
+        decoded = self._decoded(states, plan)
+        check_failures(decoded.failures, len(decoded.pictures), strict=request.strict)
+        images = as_requested(decoded, plan)
         clock.lap("decode")
-        return Output(images=images, seed=plan.seed, seconds=clock.laps, plan=plan)
+        failures = tuple(decoded.failures)
+        return Output(images=images, seed=plan.seed, seconds=clock.laps, plan=plan, failures=failures)
 
     def steps(self, request: Request) -> Iterator[Step]:
-        """The request's denoising loop as a generator. Closing it cancels the request and leaves nothing behind."""
-        return self.run(self.start(self.plan(request)))
+        """The request's denoising loop as a generator. Closing it cancels the request and leaves nothing behind.
+
+        Raises:
+            NumericsError: every picture failed, or one has and the request is strict. Otherwise `failures` of each
+                step's state names those that have failed.
+        """
+        return self.run(self.start(self.plan(request)), request=request)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the defaults, and refuse requests that this pipeline cannot draw.
@@ -246,21 +272,32 @@ class Pipeline:
         callback: StepCallback | None = None,
         *,
         steps_per_launch: int = 1,
+        request: Request | None = None,
     ) -> Iterator[Step]:
         """Run the states to their ends, one state after the other, and yield after each launch.
+
+        A state whose pictures have all failed ends early.
 
         Args:
             steps_per_launch: more than 1 skips the states in between. Sessions that cannot run a loop, such as those on
                 a CPU, run one step in any case.
+            request: the request of the states. It says whether to be strict, and names the pictures in errors.
+
+        Raises:
+            NumericsError: the pictures of all states have failed, or one has and the request is strict.
         """
+        latest, strict = list(states), request is not None and request.strict
+        pictures = sum(state.latents.shape[0] for state in states)
         total = sum(len(state.schedule) - state.step_index for state in states)
         index = -1
         for chunk, state in enumerate(states):
             guard = Guard(DENOISER)
-            while not state.done:
+            while not state.done and not state.lost:
                 before, begin = perf_counter(), state.step_index
                 state = denoise.advance(self.sessions[DENOISER], state, steps_per_launch)
-                guard.watch(state)
+                latest[chunk] = state = guard.watch(state)
+                if state.failures:
+                    check_failures(failures_of(latest, request), pictures, strict=strict)
                 seconds = perf_counter() - before
                 timestep = float(state.schedule[state.step_index - 1][TIMESTEP][0])
                 if callback is not None:
@@ -269,22 +306,21 @@ class Pipeline:
                 yield Step(
                     index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds
                 )
+            index += len(state.schedule) - state.step_index  # the steps that a lost state does not take
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
         """The pictures of the finished states, in the form that the request asked for.
 
         Raises:
-            NumericsError: the decoder returned NaN, Inf or a picture of one colour.
+            NumericsError: a picture has failed, in the loop or here. `decode_states` returns the others.
         """
-        if plan.request.output_type == "latent":
-            return np.concatenate([to_numpy(state.latents) for state in states])
+        decoded = self._decoded(states, plan)
+        check_failures(decoded.failures, len(decoded.pictures), strict=True)
+        return as_requested(decoded, plan)
+
+    def _decoded(self, states: Sequence[DenoiseState], plan: Plan) -> Decoded:
         decoder, scale = self.sessions[VAE_DECODER], self.manifest.latents.scale_factor
-        pictures = [
-            decode_sample(decoder, sample, plan, scale=scale, tiling=self.tiling)
-            for state in states
-            for sample in samples(state.latents)
-        ]
-        return as_requested(pictures, plan)
+        return decode_states(decoder, states, plan, scale=scale, tiling=self.tiling)
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build."""
@@ -294,7 +330,8 @@ class Pipeline:
                 hint="previews need a bundle that was built with a vae_encoder",
             )
         matrix = np.asarray(self.manifest.latents.rgb, np.float32)
-        x0 = to_numpy(state.x0 if state.x0 is not None else state.latents)
+        # A sample that has failed holds NaN, which no 8-bit picture can show.
+        x0 = np.nan_to_num(to_numpy(state.x0 if state.x0 is not None else state.latents))
         return [preview(sample[None], matrix[:, :-1], matrix[:, -1]) for sample in x0]
 
     def close(self) -> None:

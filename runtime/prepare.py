@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ditc.runtime.bundle.manifest import Manifest, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
 from ditc.runtime.request import Request, check_request
 from ditc.runtime.rng import Generator, randn_latents
@@ -113,23 +114,29 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
 def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
     """The states before the first step: one, or several if there are more pictures than the denoiser's batch allows.
 
+    A text for which an encoder returns NaN or Inf is a failure of its pictures. Their samples stay in the state, so
+    that the others keep their noise, and are stepped along with the rows of another text.
+
     Raises:
         UsageError: latents or embeddings do not fit.
-        NumericsError: a text encoder returned NaN or Inf.
+        NumericsError: a text encoder returned NaN or Inf for every picture.
     """
     request = plan.request
     pictures = request.num_prompts * request.num_images_per_prompt
     # Samplers that draw noise in every step continue the stream that the starting latents were drawn from.
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     latents = starting_latents(plan, drawable.manifest, pictures, generator)
-    positive = _rows(drawable.conditioning, request, pictures, negative=False)
-    negative = _rows(drawable.conditioning, request, pictures, negative=True) if plan.guided else []
+    failures: dict[int, Failure] = {}
+    positive = _rows(drawable.conditioning, request, failures, negative=False)
+    negative = _rows(drawable.conditioning, request, failures, negative=True) if plan.guided else []
     largest = drawable.denoiser.profile[BATCH].max
     states = []
     for start in range(0, pictures, largest):
         chunk = slice(start, start + largest)
         stream = generator if isinstance(generator, Generator) else generator[chunk]
-        states.append(_first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], stream))
+        state = _first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], stream)
+        failed = [replace(failures[i], index=i - start) for i in range(pictures)[chunk] if i in failures]
+        states.append(replace(state, failures=tuple(failed)))
     return tuple(states)
 
 
@@ -199,8 +206,16 @@ def _first_state(
 
 
 def _rows(
-    conditioning: Conditioning, request: Request, pictures: int, *, negative: bool
+    conditioning: Conditioning, request: Request, failures: dict[int, Failure], *, negative: bool
 ) -> list[Mapping[str, Array]]:
-    """One row of conditioning per picture."""
-    rows = conditioning.rows(request, negative=negative)
-    return [row for row in rows for _ in range(pictures // len(rows))]
+    """One row of conditioning per picture. Adds the failures of texts to those that are known, by picture."""
+    per_text = request.num_images_per_prompt
+    found = conditioning.rows(request, negative=negative)
+    for text, row in enumerate(found):
+        if isinstance(row, NumericsError):
+            for index in range(text * per_text, (text + 1) * per_text):
+                failures.setdefault(index, Failure(index=index, reason=str(row), hint=row.hint))
+    lost = [named(failure, index, request) for index, failure in sorted(failures.items())]
+    check_failures(lost, request.num_prompts * per_text, strict=request.strict)
+    good = [row for row in found if not isinstance(row, NumericsError)]
+    return [good[0] if isinstance(row, NumericsError) else row for row in found for _ in range(per_text)]

@@ -42,7 +42,8 @@ class Request:
         skip_layer_guidance_scale, _start, _stop: strength of the guidance away from the network with skipped layers (0
             turns it off), and the fractions of all steps between which it acts.
         use_resolution_binning: draw at the nearest trained size, then resize and crop to height and width.
-        allow_uniform: warn about a picture of one colour instead of raising an error.
+        allow_uniform: keep a picture of one colour, with a warning, instead of counting it as failed.
+        strict: raise an error for the first picture that fails, instead of drawing the others.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -71,6 +72,7 @@ class Request:
     use_resolution_binning: bool = True
     output_type: OutputType = "pil"
     allow_uniform: bool = False
+    strict: bool = False
 
     @property
     def prompts(self) -> list[str]:
@@ -78,6 +80,10 @@ class Request:
         if self.prompt is None:
             return []
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    def prompt_of(self, picture: int) -> str:
+        """The text of a picture, by its index; "" if embeddings are given."""
+        return self.prompts[picture // self.num_images_per_prompt] if self.prompt_embeds is None else ""
 
     @property
     def num_prompts(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ditc.runtime.failure import Failure
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, Tensor, narrow
 from ditc.runtime.step_contract import (
@@ -62,6 +63,7 @@ class DenoiseState:
         x0: (B,C,H,W) fp32, what the last step predicted.
         stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
         generator: the random stream for samplers that draw noise in every step.
+        failures: at most one per sample. A sample that has failed is stepped along, as it does not affect the others.
     """
 
     latents: Tensor
@@ -72,6 +74,12 @@ class DenoiseState:
     x0: Tensor | None = None
     stats: Tensor | None = None
     generator: Generator | Sequence[Generator] | None = None
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def lost(self) -> bool:
+        """Whether every sample has failed, so that further steps would be for nothing."""
+        return len(self.failures) == self.latents.shape[0]
 
     @property
     def done(self) -> bool:
@@ -121,4 +129,5 @@ class DenoiseState:
             x0=outputs[X0],
             stats=outputs[STATS],
             generator=self.generator,
+            failures=self.failures,
         )

@@ -6,11 +6,13 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.atomic import atomic_path
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.prompts import read_prompts
@@ -18,16 +20,20 @@ from ditc.runtime.prompts import read_prompts
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ditc.runtime.failure import Failure
     from ditc.runtime.pipeline import Output, Pipeline, Step
 
 log = logging.getLogger(__name__)
+
+# A PNG file of a picture is seldom larger than its pixels.
+RGB_BYTES = 3
 
 # Fields of Request. Each has an option of the same name.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 SETTINGS = (
     *("num_inference_steps", "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
-    "allow_uniform",
+    *("allow_uniform", "strict"),
 )
 
 
@@ -60,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-uniform",
         action="store_true",
-        help="Keep a picture that has only one colour (default: such a picture is an error).",
+        help="Keep a picture that has only one colour (default: such a picture has failed).",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="Write nothing if one picture fails, because it has NaN, Inf or one colour only (default: write the "
+        "others, name those that failed, and exit with 1).",
     )
     parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
 
@@ -138,15 +150,22 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load the bundle, draw and save. Every PNG file is complete or does not exist."""
+    """Load the bundle, draw and save. Every PNG file is complete or does not exist.
+
+    Returns:
+        0 if every picture was drawn, else 1. It is an error if none was.
+    """
     prompts, options = _prompts(arguments), load_options(arguments)
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(
             f"output {arguments.output} is not a .png",
             hint="name a .png file: pictures carry their settings as PNG text",
         )
-    for path in _paths(arguments, len(prompts) * arguments.num_images_per_prompt):
+    paths = _paths(arguments.output, len(prompts) * arguments.num_images_per_prompt)
+    for path in paths:
         check_writable(path, "-o")
+    if arguments.preview is not None:
+        check_writable(_preview_path(arguments.preview, 0, 0, 0), "--preview")
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 
@@ -156,16 +175,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
         request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
+        plan = pipeline.plan(request)
+        check_writable(paths[0], "-o", needed_bytes=len(paths) * plan.height * plan.width * RGB_BYTES)
         output = _draw(pipeline, request, arguments.preview)
         peak = pipeline.device.peak_bytes if pipeline.device is not None else None
-        files = [
-            _save(picture, path, _metadata(pipeline, output, prompts, i))
-            for i, (picture, path) in enumerate(
-                zip(output.images, _paths(arguments, len(output.images)), strict=True)
-            )
-        ]
+        _report(output.failures)
+        files = _save_all(pipeline, output, prompts, paths)
     _print(arguments, output, files, pipeline.chosen, peak)
-    return 0
+    return 1 if output.failures else 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -183,8 +200,6 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if preview is not None:
-        _make_directory(preview)
     console = Console(stderr=True)
     # Without a terminal, a transient bar would leave an empty line behind (rich 15).
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -193,26 +208,35 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
         def on_step(step: Step) -> None:
             progress.update(task, description="denoising", total=step.total, completed=step.index + 1)
             if preview is not None:
-                for i, picture in enumerate(pipeline.preview(step.state)):
-                    _save(picture, preview / f"step-{step.index:03d}-{step.chunk}-{i}.png", {})
+                _save_previews(pipeline, step, preview)
 
         return pipeline.draw(request, on_step=on_step)
 
 
-def _make_directory(path: Path) -> None:
+def _save_previews(pipeline: Pipeline, step: Step, folder: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"cannot make {path}: {e.strerror or e}", hint="choose another directory") from e
+        for i, picture in enumerate(pipeline.preview(step.state)):
+            _save(picture, _preview_path(folder, step.index, step.chunk, i), {})
+    except OutputError as e:  # the pictures themselves are worth more than a preview
+        log.warning("%s", e)
 
 
-def _paths(arguments: argparse.Namespace, count: int) -> list[Path]:
-    output: Path = arguments.output
-    return (
-        [output]
-        if count == 1
-        else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
-    )
+def _preview_path(folder: Path, step: int, chunk: int, sample: int) -> Path:
+    return folder / f"step-{step:03d}-{chunk}-{sample}.png"
+
+
+def _report(failures: Sequence[Failure]) -> None:
+    """Name the pictures that failed on stderr, with each hint once."""
+    for failure in failures:
+        sys.stderr.write(f"error: {failure}\n")
+    for hint in dict.fromkeys(failure.hint for failure in failures if failure.hint):
+        sys.stderr.write(f"hint: {hint}\n")
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
 
 
 def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int) -> dict[str, str]:
@@ -243,6 +267,32 @@ def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int
     }
 
 
+def _save_all(
+    pipeline: Pipeline, output: Output, prompts: list[str], paths: Sequence[Path]
+) -> list[Path | None]:
+    """Write every picture that was drawn, and return its path; None for those that failed.
+
+    Raises:
+        OutputError: some cannot be written. The others are written all the same.
+    """
+    files: list[Path | None] = []
+    errors: list[OutputError] = []
+    for index, (picture, path) in enumerate(zip(output.images, paths, strict=True)):
+        files.append(None)
+        if picture is not None:
+            try:
+                files[index] = _save(picture, path, _metadata(pipeline, output, prompts, index))
+            except OutputError as e:
+                errors.append(e)
+    if errors:
+        written = sum(file is not None for file in files)
+        raise OutputError(
+            f"{errors[0]}; {written} of {len(files)} pictures are written",
+            hint=f"{errors[0].hint}; the seed was {output.seed}",
+        ) from errors[0]
+    return files
+
+
 def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
     from PIL.PngImagePlugin import PngInfo
 
@@ -255,12 +305,17 @@ def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
 
 
 def _print(
-    arguments: argparse.Namespace, output: Output, files: list[Path], chosen: str, gpu_peak_bytes: int | None
+    arguments: argparse.Namespace,
+    output: Output,
+    files: list[Path | None],
+    chosen: str,
+    gpu_peak_bytes: int | None,
 ) -> None:
     seconds = {name: round(value, 3) for name, value in output.seconds.items()}
     if arguments.json:
         result = {
-            "files": [str(f) for f in files],
+            "files": [None if file is None else str(file) for file in files],
+            "failures": [asdict(failure) for failure in output.failures],
             "seed": output.seed,
             "seconds": seconds,
             "backend": chosen,
@@ -269,6 +324,6 @@ def _print(
         sys.stdout.write(json.dumps(result) + "\n")
         return
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    names = ", ".join(str(f) for f in files)
+    names = ", ".join(str(file) for file in files if file is not None)
     peak = "" if gpu_peak_bytes is None else f", GPU memory peak {gpu_peak_bytes / 1e9:.2f} GB"
     sys.stdout.write(f"{names}  seed {output.seed}  ({times}{peak})\n")

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditc.runtime import cli
+from ditc.runtime import cli, decode
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
 from ditc.runtime.commands import run
+from ditc.runtime.errors import OutputError
 
 FAST = ["--steps", "1", "--threads", "1"]
 
@@ -226,7 +227,7 @@ def test_an_interrupt_while_a_compiled_module_is_imported_ends_with_130_too(
         (["cat", "--precision", "bf16"], "holds denoisers for onnxruntime fp32"),
         (["cat", "--seed", "-99999999999999999999"], "seed is -99999999999999999999"),
         (["cat", "-o", "/dev/null/x.png", "--steps", "1"], "cannot write /dev/null/x.png"),
-        (["cat", "--preview", "/dev/null/x"], "cannot make /dev/null/x"),
+        (["cat", "--preview", "/dev/null/x"], "cannot write /dev/null/x/step-000-0-0.png"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_two_lines(
@@ -251,6 +252,8 @@ def test_wrong_arguments_end_with_2_and_two_lines(
         ("folder.png/", "1", "folder.png: it is a directory"),
         ("file/x.png", "1", "file/x.png: .*file is a file"),
         ("x.png", "2", "x-1.png: it is a directory"),
+        (f"{'x' * 249}.png", "12", "x-10.png: File name too long"),
+        (f"new/{'x' * 252}.png", "1", "x.png: File name too long"),
     ],
 )
 def test_a_place_that_takes_no_picture_is_refused_before_the_bundle_is_opened(
@@ -262,6 +265,54 @@ def test_a_place_that_takes_no_picture_is_refused_before_the_bundle_is_opened(
     assert main(["run", "no-bundle", "cat", "-n", several, "-o", f"{tmp_path}/{output}"]) == USAGE
     error, hint = errors(capsys)
     assert re.search(f"cannot write .*{message}", error) and hint == "hint: choose another -o"
+
+
+def test_one_bad_picture_is_named_and_the_others_are_saved(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(decode, "is_uniform", lambda picture: checked.append(0) or len(checked) % 3 == 2)
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "x.png"
+    prompts.write_text("cat\ndog\nred heart\n")
+    assert draw(tiny_bundle, "--prompts", str(prompts), "-o", str(out), "--seed", "1", "--json") == FAILED
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["files"] == [f"{tmp_path}/x-0.png", None, f"{tmp_path}/x-2.png"]
+    assert result["failures"][0]["index"] == 1 and result["failures"][0]["prompt"] == "dog"
+    assert captured.err.startswith(
+        "error: picture 1 ('dog'): vae_decoder: the picture has one colour only\nhint:"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "x-0.png", "x-2.png"]
+    strict = tmp_path / "strict.png"
+    assert draw(tiny_bundle, "--prompts", str(prompts), "-o", str(strict), "--strict") == USAGE
+    assert not list(tmp_path.glob("strict*"))
+
+
+def test_a_picture_that_cannot_be_saved_does_not_take_the_others_along(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = run._save
+
+    def fill_the_disk_once(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
+        if path.name == "x-0.png":
+            raise OutputError(f"cannot write {path}: No space left on device", hint="free some space")
+        return save(picture, path, metadata)
+
+    monkeypatch.setattr(run, "_save", fill_the_disk_once)
+    assert draw(tiny_bundle, "cat", "-n", "2", "-o", f"{tmp_path}/x.png", "--seed", "7") == USAGE
+    assert [path.name for path in tmp_path.iterdir()] == ["x-1.png"]
+    error, hint = errors(capsys)
+    assert "No space left on device; 1 of 2 pictures are written" in error and "the seed was 7" in hint
+
+
+def test_a_preview_that_cannot_be_written_does_not_stop_the_drawing(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_preview_path", lambda folder, *_: folder if _[0] else folder / "x.png")
+    (tmp_path / "previews").mkdir()
+    out = tmp_path / "x.png"
+    assert draw(tiny_bundle, "cat", "-o", str(out), "--steps", "2", "--preview", f"{tmp_path}/previews") == 0
+    assert out.exists()
 
 
 def test_a_missing_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,23 @@ def test_a_device_is_refused_even_to_root() -> None:
 def test_a_path_without_permission_is_refused_even_to_root(place: str) -> None:
     with pytest.raises(UsageError, match=f"cannot write {place}: /proc"):
         check_writable(Path(place), "--html")
+
+
+@pytest.mark.parametrize("place", ["x" * 256, f"new/{'x' * 256}/y", "/".join(["x" * 250] * 17)])
+def test_a_name_that_the_file_system_cannot_hold_is_refused(tmp_path: Path, place: str) -> None:
+    with pytest.raises(OutputError, match="File name too long") as caught:
+        check_writable(tmp_path / place, "-o")
+    assert caught.value.hint == "choose another -o" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\udcff\ud800.png"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        check_writable(tmp_path / name, "-o")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+def test_a_disk_without_the_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write .*: (No space left on device|File too large)"):
+        check_writable(tmp_path / "x.png", "-o", needed_bytes=2**62)
+    assert not list(tmp_path.iterdir())
