@@ -13,6 +13,7 @@ device, all of these tensors stay there. They are freed with the batch.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
@@ -37,12 +38,15 @@ from ditc.runtime.step_contract import (
 class Batch:
     """Steps any number of requests together. Holds their stacked text rows and the results of the last step.
 
+    Threads take turns. States that a step returned stay valid: no later step writes to them.
+
     Args:
         session: the denoiser. The batch does not close it.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._lock = threading.Lock()
         self._noise = any(spec.name == NOISE for spec in session.spec.inputs)
         self._stack = RowStack(session)
         self._row_of: tuple[tuple[tuple[int, int, Rows], ...], Array] | None = None
@@ -58,10 +62,11 @@ class Batch:
         """
         if any(state.done for state in states):
             raise ValueError("a finished state cannot be stepped")
-        feeds = self._stacked(states)
-        if self._noise:
-            feeds[NOISE] = np.concatenate([state.draw_noise() for state in states])
-        return self._unstacked(self._session.run(feeds), states)
+        with self._lock:
+            feeds = self._stacked(states)
+            if self._noise:
+                feeds[NOISE] = np.concatenate([state.draw_noise() for state in states])
+            return self._unstacked(self._session.run(feeds), states)
 
     def _stacked(self, states: Sequence[DenoiseState]) -> dict[str, Tensor]:
         _check_sizes(states)

@@ -1,7 +1,9 @@
 """The interface between the pipeline and the backends: a Session runs one stage, from tensors to tensors.
 
 A tensor is a numpy array or a buffer on a device, which only its backend looks into. A session keeps no state of a
-request, so it can serve any number of interleaved requests.
+request, so it can serve any number of interleaved requests, from any number of threads. One whose buffers or library do
+not allow concurrent runs lets threads take turns. The results of a run belong to its caller: no later run writes to
+them.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class ComputeDevice:
 
 
 class Session(Protocol):
-    """Runs one stage. Inputs are named as in `spec.inputs`, results as in `spec.outputs`."""
+    """Runs one stage. Inputs are named as in `spec.inputs`, results as in `spec.outputs`. Threads can share it."""
 
     @property
     def spec(self) -> StageSpec: ...
@@ -127,6 +129,11 @@ class DeviceSession(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
         """A tensor with undefined content, for `assign`. Raises SessionError if the memory does not suffice."""
         ...
+
+
+def closed(spec: StageSpec) -> SessionError:
+    """The error of a run after `close`, which may come from another thread."""
+    return SessionError(f"{spec.name}: the session is closed", hint="load the bundle again")
 
 
 def to_numpy(tensor: Tensor) -> Array:

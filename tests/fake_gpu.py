@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class FakeCuda:
     waiting: list[Callable[[], Any]] = field(default_factory=list)
     recording: list[Callable[[], Any]] | None = None
     refuse_capture: bool = False
+    lock: Any = field(default_factory=threading.RLock)  # as CUDA, whose calls any thread may make
 
     def allocate(self, size_bytes: int) -> int:
         self._note("allocate")
@@ -53,19 +55,22 @@ class FakeCuda:
         raw = (ctypes.c_char * (size_bytes + ALIGNMENT))()
         pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
         ctypes.memset(pointer, POISON, size_bytes)
-        self.blocks[pointer] = (raw, size_bytes)
+        with self.lock:
+            self.blocks[pointer] = (raw, size_bytes)
         return pointer
 
     def free(self, pointer: int) -> None:
         self._note("free")
-        self._finish()  # as cudaFree does
-        del self.blocks[pointer]
+        with self.lock:
+            self._finish()  # as cudaFree does
+            del self.blocks[pointer]
 
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.used(), self.total_bytes
 
     def used(self) -> int:
-        return sum(size for _, size in self.blocks.values())
+        with self.lock:
+            return sum(size for _, size in self.blocks.values())
 
     def create_stream(self) -> int:
         self._note("create_stream")
@@ -130,22 +135,26 @@ class FakeCuda:
     def do(self, work: Callable[[], Any]) -> None:
         """Put work into the stream, to be done later, or into the graph that is being captured."""
         if self.recording is None:
-            self.waiting.append(work)
+            with self.lock:
+                self.waiting.append(work)
             return
         assert not gc.isenabled(), "a finaliser could free memory or wait in the middle of a capture"
         self.recording.append(work)
 
     def check(self, pointer: int, size_bytes: int) -> None:
         """Assert that the range is inside one allocation that has not been freed."""
-        inside = any(
-            base <= pointer and pointer + size_bytes <= base + size for base, (_, size) in self.blocks.items()
-        )
+        with self.lock:
+            inside = any(
+                base <= pointer and pointer + size_bytes <= base + size
+                for base, (_, size) in self.blocks.items()
+            )
         assert inside, f"{size_bytes} bytes at {pointer:#x} are not allocated"
 
     def _finish(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        for work in waiting:
-            work()
+        with self.lock:
+            waiting, self.waiting = self.waiting, []
+            for work in waiting:
+                work()
 
     def _note(self, name: str, stream: int = 0) -> None:
         assert stream in self.streams, f"{name} in a stream that was destroyed"

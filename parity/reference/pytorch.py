@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ class LazyTorchSession:
         self.device: ComputeDevice = compute_device()
         self._model, self._stage = model, stage
         self._session: TorchSession | None = None
+        self._loading = threading.Lock()
 
     @property
     def module(self) -> nn.Module:
@@ -56,9 +58,10 @@ class LazyTorchSession:
         self._session = None
 
     def _load(self) -> TorchSession:
-        if self._session is None:
-            self._session = TorchSession(self._model.load(self._stage).module, self.spec)
-        return self._session
+        with self._loading:
+            if self._session is None:
+                self._session = TorchSession(self._model.load(self._stage).module, self.spec)
+            return self._session
 
 
 class TorchModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,11 @@ class Lease:
 
 
 class Pool:
-    """Buffers of one size. A new one is made if all others are in use. A loop that feeds results back needs two."""
+    """Buffers of one size. A new one is made if all others are in use. A loop that feeds results back needs two.
+
+    Buffers are taken and the pool is closed under the device's lock. They are returned without it, by whichever thread
+    drops a tensor last: a finaliser that waited for a lock could stop a thread that holds another one.
+    """
 
     def __init__(self, device: Device, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -47,14 +52,17 @@ class Pool:
     def close(self) -> None:
         """Free the idle buffers now, and the others when they are returned."""
         self._closed = True
-        while self._idle:
-            self._device.free(self._idle.pop(), self.size_bytes)
+        self._free_idle()
 
     def _give_back(self, pointer: int) -> None:
-        if self._closed:
-            self._device.free(pointer, self.size_bytes)
-        else:
-            self._idle.append(pointer)
+        self._idle.append(pointer)
+        if self._closed:  # looked at last, so that a pool that is closed just now keeps nothing
+            self._free_idle()
+
+    def _free_idle(self) -> None:
+        with suppress(IndexError):  # instead of asking for the length, which another thread may change
+            while True:
+                self._device.free(self._idle.pop())
 
 
 class DeviceArray:

@@ -27,7 +27,6 @@ class Device:
     session leaves.
 
     Attributes:
-        allocated_bytes: memory that ditc has allocated on the device.
         peak_bytes: the largest result of `measure` so far.
         workspace: pointer and size in bytes; (0, 0) if there is none.
     """
@@ -36,40 +35,50 @@ class Device:
         self.cuda = cuda
         self.lock = threading.RLock()
         self.stream = cuda.create_stream()
-        self.allocated_bytes = 0
+        self._allocated: dict[int, int] = {}  # sizes in bytes by pointer
         self.workspace = (0, 0)
         self._uploads: list[Array] = []
         self._users = 0
         self._used_before = self._used()
         self.peak_bytes = 0
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory that ditc has allocated on the device."""
+        return sum(list(self._allocated.values()))
+
     def enter(self) -> None:
         """Count a session that begins to use the device."""
-        self._users += 1
+        with self.lock:
+            self._users += 1
 
     def leave(self) -> None:
         """Count a session that has ended. After the last one, the stream and the workspace are freed.
 
         Tensors may live longer. They are then read and freed through CUDA's default stream, 0.
         """
-        self._users -= 1
-        if self._users == 0:
-            self.trim()
-            self.synchronize()
-            self.cuda.destroy_stream(self.stream)
-            self.stream = 0
+        with self.lock:
+            self._users -= 1
+            if self._users == 0:
+                self.trim()
+                self.synchronize()
+                self.cuda.destroy_stream(self.stream)
+                self.stream = 0
 
     def allocate(self, size_bytes: int) -> int:
         """Allocate memory, for `free` to release. Raises SessionError if there is not enough."""
         pointer = self.cuda.allocate(max(size_bytes, ALIGNMENT))
-        self.allocated_bytes += size_bytes
+        self._allocated[pointer] = size_bytes
         self.measure()
         return pointer
 
-    def free(self, pointer: int, size_bytes: int) -> None:
-        """Release memory. Work that uses it may still be in the stream, because cudaFree waits for that work."""
+    def free(self, pointer: int) -> None:
+        """Release memory. Work that uses it may still be in the stream, because cudaFree waits for that work.
+
+        It needs no lock, so that tensors can be deleted in any thread at any time.
+        """
+        del self._allocated[pointer]  # first: once it is free, another thread may be given the same address
         self.cuda.free(pointer)
-        self.allocated_bytes -= size_bytes
 
     def reserve(self, size_bytes: int) -> tuple[int, int]:
         """The workspace (pointer, size), with at least this size in bytes.
@@ -83,11 +92,11 @@ class Device:
 
     def trim(self) -> None:
         """Free the workspace. The next run that needs one reserves it again."""
-        pointer, size_bytes = self.workspace
+        pointer, _ = self.workspace
         if pointer:
             self.synchronize()
             self.workspace = (0, 0)
-            self.free(pointer, size_bytes)
+            self.free(pointer)
 
     def upload(self, pointer: int, source: Array) -> None:
         """Copy an array to the device, in the stream's order. The caller may change or delete the array at once.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from ditc.runtime.sessions.engine import Context, Shape
 from ditc.runtime.spec import DType
 
 log = logging.getLogger(__name__)
+
+_ONE_CAPTURE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,7 @@ class Loop:
         sizes = {name: size_of(shape, dtype) for name, shape, dtype in (*plan.inputs, *plan.outputs)}
         self._carried = {inp: out for out, inp in plan.carry}
         self._offsets, self.row_bytes = _row(plan.per_step, sizes)
-        self._blocks: list[tuple[int, int]] = []
+        self._blocks: list[int] = []
         self._table = self._allocate(self.row_bytes * plan.count)
         self._slots = {inp: (self._allocate(sizes[inp]), self._allocate(sizes[inp])) for inp in self._carried}
         self._kept = {name: self._allocate(aligned(sizes[name]) * plan.count) for name in plan.keep}
@@ -132,7 +135,7 @@ class Loop:
         self._device.synchronize()
         self._drop_graph()
         while self._blocks:
-            self._device.free(*self._blocks.pop())
+            self._device.free(self._blocks.pop())
 
     def _capture(self) -> None:
         device = self._device
@@ -193,7 +196,7 @@ class Loop:
 
     def _allocate(self, size_bytes: int) -> int:
         pointer = self._device.allocate(size_bytes)
-        self._blocks.append((pointer, size_bytes))
+        self._blocks.append(pointer)
         return pointer
 
     def _drop_graph(self) -> None:
@@ -204,14 +207,18 @@ class Loop:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Turn the garbage collector off. It deletes tensors, which may free memory or wait; either breaks a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    """Turn the garbage collector off. It deletes tensors, which may free memory or wait; either breaks a capture.
+
+    The collector is one for all threads, so captures on other devices wait: else the first to end would turn it on.
+    """
+    with _ONE_CAPTURE:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def check_steps(per_step: Sequence[Mapping[str, Array]]) -> None:

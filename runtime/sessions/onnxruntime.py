@@ -11,7 +11,7 @@ from typing import Any
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.session import ComputeDevice, Session, Tensor, to_numpy
+from ditc.runtime.session import ComputeDevice, Session, Tensor, closed, to_numpy
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
 from ditc.runtime.sessions.registry import BackendRow
@@ -111,6 +111,7 @@ class OnnxRuntimeSession:
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage once on arrays of the host. ONNX Runtime checks names, types and shapes of the inputs."""
+        self._check_open()
         try:
             results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
@@ -122,6 +123,10 @@ class OnnxRuntimeSession:
         """Release the graph and its memory."""
         if hasattr(self, "_session"):
             del self._session
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "_session"):
+            raise closed(self.spec)
 
     def _check_graph(self) -> None:
         promised = ([i.name for i in self.spec.inputs], [o.name for o in self.spec.outputs])

@@ -7,6 +7,7 @@ IO binding works with the CPU's memory too, and that is how this file is tested.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ ELEMENT_TYPES = {
     DType.BFLOAT16: 16,
 }
 BFLOAT16 = ELEMENT_TYPES[DType.BFLOAT16]
+# Threads take turns on the device, with all sessions and tensors: a graph has one set of buffers, ONNX Runtime captures
+# it in CUDA's global mode (other threads must then not copy or allocate), and the allocator behind `OrtValue` is not
+# safe for threads (microsoft/onnxruntime issue 20713).
+DEVICE_LOCK = threading.RLock()
 
 
 class OrtTensor:
@@ -48,11 +53,12 @@ class OrtTensor:
 
     def numpy(self) -> Array:
         """A copy on the host. bf16 comes as uint16 bits, because NumPy has no such type."""
-        if self.value.element_type() == BFLOAT16:
-            bits = np.empty(self.shape, np.uint16)
-            _bf16_bits(bits).update_inplace(self.value)
-            return bits
-        return np.array(self.value.numpy())
+        with DEVICE_LOCK:
+            if self.value.element_type() == BFLOAT16:
+                bits = np.empty(self.shape, np.uint16)
+                _bf16_bits(bits).update_inplace(self.value)
+                return bits
+            return np.array(self.value.numpy())
 
     def narrow(self, start: int, stop: int) -> OrtTensor:
         """The entries from start up to stop of the first dimension, in the same memory.
@@ -65,11 +71,13 @@ class OrtTensor:
         """Copy the source over the entries from `start` on. Raises SessionError if its element type differs."""
         part = self.narrow(start, start + source.shape[0]).value
         if isinstance(source, OrtTensor):
-            part.update_inplace(source.value)
-            return
-        array = np.ascontiguousarray(to_numpy(source))
-        check_fits(array.dtype, array.shape, numpy_dtype(_dtype(self.value)), self.shape)
-        part.update_inplace(_bf16_bits(array) if _dtype(self.value) is DType.BFLOAT16 else array)
+            content = source.value
+        else:
+            array = np.ascontiguousarray(to_numpy(source))
+            check_fits(array.dtype, array.shape, numpy_dtype(_dtype(self.value)), self.shape)
+            content = _bf16_bits(array) if _dtype(self.value) is DType.BFLOAT16 else array
+        with DEVICE_LOCK:
+            part.update_inplace(content)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return tuple(self.value.__dlpack_device__())
@@ -96,6 +104,9 @@ class _Graph:
 
 class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
     """One stage whose inputs and outputs are bound to buffers on a device.
+
+    Any number of threads may use it. They take turns, and a run's results belong to its caller: they are copied out of
+    a graph's buffers before the next thread's turn.
 
     Args:
         device: "cuda", or "cpu" for the CPU provider.
@@ -129,7 +140,12 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage once. The results are on the device."""
+        with DEVICE_LOCK:
+            return self._run_alone(feeds)
+
+    def _run_alone(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = tuple(sorted((name, tuple(feed.shape)) for name, feed in feeds.items()))
+        self._check_open()
         try:
             if self._use_graphs and key in self._outputs_of:
                 graph = self._graphs.get(key)
@@ -148,13 +164,15 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> OrtTensor:
         """A tensor on the device with undefined content."""
-        return OrtTensor(_empty(shape, ELEMENT_TYPES[dtype], self._device))
+        with DEVICE_LOCK:
+            return OrtTensor(_empty(shape, ELEMENT_TYPES[dtype], self._device))
 
     def close(self) -> None:
         """Release graphs, buffers and the session."""
-        self._graphs.clear()
-        self._sent.clear()
-        super().close()
+        with DEVICE_LOCK:
+            self._graphs.clear()
+            self._sent.clear()
+            super().close()
 
     def _run_without_graph(self, feeds: Mapping[str, Tensor]) -> dict[str, OrtTensor]:
         binding = self._session.io_binding()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 from ditc.runtime.session import (
@@ -13,18 +15,24 @@ from ditc.runtime.session import (
     LoopSession,
     Session,
     Tensor,
+    closed,
 )
 from ditc.runtime.spec import DType, StageSpec
 
 
 class Residency:
-    """Keeps track of the stage that is loaded, and unloads it before another one is used."""
+    """Keeps track of the stage that is loaded, and unloads it before another one is used.
+
+    Threads take turns: a stage is never unloaded while another thread runs it. Threads that want different stages are
+    served correctly but slowly, because the stages then replace each other all the time.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._loaded: OnDemandSession | None = None
 
     def enter(self, session: OnDemandSession) -> None:
-        """Unload the loaded stage, unless it is this one. The caller loads this one next."""
+        """Unload the loaded stage, unless it is this one. The caller holds the lock, and loads this one next."""
         if self._loaded is not None and self._loaded is not session:
             self._loaded.unload()
         self._loaded = session
@@ -50,10 +58,12 @@ class OnDemandSession:
         self.device = device
         self._open, self._residency = open_inner, residency
         self._inner: Session | None = None
+        self._closed = False
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage. Opens the session first if it is not open."""
-        return self._ready().run(feeds)
+        with self._ready() as inner:
+            return inner.run(feeds)
 
     def run_loop(
         self,
@@ -64,24 +74,34 @@ class OnDemandSession:
         keep: Collection[str],
     ) -> dict[str, Tensor]:
         """Run a loop. The inner session must be a LoopSession."""
-        return cast(LoopSession, self._ready()).run_loop(feeds, per_step, carry=carry, keep=keep)
+        with self._ready() as inner:
+            return cast(LoopSession, inner).run_loop(feeds, per_step, carry=carry, keep=keep)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
         """Make a tensor. The inner session must be a DeviceSession."""
-        return cast(DeviceSession, self._ready()).empty(shape, dtype)
+        with self._ready() as inner:
+            return cast(DeviceSession, inner).empty(shape, dtype)
 
     def unload(self) -> None:
         """Close the inner session. The next use opens it again."""
-        inner, self._inner = self._inner, None
-        if inner is not None:
-            inner.close()
+        with self._residency.lock:
+            inner, self._inner = self._inner, None
+            if inner is not None:
+                inner.close()
 
     def close(self) -> None:
         """Release everything."""
-        self.unload()
+        with self._residency.lock:
+            self._closed = True
+            self.unload()
 
-    def _ready(self) -> Session:
-        self._residency.enter(self)
-        if self._inner is None:
-            self._inner = self._open()
-        return self._inner
+    @contextmanager
+    def _ready(self) -> Iterator[Session]:
+        """The open session, which no other thread can unload inside the block."""
+        with self._residency.lock:
+            if self._closed:
+                raise closed(self.spec)
+            self._residency.enter(self)
+            if self._inner is None:
+                self._inner = self._open()
+            yield self._inner

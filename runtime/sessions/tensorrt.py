@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.session import Array, ComputeDevice, Tensor
+from ditc.runtime.session import Array, ComputeDevice, Tensor, closed
 from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, size_of
 from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
@@ -55,7 +55,7 @@ class TensorRTSession:
         self._workspace_bytes: dict[int, int] = {}  # what each profile's context needs for its current shapes
         self._pools = {name: Pool(device, size) for name, size in self._largest_outputs().items()}
         self._tables: dict[int, Pool] = {}  # by size in bytes: for outputs that a loop keeps from every step
-        self._inputs: dict[str, tuple[int, int]] = {}  # pointer and size in bytes
+        self._inputs: dict[str, int] = {}  # pointers
         self._written: dict[str, weakref.ref[Any]] = {}  # what each input's buffer holds
         self._loops: OrderedDict[Any, Loop] = OrderedDict()
         self._closed = False
@@ -113,26 +113,25 @@ class TensorRTSession:
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
         """A tensor on the device with undefined content. Its memory is freed when nothing holds the tensor any more."""
-        size_bytes = size_of(shape, dtype)
         with self._device.lock:
-            lease = Lease(self._device.allocate(size_bytes))
-        weakref.finalize(lease, self._device.free, lease.pointer, size_bytes).atexit = False
+            lease = Lease(self._device.allocate(size_of(shape, dtype)))
+        weakref.finalize(lease, self._device.free, lease.pointer).atexit = False
         return DeviceArray(self._device, lease, shape, dtype)
 
     def close(self) -> None:
         """Free the contexts, buffers, graphs and the engine. Tensors that are still held stay valid."""
-        if self._closed:
-            return
-        self._closed = True
         with self._device.lock:
+            if self._closed:
+                return
+            self._closed = True
             self._device.synchronize()
             for loop in self._loops.values():
                 loop.close()
             self._loops.clear()
             for pool in (*self._pools.values(), *self._tables.values()):
                 pool.close()
-            for pointer, size_bytes in self._inputs.values():
-                self._device.free(pointer, size_bytes)
+            for pointer in self._inputs.values():
+                self._device.free(pointer)
             self._contexts.clear()
             self._engine.close()
             self._device.leave()
@@ -174,6 +173,8 @@ class TensorRTSession:
 
     def _choose_profile(self, shapes: Mapping[str, Shape]) -> int:
         """Choose the profile for these shapes, and set its context to the shapes and the workspace."""
+        if self._closed:
+            raise closed(self.spec)
         profile = choose_profile(self.spec, self._profiles, shapes)
         context = self._context(profile, shapes)
         context.set_workspace(*self._device.reserve(self._workspace_bytes[profile]))
@@ -242,8 +243,8 @@ class TensorRTSession:
         """Copy an input into its buffer, unless the buffer holds it already and it cannot have changed since."""
         if name not in self._inputs:
             largest = max(size_of(p[name].max, self._dtypes[name]) for p in self._profiles)
-            self._inputs[name] = (self._device.allocate(largest), largest)
-        pointer = self._inputs[name][0]
+            self._inputs[name] = self._device.allocate(largest)
+        pointer = self._inputs[name]
         last = self._written.pop(name, None)
         if last is None or last() is not feed:
             self._copy_in(pointer, feed)
