@@ -1,13 +1,15 @@
 """The names that programs import: `from ditc.runtime import Pipeline`.
 
 Each name's module is imported when the name is first used. `import ditc.runtime` and `ditc --help` therefore load
-neither numpy nor ONNX Runtime.
+neither numpy nor ONNX Runtime. What the import does is to turn off the telemetry of libraries that are imported later.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ditc.runtime.telemetry import turn_off
 
 if TYPE_CHECKING:
     from ditc.runtime.errors import DitcError
@@ -27,6 +29,8 @@ _MODULES = {
     "Request": "request",
     "Step": "pipeline",
 }
+
+turn_off()
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelt name
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
+import ditc.runtime  # noqa: F401  # turns telemetry off, before tests import the libraries that read that setting
+
 if TYPE_CHECKING:
     from ditc.export.build.builder import BuildReport
 
