@@ -89,12 +89,41 @@ KL_VAE = {
     **{"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
     **{"use_quant_conv": False, "use_post_quant_conv": False},
 }
-CLIP_L = {"hidden_size": 768, "projection_dim": 768, "max_position_embeddings": 77}
-CLIP_G = {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}
+CLIP_L = {
+    "model_type": "clip_text_model",
+    "hidden_size": 768,
+    "projection_dim": 768,
+    "num_attention_heads": 12,
+}
+CLIP_G = {
+    "model_type": "clip_text_model",
+    "hidden_size": 1280,
+    "projection_dim": 1280,
+    "num_attention_heads": 20,
+}
 # Configs of all components, because a plan reads also those that are not built. An SD3 checkpoint may lack T5.
 OTHERS = {
     "sana": {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA},
     "sd3": {"transformer": SD35_MEDIUM, "vae": KL_VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+}
+_CLIP = ["transformers", "CLIPTextModelWithProjection"]
+INDEXES: dict[str, dict[str, Any]] = {
+    "sana": {
+        "_class_name": "SanaPipeline",
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizer"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    },
+    "sd3": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{"text_encoder": _CLIP, "text_encoder_2": _CLIP},
+        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
 }
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "sana": {
@@ -193,11 +222,14 @@ def checkpoint_around(
     from ditc.export.checkpoint.tensors import TensorSource
 
     others = OTHERS[case.family].items()
-    components = {key: Component(key, config, TensorSource({}), ()) for key, config in others}
+    classes = INDEXES[case.family]
+    components = {
+        key: Component(key, config, TensorSource({}), (), classes[key][1]) for key, config in others
+    }
     components[case.component] = open_component(directory)
     return Checkpoint(
         path=directory,
-        model_index={},
+        model_index=INDEXES[case.family],
         components=components,
         scheduler_config=SCHEDULERS[case.family],
         tokenizers=tokenizers,

@@ -11,6 +11,7 @@ A diffusers directory holds a model_index.json, which names the components, and 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,31 @@ from ditc.export.checkpoint.defaults import read_defaults
 from ditc.export.checkpoint.foreign_weights import check_adapter, check_config, warn_of_loras
 from ditc.export.checkpoint.hub import fetch_snapshot, is_hub_id
 from ditc.export.checkpoint.json_files import read_json
+from ditc.export.checkpoint.model_index import (
+    ComponentClass,
+    component_classes,
+    config_as_opened,
+    without_defaults,
+)
 from ditc.export.checkpoint.tensors import TensorSource
-from ditc.export.checkpoint.weights import read_weights
+from ditc.export.checkpoint.weights import has_variant, read_weights
 from ditc.runtime.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
+TRANSFORMERS = "transformers"  # its configs name no class that it would be opened with
 NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".safetensors"})
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One network of a checkpoint: its config, its weights, and the files that hold the weights."""
+    """One network of a checkpoint: its config, its weights, the files that hold the weights, and its class."""
 
     name: str
     config: dict[str, Any]
     tensors: TensorSource
     files: tuple[Path, ...]
+    class_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +113,20 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
     components: dict[str, Component] = {}
     scheduler_config: dict[str, Any] = {}
     tokenizers: dict[str, Path] = {}
-    for name, class_name in _parts(path, model_index).items():
-        directory = path / name
+    for name, opened_as in component_classes(path, model_index).items():
+        directory, class_name = path / name, opened_as.name
         if not directory.is_dir():
             raise CheckpointError(
                 f"{path} has no folder {name!r}, which model_index.json names as a {class_name}",
                 hint="the checkpoint is incomplete: fetch the missing folder",
             )
         if class_name.endswith("Scheduler"):
-            scheduler_config = read_json(directory / "scheduler_config.json")
+            scheduler_config = _scheduler_config(directory / "scheduler_config.json", class_name)
         elif "Tokenizer" in class_name:
             tokenizers[name] = directory
         elif not class_name.endswith(("Processor", "FeatureExtractor")):
-            components[name] = open_component(directory, variant=variant)
-    if variant is not None and not any(_has_variant(path / name, variant) for name in components):
+            components[name] = open_component(directory, variant=variant, opened_as=opened_as)
+    if variant is not None and not any(has_variant(path / name, variant) for name in components):
         raise CheckpointError(
             f"no component of {path} has weights of variant {variant!r}",
             hint="leave --variant out, or fetch the variant",
@@ -132,20 +143,28 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
     )
 
 
-def open_component(directory: Path, *, variant: str | None = None) -> Component:
+def open_component(
+    directory: Path, *, variant: str | None = None, opened_as: ComponentClass | None = None
+) -> Component:
     """Open one network's folder, which holds config.json and safetensors.
 
+    Args:
+        opened_as: the class that model_index.json names; None where there is no such file.
+
     Raises:
-        CheckpointError: the config or the weights are missing, or the weights are pickled, damaged, quantized, or do
-            not fit their index.
+        CheckpointError: the config or the weights are missing, the config belongs to another class, or the weights
+            are pickled, damaged, quantized, or do not fit their index.
     """
     config = read_json(directory / "config.json")
     check_config(directory / "config.json", config)
     check_adapter(directory)
-    tensors, files = read_weights(
-        directory, variant if variant and _has_variant(directory, variant) else None
-    )
-    return Component(directory.name, config, tensors, files)
+    class_name = str(config.get("_class_name", ""))
+    if opened_as is not None:
+        class_name = opened_as.name
+        if opened_as.library != TRANSFORMERS:
+            config = config_as_opened(directory, config, opened_as)
+    tensors, files = read_weights(directory, variant if variant and has_variant(directory, variant) else None)
+    return Component(directory.name, config, tensors, files, class_name)
 
 
 def check_finite(component: Component) -> None:
@@ -172,25 +191,19 @@ def check_finite(component: Component) -> None:
             )
 
 
-def _has_variant(directory: Path, variant: str) -> bool:
-    return any(directory.glob(f"*.{variant}.*"))
+def _scheduler_config(path: Path, class_name: str) -> dict[str, Any]:
+    """The scheduler's settings as diffusers reads them: with the class of model_index.json, whoever saved the file.
 
-
-def _parts(path: Path, model_index: dict[str, Any]) -> dict[str, str]:
-    """Folder name -> class name, for every component of model_index.json. Components set to null are left out."""
-    parts: dict[str, str] = {}
-    for name, value in model_index.items():
-        if not isinstance(value, list):
-            continue  # _class_name, _diffusers_version and the pipeline's scalar settings
-        if Path(name).name != name:
-            raise CheckpointError(
-                f"{path / 'model_index.json'} names a component {name!r} outside the checkpoint",
-                hint="the file is damaged or from a source that cannot be trusted",
-            )
-        if len(value) == 2 and isinstance(value[1], str):
-            parts[name] = value[1]
-    if not parts:
-        raise CheckpointError(
-            f"{path / 'model_index.json'} names no components", hint="is this a diffusers pipeline?"
+    That is how diffusers lets one scheduler continue with the settings of another. The caller refuses settings that
+    the class reads and ditc does not compute.
+    """
+    config = read_json(path)
+    saved_as = config.get("_class_name", class_name)
+    if saved_as != class_name:
+        log.warning(
+            "%s was saved by %s, but model_index.json names %s, which is what the bundle will use, as in diffusers",
+            path,
+            saved_as,
+            class_name,
         )
-    return parts
+    return without_defaults(config) | {"_class_name": class_name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ditc.export.checkpoint.foreign_weights import DEQUANTIZE
@@ -12,6 +13,7 @@ from ditc.runtime.errors import CheckpointError
 
 # Stems of weight file names: SAFETENSORS_WEIGHTS_NAME of diffusers, SAFE_WEIGHTS_NAME of transformers.
 STEMS = ("diffusion_pytorch_model", "model")
+SHARD = re.compile(r"-\d+-of-\d+\b")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # Formats of other programs, by suffix, with what helps.
 OTHER_FORMATS = {
@@ -29,18 +31,25 @@ def read_weights(directory: Path, variant: str | None) -> tuple[TensorSource, tu
         variant: such as "fp16"; None for the default files.
 
     Raises:
-        CheckpointError: the folder has no weights of the variant, holds pickles, has an index that does not fit its
-            shards, or holds a LoRA or weights in a quantized format that ditc does not read.
+        CheckpointError: the folder has no weights of the variant or more than one save of them, holds pickles, has an
+            index that does not fit its shards, or holds a LoRA or weights in a quantized format that ditc does not
+            read.
     """
     refuse_pickles(directory)
-    for stem in STEMS:
-        for index in _index_names(stem, variant):
-            if (directory / index).is_file():
-                return _read_shards(directory / index)
-        single = directory / _single_name(stem, variant)
-        if single.is_file():
-            return plain_weights(single, read_safetensors(single)), (single,)
-    raise _no_weights(directory, variant)
+    saves = [name for name in _save_names(variant) if (directory / name).is_file()]
+    if not saves:
+        raise _no_weights(directory, variant)
+    if len(saves) > 1:
+        raise _several_saves(directory, saves)
+    path = directory / saves[0]
+    if path.suffix == ".json":
+        return _read_shards(path)
+    return plain_weights(path, read_safetensors(path)), (path,)
+
+
+def has_variant(directory: Path, variant: str) -> bool:
+    """Whether the folder holds a file of the variant: model.fp16.safetensors, or a shard or an index of it."""
+    return any(any(directory.glob(pattern)) for pattern in (f"*.{variant}.*", f"*.{variant}-*"))
 
 
 def refuse_pickles(directory: Path) -> None:
@@ -58,15 +67,17 @@ def refuse_pickles(directory: Path) -> None:
     raise CheckpointError(f"{directory} holds pickle files: {', '.join(found)}", hint=hint)
 
 
-def _single_name(stem: str, variant: str | None) -> str:
-    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-
-
-def _index_names(stem: str, variant: str | None) -> tuple[str, ...]:
+def _save_names(variant: str | None) -> list[str]:
+    """The files that a save of the variant can begin with: one file with all weights, or the index of shards."""
     if variant is None:
-        return (f"{stem}.safetensors.index.json",)
+        return [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
     # diffusers puts the variant before the last suffix (_add_variant); older uploads put it after the stem.
-    return (f"{stem}.safetensors.index.{variant}.json", f"{stem}.{variant}.safetensors.index.json")
+    ends = (
+        f".{variant}.safetensors",
+        f".safetensors.index.{variant}.json",
+        f".{variant}.safetensors.index.json",
+    )
+    return [f"{stem}{end}" for stem in STEMS for end in ends]
 
 
 def _read_shards(index: Path) -> tuple[TensorSource, tuple[Path, ...]]:
@@ -116,9 +127,23 @@ def _merge(
     entries.update(found)
 
 
+def _several_saves(directory: Path, saves: list[str]) -> CheckpointError:
+    """diffusers would read the index and transformers the single file, so what is meant cannot be known."""
+    return CheckpointError(
+        f"{directory} holds {len(saves)} saves of the same weights: {' and '.join(saves)}",
+        hint="keep the one that is meant and move the other out of the folder (diffusers reads an index first, "
+        "transformers a single file)",
+    )
+
+
 def _no_weights(directory: Path, variant: str | None) -> CheckpointError:
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     wanted = f"variant {variant!r}" if variant else "the default variant"
+    if any(SHARD.search(name) for name in found):
+        return CheckpointError(
+            f"{directory} has shards, but of {wanted} it has neither an index nor a single file: {_some(found)}",
+            hint="fetch the index, whose name ends in .safetensors.index.json, or choose another --variant",
+        )
     if found:
         return CheckpointError(
             f"{directory} has no weights of {wanted}, only {', '.join(found)}",

@@ -87,10 +87,16 @@ def find_family(checkpoint: Checkpoint) -> Family:
     for family in FAMILIES:
         if family.adapter.accepts(checkpoint):
             return family
-    classes = [str(c.config.get("_class_name", "?")) for c in checkpoint.components.values()]
+    pipeline = checkpoint.model_index.get("_class_name", "an unnamed pipeline")
+    if "transformer" not in checkpoint.components:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {pipeline} without a transformer: model_index.json says "
+            f"{checkpoint.model_index.get('transformer')!r}",
+            hint="every family is known by its transformer: fetch model_index.json and transformer/ again",
+        )
+    classes = [component.class_name or "?" for component in checkpoint.components.values()]
     raise CheckpointError(
-        f"{checkpoint.path} holds {checkpoint.model_index.get('_class_name', 'an unnamed pipeline')} "
-        f"({', '.join(classes)}), which belongs to no known family",
+        f"{checkpoint.path} holds {pipeline} ({', '.join(classes)}), which belongs to no known family",
         hint=f"known families: {', '.join(family.label for family in FAMILIES)}",
     )
 

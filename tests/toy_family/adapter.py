@@ -15,7 +15,7 @@ class ToyAdapter:
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
         transformer = checkpoint.components.get("transformer")
-        return transformer is not None and transformer.config.get("_class_name") == CLASS_NAME
+        return transformer is not None and transformer.class_name == CLASS_NAME
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         raise AssertionError("no test builds the toy family")

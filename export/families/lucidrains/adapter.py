@@ -29,6 +29,7 @@ from ditc.export.families.common.companions import (
     stage_plans,
     text_range,
 )
+from ditc.export.families.common.pipeline import check_pipeline
 from ditc.export.families.common.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
@@ -39,6 +40,7 @@ from ditc.export.families.common.specs import (
 )
 from ditc.export.families.lucidrains.config import CLASS_NAME, MMDiTConfig
 from ditc.export.families.lucidrains.network import load_mmdit
+from ditc.export.families.lucidrains.pipeline import PIPELINE
 from ditc.export.graph.step import wrap
 from ditc.export.networks.autoencoder_kl import AutoencoderKlConfig, load_kl_decoder, load_kl_encoder
 from ditc.export.networks.dc_ae import DcAeConfig
@@ -64,7 +66,7 @@ NUM_INFERENCE_STEPS = 28
 GUIDANCE_SCALE = 7.0
 MAX_SEQUENCE_LENGTH = 300
 
-AUTOENCODER_DC, AUTOENCODER_KL = "AutoencoderDC", "AutoencoderKL"
+AUTOENCODER_KL = "AutoencoderKL"
 
 
 class LucidrainsMMDiTAdapter:
@@ -75,15 +77,17 @@ class LucidrainsMMDiTAdapter:
     def accepts(self, checkpoint: Checkpoint) -> bool:
         """Whether the transformer's config names ditc's class for upstream's trunks."""
         transformer = checkpoint.components.get("transformer")
-        return transformer is not None and transformer.config.get("_class_name") == CLASS_NAME
+        return transformer is not None and transformer.class_name == CLASS_NAME
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: the networks here do not implement a config, or the components do not fit together.
+            CheckpointError: a component is missing, the networks here do not implement a config, or the components do
+                not fit together.
             UsageError: the precision or the resolution is not available.
         """
+        check_pipeline(checkpoint, PIPELINE)
         check_precision(options, "lucidrains/mmdit")
         transformer = MMDiTConfig.from_json(checkpoint.component("transformer").config)
         vae = _autoencoder(checkpoint.component("vae"))
@@ -130,14 +134,8 @@ ADAPTER: Adapter = LucidrainsMMDiTAdapter()
 
 
 def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
-    """The settings of the autoencoder class that vae/config.json names."""
-    kind = component.config.get("_class_name")
-    if kind not in (AUTOENCODER_DC, AUTOENCODER_KL):
-        raise CheckpointError(
-            f"the VAE is {kind!r}, which is not supported with a lucidrains/mmdit trunk",
-            hint=f"use {AUTOENCODER_DC} or {AUTOENCODER_KL}",
-        )
-    if kind == AUTOENCODER_KL:
+    """The settings of the autoencoder's class."""
+    if component.class_name == AUTOENCODER_KL:
         return AutoencoderKlConfig.from_json(component.config)
     return DcAeConfig.from_json(component.config)
 
@@ -198,10 +196,6 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
 
     The padding is masked.
     """
-    if "tokenizer" not in checkpoint.tokenizers:
-        raise CheckpointError(
-            f"{checkpoint.path} has no folder tokenizer/", hint="save the text encoder's tokenizer there"
-        )
     tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     return TextSpec(

@@ -21,10 +21,10 @@ from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert.writer import write_weights
 from ditc.export.families.lucidrains.config import CLASS_NAME, MMDiTConfig
 from ditc.export.families.lucidrains.network import TRUNK, load_mmdit
+from ditc.export.families.lucidrains.pipeline import PIPELINE_CLASS
 from ditc.runtime.atomic import atomic_folder, write_atomic
 from ditc.runtime.errors import CheckpointError
 
-PIPELINE = "LucidrainsMMDiTPipeline"
 # The components that the caller saves beforehand, each with its own save_pretrained. For each: its library, and the
 # file and key that name its class.
 OTHERS = {
@@ -72,7 +72,7 @@ def save_mmdit(
         _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **config})
     _write_json(
         directory / "model_index.json",
-        {"_class_name": PIPELINE, "transformer": ["ditc", CLASS_NAME], **components},
+        {"_class_name": PIPELINE_CLASS, "transformer": ["ditc", CLASS_NAME], **components},
     )
     return directory
 

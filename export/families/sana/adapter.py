@@ -24,6 +24,7 @@ from ditc.export.families.common.companions import (
     stage_plans,
     text_range,
 )
+from ditc.export.families.common.pipeline import check_pipeline
 from ditc.export.families.common.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
@@ -34,6 +35,7 @@ from ditc.export.families.common.specs import (
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
+from ditc.export.families.sana.pipeline import PIPELINE
 from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
@@ -81,15 +83,17 @@ class SanaAdapter:
     def accepts(self, checkpoint: Checkpoint) -> bool:
         """Whether the transformer is diffusers' SanaTransformer2DModel."""
         transformer = checkpoint.components.get("transformer")
-        return transformer is not None and transformer.config.get("_class_name") == "SanaTransformer2DModel"
+        return transformer is not None and transformer.class_name == "SanaTransformer2DModel"
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: the networks here do not implement a config.
+            CheckpointError: the pipeline is another one, a component is missing or of another model, or the networks
+                here do not implement a config.
             UsageError: the precision or the resolution is not available.
         """
+        check_pipeline(checkpoint, PIPELINE)
         transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
         vae = DcAeConfig.from_json(checkpoint.component("vae").config)
         check_precision(options, "Sana")

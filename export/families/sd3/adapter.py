@@ -13,10 +13,12 @@ from torch import nn
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
+from ditc.export.families.common.pipeline import check_pipeline
 from ditc.export.families.common.specs import TORCH_DTYPES, check_precision, latent_ranges, step_contract
 from ditc.export.families.sd3.config import Sd3Config
 from ditc.export.families.sd3.defaults import make_defaults
 from ditc.export.families.sd3.network import load_sd3
+from ditc.export.families.sd3.pipeline import PIPELINE
 from ditc.export.families.sd3.stages import ZERO_TOKENS, check_widths, denoiser_facts, stage_plans
 from ditc.export.families.sd3.text_encoders import T5, TOKENIZERS, read_text_encoders
 from ditc.export.graph.step import wrap
@@ -38,16 +40,17 @@ class Sd3Adapter:
     def accepts(self, checkpoint: Checkpoint) -> bool:
         """Whether the transformer is diffusers' SD3Transformer2DModel."""
         transformer = checkpoint.components.get("transformer")
-        return transformer is not None and transformer.config.get("_class_name") == "SD3Transformer2DModel"
+        return transformer is not None and transformer.class_name == "SD3Transformer2DModel"
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         """Plan the bundle from the checkpoint's configs.
 
         Raises:
-            CheckpointError: the networks here do not implement a config, a text encoder is missing, or the components
-                belong to different models.
+            CheckpointError: the pipeline is another one, a component is missing, the networks here do not implement a
+                config, or the components belong to different models.
             UsageError: the precision, the size or a skip layer is not available for this model.
         """
+        check_pipeline(checkpoint, PIPELINE)
         check_precision(options, "SD3")
         transformer = Sd3Config.from_json(checkpoint.component("transformer").config)
         vae = AutoencoderKlConfig.from_json(checkpoint.component("vae").config)

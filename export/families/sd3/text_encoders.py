@@ -15,11 +15,6 @@ from ditc.runtime.text import TextSpec
 
 CLIP_L, CLIP_G, T5 = TEXT_ENCODER, f"{TEXT_ENCODER}_2", f"{TEXT_ENCODER}_3"
 TOKENIZERS = {CLIP_L: "tokenizer", CLIP_G: "tokenizer_2", T5: "tokenizer_3"}
-CLASSES = {
-    CLIP_L: "CLIPTextModelWithProjection",
-    CLIP_G: "CLIPTextModelWithProjection",
-    T5: "T5EncoderModel",
-}
 # Number of T5's tokens: the default and the limit of StableDiffusion3Pipeline.__call__, diffusers 0.42.1.
 MAX_SEQUENCE_LENGTH = 256
 LONGEST_SEQUENCE = 512
@@ -94,7 +89,7 @@ def read_text_encoders(checkpoint: Checkpoint) -> TextEncoders:
     """Read the configs of the checkpoint's text encoders.
 
     Raises:
-        CheckpointError: an encoder is missing or of another class, or its text has more tokens than it can read.
+        CheckpointError: T5 has no tokenizer, or a text has more tokens than its encoder can read.
     """
     configs = _configs(checkpoint)
     length = _sequence_length(checkpoint.defaults)
@@ -103,25 +98,15 @@ def read_text_encoders(checkpoint: Checkpoint) -> TextEncoders:
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    found = {}
-    for stage, wanted in CLASSES.items():
-        component = checkpoint.components.get(stage)
-        if component is None and stage == T5:
-            continue
-        if component is None or TOKENIZERS[stage] not in checkpoint.tokenizers:
-            missing = stage if component is None else TOKENIZERS[stage]
-            raise CheckpointError(
-                f"{checkpoint.path} has no {missing}, which must be a {wanted if component is None else 'tokenizer'}",
-                hint=f"of the three text encoders only {T5} (T5) can be left out, as null in model_index.json",
-            )
-        classes = component.config.get("architectures") or [wanted]
-        if wanted not in classes:
-            raise CheckpointError(
-                f"{checkpoint.path / stage} is a {classes[0]}, not a {wanted}",
-                hint="use the text encoders that the checkpoint was published with",
-            )
-        found[stage] = component.config
-    return found
+    """The encoders' configs. T5 may be missing; the check of the pipeline has found the others and their tokenizers."""
+    if T5 in checkpoint.components and TOKENIZERS[T5] not in checkpoint.tokenizers:
+        raise CheckpointError(
+            f"{checkpoint.path} has {T5} but no {TOKENIZERS[T5]}, without which it cannot read a prompt",
+            hint=f"fetch {TOKENIZERS[T5]}/ again, or leave out {T5} too: [null, null] in model_index.json for both",
+        )
+    return {
+        stage: checkpoint.component(stage).config for stage in TOKENIZERS if stage in checkpoint.components
+    }
 
 
 def _sequence_length(given: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from ditc.export.checkpoint.release_memory import drop_pages
 from ditc.export.checkpoint.tensors import read_safetensors
 from ditc.runtime.errors import CheckpointError
 
+DPM_SOLVER = "DPMSolverMultistepScheduler"
 TINY = {
     "in_channels": 4,
     "out_channels": 4,
@@ -42,7 +43,7 @@ def directory(tmp_path: Path) -> Path:
         path / "model_index.json",
         {
             "_class_name": "SanaPipeline",
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "scheduler": ["diffusers", DPM_SOLVER],
             "tokenizer": ["transformers", "GemmaTokenizerFast"],
             "transformer": ["diffusers", "SanaTransformer2DModel"],
             "safety_checker": [None, None],
@@ -56,7 +57,7 @@ def test_a_checkpoint_has_the_saved_configs_tokenizers_defaults_and_weights(
 ) -> None:
     _write(directory / "ditc.json", {"height": 96, "resolution_bins": [[96, 96], [80, 112]]})
     checkpoint = open_checkpoint(directory)
-    assert checkpoint.scheduler_config == {"flow_shift": 3.0}
+    assert checkpoint.scheduler_config == {"_class_name": DPM_SOLVER, "flow_shift": 3.0}
     assert checkpoint.tokenizers == {"tokenizer": directory / "tokenizer"}
     assert checkpoint.defaults["resolution_bins"] == [[96, 96], [80, 112]]
     transformer = checkpoint.component("transformer")
@@ -271,3 +272,47 @@ def test_memory_of_a_read_checkpoint_is_released_and_read_again(tmp_path: Path) 
     assert drop_pages([file]) >= 4 * 2**20
     assert resident_kb() == 0
     assert float(tensor.sum()) == total
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model"])
+def test_two_saves_in_one_folder_are_refused_and_both_are_named(
+    directory: Path, variant: str | None, stem: str
+) -> None:
+    """diffusers reads the index and transformers the single file, so either choice would be wrong for one of them."""
+    folder = directory / "transformer"
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / f"{stem}{end}")
+    index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+    _write(folder / index, {"weight_map": {}})
+    with pytest.raises(CheckpointError, match="holds 2 saves of the same weights") as caught:
+        open_checkpoint(directory, variant=variant)
+    assert f"{stem}{end}" in str(caught.value) and index in str(caught.value)
+
+
+def test_two_files_of_weights_are_refused_whichever_library_they_are_for(directory: Path) -> None:
+    folder = directory / "transformer"
+    (folder / "model.safetensors").write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors and model.safetensors"):
+        open_checkpoint(directory)
+
+
+def test_other_variants_beside_a_save_are_not_another_save(directory: Path) -> None:
+    folder = directory / "transformer"
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    _write(folder / "diffusion_pytorch_model.safetensors.index.bf16.json", {"weight_map": {}})
+    _assert_same(open_checkpoint(directory).component("transformer").tensors, _saved(directory))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_without_their_index_are_not_taken_for_another_variant(
+    directory: Path, variant: str | None
+) -> None:
+    model = SanaTransformer2DModel.from_pretrained(directory / "transformer")
+    if variant is None:
+        _clear(directory / "transformer")
+    model.save_pretrained(directory / "transformer", max_shard_size="20KB", variant=variant)
+    next(iter((directory / "transformer").glob("*.index*"))).unlink()
+    with pytest.raises(CheckpointError, match=r"has shards, but of .* neither an index") as caught:
+        open_checkpoint(directory, variant=variant)
+    assert "index" in str(caught.value.hint)

@@ -120,7 +120,7 @@ def test_the_picture_from_the_graphs_with_t5_and_autoencoder_kl_matches_upstream
 @pytest.mark.parametrize(
     ("folder", "values", "message"),
     [
-        ("vae", {"_class_name": "AutoencoderTiny"}, "the VAE is 'AutoencoderTiny'"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "saved by 'AutoencoderTiny'"),
         ("vae", {"latent_channels": 4}, "the VAE's latents have 4 channels"),
         ("text_encoder", {"d_model": 64}, "the text encoder's states have 64 channels"),
     ],

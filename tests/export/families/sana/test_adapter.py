@@ -114,6 +114,7 @@ def test_a_resolution_that_is_not_a_whole_number_of_cells_is_refused(checkpoint:
 
 def test_an_unknown_transformer_is_refused_and_the_known_families_are_listed(checkpoint: Path) -> None:
     change(checkpoint / "transformer" / "config.json", _class_name="OtherTransformer2DModel")
+    change(checkpoint / "model_index.json", transformer=["diffusers", "OtherTransformer2DModel"])
     with pytest.raises(CheckpointError, match="OtherTransformer2DModel") as caught:
         find_adapter(open_checkpoint(checkpoint))
     assert "sana" in str(caught.value.hint)

@@ -76,9 +76,9 @@ def test_t5_can_be_left_out_and_its_tokens_are_zeros(checkpoint: Path) -> None:
 @pytest.mark.parametrize("missing", ["text_encoder", "text_encoder_2", "tokenizer_2", "tokenizer_3"])
 def test_a_missing_component_is_named(checkpoint: Path, missing: str) -> None:
     change(checkpoint / "model_index.json", **{missing: [None, None]})
-    with pytest.raises(CheckpointError, match=f"has no {missing}") as caught:
+    with pytest.raises(CheckpointError, match=f"no {missing}") as caught:
         plan(checkpoint)
-    assert "text_encoder_3 (T5) can be left out" in str(caught.value.hint)
+    assert "text_encoder_3" in str(caught.value.hint)
 
 
 def test_a_folder_that_the_index_names_but_that_does_not_exist_is_reported(checkpoint: Path) -> None:

@@ -1,0 +1,36 @@
+"""StableDiffusion3Pipeline, the pipeline that the SD3 family draws, and its relatives in diffusers 0.42.1."""
+
+from __future__ import annotations
+
+from ditc.export.families.common.pipeline import OtherPipeline, ServedPipeline
+
+_CLIP = ("transformers.CLIPTextModelWithProjection",)
+_PICTURE = OtherPipeline("it begins with a picture, and ditc begins with noise")
+_CONTROL = OtherPipeline("its control network is not computed")
+_PAG = OtherPipeline("its perturbed-attention guidance is not computed")
+_ADAPTER = "which IP-Adapter uses for prompts that are pictures"
+
+PIPELINE = ServedPipeline(
+    class_name="StableDiffusion3Pipeline",
+    components={
+        "transformer": ("diffusers.SD3Transformer2DModel",),
+        "scheduler": (),
+        "vae": ("diffusers.AutoencoderKL",),
+        "text_encoder": _CLIP,
+        "tokenizer": (),
+        "text_encoder_2": _CLIP,
+        "tokenizer_2": (),
+        "text_encoder_3": ("transformers.T5EncoderModel",),
+        "tokenizer_3": (),
+    },
+    optional=frozenset({"text_encoder_3", "tokenizer_3"}),
+    others={
+        "StableDiffusion3Img2ImgPipeline": _PICTURE,
+        "StableDiffusion3InpaintPipeline": _PICTURE,
+        "StableDiffusion3ControlNetPipeline": _CONTROL,
+        "StableDiffusion3ControlNetInpaintingPipeline": _CONTROL,
+        "StableDiffusion3PAGPipeline": _PAG,
+        "StableDiffusion3PAGImg2ImgPipeline": _PAG,
+    },
+    unused={"image_encoder": _ADAPTER, "feature_extractor": _ADAPTER},
+)
