@@ -85,7 +85,7 @@ def collect(
     _check_device(settings.device)
     reference = TorchModel(checkpoint, options=BuildOptions(precision=settings.precision))
     origin = _origin(reference, settings)
-    partial = out.with_name(f"{out.name}.unfinished")
+    partial = unfinished(out)
     index, count = settings.shard
     mine = [(number, prompt) for number, prompt in enumerate(prompts) if number % count == index]
     if not mine:
@@ -113,6 +113,11 @@ def collect(
     save_ranges(ranges, out)
     partial.unlink(missing_ok=True)
     return ranges
+
+
+def unfinished(out: Path) -> Path:
+    """Where ranges are kept until all prompts are done."""
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def _check_device(device: str) -> None:

@@ -10,13 +10,17 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
 
-from ditc.runtime.errors import DitcError, MissingExtra, UsageError
+from ditc.runtime.errors import DitcError, MissingExtra, OutputError, UsageError
+
+log = logging.getLogger(__name__)
 
 FAILED = 1
 USAGE = 2
@@ -91,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # find no PROMPT in `run BUNDLE --steps 2 PROMPT`.
         options = typed.parse_intermixed_args(arguments[place + 1 :])
         _configure_logging(options.verbose)
-        return _run(verb, module, options)
+        code = _run(verb, module, options)
+        sys.stdout.flush()  # so that a full disk is found here
+        return code
     except DitcError as error:
         report(error, as_json="--json" in arguments)
         return USAGE
@@ -102,6 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED
+    except OSError as error:  # a path that cannot be looked up, a full disk behind stdout
+        log.debug("the error came from here", exc_info=True)
+        if error.filename is None:
+            _discard_stdout()
+        report(_as_output_error(error), as_json=error.filename is not None and "--json" in arguments)
+        return USAGE
+
+
+def _as_output_error(error: OSError) -> OutputError:
+    """What the operating system refused, in words. Nearly everywhere, closer code has said more before."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return OutputError(f"cannot write the output: {reason}", hint="free some space, or write elsewhere")
+    return OutputError(f"{error.filename}: {reason}", hint="check the path and the permissions")
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
@@ -109,6 +129,12 @@ def _is_interrupt(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered for stdout nowhere; otherwise Python fails once more when it exits."""
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (not a path)
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def report(error: DitcError, *, as_json: bool = False) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from ditc.runtime.errors import OutputError
 
 # Space for a small result, such as a report. A full disk still lets empty files be made.
 SMALL_BYTES = 64 * 1024
+# At most so much is reserved for the check. Where reserving means writing, as on tmpfs, more would take long.
+RESERVED_BYTES = 64 * 1024**2
 
 
 def check_writable(path: Path, argument: str, *, needed_bytes: int = SMALL_BYTES) -> None:
@@ -39,7 +43,11 @@ def check_writable(path: Path, argument: str, *, needed_bytes: int = SMALL_BYTES
     try:
         # Not os.access, which says that root may write to /proc, where nobody can.
         with tempfile.TemporaryFile(dir=existing) as file:
-            _reserve(file.fileno(), needed_bytes)
+            _reserve(file.fileno(), min(needed_bytes, RESERVED_BYTES))
+        if shutil.disk_usage(existing).free < needed_bytes:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed_bytes / 1e6:.1f} MB are needed"
+            )
     except OSError as e:
         raise OutputError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e
 

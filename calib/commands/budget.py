@@ -41,6 +41,15 @@ class Files:
     table: Path
     curve: Path
 
+    @classmethod
+    def beside(cls, ranges: Path) -> Files:
+        """The files of the search with this file of ranges."""
+        return cls(
+            recipe=ranges.with_suffix(".mixed.json"),
+            table=ranges.with_suffix(".sensitivity.json"),
+            curve=ranges.with_suffix(".curve.svg"),
+        )
+
 
 def find_mixed(
     checkpoint: str | Path | Checkpoint,
@@ -94,11 +103,7 @@ def find_mixed(
 
 def write_result(result: Result, ranges: Path) -> Files:
     """Write the recipe, the table and the curve next to the file of ranges."""
-    files = Files(
-        recipe=ranges.with_suffix(".mixed.json"),
-        table=ranges.with_suffix(".sensitivity.json"),
-        curve=ranges.with_suffix(".curve.svg"),
-    )
+    files = Files.beside(ranges)
     save_recipe(result.recipe, files.recipe)
     save_result(result, files.table)
     write_atomic(files.curve, curve_svg(result))

@@ -131,7 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"output {arguments.output} is not a .safetensors file",
             hint="name it for example ranges.safetensors",
         )
-    check_writable(arguments.output, "-o")
+    for path in _written(arguments):
+        check_writable(path, "-o")
     if arguments.merge and arguments.budget is None:
         _merge(arguments)
         return 0
@@ -155,6 +156,21 @@ def run(arguments: argparse.Namespace) -> int:
     if budget is not None:
         _search(arguments, checkpoint, ranges, prompts, budget, formats)
     return 0
+
+
+def _written(arguments: argparse.Namespace) -> list[Path]:
+    """All files that will be written. Some have longer names than the one that was given."""
+    paths: list[Path] = [arguments.output]
+    if not arguments.merge:
+        from ditc.calib.collect import unfinished
+
+        paths.append(unfinished(arguments.output))
+    if arguments.budget is not None:
+        from ditc.calib.commands.budget import Files
+
+        files = Files.beside(arguments.output)
+        paths += [files.recipe, files.table, files.curve]
+    return paths
 
 
 def _measure(output: Path, checkpoint: Checkpoint, prompts: list[str], settings: Settings) -> Ranges:

@@ -23,6 +23,7 @@ from typing import TypeVar
 import filelock
 
 from ditc.export.build.build_key import FileHashes, digest, explain
+from ditc.export.build.layout import FOLDERS
 from ditc.export.build.records import EngineRecord, Inputs, Record, StageRecord
 from ditc.runtime.atomic import output_error, remove_leftovers, write_atomic
 from ditc.runtime.bundle.build_cost import FOLDER, record_path
@@ -126,16 +127,19 @@ def check_bundle_or_empty(out: Path) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Make the directory, and write a temporary file in it.
+    """Make the directory, and write a temporary file in it and in each folder that an earlier build made there.
 
     Raises:
-        OutputError: the directory cannot be made, or cannot be written to.
+        OutputError: the directory or a folder cannot be made, or cannot be written to.
     """
+    place = out / FOLDER
     try:
-        (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out / FOLDER).close()
+        place.mkdir(parents=True, exist_ok=True)
+        existing = [path for pattern in FOLDERS for path in sorted(out.glob(pattern))]
+        for place in (out / FOLDER, out, *existing):
+            tempfile.TemporaryFile(dir=place).close()
     except OSError as e:
-        raise OutputError(f"cannot write into {out}: {e.strerror}", hint=OUTPUT_HINT) from e
+        raise OutputError(f"cannot write into {place}: {e.strerror}", hint=OUTPUT_HINT) from e
 
 
 def as_ditc_error(error: OSError, out: Path) -> DitcError:

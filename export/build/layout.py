@@ -7,6 +7,8 @@ from pathlib import Path
 from ditc.runtime.spec import Backend, Precision
 
 GRAPHS, ENGINES, GOLDEN = "onnx", "engines", "golden"
+# Every folder of a bundle that builds write to. Those of tokenizers have the names of the checkpoint's components.
+FOLDERS = (GRAPHS, ENGINES, GOLDEN, "tokenizer*")
 
 
 def graph_path(bundle: Path, stage: str, precision: Precision, key: str) -> Path:

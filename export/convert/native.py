@@ -46,11 +46,12 @@ def convert(
         max_shard_bytes: largest size of a weight file, in bytes.
 
     Raises:
-        UsageError: an option is missing, or `out` exists.
+        UsageError: an option is missing, `out` exists, or it cannot be written.
         CheckpointError: the checkpoint is of no known family, is damaged, has wrong shapes, or has a value that does
             not fit the element type.
     """
     check_free(out)
+    check_writable(out, "OUT", needed_bytes=source.stat().st_size if source.is_file() else 0)
     native = read_native(source, ema=ema)
     layout = _layout_of(native)
     others = open_checkpoint(base, variant=variant) if base is not None else None
@@ -83,6 +84,7 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
             hint=f"these families have one: {', '.join(_layouts())}",
         )
     native = family.layout.to_native(checkpoint)
+    check_writable(out, "OUT", needed_bytes=sum(tensor.nbytes for tensor in native.values()))
     with safetensors_path(out, hint="choose another OUT") as partial:
         save_file({name: tensor.contiguous() for name, tensor in native.items()}, partial)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +15,7 @@ from ditc.runtime.errors import UsageError
 
 def check_free(out: Path) -> None:
     """Raise UsageError if the path exists."""
-    if out.exists():
+    if os.path.lexists(out):  # Path.exists raises for a name that is too long
         raise UsageError(f"{out} exists already", hint="give another name, or delete it first")
 
 

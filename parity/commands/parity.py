@@ -162,17 +162,18 @@ def run(arguments: argparse.Namespace) -> int:
     with progress_bar(settings, levels) as tick:
         context = _open(arguments, settings, saved, tick)
         report = run_parity(context, levels)
-        if arguments.save_reference is not None:
-            save_reference(arguments.save_reference, context)
-        if folder is not None:
-            save_polygraphy(folder, context)
-    _certify(arguments, context, report)
+    # The result of hours is shown first: a file that cannot be written must not take it along.
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
     else:
         sys.stdout.write(to_text(report))
     if arguments.html is not None:
         write_page(arguments.html, report)
+    _certify(arguments, context, report)
+    if arguments.save_reference is not None:
+        save_reference(arguments.save_reference, context)
+    if folder is not None:
+        save_polygraphy(folder, context)
     context.close()
     return 0 if report.passed else 1
 

@@ -20,11 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the hash of every file, sign the manifest, and print the path of the signature."""
+    """Check the hash of every file, sign the manifest, and print the path of the signature.
+
+    Hashing takes minutes for a large bundle, so the key and the place of the signature are checked before.
+    """
     from ditc.runtime.bundle.integrity import check_files
     from ditc.runtime.bundle.manifest import load_manifest
-    from ditc.runtime.bundle.signature import sign
+    from ditc.runtime.bundle.signature import SIGNATURE, load_private_key, sign
+    from ditc.runtime.files import check_writable
 
-    check_files(arguments.bundle, load_manifest(arguments.bundle).all_files())
+    manifest = load_manifest(arguments.bundle)
+    load_private_key(arguments.key)
+    check_writable(arguments.bundle / SIGNATURE, "bundle: sign a copy of it")
+    check_files(arguments.bundle, manifest.all_files())
     sys.stdout.write(f"{sign(arguments.bundle, arguments.key)}\n")
     return 0

@@ -82,6 +82,10 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, caps
     place.mkdir()
     assert main(["calibrate", "nowhere", "-o", str(place)]) == USAGE
     assert f"cannot write {place}: it is a directory" in capsys.readouterr().err
+    # The search's files have longer names than the ranges.
+    place = tmp_path / f"{'x' * 240}.safetensors"
+    assert main(["calibrate", "nowhere", "-o", str(place), "--budget", "psnr=40", "--merge", "r"]) == USAGE
+    assert "xxx.sensitivity.json: File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

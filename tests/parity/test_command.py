@@ -118,7 +118,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(
     assert f"cannot write {place}" in capsys.readouterr().err
 
 
-def test_the_report_is_printed_even_where_the_page_cannot_be_written(
+def test_the_report_is_printed_even_where_a_file_cannot_be_written(
     bundle, tiny_checkpoint, tmp_path, capsys, monkeypatch
 ) -> None:
     def full(*_: object) -> None:
@@ -126,10 +126,11 @@ def test_the_report_is_printed_even_where_the_page_cannot_be_written(
 
     monkeypatch.setattr("ditc.runtime.atomic.os.fsync", full)
     arguments = ["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, "--level", "graph"]
-    assert main([*arguments, "--html", str(tmp_path / "page.html")]) == 2
-    out, err = capsys.readouterr()
-    assert "PASS" in out
-    assert "No space left on device" in err
+    for option in ("--html", "--save-reference"):
+        assert main([*arguments, option, str(tmp_path / "result")]) == 2
+        out, err = capsys.readouterr()
+        assert "PASS" in out
+        assert "No space left on device" in err
 
 
 def test_a_reference_file_has_the_permissions_of_the_page(proven) -> None:

@@ -320,6 +320,15 @@ def test_a_missing_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is not a bundle" in errors(capsys)[0]
 
 
+def test_a_path_that_cannot_be_looked_up_is_an_error_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments in (["inspect", "x" * 256], ["run", "x" * 256, "cat"], ["verify", "x" * 256]):
+        assert main(arguments) == USAGE
+        error, hint = errors(capsys)
+        assert error.endswith("xxx: File name too long") and hint.startswith("hint: check the path")
+
+
 def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path), "--json"]) == USAGE
     result = json.loads(capsys.readouterr().out)
@@ -394,6 +403,18 @@ def test_a_missing_library_prints_its_pip_line(
     monkeypatch.setattr(cli.importlib, "import_module", no_torch)
     assert main(["build", "x", "-o", "y"]) == USAGE
     assert errors(capsys) == ["error: torch is not installed", 'hint: pip install "ditc[export]"']
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_behind_stdout_is_one_error(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "ditc.runtime.cli", "inspect", str(tiny_bundle), "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    error, hint = done.stderr.splitlines()
+    assert done.returncode == USAGE and error == "error: cannot write the output: No space left on device"
+    assert hint.startswith("hint: ")
 
 
 def test_a_closed_pipe_is_not_a_traceback(tiny_bundle: Path) -> None:

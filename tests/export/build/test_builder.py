@@ -316,6 +316,16 @@ def test_a_directory_without_write_permission_is_refused(tiny_checkpoint: Path, 
         build_bundle(tiny_checkpoint, tmp_path / "bundle", BuildOptions())
 
 
+def test_a_folder_of_an_earlier_build_that_cannot_be_written_to_is_refused_before_the_export(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".build").mkdir()
+    (tmp_path / "golden").touch()  # as little a folder to write to as one that another user owns
+    with pytest.raises(OutputError, match=r"cannot write into .*golden: Not a directory"):
+        build_bundle(tiny_checkpoint, tmp_path, BuildOptions())
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):

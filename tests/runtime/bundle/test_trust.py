@@ -166,6 +166,17 @@ def test_a_signed_bundle_is_run_and_an_unsigned_one_is_not(
     Pipeline.load(str(copy), require_signature=str(public)).close()
 
 
+def test_a_signature_that_cannot_be_made_is_refused_before_the_bundle_is_hashed(
+    copy: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditc.runtime.bundle.integrity.check_files", lambda *_: pytest.fail("it was hashed"))
+    assert "cannot be read as a PEM key" in refused(
+        capsys, "sign", str(copy), "--key", str(copy / "none.pem")
+    )
+    (copy / SIGNATURE).mkdir()
+    assert "manifest.sig: it is a directory" in refused(capsys, "sign", str(copy), "--key", str(keys[0]))
+
+
 def test_a_forged_manifest_does_not_fit_the_signature(copy: Path, keys: tuple[Path, Path]) -> None:
     """A forger can seal a manifest anew, but cannot sign it."""
     private, public = keys

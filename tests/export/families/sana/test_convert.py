@@ -292,6 +292,9 @@ def test_an_output_path_that_cannot_be_written_is_refused(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write"):
         convert_to_native("nowhere", tmp_path / "file" / "out.safetensors")
+    for place in (tmp_path / "file" / "out", tmp_path / ("x" * 256)):
+        with pytest.raises(UsageError, match="cannot write"):
+            convert(Path("nowhere.pth"), place, options=OPTIONS)
 
 
 def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
