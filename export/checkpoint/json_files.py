@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ditc.export.checkpoint.file_content import check_content
 from ditc.runtime.errors import CheckpointError
 
 # Configs and shard indices have a few MB at most. (A tokenizer.json can have tens of MB, but transformers reads it.)
@@ -16,8 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        CheckpointError: the file is missing, is larger than LARGEST_BYTES, is not JSON, or holds something other than
-            an object.
+        CheckpointError: the file is missing, is larger than LARGEST_BYTES, is not JSON (such as a Git LFS pointer), or
+            holds something other than an object.
     """
     try:
         size_bytes = path.stat().st_size
@@ -31,6 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
+        check_content(path)
         raise CheckpointError(f"{path} is not JSON: {error}", hint="fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(

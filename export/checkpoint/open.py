@@ -12,13 +12,15 @@ A diffusers directory holds a model_index.json, which names the components, and 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ditc.export.checkpoint.defaults import read_defaults
+from ditc.export.checkpoint.file_content import check_contents
 from ditc.export.checkpoint.foreign_weights import check_adapter, check_config, warn_of_loras
 from ditc.export.checkpoint.hub import fetch_snapshot, is_hub_id
 from ditc.export.checkpoint.json_files import read_json
@@ -28,6 +30,7 @@ from ditc.export.checkpoint.model_index import (
     config_as_opened,
     without_defaults,
 )
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.checkpoint.weights import has_variant, read_weights
 from ditc.runtime.errors import CheckpointError
@@ -36,6 +39,14 @@ log = logging.getLogger(__name__)
 
 TRANSFORMERS = "transformers"  # its configs name no class that it would be opened with
 NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".safetensors"})
+
+# The hints of errors about a whole component.
+INCOMPLETE = (
+    "fetch model_index.json and the component again, or save the whole pipeline. If `ditc convert` made the "
+    "checkpoint, convert again with --base, which names a diffusers checkpoint that has the component"
+)
+OTHER_NETWORK = "ditc does not compute such a network: the setting is part of the model, so do not change it"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,16 @@ class Component:
     tensors: TensorSource
     files: tuple[Path, ...]
     class_name: str = ""
+
+    @property
+    def place(self) -> Path:
+        """The file of the weights; the folder, if there are several files."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
+    def read_config(self, parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """What parse makes of the config. Its errors name the file."""
+        with naming(self.files[0].parent / "config.json", hint=OTHER_NETWORK):
+            return parse(self.config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +94,7 @@ class Checkpoint:
         if name not in self.components:
             raise CheckpointError(
                 f"{self.path} has no component {name!r}, only {', '.join(sorted(self.components))}",
-                hint="is this the checkpoint of another family?",
+                hint=INCOMPLETE,
             )
         return self.components[name]
 
@@ -123,6 +144,7 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
         if class_name.endswith("Scheduler"):
             scheduler_config = _scheduler_config(directory / "scheduler_config.json", class_name)
         elif "Tokenizer" in class_name:
+            check_contents(directory)
             tokenizers[name] = directory
         elif not class_name.endswith(("Processor", "FeatureExtractor")):
             components[name] = open_component(directory, variant=variant, opened_as=opened_as)
@@ -173,10 +195,15 @@ def check_finite(component: Component) -> None:
     Raises:
         CheckpointError: a tensor holds NaN or Inf; the error gives the tensor's name and their count.
     """
-    for name in component.tensors:
-        if not component.tensors.dtype(name).is_floating_point:
+    with naming(component.place):
+        _check_finite(component.tensors)
+
+
+def _check_finite(tensors: TensorSource) -> None:
+    for name in tensors:
+        if not tensors.dtype(name).is_floating_point:
             continue
-        tensor = component.tensors[name]
+        tensor = tensors[name]
         if tensor.dtype.itemsize == 1:
             tensor = tensor.to(torch.float16)  # torch has no isfinite for 8-bit floats
         # A NaN or Inf shows in the smallest or the largest value. Finding these needs no copy of the tensor, while
@@ -186,7 +213,7 @@ def check_finite(component: Component) -> None:
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise CheckpointError(
-                f"{component.name}: {name} has {bad} of {tensor.numel()} values that are NaN or Inf",
+                f"{name} has {bad} of {tensor.numel()} values that are NaN or Inf",
                 hint="the checkpoint is damaged or its training diverged; fetch it again",
             )
 

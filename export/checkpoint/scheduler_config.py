@@ -10,6 +10,9 @@ import numpy as np
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.schedulers import FinalSigmas, SchedulerKind, SchedulerParams, SolverType
 
+# Where the config is in a checkpoint, for messages.
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+
 _DPMSOLVER_CLASS = "DPMSolverMultistepScheduler"
 _EULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 

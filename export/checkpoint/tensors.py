@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ditc.export.checkpoint.file_content import check_content
 from ditc.runtime.errors import CheckpointError
 
 # Element types by their names in the safetensors format (its README, section "Format"; F8_* since version 0.4).
@@ -102,7 +103,12 @@ def read_safetensors(path: Path) -> dict[str, TensorEntry]:
     try:
         file: Any = safe_open(path, framework="pt")  # untyped in safetensors 0.8
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}", hint=_hint(path)) from error
+        check_content(path)
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}",
+            hint=f"the file has {path.stat().st_size} bytes: the download was cut off, or the file has another format; "
+            "fetch it again",
+        ) from error
     return {name: _entry(path, file, name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
 
 
@@ -115,11 +121,3 @@ def _entry(path: Path, file: Any, name: str) -> TensorEntry:
             hint=f"the known types are {', '.join(TORCH_DTYPES)}",
         )
     return TensorEntry(tuple(view.get_shape()), dtype, lambda: file.get_tensor(name))
-
-
-def _hint(path: Path) -> str:
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            return "this is a Git LFS pointer: run `git lfs pull` in the checkpoint's directory"
-    size_bytes = path.stat().st_size
-    return f"the file has {size_bytes} bytes: the download was cut off, or the file has another format; fetch it again"

@@ -38,7 +38,13 @@ class NativeOptions:
 
 
 class NativeLayout(Protocol):
-    """One family's own file layout: `LAYOUT` in the family's convert.py."""
+    """One family's own file layout: `LAYOUT` in the family's convert.py.
+
+    Attributes:
+        needed: the components, besides transformer and scheduler, without which no bundle can be built.
+    """
+
+    needed: Collection[str]
 
     def recognises(self, names: Collection[str]) -> bool:
         """Whether a file with tensors of these names belongs to the family, even if it cannot be converted."""

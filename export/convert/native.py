@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from ditc.export import families
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.checkpoint.tensors import TensorSource
@@ -17,6 +19,8 @@ from ditc.export.convert.writer import MAX_SHARD_BYTES
 from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.files import check_writable
+
+log = logging.getLogger(__name__)
 
 # How the names of the blocks begin in every diffusers transformer that ditc knows.
 DIFFUSERS_PREFIX = "transformer_blocks."
@@ -53,11 +57,20 @@ def convert(
     check_free(out)
     check_writable(out, "OUT", needed_bytes=source.stat().st_size if source.is_file() else 0)
     native = read_native(source, ema=ema)
-    layout = _layout_of(native)
+    with naming(source):
+        layout = _layout_of(native)
     others = open_checkpoint(base, variant=variant) if base is not None else None
-    with atomic_folder(out) as directory:
+    with atomic_folder(out) as directory, naming(source):
         layout.write_directory(
             native, directory, options=options, base=others, max_shard_bytes=max_shard_bytes
+        )
+    missing = sorted(name for name in layout.needed if not (out / name).is_dir())
+    if missing:
+        log.warning(
+            "%s has no %s, which a build needs: convert again with --base, which names a diffusers checkpoint that has "
+            "them",
+            out,
+            ", ".join(missing),
         )
     return out
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ditc.export.checkpoint.file_content import check_content
 from ditc.export.checkpoint.plain_weights import plain_weights
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource, read_safetensors
 from ditc.runtime.errors import CheckpointError
@@ -58,6 +59,7 @@ def read_native(path: Path, *, ema: bool = False) -> TensorSource:
             f"{path} does not end in .safetensors or in one of {', '.join(sorted(TORCH_SUFFIXES))}",
             hint="rename the file to the name under which it was released",
         )
+    check_content(path, torch_is_right=True)
     tensors = _state_dict(path, _load(path), ema)
     return plain_weights(path, {name: _entry(tensor) for name, tensor in tensors.items()})
 

@@ -39,7 +39,7 @@ def load_gemma2(
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            f"config.json's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
             hint="the text encoder must be a Gemma-2",
         )
     with init_empty_weights(include_buffers=False):

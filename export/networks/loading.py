@@ -18,6 +18,7 @@ from ditc.runtime.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
 Transform = Literal["identity", "reshape"]
+SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,14 +161,19 @@ def _fitted(
 
 
 def _check_names(wanted: set[str], found: set[str]) -> None:
-    for names, what in ((wanted - found, "lacks"), (found - wanted, "has an unknown tensor")):
-        if names:
-            first = sorted(names)
-            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
-            raise CheckpointError(
-                f"the checkpoint {what} {', '.join(first[:3])}{more}",
-                hint="config.json and the weights belong to different models, or the file belongs to another family",
-            )
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    what = [f"lacks {_some(missing)}"] if missing else []
+    if unknown:
+        what.append(f"has {'an unknown tensor' if len(unknown) == 1 else 'unknown tensors'} {_some(unknown)}")
+    if what:
+        raise CheckpointError(
+            f"the component {' and '.join(what)}",
+            hint="config.json and the weights belong to different models, or the file belongs to another family",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _state(module: nn.Module, name: str) -> Tensor:

@@ -40,7 +40,7 @@ def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: tor
         )
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"the text encoder's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            f"config.json's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
             hint="it must be a T5EncoderModel",
         )
     with init_empty_weights(include_buffers=False):

@@ -18,6 +18,8 @@ NATIVE, DIFFUSERS = "toy.w", "toys.0.weight"
 class ToyLayout:
     """One tensor each way."""
 
+    needed: Collection[str] = ()
+
     def recognises(self, names: Collection[str]) -> bool:
         return NATIVE in names
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ditc.export.checkpoint.model_index import component_classes, pipeline_class
-from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.open import INCOMPLETE, Checkpoint
 from ditc.runtime.errors import CheckpointError
 
 # The library of the classes that ditc itself defines, for families that upstream has no checkpoint layout for.
@@ -70,8 +70,7 @@ def check_pipeline(checkpoint: Checkpoint, served: ServedPipeline) -> None:
             )
             raise CheckpointError(
                 f"{checkpoint.path} has no {name}, which a {served.class_name} needs: model_index.json {entry}",
-                hint=f"fetch model_index.json and {name}/ again, or save the whole pipeline; "
-                + _what_may_be_left_out(served),
+                hint=f"{INCOMPLETE}; {_what_may_be_left_out(served)}",
             )
     for name, opened_as in found.items():
         if name in served.unused:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from tokenizers import Tokenizer as RustTokenizer
+from torch import nn
 
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
-from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
@@ -89,11 +90,14 @@ class LucidrainsMMDiTAdapter:
         """
         check_pipeline(checkpoint, PIPELINE)
         check_precision(options, "lucidrains/mmdit")
-        transformer = MMDiTConfig.from_json(checkpoint.component("transformer").config)
+        transformer = checkpoint.component("transformer").read_config(MMDiTConfig.from_json)
         vae = _autoencoder(checkpoint.component("vae"))
         _check_widths(checkpoint, transformer, vae)
         text = _text_spec(checkpoint)
-        scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+        with naming(checkpoint.path / SCHEDULER_FILE):
+            scheduler = scheduler_params(
+                checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale
+            )
         defaults = defaults_of(
             checkpoint.defaults,
             transformer.sample_size * vae.scale_factor,
@@ -119,28 +123,35 @@ class LucidrainsMMDiTAdapter:
         """Load one stage with its weights."""
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
-        if COMPONENTS[stage] != "transformer":
-            return stage_module(_load_companion(component, stage_plan), component, stage_plan)
-        dtype = TORCH_DTYPES[stage_plan.precision]
-        config = MMDiTConfig.from_json(component.config)
-        conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
-        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
-        if stage == DENOISER:
-            module = wrap(denoiser, dtype=dtype, contract=plan.step)
+        with naming(component.place):
+            module = _load(component, plan, stage)
         return stage_module(module, component, stage_plan)
 
 
 ADAPTER: Adapter = LucidrainsMMDiTAdapter()
 
 
+def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
+    """Load the stage's module with the component's weights."""
+    stage_plan = plan.stages[stage]
+    if COMPONENTS[stage] != "transformer":
+        return _load_companion(component, stage_plan)
+    dtype = TORCH_DTYPES[stage_plan.precision]
+    config = MMDiTConfig.from_json(component.config)
+    conditioner, denoiser = load_mmdit(config, component.tensors, dtype)
+    if stage == DENOISER:
+        return wrap(denoiser, dtype=dtype, contract=plan.step)
+    return conditioner if stage == CONDITIONER else denoiser
+
+
 def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
     """The settings of the autoencoder's class."""
     if component.class_name == AUTOENCODER_KL:
-        return AutoencoderKlConfig.from_json(component.config)
-    return DcAeConfig.from_json(component.config)
+        return component.read_config(AutoencoderKlConfig.from_json)
+    return component.read_config(DcAeConfig.from_json)
 
 
-def _load_companion(component: Component, plan: StagePlan) -> torch.nn.Module:
+def _load_companion(component: Component, plan: StagePlan) -> nn.Module:
     """Load the text encoder, or one half of the VAE, of the kind that its config names."""
     dtype = TORCH_DTYPES[plan.precision]
     if plan.spec.name == TEXT_ENCODER and component.config.get("model_type") == T5:
@@ -166,7 +177,7 @@ def _check_widths(
     ):
         if found != wanted:
             raise CheckpointError(
-                f"{what} {found} channels, but the transformer's config asks for {wanted}",
+                f"{checkpoint.path}: {what} {found} channels, but the transformer's config asks for {wanted}",
                 hint="the components belong to different models, or transformer/config.json is wrong",
             )
 
@@ -197,6 +208,8 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     The padding is masked.
     """
     tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
+    with naming(checkpoint.tokenizers["tokenizer"]):
+        pad_token_id = pad_token(tokenizer)
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     return TextSpec(
         stage=TEXT_ENCODER,
@@ -205,5 +218,5 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         max_length=length,
         negative_max_length=length,
         length=length,
-        pad_token_id=pad_token(tokenizer),
+        pad_token_id=pad_token_id,
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer as RustTokenizer
+from torch import nn
 
-from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.export.checkpoint.naming import naming
+from ditc.export.checkpoint.open import Checkpoint, Component
+from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
 from ditc.export.checkpoint.tokenizer import tokenizer_json
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.companions import (
@@ -94,11 +95,14 @@ class SanaAdapter:
             UsageError: the precision or the resolution is not available.
         """
         check_pipeline(checkpoint, PIPELINE)
-        transformer = SanaConfig.from_json(checkpoint.component("transformer").config)
-        vae = DcAeConfig.from_json(checkpoint.component("vae").config)
+        transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
+        vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
         check_precision(options, "Sana")
         text = _text_spec(checkpoint)
-        scheduler = scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+        with naming(checkpoint.path / SCHEDULER_FILE):
+            scheduler = scheduler_params(
+                checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale
+            )
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         sizes = latent_ranges(defaults, latents)
@@ -124,17 +128,24 @@ class SanaAdapter:
         """Load one stage with its weights."""
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
-        if COMPONENTS[stage] != "transformer":
-            return stage_module(load_companion(component, stage_plan), component, stage_plan)
-        dtype = TORCH_DTYPES[stage_plan.precision]
-        conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
-        module: torch.nn.Module = conditioner if stage == CONDITIONER else denoiser
-        if stage == DENOISER:
-            module = wrap(denoiser, dtype=dtype, contract=plan.step)
+        with naming(component.place):
+            module = _load(component, plan, stage)
         return stage_module(module, component, stage_plan)
 
 
 ADAPTER: Adapter = SanaAdapter()
+
+
+def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
+    """Load the stage's module with the component's weights."""
+    stage_plan = plan.stages[stage]
+    if COMPONENTS[stage] != "transformer":
+        return load_companion(component, stage_plan)
+    dtype = TORCH_DTYPES[stage_plan.precision]
+    conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
+    if stage == DENOISER:
+        return wrap(denoiser, dtype=dtype, contract=plan.step)
+    return conditioner if stage == CONDITIONER else denoiser
 
 
 def _facts(
@@ -169,6 +180,8 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
     prefix = "\n".join(lines) if lines else ""
     tokenizer = RustTokenizer.from_str(tokenizer_json(directory))
+    with naming(directory):
+        pad_token_id = pad_token(tokenizer)
     # Upstream subtracts 2: the <bos> that is counted with the instruction, and one token of slack.
     longest = len(tokenizer.encode(prefix).ids) + length - 2 if prefix else length
     return TextSpec(
@@ -181,7 +194,7 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         length=length,
         lower=True,
         strip=True,
-        pad_token_id=pad_token(tokenizer),
+        pad_token_id=pad_token_id,
         select=Select(first=1, last=length - 1) if prefix else None,
     )
 

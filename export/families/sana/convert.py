@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.convert.layout import DTYPES, NativeLayout, NativeOptions
@@ -20,6 +21,8 @@ from ditc.runtime.errors import CheckpointError
 
 class SanaLayout:
     """The layout of NVlabs/Sana's files, which hold only the transformer (of Sana, SANA-1.5 or SANA-Sprint)."""
+
+    needed: Collection[str] = ("text_encoder", "tokenizer", "vae")
 
     def recognises(self, names: Collection[str]) -> bool:
         """Whether the names are those of a Sana network. SANA-Video is one too, and is refused later by name."""
@@ -55,13 +58,15 @@ class SanaLayout:
 
     def to_native(self, checkpoint: Checkpoint) -> TensorSource:
         """The transformer's tensors under NVlabs' names. Training-only tensors cannot be restored."""
-        tensors = checkpoint.component("transformer").tensors
+        transformer = checkpoint.component("transformer")
+        tensors = transformer.tensors
         keys = SanaKeys(
             num_layers=sum(name.endswith(".attn1.to_q.weight") for name in tensors),
             qk_norm=any(name.endswith(".norm_q.weight") for name in tensors),
             guidance_embeds=any(".guidance_embedder." in name for name in tensors),
         )
-        return to_native(tensors, keys)
+        with naming(transformer.place):
+            return to_native(tensors, keys)
 
 
 LAYOUT: NativeLayout = SanaLayout()

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
-from ditc.export.checkpoint.scheduler_config import scheduler_params
+from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.pipeline import check_pipeline
 from ditc.export.families.common.specs import TORCH_DTYPES, check_precision, latent_ranges, step_contract
@@ -52,11 +53,13 @@ class Sd3Adapter:
         """
         check_pipeline(checkpoint, PIPELINE)
         check_precision(options, "SD3")
-        transformer = Sd3Config.from_json(checkpoint.component("transformer").config)
-        vae = AutoencoderKlConfig.from_json(checkpoint.component("vae").config)
+        transformer = checkpoint.component("transformer").read_config(Sd3Config.from_json)
+        vae = checkpoint.component("vae").read_config(AutoencoderKlConfig.from_json)
         encoders = read_text_encoders(checkpoint)
-        check_widths(transformer, encoders, vae.latent_channels)
-        scheduler = scheduler_params(checkpoint.scheduler_config)
+        with naming(checkpoint.path):
+            check_widths(transformer, encoders, vae.latent_channels)
+        with naming(checkpoint.path / SCHEDULER_FILE):
+            scheduler = scheduler_params(checkpoint.scheduler_config)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         defaults = make_defaults(checkpoint.defaults, transformer, latents, options)
         sizes = latent_ranges(defaults, latents, largest=transformer.largest_side)
@@ -79,7 +82,8 @@ class Sd3Adapter:
         if stage == CONDITIONER:
             return StageModule(spec=spec, precision=precision, module=_joint_text(plan), weights=())
         component = checkpoint.component(plan.stages[stage].components[0])
-        module = _load(component, plan, stage)
+        with naming(component.place):
+            module = _load(component, plan, stage)
         integers: Mapping[str, int] = {}
         if stage in TOKENIZERS:
             integers = {"input_ids": int(component.config["vocab_size"])}

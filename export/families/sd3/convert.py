@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.export.convert import kl_keys
@@ -32,6 +33,8 @@ Part = tuple[dict[str, Any], TensorSource]
 
 class StabilityLayout:
     """The layout of Stability's files, which hold the transformer and, in most cases, the VAE and text encoders."""
+
+    needed: Collection[str] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
     def recognises(self, names: Collection[str]) -> bool:
         """Whether the names are those of an SD3 network."""
@@ -70,7 +73,8 @@ class StabilityLayout:
 
     def to_native(self, checkpoint: Checkpoint) -> TensorSource:
         """The transformer, and the VAE if there is one, under Stability's names and prefixes."""
-        tensors = checkpoint.component("transformer").tensors
+        transformer = checkpoint.component("transformer")
+        tensors = transformer.tensors
         keys = Sd3Keys(
             num_layers=sum(name.endswith(".attn.to_q.weight") for name in tensors),
             qk_norm=any(name.endswith(".attn.norm_q.weight") for name in tensors),
@@ -78,10 +82,13 @@ class StabilityLayout:
                 sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".attn2.to_q.weight"))
             ),
         )
-        parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
+        with naming(transformer.place):
+            parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
         if "vae" in checkpoint.components:
-            vae = checkpoint.component("vae").tensors
-            parts[stability.VAE] = kl_keys.to_native(vae, kl_keys.kl_keys_of_diffusers(vae))
+            vae = checkpoint.component("vae")
+            with naming(vae.place):
+                names = kl_keys.kl_keys_of_diffusers(vae.tensors)
+                parts[stability.VAE] = kl_keys.to_native(vae.tensors, names)
         entries: dict[str, TensorEntry] = {
             prefix + name: source.entry(name) for prefix, source in parts.items() for name in source
         }

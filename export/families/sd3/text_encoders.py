@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tokenizer import tokenizer_facts
 from ditc.runtime.errors import CheckpointError
@@ -92,7 +93,8 @@ def read_text_encoders(checkpoint: Checkpoint) -> TextEncoders:
         CheckpointError: T5 has no tokenizer, or a text has more tokens than its encoder can read.
     """
     configs = _configs(checkpoint)
-    length = _sequence_length(checkpoint.defaults)
+    with naming(checkpoint.path / "ditc.json"):
+        length = _sequence_length(checkpoint.defaults)
     text = tuple(_text(checkpoint, stage, config, length) for stage, config in configs.items())
     return TextEncoders(configs=configs, text=text, sequence_length=length)
 
@@ -113,7 +115,7 @@ def _sequence_length(given: Mapping[str, Any]) -> int:
     length = int(given.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     if length > LONGEST_SEQUENCE:
         raise CheckpointError(
-            f"max_sequence_length is {length} in ditc.json, but a T5 text has at most {LONGEST_SEQUENCE} tokens",
+            f"max_sequence_length is {length}, but a T5 text has at most {LONGEST_SEQUENCE} tokens",
             hint=f"set at most {LONGEST_SEQUENCE}, or leave it out for {MAX_SEQUENCE_LENGTH}",
         )
     return length
@@ -130,7 +132,8 @@ def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequenc
         longest = int(config["max_position_embeddings"])
         if length > longest:
             raise CheckpointError(
-                f"{TOKENIZERS[CLIP_L]} gives {length} tokens, but {stage} has only {longest} positions",
+                f"{checkpoint.tokenizers[TOKENIZERS[CLIP_L]]} gives {length} tokens, but {stage} has only {longest} "
+                "positions",
                 hint="set model_max_length in tokenizer_config.json: CLIP's is 77",
             )
     return TextSpec(

@@ -160,7 +160,7 @@ def test_a_value_that_is_not_finite_is_found_and_its_tensor_named(directory: Pat
     weights["caption_projection.linear_1.weight"][1, 2] = bad
     save_file(weights, path)
     transformer = open_checkpoint(directory).component("transformer")
-    with pytest.raises(CheckpointError, match=r"transformer: caption_projection.linear_1.weight has 1 of"):
+    with pytest.raises(CheckpointError, match=r"transformer/.*: caption_projection.linear_1.weight has 1 of"):
         check_finite(transformer)
 
 
