@@ -59,9 +59,13 @@ class FileHashes:
         self._known: dict[str, Any] = {}
         if store.is_file():
             try:
-                self._known = json.loads(store.read_bytes())
-            except ValueError:
-                self._known = {}  # an unreadable store only means that files are hashed once more
+                known = json.loads(store.read_bytes())
+            except (OSError, ValueError, RecursionError):
+                known = None
+            # An unreadable store only means that files are hashed once more.
+            self._known = (
+                {name: v for name, v in known.items() if _is_known(v)} if isinstance(known, dict) else {}
+            )
 
     def of(self, path: Path) -> str:
         """The file's sha256. It is computed only if the file's size, mtime or inode has changed."""
@@ -80,6 +84,11 @@ class FileHashes:
     def save(self) -> None:
         """Write the hashes to disk for the next build."""
         write_atomic(self._store, json.dumps(self._known), durable=False)
+
+
+def _is_known(value: object) -> bool:
+    """Whether a value of the store is what `FileHashes.of` keeps: size, mtime, inode and hash."""
+    return isinstance(value, list) and len(value) == 4 and isinstance(value[3], str)
 
 
 def explain(old: Any, new: Any) -> str:

@@ -152,9 +152,11 @@ def known_measurement(bundle: Path, manifest: Manifest, artifact: str) -> Measur
 def save_measurement(measurement: Measurement, bundle: Path) -> Path:
     """Add it to quantized.json beside the manifest, where it replaces an older one of the same artifact and machine."""
     path = bundle / FILE
-    known = json.loads(path.read_bytes()) if path.is_file() else []
     slot = (measurement.artifact, measurement.machine)
-    kept = [entry for entry in known if (entry["artifact"], entry["machine"]) != slot]
+    try:
+        kept = [e for e in json.loads(path.read_bytes()) if (e["artifact"], e["machine"]) != slot]
+    except (OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged: it is made anew
+        kept = []
     return write_atomic(path, json.dumps([*kept, to_json(measurement)], indent=1) + "\n")
 
 

@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:
     """Write the result into certificate.json, unless levels were left out: such a run does not prove the bundle."""
     from ditc.parity.report.text import certificate_lines
-    from ditc.runtime.bundle.certificate import load_certificate, record, save_certificate
+    from ditc.runtime.bundle.certificate import add_record, load_certificate, record
     from ditc.runtime.machine import this_machine
 
     if arguments.level or not context.candidate.artifacts:
@@ -189,12 +189,14 @@ def _certify(arguments: argparse.Namespace, context: Context, report: Report) ->
     manifest = context.candidate.manifest
     reference = {key: str(value) for key, value in report.subject.items() if key in ("checkpoint", "weights")}
     result = record(report.passed, certificate_lines(report), reference)
-    certificate = load_certificate(arguments.bundle, manifest)
-    here = this_machine()
-    known = next((e.parity for e in certificate.of(context.candidate.artifacts) if e.machine == here), None)
+    entries, here = (
+        load_certificate(arguments.bundle, manifest).of(context.candidate.artifacts),
+        this_machine(),
+    )
+    known = next((entry.parity for entry in entries if entry.machine == here), None)
     if known is not None and known.passed and result.passed and known.checked > result.checked:
         return  # a run with a reference file shows less than the one with the checkpoint did
-    save_certificate(arguments.bundle, certificate.with_record(context.candidate.artifacts, parity=result))
+    add_record(arguments.bundle, manifest, context.candidate.artifacts, parity=result)
 
 
 def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:

@@ -7,12 +7,16 @@
 It is a file of its own because the manifest never changes after the build. There is one entry per artifact set and
 machine. Parity needs the checkpoint and PyTorch. A self-test needs only the bundle, and extends a parity result to
 another machine. A certificate with the digest of another manifest is ignored.
+
+Drawing does not need the file. If it is damaged or cannot be written, a warning says so and the work goes on. It is
+replaced as a whole, so several machines may share it. Of two that write at the same moment, one may lose its record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,8 +25,10 @@ from pathlib import Path
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest
-from ditc.runtime.errors import BundleError
+from ditc.runtime.errors import BundleError, OutputError
 from ditc.runtime.machine import Machine, library_versions, this_machine
+
+log = logging.getLogger(__name__)
 
 CERTIFICATE = "certificate.json"
 
@@ -108,19 +114,17 @@ class Certificate:
 def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
     """Read the bundle's certificate. It is empty if there is no file, or if the file belongs to another manifest.
 
-    Raises:
-        BundleError: the file is damaged.
+    It is also empty, with a warning, if the file is damaged or cannot be read.
     """
-    path = bundle / CERTIFICATE
+    path, empty = bundle / CERTIFICATE, Certificate(manifest=manifest.digest)
     if not path.is_file():
-        return Certificate(manifest=manifest.digest)
+        return empty
     try:
         certificate = from_json(Certificate, json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as e:  # Mismatch is a ValueError
-        raise BundleError(
-            f"{path} is not a certificate: {e}", hint="remove it and run ditc parity again"
-        ) from e
-    return certificate if certificate.manifest == manifest.digest else Certificate(manifest=manifest.digest)
+    except (OSError, ValueError, RecursionError) as e:  # Mismatch is a ValueError
+        log.warning("%s is ignored, because it is not a certificate: %s", path, e)
+        return empty
+    return certificate if certificate.manifest == manifest.digest else empty
 
 
 def save_certificate(bundle: Path, certificate: Certificate) -> Path:
@@ -131,6 +135,23 @@ def save_certificate(bundle: Path, certificate: Certificate) -> Path:
     """
     text = json.dumps(to_json(certificate), indent=1, ensure_ascii=False) + "\n"
     return write_atomic(bundle / CERTIFICATE, text, hint="make the bundle's folder writable")
+
+
+def add_record(
+    bundle: Path,
+    manifest: Manifest,
+    artifacts: Mapping[str, Artifact],
+    *,
+    parity: Record | None = None,
+    self_test: Record | None = None,
+) -> None:
+    """Write a new record for this machine into certificate.json, or warn that it cannot be kept there."""
+    certificate = load_certificate(bundle, manifest)
+    try:
+        save_certificate(bundle, certificate.with_record(artifacts, parity=parity, self_test=self_test))
+    except OutputError as e:
+        kind = "parity" if parity is not None else "the self-test"
+        log.warning("the result of %s is not kept, so it has to run again here: %s (%s)", kind, e, e.hint)
 
 
 def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] | None = None) -> Record:

@@ -1,18 +1,11 @@
-"""The self-test of a bundle: runs every stage on its golden inputs, and writes the result into certificate.json."""
+"""The self-test of a bundle: runs every stage on its golden inputs. certificate.json keeps the result if it can."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ditc.runtime.bundle.certificate import (
-    Certificate,
-    Line,
-    Record,
-    load_certificate,
-    record,
-    save_certificate,
-)
+from ditc.runtime.bundle.certificate import Line, Record, add_record, load_certificate, record
 from ditc.runtime.bundle.golden import read_golden, self_test
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, Manifest
@@ -50,15 +43,6 @@ def run_self_test(
     return record(passed, tuple(lines), {"golden": manifest.digest})
 
 
-def certify(
-    bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], result: Record
-) -> Certificate:
-    """Write the result of a self-test on this machine into the certificate."""
-    certificate = load_certificate(bundle, manifest).with_record(artifacts, self_test=result)
-    save_certificate(bundle, certificate)
-    return certificate
-
-
 def first_use(
     bundle: Path, manifest: Manifest, sessions: Mapping[str, Session], artifacts: Mapping[str, Artifact]
 ) -> None:
@@ -79,7 +63,7 @@ def first_use(
     ):
         return
     result = run_self_test(bundle, manifest, sessions, artifacts)
-    certify(bundle, manifest, artifacts, result)
+    add_record(bundle, manifest, artifacts, self_test=result)
     broken = next((line for line in result.lines if line.passed is False), None)
     if broken is not None:
         raise NumericsError(

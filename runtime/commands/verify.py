@@ -85,7 +85,8 @@ def _self_test(bundle: Path, options: LoadOptions) -> Record:
     """Run the self-test, and write its result for this machine into the certificate."""
     from rich.console import Console
 
-    from ditc.runtime.bundle.selftest import certify, run_self_test
+    from ditc.runtime.bundle.certificate import add_record
+    from ditc.runtime.bundle.selftest import run_self_test
     from ditc.runtime.loader import load_parts
 
     with Console(stderr=True, highlight=False).status("opening the stages") as status:
@@ -97,5 +98,5 @@ def _self_test(bundle: Path, options: LoadOptions) -> Record:
             parts.artifacts,
             on_stage=lambda stage: status.update(f"self-test: {stage}"),
         )
-    certify(bundle, parts.manifest, parts.artifacts, result)
+    add_record(bundle, parts.manifest, parts.artifacts, self_test=result)
     return result

@@ -53,8 +53,15 @@ def kernel_cache(folder: Path, *, gpu: str, driver: str, library: str, engine: s
     return KernelCache(folder / f"{name}.bin")
 
 
-def cache_folder() -> Path:
-    """The folder of the kernel caches, inside the user's folder for caches."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ditc" / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditc" / "kernels"
+def cache_folder() -> Path | None:
+    """The folder of the kernel caches, inside the user's folder for caches.
+
+    None if this user has no home folder, as in a container that runs under a number without a name.
+    """
+    variable, usual = (
+        ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    )
+    try:
+        return Path(os.environ.get(variable) or Path.home() / usual) / "ditc" / "kernels"
+    except RuntimeError:  # from Path.home()
+        return None

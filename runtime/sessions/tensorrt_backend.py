@@ -38,12 +38,17 @@ def open_stage(
         SessionError: the engine is not for this GPU, library or driver, or the file is damaged.
     """
     gpu, shared = find_gpu(), device if device is not None else open_device()
-    kernels = kernel_cache(
-        cache_folder(),
-        gpu=gpu.name if gpu is not None else "",
-        driver=driver_version(),
-        library=library_version(row.name) or "",
-        engine=artifact.key,
+    folder = cache_folder()
+    kernels = (
+        None
+        if folder is None
+        else kernel_cache(
+            folder,
+            gpu=gpu.name if gpu is not None else "",
+            driver=driver_version(),
+            library=library_version(row.name) or "",
+            engine=artifact.key,
+        )
     )
     engine = TensorRTEngine(
         model,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +16,23 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.bundle.certificate import (
     Certificate,
     Line,
+    add_record,
     load_certificate,
     record,
     save_certificate,
     why_uncertified,
 )
 from ditc.runtime.bundle.golden import read_golden, self_test
+from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.cli import main
 from ditc.runtime.errors import BundleError
 from ditc.runtime.loader import choose
 from ditc.runtime.machine import this_machine
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.session import ComputeDevice
+from ditc.runtime.sessions.onnxruntime import DEVICES
 from ditc.runtime.spec import DENOISER
 
 PASSED = record(True, (Line(name="stage", metric="relative L2", value=1e-7, bound=1e-5, passed=True),))
@@ -120,9 +127,49 @@ def test_a_certificate_of_another_manifest_is_ignored(bundle) -> None:
     artifacts, _ = choose(manifest)
     save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=PASSED))
     assert load_certificate(bundle, manifest).entries == ()
-    (bundle / "certificate.json").write_text('{"manifest": 3}')
-    with pytest.raises(BundleError, match="is not a certificate"):
-        load_certificate(bundle, manifest)
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"manifest": 3}', "[" * 100_000])
+def test_a_damaged_certificate_is_a_warning_and_the_next_result_replaces_it(
+    bundle, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    (bundle / "certificate.json").write_text(damaged)
+    Pipeline.load(bundle, threads=1).close()
+    assert "is ignored, because it is not a certificate" in caplog.text
+    with pytest.raises(BundleError, match="no parity result"):
+        Pipeline.load(bundle, threads=1, require_certificate=True)
+    manifest = load_manifest(bundle)
+    artifacts, _ = choose(manifest)
+    add_record(bundle, manifest, artifacts, self_test=PASSED)
+    assert [entry.self_test for entry in load_certificate(bundle, manifest).entries] == [PASSED]
+
+
+def test_a_certificate_that_cannot_be_written_stops_neither_the_first_use_nor_the_result(
+    bundle, caplog: pytest.LogCaptureFixture, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundle / "certificate.json").mkdir()  # stands for read-only storage, which the superuser could write to
+    monkeypatch.setitem(DEVICES, "CPUExecutionProvider", ComputeDevice(kind="cuda", name="a GPU"))
+    Pipeline.load(bundle, threads=1).close()
+    assert "the result of the self-test is not kept" in caplog.text
+    assert main(["verify", str(bundle), "--run", "--threads", "1"]) == 0
+    assert DENOISER in capsys.readouterr().out
+
+
+def test_processes_of_the_same_number_do_not_tear_the_certificate(
+    bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers that share a volume: each has the process number 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    manifest = load_manifest(bundle)
+    artifacts, _ = choose(manifest)
+
+    def write_and_read(turn: int) -> int:
+        add_record(bundle, manifest, artifacts, self_test=PASSED if turn % 2 else FAILED)
+        return len(from_json(Certificate, json.loads((bundle / "certificate.json").read_bytes())).entries)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(write_and_read, range(64))) == {1}
+    assert not list(bundle.glob(".certificate*"))
 
 
 @pytest.mark.parametrize(

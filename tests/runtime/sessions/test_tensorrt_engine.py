@@ -19,7 +19,7 @@ from ditc.runtime.gpu import Gpu, find_gpu
 from ditc.runtime.loader import choose
 from ditc.runtime.sessions import opening
 from ditc.runtime.sessions.device import open_device
-from ditc.runtime.sessions.kernel_cache import kernel_cache
+from ditc.runtime.sessions.kernel_cache import cache_folder, kernel_cache
 from ditc.runtime.sessions.registry import missing
 from ditc.runtime.sessions.tensorrt_engine import TensorRTEngine, validity
 from ditc.runtime.sessions.tensorrt_log import HARMLESS, MAX_MESSAGES, message_log
@@ -57,6 +57,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     kernel_cache(tmp_path / "file", **KEY).save(b"kernels")
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_user_without_a_home_folder_has_no_kernel_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without a name."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert cache_folder() is None
 
 
 def test_the_reasons_against_an_engine_are_named() -> None:
