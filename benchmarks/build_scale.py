@@ -89,18 +89,9 @@ KL_VAE = {
     **{"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
     **{"use_quant_conv": False, "use_post_quant_conv": False},
 }
-CLIP_L = {
-    "model_type": "clip_text_model",
-    "hidden_size": 768,
-    "projection_dim": 768,
-    "num_attention_heads": 12,
-}
-CLIP_G = {
-    "model_type": "clip_text_model",
-    "hidden_size": 1280,
-    "projection_dim": 1280,
-    "num_attention_heads": 20,
-}
+CLIP = {"model_type": "clip_text_model", "vocab_size": 49408, "max_position_embeddings": 77}
+CLIP_L = {**CLIP, "hidden_size": 768, "projection_dim": 768, "num_attention_heads": 12}
+CLIP_G = {**CLIP, "hidden_size": 1280, "projection_dim": 1280, "num_attention_heads": 20}
 # Configs of all components, because a plan reads also those that are not built. An SD3 checkpoint may lack T5.
 OTHERS = {
     "sana": {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA},
@@ -322,18 +313,32 @@ def _build_engine(case: Case, spec: StageSpec, model: Path, plan: ModelPlan) -> 
 
 
 def _tokenizers(family: str, folder: Path) -> dict[str, Path]:
-    """The tokenizers' folders, by name. CLIP's get a small vocabulary: only length and padding affect the results."""
+    """The tokenizers' folders, by name. Their tokens are letters: only their number and the padding matter here."""
     if family == "sana":
-        return {"tokenizer": TOKENIZER}
+        return {"tokenizer": gemma_tokenizer(folder / "tokenizer")}
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    vocabulary = {token: i for i, token in enumerate(("!", "<|startoftext|>", "<|endoftext|>"))}
+    letters = [f"{letter}{end}" for end in ("", "</w>") for letter in sorted(ByteLevel.alphabet())]
+    unused = [f"<unused{i}>" for i in range(CLIP["vocab_size"] - len(letters) - 2)]
+    tokens = [*letters, *unused, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizers = {}
     for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=padding, model_max_length=77)
         tokenizers[name] = folder / name
         tokenizer.save_pretrained(folder / name)
     return tokenizers
+
+
+def gemma_tokenizer(folder: Path) -> Path:
+    """Write the demo's tokenizer with unused tokens up to the size of Gemma's vocabulary."""
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"<filler{i}>": i for i in range(len(vocabulary), GEMMA["vocab_size"])}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
 
 
 def run(name: str, temporary: Path | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.build_scale import CASES, TOKENIZER, checkpoint_around, make
+from benchmarks.build_scale import CASES, checkpoint_around, gemma_tokenizer, make
 from ditc.export.contract import BuildOptions, StageModule
 from ditc.export.engine.build import LinearAttention, build_engine
 from ditc.export.example_inputs import example_feeds, example_sizes
@@ -153,7 +153,8 @@ class Ours:
     def __init__(self, name: str, directory: Path, work: Path, size: int) -> None:
         self._case, self._work, self._size = CASES[name], work, size
         defaults = {"height": size, "width": size, "complex_human_instruction": None}
-        self._source = checkpoint_around(self._case, directory, {"tokenizer": TOKENIZER}, defaults)
+        tokenizer = gemma_tokenizer(work / "tokenizer")
+        self._source = checkpoint_around(self._case, directory, {"tokenizer": tokenizer}, defaults)
 
     def openers(self) -> dict[str, Callable[[], tuple[Session, Any]]]:
         """A function per backend and 16-bit precision that opens the session, or raises an error that says why not."""

@@ -163,7 +163,8 @@ class Conditioning:
             if bounds is not None and size not in bounds:
                 raise UsageError(
                     f"{argument} have {size} tokens, but this bundle takes {bounds.min} to {bounds.max}",
-                    hint="cut them, or build with a larger max_sequence_length",
+                    hint=f"without what follows their first {bounds.max} tokens they fit, but lose the end of the "
+                    "text; where the model itself sets no limit, build with a larger max_sequence_length in ditc.json",
                 )
         return array
 

@@ -63,6 +63,8 @@ class TextSpec:
         select, negative_select: the positions whose states are used; None for all.
         lower, strip: whether a prompt is lower-cased and then stripped, before the prefix, which stays as it is.
         mask: the conditioner's input for the selected attention mask; None if it has no such input.
+        vocab_size: number of rows of the encoder's embedding, which ids must stay below. Bundles that are older than
+            this field have None.
 
     Raises:
         ValueError: the lengths do not fit each other.
@@ -82,6 +84,7 @@ class TextSpec:
     strip: bool = False
     padding_side: PaddingSide = PaddingSide.RIGHT
     mask: str | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for length, select in (
@@ -118,11 +121,16 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._special_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, without the tokens that were added to the vocabulary later."""
+        return self._tokenizer.get_vocab(with_added_tokens=False)
+
     def encode(self, texts: Sequence[str], spec: TextSpec, *, negative: bool = False) -> TokenBatch:
         """Token ids and mask of every text, padded or cut (with a warning in the log) to the spec's length.
 
         Raises:
-            UsageError: a prompt is not text, or not valid Unicode.
+            UsageError: a prompt is not text, is not valid Unicode, or has a token that the text encoder does not know.
         """
         prefix = spec.negative_prefix if negative else spec.prefix
         length = spec.negative_max_length if negative else spec.max_length
@@ -130,6 +138,7 @@ class Tokenizer:
         attention_mask = np.zeros((len(texts), length), np.int64)
         for row, text in enumerate(texts):
             ids = self._ids(prefix + _prepared(text, spec), length, spec.stage)
+            self._check_known(ids, spec)
             start = 0 if spec.padding_side == PaddingSide.RIGHT else length - len(ids)
             input_ids[row, start : start + len(ids)] = ids
             attention_mask[row, start : start + len(ids)] = 1
@@ -148,6 +157,17 @@ class Tokenizer:
             )
             encoding.truncate(room)
         return list(self._tokenizer.post_process(encoding).ids)
+
+    def _check_known(self, ids: Sequence[int], spec: TextSpec) -> None:
+        """Refuse ids without a row in the encoder's embedding. ONNX Runtime's own error names only an index."""
+        unknown = [token for token in ids if spec.vocab_size is not None and token >= spec.vocab_size]
+        if unknown:
+            raise UsageError(
+                f"this text has the token {self._tokenizer.id_to_token(unknown[0])!r} with the id {unknown[0]}, but "
+                f"the embedding of {spec.stage} has only {spec.vocab_size} rows",
+                hint="leave this token out of the text, or build with the tokenizer that the text encoder was "
+                "published with",
+            )
 
     @staticmethod
     def select(

@@ -18,11 +18,13 @@ from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Result, Verdict
+from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
+from ditc.runtime.text import Tokenizer
 from ditc.runtime.tolerances import Level
 
 PROMPTS = ("a red heart", "blue")  # of different lengths, so that text masks matter
@@ -72,6 +74,24 @@ def patch_pipeline(model: TorchModel, kind: type[Pipeline]) -> None:
     """Run the model's sessions in another kind of pipeline."""
     old = model.pipeline
     model.pipeline = kind(old.manifest, old.sessions, old.conditioning)
+
+
+def replace_tokenizers(model: TorchModel, path: Path) -> None:
+    """Read the prompts of all text encoders with the tokenizer.json at the path."""
+    old = model.pipeline
+    encoders = [replace(encoder, tokenizer=Tokenizer(path)) for encoder in old.conditioning.encoders]
+    conditioning = Conditioning(encoders, old.conditioning.conditioner, key=path.name)
+    model.pipeline = Pipeline(old.manifest, old.sessions, conditioning)
+
+
+def sentencepiece_model(pieces: list[str]) -> bytes:
+    """A SentencePiece file of these pieces: three control tokens, an unknown token, and text."""
+    model = b""
+    for index, piece in enumerate(pieces):
+        text, kind = piece.encode(), 3 if index < 3 else 2 if index == 3 else 1
+        message = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4) + bytes([0x18, kind])
+        model += b"\x0a" + bytes([len(message)]) + message
+    return model
 
 
 def modulated(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -29,7 +29,7 @@ def assemble(
     """
     plan = build.plan
     rgb = graphs[VAE_ENCODER].latent_rgb if VAE_ENCODER in graphs else None
-    tokenizers = [write_tokenizer(build.checkpoint.tokenizers, spec, build.out) for spec in plan.text]
+    tokenizers = [write_tokenizer(build.checkpoint, spec, build.out) for spec in plan.text]
     kept = {name: _kept(build, name, graph.artifact, engines.get(name)) for name, graph in graphs.items()}
     return Manifest(
         schema_version=SCHEMA_VERSION,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ditc.export.checkpoint.vocabulary import SENTENCEPIECE_FILES
 from ditc.runtime.errors import CheckpointError, MissingExtra
 
 # org/name or org/name@revision, as huggingface_hub validates them.
@@ -15,8 +16,9 @@ HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revis
 # SD3.5's repositories hold for other programs (text_encoders/t5xxl_fp16.safetensors): 15 GB that no diffusers
 # pipeline reads.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model[^.]*\.safetensors(?:\.index\.json)?")
-# Only data is fetched, never code or chat templates. The .txt files are CLIP's merges.
-DATA_SUFFIXES = (".json", ".safetensors", ".txt")
+# Only data is fetched, never code or chat templates. The .txt files are CLIP's merges, and the .model files are the
+# vocabularies of SentencePiece, which some tokenizers have in place of a tokenizer.json.
+DATA_SUFFIXES = (".json", ".safetensors", ".txt", *SENTENCEPIECE_FILES)
 
 
 def is_hub_id(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, as the tokenizer.json that transformers really uses."""
+"""A checkpoint's tokenizer, as diffusers loads it: by the class that model_index.json names."""
 
 from __future__ import annotations
 
@@ -8,78 +8,143 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer as RustTokenizer
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.vocabulary import check_vocabulary_files
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import FileRef
 from ditc.runtime.errors import CheckpointError
-from ditc.runtime.text import TextSpec
+from ditc.runtime.text import PaddingSide, TextSpec
+
+ROLES = ("bos", "eos", "pad", "unk")
 
 
-def tokenizer_json(directory: Path) -> str:
-    """Serialise the Rust tokenizer behind the class that tokenizer_config.json names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTokenizer:
+    """What a bundle and the checks of a build need to know about one tokenizer.
 
-    The result can differ from the file on disk. On loading, transformers 5 rebuilds the normalizer and the
-    pre-tokenizer by class (GemmaTokenizer turns spaces into U+2581 whatever the file says), so the ids from the file
-    alone can differ from those that the pipeline saw.
+    Attributes:
+        directory: its folder, whose name is the component's.
+        rust: the Rust tokenizer behind the class. It can differ from the tokenizer.json on disk: on loading,
+            transformers 5 rebuilds the normalizer and the pre-tokenizer by class (GemmaTokenizer turns spaces into
+            U+2581 whatever the file says), so the ids from the file can differ from those that the pipeline saw.
+        vocabulary: token -> id, without the tokens that were added to the vocabulary later.
+        added: token -> id of those added tokens.
+        special_ids: the ids of bos, eos, pad and unk, as far as the tokenizer has these tokens.
+        pad_token_id, padding_side, model_max_length: what a pipeline pads with, where, and the length in tokens that it
+            takes from the tokenizer.
+    """
+
+    directory: Path
+    rust: RustTokenizer
+    vocabulary: Mapping[str, int]
+    added: Mapping[str, int]
+    special_ids: Mapping[str, int]
+    pad_token_id: int
+    padding_side: PaddingSide
+    model_max_length: int
+
+    @property
+    def json(self) -> str:
+        """The content of the bundle's tokenizer.json."""
+        return self.rust.to_str()
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens around it."""
+        return list(self.rust.encode(text).ids)
+
+
+def read_tokenizer(checkpoint: Checkpoint, name: str) -> CheckpointTokenizer:
+    """Read the tokenizer of that name, such as "tokenizer_2".
 
     Raises:
-        CheckpointError: the folder holds no tokenizer, or one without a Rust implementation.
+        CheckpointError: the checkpoint has no such tokenizer, its folder holds no vocabulary, it cannot be loaded, it
+            has no Rust implementation or no pad token, or it cuts long texts on the left.
     """
-    backend = _load(directory).backend_tokenizer
+    tokenizer = load_tokenizer(checkpoint, name)
+    directory = checkpoint.tokenizers[name]
+    special = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    if special["pad"] is None:
+        raise CheckpointError(
+            f"{directory} has no pad token",
+            hint="use the tokenizer that the text encoder was published with, or set pad_token in "
+            f"{directory / 'tokenizer_config.json'}",
+        )
+    if tokenizer.truncation_side != "right":
+        raise CheckpointError(
+            f"{directory / 'tokenizer_config.json'} says truncation_side {tokenizer.truncation_side!r}, but bundles "
+            "cut long texts on the right",
+            hint="with truncation_side 'right', texts that are longer than the limit lose their end, not their start",
+        )
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    text: str = backend.to_str()
-    return text
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    return CheckpointTokenizer(
+        directory=directory,
+        rust=backend,
+        vocabulary=vocabulary,
+        added={token: i for token, i in tokenizer.get_added_vocab().items() if token not in vocabulary},
+        special_ids={role: int(token) for role, token in special.items() if token is not None},
+        pad_token_id=int(special["pad"]),
+        padding_side=PaddingSide(tokenizer.padding_side),
+        model_max_length=int(tokenizer.model_max_length),
+    )
 
 
-def write_tokenizer(directories: Mapping[str, Path], spec: TextSpec, bundle: Path) -> FileRef:
+def load_tokenizer(checkpoint: Checkpoint, name: str) -> Any:
+    """Load the tokenizer of that name with transformers, by the class that model_index.json names.
+
+    Like diffusers, this ignores the class that tokenizer_config.json names.
+
+    Raises:
+        CheckpointError: the checkpoint has no such tokenizer, its folder holds no vocabulary, it cannot be loaded, or
+            it has no Rust implementation.
+    """
+    if name not in checkpoint.tokenizers:
+        raise CheckpointError(
+            f"{checkpoint.path} has no {name}: model_index.json names no tokenizer of that name",
+            hint="add the folder and the entry in model_index.json: prompts cannot be read without it",
+        )
+    directory = checkpoint.tokenizers[name]
+    kind = _class_of(checkpoint, name)
+    check_vocabulary_files(directory, kind.vocab_files_names.values())
+    try:
+        tokenizer = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer.backend_tokenizer  # noqa: B018  tokenizers without a Rust implementation raise here
+    except Exception as e:  # tokenizers 0.23 raises bare Exception for malformed files
+        raise CheckpointError(
+            f"{directory} holds no tokenizer that transformers can load as a {kind.__name__}: {e}",
+            hint="fetch the folder again, or save it with the tokenizer's save_pretrained",
+        ) from e
+    return tokenizer
+
+
+def write_tokenizer(checkpoint: Checkpoint, spec: TextSpec, bundle: Path) -> FileRef:
     """Write the tokenizer of `spec` into the bundle, under a name that contains a hash of its content.
 
     A rebuilt bundle thus keeps the old tokenizer's file until the new manifest is written.
-
-    Args:
-        directories: the checkpoint's tokenizer folders, by component.
-        bundle: the bundle's directory.
     """
     folder = (bundle / spec.tokenizer).parent
-    text = tokenizer_json(directories[folder.name])
+    text = read_tokenizer(checkpoint, folder.name).json
     path = folder / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     if not path.is_file() or path.read_bytes() != text.encode():
         write_atomic(path, text)
     return file_ref(path, bundle)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizerFacts:
-    """What tokenizer_config.json says besides the vocabulary. model_max_length is in tokens."""
-
-    pad_token_id: int
-    model_max_length: int
-
-
-def tokenizer_facts(directory: Path) -> TokenizerFacts:
-    """The padding token and the length that a pipeline uses with the tokenizer of this folder.
-
-    Raises:
-        CheckpointError: the folder holds no tokenizer, or one without a pad token.
-    """
-    tokenizer = _load(directory)
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"{directory} has no pad token", hint="set pad_token in tokenizer_config.json")
-    return TokenizerFacts(int(tokenizer.pad_token_id), int(tokenizer.model_max_length))
-
-
-def _load(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-        tokenizer.backend_tokenizer  # noqa: B018  tokenizers without a Rust implementation raise here
-    except (OSError, ValueError, AttributeError, KeyError) as e:
+def _class_of(checkpoint: Checkpoint, name: str) -> Any:
+    """The class of transformers that model_index.json names for the tokenizer."""
+    library, class_name = checkpoint.model_index[name]
+    kind = getattr(transformers, class_name, None) if library == "transformers" else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
         raise CheckpointError(
-            f"{directory} holds no tokenizer that transformers can load: {e}",
-            hint="the folder must hold tokenizer.json and tokenizer_config.json",
-        ) from e
-    return tokenizer
+            f"model_index.json names {library}.{class_name} for {name}, which is not a tokenizer of transformers "
+            f"{transformers.__version__}",
+            hint="name the class that the tokenizer was saved from, such as the tokenizer_class in "
+            f"{checkpoint.tokenizers[name] / 'tokenizer_config.json'}",
+        )
+    return kind

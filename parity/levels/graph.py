@@ -17,6 +17,7 @@ from ditc.export.build.weights import stored_tensor
 from ditc.export.graph.passes.islands import check_islands
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.verify import check_scales
+from ditc.parity import tokens
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, judged, not_checked
@@ -42,7 +43,7 @@ def check(context: Context) -> Iterator[Result]:
         if stage in context.candidate.plans:
             yield _check_quantized_values(context, stage, model)
     yield _check_schedule(context)
-    yield _check_tokens(context)
+    yield from tokens.check(context)
 
 
 def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
@@ -197,33 +198,3 @@ def _check_schedule(context: Context) -> Result:
 
 def _host(tensor: Tensor) -> Array:
     return tensor.float().cpu().numpy()
-
-
-def _check_tokens(context: Context) -> Result:
-    """Compare token ids and masks of every prompt and of the empty negative prompt."""
-    wrong = []
-    pairs = zip(
-        context.candidate.pipeline.conditioning.encoders,
-        context.reference.pipeline.conditioning.encoders,
-        strict=True,
-    )
-    prompts = [(case.prompt, False) for case in context.settings.cases] + [("", True)]
-    for ours, theirs in pairs:
-        for text, negative in dict.fromkeys(prompts):
-            got = ours.tokenizer.encode([text], ours.spec, negative=negative)
-            wanted = theirs.tokenizer.encode([text], theirs.spec, negative=negative)
-            same = np.array_equal(got.input_ids, wanted.input_ids) and np.array_equal(
-                got.attention_mask, wanted.attention_mask
-            )
-            if not same or ours.spec.select != theirs.spec.select:
-                wrong.append(text)
-    return judged(
-        Level.GRAPH,
-        "tokenizer",
-        f"{len(dict.fromkeys(prompts))} texts",
-        Metric.COUNT,
-        float(len(wrong)),
-        EXACT,
-        against="the checkpoint's tokenizer",
-        detail=f"the token ids differ for {wrong[0]!r:.60}" if wrong else "",
-    )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.parity import tokens
 from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import StageCase
 from ditc.parity.causes import range_causes
@@ -23,7 +24,7 @@ from ditc.runtime.tolerances import Level, Limit, Metric
 
 
 def check(context: Context) -> Iterator[Result]:
-    """Check every case of every stage that the candidate has."""
+    """Check every case of every stage that the candidate has, and that different texts are encoded differently."""
     for stage in context.candidate.sessions:
         for case in stage_cases(context, stage):
             context.tick(f"stage {stage}, {case.what}")
@@ -32,6 +33,7 @@ def check(context: Context) -> Iterator[Result]:
                 yield _check_native(context, case)
         if context.saved_reference is None:
             context.reference.sessions[stage].close()
+    yield from tokens.check_states(context)
 
 
 def stage_cases(context: Context, stage: str) -> Iterator[StageCase]:

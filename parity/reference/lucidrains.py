@@ -22,9 +22,10 @@ from diffusers import (
 )
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Gemma2Model, T5EncoderModel
+from transformers import Gemma2Model, T5EncoderModel
 
 from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.tokenizer import load_tokenizer
 from ditc.parity.reference.rewritten import rewritten_networks
 
 MODULES = {"MMDiT": "mmdit.mmdit_pytorch", "GeneralizedMMDiT": "mmdit.mmdit_generalized_pytorch"}
@@ -180,7 +181,7 @@ def open_pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
             "transformer": network.to(dtype),
             "text_encoder": rewritten.get("text_encoder")
             or encoder.from_pretrained(path / "text_encoder", dtype=dtype).eval(),
-            "tokenizer": AutoTokenizer.from_pretrained(path / "tokenizer"),
+            "tokenizer": load_tokenizer(checkpoint, "tokenizer"),
             "vae": rewritten.get("vae") or vae.from_pretrained(path / "vae", torch_dtype=dtype).eval(),
             "scheduler": scheduler.from_pretrained(path / "scheduler"),
         }

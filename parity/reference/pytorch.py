@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
-from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
 from ditc.export.families import find_adapter
 from ditc.export.graph.torch_session import TorchSession, compute_device
@@ -113,8 +113,8 @@ class TorchModel:
             encoders = []
             for spec in self.plan.text:
                 path = Path(folder) / "tokenizer.json"
-                directory = self.checkpoint.tokenizers[Path(spec.tokenizer).parent.name]
-                path.write_text(tokenizer_json(directory), encoding="utf-8")
+                tokenizer = read_tokenizer(self.checkpoint, Path(spec.tokenizer).parent.name)
+                path.write_text(tokenizer.json, encoding="utf-8")
                 encoders.append(TextEncoder(spec, Tokenizer(path), self.sessions[spec.stage]))
         sessions: dict[str, Session] = dict(self.sessions)
         conditioning = Conditioning(encoders, sessions[CONDITIONER], key="reference")

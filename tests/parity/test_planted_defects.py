@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEMO_CHECKPOINT
 from planted import (
     PROMPTS,
     SETTINGS,
@@ -26,11 +29,14 @@ from planted import (
     patch_pipeline,
     permuted_channels,
     reorder_ffn,
+    replace_tokenizers,
+    sentencepiece_model,
     swapped_scale_and_shift,
     torch_candidate,
     without_gate,
     without_padding,
 )
+from transformers import GemmaTokenizer
 
 from ditc.parity.cases import Case
 from ditc.parity.levels import LEVELS
@@ -176,6 +182,49 @@ def test_only_the_stage_with_the_defect_fails(tiny_checkpoint) -> None:
     results = list(LEVELS[Level.STAGE](context))
     assert {r.stage for r in results if r.verdict is Verdict.FAIL} == {DENOISER}
     assert {r.stage for r in results if r.verdict is Verdict.PASS} >= {CONDITIONER, VAE_DECODER}
+
+
+def test_a_vocabulary_that_both_sides_lack_is_caught_without_the_other_side(
+    tiny_checkpoint, tmp_path: Path
+) -> None:
+    """As transformers invents it from tokenizer_config.json alone. Both sides then draw one picture for all prompts."""
+    invented = tmp_path / "tokenizer.json"
+    GemmaTokenizer().backend_tokenizer.save(str(invented))
+    candidate = torch_candidate(tiny_checkpoint, lambda model: replace_tokenizers(model, invented))
+    context = context_of(tiny_checkpoint, candidate, TWO_CASES)
+    replace_tokenizers(context.reference, invented)
+    assert not failures(context, Level.TRAJECTORY)
+    found = failures(context, Level.GRAPH)
+    assert {result.stage for result in found} == {"tokenizer"}
+    details = " | ".join(result.detail for result in found)
+    for part in ("the token ids differ for 'a red heart'", "'blue' has the same tokens as another text"):
+        assert part in details
+    (states,) = failures(context, Level.STAGE)
+    assert states.detail == "text_embeds are the same for 'red' and 'blue'"
+    assert "has no vocabulary" in states.causes[0]
+
+
+def test_a_tokenizer_of_another_text_encoder_is_caught_by_the_embedding(tiny_checkpoint) -> None:
+    candidate = torch_candidate(
+        tiny_checkpoint, lambda model: replace_tokenizers(model, DEMO_CHECKPOINT / "tokenizer/tokenizer.json")
+    )
+    found = failures(context_of(tiny_checkpoint, candidate), Level.GRAPH)
+    assert "the vocabulary has 4096 tokens up to 4095, the embedding has 512 rows" in [
+        r.detail for r in found
+    ]
+
+
+def test_a_sentencepiece_file_that_disagrees_with_tokenizer_json_is_caught(
+    tiny_checkpoint, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    vocabulary = json.loads((checkpoint / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    for name, wrong in (("tokenizer.model", pieces), ("spiece.model", [*pieces[:4], *reversed(pieces[4:])])):
+        (checkpoint / "tokenizer" / name).write_bytes(sentencepiece_model(wrong))
+    results = list(LEVELS[Level.GRAPH](context_of(checkpoint, torch_candidate(checkpoint))))
+    verdicts = {r.against: r.verdict for r in results if r.against.endswith(".model")}
+    assert verdicts == {"tokenizer.model": Verdict.PASS, "spiece.model": Verdict.FAIL}
 
 
 def test_history_that_is_not_reset_between_requests_is_caught(tiny_checkpoint) -> None:

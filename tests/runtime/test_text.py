@@ -192,6 +192,19 @@ def test_states_without_a_token_axis_are_not_selected() -> None:
     assert mask.shape == (1, MAX_LENGTH)
 
 
+def test_a_token_without_a_row_in_the_embedding_is_named_with_its_id(tmp_path: Path) -> None:
+    reference = gemma()
+    tokenizer, spec = ours(reference, tmp_path), sana_spec(reference)
+    known = replace(spec, vocab_size=int(tokenizer.encode(["a cat"], spec).input_ids.max()) + 1)
+    tokenizer.encode(["a cat"], known)
+    unknown = replace(spec, vocab_size=known.vocab_size - 1)
+    with pytest.raises(
+        UsageError, match=r"the token '.*' with the id \d+, but the embedding of \w+ has only"
+    ) as caught:
+        tokenizer.encode(["a cat"], unknown)
+    assert "leave this token out" in str(caught.value.hint)
+
+
 def test_threads_that_share_a_tokenizer_get_what_each_gets_alone(tmp_path: Path) -> None:
     reference = gemma_like()
     tokenizer, spec = ours(reference, tmp_path), sana_spec(reference)

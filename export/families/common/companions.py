@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer as RustTokenizer
 from torch import nn
 
 from ditc.export.checkpoint.open import Component
@@ -28,7 +27,6 @@ from ditc.export.networks.gemma2 import load_gemma2
 from ditc.export.networks.loading import weight_map
 from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
-from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -116,17 +114,6 @@ def stage_module(module: nn.Module, component: Component, plan: StagePlan) -> St
 def text_range(text: TextSpec) -> dict[str, Range]:
     """The range of TEXT_LENGTH, the number of tokens that reach the denoiser."""
     return {TEXT_LENGTH: Range(1, text.length, text.length)}
-
-
-def pad_token(tokenizer: RustTokenizer) -> int:
-    """The id of the <pad> token. Raises CheckpointError if the tokenizer has none."""
-    token: int | None = tokenizer.token_to_id("<pad>")
-    if token is None:
-        raise CheckpointError(
-            "tokenizer.json has no <pad> token",
-            hint="use the tokenizer that the text encoder was published with",
-        )
-    return token
 
 
 def defaults_of(

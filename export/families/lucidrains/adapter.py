@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokenizers import Tokenizer as RustTokenizer
 from torch import nn
 
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
-from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.checkpoint.tokenizer import read_tokenizer
+from ditc.export.checkpoint.tokenizer_fit import check_fits
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
     load_companion,
-    pad_token,
     stage_module,
     stage_plans,
     text_range,
@@ -207,9 +206,7 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
 
     The padding is masked.
     """
-    tokenizer = RustTokenizer.from_str(tokenizer_json(checkpoint.tokenizers["tokenizer"]))
-    with naming(checkpoint.tokenizers["tokenizer"]):
-        pad_token_id = pad_token(tokenizer)
+    tokenizer = read_tokenizer(checkpoint, "tokenizer")
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     return TextSpec(
         stage=TEXT_ENCODER,
@@ -218,5 +215,6 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         max_length=length,
         negative_max_length=length,
         length=length,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=check_fits(tokenizer, checkpoint.component("text_encoder")),
     )

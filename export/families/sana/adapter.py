@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer as RustTokenizer
 from torch import nn
 
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
-from ditc.export.checkpoint.tokenizer import tokenizer_json
+from ditc.export.checkpoint.tokenizer import read_tokenizer
+from ditc.export.checkpoint.tokenizer_fit import check_fits
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.companions import (
     COMPONENTS,
     defaults_of,
     load_companion,
-    pad_token,
     stage_module,
     stage_plans,
     text_range,
@@ -175,15 +174,12 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
     With the complex human instruction, the first position (<bos>) and the last `length - 1` positions are kept, which
     are the prompt without the instruction before it (SANA, arXiv 2410.10629, section 3.1).
     """
-    directory = checkpoint.tokenizers["tokenizer"]
+    tokenizer = read_tokenizer(checkpoint, "tokenizer")
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
     lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
     prefix = "\n".join(lines) if lines else ""
-    tokenizer = RustTokenizer.from_str(tokenizer_json(directory))
-    with naming(directory):
-        pad_token_id = pad_token(tokenizer)
     # Upstream subtracts 2: the <bos> that is counted with the instruction, and one token of slack.
-    longest = len(tokenizer.encode(prefix).ids) + length - 2 if prefix else length
+    longest = len(tokenizer.ids(prefix)) + length - 2 if prefix else length
     return TextSpec(
         stage=TEXT_ENCODER,
         tokenizer="tokenizer/tokenizer.json",
@@ -194,7 +190,8 @@ def _text_spec(checkpoint: Checkpoint) -> TextSpec:
         length=length,
         lower=True,
         strip=True,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=check_fits(tokenizer, checkpoint.component("text_encoder")),
         select=Select(first=1, last=length - 1) if prefix else None,
     )
 

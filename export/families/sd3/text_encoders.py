@@ -8,7 +8,9 @@ from typing import Any
 
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.checkpoint.tokenizer import tokenizer_facts
+from ditc.export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
+from ditc.export.checkpoint.tokenizer_fit import OWN_TOKENIZER, check_fits, ids_of
+from ditc.export.networks.clip import LEGACY_EOS, MODEL_TYPE
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import TEXT_ENCODER, DType, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import BATCH, TEXT_LENGTH
@@ -126,9 +128,11 @@ def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequenc
 
     Both CLIPs have 77 tokens (the first tokenizer's limit), and T5 has max_sequence_length.
     """
-    facts, length = tokenizer_facts(checkpoint.tokenizers[TOKENIZERS[stage]]), sequence_length
+    tokenizer, length = read_tokenizer(checkpoint, TOKENIZERS[stage]), sequence_length
+    vocab_size = check_fits(tokenizer, checkpoint.component(stage), legacy_ids=_is_legacy(config))
     if stage != T5:
-        length = tokenizer_facts(checkpoint.tokenizers[TOKENIZERS[CLIP_L]]).model_max_length
+        _check_end_of_text(tokenizer, stage, config)
+        length = read_tokenizer(checkpoint, TOKENIZERS[CLIP_L]).model_max_length
         longest = int(config["max_position_embeddings"])
         if length > longest:
             raise CheckpointError(
@@ -142,5 +146,26 @@ def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequenc
         length=length,
         max_length=length,
         negative_max_length=length,
-        pad_token_id=facts.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        padding_side=tokenizer.padding_side,
+        vocab_size=vocab_size,
     )
+
+
+def _check_end_of_text(tokenizer: CheckpointTokenizer, stage: str, config: Mapping[str, Any]) -> None:
+    """Check that CLIP finds the end of a text, whose state it pools. Where it finds none, it pools the first state."""
+    found = tokenizer.special_ids.get("eos")
+    legacy = _is_legacy(config)
+    wanted = (max(tokenizer.vocabulary.values()),) if legacy else ids_of(config, "eos")
+    if wanted and found not in wanted:
+        where = "the largest id" if legacy else f"{stage}/config.json's eos_token_id"
+        raise CheckpointError(
+            f"{tokenizer.directory.name} ends a text with the token {found}, but {stage} looks for {wanted[0]}, "
+            f"{where}",
+            hint=f"the two belong to different models: {OWN_TOKENIZER}",
+        )
+
+
+def _is_legacy(config: Mapping[str, Any]) -> bool:
+    """Whether the config states the ids of transformers before 4.31, which are not CLIP's."""
+    return config.get("model_type") == MODEL_TYPE and config.get("eos_token_id") == LEGACY_EOS

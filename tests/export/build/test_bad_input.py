@@ -111,6 +111,7 @@ def other_pipeline(data: dict[str, object]) -> None:
             lambda path: torch.save({}, path / "vae" / "diffusion_pytorch_model.bin"),
             "pickle",
         ),
+        (lambda path: (path / "tokenizer" / "tokenizer.json").unlink(), "'tokenizer' has no vocabulary"),
         (lambda path: weights(path, "vae").write_bytes(weights(path, "vae").read_bytes()[:-9]), "vae"),
     ],
     ids=[
@@ -124,6 +125,7 @@ def other_pipeline(data: dict[str, object]) -> None:
         "nan",
         "pickle-instead",
         "pickle-beside",
+        "no-vocabulary",
         "truncated",
     ],
 )

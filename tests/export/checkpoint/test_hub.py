@@ -139,11 +139,14 @@ def test_a_folder_that_exists_is_never_looked_up(tmp_path: Path, monkeypatch: py
     assert not any(map(is_hub_id, ("/abs/path", "./org/net2", "org", "a/b/c", "../org")))
 
 
-def test_shards_indices_and_merges_are_fetched_and_other_layouts_are_not() -> None:
+def test_shards_indices_and_vocabularies_are_fetched_and_other_layouts_are_not() -> None:
     files = [
         "net_1024px.safetensors",
         "model_index.json",
         "tokenizer/merges.txt",
+        "tokenizer/tokenizer.model",
+        "tokenizer_3/spiece.model",
+        "other/weights.model",
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors.index.json",
         "text_encoder/model-00001-of-00002.safetensors",
@@ -153,9 +156,9 @@ def test_shards_indices_and_merges_are_fetched_and_other_layouts_are_not() -> No
         "unet/model.onnx",
         "text_encoders/t5xxl_fp16.safetensors",
     ]
-    default = {files[1], files[2], files[3], files[4], files[5]}
+    default = {*files[1:5], *files[6:9]}
     assert set(wanted_files(files, None)) == default
-    assert set(wanted_files(files, "fp16")) == default - {files[4], files[5]} | {files[6], files[7]}
+    assert set(wanted_files(files, "fp16")) == default - {files[7], files[8]} | {files[9], files[10]}
 
 
 def _oid(data: bytes) -> str:
