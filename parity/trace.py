@@ -22,6 +22,7 @@ from torch import nn
 
 from ditc.export.graph.passes.scopes import scopes_of
 from ditc.export.graph.torch_session import TorchSession, from_torch
+from ditc.runtime.cores import default_threads
 from ditc.runtime.session import Array, Tensor, to_numpy
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -254,6 +255,7 @@ def _open_with_outputs(model: ir.Model, names: set[str | None], folder: Path) ->
     ir.save(copy, folder / "traced.onnx", external_data="traced.data")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = default_threads()
     # Run Q/DQ as written, in fp32: the integer kernels that ONNX Runtime may fuse it into saturate on some CPUs, and
     # there are none for FP8.
     options.add_session_config_entry("session.disable_quant_qdq", "1")

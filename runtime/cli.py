@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
 
+from ditc.runtime.cores import limit_openmp
 from ditc.runtime.errors import DitcError, MissingExtra, OutputError, UsageError
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return USAGE
         parser.parse_args(arguments[:place])
+        limit_openmp()
         verb, typed = VERBS[arguments[place]], parser.verbs[arguments[place]]
         module = _resolve(verb)
         module.add_arguments(typed)

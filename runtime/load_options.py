@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ditc.runtime.cores import most_threads
 from ditc.runtime.errors import UsageError
 from ditc.runtime.sessions.registry import AUTO, backend_names, provider_names, row_of, rows
 from ditc.runtime.spec import Precision
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,8 @@ class LoadOptions:
         backend: the library that runs the stages. "auto" takes the first backend in the order of preference that can
             run on this machine and that the bundle has a denoiser for, and logs the reason.
         precision: the denoiser's precision. None takes the highest that the bundle holds for the backend.
-        threads: the number of CPU threads that each stage computes with. 0 leaves it to the backend.
+        threads: the number of CPU threads that each stage computes with. 0 takes one per core that this process may
+            use. More than the CPUs that it may use are never faster, so they are cut to that number, with a warning.
         provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA if it works here, else
             the CPU.
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
@@ -50,10 +55,7 @@ class LoadOptions:
             raise UsageError(
                 f"precision {self.precision!r} is unknown", hint=f"choose one of {', '.join(Precision)}"
             )
-        if self.threads < 0:
-            raise UsageError(
-                f"threads is {self.threads}", hint="choose 1 or more, or 0 to leave the number to the backend"
-            )
+        self._bound_threads()
         if self.provider not in provider_names():
             raise UsageError(
                 f"provider {self.provider!r} is unknown", hint=f"choose one of {', '.join(provider_names())}"
@@ -63,6 +65,19 @@ class LoadOptions:
                 f"provider {self.provider} belongs to {_owners(self.provider)}, not to backend {self.backend}",
                 hint="leave out either the provider or the backend",
             )
+
+    def _bound_threads(self) -> None:
+        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 0:
+            raise UsageError(
+                f"threads is {self.threads!r}, which is not a number of threads",
+                hint="choose 1 or more, or 0 for one per core that this process may use",
+            )
+        most = most_threads()
+        if self.threads > most:
+            log.warning(
+                "threads is %d, but this process may use %d CPU(s), so %d are used", self.threads, most, most
+            )
+            object.__setattr__(self, "threads", most)
 
     @property
     def named_backend(self) -> str:
@@ -131,8 +146,8 @@ def _arguments() -> dict[str, dict[str, Any]]:
         "threads": {
             "type": int,
             "metavar": "THREADS",
-            "help": "Number of CPU threads that each stage computes with; 0 leaves it to the backend "
-            "(default: %(default)s).",
+            "help": "Number of CPU threads that each stage computes with; 0 takes one per core that this process may "
+            "use (default: %(default)s).",
         },
         "provider": {
             "metavar": "NAME",

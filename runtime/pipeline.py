@@ -143,7 +143,7 @@ class Pipeline:
         from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
 
-        bundle, options = Path(bundle), replace(options, **changes)
+        bundle, options = Path(bundle), replace(options, **changes) if changes else options
         parts = load_parts(bundle, options)
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device

@@ -18,6 +18,7 @@ from ditc.export.graph.passes.scopes import module_path
 from ditc.parity.compare import compare
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, failed, judged, not_checked
+from ditc.runtime.cores import default_threads
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Precision
 from ditc.runtime.tolerances import Level, Metric, limit
@@ -161,7 +162,9 @@ def _runner(model: ir.Model, node: ir.Node, precision: Precision) -> Callable[[A
     function = ir.to_proto(model.functions[node.op_identifier()])
     opsets = [onnx.helper.make_opsetid("", model.opset_imports[""]), onnx.helper.make_opsetid(DOMAIN, 1)]
     proto = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = default_threads()
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(q: Array, k: Array, v: Array) -> Array:
         out: Array = session.run(["out"], {"q": q, "k": k, "v": v})[0]

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
+from ditc.runtime.cores import most_threads
 from ditc.runtime.errors import CheckpointError
 
 # The packages of each extra in pyproject.toml. The extras of backends are in the table of backends.
@@ -65,8 +66,8 @@ def _machine() -> list[Finding]:
     findings = [
         Finding(
             "machine",
-            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python "
-            f"{platform.python_version()}",
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, of which this process may use "
+            f"{most_threads()}, Python {platform.python_version()}",
         ),
         Finding(
             "disk",

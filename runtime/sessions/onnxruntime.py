@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.cores import default_threads
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import ComputeDevice, Session, Tensor, closed, to_numpy
@@ -42,7 +43,7 @@ class OnnxRuntimeSession:
         precision: the precision of the artifact.
         provider: the name of an execution provider. None takes CUDA if it works here, else the CPU. OPENVINO runs on
             the CPU and needs the extra `openvino`.
-        threads: the number of intra-op threads; 0 lets ONNX Runtime choose.
+        threads: the number of intra-op threads; 0 takes one per core that this process may use.
         cuda_graph: let the CUDA provider capture CUDA graphs. It must then support every node of the graph.
 
     Raises:
@@ -71,7 +72,7 @@ class OnnxRuntimeSession:
                 hint="add fp32 stages for this CPU: ditc build CHECKPOINT -o BUNDLE; or run the bundle on a GPU",
             )
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads = threads or default_threads()
         options.log_severity_level = 3
         if precision is Precision.INT8:
             # On CPUs without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs of products in 16 bits and saturates (its
@@ -186,8 +187,7 @@ def _add_openvino(options: Any, threads: int) -> None:
         )
     # ACCURACY keeps all element types of the graph. By default OpenVINO computes fp32 in bf16 if the CPU supports it,
     # even the fp32 islands: operations that stay in fp32 because 16 bits are not enough for them.
-    settings = {"precision": "ACCURACY", **({"num_of_threads": str(threads)} if threads else {})}
-    options.add_provider_for_devices(devices, settings)
+    options.add_provider_for_devices(devices, {"precision": "ACCURACY", "num_of_threads": str(threads)})
 
 
 def first_line(error: Exception) -> str:

@@ -69,7 +69,7 @@ def test_every_help_text_is_sentences_with_the_default() -> None:
             "choose one of auto, tensorrt, tensorrt-rtx, onnxruntime",
         ),
         ({"precision": "fp64"}, "precision 'fp64' is unknown", "choose one of fp32, tf32, fp16"),
-        ({"threads": -1}, "threads is -1", "0 to leave"),
+        ({"threads": -1}, "threads is -1", "0 for one per core"),
         ({"provider": "npu"}, "provider 'npu' is unknown", "auto, cpu, cuda, openvino"),
         ({"provider": "cpu", "backend": "tensorrt"}, "cpu belongs to ONNX Runtime, not", "leave out"),
     ],
