@@ -62,6 +62,12 @@ VERBS = {
         "Check the hashes of all files of a bundle and, if asked for, run its self-test.",
     ),
     "sign": Verb("ditc.runtime.commands.sign", "Sign a bundle with an ed25519 key.", "sign"),
+    "pull": Verb(
+        "ditc.runtime.commands.pull", "Fetch a bundle from the Hugging Face hub, and check its hashes.", "hub"
+    ),
+    "push": Verb(
+        "ditc.runtime.commands.push", "Check a bundle, and upload it to the Hugging Face hub.", "hub"
+    ),
     "doctor": Verb(
         "ditc.runtime.commands.doctor", "Show what this machine can build and run, and what is missing."
     ),

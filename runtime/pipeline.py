@@ -130,6 +130,8 @@ class Pipeline:
             Pipeline.load("bundle/", backend="onnxruntime", threads=4)
 
         Args:
+            bundle: its directory, or its id on the Hugging Face hub (org/name or org/name@revision), from where the
+                hub's cache gets what it lacks.
             options: how to load it.
             changes: fields of `LoadOptions`, which replace those of `options`. `LoadOptions` documents them.
 
@@ -140,10 +142,11 @@ class Pipeline:
             NumericsError: the self-test failed.
         """
         from ditc.runtime.bundle.certificate import check_certified
+        from ditc.runtime.bundle.fetch import local_bundle
         from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
 
-        bundle, options = Path(bundle), replace(options, **changes) if changes else options
+        bundle, options = local_bundle(bundle), replace(options, **changes) if changes else options
         parts = load_parts(bundle, options)
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device

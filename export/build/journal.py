@@ -133,6 +133,11 @@ def check_writable(out: Path) -> None:
         OutputError: the directory or a folder cannot be made, or cannot be written to.
     """
     place = out / FOLDER
+    for link in (path for pattern in (FOLDER, *FOLDERS) for path in out.glob(pattern) if path.is_symlink()):
+        raise OutputError(
+            f"cannot write into {link}: it is a link, and builds write and delete files only in the bundle",
+            hint=f"replace it by the folder that it names, or make {out} itself a link",
+        )
     try:
         place.mkdir(parents=True, exist_ok=True)
         existing = [path for pattern in FOLDERS for path in sorted(out.glob(pattern))]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the two sides, for what they draw, and for the report."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The directory of the bundle to check.")
+    add_bundle_argument(parser)
     parser.add_argument(
         "--against",
         metavar="CHECKPOINT",
@@ -151,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     for argument, place in places.items():
         if place is not None:
             check_writable(place, argument)
+    arguments.bundle = read_bundle_argument(arguments)
     manifest = check_bundle(arguments.bundle)
     saved = None if arguments.reference is None else read_reference(arguments.reference, manifest)
     if saved is None:

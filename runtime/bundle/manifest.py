@@ -208,7 +208,7 @@ def load_manifest(bundle: Path) -> Manifest:
         BundleError: one of these checks fails. The message names the field.
     """
     path = bundle / MANIFEST
-    rebuild = f"rebuild with: ditc build CHECKPOINT -o {bundle}"
+    rebuild = mend(bundle)
     if not bundle.exists():
         message = f"{bundle} is not a bundle: the path does not exist"
         raise BundleError(message, hint="check the path of the bundle")
@@ -242,6 +242,13 @@ def load_manifest(bundle: Path) -> Manifest:
         check_inside(ref.path)
     _check_tokenizers(manifest, path)
     return manifest
+
+
+def mend(bundle: Path) -> str:
+    """The hint for a damaged bundle. A folder of links is in the hub's cache, and nothing is built into that."""
+    if (bundle / MANIFEST).is_symlink():
+        return f"remove {bundle} and the files that its links name, and fetch it again with ditc pull"
+    return f"rebuild with: ditc build CHECKPOINT -o {bundle}"
 
 
 def _check_tokenizers(manifest: Manifest, path: Path) -> None:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the bundle's argument, and the option for the output's form."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    add_bundle_argument(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -29,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.bundle.jsondata import to_json
     from ditc.runtime.bundle.manifest import load_manifest
 
+    arguments.bundle = read_bundle_argument(arguments, whole=False)
     manifest = load_manifest(arguments.bundle)
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(manifest)) + "\n")

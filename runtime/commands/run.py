@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.atomic import atomic_path
+from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
@@ -39,7 +40,7 @@ SETTINGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for bundle, request and output. Those of the request have diffusers' names where it has them."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    add_bundle_argument(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="The text that says what to draw.")
     parser.add_argument(
         "--prompts",
@@ -169,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
 
-    with Pipeline.load(arguments.bundle, options=options) as pipeline:
+    with Pipeline.load(read_bundle_argument(arguments), options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("the bundle is not certified: %s", pipeline.uncertified)
         if arguments.preview is not None:

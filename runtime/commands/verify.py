@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import LoadOptions, add_load_arguments, given_names, load_options
 
@@ -22,7 +23,7 @@ RUN_OPTIONS = ("backend", "precision", "threads", "low_vram")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the bundle, for what is checked, and for the output's form."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="The bundle's directory.")
+    add_bundle_argument(parser)
     add_load_arguments(parser, "require_signature")
     parser.add_argument(
         "--run",
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise UsageError(f"without --run no stage is run, so nothing reads {flags}", hint="add --run")
     options = load_options(arguments)
+    arguments.bundle = read_bundle_argument(arguments)
     manifest = load_manifest(arguments.bundle)
     if arguments.require_signature is not None:
         check_signature(arguments.bundle, manifest, arguments.require_signature)

@@ -114,13 +114,27 @@ def test_a_newer_schema_asks_for_a_newer_ditc(copy: Path, capsys: pytest.Capture
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
-def test_a_link_that_leaves_the_bundle_is_refused(copy: Path, tmp_path: Path) -> None:
+def test_the_content_behind_a_link_counts_and_a_link_to_anything_but_a_file_is_refused(
+    copy: Path, tmp_path: Path
+) -> None:
     path = copy / next(iter(load_manifest(copy).all_files())).path
     outside = tmp_path / "outside"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(BundleError, match="a link that leaves the bundle"):
+    verify(copy)
+    content = outside.read_bytes()
+    outside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match="has been changed"):
         verify(copy)
+    outside.unlink()
+    with pytest.raises(BundleError, match="is a link to nothing"):
+        verify(copy)
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / make.__name__)
+        path.unlink()
+        path.symlink_to(tmp_path / make.__name__)
+        with pytest.raises(BundleError, match="is not a regular file"):
+            verify(copy)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")

@@ -1,0 +1,52 @@
+"""The model card of a bundle: the README.md that the hub shows, made from the manifest and the certificate alone."""
+
+from __future__ import annotations
+
+from ditc.runtime.bundle.certificate import Certificate
+from ditc.runtime.bundle.manifest import Manifest
+from ditc.runtime.hub import HubId
+
+
+def model_card(manifest: Manifest, certificate: Certificate, hub_id: HubId) -> str:
+    """The card as Markdown. It names no licence, which is the checkpoint's and not known here."""
+    defaults = manifest.defaults
+    lines = [
+        "---",
+        "library_name: ditc",
+        "pipeline_tag: text-to-image",
+        "tags:",
+        "- ditc",
+        "- onnx",
+        "---",
+        "",
+        f"# {hub_id.repo.split('/')[1]}",
+        "",
+        f"A bundle of ditc, built from the {_text(manifest.family)} checkpoint "
+        f"`{_text(manifest.checkpoint)}`. The licence is that of the checkpoint.",
+        "",
+        f'    ditc run {hub_id.repo} "a red heart" -o heart.png',
+        "",
+        f"It draws {defaults.width}x{defaults.height} pixels in {defaults.num_inference_steps} steps unless asked "
+        f"otherwise. The digest of its manifest is `{manifest.digest}`; `ditc verify` compares every file with it.",
+        "",
+        "| stage | precision | backend | MB |",
+        "|---|---|---|---|",
+    ]
+    for name, stage in manifest.stages.items():
+        for artifact in stage.artifacts:
+            size = sum(ref.size_bytes for ref in artifact.files) / 1e6
+            lines.append(
+                f"| {_text(name)} | {artifact.precision.value} | {artifact.backend.value} | {size:.1f} |"
+            )
+    results = [
+        f"- {kind} {'passed' if found.passed else 'FAILED'} on {found.date}: {_text(str(entry.machine))}"
+        for entry in certificate.entries
+        for kind, found in (("parity with the checkpoint", entry.parity), ("the self-test", entry.self_test))
+        if found is not None
+    ]
+    return "\n".join([*lines, "", *(results or ["Parity with the checkpoint has not been measured."]), ""])
+
+
+def _text(value: str) -> str:
+    """A value of the manifest in a line of Markdown or a cell of a table."""
+    return " ".join(value.split()).replace("|", "/").replace("`", "'")
