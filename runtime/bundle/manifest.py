@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -246,7 +247,7 @@ def load_manifest(bundle: Path) -> Manifest:
 
 def mend(bundle: Path) -> str:
     """The hint for a damaged bundle. A folder of links is in the hub's cache, and nothing is built into that."""
-    if (bundle / MANIFEST).is_symlink():
+    if os.path.islink(bundle / MANIFEST):  # noqa: PTH114 (Path.is_symlink raises for a name that is too long)
         return f"remove {bundle} and the files that its links name, and fetch it again with ditc pull"
     return f"rebuild with: ditc build CHECKPOINT -o {bundle}"
 
