@@ -163,8 +163,10 @@ class Conditioning:
             if bounds is not None and size not in bounds:
                 raise UsageError(
                     f"{argument} have {size} tokens, but this bundle takes {bounds.min} to {bounds.max}",
-                    hint=f"without what follows their first {bounds.max} tokens they fit, but lose the end of the "
-                    "text; where the model itself sets no limit, build with a larger max_sequence_length in ditc.json",
+                    hint="shorten the text before you encode it; where the model sets no limit of its own, build with "
+                    "a larger max_sequence_length in ditc.json"
+                    if size > bounds.max
+                    else f"pass the states of at least {bounds.min} token(s)",
                 )
         return array
 

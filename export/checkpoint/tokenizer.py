@@ -73,6 +73,11 @@ def read_tokenizer(checkpoint: Checkpoint, name: str) -> CheckpointTokenizer:
             hint="use the tokenizer that the text encoder was published with, or set pad_token in "
             f"{directory / 'tokenizer_config.json'}",
         )
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise CheckpointError(
+            f"{directory / 'tokenizer_config.json'} says model_max_length {tokenizer.model_max_length!r}, not a number",
+            hint="fetch the file again",
+        )
     if tokenizer.truncation_side != "right":
         raise CheckpointError(
             f"{directory / 'tokenizer_config.json'} says truncation_side {tokenizer.truncation_side!r}, but bundles "

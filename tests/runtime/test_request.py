@@ -105,6 +105,10 @@ def test_requests_that_cannot_be_drawn_are_refused(
             "40 tokens, but this bundle takes 1 to 12",
         ),
         (
+            {"prompt_embeds": EMBEDS[:, :0], "prompt_attention_mask": MASK[:, :0]},
+            "0 tokens, but this bundle takes 1 to 12",
+        ),
+        (
             {
                 "prompt_embeds": EMBEDS,
                 "prompt_attention_mask": MASK,
@@ -130,6 +134,18 @@ def test_embeddings_that_do_not_fit_are_refused(
     with pytest.raises(UsageError, match=message) as caught:
         pipeline(num_inference_steps=1, **arguments)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"), [(40, "where the model sets no limit of its own"), (0, "at least 1 token")]
+)
+def test_the_hint_for_a_number_of_tokens_does_not_promise_what_the_model_forbids(
+    pipeline: Pipeline, tokens: int, hint: str
+) -> None:
+    arguments = {"prompt_embeds": np.zeros((1, tokens, 24), np.float32)}
+    with pytest.raises(UsageError) as caught:
+        pipeline(num_inference_steps=1, prompt_attention_mask=np.ones((1, tokens), int), **arguments)
+    assert hint in str(caught.value.hint)
 
 
 def test_the_hint_for_a_misspelled_argument_names_the_right_one(pipeline: Pipeline) -> None:

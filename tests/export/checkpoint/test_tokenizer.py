@@ -154,6 +154,10 @@ def _pad_without_a_row(path: Path) -> None:
     _embedding("text_encoder", vocab_size=261)(path)
 
 
+def _broken(name: str) -> Callable[[Path], object]:
+    return lambda path: (path / "tokenizer" / name).write_text("[1, 2")
+
+
 def _index(value: object) -> Callable[[Path], None]:
     return lambda path: change(path / "model_index.json", lambda data: data.update(tokenizer=value))
 
@@ -190,6 +194,10 @@ def _swapped(path: Path) -> None:
             "the pad token of tokenizer has the id 262, but the embedding of text_encoder has only 261 rows",
         ),
         ("tiny_checkpoint", _settings("tokenizer", truncation_side="left"), "truncation_side 'left'"),
+        ("tiny_checkpoint", _settings("tokenizer", model_max_length="long"), "model_max_length 'long'"),
+        ("tiny_checkpoint", _settings("tokenizer", padding_side="up"), "can load as a GemmaTokenizer"),
+        ("tiny_checkpoint", _broken("tokenizer.json"), "can load as a GemmaTokenizer"),
+        ("tiny_checkpoint", _broken("tokenizer_config.json"), "can load as a GemmaTokenizer"),
         (
             "tiny_checkpoint",
             _index(["transformers", "NoTokenizer"]),
