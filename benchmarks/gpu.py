@@ -38,7 +38,7 @@ from benchmarks.gpu_candidates import (
 )
 from benchmarks.machine import spread, write
 from ditc.runtime.errors import DitcError
-from ditc.runtime.gpu import NO_GPU, find_gpu
+from ditc.runtime.gpu import find_gpu, no_gpu
 from ditc.runtime.session import Array, Session
 from ditc.runtime.sessions.registry import rows
 from ditc.runtime.spec import DENOISER
@@ -261,7 +261,7 @@ def main() -> int:
     arguments = parser.parse_args()
     gpu = find_gpu()
     if gpu is None:
-        print(f"benchmarks.gpu: {NO_GPU}", file=sys.stderr)
+        print(f"benchmarks.gpu: {no_gpu()}", file=sys.stderr)
         return 2
     ceiling = ceilings()
     results: dict[str, Any] = {"gpu": f"{gpu.name} {gpu.sm}", "ceilings": ceiling}

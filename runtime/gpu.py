@@ -1,57 +1,122 @@
-"""This machine's GPU, as nvidia-smi reports it, and the folder of TensorRT-RTX's libraries."""
+"""This machine's GPUs, as CUDA sees and numbers them, and the one that this process uses: CUDA's first."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from ditc.runtime.cuda_driver import VISIBLE, CudaAnswer, CudaGpu, ask
+from ditc.runtime.errors import SessionError, UsageError
+
 # When TensorRT-RTX's parser meets a plugin, it opens a library of this name. The wheel of 1.7.1 has only NAME.1.
 RTX_LIBRARY = "libtensorrt_rtx.so"
-NO_GPU = "no NVIDIA GPU with a driver (nvidia-smi finds none)"
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+LIST = "ditc doctor lists the GPUs with their numbers and UUIDs"
+
+_selected = ""  # what select_gpu was given; CUDA cannot be told another choice in the same process
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Name and compute capability ("sm89") of the first GPU."""
+    """Name and compute capability ("sm89") of a GPU."""
 
     name: str
     sm: str
 
 
 @cache
-def find_gpu() -> Gpu | None:
-    """The first GPU that CUDA sees. None without a GPU or driver, or if CUDA_VISIBLE_DEVICES hides all GPUs.
+def cuda() -> CudaAnswer:
+    """What CUDA says about this machine. It is asked once per process."""
+    return ask()
 
-    If a machine has different GPUs, CUDA and nvidia-smi number them alike only with CUDA_DEVICE_ORDER=PCI_BUS_ID. UUIDs
-    in CUDA_VISIBLE_DEVICES are safe (CUDA programming guide, "CUDA Environment Variables").
+
+def find_gpus() -> tuple[CudaGpu, ...]:
+    """The GPUs that CUDA sees, in its order."""
+    return cuda().gpus
+
+
+def find_gpu() -> Gpu | None:
+    """The GPU that this process uses: CUDA's first. None without a GPU or driver, or if all GPUs are hidden."""
+    gpus = find_gpus()
+    return Gpu(gpus[0].name, gpus[0].sm) if gpus else None
+
+
+def no_gpu() -> str:
+    """Why `find_gpu` finds none, in one line."""
+    return f"no NVIDIA GPU with a driver ({cuda().lack})"
+
+
+def select_gpu(device: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let this process see only one GPU, which all libraries then use. Call it before anything else uses CUDA.
+
+    Args:
+        device: CUDA's number of the GPU, or its UUID or the beginning of that. "" changes nothing.
+
+    Raises:
+        UsageError: there is no such GPU.
+        SessionError: CUDA has already started in this process, on another GPU.
     """
-    name, _, capability = _nvidia_smi("name,compute_cap").rpartition(",")
-    return Gpu(name.strip(), "sm" + capability.strip().replace(".", "")) if name else None
+    global _selected
+    if device in ("", _selected):
+        return
+    started = cuda.cache_info().currsize > 0
+    if not started:
+        environment[VISIBLE] = _entry(device, environment.get(VISIBLE))
+    gpus = find_gpus()
+    if not gpus:
+        raise UsageError(f"there is no GPU {device} here: {cuda().lack}", hint=LIST)
+    if device.isdecimal():  # what it counts has changed once GPUs are hidden
+        right = not _selected and (device == "0" if started else len(gpus) == 1)
+    else:
+        right = gpus[0].uuid.lower().startswith(device.lower())
+    if not right:
+        raise SessionError(
+            f"CUDA has already started in this process, and its first GPU is {gpus[0].name} ({gpus[0].uuid})",
+            hint=f"name the GPU when the first bundle is loaded, or set {VISIBLE} before the program starts",
+        )
+    _selected = _selected or device
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError if this can be neither a GPU's number nor its UUID."""
+    if not re.fullmatch(r"|[0-9]{1,4}|(GPU|MIG)-[0-9a-fA-F-]+", device):
+        raise UsageError(f"device {device!r} is neither a number nor a UUID of a GPU", hint=LIST)
+
+
+def driver_version() -> str:
+    """The version of the NVIDIA driver, or of CUDA in it, if it does not say its own; "" without a GPU."""
+    return _driver_version() if find_gpus() else ""
 
 
 @cache
-def driver_version() -> str:
-    """The version of the NVIDIA driver; "" without a driver or a GPU."""
-    return _nvidia_smi("driver_version")
-
-
-def _nvidia_smi(fields: str) -> str:
-    """nvidia-smi's answer about the first visible GPU, one line; "" if there is none."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if first in ("", "-1"):
-        return ""
-    if not first.startswith("MIG-"):  # --id takes GPUs, but not the MIG instances that a GPU is divided into
-        command.append(f"--id={first}")
+def _driver_version() -> str:
+    # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
+    if KERNEL_MODULE.is_file() and (
+        found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", KERNEL_MODULE.read_text(errors="replace"))
+    ):
+        return found[0]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # Windows and WSL
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return f"CUDA {cuda().version}"
     return done.stdout.partition("\n")[0].strip()
+
+
+def _entry(device: str, visible: str | None) -> str:
+    """The GPU as CUDA_VISIBLE_DEVICES names it. The variable's present entries are what numbers count."""
+    if visible is None or not device.isdecimal():
+        return device
+    entries = [entry.strip() for entry in visible.split(",") if entry.strip()]
+    if int(device) >= len(entries):
+        raise UsageError(f"there is no GPU {device} here, with {VISIBLE}={visible!r}", hint=LIST)
+    return entries[int(device)]
 
 
 def rtx_library_folder() -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from ditc.runtime.cores import most_threads
 from ditc.runtime.errors import UsageError
+from ditc.runtime.gpu import check_device
 from ditc.runtime.sessions.registry import AUTO, backend_names, provider_names, row_of, rows
 from ditc.runtime.spec import Precision
 
@@ -28,6 +29,8 @@ class LoadOptions:
             use. More than the CPUs that it may use are never faster, so they are cut to that number, with a warning.
         provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA if it works here, else
             the CPU.
+        device: CUDA's number of the GPU, or its UUID or the beginning of that. "" takes CUDA's first, which is usually
+            the fastest one. The process then sees only this GPU, so it must be named before CUDA starts.
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
         require_signature: file with the ed25519 public key (PEM) whose owner must have signed the bundle.
         require_certificate: refuse artifacts that parity has not proven for this machine.
@@ -43,6 +46,7 @@ class LoadOptions:
     precision: str | None = None
     threads: int = 0
     provider: str = AUTO
+    device: str = ""
     low_vram: bool = False
     require_signature: str | Path | None = None
     require_certificate: bool = False
@@ -56,6 +60,7 @@ class LoadOptions:
                 f"precision {self.precision!r} is unknown", hint=f"choose one of {', '.join(Precision)}"
             )
         self._bound_threads()
+        check_device(self.device)
         if self.provider not in provider_names():
             raise UsageError(
                 f"provider {self.provider!r} is unknown", hint=f"choose one of {', '.join(provider_names())}"
@@ -94,6 +99,7 @@ class LoadKeywords(TypedDict, total=False):
     precision: str | None
     threads: int
     provider: str
+    device: str
     low_vram: bool
     require_signature: str | Path | None
     require_certificate: bool
@@ -153,6 +159,11 @@ def _arguments() -> dict[str, dict[str, Any]]:
             "metavar": "NAME",
             "help": f"What {_owners()} computes with: {_either(provider_names())}. auto takes CUDA if it works on this "
             "machine, else the CPU (default: %(default)s).",
+        },
+        "device": {
+            "metavar": "GPU",
+            "help": "The GPU to use, by CUDA's number or by its UUID, as ditc doctor lists them (default: CUDA's "
+            "first, which is usually the fastest).",
         },
         "low_vram": {
             "action": "store_true",

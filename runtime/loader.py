@@ -14,6 +14,8 @@ from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manif
 from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.conditioning import Conditioning, TextEncoder
 from ditc.runtime.errors import BundleError, SessionError, UsageError
+from ditc.runtime.expected_gpu import check_cpu_is_meant
+from ditc.runtime.gpu import select_gpu
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import ComputeDevice, Session
@@ -52,19 +54,20 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
 
     Raises:
         BundleError: a file is damaged or does not belong to the bundle.
-        UsageError: nothing in the bundle fits this machine and the options.
-        SessionError: a stage cannot be opened.
+        UsageError: nothing in the bundle fits this machine and the options, or the GPU that they name is not used.
+        SessionError: a stage cannot be opened, or CUDA has already started on another GPU.
     """
     manifest = load_manifest(bundle)
     if options.require_signature is not None:
         check_signature(bundle, manifest, Path(options.require_signature))
     _check_golden_table(manifest)
+    select_gpu(options.device)
     chosen, reason = choose(manifest, options)
     log.info("%s", reason)
     check_files(bundle, _files(manifest, chosen.values()))
     tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
     device = open_device() if any(row_of(a.backend).same_gpu for a in chosen.values()) else None
-    sessions = _open_all(bundle, chosen, options, device)
+    sessions = _open_all(bundle, manifest, chosen, options, device)
     encoders = [
         TextEncoder(spec, tokenizer, sessions[spec.stage])
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
@@ -133,7 +136,11 @@ def _is_for_this_machine(artifact: Artifact) -> bool:
 
 
 def _open_all(
-    bundle: Path, chosen: Mapping[str, Artifact], options: LoadOptions, device: Device | None
+    bundle: Path,
+    manifest: Manifest,
+    chosen: Mapping[str, Artifact],
+    options: LoadOptions,
+    device: Device | None,
 ) -> dict[str, Session]:
     """Open a session for each stage. If one cannot be opened, those before it are closed again."""
     sessions: dict[str, Session] = {}
@@ -152,6 +159,8 @@ def _open_all(
                 sessions[name] = OnDemandSession(artifact.spec, open_it, residency, device=where)
             else:
                 sessions[name] = open_it()
+        if sessions[DENOISER].device.kind == "cpu":
+            check_cpu_is_meant(manifest, options)
     except BaseException:
         for session in sessions.values():
             session.close()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from shutil import which
 
+from ditc.runtime.gpu import driver_version, find_gpus
 from ditc.runtime.sessions.registry import rows
 
 PACKAGES = ("ditc", "numpy", "onnx", "torch", "diffusers", "transformers")
@@ -29,7 +28,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on. GPUs are listed by nvidia-smi, if it is installed."""
+    """The machine that this process runs on, with the GPUs that CUDA sees."""
     return Machine(
         processor=_processor(),
         cpus=os.cpu_count() or 0,
@@ -59,12 +58,4 @@ def _processor() -> str:
 
 
 def _gpus() -> tuple[str, ...]:
-    program = which("nvidia-smi")
-    if program is None:
-        return ()
-    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    return tuple(f"{gpu.name}, {driver_version()}" for gpu in find_gpus())

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.gpu import check_device, select_gpu
+from ditc.runtime.load_options import add_load_arguments
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, build_backends
 from ditc.runtime.spec import Backend, Precision
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s).",
     )
     _add_engine_arguments(parser)
+    add_load_arguments(parser, "device", when="For engines that are tuned on a GPU.")
     parser.add_argument(
         "--resolution",
         type=int,
@@ -142,6 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.export.build.noop import up_to_date
 
     options = build_options(arguments)
+    check_device(arguments.device)
+    select_gpu(arguments.device)
     if arguments.sign is not None:
         from ditc.runtime.bundle.signature import load_private_key
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.cores import most_threads
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.gpu import check_device, select_gpu
+from ditc.runtime.load_options import add_load_arguments
 
 # The packages of each extra in pyproject.toml. The extras of backends are in the table of backends.
 PACKAGES = {
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="A diffusers directory. If given, also estimate whether this machine can build it.",
     )
+    add_load_arguments(parser, "device", when="Say what this GPU can do.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON (default: as text).")
 
 
@@ -47,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print all findings. The exit code is 1 if one of them is bad: a package is missing or has a known defect."""
     from ditc.runtime.commands.doctor_engines import engine_findings
 
+    check_device(arguments.device)
+    select_gpu(arguments.device)
     findings = [*_machine(), *_packages(), *_conflicts(), *_backends(), *engine_findings()]
     if arguments.checkpoint is not None:
         findings += checkpoint_findings(arguments.checkpoint)

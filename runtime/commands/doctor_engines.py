@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
-from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, rtx_library_folder
+from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, find_gpus, no_gpu, rtx_library_folder
 from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
 from ditc.runtime.sessions.registry import library_version, missing, rows
 
@@ -34,6 +34,7 @@ def engine_findings() -> list[Finding]:
     gpu = find_gpu()
     return [
         *_gpu(gpu),
+        *_gpu_list(),
         *_targets(),
         *_runs(),
         *_onnxruntime(gpu),
@@ -46,7 +47,7 @@ def engine_findings() -> list[Finding]:
 def _gpu(gpu: Gpu | None) -> list[Finding]:
     if gpu is None:
         anywhere = ", ".join(row.name for row in rows() if row.targets)
-        return [Finding("gpu", f"none: engines can be built here ({anywhere}) but not run", None)]
+        return [Finding("gpu", f"none: engines can be built here ({anywhere}) but not run: {no_gpu()}", None)]
     name, driver = f"{gpu.name}, {gpu.sm}", f"driver {driver_version() or 'unknown'}"
     engines = [row for row in reversed(rows()) if row.same_gpu]
     serving = [row.name for row in engines if row.built_on_gpu or gpu.sm in row.targets]
@@ -55,6 +56,14 @@ def _gpu(gpu: Gpu | None) -> list[Finding]:
         return [Finding("gpu", f"{name}: supported by {' and '.join(serving)}; {driver}")]
     hint = f"build engines for it on this machine, with --backend {' or '.join(serving)}"
     return [Finding("gpu", f"{name}: not supported by {' and '.join(others)}; {driver}", None, hint)]
+
+
+def _gpu_list() -> list[Finding]:
+    """The GPUs as CUDA numbers them, for --device."""
+    return [
+        Finding(f"gpu {number}", f"{gpu.name}, {gpu.sm}, {gpu.memory_bytes / 1e9:.0f} GB, {gpu.uuid}", None)
+        for number, gpu in enumerate(find_gpus())
+    ]
 
 
 def _targets() -> list[Finding]:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ditc.runtime.gpu import NO_GPU, find_gpu
+from ditc.runtime.gpu import find_gpu, no_gpu
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def cuda_lack() -> str:
     if CUDA not in ort.get_available_providers():
         return f"this ONNX Runtime has no CUDA provider: {', '.join(ort.get_available_providers())}"
     if find_gpu() is None:
-        return NO_GPU
+        return no_gpu()
     # The loader does not search the folders where pip puts CUDA and cuDNN, so they are loaded beforehand. preload_dlls
     # prints what it does not find.
     with redirect_stdout(io.StringIO()):

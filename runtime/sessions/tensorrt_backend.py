@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ditc.runtime.bundle.manifest import Artifact
-from ditc.runtime.gpu import NO_GPU, driver_version, find_gpu
+from ditc.runtime.gpu import driver_version, find_gpu, no_gpu
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import Session
 from ditc.runtime.sessions.device import Device, open_device
@@ -26,7 +26,7 @@ def lack(row: BackendRow) -> str:
         found = None
     if found is None:
         return f"cuda-python is not installed: {row.install}"
-    return "" if find_gpu() is not None else NO_GPU
+    return "" if find_gpu() is not None else no_gpu()
 
 
 def open_stage(

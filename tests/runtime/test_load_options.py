@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[list[str], Any]] = {
     "precision": (["--precision", "fp16"], "fp16"),
     "threads": (["--threads", "3"], 3),
     "provider": (["--provider", "cuda"], "cuda"),
+    "device": (["--device", "1"], "1"),
     "low_vram": (["--low-vram"], True),
     "require_signature": (["--require-signature", "key.pem"], Path("key.pem")),
     "require_certificate": (["--require-certificate"], True),

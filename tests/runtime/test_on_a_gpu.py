@@ -15,7 +15,7 @@ import pytest
 from ditc.export.build.builder import build_bundle
 from ditc.export.contract import BuildOptions
 from ditc.runtime.cli import main
-from ditc.runtime.gpu import NO_GPU, find_gpu
+from ditc.runtime.gpu import find_gpu, no_gpu
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.sessions.device import open_device
@@ -26,7 +26,7 @@ from ditc.runtime.spec import DENOISER, Backend, Precision
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(find_gpu() is None, reason=NO_GPU),
+    pytest.mark.skipif(find_gpu() is None, reason=no_gpu()),
 ]
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 5,
