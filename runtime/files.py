@@ -27,7 +27,29 @@ def check_writable(path: Path, argument: str, *, needed_bytes: int = SMALL_BYTES
         OutputError: the path is a directory or a device, a parent is a file, a name is too long or not possible on the
             file system, there is no permission, or not enough space.
     """
-    hint = f"choose another {argument}"
+    existing, hint = check_name(path, argument), _hint(argument)
+    try:
+        # Not os.access, which says that root may write to /proc, where nobody can.
+        with tempfile.TemporaryFile(dir=existing) as file:
+            _reserve(file.fileno(), min(needed_bytes, RESERVED_BYTES))
+        if shutil.disk_usage(existing).free < needed_bytes:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed_bytes / 1e6:.1f} MB are needed"
+            )
+    except OSError as e:
+        raise OutputError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e
+
+
+def check_name(path: Path, argument: str) -> Path:
+    """The part of `check_writable` that writes nothing, for further files of one folder.
+
+    Returns:
+        The lowest folder of the path that exists.
+
+    Raises:
+        OutputError: as `check_writable`, but for permission and space.
+    """
+    hint = _hint(argument)
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises if a parent may not be searched)
         raise OutputError(f"cannot write {path}: it is a directory", hint=hint)
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
@@ -40,16 +62,11 @@ def check_writable(path: Path, argument: str, *, needed_bytes: int = SMALL_BYTES
         _check_names(whole, existing)
     except (OSError, ValueError) as e:  # ValueError: a NUL, or a name that has no encoding
         raise OutputError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}", hint=hint) from e
-    try:
-        # Not os.access, which says that root may write to /proc, where nobody can.
-        with tempfile.TemporaryFile(dir=existing) as file:
-            _reserve(file.fileno(), min(needed_bytes, RESERVED_BYTES))
-        if shutil.disk_usage(existing).free < needed_bytes:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed_bytes / 1e6:.1f} MB are needed"
-            )
-    except OSError as e:
-        raise OutputError(f"cannot write {path}: {existing}: {e.strerror or e}", hint=hint) from e
+    return existing
+
+
+def _hint(argument: str) -> str:
+    return f"choose another {argument}"
 
 
 def _check_names(path: Path, existing: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ditc.runtime.atomic import atomic_path
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import OutputError, UsageError
-from ditc.runtime.files import check_writable
+from ditc.runtime.files import check_name, check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.prompts import read_prompts
 
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # A PNG file of a picture is seldom larger than its pixels.
 RGB_BYTES = 3
+
+# Every name is looked at before the drawing, which takes about a second for so many.
+MAX_PICTURES = 10_000
 
 # Fields of Request. Each has an option of the same name.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
@@ -162,8 +165,16 @@ def run(arguments: argparse.Namespace) -> int:
             f"output {arguments.output} is not a .png",
             hint="name a .png file: pictures carry their settings as PNG text",
         )
-    paths = _paths(arguments.output, len(prompts) * arguments.num_images_per_prompt)
+    count = len(prompts) * arguments.num_images_per_prompt
+    if count > MAX_PICTURES:
+        raise UsageError(
+            f"{len(prompts)} prompts x {arguments.num_images_per_prompt} pictures are {count} pictures",
+            hint=f"draw at most {MAX_PICTURES} in one run, which holds all of them in memory before it writes them",
+        )
+    paths = _paths(arguments.output, count)
     for path in paths:
+        check_name(path, "-o")
+    for path in paths[:1]:
         check_writable(path, "-o")
     if arguments.preview is not None:
         check_writable(_preview_path(arguments.preview, 0, 0, 0), "--preview")

@@ -227,6 +227,7 @@ def test_an_interrupt_while_a_compiled_module_is_imported_ends_with_130_too(
         (["cat", "--precision", "bf16"], "holds denoisers for onnxruntime fp32"),
         (["cat", "--seed", "-99999999999999999999"], "seed is -99999999999999999999"),
         (["cat", "-o", "/dev/null/x.png", "--steps", "1"], "cannot write /dev/null/x.png"),
+        (["cat", "-n", "1000000000"], "1 prompts x 1000000000 pictures are 1000000000 pictures"),
         (["cat", "--preview", "/dev/null/x"], "cannot write /dev/null/x/step-000-0-0.png"),
     ],
 )
