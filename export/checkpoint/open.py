@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from ditc.export.checkpoint.defaults import read_defaults
-from ditc.export.checkpoint.file_content import check_contents
+from ditc.export.checkpoint.file_content import check_content, check_contents
 from ditc.export.checkpoint.foreign_weights import check_adapter, check_config, warn_of_loras
 from ditc.export.checkpoint.hub import fetch_snapshot, is_hub_id
 from ditc.export.checkpoint.json_files import read_json
@@ -38,7 +38,7 @@ from ditc.runtime.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 TRANSFORMERS = "transformers"  # its configs name no class that it would be opened with
-NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".safetensors"})
+NATIVE_SUFFIXES = frozenset({".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".gguf"})
 
 # The hints of errors about a whole component.
 INCOMPLETE = (
@@ -117,6 +117,7 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
         else Path(source)
     )
     if path.suffix in NATIVE_SUFFIXES and path.is_file():
+        check_content(path, torch_is_right=True)
         raise CheckpointError(
             f"{path} is a native checkpoint, which is one file of weights",
             hint="run `ditc convert` on it first",

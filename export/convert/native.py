@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # How the names of the blocks begin in every diffusers transformer that ditc knows.
 DIFFUSERS_PREFIX = "transformer_blocks."
 SHOWN = 3
+FOREIGN = "the file is damaged, or holds another kind of network than its tensors' names suggest"
 
 
 def convert(
@@ -58,9 +59,9 @@ def convert(
     check_writable(out, "OUT", needed_bytes=source.stat().st_size if source.is_file() else 0)
     native = read_native(source, ema=ema)
     with naming(source):
-        layout = _layout_of(native)
+        native, layout = _layout_of(native)
     others = open_checkpoint(base, variant=variant) if base is not None else None
-    with atomic_folder(out) as directory, naming(source):
+    with atomic_folder(out) as directory, naming(source, hint=FOREIGN):
         layout.write_directory(
             native, directory, options=options, base=others, max_shard_bytes=max_shard_bytes
         )
@@ -103,21 +104,36 @@ def convert_to_native(source: str | Path, out: Path, *, variant: str | None = No
     return out
 
 
-def _layout_of(native: TensorSource) -> NativeLayout:
-    """The layout of the family that recognises the tensors. Raises CheckpointError if no family does."""
-    if any(name.startswith(DIFFUSERS_PREFIX) for name in native):
-        raise CheckpointError(
-            "the tensors have diffusers' names already",
-            hint="no conversion is needed: give the diffusers directory that the file belongs to",
-        )
+def _layout_of(native: TensorSource) -> tuple[TensorSource, NativeLayout]:
+    """The tensors under a family's names, and the layout of the family.
+
+    Training code wraps the network as it likes, so one outer name that all tensors share is removed if a family
+    recognises them without it: model. or base_model. in NVlabs' trainers.
+
+    Raises:
+        CheckpointError: no family recognises the tensors.
+    """
     layouts = _layouts()
-    for layout in layouts.values():
-        if layout.recognises(native):
-            return layout
+    for tensors in (native, _without_outer_name(native)):
+        if any(name.startswith(DIFFUSERS_PREFIX) for name in tensors):
+            raise CheckpointError(
+                "the tensors have diffusers' names already",
+                hint="no conversion is needed: give the diffusers directory that the file belongs to",
+            )
+        for layout in layouts.values():
+            if layout.recognises(tensors):
+                return tensors, layout
     raise CheckpointError(
         f"no family has tensors of these names; the file's first are {', '.join(list(native)[:SHOWN])}",
         hint=f"native files of these families can be converted: {', '.join(layouts)}",
     )
+
+
+def _without_outer_name(native: TensorSource) -> TensorSource:
+    outer = {name.partition(".")[0] for name in native}
+    if len(outer) != 1 or any("." not in name for name in native):
+        return native
+    return TensorSource({name.partition(".")[2]: native.entry(name) for name in native})
 
 
 def _layouts() -> dict[str, NativeLayout]:

@@ -52,14 +52,19 @@ def read_native(path: Path, *, ema: bool = False) -> TensorSource:
         raise _directory(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", hint="check the path")
+    check_content(path, torch_is_right=path.suffix in TORCH_SUFFIXES)
     if path.suffix == ".safetensors":
+        if ema:
+            raise CheckpointError(
+                f"{path} holds one set of weights, so --ema has nothing to choose",
+                hint="leave --ema out, or give the training file, which holds both",
+            )
         return plain_weights(path, read_safetensors(path))
     if path.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(
             f"{path} does not end in .safetensors or in one of {', '.join(sorted(TORCH_SUFFIXES))}",
             hint="rename the file to the name under which it was released",
         )
-    check_content(path, torch_is_right=True)
     tensors = _state_dict(path, _load(path), ema)
     return plain_weights(path, {name: _entry(tensor) for name, tensor in tensors.items()})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.convert.native_file import read_native
 from ditc.runtime.errors import CheckpointError
 
@@ -101,6 +103,21 @@ def test_where_the_weights_are_is_said_or_seen(tmp_path: Path, saved: dict[str, 
         assert said in _refused(tmp_path / "net.pth")
     else:
         _assert_same(read_native(tmp_path / "net.pth"), WEIGHTS)
+
+
+def test_averaged_weights_are_not_looked_for_in_a_file_of_one_set(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match="--ema has nothing to choose"):
+        read_native(tmp_path / "net.safetensors", ema=True)
+
+
+@pytest.mark.parametrize("read", [read_native, open_checkpoint])
+def test_a_gguf_file_is_named_as_such(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "sana-Q8_0.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(
+        CheckpointError, match=r"sana-Q8_0.gguf is a GGUF file, which holds quantized weights"
+    ):
+        read(tmp_path / "sana-Q8_0.gguf")
 
 
 def test_a_lora_is_refused_by_name(tmp_path: Path) -> None:

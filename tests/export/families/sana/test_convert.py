@@ -65,6 +65,14 @@ def test_a_native_checkpoint_becomes_the_same_network_in_diffusers(
     torch.testing.assert_close(_run(loaded), _run(network))
 
 
+@pytest.mark.parametrize("outer", ["model", "base_model", "module._orig_mod"])
+def test_an_outer_name_that_all_tensors_share_is_removed(tmp_path: Path, outer: str) -> None:
+    network = _network("sana")
+    native = {f"{outer}.{name}": tensor for name, tensor in _native_names(network).items()}
+    out = convert(_save(native, tmp_path / "net.pth"), tmp_path / "out", options=OPTIONS)
+    _assert_same(open_checkpoint(out).component("transformer").tensors, network.state_dict())
+
+
 def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
     tmp_path: Path, network: SanaTransformer2DModel
 ) -> None:
