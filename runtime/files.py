@@ -85,5 +85,5 @@ def _check_names(path: Path, existing: Path) -> None:
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
     """Allocate the space in an open file, which fails on a full disk and beyond a quota. Not every system can."""
-    if hasattr(os, "posix_fallocate"):
+    if hasattr(os, "posix_fallocate") and size_bytes:  # a size of 0 is an error
         os.posix_fallocate(descriptor, 0, size_bytes)
