@@ -45,7 +45,7 @@ class CudaAnswer:
 
 
 def ask(library: Any = None) -> CudaAnswer:
-    """Ask the driver. From then on, this process keeps to the GPUs that it sees now.
+    """Ask the driver. From then on, this process keeps to the GPUs that it sees now, and forked children can use none.
 
     Args:
         library: an object with the driver's functions. None opens the driver.
@@ -73,8 +73,9 @@ def _gpu(library: Any, number: int) -> CudaGpu:
     library.cuDeviceGetName(name, len(name), device)
     text = name.value.decode(errors="replace")
     identity = ctypes.create_string_buffer(16)
-    # The second version tells the instances of a divided GPU (MIG) apart.
-    library.cuDeviceGetUuid_v2(identity, device)
+    # The second version, of CUDA 11.4, tells the instances of a divided GPU (MIG) apart.
+    read_uuid = getattr(library, "cuDeviceGetUuid_v2", None) or library.cuDeviceGetUuid
+    read_uuid(identity, device)
     memory = ctypes.c_size_t()
     library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     major, minor = (_integer(library.cuDeviceGetAttribute, which, device) for which in (_MAJOR, _MINOR))

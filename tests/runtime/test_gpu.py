@@ -91,6 +91,14 @@ def test_everything_about_the_gpus_is_read_from_the_driver() -> None:
     assert ask(Driver()) == CudaAnswer(gpus=(FAST, SLOW), version="13.1")
 
 
+def test_a_driver_of_before_cuda_11_4_has_the_first_form_of_uuids() -> None:
+    class Old(Driver):
+        cuDeviceGetUuid = Driver.cuDeviceGetUuid_v2
+        cuDeviceGetUuid_v2 = None
+
+    assert ask(Old()).gpus == (FAST, SLOW)
+
+
 @pytest.mark.parametrize(
     ("driver", "lack"),
     [
