@@ -10,11 +10,13 @@ A TextSpec in the manifest describes the prompt handling of a pipeline of diffus
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -125,6 +127,11 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, without the tokens that were added to the vocabulary later."""
         return self._tokenizer.get_vocab(with_added_tokens=False)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """How texts are split, as tokenizer.json writes it: the vocabulary, with its merges or scores."""
+        return dict(json.loads(self._tokenizer.to_str())["model"])
 
     def encode(self, texts: Sequence[str], spec: TextSpec, *, negative: bool = False) -> TokenBatch:
         """Token ids and mask of every text, padded or cut (with a warning in the log) to the spec's length.
