@@ -10,10 +10,11 @@ from ditc.runtime.errors import CheckpointError
 
 
 @contextmanager
-def naming(place: Path, *, hint: str | None = None) -> Iterator[None]:
-    """Put the file or folder before the message of a CheckpointError that is raised inside.
+def naming(place: Path | str, *, hint: str | None = None) -> Iterator[None]:
+    """Put the file, folder or component before the message of a CheckpointError that is raised inside.
 
     Args:
+        place: what the error is about. A message that has it already stays as it is.
         hint: for errors that have none of their own.
     """
     try:

@@ -131,19 +131,27 @@ def _parts(sections: dict[str, TensorSource], resolution: int) -> dict[str, Part
         raise CheckpointError("the file holds no transformer", hint=sd3_keys.FOREIGN)
     parts: dict[str, Part] = {}
     for name, section in sections.items():
-        if name == "transformer":
-            keys = stability.detect_keys(section)
-            config = stability.transformer_config(section, keys, resolution)
-            parts[name] = (config, sd3_keys.to_diffusers(section, keys))
-        elif name == "vae":
-            tensors = kl_keys.to_diffusers(section, kl_keys.kl_keys(section))
-            parts[name] = (stability.vae_config(section, resolution), tensors)
-        elif name == "text_encoder_3":
-            parts[name] = (stability.t5_config(section), section)
-        else:
-            parts[name] = (stability.clip_config(name, section), stability.with_projection(section))
-        _check_shapes(name, *parts[name])
+        with naming(name):
+            parts[name] = _part(name, section, resolution)
     return parts
+
+
+def _part(name: str, section: TensorSource, resolution: int) -> Part:
+    if name == "transformer":
+        keys = stability.detect_keys(section)
+        config = stability.transformer_config(section, keys, resolution)
+        part = config, sd3_keys.to_diffusers(section, keys)
+    elif name == "vae":
+        part = (
+            stability.vae_config(section, resolution),
+            kl_keys.to_diffusers(section, kl_keys.kl_keys(section)),
+        )
+    elif name == "text_encoder_3":
+        part = stability.t5_config(section), section
+    else:
+        part = stability.clip_config(name, section), stability.with_projection(section)
+    _check_shapes(name, *part)
+    return part
 
 
 def _check_shapes(component: str, config: dict[str, Any], tensors: TensorSource) -> None:

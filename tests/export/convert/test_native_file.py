@@ -111,6 +111,13 @@ def test_averaged_weights_are_not_looked_for_in_a_file_of_one_set(tmp_path: Path
         read_native(tmp_path / "net.safetensors", ema=True)
 
 
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net.bin"])
+def test_a_git_lfs_pointer_is_recognised(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    refused = _refused(tmp_path / name)
+    assert f"{name} is a Git LFS pointer" in refused and "git lfs pull" in refused
+
+
 @pytest.mark.parametrize("read", [read_native, open_checkpoint])
 def test_a_gguf_file_is_named_as_such(tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "sana-Q8_0.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")

@@ -183,6 +183,13 @@ def test_a_file_of_scaled_fp8_becomes_a_directory_of_the_values_that_it_stands_f
         assert_same(load_file(tmp_path / "scaled" / path.relative_to(tmp_path / "plain")), load_file(path))
 
 
+def test_the_network_of_a_file_is_named_when_it_is_damaged(tmp_path: Path) -> None:
+    native = load_file(_native_file(tmp_path, "sd3.5-medium"))
+    save_file(native | {f"{T5}shared.weight": torch.ones(3)}, tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"net.safetensors: text_encoder_3: shared.weight is \[3\]"):
+        convert(tmp_path / "net.safetensors", tmp_path / "out", options=OPTIONS)
+
+
 def test_text_encoders_in_the_file_become_transformers_directories(tmp_path: Path) -> None:
     torch.manual_seed(2)
     clips = {
