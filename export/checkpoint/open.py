@@ -62,12 +62,16 @@ class Component:
     @property
     def place(self) -> Path:
         """The file of the weights; the folder, if there are several files."""
-        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+        return self.files[0] if len(self.files) == 1 else self._folder
 
     def read_config(self, parse: Callable[[Mapping[str, Any]], T]) -> T:
         """What parse makes of the config. Its errors name the file."""
-        with naming(self.files[0].parent / "config.json", hint=OTHER_NETWORK):
+        with naming(self._folder / "config.json", hint=OTHER_NETWORK):
             return parse(self.config)
+
+    @property
+    def _folder(self) -> Path:
+        return self.files[0].parent if self.files else Path(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,10 @@ class DenoiserStep(nn.Module):
         scaled = column(step_contract.C_IN) * latents
         rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *embedded, *remaining)
         pred = guide(guidance_weights, rows.float())
+        if (
+            pred.shape[1] != latents.shape[1]
+        ):  # learned sigma: the prediction, then a variance that no solver reads
+            pred = pred[:, : latents.shape[1]]
         x0 = column(step_contract.A) * latents + column(step_contract.B) * pred
         following = column(step_contract.CX) * latents + column(step_contract.C0) * x0
         for k in range(contract.history_length):

@@ -9,6 +9,7 @@ from typing import Any
 from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError
 
+FETCH = "vae/config.json is damaged or was edited, or is of another VAE: fetch it again"
 # Settings of which the networks here implement one value only.
 FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 DEFAULT_CHANNELS = (64,)
@@ -51,16 +52,39 @@ class AutoencoderKlConfig:
         Raises:
             CheckpointError: a setting is unknown, or the networks here do not implement it.
         """
+        # force_upcast is ignored, because the build chooses the precision.
+        config = read_config(cls, values, ignored=(*FIXED, *BLOCKS, "force_upcast"))
         for name, implemented in FIXED.items():
             if values.get(name, implemented) != implemented:
-                raise CheckpointError(f"{name} is {values[name]!r}; only {implemented!r} is implemented")
-        stages = len(values.get("block_out_channels", DEFAULT_CHANNELS))
-        for name, block in BLOCKS.items():
-            if any(kind != block for kind in values.get(name, (block,))):
-                raise CheckpointError(f"{name} is {values[name]}, but only {block} is implemented")
-            if len(values.get(name, (block,))) != stages:
                 raise CheckpointError(
-                    f"{name} has {len(values[name])} entries, but block_out_channels has {stages}"
+                    f"{name} is {values[name]!r}; only {implemented!r} is implemented", hint=FETCH
                 )
-        # force_upcast is ignored, because the build chooses the precision.
-        return read_config(cls, values, ignored=(*FIXED, *BLOCKS, "force_upcast"))
+        stages = len(config.block_out_channels)
+        for name, block in BLOCKS.items():
+            kinds = values.get(name, (block,))
+            if not isinstance(kinds, list | tuple) or any(kind != block for kind in kinds):
+                raise CheckpointError(f"{name} is {kinds!r}, but only {block} is implemented", hint=FETCH)
+            if len(kinds) != stages:
+                raise CheckpointError(
+                    f"{name} has {len(kinds)} entries, but block_out_channels has {stages}", hint=FETCH
+                )
+        _check_sizes(config)
+        return config
+
+
+def _check_sizes(config: AutoencoderKlConfig) -> None:
+    groups = config.norm_num_groups
+    for wrong, what in (
+        (
+            any(width % groups for width in config.block_out_channels),
+            f"norm_num_groups {groups} does not divide block_out_channels {config.block_out_channels}",
+        ),
+        (
+            (config.in_channels, config.out_channels) != (3, 3),
+            f"in_channels and out_channels are {config.in_channels} and {config.out_channels}, and a picture has 3",
+        ),
+        (not config.block_out_channels, "block_out_channels is empty"),
+        (config.scaling_factor == 0, "scaling_factor is 0, and latents are divided by it"),
+    ):
+        if wrong:
+            raise CheckpointError(f"the AutoencoderKl config.json cannot be used: {what}", hint=FETCH)

@@ -18,15 +18,21 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ditc.export.networks.layers import LayerNorm
-from ditc.export.networks.loading import Without, load_strict
+from ditc.export.networks.loading import Without, contradictions_named, load_strict
 from ditc.export.networks.text_attention import use_exportable_attention
-from ditc.runtime.errors import CheckpointError
+from ditc.export.networks.text_config import read_text_config
 
-MODEL_TYPE = "clip_text_model"
 # transformers < 4.31 saved this buffer; it holds 0, 1, 2, ... and is not read.
 POSITION_IDS = "text_model.embeddings.position_ids"
 # The eos_token_id of configs from before transformers 4.31, whatever the tokenizer's end of text is.
 LEGACY_EOS = 2
+
+
+def clip_config(values: Mapping[str, Any]) -> CLIPTextConfig:
+    """Read the content of config.json. Raises CheckpointError if transformers refuses it, or a number is missing."""
+    return read_text_config(
+        CLIPTextConfig, values, sizes=("projection_dim",), numbers=("eos_token_id", "layer_norm_eps")
+    )
 
 
 def load_clip(
@@ -35,15 +41,10 @@ def load_clip(
     """Load the encoder with the weights of a diffusers text_encoder/ or text_encoder_2/ directory.
 
     Raises:
-        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
+        CheckpointError: clip_config refuses the config, or a tensor is missing, unknown, or of another shape.
     """
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"config.json's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            hint="it must be a CLIPTextModelWithProjection",
-        )
-    with init_empty_weights(include_buffers=False):
-        encoder = ClipTextEncoder(CLIPTextConfig(**config))
+    with init_empty_weights(include_buffers=False), contradictions_named():
+        encoder = ClipTextEncoder(clip_config(config))
     load_strict({"text_encoder": encoder}, Without(tensors, POSITION_IDS), dtype)
     return encoder.eval()
 
@@ -56,6 +57,7 @@ class ClipTextEncoder(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         use_exportable_attention(config)
+        self.vocab_size = int(config.vocab_size)
         self.eos_token_id = int(config.eos_token_id)
         model = CLIPTextModelWithProjection(config)
         self.text_model = model.text_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -12,37 +13,57 @@ from ditc.runtime.errors import CheckpointError
 
 T = TypeVar("T")
 
-SCALARS = (int, float, bool, str)  # a null is not checked, because it has a meaning in some families
 
-
-def read_config(cls: type[T], values: Mapping[str, Any], *, ignored: Collection[str]) -> T:
+def read_config(
+    cls: type[T], values: Mapping[str, Any], *, ignored: Collection[str], may_be_zero: Collection[str] = ()
+) -> T:
     """Make an instance of the dataclass cls from its defaults, overridden by values. Lists become tuples.
 
     Args:
         ignored: settings that do not change what inference computes. Names that begin with _ are diffusers' own, and
             are ignored too.
+        may_be_zero: integers that can be 0. All others count or size something, and are at least 1.
 
     Raises:
-        CheckpointError: cls does not have a setting, or a number, text or flag is not of the type that cls states.
+        CheckpointError: cls does not have a setting, or a value is not of the type that cls states, not finite, or not
+            a size.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(cls)
-    name_of_config = f"the {cls.__name__.removesuffix('Config')} config.json"
+    file = f"the {cls.__name__.removesuffix('Config')} config.json"
+    read: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known and name not in ignored and not name.startswith("_"):
+        if name in known:
+            read[name] = _read(kinds[name], value, name, file, least=0 if name in may_be_zero else 1)
+        elif name not in ignored and not name.startswith("_"):
             raise CheckpointError(
-                f"unknown setting {name} = {value!r} in {name_of_config}",
+                f"unknown setting {name} = {value!r} in {file}",
                 hint="this version of ditc does not know the setting, which may change what the network computes",
             )
-        if value is not None and kinds.get(name) in SCALARS:
-            try:
-                from_json(kinds[name], value, name)
-            except Mismatch as e:
-                raise CheckpointError(
-                    f"{e}, in {name_of_config}", hint="the file is damaged or was edited: download it again"
-                ) from e
-    return cls(**{name: _frozen(value) for name, value in values.items() if name in known})
+    return cls(**read)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+def _read(kind: Any, value: Any, name: str, file: str, *, least: int) -> Any:
+    try:
+        result = from_json(kind, _as_lists(value), name)
+        _check_numbers(result, name, least)
+    except Mismatch as e:
+        raise CheckpointError(
+            f"{e}, in {file}", hint="the file is damaged or was edited: download it again"
+        ) from e
+    return result
+
+
+def _check_numbers(value: Any, name: str, least: int) -> None:
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _check_numbers(item, f"{name}[{index}]", least)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise Mismatch(f"{name}: expected a finite number, got {value!r}")
+    elif type(value) is int and value < least:
+        raise Mismatch(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def _as_lists(value: Any) -> Any:
+    """As JSON has it: the config of a diffusers module holds tuples."""
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value

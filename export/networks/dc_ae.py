@@ -24,9 +24,10 @@ from ditc.export.networks.dc_ae_blocks import (
 )
 from ditc.export.networks.dc_ae_config import DcAeConfig as DcAeConfig
 from ditc.export.networks.layers import RMSNorm
-from ditc.export.networks.loading import build_empty, load_strict
+from ditc.export.networks.loading import Without, build_empty, load_strict
 
 OUT_NORM_EPS = 1e-5
+TRAINING_COUNT = ".num_batches_tracked"  # of a batch norm: how many batches it was trained with
 
 
 def load_decoder(config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> VaeDecoder:
@@ -51,7 +52,9 @@ def _load_both(
     config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, unread: str
 ) -> tuple[VaeDecoder, VaeEncoder]:
     decoder, encoder = build_empty(lambda: VaeDecoder(config)), build_empty(lambda: VaeEncoder(config))
-    load_strict({"vae_decoder": decoder, "vae_encoder": encoder}, tensors, dtype, unread=(unread,))
+    counts = [name for name in tensors if name.endswith(TRAINING_COUNT)]
+    read = Without(tensors, *counts)
+    load_strict({"vae_decoder": decoder, "vae_encoder": encoder}, read, dtype, unread=(unread,))
     return decoder, encoder
 
 

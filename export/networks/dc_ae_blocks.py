@@ -36,7 +36,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     """A norm for (B,C,H,W)."""
     if kind == "rms_norm":
         return RMSNorm(channels, NORM_EPS, bias=True, dim_of_channels=1)
-    return nn.BatchNorm2d(channels, eps=NORM_EPS)
+    return BatchNorm(channels)
 
 
 class ResBlock(nn.Module):
@@ -101,7 +101,7 @@ class MultiscaleLinearAttention(nn.Module):
         )
         self.to_out = nn.Linear(inner * (1 + len(scales)), channels, bias=False)
         self.norm_out = (
-            RMSNorm(channels, NORM_EPS, bias=True) if norm == "rms_norm" else TokenBatchNorm(channels)
+            RMSNorm(channels, NORM_EPS, bias=True) if norm == "rms_norm" else BatchNorm(channels, tokens=True)
         )
 
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
@@ -132,14 +132,32 @@ class Aggregation(nn.Module):
         return out
 
 
-class TokenBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d, with its parameters' names, applied to (B,N,C)."""
+class BatchNorm(nn.Module):
+    """BatchNorm2d in evaluation: the mean and variance of training, as one scale and one shift per channel, in fp32.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=NORM_EPS)
+    It has no num_batches_tracked, which is a count of training.
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        return super().forward(x_BNC.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+    Args:
+        tokens: the input is (B,N,C), not (B,C,H,W).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, *, tokens: bool = False) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.float() / torch.sqrt(self.running_var.float() + NORM_EPS)
+        shift = self.bias.float() - self.running_mean.float() * scale
+        if not self.tokens:
+            scale, shift = scale[:, None, None], shift[:, None, None]
+        return (x.float() * scale + shift).to(x.dtype)
 
 
 class Downsample(nn.Module):

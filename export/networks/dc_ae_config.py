@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError
 
+FETCH = "vae/config.json is damaged or was edited, or is of another VAE: fetch it again"
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 NORMS = ("rms_norm", "batch_norm")
 ACTIVATIONS = ("silu", "swish", "relu", "gelu", "mish")
@@ -63,12 +65,15 @@ class DcAeConfig:
         """
         values = {**values}
         for name, default in PER_STAGE.items():
-            stages = len(values.get(name.partition("_")[0] + "_block_out_channels", DEFAULT_CHANNELS))
-            value = values.get(name, default)
-            values[name] = (value,) * stages if isinstance(value, str) else tuple(value)
-        config = read_config(cls, values, ignored=())
+            side = name.partition("_")[0]
+            channels = values.get(f"{side}_block_out_channels", DEFAULT_CHANNELS)
+            if isinstance(values.get(name, default), str) and isinstance(channels, list | tuple):
+                values[name] = [values.get(name, default)] * len(channels)
+        layers = ("encoder_layers_per_block", "decoder_layers_per_block")
+        config = read_config(cls, values, ignored=(), may_be_zero=layers)
         _check_choices(config)
         _check_lengths(config)
+        _check_sizes(config)
         return config
 
 
@@ -83,15 +88,41 @@ def _check_choices(config: DcAeConfig) -> None:
     for name, (values, known) in chosen.items():
         for value in values:
             if value not in known:
-                raise CheckpointError(f"{name} has {value!r}, but only {', '.join(known)} can be used")
+                raise CheckpointError(
+                    f"{name} has {value!r}, but only {', '.join(known)} can be used", hint=FETCH
+                )
 
 
 def _check_lengths(config: DcAeConfig) -> None:
     for side in ("encoder", "decoder"):
         stages = len(getattr(config, f"{side}_block_out_channels"))
-        for name in ("block_types", "layers_per_block", "qkv_multiscales"):
-            length = len(getattr(config, f"{side}_{name}"))
-            if length != stages:
+        for name in (*PER_STAGE, f"{side}_layers_per_block", f"{side}_qkv_multiscales"):
+            length = len(getattr(config, name))
+            if name.startswith(side) and length != stages:
                 raise CheckpointError(
-                    f"{side}_{name} has {length} entries, but {side}_block_out_channels has {stages}"
+                    f"{name} has {length} entries, but {side}_block_out_channels has {stages}", hint=FETCH
                 )
+
+
+def _check_sizes(config: DcAeConfig) -> None:
+    """Refuse sizes with which diffusers fails at the first picture, or with which a bundle could not be used."""
+    encoder, decoder = config.encoder_block_out_channels, config.decoder_block_out_channels
+    for wrong, what in (
+        (len(encoder) != len(decoder), f"the encoder has {len(encoder)} stages, the decoder {len(decoder)}"),
+        (len(encoder) < 2, f"there are {len(encoder)} stages, and latents need at least 2"),
+        (config.in_channels != 3, f"in_channels is {config.in_channels}, and a picture has 3"),
+        (config.scaling_factor == 0, "scaling_factor is 0, and latents are divided by it"),
+    ):
+        if wrong:
+            raise CheckpointError(f"the DcAe config.json cannot be used: {what}", hint=FETCH)
+    steps = [(config.encoder_out_shortcut, encoder[-1], config.latent_channels)]
+    steps += [(config.decoder_in_shortcut, decoder[-1], config.latent_channels)]
+    steps += [(True, 4 * before, after) for before, after in pairwise(encoder)]
+    steps += [(True, 4 * after, before) for after, before in pairwise(decoder)]
+    for has_shortcut, more, fewer in steps:
+        if has_shortcut and more % fewer:
+            raise CheckpointError(
+                f"a shortcut cannot divide {more} channels into {fewer} groups: block_out_channels are {encoder} and "
+                f"{decoder}, latent_channels are {config.latent_channels}",
+                hint=FETCH,
+            )

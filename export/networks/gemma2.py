@@ -16,13 +16,32 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, Gemma2Config, Gemma2Model
 
-from ditc.export.networks.loading import Without, load_strict
-from ditc.runtime.errors import CheckpointError
+from ditc.export.networks.loading import Without, contradictions_named, load_strict
+from ditc.export.networks.text_config import read_text_config, refuse_setting
 
 ATTENTION = "ditc_exportable_eager"
 CAUSAL_LM_PREFIX = "model."
 LM_HEAD = "lm_head.weight"  # tied to the embedding, and not read
-MODEL_TYPE = "gemma2"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def gemma2_config(values: Mapping[str, Any]) -> Gemma2Config:
+    """Read the content of config.json.
+
+    Raises:
+        CheckpointError: transformers refuses it, or a setting asks for something that the masks and the attention here
+            do not compute.
+    """
+    config = read_text_config(Gemma2Config, values, sizes=("sliding_window", "query_pre_attn_scalar"))
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    for name, value, served in (
+        ("use_bidirectional_attention", bool(config.use_bidirectional_attention), False),
+        ("rope_type", rope, "default"),
+        ("layer_types", sorted({*(config.layer_types or ())} - LAYER_TYPES), []),
+    ):
+        if value != served:
+            raise refuse_setting(config, name, value, served)
+    return config
 
 
 def load_gemma2(
@@ -35,15 +54,10 @@ def load_gemma2(
         tensors: named as in Gemma2Model or Gemma2ForCausalLM.
 
     Raises:
-        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
+        CheckpointError: gemma2_config refuses the config, or a tensor is missing, unknown, or of another shape.
     """
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"config.json's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            hint="the text encoder must be a Gemma-2",
-        )
-    with init_empty_weights(include_buffers=False):
-        encoder = Gemma2TextEncoder(Gemma2Config(**config))
+    with init_empty_weights(include_buffers=False), contradictions_named():
+        encoder = Gemma2TextEncoder(gemma2_config(config))
     if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
         encoder.weights_below = ""  # the parameters' paths here begin with "model." too
     load_strict({"text_encoder": encoder}, Without(tensors, LM_HEAD), dtype)
@@ -59,7 +73,8 @@ class Gemma2TextEncoder(nn.Module):
         super().__init__()
         AttentionInterface.register(ATTENTION, eager_attention)
         config._attn_implementation = ATTENTION
-        self.sliding_window: int = config.sliding_window
+        self.vocab_size = int(config.vocab_size)
+        self.sliding_window = int(config.sliding_window or 0)
         self.model = Gemma2Model(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the shape of a convolution that a network holds as a Linear (`layers.ConvAsLinea
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -17,6 +18,16 @@ from ditc.export.networks.layers import ConvAsLinear
 from ditc.runtime.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
+# What constructors of torch's and transformers' modules raise where settings contradict each other.
+CONTRADICTIONS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 Transform = Literal["identity", "reshape"]
 SHOWN = 3  # names in a message
 
@@ -40,9 +51,25 @@ class WeightSource:
 
 
 def build_empty(make: Callable[[], M]) -> M:
-    """Make a network in eval mode without allocating its weights. load_strict then gives it memory and values."""
-    with torch.device("meta"):
+    """Make a network in eval mode without allocating its weights. load_strict then gives it memory and values.
+
+    Raises:
+        CheckpointError: the network cannot be made, because settings of its config contradict each other.
+    """
+    with torch.device("meta"), contradictions_named():
         return make().eval().requires_grad_(False)
+
+
+@contextmanager
+def contradictions_named() -> Iterator[None]:
+    """Turn the errors of a network's constructor into a CheckpointError that quotes them."""
+    try:
+        yield
+    except CONTRADICTIONS as e:
+        raise CheckpointError(
+            f"no network can be made from the config.json: {type(e).__name__}: {e}",
+            hint="its settings contradict each other: fetch the config.json again",
+        ) from e
 
 
 def load_strict(

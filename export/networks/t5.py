@@ -18,12 +18,20 @@ from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ditc.export.graph.ops.attention.torch_op import MASKED
-from ditc.export.networks.loading import Without, load_strict
+from ditc.export.networks.loading import Without, contradictions_named, load_strict
 from ditc.export.networks.text_attention import use_exportable_attention
-from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.export.networks.text_config import read_text_config, refuse_setting
+from ditc.runtime.errors import UsageError
 
-MODEL_TYPE = "t5"
 EMBED_TOKENS = "encoder.embed_tokens.weight"  # tied to shared.weight; some files hold both
+
+
+def t5_config(values: Mapping[str, Any]) -> T5Config:
+    """Read the content of config.json. Raises CheckpointError if transformers refuses it, or it is a decoder's."""
+    config = read_text_config(T5Config, values)
+    if config.is_decoder:
+        raise refuse_setting(config, "is_decoder", True, False)
+    return config
 
 
 def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> T5TextEncoder:
@@ -31,20 +39,15 @@ def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: tor
 
     Raises:
         UsageError: dtype is fp16.
-        CheckpointError: the config is of another model type, or a tensor is missing, unknown, or of another shape.
+        CheckpointError: t5_config refuses the config, or a tensor is missing, unknown, or of another shape.
     """
     if dtype is torch.float16:
         raise UsageError(
             "T5 cannot be built in fp16: its activations exceed fp16's largest number, 65504",
             hint="build this stage in bf16 or fp32",
         )
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"config.json's model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            hint="it must be a T5EncoderModel",
-        )
-    with init_empty_weights(include_buffers=False):
-        encoder = T5TextEncoder(T5Config(**config))
+    with init_empty_weights(include_buffers=False), contradictions_named():
+        encoder = T5TextEncoder(t5_config(config))
     load_strict({"text_encoder": encoder}, Without(tensors, EMBED_TOKENS), dtype)
     return encoder.eval()
 
@@ -60,6 +63,7 @@ class T5TextEncoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         use_exportable_attention(config)
+        self.vocab_size = int(config.vocab_size)
         model = T5EncoderModel(config)
         self.shared = model.shared
         self.encoder = model.encoder

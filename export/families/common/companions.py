@@ -27,6 +27,7 @@ from ditc.export.networks.gemma2 import load_gemma2
 from ditc.export.networks.loading import weight_map
 from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -107,8 +108,37 @@ def stage_module(module: nn.Module, component: Component, plan: StagePlan) -> St
         precision=plan.precision,
         module=module,
         weights=tuple(weight_map({name: module}, component.tensors)),
-        integers={"input_ids": int(component.config["vocab_size"])} if name == TEXT_ENCODER else {},
+        integers={"input_ids": vocabulary(module)} if name == TEXT_ENCODER else {},
     )
+
+
+def vocabulary(text_encoder: nn.Module) -> int:
+    """The size of a loaded text encoder's vocabulary."""
+    size = text_encoder.vocab_size
+    assert isinstance(size, int)
+    return size
+
+
+def check_widths(*, states: int, caption_channels: int, latent_channels: int, in_channels: int) -> None:
+    """Refuse components of different models, each of which would load.
+
+    Args:
+        states: channels of the text encoder's states.
+        caption_channels, in_channels: channels of the text and of the latents that the transformer takes.
+        latent_channels: the VAE's.
+
+    Raises:
+        CheckpointError: two of the numbers differ that must be equal.
+    """
+    for what, found, wanted in (
+        ("the text encoder's states have", states, caption_channels),
+        ("the VAE's latents have", latent_channels, in_channels),
+    ):
+        if found != wanted:
+            raise CheckpointError(
+                f"{what} {found} channels, but the transformer's config asks for {wanted}",
+                hint="the components belong to different models, or transformer/config.json is wrong",
+            )
 
 
 def text_range(text: TextSpec) -> dict[str, Range]:

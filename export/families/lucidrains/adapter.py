@@ -23,6 +23,7 @@ from ditc.export.checkpoint.tokenizer_fit import check_fits
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
+    check_widths,
     defaults_of,
     load_companion,
     stage_module,
@@ -44,10 +45,9 @@ from ditc.export.families.lucidrains.pipeline import PIPELINE
 from ditc.export.graph.step import wrap
 from ditc.export.networks.autoencoder_kl import AutoencoderKlConfig, load_kl_decoder, load_kl_encoder
 from ditc.export.networks.dc_ae import DcAeConfig
-from ditc.export.networks.t5 import MODEL_TYPE as T5
-from ditc.export.networks.t5 import load_t5
+from ditc.export.networks.gemma2 import gemma2_config
+from ditc.export.networks.t5 import load_t5, t5_config
 from ditc.runtime.bundle.manifest import LatentSpec
-from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -66,7 +66,7 @@ NUM_INFERENCE_STEPS = 28
 GUIDANCE_SCALE = 7.0
 MAX_SEQUENCE_LENGTH = 300
 
-AUTOENCODER_KL = "AutoencoderKL"
+AUTOENCODER_KL, T5_CLASS = "AutoencoderKL", "T5EncoderModel"
 
 
 class LucidrainsMMDiTAdapter:
@@ -91,7 +91,13 @@ class LucidrainsMMDiTAdapter:
         check_precision(options, "lucidrains/mmdit")
         transformer = checkpoint.component("transformer").read_config(MMDiTConfig.from_json)
         vae = _autoencoder(checkpoint.component("vae"))
-        _check_widths(checkpoint, transformer, vae)
+        with naming(checkpoint.path):
+            check_widths(
+                states=_states(checkpoint.component("text_encoder")),
+                caption_channels=transformer.caption_channels,
+                latent_channels=vae.latent_channels,
+                in_channels=transformer.in_channels,
+            )
         text = _text_spec(checkpoint)
         with naming(checkpoint.path / SCHEDULER_FILE):
             scheduler = scheduler_params(
@@ -153,7 +159,7 @@ def _autoencoder(component: Component) -> DcAeConfig | AutoencoderKlConfig:
 def _load_companion(component: Component, plan: StagePlan) -> nn.Module:
     """Load the text encoder, or one half of the VAE, of the kind that its config names."""
     dtype = TORCH_DTYPES[plan.precision]
-    if plan.spec.name == TEXT_ENCODER and component.config.get("model_type") == T5:
+    if plan.spec.name == TEXT_ENCODER and component.class_name == T5_CLASS:
         return load_t5(component.config, component.tensors, dtype)
     if plan.spec.name != TEXT_ENCODER:
         config = _autoencoder(component)
@@ -163,22 +169,11 @@ def _load_companion(component: Component, plan: StagePlan) -> nn.Module:
     return load_companion(component, plan)
 
 
-def _check_widths(
-    checkpoint: Checkpoint, transformer: MMDiTConfig, vae: DcAeConfig | AutoencoderKlConfig
-) -> None:
-    """Refuse components of different models: each of them would load, and the first picture would fail."""
-    encoder = checkpoint.component("text_encoder").config
-    hidden = encoder.get("d_model" if encoder.get("model_type") == T5 else "hidden_size")
-    for what, found, wanted in (
-        ("the text encoder's states have", hidden, transformer.caption_channels),
-        ("the VAE's latents have", vae.latent_channels, transformer.in_channels),
-        ("the prediction has", transformer.out_channels, transformer.in_channels),
-    ):
-        if found != wanted:
-            raise CheckpointError(
-                f"{checkpoint.path}: {what} {found} channels, but the transformer's config asks for {wanted}",
-                hint="the components belong to different models, or transformer/config.json is wrong",
-            )
+def _states(component: Component) -> int:
+    """Channels of the text encoder's states."""
+    if component.class_name == T5_CLASS:
+        return int(component.read_config(t5_config).d_model)
+    return int(component.read_config(gemma2_config).hidden_size)
 
 
 def _facts(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ditc.export.families.lucidrains.layers import check_feedforward
+from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError
 
 CLASS_NAME = "LucidrainsMMDiT"
@@ -81,14 +82,14 @@ class MMDiTConfig:
         Raises:
             CheckpointError: a setting is unknown or missing, or the networks here do not implement it.
         """
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-        if unknown:
+        shell = {name: value for name, value in values.items() if name != "trunk"}
+        trunk = values.get("trunk", {})
+        if not isinstance(trunk, Mapping):
             raise CheckpointError(
-                f"unknown setting {unknown[0]} = {values[unknown[0]]!r} in the {CLASS_NAME} config.json",
-                hint=f"known settings: {', '.join(sorted(known))}; arguments of the trunk's class belong under trunk",
+                f"trunk is {trunk!r} in the {CLASS_NAME} config.json, but must be an object",
+                hint="it holds the arguments of the trunk's class: see docs/mmdit.md",
             )
-        config = cls(**{name: value for name, value in values.items() if name in known})
+        config = dataclasses.replace(read_config(cls, shell, ignored=()), trunk=trunk)
         _check_trunk(config.trunk_class, config.trunk)
         _check_shell(config)
         return config
@@ -114,6 +115,19 @@ def _check_trunk(trunk_class: str, trunk: Mapping[str, Any]) -> None:
             f"trunk lacks {', '.join(missing)}",
             hint="a denoiser needs them all; dim_cond is the width of its time condition",
         )
+    for name in REQUIRED[trunk_class]:
+        sizes = trunk[name] if name == "dim_modalities" else [trunk[name]]
+        if not isinstance(sizes, list | tuple) or not all(type(size) is int and size > 0 for size in sizes):
+            raise CheckpointError(
+                f"trunk has {name} = {trunk[name]!r}, but it must be made of positive integers",
+                hint="it is the argument that the trunk was made with",
+            )
+    for name in ("ff_kwargs", "mhc_kwargs"):
+        if not isinstance(trunk.get(name) or {}, Mapping):
+            raise CheckpointError(
+                f"trunk has {name} = {trunk[name]!r}, but it must be an object",
+                hint="it holds arguments by name; leave it out for upstream's defaults",
+            )
     check_feedforward(trunk.get("ff_kwargs") or {})
     _check_streams(trunk)
     if trunk.get("softclamp") and trunk.get("flash_attn"):
@@ -151,13 +165,16 @@ def _check_shell(config: MMDiTConfig) -> None:
         )
     if config.dims[1] % 4:
         raise CheckpointError(
-            f"the position embedding needs an image width divisible by 4, not {config.dims[1]}"
+            f"the position embedding needs an image width divisible by 4, not {config.dims[1]}",
+            hint="train the trunk with such a width",
         )
-    for name in ("in_channels", "out_channels", "patch_size", "sample_size", "caption_channels"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{name} is {value!r}, but must be a positive integer")
+    if config.out_channels != config.in_channels:
+        raise CheckpointError(
+            f"out_channels is {config.out_channels}, but must be {config.in_channels} like in_channels",
+            hint="correct the one that is wrong in transformer/config.json",
+        )
     if config.sample_size % config.patch_size:
         raise CheckpointError(
-            f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}"
+            f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}",
+            hint="correct the one that is wrong in transformer/config.json",
         )

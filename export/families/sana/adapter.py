@@ -18,6 +18,7 @@ from ditc.export.checkpoint.tokenizer_fit import check_fits
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.families.common.companions import (
     COMPONENTS,
+    check_widths,
     defaults_of,
     load_companion,
     stage_module,
@@ -35,11 +36,13 @@ from ditc.export.families.common.specs import (
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
-from ditc.export.families.sana.pipeline import PIPELINE
+from ditc.export.families.sana.pipeline import PIPELINE, SPRINT
 from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
+from ditc.export.networks.gemma2 import gemma2_config
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -96,6 +99,7 @@ class SanaAdapter:
         check_pipeline(checkpoint, PIPELINE)
         transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
+        _check_components(checkpoint, transformer, vae)
         check_precision(options, "Sana")
         text = _text_spec(checkpoint)
         with naming(checkpoint.path / SCHEDULER_FILE):
@@ -145,6 +149,22 @@ def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
     if stage == DENOISER:
         return wrap(denoiser, dtype=dtype, contract=plan.step)
     return conditioner if stage == CONDITIONER else denoiser
+
+
+def _check_components(checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAeConfig) -> None:
+    """Refuse SANA-Sprint's transformer, whatever the pipeline is called, and components of different models."""
+    if transformer.guidance_embeds:
+        raise CheckpointError(
+            f"{checkpoint.path / 'transformer'} is SANA-Sprint's (guidance_embeds is true): {SPRINT.why}",
+            hint=SPRINT.hint,
+        )
+    with naming(checkpoint.path):
+        check_widths(
+            states=checkpoint.component("text_encoder").read_config(gemma2_config).hidden_size,
+            caption_channels=transformer.caption_channels,
+            latent_channels=vae.latent_channels,
+            in_channels=transformer.in_channels,
+        )
 
 
 def _facts(

@@ -9,6 +9,7 @@ from typing import Any
 from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError
 
+FETCH = "transformer/config.json is damaged or was edited, or the model is not a Sana: fetch it again"
 QK_NORM = "rms_norm_across_heads"
 
 
@@ -60,14 +61,26 @@ class SanaConfig:
         values = {**values}
         values["out_channels"] = values.get("out_channels", 32) or values.get("in_channels", 32)
         config = read_config(cls, values, ignored=("dropout",))
+        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+            raise CheckpointError(
+                f"out_channels is {config.out_channels}, but must be {config.in_channels} like in_channels, or twice "
+                "that, where the second half is a learned variance",
+                hint=FETCH,
+            )
         if config.qk_norm not in (None, QK_NORM):
             raise CheckpointError(
-                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented"
+                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented",
+                hint=FETCH,
             )
         if config.cross_attention_dim != config.width:
             raise CheckpointError(
-                f"cross_attention_dim is {config.cross_attention_dim}, but captions are projected to {config.width}"
+                f"cross_attention_dim is {config.cross_attention_dim}, but captions are projected to {config.width}",
+                hint=FETCH,
             )
-        if config.interpolation_scale is not None and config.width % 4:
-            raise CheckpointError(f"a position embedding needs a width divisible by 4, not {config.width}")
+        if config.interpolation_scale is not None and (config.width % 4 or config.interpolation_scale <= 0):
+            raise CheckpointError(
+                f"a position embedding needs a width divisible by 4, not {config.width}, and a positive "
+                f"interpolation_scale, not {config.interpolation_scale}",
+                hint=FETCH,
+            )
         return config

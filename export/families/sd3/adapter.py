@@ -14,6 +14,7 @@ from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
+from ditc.export.families.common.companions import vocabulary
 from ditc.export.families.common.pipeline import check_pipeline
 from ditc.export.families.common.specs import TORCH_DTYPES, check_precision, latent_ranges, step_contract
 from ditc.export.families.sd3.config import Sd3Config
@@ -86,7 +87,7 @@ class Sd3Adapter:
             module = _load(component, plan, stage)
         integers: Mapping[str, int] = {}
         if stage in TOKENIZERS:
-            integers = {"input_ids": int(component.config["vocab_size"])}
+            integers = {"input_ids": vocabulary(module)}
         return StageModule(
             spec=spec,
             precision=precision,

@@ -9,6 +9,7 @@ from typing import Any
 from ditc.export.networks.config import read_config
 from ditc.runtime.errors import CheckpointError, UsageError
 
+FETCH = "transformer/config.json is damaged or was edited, or the model is not an SD3: fetch it again"
 QK_NORM = "rms_norm"
 
 # Blocks whose activations exceed fp16's range, by the network's numbers of blocks and heads: block 35 of SD3.5-large
@@ -63,19 +64,22 @@ class Sd3Config:
         """
         values = {**values}
         values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
-        config = read_config(cls, values, ignored=())
+        config = read_config(cls, values, ignored=(), may_be_zero=("dual_attention_layers",))
+        if config.out_channels != config.in_channels:
+            raise CheckpointError(
+                f"out_channels is {config.out_channels}, but must be {config.in_channels} like in_channels",
+                hint=FETCH,
+            )
         if config.qk_norm not in (None, QK_NORM):
             raise CheckpointError(
-                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented"
+                f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented",
+                hint=FETCH,
             )
         if config.caption_projection_dim != config.width:
             raise CheckpointError(
                 f"caption_projection_dim is {config.caption_projection_dim}, but must be {config.width}: both streams "
-                f"have {config.num_attention_heads} heads of {config.attention_head_dim} channels"
-            )
-        if not config.pos_embed_max_size:
-            raise CheckpointError(
-                "pos_embed_max_size is not set, so the position embedding has no size to crop from"
+                f"have {config.num_attention_heads} heads of {config.attention_head_dim} channels",
+                hint=FETCH,
             )
         return config
 

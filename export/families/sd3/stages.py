@@ -75,9 +75,9 @@ def stage_plans(
 def check_widths(transformer: Sd3Config, encoders: TextEncoders, latent_channels: int) -> None:
     """Refuse a checkpoint whose components belong to different models. Raises CheckpointError."""
     configs, clips = encoders.configs, (CLIP_L, CLIP_G)
-    pooled = sum(int(configs[stage]["projection_dim"]) for stage in clips)
-    states = sum(int(configs[stage]["hidden_size"]) for stage in clips)
-    wide, t5 = transformer.joint_attention_dim, configs[T5]["d_model"] if encoders.has_t5 else None
+    pooled = sum(int(configs[stage].projection_dim) for stage in clips)
+    states = sum(int(configs[stage].hidden_size) for stage in clips)
+    wide, t5 = transformer.joint_attention_dim, configs[T5].d_model if encoders.has_t5 else None
     for wrong, what in (
         (pooled != transformer.pooled_projection_dim, f"the CLIPs give {pooled} pooled channels together"),
         (states > wide, f"the CLIPs' states have {states} channels together"),

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import CLIPTextConfig, PreTrainedConfig
+
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
 from ditc.export.checkpoint.tokenizer_fit import OWN_TOKENIZER, check_fits, ids_of
-from ditc.export.networks.clip import LEGACY_EOS, MODEL_TYPE
+from ditc.export.networks.clip import LEGACY_EOS, clip_config
+from ditc.export.networks.t5 import t5_config
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import TEXT_ENCODER, DType, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import BATCH, TEXT_LENGTH
@@ -28,12 +31,13 @@ class TextEncoders:
     """The text encoders of a checkpoint, as its configs describe them.
 
     Attributes:
-        configs: each encoder's config, by stage. T5 may be missing, because users leave it out for its size.
+        configs: each encoder's config as transformers reads it, by stage. T5 may be missing, because users leave it
+            out for its size.
         text: how each stage's prompt becomes tokens, in the same order.
         sequence_length: number of T5's tokens. Without T5, the conditioner puts as many zeros in their place.
     """
 
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, PreTrainedConfig]
     text: tuple[TextSpec, ...]
     sequence_length: int
 
@@ -70,11 +74,11 @@ class TextEncoders:
         """Specs of an encoder's outputs, which the conditioner takes under the same names."""
         config, name = self.configs[stage], stage.removeprefix(TEXT_ENCODER)
         if stage == T5:
-            return (TensorSpec(f"states{name}", DType.FLOAT32, (rows, "length", int(config["d_model"]))),)
-        shape = (rows, self.tokens_of(stage), int(config["hidden_size"]))
+            return (TensorSpec(f"states{name}", DType.FLOAT32, (rows, "length", int(config.d_model))),)
+        shape = (rows, self.tokens_of(stage), int(config.hidden_size))
         return (
             TensorSpec(f"states{name}", DType.FLOAT32, shape),
-            TensorSpec(f"pooled{name}", DType.FLOAT32, (rows, int(config["projection_dim"]))),
+            TensorSpec(f"pooled{name}", DType.FLOAT32, (rows, int(config.projection_dim))),
         )
 
     def text_range(self) -> dict[str, Range]:
@@ -101,7 +105,7 @@ def read_text_encoders(checkpoint: Checkpoint) -> TextEncoders:
     return TextEncoders(configs=configs, text=text, sequence_length=length)
 
 
-def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def _configs(checkpoint: Checkpoint) -> dict[str, PreTrainedConfig]:
     """The encoders' configs. T5 may be missing; the check of the pipeline has found the others and their tokenizers."""
     if T5 in checkpoint.components and TOKENIZERS[T5] not in checkpoint.tokenizers:
         raise CheckpointError(
@@ -109,7 +113,9 @@ def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             hint=f"fetch {TOKENIZERS[T5]}/ again, or leave out {T5} too: [null, null] in model_index.json for both",
         )
     return {
-        stage: checkpoint.component(stage).config for stage in TOKENIZERS if stage in checkpoint.components
+        stage: checkpoint.component(stage).read_config(t5_config if stage == T5 else clip_config)
+        for stage in TOKENIZERS
+        if stage in checkpoint.components
     }
 
 
@@ -123,7 +129,7 @@ def _sequence_length(given: Mapping[str, Any]) -> int:
     return length
 
 
-def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequence_length: int) -> TextSpec:
+def _text(checkpoint: Checkpoint, stage: str, config: PreTrainedConfig, sequence_length: int) -> TextSpec:
     """How a stage's prompt becomes tokens, without a mask.
 
     Both CLIPs have 77 tokens (the first tokenizer's limit), and T5 has max_sequence_length.
@@ -133,7 +139,7 @@ def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequenc
     if stage != T5:
         _check_end_of_text(tokenizer, stage, config)
         length = read_tokenizer(checkpoint, TOKENIZERS[CLIP_L]).model_max_length
-        longest = int(config["max_position_embeddings"])
+        longest = int(config.max_position_embeddings)
         if length > longest:
             raise CheckpointError(
                 f"{checkpoint.tokenizers[TOKENIZERS[CLIP_L]]} gives {length} tokens, but {stage} has only {longest} "
@@ -152,11 +158,11 @@ def _text(checkpoint: Checkpoint, stage: str, config: Mapping[str, Any], sequenc
     )
 
 
-def _check_end_of_text(tokenizer: CheckpointTokenizer, stage: str, config: Mapping[str, Any]) -> None:
+def _check_end_of_text(tokenizer: CheckpointTokenizer, stage: str, config: PreTrainedConfig) -> None:
     """Check that CLIP finds the end of a text, whose state it pools. Where it finds none, it pools the first state."""
     found = tokenizer.special_ids.get("eos")
     legacy = _is_legacy(config)
-    wanted = (max(tokenizer.vocabulary.values()),) if legacy else ids_of(config, "eos")
+    wanted = (max(tokenizer.vocabulary.values()),) if legacy else ids_of(config.to_dict(), "eos")
     if wanted and found not in wanted:
         where = "the largest id" if legacy else f"{stage}/config.json's eos_token_id"
         raise CheckpointError(
@@ -166,6 +172,6 @@ def _check_end_of_text(tokenizer: CheckpointTokenizer, stage: str, config: Mappi
         )
 
 
-def _is_legacy(config: Mapping[str, Any]) -> bool:
+def _is_legacy(config: PreTrainedConfig) -> bool:
     """Whether the config states the ids of transformers before 4.31, which are not CLIP's."""
-    return config.get("model_type") == MODEL_TYPE and config.get("eos_token_id") == LEGACY_EOS
+    return isinstance(config, CLIPTextConfig) and config.eos_token_id == LEGACY_EOS

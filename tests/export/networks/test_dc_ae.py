@@ -10,10 +10,15 @@ import torch
 from diffusers import AutoencoderDC
 from torch.export import Dim
 
+from ditc.export.contract import StageModule
+from ditc.export.families.common.specs import vae_specs
+from ditc.export.graph.onnx import to_onnx
 from ditc.export.graph.ops import add_functions, onnx_translations
 from ditc.export.networks.dc_ae import DcAeConfig, load_decoder, load_encoder
 from ditc.export.networks.loading import weight_map
+from ditc.runtime.bundle.manifest import LatentSpec
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.spec import Precision, Range
 
 # fp32 with other orders of products (diffusers uses N x N attention below 33 tokens). Measured 2e-7 to 8e-7.
 FP32_BOUND = 1e-5
@@ -38,6 +43,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pixel-shuffle": {},
     "f32c32": CONV_FORM,
     "batch-norm": {"decoder_norm_types": ("rms_norm", "batch_norm", "batch_norm")},
+    # The forms of dc-ae-f32c32-in-1.0: batch norm with ReLU outside, RMSNorm with SiLU inside.
+    "in-1.0": {
+        **NO_FIRST_STAGE,
+        "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
+        "decoder_act_fns": ("relu", "relu", "silu"),
+    },
     "activations": {"decoder_act_fns": ("relu", "gelu", "silu"), "decoder_conv_act_fn": "silu"},
     "no-shortcuts": {"encoder_out_shortcut": False, "decoder_in_shortcut": False},
     "strided-in-and-out": NO_FIRST_STAGE | CONV_FORM,
@@ -122,8 +133,9 @@ def test_the_weight_map_rebuilds_every_tensor_bit_for_bit(reference) -> None:
     rebuilt = {
         s.checkpoint: stages[s.stage].state_dict()[s.parameter].reshape(s.shape) for s in weight_map(stages)
     }
-    assert rebuilt.keys() == module.state_dict().keys()
-    assert all(torch.equal(rebuilt[name], tensor) for name, tensor in module.state_dict().items())
+    read = {name: t for name, t in module.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert rebuilt.keys() == read.keys()
+    assert all(torch.equal(rebuilt[name], tensor) for name, tensor in read.items())
 
 
 def test_an_encoder_tensor_that_is_missing_is_refused_when_only_the_decoder_is_read(reference) -> None:
@@ -162,6 +174,27 @@ def test_the_exported_decoder_runs_at_another_size_and_batch(name, reference, re
     assert (
         relative_l2(run(latents), module.decode(latents / module.config.scaling_factor).sample) <= FP32_BOUND
     )
+
+
+def test_batch_norm_is_exported_with_all_weights_but_the_count_of_training(
+    reference, relative_l2, tmp_path
+) -> None:
+    """The export of a stage records where each weight is, and refuses one that the graph does not use."""
+    module = reference("batch-norm", **SHALLOW)
+    config = DcAeConfig.from_json(module.config)
+    latents = LatentSpec(config.latent_channels, config.scale_factor, 1)
+    spec = vae_specs(latents, {"height": Range(1, 3, 8), "width": Range(1, 4, 8)}, max_batch=2)["vae_decoder"]
+    decoder = load_decoder(config, module.state_dict(), torch.float32)
+    weights = tuple(weight_map({"vae_decoder": decoder}, module.state_dict()))
+    stage = StageModule(spec=spec, precision=Precision.FP32, module=decoder, weights=weights)
+    files = to_onnx(stage, tmp_path / "decoder.onnx", check=False)
+    names = {weight.checkpoint for weight in files.weight_map}
+    assert any(name.endswith("running_var") for name in names) and "num_batches" not in "".join(names)
+    cells = torch.randn(2, 8, 3, 5)
+    image = torch.from_numpy(
+        onnxruntime.InferenceSession(files.model).run(None, {"latents": cells.numpy()})[0]
+    )
+    assert relative_l2(image, module.decode(cells / config.scaling_factor).sample) <= FP32_BOUND
 
 
 @pytest.mark.slow

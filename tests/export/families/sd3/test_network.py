@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_tensors_name(damage, message, re
         ({"use_rope": True}, "unknown setting use_rope = True"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
         ({"caption_projection_dim": 96}, "caption_projection_dim is 96"),
-        ({"pos_embed_max_size": None}, "pos_embed_max_size is not set"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size: expected int"),
     ],
 )
 def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) -> None:
