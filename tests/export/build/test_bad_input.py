@@ -85,8 +85,10 @@ def pickle_instead(checkpoint: Path) -> None:
     torch.save({"x": torch.zeros(1)}, checkpoint / "transformer" / "diffusion_pytorch_model.bin")
 
 
-def other_pipeline(data: dict[str, object]) -> None:
-    data.update(_class_name="FluxTransformer2DModel")
+def other_family(checkpoint: Path) -> None:
+    name = "FluxTransformer2DModel"
+    change_json("transformer/config.json", lambda data: data.update(_class_name=name))(checkpoint)
+    change_json("model_index.json", lambda data: data.update(transformer=["diffusers", name]))(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def other_pipeline(data: dict[str, object]) -> None:
         (lambda path: shutil.rmtree(path), "is not a directory"),
         (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
         (lambda path: shutil.rmtree(path / "vae"), "has no folder 'vae'"),
-        (change_json("transformer/config.json", other_pipeline), "which belongs to no known family"),
+        (other_family, "which belongs to no known family"),
         (change_tensors(lambda tensors: tensors.pop("proj_out.bias")), "lacks proj_out.bias"),
         (
             change_tensors(lambda tensors: tensors.update(extra=torch.zeros(1))),

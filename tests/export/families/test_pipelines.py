@@ -85,16 +85,17 @@ def test_the_picture_encoder_of_ip_adapter_is_named_and_the_hint_keeps_the_pictu
 
 
 @pytest.mark.parametrize(
-    ("name", "opened_as"),
+    ("family", "name", "opened_as"),
     [
-        ("text_encoder", ["transformers", "Gemma2ForCausalLM"]),  # SanaPipeline would condition on its logits
-        ("scheduler", ["my_code", "DPMSolverMultistepScheduler"]),
-        ("transformer", ["my_code", "SanaTransformer2DModel"]),
+        # SanaPipeline would condition on its logits.
+        ("tiny_checkpoint", "text_encoder", ["transformers", "Gemma2ForCausalLM"]),
+        ("tiny_checkpoint", "scheduler", ["my_code", "DPMSolverMultistepScheduler"]),
+        ("tiny_checkpoint", "transformer", ["my_code", "SanaTransformer2DModel"]),
+        ("sd3_checkpoint", "text_encoder", ["transformers", "CLIPTextModel"]),
     ],
 )
 def test_a_component_of_another_class_is_named(
-    tiny_checkpoint: Path, tmp_path: Path, name: str, opened_as: list[str]
+    family: str, name: str, opened_as: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    assert f"opens {name} as a {'.'.join(opened_as)}" in str(
-        refusal(tiny_checkpoint, tmp_path, **{name: opened_as})
-    )
+    error = refusal(request.getfixturevalue(family), tmp_path, **{name: opened_as})
+    assert f"opens {name} as a {'.'.join(opened_as)}" in str(error)

@@ -94,7 +94,6 @@ def test_a_folder_that_the_index_names_but_that_does_not_exist_is_reported(check
         ("text_encoder_2", {"projection_dim": 30}, "the CLIPs give 38 pooled channels"),
         ("text_encoder_2", {"hidden_size": 64}, "the CLIPs' states have 80 channels"),
         ("text_encoder_3", {"d_model": 64}, "text_encoder_3's states have 64 channels"),
-        ("text_encoder", {"architectures": ["CLIPTextModel"]}, "is a CLIPTextModel, not a"),
         ("transformer", {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
         ("transformer", {"joint_norm": True}, "joint_norm"),
     ],
