@@ -8,7 +8,7 @@ import pytest
 
 FAMILIES = Path(__file__).parents[3] / "export" / "families"
 # The files that a family must have. It may have others too.
-NAMES = {"__init__.py", "adapter.py", "config.py", "keys.py", "network.py", "recipe.py"}
+NAMES = {"__init__.py", "adapter.py", "config.py", "keys.py", "network.py", "pipeline.py", "recipe.py"}
 
 
 def folders() -> list[Path]:
