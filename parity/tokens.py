@@ -17,10 +17,10 @@ from ditc.export.checkpoint.tokenizer_fit import PROBES, unused_rows
 from ditc.parity.context import Context
 from ditc.parity.results import Result, judged
 from ditc.parity.vocabulary_files import disagreements
-from ditc.runtime.conditioning import TextEncoder
 from ditc.runtime.session import to_numpy
 from ditc.runtime.spec import Precision
 from ditc.runtime.text import TextSpec
+from ditc.runtime.text_encoder import TextEncoder
 from ditc.runtime.tolerances import Level, Metric, limit
 
 STAGE = "tokenizer"
@@ -119,9 +119,9 @@ def _check_vocabulary(context: Context, ours: TextEncoder) -> Result:
 def _check_files(context: Context, ours: TextEncoder, spec: TextSpec) -> Iterator[Result]:
     """Compare with the other vocabulary files in the folder, which transformers does not read beside tokenizer.json."""
     directory = context.reference.checkpoint.tokenizers[_component(spec)]
-    for file, wrong in disagreements(directory, ours.tokenizer.model):
+    for file, wrong in disagreements(directory, ours.tokenizer.vocabulary):
         problem = f"{wrong[0]} differs, and {len(wrong) - 1} more" if wrong else ""
-        yield _judged(f"{spec.stage}: tokens of the file", len(wrong), file, problem)
+        yield _judged(f"{spec.stage}: vocabulary", len(wrong), file, problem)
 
 
 def _judged(what: str, count: int, against: str, problem: str, *, level: Level = Level.GRAPH) -> Result:

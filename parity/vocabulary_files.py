@@ -1,69 +1,41 @@
-"""What the other files of a tokenizer's folder say about splitting texts, read without transformers.
-
-CLIP has vocab.json and merges.txt, T5 and Gemma have SentencePiece's files. transformers does not read them beside a
-tokenizer.json.
-"""
+"""Vocabularies as files hold them, read without transformers: vocab.json with merges.txt, and SentencePiece models."""
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ditc.export.checkpoint.vocabulary import SENTENCEPIECE_FILES
 
-# sentencepiece_model.proto: ModelProto.pieces is field 1; a piece has text, score and type.
-PIECES, TEXT, SCORE, TYPE = 1, 1, 2, 3
+# sentencepiece_model.proto: ModelProto.pieces is field 1; a piece has its text in field 1 and its type in field 3.
+PIECES, TEXT, TYPE = 1, 1, 3
 NORMAL, USER_DEFINED = 1, 4
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-ROUNDING = 1e-4  # of a score, which is a float32 below 100
 
 
-def disagreements(directory: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """For every such file of the folder: its name, and what it says otherwise than the tokenizer does.
-
-    Args:
-        model: what the tokenizer does, as tokenizer.json writes it.
-    """
-    vocabulary = model["vocab"]
-    scores: dict[str, float] = {}
-    if isinstance(vocabulary, list):  # Unigram's: [token, score] in the order of ids
-        scores = dict(vocabulary)
-        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    for name in SENTENCEPIECE_FILES:
-        if (directory / name).is_file():
-            pieces = read_pieces((directory / name).read_bytes())
-            yield (
-                name,
-                [
-                    repr(token)
-                    for token, (i, score) in pieces.items()
-                    if vocabulary.get(token) != i or abs(scores.get(token, score) - score) > ROUNDING
-                ],
+def disagreements(directory: Path, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
+    """For every such file of the folder: its name, and its tokens that have another id in the vocabulary, or none."""
+    for name in ("vocab.json", *SENTENCEPIECE_FILES):
+        path = directory / name
+        if path.is_file():
+            wanted = (
+                json.loads(path.read_text("utf-8"))
+                if name == "vocab.json"
+                else read_pieces(path.read_bytes())
             )
-    if (directory / "vocab.json").is_file():
-        wanted = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-        yield "vocab.json", [repr(token) for token, i in wanted.items() if vocabulary.get(token) != i]
-    if (directory / "merges.txt").is_file():
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        ours = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
-        wrong = [repr(theirs) for theirs, our in zip(merges, ours, strict=False) if theirs != our]
-        longer = max(merges, ours, key=len)[min(len(merges), len(ours)) :]
-        yield "merges.txt", wrong + [repr(merge) for merge in longer]
+            yield name, [repr(token) for token, i in wanted.items() if vocabulary.get(token) != i]
 
 
-def read_pieces(model: bytes) -> dict[str, tuple[int, float]]:
-    """Piece -> id and score, of the pieces that stand for text.
+def read_pieces(model: bytes) -> dict[str, int]:
+    """Piece -> id, of the pieces that stand for text.
 
     Control and unknown pieces are left out, because configs may rename them, and so are bytes: transformers renames
     Gemma's <0x09>.
     """
     pieces = [dict(_fields(bytes(value))) for field, value in _fields(model) if field == PIECES]
     return {
-        bytes(piece[TEXT]).decode(): (i, struct.unpack("<f", bytes(piece.get(SCORE, bytes(4))))[0])
+        bytes(piece[TEXT]).decode(): i
         for i, piece in enumerate(pieces)
         if piece.get(TYPE, NORMAL) in (NORMAL, USER_DEFINED)
     }

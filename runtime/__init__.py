@@ -13,7 +13,8 @@ from ditc.runtime.telemetry import turn_off
 
 if TYPE_CHECKING:
     from ditc.runtime.errors import DitcError
-    from ditc.runtime.pipeline import Output, Pipeline, Step
+    from ditc.runtime.output import Output
+    from ditc.runtime.pipeline import Pipeline, Step
     from ditc.runtime.request import Request
     from ditc.runtime.rng import Generator
     from ditc.runtime.version import __version__
@@ -24,7 +25,7 @@ _MODULES = {
     "__version__": "version",
     "DitcError": "errors",
     "Generator": "rng",
-    "Output": "pipeline",
+    "Output": "output",
     "Pipeline": "pipeline",
     "Request": "request",
     "Step": "pipeline",

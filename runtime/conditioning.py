@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,8 @@ from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
 from ditc.runtime.spec import CONDITIONER, StageSpec, TensorSpec
-from ditc.runtime.text import TextSpec, TokenBatch, Tokenizer
+from ditc.runtime.text import TokenBatch
+from ditc.runtime.text_encoder import TextEncoder, encoders_for
 
 TEXT_EMBEDS = "text_embeds"
 TEXT_MASK = "text_mask"
@@ -26,15 +27,6 @@ ARGUMENTS = {
     "prompt_attention_mask": TEXT_MASK,
     "pooled_prompt_embeds": POOLED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TextEncoder:
-    """One text encoder: how texts are prepared for it, its tokenizer and its session."""
-
-    spec: TextSpec
-    tokenizer: Tokenizer
-    session: Session
 
 
 class Conditioning:
@@ -79,15 +71,19 @@ class Conditioning:
         """
         given = request.embeds(negative=negative)
         if not given:
-            texts = request.texts(len(self.encoders), negative=negative)
-            return [_row_or_error(partial(self.of_texts, each, negative=negative)) for each in texts]
+            encoders = encoders_for(request, self.encoders, self.conditioner.spec)
+            texts = request.texts(len(encoders), negative=negative)
+            return [
+                _row_or_error(partial(self._of_texts, encoders, each, negative=negative)) for each in texts
+            ]
         return [
             _row_or_error(partial(self.of_embeds, {name: array[index] for name, array in given.items()}))
             for index in range(request.num_prompts)
         ]
 
     def check_request(self, request: Request) -> None:
-        """Refuse texts for encoders that the bundle does not have, and an incomplete set of embeddings.
+        """Refuse texts for encoders that the bundle does not have, lengths of texts that it does not take, and an
+        incomplete set of embeddings.
 
         Raises:
             UsageError: the message names the arguments.
@@ -102,19 +98,19 @@ class Conditioning:
                     )
             if given := request.embeds(negative=negative):
                 self._entry({ARGUMENTS[name] for name in given}, "negative_" if negative else "")
+        encoders_for(request, self.encoders, self.conditioner.spec)
 
-    def of_texts(self, texts: Sequence[str], *, negative: bool) -> Mapping[str, Array]:
-        """The named tensors of one row (1, ...), from one text per encoder.
-
-        Raises:
-            NumericsError: an encoder returned NaN or Inf.
-        """
+    def _of_texts(
+        self, encoders: Sequence[TextEncoder], texts: Sequence[str], *, negative: bool
+    ) -> Mapping[str, Array]:
         tokens = [
             encoder.tokenizer.encode([text], encoder.spec, negative=negative)
-            for text, encoder in zip(texts, self.encoders, strict=True)
+            for text, encoder in zip(texts, encoders, strict=True)
         ]
-        ids = tuple(batch.input_ids.tobytes() for batch in tokens)
-        return self.cache.get((self._key, negative, ids), lambda: self._encode(tokens, negative))
+        key = tuple(
+            (encoder.spec, batch.input_ids.tobytes()) for encoder, batch in zip(encoders, tokens, strict=True)
+        )
+        return self.cache.get((self._key, negative, key), lambda: self._encode(encoders, tokens, negative))
 
     def of_embeds(self, given: Mapping[str, Array]) -> Mapping[str, Array]:
         """The row for one text that the caller has encoded.
@@ -170,9 +166,11 @@ class Conditioning:
                 )
         return array
 
-    def _encode(self, tokens: Sequence[TokenBatch], negative: bool) -> Mapping[str, Array]:
+    def _encode(
+        self, encoders: Sequence[TextEncoder], tokens: Sequence[TokenBatch], negative: bool
+    ) -> Mapping[str, Array]:
         named: dict[str, Array] = {}
-        for encoder, batch in zip(self.encoders, tokens, strict=True):
+        for encoder, batch in zip(encoders, tokens, strict=True):
             outputs = encoder.session.run(_token_feeds(encoder.session.spec, batch))
             host = {name: to_numpy(tensor) for name, tensor in outputs.items()}
             for name, tensor in host.items():
@@ -212,12 +210,14 @@ def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     Raises:
         UsageError: prompts and negative prompts have different lengths.
     """
-    lengths = {name: {row[name].shape[1:] for row in rows} for name in rows[0]}
-    for name, shapes in lengths.items():
+    for name in rows[0]:
+        shapes = {row[name].shape[1:] for row in rows}
         if len(shapes) > 1:
+            sizes = next(sorted(set(axis)) for axis in zip(*shapes, strict=True) if len(set(axis)) > 1)
             raise UsageError(
-                f"prompts and negative prompts have different lengths: {name} is {sorted(shapes)}",
-                hint="pad prompt_embeds and negative_prompt_embeds to the same number of tokens",
+                f"prompts and negative prompts have different lengths: {' and '.join(map(str, sizes))} tokens",
+                hint="pass prompt_embeds and negative_prompt_embeds with the same number of tokens; "
+                "max_sequence_length sets the number of tokens of a text",
             )
     stacked = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     for array in stacked.values():

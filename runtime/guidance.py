@@ -15,6 +15,7 @@ diffusers 0.42.1 computes: u + g*(c - u) + s*(c - k), which gives the rows the w
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,9 @@ from ditc.runtime.session import Array
 from ditc.runtime.step_contract import GUIDANCE, GUIDANCE_WEIGHTS, SKIP_GATE, GuidanceMode, StepContract
 
 log = logging.getLogger(__name__)
+
+# The scale in diffusers' pipelines if only skip_guidance_layers are given.
+SKIP_LAYER_GUIDANCE_SCALE = 2.8
 
 
 def is_guided(contract: StepContract, guidance_scale: float) -> bool:
@@ -62,8 +66,13 @@ def decide_skip_layer_guidance(
     """The skip-layer guidance of a request: the bundle's, changed by what the request gives. None if it is off.
 
     Raises:
-        UsageError: the bundle's denoiser cannot skip layers, or the range of steps is empty.
+        UsageError: the bundle's denoiser cannot skip these layers, or the range of steps is empty.
     """
+    layers = request.skip_guidance_layers
+    if layers is not None:
+        _check_layers(layers, defaults.skip_layer_guidance if contract.skip_gate else None)
+        if not layers:
+            return None
     asked = {
         "scale": request.skip_layer_guidance_scale,
         "start": request.skip_layer_guidance_start,
@@ -79,6 +88,8 @@ def decide_skip_layer_guidance(
                 )
         return None
     default = defaults.skip_layer_guidance
+    if layers and not default.scale:
+        default = replace(default, scale=SKIP_LAYER_GUIDANCE_SCALE)
     skip = replace(
         default,
         scale=given.get("scale", default.scale),
@@ -95,13 +106,24 @@ def decide_skip_layer_guidance(
             hint="let it start before it stops, or turn it off with skip_layer_guidance_scale 0",
         )
     if not is_guided(contract, guidance_scale):
-        if "scale" in given:
+        if "scale" in given or layers:
             log.warning(
                 "skip-layer guidance stays off: it needs guidance_scale above 1, but that is %g",
                 guidance_scale,
             )
         return None
     return skip
+
+
+def _check_layers(layers: Sequence[int], bundles: SkipLayerGuidance | None) -> None:
+    if not layers or (bundles is not None and set(layers) == set(bundles.layers)):
+        return
+    skipped = "cannot skip layers" if bundles is None else f"is compiled to skip {list(bundles.layers)}"
+    raise UsageError(
+        f"skip_guidance_layers is {list(layers)}, but this bundle's denoiser {skipped}",
+        hint="a model that can skip layers is built for them: write "
+        f'"skip_guidance_layers": {list(layers)} into its ditc.json',
+    )
 
 
 def guidance_feeds(

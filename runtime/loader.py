@@ -12,7 +12,7 @@ import numpy as np
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.bundle.signature import check_signature
-from ditc.runtime.conditioning import Conditioning, TextEncoder
+from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import BundleError, SessionError, UsageError
 from ditc.runtime.expected_gpu import check_cpu_is_meant
 from ditc.runtime.gpu import select_gpu
@@ -25,6 +25,7 @@ from ditc.runtime.sessions.registry import AUTO, available_backends, find_row, r
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
+from ditc.runtime.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
 

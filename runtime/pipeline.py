@@ -14,33 +14,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from PIL import Image
 
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
+from ditc.runtime.callback import OF_ONE_RUN, Callback, StepCallback, check_callback
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.decode import Decoded, as_requested, decode_states
 from ditc.runtime.errors import SessionError, UsageError
-from ditc.runtime.failure import Failure, check_failures, failures_of
+from ditc.runtime.failure import check_failures, failures_of
 from ditc.runtime.guard import Guard
 from ditc.runtime.images import preview
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
+from ditc.runtime.output import Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
-from ditc.runtime.session import Array, Session, to_numpy
+from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.state import DenoiseState
-from ditc.runtime.step_contract import LATENTS, TIMESTEP
+from ditc.runtime.step_contract import TIMESTEP
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
 
 log = logging.getLogger(__name__)
-
-StepCallback = Callable[["Pipeline", int, float, dict[str, Array]], Mapping[str, Array] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +62,6 @@ class Step:
     timestep: float
     state: DenoiseState
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Pictures, and how they were made.
-
-    Attributes:
-        images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says. In the place
-            of a picture that failed is None, or an array of NaN.
-        seed: the seed of the starting noise, even if it was chosen at random. None if the caller gave a generator or
-            latents instead of a seed.
-        seconds: the time for each part of the work: text, denoise, decode.
-        failures: the pictures that failed, and why. It is empty if all is well.
-    """
-
-    images: Any
-    seed: int | None
-    seconds: dict[str, float]
-    plan: Plan
-    failures: tuple[Failure, ...] = ()
 
 
 class Pipeline:
@@ -190,32 +170,65 @@ class Pipeline:
         other._borrowed = frozenset(other.sessions.keys() - (sessions.keys() if owned else ()))
         return other
 
+    @overload
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        *,
+        *positional: object,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        return_dict: Literal[True] = True,
         **arguments: Any,
-    ) -> Output:
-        """Draw pictures. The arguments are the fields of `Request`.
+    ) -> Output: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *positional: object,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        return_dict: bool,
+        **arguments: Any,
+    ) -> Output | tuple[Any]: ...
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *positional: object,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Output | tuple[Any]:
+        """Draw pictures. The arguments are the fields of `Request`, and those of diffusers that ask for nothing else.
 
         A picture with NaN, Inf or one colour only has failed. The others are drawn all the same: `failures` of the
         result names those that are missing, and each is logged as a warning.
 
         Args:
+            positional: refused. diffusers' pipelines differ in their order, so arguments are given by name.
             callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}) after each step. Latents that
-                it returns replace those of the loop. To stop the run, raise an exception: unlike in diffusers, setting
-                `_interrupt` has no effect.
+                it returns replace those of the loop. It may set `_guidance_scale` and `_skip_layer_guidance_scale` of
+                its pipeline for the next steps, or `_interrupt` to end the loop and decode what there is. To get no
+                picture, raise an exception.
+            callback_on_step_end_tensor_inputs: only ["latents"].
+            return_dict: False returns the tuple (images,).
 
         Raises:
             UsageError: the request is wrong. It is checked before any work is done.
             NumericsError: every picture failed, or one has and the request is strict.
         """
+        if positional:
+            raise UsageError(
+                f"{positional[0]!r:.80} is given without a name", hint="give all arguments but prompt by name"
+            )
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = make_request(prompt=prompt, **arguments)
         output = self.draw(request, callback_on_step_end=callback_on_step_end)
         for failure in output.failures:
             log.warning("%s", failure)
-        return output
+        return output if return_dict else output.to_tuple()
 
     def draw(
         self,
@@ -234,7 +247,12 @@ class Pipeline:
         states = list(self.start(plan))
         clock.lap("text")
         at_once = 1 if callback_on_step_end else self.steps_per_launch or plan.num_inference_steps
-        for step in self.run(states, callback_on_step_end, steps_per_launch=at_once, request=request):
+        callbacks = (
+            [Callback(callback_on_step_end, self, plan, self.drawable.contract) for _ in states]
+            if callback_on_step_end
+            else ()
+        )
+        for step in self.run(states, callbacks, steps_per_launch=at_once, request=request):
             states[step.chunk] = step.state
             on_step(step)
         clock.lap("denoise")
@@ -272,7 +290,7 @@ class Pipeline:
     def run(
         self,
         states: Sequence[DenoiseState],
-        callback: StepCallback | None = None,
+        callbacks: Sequence[Callback] = (),
         *,
         steps_per_launch: int = 1,
         request: Request | None = None,
@@ -282,6 +300,7 @@ class Pipeline:
         A state whose pictures have all failed ends early.
 
         Args:
+            callbacks: one per state, or none. Each is called after every step of its state.
             steps_per_launch: more than 1 skips the states in between. Sessions that cannot run a loop, such as those on
                 a CPU, run one step in any case.
             request: the request of the states. It says whether to be strict, and names the pictures in errors.
@@ -303,8 +322,10 @@ class Pipeline:
                     check_failures(failures_of(latest, request), pictures, strict=strict)
                 seconds = perf_counter() - before
                 timestep = float(state.schedule[state.step_index - 1][TIMESTEP][0])
-                if callback is not None:
-                    state = self._called_back(callback, state, timestep)
+                if callbacks:
+                    state = callbacks[chunk](state, timestep)
+                    state = guard.watch(state) if state.done else state  # a callback may have ended the loop
+                    latest[chunk] = state
                 index += state.step_index - begin
                 yield Step(
                     index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds
@@ -346,28 +367,19 @@ class Pipeline:
         if device is not None:
             device.leave()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_ONE_RUN:
+            raise UsageError(
+                f"{name} belongs to one run, and a Pipeline holds no request",
+                hint="set it in callback_on_step_end, on the pipeline that is its first argument",
+            )
+        super().__setattr__(name, value)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _called_back(self, callback: StepCallback, state: DenoiseState, timestep: float) -> DenoiseState:
-        given = {LATENTS: to_numpy(state.latents)}
-        returned = callback(self, state.step_index - 1, timestep, given) or {}
-        if unknown := returned.keys() - given.keys():
-            raise UsageError(
-                f"callback_on_step_end returned {sorted(unknown)}", hint='only "latents" can be replaced'
-            )
-        if not returned:
-            return state
-        latents = np.asarray(returned[LATENTS], np.float32)
-        if latents.shape != tuple(state.latents.shape):
-            raise UsageError(
-                f"callback_on_step_end returned latents {latents.shape}, but the loop's are {state.latents.shape}",
-                hint="return an array of the same shape",
-            )
-        return replace(state, latents=latents)
 
 
 class _Clock:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ditc.runtime.arrays import given_array
 from ditc.runtime.bundle.manifest import Manifest, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
-from ditc.runtime.request import Request, check_request
+from ditc.runtime.request import Request, checked
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Array
@@ -81,7 +82,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     Raises:
         UsageError: the bundle cannot draw this. The message names the argument, its value and one that works.
     """
-    check_request(request)
+    request = checked(request)
     drawable.conditioning.check_request(request)
     manifest, contract = drawable.manifest, drawable.contract
     defaults, scale = manifest.defaults, manifest.latents.scale_factor
@@ -153,19 +154,11 @@ def starting_latents(
     shape = (pictures, latent.channels, *cells)
     if plan.request.latents is None:
         return randn_latents(shape, generator)
-    try:
-        given = np.asarray(plan.request.latents, np.float32)
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"latents are not an array: {e}", hint=f"pass an array of shape {shape}") from e
+    given = given_array("latents", plan.request.latents, hint=f"pass an array of shape {shape}")
     if given.shape != shape:
         raise UsageError(
             f"latents have shape {given.shape}, but this request needs {shape}",
             hint="pass an array (pictures, channels, height, width), with the drawn size in latent cells",
-        )
-    if not np.isfinite(given).all():
-        raise UsageError(
-            f"latents have {np.count_nonzero(~np.isfinite(given))} values that are NaN or Inf",
-            hint="pass finite latents, or a seed instead",
         )
     return given
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
+import numpy as np
+
+from ditc.runtime.arrays import given_array
+from ditc.runtime.diffusers_arguments import without_foreign
 from ditc.runtime.errors import UsageError
-from ditc.runtime.rng import Generator
+from ditc.runtime.rng import Generator, TorchGenerator, is_torch_generator
 from ditc.runtime.session import Array
 
 OutputType = Literal["pil", "np", "latent"]
 
-INTEGERS = ("num_inference_steps", "height", "width", "seed", "num_images_per_prompt")
+INTEGERS = (
+    *("num_inference_steps", "height", "width", "seed", "num_images_per_prompt"),
+    "max_sequence_length",
+)
 NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
-# Arguments of diffusers that are accepted only with these values, which ask for what ditc does anyway.
-IMPLIED = {"return_dict": (True,), "callback_on_step_end_tensor_inputs": (["latents"], ("latents",))}
+EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +38,19 @@ class Request:
         prompt: one or several texts; None if prompt_embeds are given.
         negative_prompt: one text for all prompts, or one per prompt. It is used if guidance_scale > 1.
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the second and third text encoder.
-            An encoder without a text of its own reads the first.
+            An encoder without a text of its own reads the first. An empty text alone counts as none, as in diffusers;
+            an empty text in a list is read as it is.
         num_inference_steps, guidance_scale: apply to every picture of this request.
         height, width: the size of the pictures, in pixels.
-        seed, generator: what the starting noise is drawn from. A list holds one generator per picture.
+        seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
+            torch.Generator draws with the caller's torch.
         latents: (B,C,H,W) fp32 starting latents, instead of noise.
         prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, negative_*: (prompts, S, D) fp32, (prompts, S) and
-            (prompts, P), instead of texts. Mask and pooled embeddings are given only if the model takes them.
+            (prompts, P), instead of texts. Mask and pooled embeddings are given only if the model takes them. Arrays of
+            other libraries and other types are converted.
+        max_sequence_length: number of tokens of a text, for encoders whose graphs take different numbers.
+        complex_human_instruction: lines that are put before every prompt; an empty list puts none.
+        skip_guidance_layers: the layers that the bundle's denoiser skips; an empty list turns skip-layer guidance off.
         skip_layer_guidance_scale, _start, _stop: strength of the guidance away from the network with skipped layers (0
             turns it off), and the fractions of all steps between which it acts.
         use_resolution_binning: draw at the nearest trained size, then resize and crop to height and width.
@@ -66,6 +78,9 @@ class Request:
     negative_prompt_attention_mask: Array | None = None
     pooled_prompt_embeds: Array | None = None
     negative_pooled_prompt_embeds: Array | None = None
+    max_sequence_length: int | None = None
+    complex_human_instruction: Sequence[str] | None = None
+    skip_guidance_layers: Sequence[int] | None = None
     skip_layer_guidance_scale: float | None = None
     skip_layer_guidance_start: float | None = None
     skip_layer_guidance_stop: float | None = None
@@ -95,13 +110,14 @@ class Request:
         return self._one_each(self.negative_prompt)
 
     def texts(self, encoders: int, *, negative: bool) -> list[tuple[str, ...]]:
-        """Per prompt, the text that each encoder reads. An empty one stands for the first text, as in diffusers."""
+        """Per prompt, the text that each encoder reads.
+
+        As in diffusers, an argument that is empty as a whole stands for the first texts.
+        """
         first = self.negative_prompts if negative else self.prompts
-        others = [self._one_each(text) for text in self.further_texts(negative=negative).values()]
-        return [
-            tuple(text or columns[0] for text in columns)[:encoders]
-            for columns in zip(first, *others, strict=True)
-        ]
+        further = self.further_texts(negative=negative).values()
+        columns: list[list[str]] = [first] + [self._one_each(text) if text else first for text in further]
+        return list(zip(*columns[:encoders], strict=True))
 
     def further_texts(self, *, negative: bool) -> dict[str, str | Sequence[str] | None]:
         """The texts for the second and third encoder, by name of the argument."""
@@ -110,42 +126,57 @@ class Request:
 
     def embeds(self, *, negative: bool) -> dict[str, Array]:
         """The embeddings that are given instead of texts, by name of the argument without the prefix negative_."""
-        names = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
-        found = {name: getattr(self, f"negative_{name}" if negative else name) for name in names}
+        found = {name: getattr(self, f"negative_{name}" if negative else name) for name in EMBEDS}
         return {name: array for name, array in found.items() if array is not None}
 
     def _one_each(self, text: str | Sequence[str] | None) -> list[str]:
-        if text is None or isinstance(text, str):
-            return [text or ""] * self.num_prompts
+        if not text or isinstance(text, str):
+            return [text if isinstance(text, str) else ""] * self.num_prompts
         return list(text)
 
 
 def make_request(**arguments: Any) -> Request:
-    """A request from a caller's keyword arguments. Arguments of diffusers that change nothing are accepted too.
+    """A request from a caller's keyword arguments, which may be those of diffusers' pipelines.
+
+    As in diffusers, a complex_human_instruction of None puts no instruction before the prompts.
 
     Raises:
         UsageError: a request has no such argument (the hint names the most similar one), or an argument of diffusers
             has a value that is not supported.
     """
-    known = [field.name for field in fields(Request)]
-    for name, value in arguments.items():
-        if name in IMPLIED and value not in IMPLIED[name]:
-            raise UsageError(f"{name} is {value!r:.80}, but must be {IMPLIED[name][0]}", hint="leave it out")
-        if name not in known and name not in IMPLIED:
-            close = get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"there is no argument {name}",
-                hint=f"did you mean {close[0]}?" if close else "ditc.runtime.Request lists them",
-            )
-    return Request(**{name: value for name, value in arguments.items() if name not in IMPLIED})
+    if "complex_human_instruction" in arguments and not arguments["complex_human_instruction"]:
+        arguments["complex_human_instruction"] = ()
+    return Request(**without_foreign(arguments, [field.name for field in fields(Request)]))
 
 
-def check_request(request: Request) -> None:
-    """Refuse a request that no bundle can draw.
+def checked(request: Request) -> Request:
+    """The request with numbers and arrays in ditc's own types. What no bundle can draw is refused.
 
     Raises:
         UsageError: the message names the argument and its value.
     """
+    _check(request)
+    changes: dict[str, Any] = {
+        name: float(getattr(request, name)) for name in NUMBERS if _given(request, name)
+    }
+    for name in (
+        f"{sign}{name}" for sign in ("", "negative_") for name in EMBEDS if _given(request, sign + name)
+    ):
+        changes[name] = given_array(
+            name, getattr(request, name), hint="pass an array with one row per prompt"
+        )
+        if name.endswith("attention_mask") and not np.isin(changes[name], (0, 1)).all():
+            raise UsageError(
+                f"{name} has values other than 0 and 1", hint="pass 1 for tokens and 0 for padding"
+            )
+    return replace(request, **changes, generator=_own_generator(request.generator))
+
+
+def _given(request: Request, name: str) -> bool:
+    return getattr(request, name) is not None
+
+
+def _check(request: Request) -> None:
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
     _check_numbers(request)
@@ -165,7 +196,7 @@ def check_request(request: Request) -> None:
             hint="pass one negative_prompt for all prompts, or one per prompt",
         )
     for name, texts in further.items():
-        if texts is not None and not isinstance(texts, str) and len(texts) != request.num_prompts:
+        if texts and not isinstance(texts, str) and len(texts) != request.num_prompts:
             raise UsageError(
                 f"{name} holds {len(texts)} texts for {request.num_prompts} prompts",
                 hint="pass one text for all prompts, or one per prompt",
@@ -180,14 +211,12 @@ def check_request(request: Request) -> None:
         raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="pass at least 1")
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass only one of them")
-    generators = [request.generator] if isinstance(request.generator, Generator | None) else request.generator
-    if not isinstance(generators, Sequence) or not all(isinstance(g, Generator | None) for g in generators):
-        raise UsageError(
-            f"generator is {request.generator!r:.80}",
-            hint="pass ditc.runtime.Generator(seed), which draws what torch's CPU generator draws",
-        )
     if request.output_type not in ("pil", "np", "latent"):
-        raise UsageError(f"output_type is {request.output_type!r}", hint='pass "pil", "np" or "latent"')
+        hint = 'pass "pil", "np" or "latent"'
+        if str(request.output_type) == "pt":
+            hint = 'pass "np" and convert the images: torch.from_numpy(images).permute(0, 3, 1, 2)'
+        raise UsageError(f"output_type is {request.output_type!r}", hint=hint)
+    _check_lists(request)
 
 
 def _check_numbers(request: Request) -> None:
@@ -217,8 +246,43 @@ def _check_arrays(request: Request) -> None:
 def _check_texts(name: str, texts: object) -> None:
     if texts is None or isinstance(texts, str):
         return
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} must be text, got {texts!r:.80}", hint="pass a str or a list of str")
+    if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
+        return
+    hint = "pass a str or a list of str"
+    if isinstance(texts, bytes | bytearray):
+        hint = f"pass a str: {name}.decode()"
+    elif isinstance(texts, Iterable) and not isinstance(texts, Sequence):
+        hint = f"pass a list of str: list({name})"
+    raise UsageError(f"{name} must be text, got {texts!r:.80}", hint=hint)
+
+
+def _check_lists(request: Request) -> None:
+    lines, layers = request.complex_human_instruction, request.skip_guidance_layers
+    if lines is not None and (isinstance(lines, str) or not _all_of(lines, str)):
+        raise UsageError(f"complex_human_instruction is {lines!r:.80}", hint="pass a list of lines of text")
+    if layers is not None and not _all_of(layers, Integral):
+        raise UsageError(f"skip_guidance_layers is {layers!r:.80}", hint="pass a list of numbers of layers")
+
+
+def _all_of(values: object, kind: type) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(value, kind) for value in values)
+
+
+def _own_generator(given: Any) -> Generator | Sequence[Generator] | None:
+    """The generator, or one per picture. Those of torch are wrapped."""
+    if given is None or isinstance(given, Generator):
+        return given
+    if is_torch_generator(given):
+        return TorchGenerator(given)
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        own = [_own_generator(one) for one in given]
+        if all(isinstance(one, Generator) for one in own):
+            return own  # type: ignore[return-value]
+    raise UsageError(
+        f"generator is {given!r:.80}",
+        hint="pass seed, a torch.Generator, or ditc.runtime.Generator(seed), which draws what torch's CPU generator "
+        "draws; or a list with one of these generators per picture",
+    )
 
 
 def _check_embeds(request: Request) -> None:
@@ -237,6 +301,11 @@ def _check_embeds(request: Request) -> None:
                 f"{further[0]} and {sign}{next(iter(given))} are both given",
                 hint="pass either texts or embeddings",
             )
+        if given and negative and any(request.negative_prompts):
+            raise UsageError(
+                f"negative_prompt and negative_{next(iter(given))} are both given",
+                hint="pass either texts or embeddings",
+            )
         embeds, mask = given.get("prompt_embeds"), given.get("prompt_attention_mask")
         if embeds is None:
             continue
@@ -246,3 +315,9 @@ def _check_embeds(request: Request) -> None:
                 f"{sign}prompt_embeds has shape {tuple(embeds.shape)}{beside}",
                 hint="pass embeds of shape (prompts, tokens, channels) and a mask of shape (prompts, tokens)",
             )
+    own, other = request.prompt_embeds, request.negative_prompt_embeds
+    if own is not None and other is not None and own.shape[1] != other.shape[1]:
+        raise UsageError(
+            f"prompt_embeds have {own.shape[1]} tokens, but negative_prompt_embeds {other.shape[1]}: different lengths",
+            hint="pad or cut both, and their masks, to the same number of tokens",
+        )

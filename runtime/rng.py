@@ -12,6 +12,7 @@ Mersenne Twister with the low 32 bits of the seed, and uses the Box-Muller trans
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,27 @@ class Generator:
     def _uniform64(self) -> float:
         high, low = self._engine.random_raw(2)
         return float(((int(high) << 32) | int(low)) & (2**53 - 1)) * 2**-53
+
+
+class TorchGenerator(Generator):
+    """A torch.Generator of the caller, on any device. It draws with the caller's torch, since ditc imports none."""
+
+    def __init__(self, generator: Any) -> None:
+        self.seed = generator.initial_seed()
+        self._torch, self._generator = sys.modules["torch"], generator
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """torch.randn(shape, generator=...), which advances the caller's generator."""
+        generator, torch = self._generator, self._torch
+        drawn = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+        values: NDArray[np.float32] = drawn.cpu().numpy()
+        return values
+
+
+def is_torch_generator(value: object) -> bool:
+    """Whether this is a torch.Generator. A process that has not imported torch has none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Generator)
 
 
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,13 +10,11 @@ A TextSpec in the manifest describes the prompt handling of a pipeline of diffus
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -98,6 +96,40 @@ class TextSpec:
                 raise ValueError(f"{selected} of {length} tokens are selected, but length is {self.length}")
 
 
+def with_length(spec: TextSpec, length: int) -> TextSpec:
+    """The same handling with another number of tokens that reach the conditioner. An instruction keeps its room."""
+    change = length - spec.length
+    return replace(
+        spec,
+        length=length,
+        max_length=spec.max_length + change,
+        negative_max_length=spec.negative_max_length + change,
+        select=_lengthened(spec.select, change),
+        negative_select=_lengthened(spec.negative_select, change),
+    )
+
+
+def with_instruction(spec: TextSpec, lines: Sequence[str], tokenizer: Tokenizer) -> TextSpec:
+    """The same handling with another text before every prompt, or with none.
+
+    diffusers counts <bos> with the instruction, gives the text one more token of slack, and keeps the first position
+    and the last ones.
+    """
+    if not lines:
+        return replace(spec, prefix="", max_length=spec.length, select=None)
+    prefix = "\n".join(lines)
+    return replace(
+        spec,
+        prefix=prefix,
+        max_length=tokenizer.count(prefix) + spec.length - 2,
+        select=Select(first=1, last=spec.length - 1),
+    )
+
+
+def _lengthened(select: Select | None, change: int) -> Select | None:
+    return None if select is None else Select(select.first, select.last + change)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """The inputs of a text encoder, both (B,S) int64."""
@@ -128,11 +160,6 @@ class Tokenizer:
         """Token -> id, without the tokens that were added to the vocabulary later."""
         return self._tokenizer.get_vocab(with_added_tokens=False)
 
-    @property
-    def model(self) -> dict[str, Any]:
-        """How texts are split, as tokenizer.json writes it: the vocabulary, with its merges or scores."""
-        return dict(json.loads(self._tokenizer.to_str())["model"])
-
     def encode(self, texts: Sequence[str], spec: TextSpec, *, negative: bool = False) -> TokenBatch:
         """Token ids and mask of every text, padded or cut (with a warning in the log) to the spec's length.
 
@@ -150,6 +177,10 @@ class Tokenizer:
             input_ids[row, start : start + len(ids)] = ids
             attention_mask[row, start : start + len(ids)] = 1
         return TokenBatch(input_ids, attention_mask)
+
+    def count(self, text: str) -> int:
+        """The number of tokens of a text, with special tokens."""
+        return len(self._tokenizer.encode(text).ids)
 
     def _ids(self, text: str, length: int, stage: str) -> list[int]:
         """At most `length` ids. The text is cut before special tokens are added, so that <eos> is never cut off."""

@@ -13,7 +13,8 @@ import torch
 from diffusers import SanaPipeline
 
 from ditc.runtime.metrics import psnr, relative_l2
-from ditc.runtime.pipeline import Output, Pipeline
+from ditc.runtime.output import Output
+from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array
 
 # The bounds that README.md promises for fp32, where only kernels and orders of summation differ.

@@ -23,13 +23,14 @@ from ditc.export.families import find_adapter
 from ditc.export.graph.torch_session import TorchSession, compute_device
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.bundle.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
-from ditc.runtime.conditioning import Conditioning, TextEncoder
+from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import ComputeDevice, Session, Tensor
 from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH
 from ditc.runtime.text import Tokenizer
+from ditc.runtime.text_encoder import TextEncoder
 
 FP32 = BuildOptions()
 

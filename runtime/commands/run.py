@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditc.runtime.failure import Failure
-    from ditc.runtime.pipeline import Output, Pipeline, Step
+    from ditc.runtime.output import Output
+    from ditc.runtime.pipeline import Pipeline, Step
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for bundle, request and output. Those of the request have diffusers' names where it has them."""
     add_bundle_argument(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="The text that says what to draw.")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", dest="prompt_option", help="The same as PROMPT (default: PROMPT)."
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -198,13 +202,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if (arguments.prompt is None) == (arguments.prompts is None):
+    texts = [text for text in (arguments.prompt, arguments.prompt_option) if text is not None]
+    if len(texts) + (arguments.prompts is not None) != 1:
         raise UsageError(
             "give a PROMPT or --prompts FILE, but not both", hint='ditc run BUNDLE "a red heart" -o out.png'
         )
-    if arguments.prompts is None:
-        return [arguments.prompt]
-    return read_prompts(arguments.prompts)
+    return texts or read_prompts(arguments.prompts)
 
 
 def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:

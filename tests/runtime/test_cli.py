@@ -222,6 +222,8 @@ def test_an_interrupt_while_a_compiled_module_is_imported_ends_with_130_too(
         (["cat", "-o", "x.jpg"], "x.jpg is not a .png"),
         ([], "give a PROMPT or --prompts FILE"),
         (["cat", "--prompts", "file"], "give a PROMPT or --prompts FILE"),
+        (["cat", "--prompt", "dog"], "give a PROMPT or --prompts FILE"),
+        (["--prompt", "cat", "--steps", "0"], "num_inference_steps is 0"),
         (["--prompts", "missing.txt"], "cannot read prompts from missing.txt"),
         (["cat", "--backend", "cuda"], "backend 'cuda' is unknown"),
         (["cat", "--precision", "bf16"], "holds denoisers for onnxruntime fp32"),

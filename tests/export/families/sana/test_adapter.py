@@ -21,6 +21,7 @@ from ditc.runtime.spec import (
     Precision,
     Range,
 )
+from ditc.runtime.text import Tokenizer, with_instruction, with_length
 from ditc.runtime.vae import check_tiles
 
 
@@ -53,6 +54,16 @@ def test_without_ditc_json_the_defaults_are_those_of_diffusers_pipeline(checkpoi
         text.length == 300 and text.select is not None and (text.select.first, text.select.last) == (1, 299)
     )
     assert text.prefix.startswith("Given a user prompt") and text.negative_prefix == ""
+
+
+def test_a_request_with_other_text_settings_has_the_spec_of_a_build_with_them(checkpoint: Path) -> None:
+    (text,) = plan(checkpoint).text
+    tokenizer = Tokenizer(checkpoint / "tokenizer" / "tokenizer.json")
+    for lines, length in ((["Draw this:", "User: "], 12), (["Draw this:"], 7), ([], 5)):
+        change(checkpoint / "ditc.json", complex_human_instruction=lines, max_sequence_length=length)
+        (built,) = plan(checkpoint).text
+        assert with_length(with_instruction(text, lines, tokenizer), length) == built
+        assert with_instruction(with_length(built, text.length), [], tokenizer) == text
 
 
 def test_the_text_spec_matches_diffusers_pipeline(checkpoint: Path) -> None:

@@ -113,9 +113,58 @@ def test_several_prompts_with_several_pictures_each_match_diffusers(pipeline, re
     assert_same(ours, reference.draw(prompts, seed=6, **arguments, **SKIP))
 
 
-def test_each_encoder_can_have_its_own_text(pipeline, reference) -> None:
-    texts = {"prompt_2": "a dog", "negative_prompt": "blue", "negative_prompt_3": "red"}
-    assert_same(draw(pipeline, "cat", seed=7, **texts), reference.draw("cat", seed=7, **texts, **SKIP))
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("cat", {"prompt_2": "a dog", "negative_prompt": "blue", "negative_prompt_3": "red"}),
+        ("cat", {"prompt_2": "", "prompt_3": [], "negative_prompt": "blue", "negative_prompt_3": ""}),
+        ("cat", {"prompt_3": [""], "negative_prompt": ["blue"], "negative_prompt_3": [""]}),
+        (["cat", "blue"], {"prompt_2": ["", "a dog"], "prompt_3": ["red", ""]}),
+        (["cat", "blue"], {"negative_prompt": ["a", "b"], "negative_prompt_2": ["", "red"]}),
+        ("cat", {"max_sequence_length": 40}),
+        ("cat", {"max_sequence_length": 3}),
+    ],
+)
+def test_texts_reach_each_encoder_as_in_diffusers(pipeline, reference, prompt, texts) -> None:
+    """An argument that is empty as a whole stands for the first text; an empty text in a list does not."""
+    assert_same(draw(pipeline, prompt, seed=7, **texts), reference.draw(prompt, seed=7, **texts, **SKIP))
+
+
+@pytest.mark.parametrize("scales", [(0.0, 2.8), (6.0, 2.8), (3.0, 1.0)], ids=["cut-off", "guidance", "skip"])
+def test_scales_that_a_callback_sets_act_in_the_next_steps_as_in_diffusers(
+    pipeline, reference, scales
+) -> None:
+    def change(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
+            pipe._guidance_scale, pipe._skip_layer_guidance_scale = scales
+            for name in tensors.keys() - {"latents"} if not scales[0] else ():
+                tensors[name] = tensors[name][-1:]
+        return tensors
+
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    ours = pipeline("a red cat", seed=3, callback_on_step_end=change, **settings).images
+    theirs = reference.pipeline(
+        "a red cat",
+        generator=torch.Generator().manual_seed(3),
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"],
+        max_sequence_length=T5_TOKENS,
+        **settings,
+        **SKIP,
+    ).images
+    assert psnr(ours, theirs) >= 45
+    assert psnr(ours, draw(pipeline, "a red cat", seed=3).pictures) < 40
+
+
+def test_layers_to_skip_are_taken_if_the_denoiser_skips_them(pipeline, reference) -> None:
+    ours = draw(pipeline, "cat", seed=3, skip_guidance_layers=[1])
+    assert_same(ours, reference.draw("cat", seed=3, **SKIP))
+    off = draw(pipeline, "cat", seed=3, skip_guidance_layers=[])
+    assert_same(off, reference.draw("cat", seed=3))
+    with pytest.raises(UsageError, match=r"is \[0\], but .* is compiled to skip \[1\]"):
+        pipeline("cat", skip_guidance_layers=[0])
+    with pytest.raises(UsageError, match="this bundle has 3 text encoders"):
+        pipeline("cat", complex_human_instruction=["Draw this:"])
 
 
 def test_a_long_text_is_cut_where_diffusers_cuts_it_and_a_warning_says_so(
