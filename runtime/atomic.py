@@ -8,13 +8,15 @@
 
 Temporary names are random, and the files are created exclusively: a link that somebody planted under such a name is not
 followed, and two writers never share a name. A killed process leaves its temporary files behind; `remove_leftovers`
-recognises them by their suffix. The mode of the result follows the user's umask, not the library that wrote the file.
+recognises them by the form of their names. The mode of the result follows the user's umask, not the library that wrote
+the file.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from ditc.runtime.errors import OutputError
 SUFFIX = ".partial"
 HINT = "choose another place"
 _TRIES = 100
+# The temporary names, with a random token. A user's own file that only ends in the suffix is not one of them.
+_TEMPORARY = re.compile(rf"\..+\.[0-9a-f]{{16}}{re.escape(SUFFIX)}")
 _ADVICE = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some space within your quota",
@@ -138,9 +142,10 @@ def scratch_file(path: Path, content: bytes, *, hint: str = HINT) -> Iterator[Pa
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left anywhere below a folder."""
-    for path in list(folder.rglob(f"*{SUFFIX}")):
-        _discard(path)
+    """Remove the temporary files and folders that killed processes left directly in a folder."""
+    for path in list(folder.glob(f".*{SUFFIX}")):
+        if _TEMPORARY.fullmatch(path.name):
+            _discard(path)
 
 
 def output_error(path: Path, error: OSError, hint: str = HINT) -> OutputError:
@@ -175,7 +180,7 @@ def _new(path: Path, create: Callable[[Path], None]) -> Path:
     """Create a temporary file or folder beside the path, and its parent folders if they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(_TRIES):
-        partial = path.parent / f".{path.name[:40]}.{_token()}{SUFFIX}"
+        partial = path.parent / f".{path.name[:40]}.{_token()}{SUFFIX}"  # as _TEMPORARY
         with suppress(FileExistsError):
             create(partial)
             return partial

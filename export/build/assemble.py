@@ -30,6 +30,9 @@ def assemble(
     plan = build.plan
     rgb = graphs[VAE_ENCODER].latent_rgb if VAE_ENCODER in graphs else None
     tokenizers = [write_tokenizer(build.checkpoint, spec, build.out) for spec in plan.text]
+    build.journal.will_write(
+        *(build.out / ref.path for ref in tokenizers)
+    )  # before the golden files take their time
     kept = {name: _kept(build, name, graph.artifact, engines.get(name)) for name, graph in graphs.items()}
     return Manifest(
         schema_version=SCHEMA_VERSION,

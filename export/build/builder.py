@@ -114,7 +114,7 @@ def _build(build: BuildContext) -> Manifest:
     if build.old is None or digest(manifest) != digest(previous_build.without_digest(build.old)):
         save_manifest(manifest, build.out)
     manifest = load_manifest(build.out)
-    previous_build.sweep(build.out, manifest)
+    previous_build.sweep(build.out, build.old, manifest, build.journal)
     return manifest
 
 

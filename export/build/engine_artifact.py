@@ -51,9 +51,11 @@ def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact
         drop_pages(build.checkpoint.component(component).files)
     estimate = estimates.resident_bytes() + estimate_memory_bytes(onnx)
     build.events.building(stage, why)
+    path = engine_path(build.out, name, graph.precision, options.backend, key)
+    build.journal.will_write(path)
     report = build_engine(
         onnx,
-        engine_path(build.out, name, graph.precision, options.backend, key),
+        path,
         spec=graph.spec,
         backend=options.backend,
         targets=inputs.targets,

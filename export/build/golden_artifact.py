@@ -39,9 +39,11 @@ def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifac
     if graph.artifact.precision in SIXTEEN_BITS:
         deployed = build.adapter.load(build.checkpoint, build.plan, name, build.options)
     recorded = previous_build.losses_of(build.old, name, build.out)
-    path = write_golden(
+    path = golden_path(build.out, name, digest(inputs))
+    build.journal.will_write(path)
+    write_golden(
         reference,
-        golden_path(build.out, name, digest(inputs)),
+        path,
         deployed=deployed,
         losses={p: recorded[p] for p in precisions if p in recorded},
     )

@@ -15,10 +15,10 @@ from ditc.export.build.records import QuantizationInputs, StageInputs, StageReco
 from ditc.export.build.source_hash import graph_source
 from ditc.export.contract import StageModule
 from ditc.export.engine.memory import PeakMemory
-from ditc.export.graph.onnx import OnnxFiles, to_onnx
+from ditc.export.graph.onnx import OnnxFiles, data_path, to_onnx
 from ditc.export.quant.apply import Quantization
 from ditc.export.quant.plan import QuantPlan
-from ditc.export.quant.record import write_record
+from ditc.export.quant.record import quant_record_path, write_record
 from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
@@ -62,6 +62,7 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     key, quantization = digest(inputs), _quantization(build, name)
     precision = inputs.precision if quantization is None else build.options.precision
     path = graph_path(build.out, name, precision, key)
+    build.journal.will_write(path, data_path(path), weight_map_path(path), quant_record_path(path))
     with PeakMemory() as memory:
         module = build.adapter.load(build.checkpoint, build.plan, name, build.options)
         plan = None if quantization is None else quantization.plan(module)

@@ -3,6 +3,7 @@ resumes and a build with nothing to do ends early.
 
 bundle/.build/STAGE-KEY.json      one finished artifact: its inputs, its files, seconds and peak memory
 bundle/.build/request-KEY.json    one finished build: its inputs, and the digest of its manifest
+bundle/.build/files.json          the names of the files that builds wrote: only these may a later build remove
 bundle/.build/inputs.json         sha256 of files, with the size, mtime and inode at which it was computed
 bundle/.build/timing.cache        TensorRT's kernel timings
 bundle/.build/lock                held while building; the operating system frees it when the owner dies
@@ -15,7 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,7 @@ from typing import TypeVar
 import filelock
 
 from ditc.export.build.build_key import FileHashes, digest, explain
-from ditc.export.build.layout import FOLDERS
+from ditc.export.build.layout import build_folders
 from ditc.export.build.records import EngineRecord, Inputs, Record, StageRecord
 from ditc.runtime.atomic import output_error, remove_leftovers, write_atomic
 from ditc.runtime.bundle.build_cost import FOLDER, record_path
@@ -43,6 +44,7 @@ class Journal:
         self.bundle, self.folder = bundle, bundle / FOLDER
         self.hashes = FileHashes(self.folder / "inputs.json")
         self.timing_cache = self.folder / "timing.cache"
+        self._files = self.folder / "files.json"
 
     def record(self, kind: type[R], name: str, key: str) -> R | None:
         """The record under the name and key; None if there is none that this version can read."""
@@ -60,6 +62,22 @@ class Journal:
     def records(self) -> list[Path]:
         """The paths of all records."""
         return sorted(self.folder.glob("*-*.json"))
+
+    def written(self) -> set[str]:
+        """The names of the files that builds wrote or were about to write, relative to the bundle."""
+        try:
+            names = json.loads(self._files.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return set()
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+    def will_write(self, *paths: Path) -> None:
+        """Note files before they are written. If the build is killed, the next one may remove them."""
+        self.set_written(self.written() | {path.relative_to(self.bundle).as_posix() for path in paths})
+
+    def set_written(self, names: Iterable[str]) -> None:
+        """Replace the noted names."""
+        write_atomic(self._files, json.dumps(sorted(names), indent=1), durable=False)
 
     def finished(self, kind: type[A], inputs: Inputs) -> A | None:
         """The record of the artifact made from the inputs, if all of its files are unchanged; else None."""
@@ -99,7 +117,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         BuildError: another build holds the lock.
     """
-    lock = filelock.FileLock(out / FOLDER / "lock")
+    lock = filelock.FileLock(_lock_path(out))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as e:
@@ -108,14 +126,15 @@ def locked(out: Path) -> Iterator[None]:
             hint="wait until it has ended; the lock of a killed build is freed by itself",
         ) from e
     try:
-        remove_leftovers(out)
+        for folder in _places(out):
+            remove_leftovers(folder)
         yield
     finally:
         lock.release()
 
 
 def check_bundle_or_empty(out: Path) -> None:
-    """Refuse a directory with other files in it, because a build removes files that its manifest does not name.
+    """Refuse a directory with other files in it, among which a bundle's would be lost.
 
     Raises:
         BuildError: `out` is a file, or a directory that is neither empty nor a bundle.
@@ -130,21 +149,29 @@ def check_writable(out: Path) -> None:
     """Make the directory, and write a temporary file in it and in each folder that an earlier build made there.
 
     Raises:
-        OutputError: the directory or a folder cannot be made, or cannot be written to.
+        OutputError: the directory or a folder cannot be made, cannot be written to, or is a link.
     """
-    place = out / FOLDER
-    for link in (path for pattern in (FOLDER, *FOLDERS) for path in out.glob(pattern) if path.is_symlink()):
+    for link in (path for path in (*_places(out), _lock_path(out)) if path != out and path.is_symlink()):
         raise OutputError(
             f"cannot write into {link}: it is a link, and builds write and delete files only in the bundle",
-            hint=f"replace it by the folder that it names, or make {out} itself a link",
+            hint=f"put what it names in its place, or make {out} itself a link",
         )
+    place = out / FOLDER
     try:
         place.mkdir(parents=True, exist_ok=True)
-        existing = [path for pattern in FOLDERS for path in sorted(out.glob(pattern))]
-        for place in (out / FOLDER, out, *existing):
+        for place in _places(out):
             tempfile.TemporaryFile(dir=place).close()
     except OSError as e:
         raise OutputError(f"cannot write into {place}: {e.strerror}", hint=OUTPUT_HINT) from e
+
+
+def _places(out: Path) -> list[Path]:
+    """The folders that builds write to."""
+    return [out / FOLDER, out, *build_folders(out)]
+
+
+def _lock_path(out: Path) -> Path:
+    return out / FOLDER / "lock"
 
 
 def as_ditc_error(error: OSError, out: Path) -> DitcError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ditc.export.build.journal import Journal
-from ditc.export.build.layout import ENGINES, GOLDEN, GRAPHS
+from ditc.export.build.layout import is_build_folder
 from ditc.export.build.records import StageInputs, StageRecord
 from ditc.runtime.bundle.build_cost import artifact_record
 from ditc.runtime.bundle.golden import read_golden
@@ -112,13 +112,26 @@ def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
     )
 
 
-def sweep(bundle: Path, manifest: Manifest) -> None:
-    """Remove files that the manifest does not name any more. The journal is not touched."""
+def sweep(bundle: Path, old: Manifest | None, manifest: Manifest, journal: Journal) -> None:
+    """Remove files of earlier builds that the manifest does not name any more.
+
+    A file of an earlier build is one that the journal or the old manifest names. No other file is removed.
+    """
     kept = {ref.path for ref in manifest.all_files()}
-    folders = {GRAPHS, ENGINES, GOLDEN} | {str(PurePosixPath(ref.path).parent) for ref in manifest.files}
-    for path in (path for folder in folders for path in (bundle / folder).glob("*")):
-        if path.relative_to(bundle).as_posix() not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    earlier = journal.written() | ({ref.path for ref in old.all_files()} if old is not None else set())
+    for name in set(map(PurePosixPath, earlier)) - set(map(PurePosixPath, kept)):
+        if _is_file_of_a_build(bundle, name):
+            (bundle / name).unlink()
+    journal.set_written(kept)
+
+
+def _is_file_of_a_build(bundle: Path, name: PurePosixPath) -> bool:
+    """Whether there is such a file where builds write. A journal that came from elsewhere may name any path."""
+    if len(name.parts) != 2 or not is_build_folder(name.parts[0]) or "\\" in name.parts[1]:
+        return False
+    # Not the methods of Path, which raise for a name that no file can have.
+    path = os.path.join(bundle, name)  # noqa: PTH118
+    return not (bundle / name.parts[0]).is_symlink() and (os.path.isfile(path) or os.path.islink(path))  # noqa: PTH113, PTH114
 
 
 def _slots(manifest: Manifest) -> list[tuple[str, str, str]]:

@@ -73,6 +73,11 @@ class OnnxFiles:
         return (self.model, self.weights) if self.weights.exists() else (self.model,)
 
 
+def data_path(graph: Path) -> Path:
+    """The path of the file with a graph's weights."""
+    return graph.with_name(graph.name + ".data")
+
+
 def to_onnx(
     stage: StageModule,
     path: Path,
@@ -96,7 +101,7 @@ def to_onnx(
         OutputError: the files cannot be written.
     """
     model = to_model(stage, opset)
-    final = OnnxFiles(path, path.with_name(path.name + ".data"))
+    final = OnnxFiles(path, data_path(path))
     # The graph names its weights file, so both have their final names in the temporary folder.
     with atomic_files(final.weights, final.model) as folder:
         written = OnnxFiles(folder / final.model.name, folder / final.weights.name)

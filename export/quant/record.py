@@ -84,6 +84,11 @@ class QuantRecord:
             ) from e
 
 
+def quant_record_path(graph: Path) -> Path:
+    """The path of a graph's record."""
+    return graph.with_name(graph.name + SUFFIX)
+
+
 def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None) -> Path:
     """Write the record of a finished graph beside it; the file appears complete or not at all."""
     inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
@@ -94,7 +99,7 @@ def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | No
         inputs=tuple(InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth)) for i in inputs),
         layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
     )
-    return write_atomic(graph.with_name(graph.name + SUFFIX), json.dumps(to_json(record), indent=1) + "\n")
+    return write_atomic(quant_record_path(graph), json.dumps(to_json(record), indent=1) + "\n")
 
 
 def read_record(path: Path) -> QuantRecord:

@@ -96,12 +96,14 @@ def test_a_killed_process_leaves_the_old_file_and_leftovers_that_can_be_removed(
     assert names(tmp_path) == ["out"]
 
 
-def test_leftovers_are_removed_from_subfolders_and_other_files_stay(tmp_path: Path) -> None:
-    (tmp_path / "a" / f".x.123{SUFFIX}" / "b").mkdir(parents=True)
-    (tmp_path / "a" / f"old.json.123{SUFFIX}").touch()  # as earlier versions named them
-    (tmp_path / "a" / "partial").touch()
+def test_only_temporary_files_of_the_folder_itself_are_left_behind_ones(tmp_path: Path) -> None:
+    theirs = ["partial", f"notes{SUFFIX}", f".notes{SUFFIX}", f".x.123{SUFFIX}", f"x.{'0' * 16}{SUFFIX}"]
+    for name in theirs:
+        (tmp_path / name).touch()
+    (tmp_path / f".x.{'0' * 16}{SUFFIX}" / "b").mkdir(parents=True)
+    (tmp_path / "subfolder" / f".x.{'0' * 16}{SUFFIX}").mkdir(parents=True)
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "partial"]
+    assert names(tmp_path) == sorted([*theirs, "subfolder"]) and len(names(tmp_path / "subfolder")) == 1
 
 
 @POSIX

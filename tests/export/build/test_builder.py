@@ -326,18 +326,6 @@ def test_a_folder_of_an_earlier_build_that_cannot_be_written_to_is_refused_befor
     assert not (tmp_path / "onnx").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
-def test_a_folder_of_the_bundle_that_is_a_link_is_not_written_to(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "bundle" / ".build").mkdir(parents=True)
-    (tmp_path / "bundle" / "onnx").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match=r"cannot write into .*onnx: it is a link"):
-        build_bundle(tiny_checkpoint, tmp_path / "bundle", BuildOptions())
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
 def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):
