@@ -32,8 +32,12 @@ StepCallback = Callable[[Any, int, float, dict[str, Array]], Mapping[str, Any] |
 # Attributes that a callback may set for the steps that follow.
 SCALES = ("_guidance_scale", "_skip_layer_guidance_scale")
 OF_ONE_RUN = (*SCALES, "_interrupt")
-# Other attributes that diffusers' loop reads in every step, and that a compiled step does not.
-FIXED = ("_attention_kwargs", "_joint_attention_kwargs", "scheduler", "transformer")
+READ_ONLY = ("guidance_scale", "do_classifier_free_guidance", "num_timesteps", "interrupt")
+# Attributes of diffusers' pipelines whose counterparts are compiled into a bundle.
+FIXED = (
+    *("scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3", "_attention_kwargs", "_joint_attention_kwargs"),
+)
 
 
 class RunningPipeline:
@@ -72,9 +76,9 @@ class RunningPipeline:
         return getattr(self.__dict__["_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FIXED:
+        if name in (*FIXED, *READ_ONLY):
             raise UsageError(
-                f"callback_on_step_end sets {name}, which is compiled into the bundle",
+                f"callback_on_step_end sets {name}, which has no effect",
                 hint=f"between steps, {', '.join(OF_ONE_RUN)} and the latents can be changed",
             )
         if name in SCALES and not _is_finite(value):
@@ -161,7 +165,8 @@ def check_callback(callback: object, tensor_inputs: object) -> None:
     wanted = getattr(callback, "tensor_inputs", tensor_inputs)  # diffusers' own callbacks bring their list
     if wanted is None:
         return
-    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or set(wanted) - {LATENTS}:
+    names = wanted if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [None]
+    if not all(isinstance(name, str) and name == LATENTS for name in names):
         raise UsageError(
             f"callback_on_step_end_tensor_inputs is {wanted!r:.80}, but a callback gets only latents",
             hint='leave it out or pass ["latents"]; to end guidance, set pipeline._guidance_scale = 0 in the callback: '

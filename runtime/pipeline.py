@@ -21,7 +21,7 @@ from PIL import Image
 
 from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
-from ditc.runtime.callback import OF_ONE_RUN, Callback, StepCallback, check_callback
+from ditc.runtime.callback import FIXED, OF_ONE_RUN, Callback, StepCallback, check_callback
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.decode import Decoded, as_requested, decode_states
 from ditc.runtime.errors import SessionError, UsageError
@@ -223,6 +223,8 @@ class Pipeline:
             raise UsageError(
                 f"{positional[0]!r:.80} is given without a name", hint="give all arguments but prompt by name"
             )
+        if not isinstance(return_dict, bool | int | np.bool_ | None):
+            raise UsageError(f"return_dict is {return_dict!r:.80}", hint="pass True or False")
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = make_request(prompt=prompt, **arguments)
         output = self.draw(request, callback_on_step_end=callback_on_step_end)
@@ -372,6 +374,11 @@ class Pipeline:
             raise UsageError(
                 f"{name} belongs to one run, and a Pipeline holds no request",
                 hint="set it in callback_on_step_end, on the pipeline that is its first argument",
+            )
+        if name in FIXED:
+            raise UsageError(
+                f"{name} cannot be replaced: it is compiled into the bundle",
+                hint="save the checkpoint with it, and build that",
             )
         super().__setattr__(name, value)
 

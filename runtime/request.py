@@ -27,6 +27,7 @@ NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
+LARGEST_COUNT = 10_000  # of steps, or of pictures of one prompt, which are held in memory together
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 
 
@@ -144,7 +145,7 @@ def make_request(**arguments: Any) -> Request:
         UsageError: a request has no such argument (the hint names the most similar one), or an argument of diffusers
             has a value that is not supported.
     """
-    if "complex_human_instruction" in arguments and not arguments["complex_human_instruction"]:
+    if any(arguments.get("complex_human_instruction", ()) is nothing for nothing in (None, False)):
         arguments["complex_human_instruction"] = ()
     return Request(**without_foreign(arguments, [field.name for field in fields(Request)]))
 
@@ -156,8 +157,12 @@ def checked(request: Request) -> Request:
         UsageError: the message names the argument and its value.
     """
     _check(request)
+    # Arithmetic with an int8 would wrap, and a tensor with one number cannot do what a float can.
     changes: dict[str, Any] = {
-        name: float(getattr(request, name)) for name in NUMBERS if _given(request, name)
+        name: kind(getattr(request, name))
+        for names, kind in ((NUMBERS, float), (INTEGERS, operator.index))
+        for name in names
+        if _given(request, name)
     }
     for name in (
         f"{sign}{name}" for sign in ("", "negative_") for name in EMBEDS if _given(request, sign + name)
@@ -202,16 +207,16 @@ def _check(request: Request) -> None:
                 hint="pass one text for all prompts, or one per prompt",
             )
     _check_embeds(request)
-    if request.num_inference_steps is not None and request.num_inference_steps < 1:
-        raise UsageError(f"num_inference_steps is {request.num_inference_steps}", hint="pass at least 1")
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= LARGEST_COUNT:
+            raise UsageError(f"{name} is {count}", hint=f"pass 1 to {LARGEST_COUNT}")
     for name, pixels in (("height", request.height), ("width", request.width)):
         if pixels is not None and pixels < 1:
             raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
-    if request.num_images_per_prompt < 1:
-        raise UsageError(f"num_images_per_prompt is {request.num_images_per_prompt}", hint="pass at least 1")
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass only one of them")
-    if request.output_type not in ("pil", "np", "latent"):
+    if not isinstance(request.output_type, str) or request.output_type not in ("pil", "np", "latent"):
         hint = 'pass "pil", "np" or "latent"'
         if str(request.output_type) == "pt":
             hint = 'pass "np" and convert the images: torch.from_numpy(images).permute(0, 3, 1, 2)'

@@ -9,6 +9,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.request import Request
 from ditc.runtime.session import Session
 from ditc.runtime.spec import Range, StageSpec
+from ditc.runtime.step_contract import TEXT_LENGTH
 from ditc.runtime.text import TextSpec, Tokenizer, with_instruction, with_length
 
 
@@ -72,11 +73,11 @@ def _resized(encoders: Sequence[TextEncoder], length: int, conditioner: StageSpe
                 if length > taken.max
                 else f"pass at least {taken.min}",
             )
-    if bounds.count(None) == len(bounds) and any(encoder.spec.length != length for encoder in encoders):
-        fixed = ", ".join(str(encoder.spec.length) for encoder in encoders)
+    if bounds.count(None) == len(bounds) and length != (fixed := _fixed_length(encoders, conditioner)):
         raise UsageError(
-            f"max_sequence_length is {length}, but this bundle's text encoders take fixed numbers of tokens: {fixed}",
-            hint="leave it out",
+            f"max_sequence_length is {length}, but this bundle was built for {fixed}, and none of its text encoders "
+            "takes another number of tokens",
+            hint=f"leave it out, or build with {length} in the checkpoint's ditc.json",
         )
     return tuple(
         encoder if taken is None else replace(encoder, spec=with_length(encoder.spec, length))
@@ -91,6 +92,16 @@ def _lengths(encoder: TextEncoder, conditioner: StageSpec) -> Range | None:
         if tensor.name in states and len(tensor.shape) > 2:
             return conditioner.profile.get(str(tensor.shape[1]))
     return None
+
+
+def _fixed_length(encoders: Sequence[TextEncoder], conditioner: StageSpec) -> int:
+    """The max_sequence_length of a build without an encoder whose number of tokens may change.
+
+    If the conditioner makes more tokens than its encoders, the others stand for an encoder that was left out.
+    """
+    tokens = max(encoder.spec.length for encoder in encoders)
+    joined = conditioner.profile[TEXT_LENGTH].opt if TEXT_LENGTH in conditioner.profile else tokens
+    return joined - tokens or tokens
 
 
 def _longest(encoder: TextEncoder) -> int | None:

@@ -103,8 +103,9 @@ def test_guidance_that_ends_leaves_the_conditional_rows_alone(pipeline: Pipeline
         ("_guidance_scale", float("nan"), 3.0, "sets _guidance_scale to nan"),
         ("_guidance_scale", 2.0, 1.0, "sets _guidance_scale to 2, but this run has no unconditional rows"),
         ("_skip_layer_guidance_scale", 2.8, 3.0, "to 2.8, but this run skips no layers"),
-        ("_attention_kwargs", {"scale": 0.5}, 3.0, "sets _attention_kwargs, which is compiled"),
-        ("scheduler", None, 3.0, "sets scheduler, which is compiled"),
+        ("_attention_kwargs", {"scale": 0.5}, 3.0, "sets _attention_kwargs, which has no effect"),
+        ("scheduler", None, 3.0, "sets scheduler, which has no effect"),
+        ("guidance_scale", 2.0, 3.0, "sets guidance_scale, which has no effect"),
     ],
 )
 def test_attributes_that_cannot_be_changed_are_refused_by_name(
@@ -124,6 +125,8 @@ def test_attributes_of_a_run_cannot_be_set_on_the_pipeline_itself(pipeline: Pipe
     for name in ("_guidance_scale", "_interrupt"):
         with pytest.raises(UsageError, match=f"{name} belongs to one run"):
             setattr(pipeline, name, 0)
+    with pytest.raises(UsageError, match="scheduler cannot be replaced"):
+        pipeline.scheduler = None  # an idiom of diffusers
 
 
 def test_a_callback_of_diffusers_that_wants_other_tensors_is_refused_before_any_work(

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from diffusers import (
 from pictures import Reference, assert_same, draw
 
 from ditc.runtime.diffusers_arguments import FOREIGN
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import DitcError, UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request, make_request
 
@@ -73,7 +74,11 @@ def test_values_that_ask_for_nothing_change_nothing(pipeline: Pipeline, nothing:
         {"max_sequence_length": 5},
         {"complex_human_instruction": None},
         {"complex_human_instruction": ["qq", "r"], "max_sequence_length": 7},
-        {"guidance_scale": torch.tensor(2.5)},
+        {
+            "guidance_scale": torch.tensor(2.5),
+            "height": torch.tensor(64),
+            "num_images_per_prompt": np.int8(2),
+        },
         {"negative_prompt": ["red"]},
     ],
 )
@@ -164,6 +169,31 @@ def test_what_is_not_served_is_refused_with_the_right_name_in_the_hint(
         pipeline(**{"prompt": "cat", "num_inference_steps": 1, **arguments})
     assert caught.match(next(iter(arguments)))
     assert re.search(hint, str(caught.value.hint)), caught.value.hint
+
+
+ODD_VALUES = (
+    *(None, True, -1, 0, 2**70, 0.5, float("nan"), 1j, "", "x", b"x", "\ud800", object(), np.int8(1)),
+    *([], {}, [None], ["x"], [["x"]], {"a": 1}, {1}, range(3), iter([1]), Path("x")),
+    *(np.array([]), np.array("a"), np.zeros((1, 2)), torch.tensor([]), torch.tensor(2), torch.zeros(1, 2, 3)),
+    *(torch.zeros(1, 2, 3, device="meta"), torch.zeros(2, 2).to_sparse(), [torch.Generator()] * 2),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [*(field.name for field in fields(Request)), *FOREIGN, *sorted(OF_THE_CALL - {"self"})]
+)
+def test_odd_values_of_every_argument_draw_or_are_refused_with_a_hint(pipeline: Pipeline, name: str) -> None:
+    settings = {**SETTINGS, "prompt": "cat", "num_inference_steps": 1, "output_type": "latent"}
+    if name == "generator":
+        del settings["seed"]
+    refused = 0
+    for value in ODD_VALUES:
+        try:
+            pipeline(**{**settings, name: value})
+        except DitcError as error:
+            assert error.hint, (value, error)
+            refused += 1
+    assert refused or name in ("eta", "use_resolution_binning", "allow_uniform", "strict")
 
 
 def test_arguments_by_position_are_refused_because_their_order_differs(pipeline: Pipeline) -> None:

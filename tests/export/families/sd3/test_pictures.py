@@ -314,8 +314,12 @@ def test_requests_with_and_without_skipped_layers_share_a_batch(pipeline) -> Non
 def test_every_variant_draws_the_picture_of_diffusers_with_and_without_t5(tmp_path, variant, t5) -> None:
     """The pipeline runs over PyTorch sessions. The bundle of one variant covers the graphs."""
     checkpoint = make_checkpoint(tmp_path / variant, variant, t5=t5)
-    ours = draw(TorchModel(checkpoint).pipeline, ["a red cat", "blue"], seed=2)
+    pipeline = TorchModel(checkpoint).pipeline
+    ours = draw(pipeline, ["a red cat", "blue"], seed=2, max_sequence_length=T5_TOKENS)
     assert_same(ours, Reference(checkpoint).draw(["a red cat", "blue"], seed=2))
+    if not t5:
+        with pytest.raises(UsageError, match="is 77, but this bundle was built for 16"):
+            pipeline.plan(Request(prompt="cat", max_sequence_length=77))
 
 
 def test_turbo_takes_its_four_steps_without_guidance(tmp_path) -> None:
