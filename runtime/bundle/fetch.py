@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ditc.runtime.atomic import output_error
 from ditc.runtime.bundle.certificate import CERTIFICATE
-from ditc.runtime.bundle.integrity import check_files
+from ditc.runtime.bundle.integrity import check_bundle
 from ditc.runtime.bundle.manifest import MANIFEST, FileRef, Manifest, load_manifest
 from ditc.runtime.bundle.signature import SIGNATURE
 from ditc.runtime.errors import BundleError, OutputError
@@ -116,7 +116,7 @@ def fetch(
 
 def check_fetched(found: Fetch, done: Callable[[FileRef], None] | None = None) -> None:
     """Hash every file of a fetched bundle. Raises BundleError, which names the file that differs."""
-    check_files(found.folder, found.manifest.all_files(), done=done)
+    check_bundle(found.folder, found.manifest, done=done)
 
 
 def _fetch_manifest(hub_id: HubId, commit: str, sizes: dict[str, int | None]) -> Fetch:

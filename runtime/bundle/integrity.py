@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ditc.runtime.bundle.manifest import FileRef, mend
+from ditc.runtime.bundle.manifest import FileRef, Manifest, mend
+from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,19 @@ def sha256(path: Path) -> str:
     """The hash of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_bundle(bundle: Path, manifest: Manifest, *, done: Callable[[FileRef], None] | None = None) -> None:
+    """Check every file of the manifest as `check_files` does, and that no artifact refers to files beside them.
+
+    Without the second check, weights in such a file could be exchanged while all hashes still fit.
+
+    Raises:
+        BundleError: a file differs, or an artifact refers to a file that the manifest does not list.
+    """
+    check_files(bundle, manifest.all_files(), done=done)
+    for artifact in (artifact for stage in manifest.stages.values() for artifact in stage.artifacts):
+        check_references(bundle / artifact.file.path, artifact)
 
 
 def check_files(

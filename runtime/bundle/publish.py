@@ -10,7 +10,7 @@ from typing import Any
 
 from ditc.runtime.bundle.card import model_card
 from ditc.runtime.bundle.certificate import CERTIFICATE, load_certificate
-from ditc.runtime.bundle.integrity import check_files, file_ref
+from ditc.runtime.bundle.integrity import check_bundle, file_ref
 from ditc.runtime.bundle.manifest import MANIFEST, FileRef, load_manifest
 from ditc.runtime.bundle.signature import SIGNATURE
 from ditc.runtime.errors import BundleError, UsageError
@@ -68,7 +68,7 @@ def push(
         raise UsageError(f"{hub_id.revision} is a commit, which cannot change", hint="name a branch, or none")
     manifest = load_manifest(bundle)
     listed = tuple(manifest.all_files())
-    check_files(bundle, listed)
+    check_bundle(bundle, manifest)
     files = (file_ref(bundle / MANIFEST, bundle), *_beside(bundle, manifest.digest), *listed)
     announce(files)
     try:

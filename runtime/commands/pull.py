@@ -80,7 +80,7 @@ def _copy(found: Fetch, out: Path) -> Path:
     """Copy the bundle out of the cache, as files and not as links, and check the copies."""
     from ditc.runtime.atomic import atomic_folder
     from ditc.runtime.bundle.fetch import BESIDE
-    from ditc.runtime.bundle.integrity import check_files
+    from ditc.runtime.bundle.integrity import check_bundle
     from ditc.runtime.bundle.manifest import MANIFEST
 
     listed = [ref.path for ref in found.manifest.all_files()]
@@ -89,5 +89,5 @@ def _copy(found: Fetch, out: Path) -> Path:
         for name in (*listed, *beside):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found.folder / name, folder / name)
-        check_files(folder, found.manifest.all_files())
+        check_bundle(folder, found.manifest)
     return out

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Hashing takes minutes for a large bundle, so the key and the place of the signature are checked before.
     """
-    from ditc.runtime.bundle.integrity import check_files
+    from ditc.runtime.bundle.integrity import check_bundle
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.bundle.signature import SIGNATURE, load_private_key, sign
     from ditc.runtime.files import check_writable
@@ -32,6 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = load_manifest(arguments.bundle)
     load_private_key(arguments.key)
     check_writable(arguments.bundle / SIGNATURE, "bundle: sign a copy of it")
-    check_files(arguments.bundle, manifest.all_files())
+    check_bundle(arguments.bundle, manifest)
     sys.stdout.write(f"{sign(arguments.bundle, arguments.key)}\n")
     return 0

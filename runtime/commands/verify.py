@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from ditc.runtime.bundle.integrity import check_files
+    from ditc.runtime.bundle.integrity import check_bundle
     from ditc.runtime.bundle.jsondata import to_json
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.bundle.selftest import describe
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        check_files(arguments.bundle, refs, done=lambda ref: progress.advance(task, ref.size_bytes))
+        check_bundle(arguments.bundle, manifest, done=lambda ref: progress.advance(task, ref.size_bytes))
     tested = _self_test(arguments.bundle, options) if arguments.run else None
     if arguments.json:
         result: dict[str, Any] = {

@@ -74,6 +74,8 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads = threads or default_threads()
         options.log_severity_level = 3
+        # Without this, the end of the file's name decides, and ORT's own format was never checked.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         if precision is Precision.INT8:
             # On CPUs without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs of products in 16 bits and saturates (its
             # quantization page, "U8S8"). This setting makes it use u8 x u8 there, which is exact and slower. CPUs with

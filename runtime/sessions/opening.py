@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import SessionError
 from ditc.runtime.gpu import Gpu, find_gpu
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, find_row, library_version, row_of, rows
@@ -30,9 +31,11 @@ def open_session(
 
     Raises:
         SessionError: the backend cannot run on this machine, or cannot load the file.
+        BundleError: the file refers to files that the manifest does not list.
     """
     check_artifact(artifact)
     check_runs(artifact)
+    check_references(model, artifact)
     row = row_of(artifact.backend)
     return row.open(row, model, artifact, options, device)
 

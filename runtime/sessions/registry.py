@@ -8,7 +8,7 @@ NumPy is not imported here: the options of the command line are made from this t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ditc.runtime.spec import Backend
 
 if TYPE_CHECKING:
     from ditc.runtime.bundle.manifest import Artifact
+    from ditc.runtime.bundle.references import Reference
     from ditc.runtime.load_options import LoadOptions
     from ditc.runtime.session import Session
     from ditc.runtime.sessions.device import Device
@@ -39,6 +40,8 @@ class BackendRow:
         extra: the extra in pyproject.toml that installs these packages; None if ditc itself requires them.
         lack: says in one line what this machine lacks to run it, with the command that helps; "" if it can run.
         open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
+        references: reads which other files an artifact's file refers to, and that the library will open by itself. They
+            are held against the manifest before the artifact is opened. None if such files refer to no others.
         builds_engines: whether it runs engines, which a build makes from the stage's ONNX graph. Otherwise it runs the
             graph itself.
         same_library: whether an engine runs only with the version of the library that built it.
@@ -59,6 +62,7 @@ class BackendRow:
     extra: str | None = None
     lack: Callable[[BackendRow], str]
     open: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], Session]
+    references: Callable[[Path], Sequence[Reference]] | None
     builds_engines: bool = False
     same_library: bool = False
     same_gpu: bool = False
@@ -99,6 +103,7 @@ _table: list[BackendRow] = [
         extra="tensorrt",
         lack=_imported_later(_TENSORRT, "lack"),
         open=_imported_later(_TENSORRT, "open_stage"),
+        references=None,  # an engine holds its weights
         builds_engines=True,
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
@@ -113,6 +118,7 @@ _table: list[BackendRow] = [
         extra="rtx",
         lack=_imported_later(_TENSORRT, "lack"),
         open=_imported_later(_TENSORRT, "open_stage"),
+        references=None,  # an engine holds its weights
         builds_engines=True,
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,
@@ -125,6 +131,7 @@ _table: list[BackendRow] = [
         packages=("onnxruntime", "onnxruntime-gpu"),
         lack=_imported_later(_ONNXRUNTIME, "lack"),
         open=_imported_later(_ONNXRUNTIME, "open_stage"),
+        references=_imported_later("ditc.runtime.bundle.onnx_references", "onnx_references"),
         providers=("cpu", "cuda", "openvino"),
         polygraphy="polygraphy run {model} --onnxrt",
     ),

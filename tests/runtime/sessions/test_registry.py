@@ -18,6 +18,7 @@ import pytest
 from ditc.export.build.previous_build import in_order
 from ditc.runtime.bundle.certificate import load_certificate
 from ditc.runtime.bundle.manifest import Artifact, load_manifest, save_manifest
+from ditc.runtime.bundle.onnx_references import onnx_references
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.load_options import LoadOptions
@@ -81,6 +82,7 @@ TOY = BackendRow(
     packages=("numpy",),
     lack=lambda row: "",
     open=open_toy,
+    references=onnx_references,
     builds_engines=True,
 )
 
