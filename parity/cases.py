@@ -120,6 +120,11 @@ class SavedReference:
     precision: str
 
 
+def step_noise_seed(case: Case) -> int:
+    """The seed of the noise that a sampler adds in each step, which is not the noise that the case starts from."""
+    return case.seed + 1
+
+
 def request_of(case: Case, settings: Settings, latents: Array | None = None) -> Request:
     """The request for a case. With `latents`, both sides start from that noise instead of the case's seed."""
     return Request(
@@ -128,7 +133,7 @@ def request_of(case: Case, settings: Settings, latents: Array | None = None) -> 
         guidance_scale=settings.guidance_scale,
         height=settings.height,
         width=settings.width,
-        seed=None if latents is not None else case.seed,
+        seed=case.seed if latents is None else step_noise_seed(case),
         latents=latents,
         output_type="np",
         allow_uniform=True,

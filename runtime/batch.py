@@ -29,7 +29,6 @@ from ditc.runtime.step_contract import (
     LATENTS,
     NEXT_HISTORY,
     NEXT_LATENTS,
-    NOISE,
     PER_ROW,
     ROW_OF,
 )
@@ -47,7 +46,6 @@ class Batch:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._lock = threading.Lock()
-        self._noise = any(spec.name == NOISE for spec in session.spec.inputs)
         self._stack = RowStack(session)
         self._row_of: tuple[tuple[tuple[int, int, Rows], ...], Array] | None = None
         # For latents and history: the slices that the last step's states hold, in order, and the whole tensor.
@@ -63,10 +61,7 @@ class Batch:
         if any(state.done for state in states):
             raise ValueError("a finished state cannot be stepped")
         with self._lock:
-            feeds = self._stacked(states)
-            if self._noise:
-                feeds[NOISE] = np.concatenate([state.draw_noise() for state in states])
-            return self._unstacked(self._session.run(feeds), states)
+            return self._unstacked(self._session.run(self._stacked(states)), states)
 
     def _stacked(self, states: Sequence[DenoiseState]) -> dict[str, Tensor]:
         _check_sizes(states)

@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ditc.runtime.arrays import given_array
 from ditc.runtime.errors import UsageError
 from ditc.runtime.guidance import guidance_feeds, is_guided
+from ditc.runtime.schedulers import SchedulerParams, reads_earlier_latents
 from ditc.runtime.session import Array, narrow, to_numpy
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.step_contract import LATENTS, GuidanceMode, StepContract
@@ -53,7 +56,7 @@ class RunningPipeline:
             _guidance_scale=plan.guidance_scale,
             _skip_layer_guidance_scale=skip.scale if skip else 0.0,
             _interrupt=False,
-            _num_timesteps=plan.num_inference_steps,
+            _num_timesteps=len(plan.table),
         )
 
     @property
@@ -113,7 +116,7 @@ class Callback:
         returned = self._function(
             self._view, state.step_index - 1, timestep, {LATENTS: to_numpy(state.latents)}
         )
-        state = _with_latents(state, returned)
+        state = _with_latents(state, returned, self._view.manifest.scheduler)
         if self._view.interrupt:
             return replace(state, schedule=state.schedule[: state.step_index])
         if self._read_scales() != self._scales:
@@ -140,7 +143,8 @@ class Callback:
                 hint="begin with skip_layer_guidance_scale, if the bundle takes it",
             )
         skip = None if skip is None else replace(skip, scale=skip_scale)
-        feeds = guidance_feeds(self._contract, batch, guidance_scale, skip, len(state.schedule))
+        steps, runs = plan.num_inference_steps, len(state.schedule)
+        feeds = guidance_feeds(self._contract, batch, guidance_scale, skip, steps, runs)
         schedule = [{**old, **new} for old, new in zip(state.schedule, feeds, strict=True)]
         self._all_rows = self._all_rows or state.rows
         rows = self._all_rows
@@ -174,7 +178,7 @@ def check_callback(callback: object, tensor_inputs: object) -> None:
         )
 
 
-def _with_latents(state: DenoiseState, returned: object) -> DenoiseState:
+def _with_latents(state: DenoiseState, returned: object, scheduler: SchedulerParams) -> DenoiseState:
     if returned is None:
         return state
     if not isinstance(returned, Mapping):
@@ -196,6 +200,14 @@ def _with_latents(state: DenoiseState, returned: object) -> DenoiseState:
             f"callback_on_step_end returned latents {latents.shape}, but the loop's are {tuple(state.latents.shape)}",
             hint=hint,
         )
+    if reads_earlier_latents(scheduler):
+        if not np.array_equal(latents, to_numpy(state.latents), equal_nan=True):
+            raise UsageError(
+                f"callback_on_step_end returned other latents, but {scheduler.kind} goes on from those of an earlier "
+                "step: in diffusers they would have no effect",
+                hint="leave the latents as they are; Euler and DPM-Solver take them, but draw other pictures",
+            )
+        return state
     return replace(state, latents=latents)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ditc.runtime.batch import Batch
-from ditc.runtime.session import Array, LoopSession, Session
+from ditc.runtime.session import LoopSession, Session
 from ditc.runtime.state import DenoiseState
-from ditc.runtime.step_contract import CARRY, NOISE, STATS
+from ditc.runtime.step_contract import CARRY, STATS
 
 
 def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]:
@@ -25,10 +25,7 @@ def step(session: Session, states: Sequence[DenoiseState]) -> list[DenoiseState]
     (state,) = states
     if state.done:
         raise ValueError("a finished state cannot be stepped")
-    feeds = state.feeds()
-    if any(spec.name == NOISE for spec in session.spec.inputs):
-        feeds[NOISE] = state.draw_noise()
-    return [state.advanced(session.run(feeds))]
+    return [state.advanced(session.run(state.feeds()))]
 
 
 def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
@@ -40,9 +37,7 @@ def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
     count = min(count, _steps_with_equal_rows(state))
     if count <= 1 or not isinstance(session, LoopSession):
         return step(session, [state])[0]
-    per_step: list[Mapping[str, Array]] = list(state.schedule[state.step_index : state.step_index + count])
-    if any(spec.name == NOISE for spec in session.spec.inputs):
-        per_step = [{**feeds, NOISE: state.draw_noise()} for feeds in per_step]
+    per_step = state.schedule[state.step_index : state.step_index + count]
     outputs = session.run_loop(state.constant_feeds(), per_step, carry=CARRY, keep=(STATS,))
     return state.advanced(outputs, count)
 

@@ -132,17 +132,20 @@ def guidance_feeds(
     guidance_scale: float,
     skip: SkipLayerGuidance | None,
     num_inference_steps: int,
+    runs: int | None = None,
 ) -> list[dict[str, Array]]:
     """The denoiser's inputs for guidance, for each step.
 
     Args:
         guidance_scale: with classifier-free guidance, 1 or less turns off both kinds of guidance.
         skip: None if skip-layer guidance is off.
+        runs: how often the network runs; None for once in each step. Where it runs twice, diffusers still counts runs
+            to see whether skip-layer guidance acts, and steps for its range.
     """
     guided = is_guided(contract, guidance_scale)
     fixed = {GUIDANCE: np.full(batch, guidance_scale, np.float32)} if contract.embeds_guidance else {}
     steps = []
-    for index in range(num_inference_steps):
+    for index in range(num_inference_steps if runs is None else runs):
         skip_scale = _skip_scale(skip, index, num_inference_steps)
         weights = (
             guidance_weights(batch, guidance_scale, skip_scale) if guided else np.eye(batch, dtype=np.float32)

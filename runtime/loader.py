@@ -214,7 +214,11 @@ def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:
 def _check_golden_table(manifest: Manifest) -> None:
     """Refuse a bundle if this runtime computes a different schedule from the one that it was built with."""
     golden = manifest.golden_table
-    table = coefficient_table(manifest.scheduler, golden.num_inference_steps)
+    table = coefficient_table(
+        manifest.scheduler,
+        golden.num_inference_steps,
+        image_seq_len=manifest.latents.num_patches(manifest.defaults.height, manifest.defaults.width),
+    )
     timesteps = np.asarray(golden.timesteps, np.float32)
     coefficients = np.asarray(golden.coefficients, np.float32)
     same = np.array_equal(table.timesteps, timesteps) and table.coefficients.shape == coefficients.shape

@@ -248,7 +248,7 @@ class Pipeline:
         clock = _Clock()
         states = list(self.start(plan))
         clock.lap("text")
-        at_once = 1 if callback_on_step_end else self.steps_per_launch or plan.num_inference_steps
+        at_once = 1 if callback_on_step_end else self.steps_per_launch or len(plan.table)
         callbacks = (
             [Callback(callback_on_step_end, self, plan, self.drawable.contract) for _ in states]
             if callback_on_step_end

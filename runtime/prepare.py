@@ -22,12 +22,12 @@ from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
 from ditc.runtime.request import Request, checked
 from ditc.runtime.rng import Generator, randn_latents
-from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.schedulers import CoefficientTable, coefficient_table
 from ditc.runtime.session import Array
 from ditc.runtime.sizes import check_size, classify
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
-from ditc.runtime.step_contract import BATCH, COEFFICIENTS, TIMESTEP, StepContract
+from ditc.runtime.step_contract import BATCH, COEFFICIENTS, NOISE, TIMESTEP, StepContract
 from ditc.runtime.vae import check_tiles
 
 
@@ -57,6 +57,8 @@ class Plan:
     """A request with every default filled in.
 
     Attributes:
+        num_inference_steps: the number of steps, as diffusers counts them.
+        table: the schedule, with one row per run of the network.
         height, width: the size of the pictures, in pixels.
         drawn_height, drawn_width: the size that the network draws, in pixels, before it is resized to height and width.
         guided: whether there are unconditional rows, which use the negative prompt.
@@ -66,6 +68,7 @@ class Plan:
 
     request: Request
     num_inference_steps: int
+    table: CoefficientTable
     guidance_scale: float
     guided: bool
     height: int
@@ -97,10 +100,24 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         cells = (drawn[0] // scale, drawn[1] // scale)
         check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    chosen = request.seed is not None or request.generator is not None or request.latents is not None
+    own = request.sigmas if request.sigmas is not None else request.timesteps
+    steps = (request.num_inference_steps or defaults.num_inference_steps) if own is None else len(own)
+    table = coefficient_table(
+        manifest.scheduler,
+        steps,
+        columns=contract.columns,
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+        mu=request.mu,
+        image_seq_len=manifest.latents.num_patches(*drawn),
+    )
+    # Given latents leave nothing to draw, unless the sampler adds noise.
+    drawn_nothing = request.latents is not None and not contract.noise
+    chosen = request.seed is not None or request.generator is not None or drawn_nothing
     return Plan(
         request=request,
-        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+        num_inference_steps=steps,
+        table=table,
         guidance_scale=guidance,
         guided=is_guided(contract, guidance),
         height=height,
@@ -124,9 +141,9 @@ def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
     """
     request = plan.request
     pictures = request.num_prompts * request.num_images_per_prompt
-    # Samplers that draw noise in every step continue the stream that the starting latents were drawn from.
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     latents = starting_latents(plan, drawable.manifest, pictures, generator)
+    noise = _noise_of_steps(plan, drawable.contract, latents.shape, generator)
     failures: dict[int, Failure] = {}
     positive = _rows(drawable.conditioning, request, failures, negative=False)
     negative = _rows(drawable.conditioning, request, failures, negative=True) if plan.guided else []
@@ -134,8 +151,8 @@ def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
     states = []
     for start in range(0, pictures, largest):
         chunk = slice(start, start + largest)
-        stream = generator if isinstance(generator, Generator) else generator[chunk]
-        state = _first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], stream)
+        fresh = [{name: array[chunk] for name, array in feeds.items()} for feeds in noise]
+        state = _first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], fresh)
         failed = [replace(failures[i], index=i - start) for i in range(pictures)[chunk] if i in failures]
         states.append(replace(state, failures=tuple(failed)))
     return tuple(states)
@@ -163,20 +180,34 @@ def starting_latents(
     return given
 
 
+def _noise_of_steps(
+    plan: Plan, contract: StepContract, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
+) -> list[dict[str, Array]]:
+    """The noise (B,C,H,W) that each run of the network adds, for samplers that add any.
+
+    It continues the stream that the starting latents were drawn from, and is drawn for all pictures together, as in
+    diffusers. It is drawn here because the loop draws the pictures in chunks.
+    """
+    if not contract.noise:
+        return [{} for _ in range(len(plan.table))]
+    return [{NOISE: randn_latents(shape, generator)} for _ in range(len(plan.table))]
+
+
 def _first_state(
     plan: Plan,
     drawable: Drawable,
     latents: Array,
     positive: Sequence[Mapping[str, Array]],
     negative: Sequence[Mapping[str, Array]],
-    generator: Generator | Sequence[Generator],
+    noise: Sequence[Mapping[str, Array]],
 ) -> DenoiseState:
-    """The state of B pictures, from one row of conditioning per picture."""
+    """The state of B pictures, from one row of conditioning per picture and the noise of each run."""
     batch, contract, skip = latents.shape[0], drawable.contract, plan.skip_layer_guidance
     rows = [*negative, *positive, *(positive if skip is not None else [])]  # the order of diffusers
-    steps = plan.num_inference_steps
-    table = coefficient_table(drawable.manifest.scheduler, steps, columns=contract.columns)
-    guidance = guidance_feeds(contract, batch, plan.guidance_scale, skip, steps)
+    table = plan.table
+    guidance = guidance_feeds(
+        contract, batch, plan.guidance_scale, skip, plan.num_inference_steps, len(table)
+    )
     return DenoiseState(
         latents=latents * np.float32(table.init_noise_sigma),
         history=np.zeros((batch, contract.history_length, *latents.shape[1:]), np.float32),
@@ -185,16 +216,16 @@ def _first_state(
                 TIMESTEP: np.repeat(timestep, batch),
                 COEFFICIENTS: np.repeat(coefficients[None], batch, axis=0),
                 **feeds,
+                **fresh,
             }
-            for timestep, coefficients, feeds in zip(
-                table.timesteps, table.coefficients, guidance, strict=True
+            for timestep, coefficients, feeds, fresh in zip(
+                table.timesteps, table.coefficients, guidance, noise, strict=True
             )
         ),
         rows=Rows(
             row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
             conditioning=stack_texts(rows),
         ),
-        generator=generator,
     )
 
 

@@ -24,7 +24,7 @@ INTEGERS = (
     "max_sequence_length",
 )
 NUMBERS = (
-    *("guidance_scale", "skip_layer_guidance_scale"),
+    *("guidance_scale", "skip_layer_guidance_scale", "mu"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
 LARGEST_COUNT = 10_000  # of steps, or of pictures of one prompt, which are held in memory together
@@ -42,6 +42,9 @@ class Request:
             An encoder without a text of its own reads the first. An empty text alone counts as none, as in diffusers;
             an empty text in a list is read as it is.
         num_inference_steps, guidance_scale: apply to every picture of this request.
+        timesteps, sigmas: the caller's own schedule, before the scheduler's shift, instead of a number of steps. Which
+            of them the bundle's scheduler takes is as in diffusers.
+        mu: the shift, instead of the one that follows from the size, for schedulers with dynamic shifting.
         height, width: the size of the pictures, in pixels.
         seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
             torch.Generator draws with the caller's torch.
@@ -66,6 +69,9 @@ class Request:
     negative_prompt_2: str | Sequence[str] | None = None
     negative_prompt_3: str | Sequence[str] | None = None
     num_inference_steps: int | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    mu: float | None = None
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
@@ -185,6 +191,7 @@ def _check(request: Request) -> None:
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
     _check_numbers(request)
+    _check_schedule(request)
     _check_arrays(request)
     _check_texts("prompt", request.prompt)
     _check_texts("negative_prompt", request.negative_prompt)
@@ -236,6 +243,19 @@ def _check_numbers(request: Request) -> None:
         if not fits:
             kind = "a finite" if name in NUMBERS else "a whole"
             raise UsageError(f"{name} is {value!r:.80}", hint=f"pass {kind} number, or leave it out")
+
+
+def _check_schedule(request: Request) -> None:
+    for name in ("timesteps", "sigmas"):
+        values = getattr(request, name)
+        if values is None:
+            continue
+        try:
+            fits = len(values) > 0 and all(math.isfinite(value) for value in values)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise UsageError(f"{name} is {values!r:.80}", hint="pass a list of finite numbers, one per step")
 
 
 def _check_arrays(request: Request) -> None:

@@ -8,11 +8,10 @@ Sessions keep nothing of a request. Its state can therefore be interleaved or st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ditc.runtime.failure import Failure
-from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, Tensor, narrow
 from ditc.runtime.step_contract import (
     GUIDANCE_WEIGHTS,
@@ -56,13 +55,12 @@ class DenoiseState:
     Attributes:
         latents: (B,C,H,W) fp32.
         history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
-        schedule: the small inputs of each step, on the host: timestep (B,), guidance_weights (B,R), coefficients (B,K)
-            and whatever else the step contract requires. R may differ from step to step.
+        schedule: the inputs that differ from step to step, on the host: timestep (B,), guidance_weights (B,R),
+            coefficients (B,K) and whatever else the step contract requires, such as noise. R may differ between steps.
         rows: the conditioning for the step with the most rows. A step with R rows takes the first R of them.
         step_index: how many steps are done.
         x0: (B,C,H,W) fp32, what the last step predicted.
         stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
-        generator: the random stream for samplers that draw noise in every step.
         failures: at most one per sample. A sample that has failed is stepped along, as it does not affect the others.
     """
 
@@ -73,7 +71,6 @@ class DenoiseState:
     step_index: int = 0
     x0: Tensor | None = None
     stats: Tensor | None = None
-    generator: Generator | Sequence[Generator] | None = None
     failures: tuple[Failure, ...] = ()
 
     @property
@@ -105,18 +102,8 @@ class DenoiseState:
         return {LATENTS: self.latents, HISTORY: self.history, ROW_OF: rows.row_of, **rows.conditioning}
 
     def feeds(self) -> dict[str, Tensor]:
-        """All inputs of the next step, except noise."""
+        """All inputs of the next step."""
         return {**self.constant_feeds(), **self.step_feeds}
-
-    def draw_noise(self) -> Array:
-        """Fresh noise (B,C,H,W) fp32 from the request's own stream.
-
-        Raises:
-            ValueError: the state has no generator.
-        """
-        if self.generator is None:
-            raise ValueError("this sampler draws noise in every step, but the state has no generator")
-        return randn_latents(tuple(self.latents.shape), self.generator)
 
     def advanced(self, outputs: Mapping[str, Tensor], count: int = 1) -> DenoiseState:
         """The state after `count` steps, whose last one returned `outputs`."""
@@ -128,6 +115,5 @@ class DenoiseState:
             step_index=self.step_index + count,
             x0=outputs[X0],
             stats=outputs[STATS],
-            generator=self.generator,
             failures=self.failures,
         )

@@ -26,7 +26,7 @@ TIMESTEP = "timestep"  # (B,) fp32, after timestep_scale, as the network sees it
 GUIDANCE_WEIGHTS = "guidance_weights"  # (B,R) fp32
 COEFFICIENTS = "coefficients"  # (B,K) fp32
 HISTORY = "history"  # (B,P,C,H,W) fp32, newest x0 first, zeros at the start
-NOISE = "noise"  # (B,C,H,W) fp32, drawn anew for every step
+NOISE = "noise"  # (B,C,H,W) fp32, new in every step
 GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that embed it
 SKIP_GATE = "skip_gate"  # (R,) fp32: 1 for rows that skip some of the network's layers
 

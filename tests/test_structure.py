@@ -19,9 +19,10 @@ NEEDED = {
     "a few-step sampler": {
         "runtime/schedulers/__init__.py",
         "runtime/schedulers/params.py",
+        "runtime/schedulers/spacing.py",
         "runtime/step_contract.py",
         "export/checkpoint/scheduler_config.py",
-        "tests/runtime/test_schedulers.py",
+        "tests/runtime/test_samplers.py",
     },
     "a new backend": {
         "runtime/session.py",

@@ -13,8 +13,9 @@ from ditc.export.build.context import BuildContext
 from ditc.export.build.golden_artifact import golden_artifact
 from ditc.export.build.records import StageRecord
 from ditc.export.checkpoint.tokenizer import write_tokenizer
+from ditc.export.contract import ModelPlan
 from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Artifact, GoldenTable, Manifest, Stage
-from ditc.runtime.schedulers import SchedulerParams, coefficient_table
+from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.spec import VAE_ENCODER
 
 
@@ -49,7 +50,7 @@ def assemble(
         latents=replace(plan.latents, rgb=rgb) if rgb else plan.latents,
         defaults=plan.defaults,
         guidance=plan.step.guidance,
-        golden_table=_golden_table(plan.scheduler, plan.defaults.num_inference_steps),
+        golden_table=golden_table(plan),
         files=tuple(tokenizers),
         tools=tool_versions(),
     )
@@ -62,10 +63,16 @@ def _kept(build: BuildContext, name: str, graph: Artifact, engine: Artifact | No
     return previous_build.in_order((*new, *stay))
 
 
-def _golden_table(scheduler: SchedulerParams, num_inference_steps: int) -> GoldenTable:
-    table = coefficient_table(scheduler, num_inference_steps)
+def golden_table(plan: ModelPlan) -> GoldenTable:
+    """The schedule of a default request."""
+    defaults = plan.defaults
+    table = coefficient_table(
+        plan.scheduler,
+        defaults.num_inference_steps,
+        image_seq_len=plan.latents.num_patches(defaults.height, defaults.width),
+    )
     return GoldenTable(
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=defaults.num_inference_steps,
         timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
         coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
     )

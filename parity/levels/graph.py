@@ -22,7 +22,7 @@ from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, judged, not_checked
 from ditc.runtime.errors import BuildError
-from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.schedulers import coefficient_table, dynamic_mu
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Metric, limit
@@ -169,15 +169,18 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
 
 def _check_schedule(context: Context) -> Result:
     """Compare the candidate's schedule with diffusers', or with the reference's where diffusers is left out."""
-    steps = context.settings.num_inference_steps
-    table = coefficient_table(context.candidate.manifest.scheduler, steps)
-    reference = coefficient_table(context.reference.plan.scheduler, steps)
+    settings, plan = context.settings, context.reference.plan
+    steps = settings.num_inference_steps
+    patches = plan.latents.num_patches(settings.height, settings.width)
+    table = coefficient_table(context.candidate.manifest.scheduler, steps, image_seq_len=patches)
+    reference = coefficient_table(plan.scheduler, steps, image_seq_len=patches)
     timesteps, sigmas, against = reference.timesteps, reference.sigmas, "the checkpoint's scheduler_config"
     upstream = context.upstream()
     if upstream is not None:
         scheduler = upstream.pipeline.scheduler
-        scheduler.set_timesteps(steps)
-        scale = np.float32(context.reference.plan.scheduler.timestep_scale)
+        dynamic = plan.scheduler.use_dynamic_shifting
+        scheduler.set_timesteps(steps, **({"mu": dynamic_mu(plan.scheduler, patches)} if dynamic else {}))
+        scale = np.float32(plan.scheduler.timestep_scale)
         timesteps, sigmas = _host(scheduler.timesteps) * scale, _host(scheduler.sigmas)
         against = f"diffusers {type(scheduler).__name__}"
     wrong = int((~np.isclose(table.timesteps, timesteps, rtol=1e-6)).sum())

@@ -19,6 +19,9 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from torch import Tensor, nn
@@ -29,7 +32,16 @@ from ditc.export.checkpoint.tokenizer import load_tokenizer
 from ditc.parity.reference.rewritten import rewritten_networks
 
 MODULES = {"MMDiT": "mmdit.mmdit_pytorch", "GeneralizedMMDiT": "mmdit.mmdit_generalized_pytorch"}
-SCHEDULERS = {cls.__name__: cls for cls in (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
+SCHEDULERS = {
+    cls.__name__: cls
+    for cls in (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        FlowMatchLCMScheduler,
+        UniPCMultistepScheduler,
+    )
+}
 AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderDC, AutoencoderKL)}
 TEXT_ENCODERS = {cls.config_class.model_type: cls for cls in (Gemma2Model, T5EncoderModel)}
 SINUSOID_WIDTH = 256

@@ -13,19 +13,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
+from ditc.export.build.assemble import golden_table
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
 from ditc.export.families import find_adapter
 from ditc.export.graph.torch_session import TorchSession, compute_device
 from ditc.runtime.bundle.integrity import sha256
-from ditc.runtime.bundle.manifest import SCHEMA_VERSION, GoldenTable, Manifest, Stage
+from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, Stage
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import ComputeDevice, Session, Tensor
 from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH
@@ -123,7 +122,6 @@ class TorchModel:
 
     def _manifest(self) -> Manifest:
         plan = self.plan
-        table = coefficient_table(plan.scheduler, plan.defaults.num_inference_steps)
         return Manifest(
             schema_version=SCHEMA_VERSION,
             family=plan.family,
@@ -134,11 +132,7 @@ class TorchModel:
             latents=plan.latents,
             defaults=plan.defaults,
             guidance=plan.step.guidance,
-            golden_table=GoldenTable(
-                num_inference_steps=plan.defaults.num_inference_steps,
-                timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
-                coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
-            ),
+            golden_table=golden_table(plan),
             files=(),
             tools={},
         )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ditc.export.checkpoint.open import Checkpoint
-from ditc.parity.cases import Case, CaseRun, Settings
+from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.parity.reference.rewritten import rewritten_networks
 from ditc.runtime.errors import CheckpointError
@@ -84,7 +84,9 @@ class Upstream:
             on_step()
             return {}
 
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            # The noise of samplers that add some in each step: not every pipeline hands its generator to the scheduler.
+            torch.manual_seed(step_noise_seed(case))
             images = self.pipeline(
                 **self._arguments(settings),
                 prompt=case.prompt,
@@ -98,8 +100,8 @@ class Upstream:
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
         """The calls that one drawn case makes, by component name.
 
-        For the denoising network, this is its first call in step `step` (counted from 0). For every other component,
-        it is the first call of the run. "vae" is the call of the VAE's decoder.
+        For the denoising network, this is its first call after `step` steps. For every other component, it is the
+        first call of the run. "vae" is the call of the VAE's decoder.
         """
         found: dict[str, Call] = {}
         done = 0
@@ -108,9 +110,9 @@ class Upstream:
             nonlocal done
             done += 1
 
-        def keep(name: str, at: int) -> Callable[..., None]:
+        def keep(name: str, after: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if name not in found and done == at:
+                if name not in found and done >= after:
                     copies = {key: _copied(value) for key, value in kwargs.items()}
                     found[name] = Call(module, tuple(map(_copied, args)), copies)
 
@@ -121,10 +123,10 @@ class Upstream:
         }
         decoder = getattr(getattr(self.pipeline, "vae", None), "decoder", None)
         if decoder is not None:
-            watched["vae"] = (decoder, settings.num_inference_steps)
+            watched["vae"] = (decoder, 0)
         handles = [
-            module.register_forward_pre_hook(keep(name, at), with_kwargs=True)
-            for name, (module, at) in watched.items()
+            module.register_forward_pre_hook(keep(name, after), with_kwargs=True)
+            for name, (module, after) in watched.items()
         ]
         try:
             self.draw(case, settings, noise, on_step=count)

@@ -98,6 +98,11 @@ class LatentSpec:
     patch_size: int = 1
     rgb: tuple[tuple[float, ...], ...] = ()
 
+    def num_patches(self, height: int, width: int) -> int:
+        """How many patches the network makes of a picture, whose sides are in pixels."""
+        side = self.scale_factor * self.patch_size
+        return (height // side) * (width // side)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:

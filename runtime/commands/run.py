@@ -35,8 +35,9 @@ MAX_PICTURES = 10_000
 
 # Fields of Request. Each has an option of the same name.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+SCHEDULE = ("timesteps", "sigmas", "mu")
 SETTINGS = (
-    *("num_inference_steps", "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
+    *("num_inference_steps", *SCHEDULE, "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
     *("allow_uniform", "strict"),
 )
@@ -112,6 +113,21 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         dest="num_inference_steps",
         help="Number of denoising steps (default: the bundle's).",
     )
+    for name, first in (("sigmas", "1"), ("timesteps", "1000")):
+        parser.add_argument(
+            f"--{name}",
+            type=_numbers,
+            metavar="NUMBERS",
+            help=f"Your own schedule instead of a number of steps: falling {name} before the scheduler's shift, with "
+            f"commas, from about {first} on. Not every scheduler takes them (default: the scheduler's).",
+        )
+    parser.add_argument(
+        "--mu",
+        type=float,
+        metavar="SHIFT",
+        help="The shift of the noise schedule, without a unit, for a scheduler with dynamic shifting (default: that of "
+        "the picture's size).",
+    )
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -155,6 +171,13 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURES",
         help="Number of pictures per prompt (default: %(default)s).",
     )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from e
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -260,6 +283,7 @@ def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int
     plan, skip = output.plan, output.plan.skip_layer_guidance
     settings = {
         "num_inference_steps": plan.num_inference_steps,
+        **{name: value for name in SCHEDULE if (value := getattr(plan.request, name)) is not None},
         "guidance_scale": plan.guidance_scale,
         "skip_layer_guidance_scale": skip.scale if skip else 0,
         **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from ditc.runtime.errors import UsageError
 from ditc.runtime.schedulers.dpmsolver import DPMSOLVER
 from ditc.runtime.schedulers.euler import EULER
-from ditc.runtime.schedulers.params import FinalSigmas, SchedulerKind, SchedulerParams, SolverType
+from ditc.runtime.schedulers.heun import HEUN
+from ditc.runtime.schedulers.params import (
+    FinalSigmas,
+    SchedulerKind,
+    SchedulerParams,
+    SolverType,
+    Spacing,
+    Steps,
+    TimeShift,
+)
+from ditc.runtime.schedulers.spacing import dynamic_mu
+from ditc.runtime.schedulers.unipc import UNIPC
 from ditc.runtime.step_contract import coefficient_columns
 
 __all__ = [
@@ -26,17 +37,26 @@ __all__ = [
     "SchedulerKind",
     "SchedulerParams",
     "SolverType",
+    "Spacing",
+    "TimeShift",
     "coefficient_table",
     "draws_noise",
+    "dynamic_mu",
     "history_length",
+    "reads_earlier_latents",
 ]
 
-SOLVERS = {SchedulerKind.DPMSOLVER: DPMSOLVER, SchedulerKind.EULER: EULER}
+SOLVERS = {
+    SchedulerKind.DPMSOLVER: DPMSOLVER,
+    SchedulerKind.EULER: EULER,
+    SchedulerKind.HEUN: HEUN,
+    SchedulerKind.UNIPC: UNIPC,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoefficientTable:
-    """A schedule with one row per step.
+    """A schedule with one row per run of the network: one per step, except that Heun's method has 2N - 1 for N steps.
 
     Attributes:
         columns: the names of the K coefficients, in the denoiser's order.
@@ -63,7 +83,12 @@ def history_length(params: SchedulerParams) -> int:
 
 def draws_noise(params: SchedulerParams) -> bool:
     """Whether the solver adds fresh noise in every step."""
-    return SOLVERS[params.kind].draws_noise
+    return params.stochastic
+
+
+def reads_earlier_latents(params: SchedulerParams) -> bool:
+    """Whether diffusers' scheduler goes on from latents that it kept, and so drops those that a callback returns."""
+    return SOLVERS[params.kind].reads_earlier_latents
 
 
 def coefficient_table(
@@ -72,36 +97,95 @@ def coefficient_table(
     begin_index: int = 0,
     *,
     columns: Sequence[str] | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+    image_seq_len: int | None = None,
 ) -> CoefficientTable:
     """The schedule of `num_inference_steps` steps, from step `begin_index` on (image-to-image starts late).
 
     Args:
         columns: the coefficients that the denoiser takes; None for exactly those that the solver needs. Columns that
             the solver does not use are zero.
+        timesteps, sigmas: the caller's own schedule, whose length is then the number of steps.
+        mu: the exponent of dynamic shifting, in place of the one that follows from image_seq_len.
+        image_seq_len: the number of the network's patches in a picture, which dynamic shifting needs.
 
     Raises:
         UsageError: there are no steps, begin_index is outside them, the denoiser lacks a column that the solver needs,
-            or a coefficient is not finite.
+            the solver does not take such a schedule, or a coefficient is not finite.
     """
     needed = coefficient_columns(history_length(params), draws_noise(params))
     names = needed if columns is None else tuple(columns)
-    _check(params, num_inference_steps, begin_index, set(needed) - set(names))
-    schedule = SOLVERS[params.kind].solve(params, num_inference_steps, begin_index)
+    own = sigmas if sigmas is not None else timesteps
+    number = num_inference_steps if own is None else len(own)
+    _check(params, number, begin_index, set(needed) - set(names))
+    _check_own(params, timesteps, sigmas, mu)
+    steps = Steps(
+        number=number,
+        begin_index=begin_index,
+        timesteps=None if timesteps is None else tuple(map(float, timesteps)),
+        sigmas=None if sigmas is None else tuple(map(float, sigmas)),
+        mu=_mu(params, mu, image_seq_len),
+    )
+    schedule = SOLVERS[params.kind].solve(params, steps)
     table = np.array([[update.get(name, 0.0) for name in names] for update in schedule.updates])
     if not np.isfinite(table).all():
         raise UsageError(
-            f"{num_inference_steps} steps with shift {params.shift} give coefficients that are not finite",
-            hint="use fewer steps: two neighbouring sigmas are equal in float32",
+            f"{number} steps with shift {params.shift} give coefficients that are not finite",
+            hint="two neighbouring sigmas are equal in float32, or a sigma has no logarithm: use fewer steps"
+            if own is None
+            else "pass falling values between 1 and 0, no two of them equal",
         )
     # diffusers computes this product in float32 too.
-    scaled = schedule.timesteps * np.float32(params.timestep_scale)
     return CoefficientTable(
         columns=names,
-        timesteps=scaled[begin_index:],
+        timesteps=schedule.timesteps * np.float32(params.timestep_scale),
         coefficients=table.astype(np.float32),
-        sigmas=schedule.sigmas[begin_index:],
+        sigmas=schedule.sigmas,
         init_noise_sigma=schedule.init_noise_sigma,
     )
+
+
+def _mu(params: SchedulerParams, mu: float | None, image_seq_len: int | None) -> float | None:
+    if mu is not None or not params.use_dynamic_shifting:
+        return mu
+    if image_seq_len is None:
+        raise UsageError(
+            "dynamic shifting depends on the size of the picture, which is not given",
+            hint="pass image_seq_len",
+        )
+    return dynamic_mu(params, image_seq_len)
+
+
+def _check_own(
+    params: SchedulerParams,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    mu: float | None,
+) -> None:
+    """Refuse a schedule of the caller's own that diffusers' scheduler refuses or fails on."""
+    solver = SOLVERS[params.kind]
+    if timesteps is not None and sigmas is not None:
+        raise UsageError("timesteps and sigmas are both given", hint="pass only one of them, as in diffusers")
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is None:
+            continue
+        if name not in solver.takes:
+            others = " or ".join(sorted(solver.takes))
+            raise UsageError(
+                f"{name} are given, but the bundle's scheduler, {solver.upstream}, takes none for flow models",
+                hint=f"pass {others or 'num_inference_steps'} instead",
+            )
+        if params.kind is SchedulerKind.UNIPC and params.spacing is not Spacing.UNIFORM:
+            raise UsageError(
+                f"{name} are given, but the bundle's scheduler spaces its own ({params.spacing} sigmas)",
+                hint="pass num_inference_steps instead",
+            )
+    if mu is not None and not params.use_dynamic_shifting:
+        raise UsageError(
+            f"mu is {mu}, but the bundle's scheduler has no dynamic shifting", hint="leave mu out"
+        )
 
 
 def _check(params: SchedulerParams, num_inference_steps: int, begin_index: int, lacking: set[str]) -> None:

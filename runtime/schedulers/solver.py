@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.runtime.schedulers.params import SchedulerParams
+from ditc.runtime.schedulers.params import SchedulerParams, Steps
 from ditc.runtime.step_contract import C0, C_IN, CX, A, B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A solver's steps, in float64, except values that diffusers rounds to float32.
+    """A solver's runs of the network, in float64, except values that diffusers rounds to float32.
 
     Attributes:
         timesteps: (N,) float32, before timestep_scale.
-        sigmas: (N + 1,) float32, the noise levels before each step and after the last one.
-        updates: for each step from begin_index on, coefficients by name. Coefficients that are not named are zero.
+        sigmas: (N + 1,) float32, the noise levels before each run and after the last one.
+        updates: for each run, coefficients by name. Coefficients that are not named are zero.
         init_noise_sigma: standard deviation of the starting latents.
     """
 
@@ -34,19 +35,19 @@ class Solver:
     """One row of the table of solvers.
 
     Attributes:
-        solve: (params, num_inference_steps, begin_index) -> Schedule.
+        upstream: the name of diffusers' class, for messages.
+        solve: the schedule of the steps from begin_index on.
         history_length: how many earlier x0 the update reads, as a function of the parameters.
-        draws_noise: whether each step adds fresh noise, scaled by the coefficient "cn".
+        takes: the names of the caller's own schedules that diffusers' set_timesteps accepts.
+        reads_earlier_latents: whether diffusers' scheduler keeps latents between steps, so that it drops those that a
+            callback puts in their place. Here they follow from the history, which is one state less.
     """
 
-    solve: Callable[[SchedulerParams, int, int], Schedule]
+    upstream: str
+    solve: Callable[[SchedulerParams, Steps], Schedule]
     history_length: Callable[[SchedulerParams], int] = lambda params: 0
-    draws_noise: bool = False
-
-
-def shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
-    """Resolution-dependent shift of rectified-flow noise levels (arXiv 2403.03206, section 5.3.2)."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    takes: frozenset[str] = frozenset()
+    reads_earlier_latents: bool = False
 
 
 def velocity(sigma: float) -> dict[str, float]:
@@ -55,10 +56,19 @@ def velocity(sigma: float) -> dict[str, float]:
 
 
 def first_order_update(sigma: float, sigma_next: float) -> dict[str, float]:
-    """The first-order step, which Euler and DPM-Solver++ 1 share.
+    """The first-order step, which all solvers share.
 
     With alpha = 1 - sigma, DPM-Solver++'s  -alpha_next * (exp(-h) - 1)  equals  alpha_next - alpha * ratio = 1 - ratio.
     Without a logarithm, a last sigma of 0, where h is infinite, is not a special case.
     """
-    ratio = sigma_next / sigma
+    if sigma_next == sigma:  # also where both are 0
+        return {CX: 1.0, C0: 0.0}
+    ratio = sigma_next / sigma if sigma else math.nan
     return {CX: ratio, C0: 1.0 - ratio}
+
+
+def half_log_snr(sigma: float) -> float:
+    """lambda = log(alpha / sigma), alpha = 1 - sigma."""
+    if not 0 < sigma < 1:
+        return math.inf if sigma == 0 else math.nan
+    return math.log(1.0 - sigma) - math.log(sigma)

@@ -136,39 +136,28 @@ class Recorder(Session):
         pass
 
 
-def noisy_state(samples: int, generator: Generator | list[Generator] | None) -> DenoiseState:
+def noisy_state(samples: int, seed: int) -> DenoiseState:
     latents = np.zeros((samples, 4, 8, 8), np.float32)
-    feeds = {step_contract.GUIDANCE_WEIGHTS: np.eye(samples, dtype=np.float32)}
+    stream = Generator(seed)
     return DenoiseState(
         latents=latents,
         history=latents[:, None],
-        schedule=(feeds, feeds),
+        schedule=tuple(
+            {
+                step_contract.GUIDANCE_WEIGHTS: np.eye(samples, dtype=np.float32),
+                step_contract.NOISE: stream.randn(latents.shape),
+            }
+            for _ in range(2)
+        ),
         rows=Rows(np.arange(samples), {}),
-        generator=generator,
     )
 
 
-def test_each_request_draws_its_noise_from_its_own_stream() -> None:
+def test_each_request_of_a_batch_gets_its_own_noise_in_every_step() -> None:
     session = Recorder()
-    states = [noisy_state(1, Generator(1)), noisy_state(2, [Generator(2), Generator(3)])]
-    states = denoise.step(session, states)
-    denoise.step(session, states)
-    for index, seed in enumerate((1, 2, 3)):
-        stream = Generator(seed)
-        for noise in session.noise:
-            np.testing.assert_array_equal(noise[index], stream.randn((1, 4, 8, 8))[0])
-
-
-def test_a_sampler_that_draws_noise_needs_a_generator() -> None:
-    with pytest.raises(ValueError, match="generator"):
-        denoise.step(Recorder(), [noisy_state(1, None)])
-
-
-def test_each_chunk_of_a_request_has_the_generators_of_its_pictures(pipeline: Pipeline) -> None:
-    generators = [Generator(seed) for seed in range(6)]
-    request = Request(prompt=["cat"] * 6, generator=generators, num_inference_steps=1, height=32, width=32)
-    first, second = pipeline.start(pipeline.plan(request))
-    assert list(first.generator or ()) == generators[:4]  # type: ignore[arg-type]
-    assert list(second.generator or ()) == generators[4:]  # type: ignore[arg-type]
-    (seeded,) = pipeline.start(pipeline.plan(Request(prompt="cat", seed=11)))
-    assert isinstance(seeded.generator, Generator) and seeded.generator.seed == 11
+    states = start = [noisy_state(1, 1), noisy_state(2, 2)]
+    for _ in range(2):
+        states = denoise.step(session, states)
+    for step, noise in enumerate(session.noise):
+        wanted = [state.schedule[step][step_contract.NOISE] for state in start]
+        np.testing.assert_array_equal(noise, np.concatenate(wanted))

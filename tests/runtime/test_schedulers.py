@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.runtime.bundle.jsondata import from_json, to_json
@@ -63,6 +69,10 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 def dpmsolver(**settings: Any) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
+
+
+def unipc(**settings: Any) -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
 
 
 def check_against_diffusers(scheduler: Any, steps: int) -> None:
@@ -145,30 +155,38 @@ def test_timestep_scale_is_applied_to_what_the_network_sees() -> None:
 
 
 REFUSED_BY_DPMSOLVER = {
-    "solver_order": 3,
+    "solver_order": 4,
     "thresholding": True,
     "use_karras_sigmas": True,
     "use_exponential_sigmas": True,
     "use_beta_sigmas": True,
     "use_lu_lambdas": True,
-    "use_dynamic_shifting": True,
-    "algorithm_type": "sde-dpmsolver++",
+    "algorithm_type": "dpmsolver",
     "prediction_type": "v_prediction",
     "use_flow_sigmas": False,
-    "solver_type": "bh2",
+    "solver_type": "bh3",
     "final_sigmas_type": "one",
     "flow_shift": -1.0,
     "num_train_timesteps": 0,
     "a_setting_of_next_year": True,
 }
-REFUSED_BY_EULER = {
-    "use_dynamic_shifting": True,
-    "invert_sigmas": True,
-    "shift_terminal": 0.1,
-    "use_karras_sigmas": True,
+REFUSED_BY_UNIPC = {
+    "solver_order": 4,
+    "thresholding": True,
     "use_exponential_sigmas": True,
     "use_beta_sigmas": True,
-    "stochastic_sampling": True,
+    "prediction_type": "epsilon",
+    "use_flow_sigmas": False,
+    "predict_x0": False,
+    "solver_p": {"_class_name": "DDIMScheduler"},
+    "disable_corrector": ["first"],
+    "use_dynamic_shifting": True,  # no mu
+}
+REFUSED_BY_EULER = {
+    "use_dynamic_shifting": True,  # no mu
+    "shift_terminal": -0.1,
+    "use_karras_sigmas": 1,
+    "time_shift_type": "cubic",
     "shift": "3.0",
 }
 
@@ -177,7 +195,10 @@ REFUSED_BY_EULER = {
     ("scheduler", "setting", "value"),
     [
         *((dpmsolver(), setting, value) for setting, value in REFUSED_BY_DPMSOLVER.items()),
+        *((unipc(), setting, value) for setting, value in REFUSED_BY_UNIPC.items()),
         *((FlowMatchEulerDiscreteScheduler(), setting, value) for setting, value in REFUSED_BY_EULER.items()),
+        (FlowMatchLCMScheduler(), "scale_factors", [0.5]),
+        (FlowMatchHeunDiscreteScheduler(), "use_dynamic_shifting", True),
     ],
 )
 def test_a_setting_that_changes_the_numbers_is_refused_by_name(
@@ -189,17 +210,36 @@ def test_a_setting_that_changes_the_numbers_is_refused_by_name(
 
 def test_every_switch_of_diffusers_is_either_supported_or_refused() -> None:
     """This fails if a newer diffusers adds a switch, so that the switch is not silently ignored."""
-    supported = {"use_flow_sigmas", "euler_at_final", "variance_type"}
-    for scheduler in (dpmsolver(final_sigmas_type="sigma_min"), FlowMatchEulerDiscreteScheduler()):
+    supported = {"use_flow_sigmas", "euler_at_final", "variance_type", "upscale_mode", "trained_betas"}
+    supported |= {"rescale_betas_zero_snr", "invert_sigmas", "stochastic_sampling", "sigma_min", "sigma_max"}
+    spacings = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
+    for scheduler, served in (
+        (dpmsolver(final_sigmas_type="sigma_min"), {"use_dynamic_shifting"}),
+        (unipc(), {"use_karras_sigmas"}),
+        (FlowMatchEulerDiscreteScheduler(), spacings),
+        (FlowMatchLCMScheduler(), spacings),
+        (FlowMatchHeunDiscreteScheduler(), set()),
+    ):
         config = config_of(scheduler)
-        for setting in {key for key, value in config.items() if value is None or value is False} - supported:
+        switches = {key for key, value in config.items() if value is None or value is False}
+        for setting in switches - supported - served:
             with pytest.raises(CheckpointError, match=setting):
                 scheduler_params({**config, setting: True})
 
 
-def test_another_scheduler_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match="SCMScheduler"):
+def test_another_scheduler_is_refused_by_name_and_the_hint_says_that_it_draws_other_pictures() -> None:
+    with pytest.raises(CheckpointError, match="SCMScheduler") as caught:
         scheduler_params({"_class_name": "SCMScheduler"})
+    assert "other pictures" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"solver_type": "bh1"}, {"lower_order_final": False}, {"solver_order": 3, "lower_order_final": False}],
+)
+def test_settings_with_which_diffusers_computes_nan_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="NaN"):
+        scheduler_params(config_of(unipc(**settings)))
 
 
 @pytest.mark.parametrize(("steps", "begin_index"), [(0, 0), (-1, 0), (4, 4), (4, -1)])
@@ -214,7 +254,24 @@ def test_an_engine_with_too_little_history_is_refused() -> None:
         coefficient_table(scheduler_params(config_of(dpmsolver())), 4, columns=columns)
 
 
-@pytest.mark.parametrize("scheduler", [dpmsolver(solver_type="heun"), FlowMatchEulerDiscreteScheduler()])
+def test_the_manifest_of_an_older_bundle_gives_the_same_schedule() -> None:
+    """Settings that older manifests lack have the values that were the only ones then."""
+    params = scheduler_params(config_of(FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    older = {"kind": "flow_match_euler", "num_train_timesteps": 1000, "shift": 3.0, "timestep_scale": 1.0}
+    older |= {"sigma_min": params.sigma_min, "sigma_max": params.sigma_max, "solver_order": 2}
+    older |= {"solver_type": "midpoint", "final_sigmas_type": "zero", "lower_order_final": True}
+    assert from_json(SchedulerParams, {**older, "euler_at_final": False}) == params
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        dpmsolver(solver_type="heun"),
+        unipc(disable_corrector=[0, 1], use_karras_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False, shift_terminal=0.1),
+        FlowMatchLCMScheduler(),
+    ],
+)
 def test_parameters_survive_the_manifest(scheduler: Any) -> None:
     params = scheduler_params(config_of(scheduler), timestep_scale=0.5)
     assert from_json(SchedulerParams, json.loads(json.dumps(to_json(params)))) == params

@@ -60,7 +60,7 @@ class Sd3Adapter:
         with naming(checkpoint.path):
             check_widths(transformer, encoders, vae.latent_channels)
         with naming(checkpoint.path / SCHEDULER_FILE):
-            scheduler = scheduler_params(checkpoint.scheduler_config)
+            scheduler = scheduler_params(checkpoint.scheduler_config, passes_mu=True)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         defaults = make_defaults(checkpoint.defaults, transformer, latents, options)
         sizes = latent_ranges(defaults, latents, largest=transformer.largest_side)

@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from pictures import Drawn, assert_same, draw
 from PIL import Image
 from tiny_sd3 import T5_TOKENS, make_checkpoint
 
+from ditc.export.checkpoint.scheduler_config import scheduler_params
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime import denoise, step_contract
 from ditc.runtime.cli import main
@@ -29,6 +36,7 @@ from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import Session, Tensor
 from ditc.runtime.spec import DENOISER
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 # The settings in the checkpoint's ditc.json, as arguments of diffusers' pipeline.
 SKIP = {
     "skip_guidance_layers": [1],
@@ -105,6 +113,32 @@ def test_other_sizes_crop_the_position_embedding_as_in_diffusers(pipeline, refer
     """An odd number of patches per side, such as 7, has no exact centre in an even embedding: the crop is rounded."""
     size = {"height": height, "width": width}
     assert_same(draw(pipeline, "blue", seed=5, **size), reference.draw("blue", seed=5, **size, **SKIP))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "given"),
+    [
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.3, max_shift=4.0), {}),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"), {"mu": 2.5}),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), {"sigmas": [1.0, 0.7, 0.2]}),
+        (DPMSolverMultistepScheduler(**FLOW, use_dynamic_shifting=True), {}),
+        (UniPCMultistepScheduler(**FLOW, use_dynamic_shifting=True, solver_order=1), {"height": 96}),
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), {"skip_layer_guidance_stop": 0.5}),
+    ],
+    ids=["size", "mu", "sigmas", "dpmsolver", "unipc", "heun"],
+)
+def test_the_size_shifts_the_schedule_where_the_scheduler_says_so(
+    pipeline, reference, scheduler, given
+) -> None:
+    config = json.loads(scheduler.to_json_string())
+    released = pipeline.manifest, reference.pipeline.scheduler
+    pipeline.manifest = replace(pipeline.manifest, scheduler=scheduler_params(config, passes_mu=True))
+    reference.pipeline.scheduler = scheduler
+    try:
+        ours = draw(pipeline, "a red cat", seed=6, **given)
+        assert_same(ours, reference.draw("a red cat", seed=6, **{**SKIP, **given}))
+    finally:
+        pipeline.manifest, reference.pipeline.scheduler = released
 
 
 def test_several_prompts_with_several_pictures_each_match_diffusers(pipeline, reference) -> None:
