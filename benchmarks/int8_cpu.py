@@ -143,7 +143,14 @@ def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) ->
         TorchSession(stage.module, stage.spec).run(feeds)
     observer.forget_tensor()
     origin = Origin(
-        identity="", network="", dtype="fp32", num_inference_steps=1, guidance_scale=1.0, seed=0, buckets=1
+        identity="",
+        network="",
+        dtype="fp32",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        seed=0,
+        buckets=1,
+        usual_steps=1,
     )
     ranges = Ranges(origin=origin, sites=observer.sites, site_of=observer.site_of, prompts=())
     quantize_graph(

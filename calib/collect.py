@@ -16,15 +16,18 @@ from time import monotonic
 import torch
 
 from ditc.calib.observe import Observer, watching
+from ditc.calib.tokens import PromptTokens
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, StageModule
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.ranges import (
     Origin,
+    Prompt,
     Ranges,
     Statistics,
     checkpoint_identity,
+    half_of,
     load_ranges,
     save_ranges,
 )
@@ -95,9 +98,11 @@ def collect(
     if finished is not None:
         return finished
     observer, seen = _resume(partial, origin, digests)
-    missing = [(number, prompt) for number, prompt in mine if _digest(prompt) not in seen]
+    known = {prompt.text for prompt in seen}
+    missing = [(number, prompt) for number, prompt in mine if _digest(prompt) not in known]
     stage = reference.load(DENOISER)
     pipeline = _pipeline(reference, stage, settings.device)
+    tokens = PromptTokens(reference)
     total, begun, saved = len(missing) * origin.num_inference_steps, monotonic(), monotonic()
     done = 0
     with watching(linear_layers(stage), observer.see):
@@ -105,7 +110,7 @@ def collect(
             for _ in _steps(pipeline, observer, prompt, number, origin):
                 done += 1
                 on_progress(Progress(done, total, monotonic() - begun))
-            seen.append(_digest(prompt))
+            seen.append(tokens.of(prompt, _digest(prompt)))
             if monotonic() - saved > SAVE_EVERY_S:
                 save_ranges(_ranges(observer, origin, seen), partial)
                 saved = monotonic()
@@ -139,7 +144,7 @@ def _steps(
         guidance_scale=origin.guidance_scale,
         seed=origin.seed + number,
     )
-    observer.bucket = 0
+    observer.bucket, observer.half = 0, half_of(_digest(prompt))
     for step in pipeline.steps(request):
         observer.forget_tensor()
         # The observer needs the bucket before a step runs, so this is the bucket of the next step.
@@ -163,6 +168,7 @@ def _origin(reference: TorchModel, settings: Settings) -> Origin:
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         seed=settings.seed,
         buckets=min(BUCKETS, steps),
+        usual_steps=defaults.num_inference_steps,
     )
 
 
@@ -174,10 +180,10 @@ def _finished(out: Path, origin: Origin, mine: set[str]) -> Ranges | None:
         ranges = load_ranges(out)
     except UsageError:
         return None  # another kind of file, or a damaged one: it is measured again and replaced
-    return ranges if ranges.origin == origin and set(ranges.prompts) == mine else None
+    return ranges if ranges.origin == origin and {prompt.text for prompt in ranges.prompts} == mine else None
 
 
-def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, list[str]]:
+def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, list[Prompt]]:
     """The counts and prompts that an unfinished run with the same settings has saved; empty ones without such a run."""
     observer = Observer(origin.buckets)
     if not partial.exists():
@@ -187,7 +193,7 @@ def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, li
     except UsageError as e:
         log.warning("cannot resume, so all prompts are measured: %s", e)
         return observer, []
-    if saved.origin != origin or not mine.issuperset(saved.prompts):
+    if saved.origin != origin or not mine.issuperset(prompt.text for prompt in saved.prompts):
         log.warning(
             "cannot resume, so all prompts are measured: %s was measured with other settings or prompts",
             partial,
@@ -202,8 +208,9 @@ def _resume(partial: Path, origin: Origin, mine: set[str]) -> tuple[Observer, li
     return observer, list(saved.prompts)
 
 
-def _ranges(observer: Observer, origin: Origin, seen: Sequence[str]) -> Ranges:
-    return Ranges(origin=origin, sites=observer.sites, site_of=observer.site_of, prompts=tuple(sorted(seen)))
+def _ranges(observer: Observer, origin: Origin, seen: Sequence[Prompt]) -> Ranges:
+    prompts = tuple(sorted(seen, key=lambda prompt: prompt.text))
+    return Ranges(origin=origin, sites=observer.sites, site_of=observer.site_of, prompts=prompts)
 
 
 def _digest(prompt: str) -> str:

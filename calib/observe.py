@@ -30,13 +30,14 @@ class Observer:
 
     Attributes:
         bucket: the part of the schedule that inputs are counted into.
+        half: the half of the prompts, 0 or 1, that the running prompt belongs to.
         sites: the statistics of each site.
         site_of: the site of each layer.
     """
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
-        self.bucket = 0
+        self.bucket = self.half = 0
         self.sites: dict[str, Statistics] = {}
         self.site_of: dict[str, str] = {}
         self._last: tuple[Tensor, str] | None = None
@@ -51,7 +52,7 @@ class Observer:
         statistics = self.sites.get(layer)
         if statistics is None:
             statistics = self.sites[layer] = _empty(self.buckets, x.shape[-1])
-        _count(statistics, self.bucket, x)
+        _count(statistics, self.bucket, self.half, x)
 
     def forget_tensor(self) -> None:
         """Release the last tensor. Call this between two runs of the network."""
@@ -81,23 +82,26 @@ def _empty(buckets: int, channels: int) -> Statistics:
         channel_squares=np.zeros((buckets, channels), np.float64),
         rows=np.zeros(buckets, np.int64),
         channel_histogram=np.zeros((channels, CHANNEL_BINS), np.uint32),
+        half_histogram=np.zeros(BINS, np.int64),
     )
 
 
-def _count(statistics: Statistics, bucket: int, x: Tensor) -> None:
-    """Add one tensor (..., C) to one bucket. Counting runs on the tensor's device; only the counts go to the host."""
+def _count(statistics: Statistics, bucket: int, half: int, x: Tensor) -> None:
+    """Add one tensor (..., C) to one bucket and half. Counting runs on the tensor's device; counts leave it."""
     magnitudes = x.detach().flatten(0, -2).float().abs()
     channel_amax = magnitudes.amax(dim=0)
     # As in histogram.bin_of, the upper bits of an fp32 number are the index of its bin.
     bits = magnitudes.view(torch.int32)
     bins = ((bits >> DROPPED_BITS) - FIRST).clamp_(0, BINS - 1)
-    counts = torch.bincount(bins.flatten(), minlength=BINS)
+    counts = torch.bincount(bins.flatten(), minlength=BINS).cpu().numpy()
     channels = magnitudes.shape[1]
     bins = ((bits >> CHANNEL_DROPPED_BITS) - CHANNEL_FIRST).clamp_(0, CHANNEL_BINS - 1)
     bins += torch.arange(channels, dtype=torch.int32, device=x.device) * CHANNEL_BINS
     channel_counts = torch.bincount(bins.flatten(), minlength=channels * CHANNEL_BINS)
     squares = magnitudes.square_().sum(dim=0, dtype=torch.float64)
-    statistics.histogram[bucket] += counts.cpu().numpy()
+    statistics.histogram[bucket] += counts
+    if half == 0:
+        statistics.half_histogram[:] += counts
     counted = channel_counts.view(channels, CHANNEL_BINS).cpu().numpy()
     statistics.channel_histogram[:] += counted.astype(np.uint32)
     statistics.channel_squares[bucket] += squares.cpu().numpy()

@@ -16,6 +16,7 @@ from ditc.export.graph.torch_session import from_torch
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.record import QuantRecord, read_record
 from ditc.parity.simulated_16bit import open_rounded
+from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
@@ -38,6 +39,7 @@ class Candidate:
             fp16 in fp32). They show whether the file holds the right graph. The pipeline's own session for the
             stage, which runs the same graph with the rounding written into it, shows what rounding costs.
         plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
+        calibrations: of 8-bit stages, what their ranges rest on, where the bundle records it.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
         bundle: the bundle's directory; None for a candidate made in memory.
@@ -49,6 +51,7 @@ class Candidate:
     precisions: dict[str, Precision] = field(default_factory=dict)
     native: dict[str, Session] = field(default_factory=dict)
     plans: dict[str, dict[str, LayerPlan]] = field(default_factory=dict)
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
     budgets: dict[str, str | None] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     bundle: Path | None = None
@@ -103,6 +106,7 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         precisions={name: artifact.precision for name, artifact in chosen.items()},
         native=native,
         plans={stage: record.plans() for stage, record in records.items()},
+        calibrations={stage: r.calibration for stage, r in records.items() if r.calibration is not None},
         budgets={stage: record.recipe.budget for stage, record in records.items()},
         artifacts=chosen,
         bundle=bundle,

@@ -52,6 +52,11 @@ def describe(context: Context) -> dict[str, object]:
         "candidate": candidate.pipeline.chosen,
         "artifacts": {stage: a.file.sha256 for stage, a in sorted(candidate.artifacts.items())},
         "precisions": {stage: p.value for stage, p in sorted(candidate.precisions.items())},
+        "calibration": [
+            line
+            for stage, c in sorted(candidate.calibrations.items())
+            for line in (f"{stage}: {c}", *c.doubts)
+        ],
         **origin_of(context),
         "prompts": list(dict.fromkeys(case.prompt for case in settings.cases)),
         "seeds": list(dict.fromkeys(case.seed for case in settings.cases)),

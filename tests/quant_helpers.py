@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import linear_layers
-from ditc.export.quant.ranges import Origin, Ranges, Statistics
+from ditc.export.quant.ranges import Origin, Prompt, Ranges, Statistics
 from ditc.runtime.session import Array
 
 ORIGIN = Origin(
@@ -21,7 +23,14 @@ ORIGIN = Origin(
     guidance_scale=3.0,
     seed=0,
     buckets=2,
+    usual_steps=4,
 )
+
+
+def prompt(text: str) -> Prompt:
+    """A prompt as calibration records it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Prompt(text=digest, ids=digest, size_bytes=len(text), tokens=max(len(text) // 4, 1))
 
 
 def feeds_of(stage: StageModule, seed: int) -> dict[str, Array]:
@@ -37,7 +46,7 @@ def ranges_of(stage: StageModule, runs: int = 4) -> Ranges:
             observer.bucket = seed * ORIGIN.buckets // runs
             session.run(feeds_of(stage, seed))
             observer.forget_tensor()
-    return Ranges(origin=ORIGIN, sites=observer.sites, site_of=observer.site_of, prompts=("a",))
+    return Ranges(origin=ORIGIN, sites=observer.sites, site_of=observer.site_of, prompts=(prompt("a"),))
 
 
 def signal_to_noise_db(value: Array, reference: Array) -> float:

@@ -182,6 +182,8 @@ def _measure(output: Path, checkpoint: Checkpoint, prompts: list[str], settings:
         f"{output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
         f"{ranges.origin.num_inference_steps} steps, {bar.seconds:.1f} s{bar.per_step()}\n"
     )
+    if settings.shard == (0, 1):  # a shard is only a part of the prompts: --merge judges them all
+        _judge(ranges)
     return ranges
 
 
@@ -196,7 +198,17 @@ def _merge(arguments: argparse.Namespace, checkpoint: Checkpoint | None = None) 
     merged = merge_ranges(parts)
     save_ranges(merged, arguments.output)
     sys.stdout.write(f"{arguments.output}: {len(merged.prompts)} prompts of {len(arguments.merge)} files\n")
+    _judge(merged)
     return merged
+
+
+def _judge(ranges: Ranges) -> None:
+    """Say what the ranges rest on, and warn of what speaks against them."""
+    from ditc.export.quant.evidence import calibration_of, warn_of_doubts
+
+    calibration = calibration_of(ranges)
+    sys.stdout.write(f"{calibration}\n")
+    warn_of_doubts(calibration)
 
 
 def _search(

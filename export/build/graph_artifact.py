@@ -98,7 +98,9 @@ def _written(
     """Write the files that lie beside the graph, and return the artifact that names them all."""
     record = None
     if quantization is not None and plan is not None:
-        record = write_record(files.model, plan, module.spec, quantization.ranges_sha256)
+        record = write_record(
+            files.model, plan, module.spec, quantization.ranges_sha256, quantization.calibration
+        )
     weight_map = write_weight_map(weight_map_path(files.model), files.weight_map)
     model, *data = (file_ref(path, bundle) for path in files.paths)
     return Artifact(

@@ -33,13 +33,15 @@ GRAPH_SOURCES = (
     "runtime/spec.py",
 )
 # Files in those folders that no graph depends on: the table of families; the conversion of native files; recipes, whose
-# content is already in the key of the stage that they quantize; and the comparison of finished graphs.
+# content is already in the key of the stage that they quantize; what ranges rest on; and the comparison of finished
+# graphs.
 NOT_IN_GRAPHS = (
     "export/families/__init__.py",
     "export/families/*/convert.py",
     "export/families/*/keys.py",
     "export/families/*/native.py",
     "export/families/*/recipe.py",
+    "export/quant/evidence.py",
     "export/quant/measure.py",
 )
 # The code that decides an engine's bytes besides its graph: the engine builder, and what the plugin stores in it.

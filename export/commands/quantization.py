@@ -46,6 +46,8 @@ def coverage_lines(record: QuantRecord) -> list[str]:
         f"weights {coverage.size_bytes / 1e6:.1f} MB, {coverage.fp16_bytes / 1e6:.1f} MB in fp16; "
         f"{len(record.smoothed)} layers smoothed",
     ]
+    if record.calibration is not None:
+        lines.append(f"calibration: {record.calibration}")
     lines += [
         f"  kept in high precision: {layer.name} ({layer.share:.2%}): {layer.why}" for layer in coverage.high
     ]

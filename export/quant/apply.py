@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.quant.evidence import calibration_of, warn_of_doubts
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Ranges, checkpoint_identity, load_ranges
 from ditc.export.quant.recipes import Recipe, find_recipe
+from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import DENOISER
@@ -22,11 +24,13 @@ class Quantization:
     Attributes:
         ranges: None if the recipe quantizes only weights.
         ranges_sha256: hash of the file of ranges; None if there is no such file.
+        calibration: what the ranges rest on; None if there are none.
     """
 
     recipe: Recipe
     ranges: Ranges | None
     ranges_sha256: str | None
+    calibration: Calibration | None
 
     def plan(self, stage: StageModule) -> QuantPlan:
         """Make the plan for a stage whose weights are loaded. Raises UsageError as `make_plan` does."""
@@ -34,7 +38,7 @@ class Quantization:
 
 
 def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Quantization | None:
-    """Find recipe and ranges of an 8-bit build; None for any other build.
+    """Find recipe and ranges of an 8-bit build; None for any other build. Reasons to doubt the ranges are logged.
 
     Raises:
         UsageError: options contradict each other, the recipe is unknown, or the ranges are missing, damaged or of
@@ -54,7 +58,7 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Q
         return None
     recipe = find_recipe(options.recipe, options.precision, plan.family)
     if not recipe.activations:
-        return Quantization(recipe=recipe, ranges=None, ranges_sha256=None)
+        return Quantization(recipe=recipe, ranges=None, ranges_sha256=None, calibration=None)
     if options.ranges is None:
         raise UsageError(
             f"recipe {recipe.name} quantizes activations and needs --ranges",
@@ -62,4 +66,8 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Q
         )
     component = plan.stages[DENOISER].components[0]
     ranges = load_ranges(options.ranges, identity=checkpoint_identity(checkpoint, component))
-    return Quantization(recipe=recipe, ranges=ranges, ranges_sha256=sha256(options.ranges))
+    calibration = calibration_of(ranges)
+    warn_of_doubts(calibration)
+    return Quantization(
+        recipe=recipe, ranges=ranges, ranges_sha256=sha256(options.ranges), calibration=calibration
+    )

@@ -60,9 +60,14 @@ def estimate_amax(
     if method is Method.PERCENTILE:
         return min(amax, _percentile(counts, percentile))
     if method is Method.MSE:
-        errors = [squared_error(counts, amax * clip, kind) for clip in CLIPS[kind]]
-        return float(amax * CLIPS[kind][int(np.argmin(errors))])
+        return least_error_amax(counts, amax, kind)
     return min(amax, _entropy(counts, amax))
+
+
+def least_error_amax(counts: Array, largest: float, kind: Format) -> float:
+    """The clipping value with the least squared error, of those that CLIPS tries below the largest magnitude."""
+    errors = [squared_error(counts, largest * clip, kind) for clip in CLIPS[kind]]
+    return float(largest * CLIPS[kind][int(np.argmin(errors))])
 
 
 def squared_error(counts: Array, amax: float, kind: Format) -> float:

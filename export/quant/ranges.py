@@ -8,6 +8,7 @@ schedule, the file holds:
     channel_amax/SITE      (B,C) fp32           largest magnitude of each channel
     channel_squares/SITE   (B,C) fp64           sum of squares of each channel
     channel_histogram/SITE (C,CHANNEL_BINS) uint32  counts of each channel's magnitudes, over all buckets
+    half_histogram/SITE    (BINS,) int64       counts of the prompts of the first half (half_of), over all buckets
     rows/SITE              (B,) int64           number of vectors seen
 
 Bucket b holds the steps with step_index * B // num_inference_steps = b. The file holds no scale and no format.
@@ -34,9 +35,9 @@ from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
 
-VERSION = 2
+VERSION = 3
 METADATA = "ditc.ranges"
-OVER_ALL_BUCKETS = ("channel_histogram",)
+OVER_ALL_BUCKETS = ("channel_histogram", "half_histogram")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +50,7 @@ class Statistics:
     channel_squares: Array
     rows: Array
     channel_histogram: Array
+    half_histogram: Array
 
     @property
     def buckets(self) -> int:
@@ -68,6 +70,7 @@ class Origin:
         network: name of the network's component in the checkpoint.
         dtype: element type in which the network ran.
         num_inference_steps, guidance_scale, seed: settings of every request; prompt i starts from seed + i.
+        usual_steps: the checkpoint's default number of steps.
         buckets: number of parts into which the schedule is divided.
         version: format of the file.
     """
@@ -79,7 +82,29 @@ class Origin:
     guidance_scale: float
     seed: int
     buckets: int
+    usual_steps: int
     version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt that was seen.
+
+    Attributes:
+        text, ids: digests of its text, and of its token ids in all text encoders.
+        size_bytes: bytes of its text in UTF-8, once for each text encoder.
+        tokens: number of its tokens in all text encoders. A byte that a vocabulary does not know counts as one token.
+    """
+
+    text: str
+    ids: str
+    size_bytes: int
+    tokens: int
+
+
+def half_of(text: str) -> int:
+    """The half, 0 or 1, that a prompt belongs to, by the digest of its text, so that shards agree about it."""
+    return int(text, 16) % 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +114,13 @@ class Ranges:
     Attributes:
         sites: statistics by site.
         site_of: layer (a module's path in the checkpoint) -> the site that is the layer's input.
-        prompts: digests of the prompts that were seen, so that none counts twice.
+        prompts: the prompts that were seen, so that none counts twice.
     """
 
     origin: Origin
     sites: Mapping[str, Statistics]
     site_of: Mapping[str, str]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
 
     def of(self, layer: str) -> Statistics:
         """Statistics of the layer's input.
@@ -131,7 +156,7 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
     facts = {
         "origin": to_json(ranges.origin),
         "site_of": dict(ranges.site_of),
-        "prompts": list(ranges.prompts),
+        "prompts": to_json(ranges.prompts),
     }
     # One metadata entry only: safetensors writes several in any order, but equal ranges must give equal files.
     metadata = {METADATA: json.dumps(facts, sort_keys=True)}
@@ -158,16 +183,16 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
                 raise UsageError(f"{path} holds no ranges", hint=again)
             tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(metadata[METADATA])
+        if (version := facts["origin"]["version"]) != VERSION:
+            raise UsageError(
+                f"{path} has format version {version}, but this ditc reads {VERSION}", hint=again
+            )
         origin = from_json(Origin, facts["origin"])
-        site_of, prompts = facts["site_of"], facts["prompts"]
+        site_of, prompts = facts["site_of"], from_json(tuple[Prompt, ...], facts["prompts"])
     except FileNotFoundError as e:
         raise UsageError(f"there is no file {path}", hint=again) from e
     except (SafetensorError, OSError, KeyError, ValueError, Mismatch) as e:
         raise UsageError(f"{path} is not a whole file of ranges: {e}", hint=again) from e
-    if origin.version != VERSION:
-        raise UsageError(
-            f"{path} has format version {origin.version}, but this ditc reads version {VERSION}", hint=again
-        )
     if identity is not None and origin.identity != identity:
         raise UsageError(
             f"{path} was measured on other weights: it names {origin.identity[:12]}, but this checkpoint is "
@@ -175,7 +200,7 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
             hint=again,
         )
     sites = {site: _statistics(site, tensors, origin.buckets, path) for site in sorted(set(site_of.values()))}
-    return Ranges(origin=origin, sites=sites, site_of=site_of, prompts=tuple(prompts))
+    return Ranges(origin=origin, sites=sites, site_of=site_of, prompts=prompts)
 
 
 def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
@@ -195,8 +220,8 @@ def merge_ranges(parts: Sequence[Ranges]) -> Ranges:
                 f"the ranges do not belong together: {_difference(first.origin, part.origin)}",
                 hint="calibrate all parts with the same checkpoint and settings",
             )
-    prompts = sorted(prompt for part in parts for prompt in part.prompts)
-    if len(set(prompts)) < len(prompts):
+    prompts = sorted((prompt for part in parts for prompt in part.prompts), key=lambda prompt: prompt.text)
+    if len({prompt.text for prompt in prompts}) < len(prompts):
         raise UsageError("the same prompt is in two of the files", hint="give each machine its own --shard")
     sites = {site: add([part.sites[site] for part in parts]) for site in first.sites}
     return replace(first, sites=sites, prompts=tuple(prompts))
@@ -211,6 +236,7 @@ def add(parts: Sequence[Statistics]) -> Statistics:
         channel_squares=np.sum([p.channel_squares for p in parts], axis=0),
         rows=np.sum([p.rows for p in parts], axis=0),
         channel_histogram=np.add.reduce([p.channel_histogram for p in parts], dtype=np.uint32),
+        half_histogram=np.sum([p.half_histogram for p in parts], axis=0),
     )
 
 
@@ -229,6 +255,11 @@ def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Pat
             f"{path}: histogram of {site} is {fields['histogram'].shape}, not {(buckets, BINS)}", hint=again
         )
     statistics = Statistics(**fields)
+    if (
+        statistics.half_histogram.shape != (BINS,)
+        or (statistics.half_histogram > statistics.histogram.sum(axis=0)).any()
+    ):
+        raise UsageError(f"{path}: half_histogram of {site} is not a part of its histogram", hint=again)
     if statistics.channel_histogram.shape != (statistics.channels, CHANNEL_BINS):
         shape, wanted = statistics.channel_histogram.shape, (statistics.channels, CHANNEL_BINS)
         raise UsageError(f"{path}: channel_histogram of {site} is {shape}, not {wanted}", hint=again)

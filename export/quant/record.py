@@ -16,6 +16,7 @@ from ditc.export.quant.formats import Format
 from ditc.export.quant.plan import Input, LayerPlan, QuantPlan
 from ditc.export.quant.recipes import Recipe
 from ditc.runtime.atomic import write_atomic
+from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.session import Array
@@ -49,6 +50,7 @@ class QuantRecord:
         ranges: sha256 of the file of ranges; None if only weights were quantized.
         inputs: how each quantized tensor is quantized.
         layers: the layers in 8 bits, by name.
+        calibration: what the ranges rest on; None if only weights were quantized.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class QuantRecord:
     coverage: Coverage
     inputs: tuple[InputRecord, ...]
     layers: dict[str, LayerRecord]
+    calibration: Calibration | None = None
 
     @property
     def smoothed(self) -> dict[str, float]:
@@ -89,7 +92,9 @@ def quant_record_path(graph: Path) -> Path:
     return graph.with_name(graph.name + SUFFIX)
 
 
-def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None) -> Path:
+def write_record(
+    graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None, calibration: Calibration | None
+) -> Path:
     """Write the record of a finished graph beside it; the file appears complete or not at all."""
     inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
     record = QuantRecord(
@@ -98,6 +103,7 @@ def write_record(graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | No
         coverage=measure_coverage(ir.load(graph), plan, spec),
         inputs=tuple(InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth)) for i in inputs),
         layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
+        calibration=calibration,
     )
     return write_atomic(quant_record_path(graph), json.dumps(to_json(record), indent=1) + "\n")
 

@@ -16,9 +16,10 @@ MAIN = {Level.PICTURE: Metric.PSNR}
 
 
 def to_text(report: Report) -> str:
-    """One line per level, then what was not checked, then the first failures, then the verdict."""
+    """One line per level, what was not checked, what 8-bit ranges rest on, the first failures, and the verdict."""
     lines = [_level_line(level, report.of_level(level)) for level in Level if report.of_level(level)]
     lines += [f"  {line}" for line in _unchecked_lines(report)]
+    lines += [f"  calibration: {line}" for line in report.subject.get("calibration", ())]
     failures = [r for level in Level for r in report.of_level(level) if r.verdict is Verdict.FAIL]
     for result in failures[:SHOWN_CULPRITS]:
         lines += ["", *_story(result)]

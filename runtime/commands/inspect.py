@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(table)
     for line in _inputs(manifest):
         console.print(line)
-    for line in _certificates(arguments.bundle, manifest):
+    for line in (*_calibrations(arguments.bundle, manifest), *_certificates(arguments.bundle, manifest)):
         console.print(line)
     return 0
 
@@ -82,6 +82,18 @@ def _inputs(manifest: Manifest) -> Iterator[str]:
         ]
         for inputs in dict.fromkeys(shapes):
             yield f"{name} takes {inputs}"
+
+
+def _calibrations(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """What the ranges of each 8-bit artifact rest on, and one line for each reason to doubt them."""
+    from ditc.runtime.bundle.calibration import read_calibration
+
+    for name, stage in manifest.stages.items():
+        for artifact in stage.artifacts:
+            if (calibration := read_calibration(bundle, artifact)) is None:
+                continue
+            yield f"calibration: {name} {artifact.precision.value}: {calibration}"
+            yield from (f"  doubt: {doubt}" for doubt in calibration.doubts)
 
 
 def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:

@@ -27,9 +27,11 @@ def shards(tiny_checkpoint, tmp_path_factory):
     return parts
 
 
-def test_shards_are_merged_without_the_checkpoint(shards, tmp_path, capsys):
+def test_shards_are_merged_without_the_checkpoint(shards, tmp_path, capsys, caplog):
     assert main(["calibrate", "-o", str(tmp_path / "r.safetensors"), "--merge", *shards]) == 0
-    assert "2 prompts of 2 files" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 prompts of 2 files" in said and "ranges of 2 prompts x 1 steps" in said
+    assert "the ranges rest on 2 prompt(s)" in caplog.text
     assert len(load_ranges(tmp_path / "r.safetensors").prompts) == 2
 
 

@@ -144,7 +144,7 @@ def test_a_searched_recipe_is_held_to_its_budget(budget, verdict, reference, int
 
 def test_the_record_gives_the_plan_back(reference, int8) -> None:
     graph, plan = int8
-    record = read_record(write_record(graph, plan, reference.plan.stages[DENOISER].spec, "0" * 64))
+    record = read_record(write_record(graph, plan, reference.plan.stages[DENOISER].spec, "0" * 64, None))
     again = record.plans()
     assert again.keys() == plan.layers.keys()
     for name, planned in plan.layers.items():

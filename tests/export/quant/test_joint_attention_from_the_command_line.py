@@ -47,7 +47,9 @@ def check(bundle: Path, recipe: str, layers: int, tmp_path: Path, capsys: pytest
     assert picture.is_file()
     capsys.readouterr()
     assert main(["inspect", str(bundle)]) == 0
-    assert precision in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"calibration: denoiser {precision}: ranges of 2 prompts x 2 steps" in shown
+    assert "doubt: the ranges rest on 2 prompt(s)" in shown
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quant_helpers import ORIGIN, statistics
+from quant_helpers import ORIGIN, prompt, statistics
 
 from ditc.export.quant.ranges import Ranges, load_ranges, merge_ranges, save_ranges
 from ditc.runtime.errors import UsageError
@@ -19,7 +19,7 @@ def ranges(seed: int = 0, **changes) -> Ranges:
         origin=ORIGIN,
         sites={"a": statistics(x[0], x[1])},
         site_of={"a": "a", "b": "a"},
-        prompts=(f"prompt {seed}",),
+        prompts=(prompt(f"prompt {seed}"),),
     )
     return replace(made, **changes)
 

@@ -40,5 +40,12 @@ def test_a_broken_bound_is_not_written_as_if_it_held() -> None:
         assert "1.00e-07 <= 1.00e-05" in text
 
 
+def test_what_the_ranges_of_an_8_bit_denoiser_rest_on_is_in_both_reports() -> None:
+    subject = {"references": [], "calibration": ["denoiser: ranges of 1 prompts", "rest on 1 prompt(s)"]}
+    report = Report(results=[], evidence=Evidence(), subject=subject, machine={}, tools={}, seconds={})
+    assert "calibration: rest on 1 prompt(s)" in to_text(report)
+    assert "rest on 1 prompt(s)" in unescape(to_page(report))
+
+
 def _step(step: int, bound: float) -> StepError:
     return StepError(case="a", kind="teacher-forced", step=step, timestep=1.0, error=1e-7, bound=bound)
