@@ -113,6 +113,7 @@ INDEXES: dict[str, dict[str, Any]] = {
         "vae": ["diffusers", "AutoencoderKL"],
         **{"text_encoder": _CLIP, "text_encoder_2": _CLIP},
         **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+        **{name: [None, None] for name in ("text_encoder_3", "tokenizer_3")},
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
 }

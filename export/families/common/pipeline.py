@@ -40,7 +40,7 @@ class ServedPipeline:
     Attributes:
         components: the classes that each component may have, as "library.class". () leaves it to those who read the
             component.
-        optional: components that may be left out.
+        optional: components that may be [null, null].
         others: the other pipelines with the same transformer, by class.
         unused: components that the class takes and that do nothing for a text prompt, with what they are for.
     """
@@ -62,7 +62,8 @@ def check_pipeline(checkpoint: Checkpoint, served: ServedPipeline) -> None:
     _check_class(checkpoint, served)
     found = component_classes(checkpoint.path, checkpoint.model_index)
     for name in served.components:
-        if name not in found and name not in served.optional:
+        left_out = name in served.optional and checkpoint.model_index.get(name) == [None, None]
+        if name not in found and not left_out:
             entry = (
                 f"says {name} = {checkpoint.model_index[name]!r}"
                 if name in checkpoint.model_index

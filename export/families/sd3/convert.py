@@ -18,6 +18,7 @@ from ditc.export.convert.writer import write_weights
 from ditc.export.families.sd3 import keys as sd3_keys
 from ditc.export.families.sd3 import native as stability
 from ditc.export.families.sd3.keys import Sd3Keys
+from ditc.export.families.sd3.pipeline import PIPELINE
 from ditc.runtime.errors import CheckpointError, UsageError
 
 CLASSES = {
@@ -65,6 +66,7 @@ class StabilityLayout:
         write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
         index = {
             "_class_name": "StableDiffusion3Pipeline",
+            **{name: [None, None] for name in sorted(PIPELINE.optional)},  # unless one of the next two has it
             **copy_others(base, directory, parts),
             **{name: list(CLASSES[name]) for name in parts},
             "scheduler": ["diffusers", scheduler["_class_name"]],

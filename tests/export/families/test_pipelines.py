@@ -67,6 +67,14 @@ def test_a_component_that_is_left_out_is_named(
     assert f"no {name}" in str(error) or f"without a {name}" in str(error)
 
 
+@pytest.mark.parametrize("entry", ["omitted", "T5EncoderModel", {}, 1])
+def test_a_third_text_encoder_is_left_out_only_on_purpose(
+    sd3_checkpoint: Path, tmp_path: Path, entry: object
+) -> None:
+    error = refusal(sd3_checkpoint, tmp_path, text_encoder_3=entry)
+    assert "no text_encoder_3" in str(error) and "as [null, null]" in str(error.hint)
+
+
 @pytest.mark.parametrize("name", ["controlnet", "image_encoder"])
 def test_an_additional_component_is_named(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "with"))
