@@ -52,12 +52,15 @@ class FileHashes:
     """The sha256 of files, remembered between builds for as long as size, mtime and inode stay the same.
 
     It only decides whether a rebuild is needed. A file that will be executed is never trusted because of it.
+
+    Args:
+        remembered: read what earlier builds stored. Without it, every file is hashed once in this process.
     """
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, *, remembered: bool = True) -> None:
         self._store = store
         self._known: dict[str, Any] = {}
-        if store.is_file():
+        if remembered and store.is_file():
             try:
                 known = json.loads(store.read_bytes())
             except (OSError, ValueError, RecursionError):

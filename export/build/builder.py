@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from ditc.export.build import noop, previous_build
 from ditc.export.build.assemble import assemble
@@ -12,7 +13,7 @@ from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
 from ditc.export.build.engine_artifact import engine_artifact
 from ditc.export.build.events import BuildEvent, BuildReport, EventLog
-from ditc.export.build.graph_artifact import graph_artifact, stage_inputs
+from ditc.export.build.graph_artifact import graph_artifact, graph_precision, stage_inputs
 from ditc.export.build.journal import Journal, as_ditc_error, check_bundle_or_empty, check_writable, locked
 from ditc.export.build.preflight import check_options, check_weights
 from ditc.export.build.records import StageInputs, StageRecord
@@ -22,8 +23,9 @@ from ditc.export.engine.build import library_version
 from ditc.export.engine.targets import check_targets, default_targets
 from ditc.export.families import find_adapter
 from ditc.export.quant.apply import prepare
-from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest, save_manifest
+from ditc.runtime.bundle.manifest import MANIFEST, Artifact, Manifest, load_manifest, save_manifest, sealed
 from ditc.runtime.errors import BuildError
+from ditc.runtime.sessions.registry import GRAPH_BACKEND
 
 __all__ = ["BuildEvent", "BuildReport", "build_bundle"]
 
@@ -33,6 +35,7 @@ def build_bundle(
     out: Path,
     options: BuildOptions,
     *,
+    key: Any = None,
     on_event: Callable[[BuildEvent], None] = lambda event: None,
 ) -> BuildReport:
     """Build the bundle in `out`, or bring it up to date.
@@ -41,6 +44,8 @@ def build_bundle(
 
     Args:
         source: a diffusers directory.
+        key: the private key of a build whose bundle will be signed. What earlier builds left is then used only if a
+            build with this key made it.
         on_event: called with each event as it happens, for a progress line.
 
     Raises:
@@ -58,21 +63,26 @@ def build_bundle(
     quantization = prepare(options, checkpoint, plan)
     targets = _checked_targets(options, plan)
     check_writable(out)
+    journal = Journal(out, key)
     with locked(out):
+        previous = previous_build.existing(out)
+        counts = previous is not None and journal.counts(previous)
         build = BuildContext(
             checkpoint=checkpoint,
             adapter=adapter,
             plan=plan,
             options=options,
             out=out,
-            old=previous_build.existing(out),
+            old=previous if counts else None,
             targets=targets,
             quantization=quantization,
-            journal=Journal(out),
+            journal=journal,
             events=EventLog(on_event),
         )
+        if previous is not None and not counts:
+            _check_nothing_is_lost(build, previous)
         try:
-            manifest = _build(build)
+            manifest = _build(build, previous)
         except OSError as e:
             raise as_ditc_error(e, out) from e
         report = BuildReport(
@@ -80,7 +90,7 @@ def build_bundle(
             manifest=manifest,
             events=tuple(build.events.events),
             seconds=perf_counter() - started,
-            dropped=previous_build.dropped(build.old, manifest),
+            dropped=previous_build.dropped(previous, manifest),
         )
         noop.remember(build.journal, checkpoint.path, options, report)
     return report
@@ -100,7 +110,24 @@ def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
     return targets
 
 
-def _build(build: BuildContext) -> Manifest:
+def _check_nothing_is_lost(build: BuildContext, previous: Manifest) -> None:
+    """Refuse a build that signs where it would remove artifacts that it does not make itself and cannot vouch for."""
+    made = {
+        (name, graph_precision(build, name).value, backend.value)
+        for name in build.plan.stages
+        for backend in {GRAPH_BACKEND, build.options.backend}
+    }
+    lost = [" ".join(slot) for slot in previous_build.slots(previous) if slot not in made]
+    if lost:
+        raise BuildError(
+            f"{build.out} holds {', '.join(lost)} of builds that did not sign with this key, and a build that signs "
+            "keeps only what it can vouch for",
+            hint="build into a new directory; or, if you trust what is there, build without --sign and then sign all "
+            f"of it: ditc sign {build.out} --key KEY.pem",
+        )
+
+
+def _build(build: BuildContext, previous: Manifest | None) -> Manifest:
     """Build all stages and the small files, replace the manifest in one move, then remove files it no longer names."""
     inputs = {name: stage_inputs(build, name) for name in build.plan.stages}
     _check_missing(build, inputs)
@@ -113,8 +140,10 @@ def _build(build: BuildContext) -> Manifest:
     manifest = assemble(build, graphs, engines)
     if build.old is None or digest(manifest) != digest(previous_build.without_digest(build.old)):
         save_manifest(manifest, build.out)
-    manifest = load_manifest(build.out)
-    previous_build.sweep(build.out, build.old, manifest, build.journal)
+    made, manifest = sealed(manifest).digest, load_manifest(build.out)
+    if manifest.digest != made:
+        raise BuildError(f"{build.out / MANIFEST} was changed during the build", hint="build again")
+    previous_build.sweep(build.out, previous, manifest, build.journal)
     return manifest
 
 

@@ -38,7 +38,7 @@ def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifac
     deployed = None
     if graph.artifact.precision in SIXTEEN_BITS:
         deployed = build.adapter.load(build.checkpoint, build.plan, name, build.options)
-    recorded = previous_build.losses_of(build.old, name, build.out)
+    recorded = previous_build.losses_of(build.old, name, build.journal)
     path = golden_path(build.out, name, digest(inputs))
     build.journal.will_write(path)
     write_golden(

@@ -60,7 +60,7 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     build.events.building(name, why)
     started = perf_counter()
     key, quantization = digest(inputs), _quantization(build, name)
-    precision = inputs.precision if quantization is None else build.options.precision
+    precision = graph_precision(build, name)
     path = graph_path(build.out, name, precision, key)
     build.journal.will_write(path, data_path(path), weight_map_path(path), quant_record_path(path))
     with PeakMemory() as memory:
@@ -80,6 +80,13 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     build.journal.write(record)
     build.events.built(name, why, artifact, cost)
     return record
+
+
+def graph_precision(build: BuildContext, name: str) -> Precision:
+    """The precision of the stage's graph."""
+    return (
+        build.plan.stages[name].precision if _quantization(build, name) is None else build.options.precision
+    )
 
 
 def _quantization(build: BuildContext, name: str) -> Quantization | None:

@@ -3,10 +3,14 @@ resumes and a build with nothing to do ends early.
 
 bundle/.build/STAGE-KEY.json      one finished artifact: its inputs, its files, seconds and peak memory
 bundle/.build/request-KEY.json    one finished build: its inputs, and the digest of its manifest
+bundle/.build/NAME-KEY.json.sig   the signature of a record, if the build that made it signs its bundle
 bundle/.build/files.json          the names of the files that builds wrote: only these may a later build remove
 bundle/.build/inputs.json         sha256 of files, with the size, mtime and inode at which it was computed
 bundle/.build/timing.cache        TensorRT's kernel timings
 bundle/.build/lock                held while building; the operating system frees it when the owner dies
+
+Whoever can write into a bundle can write into its journal. So a build that signs believes only records that its own
+key has signed, and no stored hash: nothing that another hand put there gets its signature.
 
 This module does not import torch.
 """
@@ -14,41 +18,53 @@ This module does not import torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import filelock
 
 from ditc.export.build.build_key import FileHashes, digest, explain
 from ditc.export.build.layout import build_folders
-from ditc.export.build.records import EngineRecord, Inputs, Record, StageRecord
+from ditc.export.build.records import EngineRecord, Inputs, Record, RequestRecord, StageRecord
 from ditc.runtime.atomic import output_error, remove_leftovers, write_atomic
 from ditc.runtime.bundle.build_cost import FOLDER, record_path
 from ditc.runtime.bundle.jsondata import from_json, to_json
-from ditc.runtime.bundle.manifest import MANIFEST, FileRef
+from ditc.runtime.bundle.manifest import MANIFEST, FileRef, Manifest
+from ditc.runtime.bundle.signature import is_signed, sign_digest
 from ditc.runtime.errors import BuildError, DitcError, OutputError
 
 R = TypeVar("R", bound=Record)
 A = TypeVar("A", StageRecord, EngineRecord)
 OUTPUT_HINT = "choose another -o directory"
+RECORD_PURPOSE = "ditc build record, sha256 "
 
 
 class Journal:
-    """Records of one bundle's builds."""
+    """Records of one bundle's builds.
 
-    def __init__(self, bundle: Path) -> None:
-        self.bundle, self.folder = bundle, bundle / FOLDER
-        self.hashes = FileHashes(self.folder / "inputs.json")
-        self.timing_cache = self.folder / "timing.cache"
+    Args:
+        key: the private ed25519 key of a build that signs. Records are then signed with it, others are not read, and no
+            hash or timing of earlier builds is used.
+    """
+
+    def __init__(self, bundle: Path, key: Any = None) -> None:
+        self.bundle, self.folder, self._key = bundle, bundle / FOLDER, key
+        self.hashes = FileHashes(self.folder / "inputs.json", remembered=key is None)
+        self.timing_cache = self.folder / "timing.cache" if key is None else None
         self._files = self.folder / "files.json"
 
     def record(self, kind: type[R], name: str, key: str) -> R | None:
-        """The record under the name and key; None if there is none that this version can read."""
-        return _read(kind, record_path(self.bundle, name, key))
+        """The record under the name and key; None if there is none that this version can read, or that counts."""
+        record = self._read(kind, record_path(self.bundle, name, key))
+        # A record may have been copied to another name.
+        if record is None or record.inputs.record_name != name or not digest(record.inputs).startswith(key):
+            return None
+        return record
 
     def record_of(self, kind: type[R], inputs: Inputs) -> R | None:
         """The record of what was made from the inputs, or None."""
@@ -57,7 +73,26 @@ class Journal:
     def write(self, record: Record) -> None:
         """Write a record under the name and digest of its inputs."""
         path = record_path(self.bundle, record.inputs.record_name, digest(record.inputs))
-        write_atomic(path, json.dumps(to_json(record), indent=1, ensure_ascii=False))
+        content = json.dumps(to_json(record), indent=1, ensure_ascii=False).encode()
+        if self._key is not None:
+            write_atomic(_signature_path(path), sign_digest(self._key, RECORD_PURPOSE, _sha256(content)))
+        write_atomic(path, content)
+
+    def counts(self, manifest: Manifest) -> bool:
+        """Whether artifacts of this manifest may stay: for a build that signs, only those of another such build."""
+        records = (self._read(RequestRecord, path) for path in self.folder.glob("request-*.json"))
+        return self._key is None or any(r is not None and r.manifest == manifest.digest for r in records)
+
+    def _read(self, kind: type[R], path: Path) -> R | None:
+        try:
+            content = path.read_bytes()
+            if self._key is not None:
+                signature = _signature_path(path).read_text()
+                if not is_signed(self._key.public_key(), RECORD_PURPOSE, _sha256(content), signature):
+                    return None
+            return from_json(kind, json.loads(content))
+        except (OSError, ValueError, RecursionError):  # from_json raises Mismatch, a ValueError
+            return None
 
     def records(self) -> list[Path]:
         """The paths of all records."""
@@ -96,18 +131,21 @@ class Journal:
         )
         if not earlier:
             return "not built yet"
-        record = _read(kind, earlier[-1])
+        record = self._read(kind, earlier[-1])
+        if record is None and self._key is not None:
+            return "the record of its last build is not signed with this key"
         if record is None:
             return "the record of its last build cannot be read"
         reason = explain(record.inputs, inputs)
         return "its files are missing or damaged" if reason == "nothing changed" else reason
 
 
-def _read(kind: type[R], path: Path) -> R | None:
-    try:
-        return from_json(kind, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):  # from_json raises Mismatch, a ValueError
-        return None
+def _signature_path(record: Path) -> Path:
+    return record.with_name(record.name + ".sig")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

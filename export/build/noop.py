@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from ditc.export.build.build_key import tool_versions
 from ditc.export.build.events import BuildEvent, BuildReport
@@ -27,11 +28,17 @@ from ditc.runtime.sessions.registry import row_of
 SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 
 
-def up_to_date(source: str | Path, out: Path, options: BuildOptions) -> BuildReport | None:
-    """The report of a build that changes nothing; None if there may be something to do."""
+def up_to_date(
+    source: str | Path, out: Path, options: BuildOptions, *, key: Any = None
+) -> BuildReport | None:
+    """The report of a build that changes nothing; None if there may be something to do.
+
+    Args:
+        key: the private key of a build that signs, for which every file is hashed.
+    """
     started = perf_counter()
     checkpoint = Path(source)
-    journal = Journal(out)
+    journal = Journal(out, key)
     if not checkpoint.is_dir() or not journal.folder.is_dir():
         return None
     record = journal.record_of(RequestRecord, request(checkpoint, options, journal))

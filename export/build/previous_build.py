@@ -80,13 +80,13 @@ def in_order(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
     return tuple(sorted(artifacts, key=place))
 
 
-def losses_of(old: Manifest | None, stage: str, bundle: Path) -> dict[str, float]:
+def losses_of(old: Manifest | None, stage: str, journal: Journal) -> dict[str, float]:
     """The errors of 16-bit precisions that the earlier build's golden file records (GoldenInfo.losses)."""
     golden = old.stages[stage].golden if old is not None and stage in old.stages else None
-    if golden is None:
+    if golden is None or not journal.intact(golden):
         return {}
     try:
-        return read_golden(bundle / golden.path).info.losses
+        return read_golden(journal.bundle / golden.path).info.losses
     except BundleError:
         return {}
 
@@ -104,10 +104,10 @@ def dropped(old: Manifest | None, new: Manifest) -> tuple[str, ...]:
     """The artifacts of the old manifest whose stage, precision and backend the new manifest lacks, in words."""
     if old is None:
         return ()
-    kept = set(_slots(new))
+    kept = set(slots(new))
     return tuple(
         f"{stage} {precision} ({backend})"
-        for stage, precision, backend in _slots(old)
+        for stage, precision, backend in slots(old)
         if (stage, precision, backend) not in kept
     )
 
@@ -134,7 +134,8 @@ def _is_file_of_a_build(bundle: Path, name: PurePosixPath) -> bool:
     return not (bundle / name.parts[0]).is_symlink() and (os.path.isfile(path) or os.path.islink(path))  # noqa: PTH113, PTH114
 
 
-def _slots(manifest: Manifest) -> list[tuple[str, str, str]]:
+def slots(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Stage, precision and backend of every artifact."""
     return [
         (name, artifact.precision.value, artifact.backend.value)
         for name, stage in manifest.stages.items()

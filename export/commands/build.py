@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sign",
         type=Path,
         metavar="KEY.pem",
-        help="Sign the bundle with the ed25519 private key in this file (default: no signature).",
+        help="Sign the bundle with the ed25519 private key in this file. Of earlier builds, only what this key has "
+        "signed is then reused (default: no signature).",
     )
     parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
 
@@ -147,16 +148,17 @@ def run(arguments: argparse.Namespace) -> int:
     options = build_options(arguments)
     check_device(arguments.device)
     select_gpu(arguments.device)
+    key = None
     if arguments.sign is not None:
         from ditc.runtime.bundle.signature import load_private_key
 
-        load_private_key(arguments.sign)  # an unusable key is refused before the build, not after it
-    report = up_to_date(arguments.checkpoint, arguments.output, options)
+        key = load_private_key(arguments.sign)  # an unusable key is refused before the build, not after it
+    report = up_to_date(arguments.checkpoint, arguments.output, options, key=key)
     if report is not None:  # nothing to do: torch, whose import takes seconds, is not needed
         for event in report.events:
             sys.stderr.write(_line(event) + "\n")
     else:
-        report = _build(arguments.checkpoint, arguments.output, options)
+        report = _build(arguments.checkpoint, arguments.output, options, key)
     if options.quantized:
         from ditc.export.commands import quantization
 
@@ -164,9 +166,11 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stderr.write(line + "\n")
     _print(report, as_json=arguments.json)
     if arguments.sign is not None:
+        from ditc.runtime.bundle.integrity import check_bundle
         from ditc.runtime.bundle.signature import sign
 
-        sign(report.bundle, arguments.sign)
+        check_bundle(report.bundle, report.manifest)  # what is signed is what is on the disk
+        sign(report.bundle, arguments.sign, report.manifest)
     return 0
 
 
@@ -191,7 +195,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
+def _build(checkpoint: str, output: Path, options: BuildOptions, key: Any) -> BuildReport:
     from rich.console import Console
 
     from ditc.export.build.builder import build_bundle
@@ -209,7 +213,7 @@ def _build(checkpoint: str, output: Path, options: BuildOptions) -> BuildReport:
             else:
                 console.print(_line(event))
 
-        return build_bundle(checkpoint, output, options, on_event=on_event)
+        return build_bundle(checkpoint, output, options, key=key, on_event=on_event)
 
 
 def _line(event: BuildEvent) -> str:

@@ -1,7 +1,8 @@
-"""ed25519 signatures, which show who built a bundle. The digest of the manifest shows only that nothing is damaged.
+"""ed25519 signatures, which show who built or tested a bundle. A digest shows only that nothing is damaged.
 
-`manifest.sig` beside the manifest is a signature of its digest, which covers the hashes of all files. Signing and
-checking need the package `cryptography` (`pip install "ditc[sign]"`).
+`manifest.sig` beside the manifest is a signature of its digest, which covers the hashes of all files. The records of a
+certificate carry signatures of their own. Signing and checking need the package `cryptography`
+(`pip install "ditc[sign]"`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, UsageError
 
 SIGNATURE = "manifest.sig"
-# The signed message begins with its purpose, so that no signature that was made for something else is valid here.
-_PURPOSE = b"ditc bundle manifest, sha256 "
+# A signed message begins with its purpose, so that no signature that was made for one thing is valid for another.
+MANIFEST_PURPOSE = "ditc bundle manifest, sha256 "
+RECORD_PURPOSE = "ditc certificate record, sha256 "
 
 
-def sign(bundle: Path, private_key: Path) -> Path:
+def sign(bundle: Path, private_key: Path, manifest: Manifest | None = None) -> Path:
     """Sign the bundle's manifest with an ed25519 private key (a PEM file), and return the path of the signature.
+
+    Args:
+        manifest: what is signed, if the caller has checked it; the file could have been exchanged since. None reads it.
 
     Raises:
         BundleError: the manifest is missing or damaged.
@@ -28,11 +33,11 @@ def sign(bundle: Path, private_key: Path) -> Path:
         OutputError: the signature cannot be written.
         MissingExtra: the package cryptography is not installed.
     """
-    manifest, key = load_manifest(bundle), load_private_key(private_key)
+    manifest, key = manifest or load_manifest(bundle), load_private_key(private_key)
     record = {
         "algorithm": "ed25519",
         "digest": manifest.digest,
-        "signature": key.sign(_message(manifest)).hex(),
+        "signature": sign_digest(key, MANIFEST_PURPOSE, manifest.digest),
     }
     return write_atomic(bundle / SIGNATURE, json.dumps(record) + "\n", hint="sign a copy of the bundle")
 
@@ -63,36 +68,56 @@ def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:
         UsageError: the key cannot be read.
         MissingExtra: the package cryptography is not installed.
     """
-    ed25519, serialization = _library()
-    key = _read(public_key, serialization.load_pem_public_key)
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise UsageError(f"{public_key} is not an ed25519 public key", hint=_MAKE_KEY)
+    key = load_public_key(public_key)
     path = bundle / SIGNATURE
     hint = "do not run it, or sign it yourself: ditc sign BUNDLE --key KEY.pem"
     if not path.is_file():
         raise BundleError(f"{bundle} is not signed: it has no {SIGNATURE}", hint=hint)
     try:
-        signature = bytes.fromhex(json.loads(path.read_bytes())["signature"])
+        signature = str(json.loads(path.read_bytes())["signature"])
+        bytes.fromhex(signature)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise BundleError(f"{path} is not a signature: {type(e).__name__}", hint=hint) from e
-    from cryptography.exceptions import InvalidSignature
-
-    try:
-        key.verify(signature, _message(manifest))
-    except InvalidSignature as e:
+    if not is_signed(key, MANIFEST_PURPOSE, manifest.digest, signature):
         raise BundleError(
             f"{bundle}: {SIGNATURE} does not match {public_key.name} and the manifest {manifest.digest[:12]}",
             hint=hint,
-        ) from e
+        )
+
+
+def load_public_key(path: Path) -> Any:
+    """Read an ed25519 public key from a PEM file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no such key.
+        MissingExtra: the package cryptography is not installed.
+    """
+    ed25519, serialization = _library()
+    key = _read(path, serialization.load_pem_public_key)
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UsageError(f"{path} is not an ed25519 public key", hint=_MAKE_KEY)
+    return key
+
+
+def sign_digest(private_key: Any, purpose: str, digest: str) -> str:
+    """The signature of a digest, made for one purpose, in hexadecimal digits."""
+    return str(private_key.sign((purpose + digest).encode()).hex())
+
+
+def is_signed(public_key: Any, purpose: str, digest: str, signature: str) -> bool:
+    """Whether the owner of the key made this signature of the digest for this purpose."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public_key.verify(bytes.fromhex(signature), (purpose + digest).encode())
+    except (InvalidSignature, ValueError):  # ValueError: no hexadecimal digits
+        return False
+    return True
 
 
 _MAKE_KEY = (
     "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem"
 )
-
-
-def _message(manifest: Manifest) -> bytes:
-    return _PURPOSE + manifest.digest.encode()
 
 
 def _library() -> tuple[Any, Any]:

@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     load_private_key(arguments.key)
     check_writable(arguments.bundle / SIGNATURE, "bundle: sign a copy of it")
     check_bundle(arguments.bundle, manifest)
-    sys.stdout.write(f"{sign(arguments.bundle, arguments.key)}\n")
+    sys.stdout.write(f"{sign(arguments.bundle, arguments.key, manifest)}\n")
     return 0
