@@ -30,6 +30,7 @@ class Context:
         eight_bit_budget: relative L2 error allowed for int8 and fp8 at the levels stage, step and trajectory; None
             judges them by the precision baseline.
         with_upstream: whether unmodified upstream, diffusers for most families, is a second reference.
+        loosened: whether the budget has allowed more somewhere than the tolerance table does.
         tick: called with a short description whenever a unit of work is done.
     """
 
@@ -39,6 +40,7 @@ class Context:
     with_upstream: bool = True
     saved_reference: SavedReference | None = None
     eight_bit_budget: float | None = None
+    loosened: bool = False
     tick: Progress = lambda text: None
     evidence: Evidence = field(default_factory=Evidence)
     _upstream: Upstream | None = None
@@ -159,7 +161,11 @@ class Context:
             pytorch: the precision baseline's error against fp32 on the same input.
         """
         precision = self.candidate.precision(stage)
-        return limit(level, metric, precision, pytorch=pytorch, budget=self.eight_bit_budget)
+        found = limit(level, metric, precision, pytorch=pytorch, budget=self.eight_bit_budget)
+        usual = limit(level, metric, precision, pytorch=pytorch)
+        if found is not None and found != usual:
+            self.loosened |= usual is None or found.bound > usual.bound
+        return found
 
     def close(self) -> None:
         """Release all weights and the candidate's sessions."""

@@ -33,7 +33,8 @@ class LoadOptions:
             the fastest one. The process then sees only this GPU, so it must be named before CUDA starts.
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
         require_signature: file with the ed25519 public key (PEM) whose owner must have signed the bundle.
-        require_certificate: refuse artifacts that parity has not proven for this machine.
+        require_certificate: refuse artifacts that parity has not proven for this machine. Together with
+            require_signature, only results count that the owner of that key has signed.
         self_test: run every stage on its golden inputs before its first use on this machine, unless builds run their
             graphs on such a device.
 
@@ -178,7 +179,8 @@ def _arguments() -> dict[str, dict[str, Any]]:
         },
         "require_certificate": {
             "action": "store_true",
-            "help": "Refuse artifacts that parity has not proven for this machine (default: only warn).",
+            "help": "Refuse artifacts that parity has not proven for this machine. With --require-signature, only "
+            "results count that the owner of that key has signed (default: only warn).",
         },
         "self_test": {
             "action": "store_false",

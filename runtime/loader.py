@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ditc.runtime.bundle.certification import Certification, check_certified, find_certification
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.bundle.signature import check_signature
@@ -39,6 +40,7 @@ class Parts:
     Attributes:
         chosen: the chosen backend and precision, and the reason, in one line.
         artifacts: the artifact that each stage runs.
+        certification: what the bundle's certificate says about these artifacts on this machine.
         device: the GPU that the engines share; None if no stage runs an engine.
     """
 
@@ -47,14 +49,16 @@ class Parts:
     conditioning: Conditioning
     chosen: str
     artifacts: dict[str, Artifact]
+    certification: Certification
     device: Device | None = None
 
 
 def load_parts(bundle: Path, options: LoadOptions) -> Parts:
-    """Load everything that a Pipeline is made of. The caller checks the certificate and runs the self-test.
+    """Load everything that a Pipeline is made of. The caller runs the self-test, which may be what a certificate lacks.
 
     Raises:
-        BundleError: a file is damaged or does not belong to the bundle.
+        BundleError: a file is damaged or does not belong to the bundle, or a certificate is required and parity has
+            not proven the artifacts on any machine.
         UsageError: nothing in the bundle fits this machine and the options, or the GPU that they name is not used.
         SessionError: a stage cannot be opened, or CUDA has already started on another GPU.
     """
@@ -65,6 +69,9 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     select_gpu(options.device)
     chosen, reason = choose(manifest, options)
     log.info("%s", reason)
+    certification = find_certification(bundle, manifest, chosen, options.require_signature)
+    if options.require_certificate:
+        check_certified(bundle, certification.why_unproven())
     check_files(bundle, _files(manifest, chosen.values()))
     tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
     device = open_device() if any(row_of(a.backend).same_gpu for a in chosen.values()) else None
@@ -75,7 +82,7 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
     conditioning = Conditioning(encoders, sessions[CONDITIONER], key=key)
-    return Parts(manifest, sessions, conditioning, reason, chosen, device)
+    return Parts(manifest, sessions, conditioning, reason, chosen, certification, device)
 
 
 def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:

@@ -121,7 +121,7 @@ class Pipeline:
             UsageError: an option is wrong.
             NumericsError: the self-test failed.
         """
-        from ditc.runtime.bundle.certificate import check_certified
+        from ditc.runtime.bundle.certification import check_certified
         from ditc.runtime.bundle.fetch import local_bundle
         from ditc.runtime.bundle.selftest import first_use
         from ditc.runtime.loader import load_parts
@@ -131,11 +131,15 @@ class Pipeline:
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device
         try:
-            if options.self_test:
-                first_use(bundle, parts.manifest, parts.sessions, parts.artifacts)
-            pipeline.uncertified = check_certified(
-                bundle, parts.manifest, parts.artifacts, required=options.require_certificate
+            required = options.require_certificate
+            tested = (
+                first_use(bundle, parts.certification, parts.sessions, required=required)
+                if options.self_test
+                else None
             )
+            pipeline.uncertified = parts.certification.why_uncertified(tested)
+            if required:
+                check_certified(bundle, pipeline.uncertified)
         except BaseException:
             pipeline.close()
             raise

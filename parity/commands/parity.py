@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from ditc.runtime.tolerances import Level
 if TYPE_CHECKING:
     from ditc.parity.cases import SavedReference, Settings
     from ditc.parity.context import Context
-    from ditc.parity.results import Report
     from ditc.runtime.bundle.manifest import Manifest
 
 
@@ -81,7 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="REL_L2",
         help="Relative L2 error, without a unit, that 8-bit stages may have at the levels stage, step and trajectory "
-        "(default: a multiple of the error of PyTorch with the recorded plan).",
+        "(default: a multiple of the error of PyTorch with the recorded plan). A result with a budget that allows more "
+        "is not enough for --require-certificate.",
+    )
+    parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY.pem",
+        help="Sign the result in certificate.json with the ed25519 private key in this file (default: no signature).",
     )
     parser.add_argument(
         "--html",
@@ -130,18 +137,22 @@ def run(arguments: argparse.Namespace) -> int:
         DitcError: the input is bad; the exit code is then 2.
     """
     from ditc.parity.candidate import check_bundle
+    from ditc.parity.certify import certify
     from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
     from ditc.parity.reference.saved import read_reference, save_reference
     from ditc.parity.report.page import write_page
     from ditc.parity.report.text import to_json, to_text
     from ditc.parity.run import run_parity
+    from ditc.runtime.bundle.signature import load_private_key
 
     if (arguments.against is None) == (arguments.reference is None):
         raise UsageError(
             "parity needs exactly one reference: a checkpoint or a saved file",
             hint="use ditc parity BUNDLE --against CHECKPOINT, or --reference FILE",
         )
+    _check_judging(arguments)
+    private_key = None if arguments.sign is None else load_private_key(arguments.sign)
     folder = arguments.save_polygraphy
     script = None if folder is None else folder / SCRIPT
     places = {
@@ -171,7 +182,9 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(to_text(report))
     if arguments.html is not None:
         write_page(arguments.html, report)
-    _certify(arguments, context, report)
+    # A run without some levels does not prove the bundle.
+    if not arguments.level and context.candidate.artifacts:
+        certify(arguments.bundle, context, report, private_key)
     if arguments.save_reference is not None:
         save_reference(arguments.save_reference, context)
     if folder is not None:
@@ -180,25 +193,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _certify(arguments: argparse.Namespace, context: Context, report: Report) -> None:
-    """Write the result into certificate.json, unless levels were left out: such a run does not prove the bundle."""
-    from ditc.parity.report.text import certificate_lines
-    from ditc.runtime.bundle.certificate import add_record, load_certificate, record
-    from ditc.runtime.machine import this_machine
-
-    if arguments.level or not context.candidate.artifacts:
-        return
-    manifest = context.candidate.manifest
-    reference = {key: str(value) for key, value in report.subject.items() if key in ("checkpoint", "weights")}
-    result = record(report.passed, certificate_lines(report), reference)
-    entries, here = (
-        load_certificate(arguments.bundle, manifest).of(context.candidate.artifacts),
-        this_machine(),
-    )
-    known = next((entry.parity for entry in entries if entry.machine == here), None)
-    if known is not None and known.passed and result.passed and known.checked > result.checked:
-        return  # a run with a reference file shows less than the one with the checkpoint did
-    add_record(arguments.bundle, manifest, context.candidate.artifacts, parity=result)
+def _check_judging(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if an option that decides about the verdict or the certificate has no meaning."""
+    budget = arguments.budget
+    if budget is not None and not 0 < budget < math.inf:
+        raise UsageError(f"--budget is {budget}", hint="use a relative L2 error above 0, such as 0.05")
+    if arguments.sign is not None and arguments.level:
+        raise UsageError(
+            "a run of some levels is not written into the certificate, so there is nothing to sign",
+            hint="leave out --level or --sign",
+        )
 
 
 def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:

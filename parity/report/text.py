@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ditc.parity.results import Report, Result, Verdict, verdict_of
@@ -13,6 +14,9 @@ MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not c
 SHOWN_CULPRITS = 3
 # The metric that stands for a level with several metrics: the best known one.
 MAIN = {Level.PICTURE: Metric.PSNR}
+# The PSNR of equal pictures in a certificate, as JSON has no infinity. Pictures that differ in the last bit of an fp32
+# value have about 150 dB.
+EQUAL_DB = 200.0
 
 
 def to_text(report: Report) -> str:
@@ -61,13 +65,24 @@ def certificate_lines(report: Report) -> tuple[Line, ...]:
                 Line(
                     name=level.value,
                     metric=shown.metric.value,
-                    value=_finite(shown.value),
+                    value=_finite(_written(shown)),
                     bound=shown.bound,
                     passed=passed,
-                    detail=f"{shown.stage}: {shown.what}",
+                    detail=f"{shown.stage}: {shown.what}{_left_out(results)}",
                 )
             )
     return tuple(lines)
+
+
+def _written(result: Result) -> float | None:
+    """A value as certificates have it."""
+    return EQUAL_DB if result.metric is Metric.PSNR and result.value == math.inf else result.value
+
+
+def _left_out(results: Sequence[Result]) -> str:
+    """How many of a level's comparisons were not checked, which a level that passes as a whole would hide."""
+    count = sum(result.verdict is Verdict.NOT_CHECKED for result in results)
+    return f"; {count} of {len(results)} comparisons not checked" if count else ""
 
 
 def number(value: float | None, metric: Metric) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ditc.runtime.bundle.certificate import Certificate
+from ditc.runtime.bundle.certificate import Certificate, Record
+from ditc.runtime.bundle.certification import why_weak
 from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.hub import HubId
 
@@ -39,12 +40,22 @@ def model_card(manifest: Manifest, certificate: Certificate, hub_id: HubId) -> s
                 f"| {_text(name)} | {artifact.precision.value} | {artifact.backend.value} | {size:.1f} |"
             )
     results = [
-        f"- {kind} {'passed' if found.passed else 'FAILED'} on {found.date}: {_text(str(entry.machine))}"
+        f"- {kind} {_verdict(found)} on {found.date}: {_text(str(entry.machine))}{_but(found, manifest)}"
         for entry in certificate.entries
         for kind, found in (("parity with the checkpoint", entry.parity), ("the self-test", entry.self_test))
         if found is not None
     ]
     return "\n".join([*lines, "", *(results or ["Parity with the checkpoint has not been measured."]), ""])
+
+
+def _verdict(found: Record) -> str:
+    return "FAILED" if found.failed else "passed" if found.passed else "checked nothing"
+
+
+def _but(found: Record, manifest: Manifest) -> str:
+    """What keeps a result of parity from being a proof."""
+    weak = why_weak(found, manifest) if found.settings is not None and not found.failed else ""
+    return f" ({_text(weak)})" if weak else ""
 
 
 def _text(value: str) -> str:

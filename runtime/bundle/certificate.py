@@ -1,12 +1,15 @@
 """certificate.json: what parity and self-tests have shown about a bundle.
 
-    {"manifest": digest, "entries": [
+    {"schema_version": 2, "manifest": digest of the manifest, "entries": [
         {"artifact_set": ..., "artifacts": {stage: sha256}, "machine": {...},
-         "parity": {...} or null, "self_test": {...} or null}]}
+         "parity": {...} or null, "self_test": {...} or null}], "digest": ...}
 
 It is a file of its own because the manifest never changes after the build. There is one entry per artifact set and
 machine. Parity needs the checkpoint and PyTorch. A self-test needs only the bundle, and extends a parity result to
-another machine. A certificate with the digest of another manifest is ignored.
+another machine. What counts as proof is decided in `certification.py`, from the lines and settings of the records.
+
+Its own digest reveals damage and careless edits. Whoever can write a certificate can also compute its digest; the
+signature of a record is what shows whose word it is.
 
 Drawing does not need the file. If it is damaged or cannot be written, a warning says so and the work goes on. It is
 replaced as a whole, so several machines may share it. Of two that write at the same moment, one may lose its record.
@@ -17,25 +20,39 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.jsondata import digest_of, from_json, serialize, to_json
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import BundleError, OutputError
 from ditc.runtime.machine import Machine, library_versions, this_machine
+from ditc.runtime.tolerances import Metric, table_digest
 
 log = logging.getLogger(__name__)
 
 CERTIFICATE = "certificate.json"
+# Version 1 had no digest of its own, and its records did not name the settings that decide what they prove.
+SCHEMA_VERSION = 2
+# One entry has about 5 kB. A file of another size is not read into memory.
+MAX_BYTES = 64 * 1024**2
+RENEW = "remove it; ditc parity BUNDLE --against CHECKPOINT and ditc verify BUNDLE --run write a new one"
+
+Kind = Literal["parity", "self_test"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """The worst comparison of one level (parity) or of one stage (self-test). passed is None if it was not checked."""
+    """The worst comparison of one level (parity) or of one stage (self-test). passed is None if it was not checked.
+
+    Raises:
+        ValueError: it claims to have passed, but its value does not keep its bound.
+    """
 
     name: str
     metric: str
@@ -44,23 +61,71 @@ class Line:
     passed: bool | None
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        if self.passed and not self._keeps_its_bound():
+            raise ValueError(
+                f"{self.name} is said to have passed, but {self.metric} {self.value} does not keep {self.bound}"
+            )
+
+    def _keeps_its_bound(self) -> bool:
+        if self.value is None or self.bound is None or not math.isfinite(self.bound):
+            return False
+        return self.value >= self.bound if Metric(self.metric).at_least else 0.0 <= self.value <= self.bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParitySettings:
+    """What a run of parity drew and how it judged. These settings decide what its result proves.
+
+    Attributes:
+        upstream: the second reference, such as diffusers; "" if the run did without one.
+        height, width: the size of the pictures in pixels.
+        budget: the relative L2 error that the user allowed for 8-bit stages; None if the tolerance table decided.
+        loosened: whether the budget allowed more than the tolerance table does.
+    """
+
+    levels: tuple[str, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    upstream: str
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    budget: float | None = None
+    loosened: bool = False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One run of parity or of the self-test.
 
     Attributes:
-        passed: whether the run passed as a whole.
         date: when it ran, in UTC, as ISO 8601.
         tools: the versions of the libraries that it ran with.
         reference: what the bundle was compared with.
+        tolerances: the hash of the tolerance table that it was judged by.
+        settings: of a run of parity; None for a self-test, which has no choices.
+        signature: an ed25519 signature of `statement`, in hexadecimal digits; "" if nobody signed it.
     """
 
-    passed: bool
     lines: tuple[Line, ...]
     date: str
     tools: dict[str, str]
     reference: dict[str, str]
+    tolerances: str
+    settings: ParitySettings | None = None
+    signature: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a line failed."""
+        return any(line.passed is False for line in self.lines)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was checked, and nothing failed."""
+        return not self.failed and self.checked > 0
 
     @property
     def checked(self) -> int:
@@ -88,8 +153,15 @@ class Entry:
 class Certificate:
     """The content of certificate.json. `manifest` is the digest of the manifest that it belongs to."""
 
+    schema_version: int = SCHEMA_VERSION
     manifest: str
     entries: tuple[Entry, ...] = ()
+    digest: str = ""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether an earlier version of ditc wrote it, without the settings of its runs. It then has no entries."""
+        return self.schema_version < SCHEMA_VERSION
 
     def of(self, artifacts: Mapping[str, Artifact]) -> tuple[Entry, ...]:
         """The entries of exactly these artifacts, on all machines."""
@@ -114,26 +186,62 @@ class Certificate:
 def load_certificate(bundle: Path, manifest: Manifest) -> Certificate:
     """Read the bundle's certificate. It is empty if there is no file, or if the file belongs to another manifest.
 
-    It is also empty, with a warning, if the file is damaged or cannot be read.
+    It is also empty, with a warning, if the file was changed or cannot be read.
     """
-    path, empty = bundle / CERTIFICATE, Certificate(manifest=manifest.digest)
-    if not path.is_file():
-        return empty
+    empty = Certificate(manifest=manifest.digest)
     try:
-        certificate = from_json(Certificate, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as e:  # Mismatch is a ValueError
-        log.warning("%s is ignored, because it is not a certificate: %s", path, e)
+        certificate = read_certificate(bundle)
+    except BundleError as e:
+        log.warning("%s; it is ignored", e)
         return empty
-    return certificate if certificate.manifest == manifest.digest else empty
+    return empty if certificate is None or certificate.manifest != manifest.digest else certificate
+
+
+def read_certificate(bundle: Path) -> Certificate | None:
+    """Read certificate.json, whichever manifest it belongs to; None if there is none.
+
+    Raises:
+        BundleError: the file was changed after it was written, is damaged, or is of a newer version of ditc.
+    """
+    path = bundle / CERTIFICATE
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
+        content = path.read_bytes()
+        data = json.loads(content)
+        if isinstance(data, dict) and data.keys() == {"manifest", "entries"}:
+            return Certificate(schema_version=1, manifest=str(data["manifest"]))
+        _check_unchanged(path, data, content)
+        return from_json(Certificate, data)
+    # Mismatch, and the errors of texts without an encoding, are ValueErrors; huge numbers give an OverflowError.
+    except (OSError, ValueError, OverflowError, RecursionError) as e:
+        raise BundleError(f"{path} is not a certificate: {e}", hint=RENEW) from e
+
+
+def _check_unchanged(path: Path, data: object, content: bytes) -> None:
+    """Raise BundleError unless the digest fits the content, and the bytes are those that ditc writes."""
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} is not a certificate: it is no JSON object", hint=RENEW)
+    version = data.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}, but this version of ditc reads {SCHEMA_VERSION}",
+            hint="update ditc",
+        )
+    if data.get("digest") != digest_of({**data, "digest": ""}) or serialize(data) != content:
+        raise BundleError(f"{path} was changed after ditc wrote it: its digest does not fit", hint=RENEW)
 
 
 def save_certificate(bundle: Path, certificate: Certificate) -> Path:
-    """Write certificate.json.
+    """Write certificate.json, with its digest.
 
     Raises:
         OutputError: the bundle cannot be written to.
     """
-    text = json.dumps(to_json(certificate), indent=1, ensure_ascii=False) + "\n"
+    data = to_json(replace(certificate, schema_version=SCHEMA_VERSION, digest=""))
+    text = serialize({**data, "digest": digest_of(data)})
     return write_atomic(bundle / CERTIFICATE, text, hint="make the bundle's folder writable")
 
 
@@ -154,49 +262,33 @@ def add_record(
         log.warning("the result of %s is not kept, so it has to run again here: %s (%s)", kind, e, e.hint)
 
 
-def record(passed: bool, lines: tuple[Line, ...], reference: Mapping[str, str] | None = None) -> Record:
+def record(
+    lines: tuple[Line, ...],
+    reference: Mapping[str, str] | None = None,
+    settings: ParitySettings | None = None,
+) -> Record:
     """Make a record with the current time and the versions of this machine's libraries."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     return Record(
-        passed=passed, lines=lines, date=now, tools=library_versions(), reference=dict(reference or {})
+        lines=lines,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        tools=library_versions(),
+        reference=dict(reference or {}),
+        tolerances=table_digest(),
+        settings=settings,
     )
 
 
-def why_uncertified(certificate: Certificate, artifacts: Mapping[str, Artifact]) -> str:
-    """Why these artifacts are not certified for this machine; "" if they are.
+def statement(manifest: str, artifacts: str, machine: Machine, kind: Kind, made: Record) -> str:
+    """What the signature of a record signs: the hash of the record and of everything that it is about.
 
-    They are certified if parity has passed for exactly these files on some machine, and parity or the self-test has
-    passed for them on this machine.
+    Args:
+        manifest: the digest of the manifest.
+        artifacts: the hash of all files of the artifacts.
     """
-    entries, here = certificate.of(artifacts), this_machine()
-    broken = [e for e in entries for r in (e.parity, e.self_test) if r is not None and not r.passed]
-    if any(entry.machine == here for entry in broken):
-        return "parity or the self-test of these artifacts failed on this machine"
-    proven = [entry for entry in entries if entry.parity is not None and entry.parity.passed]
-    if not proven:
-        return "there is no parity result for these artifacts: run ditc parity BUNDLE --against CHECKPOINT"
-    tested = any(e.machine == here and e.self_test is not None and e.self_test.passed for e in entries)
-    if tested or any(entry.machine == here for entry in proven):
-        return ""
-    return (
-        f"parity has passed only on another machine ({proven[0].machine}): run ditc verify BUNDLE --run here"
-    )
-
-
-def check_certified(
-    bundle: Path, manifest: Manifest, artifacts: Mapping[str, Artifact], *, required: bool
-) -> str:
-    """Read the bundle's certificate, and say why it does not certify the artifacts; "" if it does.
-
-    Raises:
-        BundleError: the artifacts are not certified, and `required` is set.
-    """
-    why = why_uncertified(load_certificate(bundle, manifest), artifacts)
-    if why and required:
-        raise BundleError(
-            f"{bundle} is not certified: {why}", hint="run it without --require-certificate to accept that"
-        )
-    return why
+    # As a file gives it back: a whole number in a field for fractions is read as a fraction.
+    made = from_json(Record, to_json(replace(made, signature="")))
+    about = {"manifest": manifest, "artifact_set": artifacts, "machine": to_json(machine), "kind": kind}
+    return digest_of({**about, "record": to_json(made)})
 
 
 def artifact_set(artifacts: Mapping[str, Artifact]) -> str:

@@ -9,6 +9,7 @@ stride-th value of an output is stored. A conditioning tensor of 50 MB takes 100
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,21 @@ def read_golden(path: Path) -> Golden:
         info = from_json(GoldenInfo, json.loads(metadata[METADATA]))
         inputs = {name: np.resize(tensors[f"in.{name}"], shape) for name, shape in info.inputs.items()}
         outputs = {name: tensors[f"out.{name}"] for name in info.outputs}
+        _check_consistent(info, outputs)
     except (ValueError, KeyError) as e:
         raise BundleError(f"{path} holds no golden values: {e}", hint="rebuild the bundle") from e
     return Golden(info, inputs, outputs)
+
+
+def _check_consistent(info: GoldenInfo, outputs: Mapping[str, Array]) -> None:
+    """Raise ValueError unless the outputs have the stored number of values, and the errors are errors."""
+    for name, array in outputs.items():
+        size, stride = math.prod(info.outputs[name]), info.strides[name]
+        if stride < 1 or array.size != -(-size // stride):
+            raise ValueError(f"{name} has {array.size} values of {size} with a stride of {stride}")
+    for precision, loss in info.losses.items():
+        if not 0 <= loss < math.inf:
+            raise ValueError(f"the error of PyTorch in {precision} is {loss}")
 
 
 def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) -> Line:
@@ -80,9 +93,11 @@ def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) 
         return Line(
             name=stage, metric=Metric.RELATIVE_L2, value=None, bound=None, passed=False, detail=str(e)
         )
+    if why := _why_not_comparable(session, golden):
+        return Line(name=stage, metric=Metric.RELATIVE_L2, value=None, bound=None, passed=None, detail=why)
     worst, detail = 0.0, ""
-    for name, wanted in golden.outputs.items():
-        array = widened(to_numpy(got[name]))
+    for name in (spec.name for spec in session.spec.outputs):
+        array, wanted = widened(to_numpy(got[name])), golden.outputs[name]
         if array.shape != golden.info.outputs[name] or not np.isfinite(array).all():
             problem = (
                 f"{name} has NaN or Inf"
@@ -96,6 +111,14 @@ def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) 
         if error >= worst:
             worst, detail = error, name
     return _compare_with_tolerance(stage, worst, detail, session, artifact, golden)
+
+
+def _why_not_comparable(session: Session, golden: Golden) -> str:
+    """Why the golden outputs cannot show that the stage is right; "" if they can."""
+    if lacking := [spec.name for spec in session.spec.outputs if spec.name not in golden.outputs]:
+        return f"the golden file has no values of {', '.join(lacking)}"
+    unusable = [name for name, array in golden.outputs.items() if not np.isfinite(array).all()]
+    return f"the golden values of {unusable[0]} have NaN or Inf" if unusable else ""
 
 
 def _compare_with_tolerance(

@@ -1,8 +1,13 @@
-"""Frozen dataclasses to JSON and back. Unknown, missing and wrongly typed fields are refused with their path."""
+"""Frozen dataclasses to JSON and back. Unknown, missing and wrongly typed fields are refused with their path.
+
+A file that carries a digest of its own has it in the field "digest": the hash of all other fields, with this one empty.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import types
 import typing
 from enum import StrEnum
@@ -33,6 +38,16 @@ def from_json(kind: type[T], data: Any, path: str = "$") -> T:
         Mismatch: a field is unknown, missing or of another type.
     """
     return typing.cast(T, _decode(kind, data, path))
+
+
+def serialize(data: object) -> bytes:
+    """The bytes of a JSON file as ditc writes it. One with a digest must have exactly these."""
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of(data: object) -> str:
+    """The hash of parsed JSON, whatever its spaces and the order of its fields."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _decode(kind: Any, data: Any, path: str) -> Any:

@@ -10,7 +10,6 @@ bundle/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.bundle.jsondata import Mismatch, digest_of, from_json, serialize, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Backend, Precision, StageSpec
@@ -199,12 +198,12 @@ class Manifest:
 
 def sealed(manifest: Manifest) -> Manifest:
     """The manifest, sealed: its `digest` is set to the hash of all other fields."""
-    return replace(manifest, digest=_digest(to_json(replace(manifest, digest=""))))
+    return replace(manifest, digest=digest_of(to_json(replace(manifest, digest=""))))
 
 
 def save_manifest(manifest: Manifest, bundle: Path) -> Path:
     """Seal the manifest and write manifest.json."""
-    return write_atomic(bundle / MANIFEST, _serialize(to_json(sealed(manifest))))
+    return write_atomic(bundle / MANIFEST, serialize(to_json(sealed(manifest))))
 
 
 def load_manifest(bundle: Path) -> Manifest:
@@ -232,11 +231,11 @@ def load_manifest(bundle: Path) -> Manifest:
             f"{path} has schema version {version!r}, but this version of ditc reads {SCHEMA_VERSION}",
             hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
         )
-    if data.get("digest") != _digest({**data, "digest": ""}):
+    if data.get("digest") != digest_of({**data, "digest": ""}):
         raise BundleError(
             f"{path} was changed after the build: its digest does not match its content", hint=rebuild
         )
-    if _serialize(data) != content:  # the digest is a hash of the values, and does not show a changed space
+    if serialize(data) != content:  # the digest is a hash of the values, and does not show a changed space
         raise BundleError(
             f"{path} was changed after the build: its bytes are not what ditc writes", hint=rebuild
         )
@@ -276,11 +275,3 @@ def check_inside(path: str) -> None:
             f"the manifest names {path!r}, which is not a plain path inside the bundle",
             hint="do not use this bundle",
         )
-
-
-def _serialize(data: object) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _digest(data: object) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ditc.runtime.bundle.card import model_card
-from ditc.runtime.bundle.certificate import CERTIFICATE, load_certificate
+from ditc.runtime.bundle.certificate import CERTIFICATE, load_certificate, read_certificate
 from ditc.runtime.bundle.integrity import check_bundle, file_ref
 from ditc.runtime.bundle.manifest import MANIFEST, FileRef, load_manifest
 from ditc.runtime.bundle.signature import SIGNATURE
@@ -87,7 +87,11 @@ def push(
 
 
 def _beside(bundle: Path, digest: str) -> list[FileRef]:
-    """Signature and certificate, each if it is there and about this manifest."""
+    """Signature and certificate, each if it is there and about this manifest.
+
+    Raises:
+        BundleError: one is of another manifest, or the certificate was changed after it was written.
+    """
     found = []
     for name, key in ((SIGNATURE, "digest"), (CERTIFICATE, "manifest")):
         path = bundle / name
@@ -96,6 +100,8 @@ def _beside(bundle: Path, digest: str) -> list[FileRef]:
         except (ValueError, KeyError, TypeError, RecursionError):
             fits = False
         if fits:
+            if name == CERTIFICATE:
+                read_certificate(bundle)
             found.append(file_ref(path, bundle))
         elif path.exists():
             raise BundleError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ditc.runtime.bundle.certificate import Line, Record, add_record, load_certificate, record
+from ditc.runtime.bundle.certificate import Line, Record, add_record, record
+from ditc.runtime.bundle.certification import Certification
 from ditc.runtime.bundle.golden import read_golden, self_test
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import NumericsError
-from ditc.runtime.machine import this_machine
 from ditc.runtime.session import Session
 
 
@@ -39,37 +39,39 @@ def run_self_test(
             lines.append(_without_golden(name))
             continue
         lines.append(self_test(name, sessions[name], artifact, read_golden(bundle / golden.path)))
-    passed = all(line.passed is not False for line in lines) and any(line.passed for line in lines)
-    return record(passed, tuple(lines), {"golden": manifest.digest})
+    return record(tuple(lines), {"golden": manifest.digest})
 
 
 def first_use(
-    bundle: Path, manifest: Manifest, sessions: Mapping[str, Session], artifacts: Mapping[str, Artifact]
-) -> None:
+    bundle: Path, certification: Certification, sessions: Mapping[str, Session], *, required: bool = False
+) -> Record | None:
     """Run the self-test before stages compute for the first time on this machine's device.
 
-    Nothing is run if every build runs its graphs on such a device, or if the certificate says that these artifacts have
-    passed the self-test on this machine.
+    Nothing is run if the certificate says that these artifacts have passed the self-test on this machine, or if every
+    build runs its graphs on such a device, unless the result is what a required certificate lacks.
+
+    Args:
+        required: whether the artifacts must be certified for this machine.
+
+    Returns:
+        the result; None if nothing was run.
 
     Raises:
         NumericsError: a stage does not compute on this machine what it computed in PyTorch.
     """
-    if all(sessions[name].device.tried_at_build for name in artifacts):
-        return
-    here = this_machine()
-    known = load_certificate(bundle, manifest).of(artifacts)
-    if any(
-        entry.machine == here and entry.self_test is not None and entry.self_test.passed for entry in known
-    ):
-        return
-    result = run_self_test(bundle, manifest, sessions, artifacts)
-    add_record(bundle, manifest, artifacts, self_test=result)
+    artifacts, known = certification.artifacts, certification.self_test_here()
+    tried = all(sessions[name].device.tried_at_build for name in artifacts)
+    if (known is not None and known.passed) or (tried and not (required and certification.why_uncertified())):
+        return None
+    result = run_self_test(bundle, certification.manifest, sessions, artifacts)
+    add_record(bundle, certification.manifest, artifacts, self_test=result)
     broken = next((line for line in result.lines if line.passed is False), None)
     if broken is not None:
         raise NumericsError(
             f"the self-test failed on this machine: {describe(broken)}",
             hint="build the engine again with another version of its library, or run it anyway with --no-self-test",
         )
+    return result
 
 
 def describe(line: Line) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
+from ditc.runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,19 +98,31 @@ def _calibrations(bundle: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _certificates(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """One line per record of certificate.json."""
-    from ditc.runtime.bundle.certificate import load_certificate
+    """One line per record of certificate.json, or why it has none that count."""
+    from ditc.runtime.bundle.certificate import read_certificate
+    from ditc.runtime.bundle.certification import RENEWAL, why_weak
 
-    certificate = load_certificate(bundle, manifest)
-    if not certificate.entries:
+    try:
+        certificate = read_certificate(bundle)
+    except BundleError as e:
+        yield f"certificate: ignored, because {e}"
+        return
+    if certificate is None:
         yield "certificate: none yet (ditc parity BUNDLE --against CHECKPOINT writes one)"
-    for entry in certificate.entries:
+    elif certificate.manifest != manifest.digest:
+        yield f"certificate: ignored, because it is of another build, with the digest {certificate.manifest[:12]}"
+    elif certificate.outdated:
+        yield f"certificate: ignored, because it is {RENEWAL}"
+    for entry in certificate.entries if certificate and certificate.manifest == manifest.digest else ():
         for kind, found in (("parity", entry.parity), ("self-test", entry.self_test)):
             if found is None:
                 continue
             unchecked = [line.name for line in found.lines if line.passed is None]
             note = f", not checked: {', '.join(unchecked)}" if unchecked else ""
-            verdict = "pass" if found.passed else "FAIL"
+            note += ", with a signature" if found.signature else ""
+            verdict = "FAIL" if found.failed else "pass" if found.passed else "not checked"
+            weak = why_weak(found, manifest) if kind == "parity" and not found.failed else ""
+            note += f"; it proves less than --require-certificate asks for: {weak}" if weak else ""
             yield (
                 f"certificate: {kind} {verdict}, artifacts {entry.artifact_set[:12]}, {found.date}, "
                 f"{entry.machine}{note}"

@@ -10,20 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from records import parity_record, self_test_record
 
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.bundle.certificate import (
     Certificate,
-    Line,
     add_record,
     load_certificate,
-    record,
+    read_certificate,
     save_certificate,
-    why_uncertified,
 )
+from ditc.runtime.bundle.certification import Certification
 from ditc.runtime.bundle.golden import read_golden, self_test
-from ditc.runtime.bundle.jsondata import from_json
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.cli import main
@@ -34,9 +34,6 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import ComputeDevice
 from ditc.runtime.sessions.onnxruntime import DEVICES
 from ditc.runtime.spec import DENOISER
-
-PASSED = record(True, (Line(name="stage", metric="relative L2", value=1e-7, bound=1e-5, passed=True),))
-FAILED = record(False, (Line(name="stage", metric="relative L2", value=1e-2, bound=1e-5, passed=False),))
 
 
 @pytest.fixture
@@ -71,6 +68,22 @@ def test_the_self_test_fails_where_a_stage_computes_something_else(bundle, other
     assert line.value > 100 * line.bound
 
 
+@pytest.mark.parametrize("left", ["none", "one", "NaN"])
+def test_a_golden_file_without_outputs_that_can_be_compared_is_not_checked(bundle, left: str) -> None:
+    manifest = load_manifest(bundle)
+    artifact = manifest.stages[DENOISER].artifacts[0]
+    golden = read_golden(bundle / manifest.stages[DENOISER].golden.path)
+    name = artifact.spec.outputs[0].name
+    outputs = {
+        "none": {},
+        "one": {name: golden.outputs[name]},
+        "NaN": {**golden.outputs, name: golden.outputs[name] * np.nan},
+    }[left]
+    with Pipeline.load(bundle, threads=1) as pipeline:
+        line = self_test(DENOISER, pipeline.sessions[DENOISER], artifact, replace(golden, outputs=outputs))
+    assert (line.passed, line.value) == (None, None)
+
+
 def test_a_changed_golden_file_is_refused_before_anything_runs(bundle, capsys) -> None:
     path = next((bundle / "golden").glob("denoiser-*"))
     data = bytearray(path.read_bytes())
@@ -99,7 +112,8 @@ def test_run_warns_without_a_certificate_and_refuses_where_one_is_required(bundl
     assert "ditc parity" in capsys.readouterr().err
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
-    save_certificate(bundle, load_certificate(bundle, manifest).with_record(artifacts, parity=PASSED))
+    passed = parity_record(manifest)
+    save_certificate(bundle, load_certificate(bundle, manifest).with_record(artifacts, parity=passed))
     caplog.clear()
     assert main([*draw, "--require-certificate"]) == 0
     assert "not certified" not in caplog.text
@@ -108,24 +122,30 @@ def test_run_warns_without_a_certificate_and_refuses_where_one_is_required(bundl
 def test_a_certificate_is_valid_for_its_files_and_machine_only(bundle) -> None:
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
-    proven = Certificate(manifest=manifest.digest).with_record(artifacts, parity=PASSED)
-    assert why_uncertified(proven, artifacts) == ""
+
+    def why(certificate: Certificate, of=artifacts) -> str:
+        return Certification(certificate=certificate, manifest=manifest, artifacts=of).why_uncertified()
+
+    proven = Certificate(manifest=manifest.digest).with_record(artifacts, parity=parity_record(manifest))
+    assert why(proven) == ""
     denoiser = artifacts[DENOISER]
     other = {**artifacts, DENOISER: replace(denoiser, file=replace(denoiser.file, sha256="0" * 64))}
-    assert "no parity result for these artifacts" in why_uncertified(proven, other)
+    assert "no parity result for these artifacts" in why(proven, other)
     elsewhere = replace(proven.entries[0], machine=replace(this_machine(), processor="another"))
     moved = replace(proven, entries=(elsewhere,))
-    assert "another machine" in why_uncertified(moved, artifacts)
-    assert why_uncertified(moved.with_record(artifacts, self_test=PASSED), artifacts) == ""
-    assert "failed on this machine" in why_uncertified(
-        moved.with_record(artifacts, self_test=FAILED), artifacts
-    )
+    assert "another machine" in why(moved)
+    assert why(moved.with_record(artifacts, self_test=self_test_record(artifacts))) == ""
+    partly = self_test_record(set(artifacts) - {DENOISER})
+    assert "the self-test here did not check denoiser" in why(moved.with_record(artifacts, self_test=partly))
+    failed = self_test_record(artifacts, passed=False)
+    assert "failed on this machine" in why(moved.with_record(artifacts, self_test=failed))
 
 
 def test_a_certificate_of_another_manifest_is_ignored(bundle) -> None:
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
-    save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=PASSED))
+    passed = parity_record(manifest)
+    save_certificate(bundle, Certificate(manifest="0" * 64).with_record(artifacts, parity=passed))
     assert load_certificate(bundle, manifest).entries == ()
 
 
@@ -135,13 +155,14 @@ def test_a_damaged_certificate_is_a_warning_and_the_next_result_replaces_it(
 ) -> None:
     (bundle / "certificate.json").write_text(damaged)
     Pipeline.load(bundle, threads=1).close()
-    assert "is ignored, because it is not a certificate" in caplog.text
+    assert "certificate.json" in caplog.text and "it is ignored" in caplog.text
     with pytest.raises(BundleError, match="no parity result"):
         Pipeline.load(bundle, threads=1, require_certificate=True)
     manifest = load_manifest(bundle)
     artifacts, _ = choose(manifest)
-    add_record(bundle, manifest, artifacts, self_test=PASSED)
-    assert [entry.self_test for entry in load_certificate(bundle, manifest).entries] == [PASSED]
+    passed = self_test_record(artifacts)
+    add_record(bundle, manifest, artifacts, self_test=passed)
+    assert [entry.self_test for entry in load_certificate(bundle, manifest).entries] == [passed]
 
 
 def test_a_certificate_that_cannot_be_written_stops_neither_the_first_use_nor_the_result(
@@ -164,8 +185,8 @@ def test_processes_of_the_same_number_do_not_tear_the_certificate(
     artifacts, _ = choose(manifest)
 
     def write_and_read(turn: int) -> int:
-        add_record(bundle, manifest, artifacts, self_test=PASSED if turn % 2 else FAILED)
-        return len(from_json(Certificate, json.loads((bundle / "certificate.json").read_bytes())).entries)
+        add_record(bundle, manifest, artifacts, self_test=self_test_record(artifacts, passed=bool(turn % 2)))
+        return len(read_certificate(bundle).entries)
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(write_and_read, range(64))) == {1}
@@ -201,7 +222,6 @@ def test_a_hostile_golden_file_is_refused(data, tmp_path) -> None:
 
 
 def test_the_reader_gives_what_the_safetensors_package_wrote(tmp_path) -> None:
-    import numpy as np
     from safetensors.numpy import save_file
 
     tensors = {

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from records import make_keys
 
 from ditc.runtime.cli import main
 
@@ -25,9 +26,11 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def proven(bundle: Path, tiny_checkpoint: Path) -> tuple[Path, Path, Path, int]:
-    """The bundle after a whole run, its page, its reference file, and the exit code."""
+    """The bundle after a whole run, its page, its reference file, and the exit code. The result is signed."""
+    make_keys(bundle.parent)
     page, reference = bundle.parent / "parity.html", bundle.parent / "reference.safetensors"
     files = ["--html", str(page), "--save-reference", str(reference)]
+    files += ["--sign", str(bundle.parent / "key.pem")]
     code = main(["parity", str(bundle), "--against", str(tiny_checkpoint), *ALL, *files])
     return bundle, page, reference, code
 
@@ -39,11 +42,37 @@ def test_a_bundle_that_computes_what_pytorch_computes_passes(proven) -> None:
 def test_the_result_is_in_the_certificate_and_inspect_shows_it(proven, capsys) -> None:
     data = json.loads((proven[0] / "certificate.json").read_text())
     (entry,) = data["entries"]
-    assert entry["parity"]["passed"] is True
+    assert not any(line["passed"] is False for line in entry["parity"]["lines"])
+    assert entry["parity"]["settings"]["num_inference_steps"] == 2
     assert {line["name"] for line in entry["parity"]["lines"]} >= {"graph", "op", "module", "stage", "step"}
     assert len(entry["parity"]["reference"]["weights"]) == 64
     assert main(["inspect", str(proven[0])]) == 0
     assert "parity pass" in capsys.readouterr().out
+
+
+def test_the_result_is_signed_and_names_the_settings_that_make_it_less_than_a_proof(proven, capsys) -> None:
+    """Two steps, where the bundle draws in four."""
+    bundle = proven[0]
+    key = ["--require-signature", str(bundle.parent / "public.pem")]
+    assert main(["sign", str(bundle), "--key", str(bundle.parent / "key.pem")]) == 0
+    assert main(["verify", str(bundle), *key]) == 0
+    assert "1 records, 1 signed with public.pem" in capsys.readouterr().out
+    assert main(["run", str(bundle), "a red heart", *key, "--require-certificate"]) == 2
+    assert "proves less than is required: it drew in 2 steps, not 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "nan"], "--budget is nan"),
+        (["--budget", "inf"], "--budget is inf"),
+        (["--sign", "key.pem", "--level", "op"], "there is nothing to sign"),
+        (["--sign", "none.pem"], "none.pem cannot be read as a PEM key"),
+    ],
+)
+def test_a_budget_or_key_without_meaning_is_refused_before_any_work(options, words, bundle, capsys) -> None:
+    assert main(["parity", str(bundle), "--against", "no checkpoint", *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_json_has_a_verdict_per_level_and_a_number_per_comparison(bundle, tiny_checkpoint, capsys) -> None:

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 
 from ditc.runtime import loader
+from ditc.runtime.bundle.certification import Certification
 from ditc.runtime.bundle.integrity import check_file, check_files, file_ref
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, Stage, load_manifest, save_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, SessionError, UsageError
@@ -278,7 +279,11 @@ def test_a_bundle_that_is_refused_after_its_stages_were_opened_leaves_none_open(
     def check_graph(session: OnnxRuntimeSession) -> None:
         opened.append(session)
 
+    def refuse(*_: object) -> None:
+        raise BundleError("refused", hint="")
+
     monkeypatch.setattr(OnnxRuntimeSession, "_check_graph", check_graph)
-    with pytest.raises(BundleError, match="certif"):
-        Pipeline.load(tiny_bundle, require_certificate=True)
+    monkeypatch.setattr(Certification, "why_uncertified", refuse)
+    with pytest.raises(BundleError, match="refused"):
+        Pipeline.load(tiny_bundle)
     assert opened and not any(hasattr(session, "_session") for session in opened)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditc.export.graph.step import wrap
-from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.jsondata import digest_of, from_json, serialize, to_json
 from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.spec import DENOISER, DType, StageSpec, TensorSpec
 from ditc.runtime.step_contract import (
@@ -88,8 +88,8 @@ def test_a_bundle_built_before_the_guidance_mode_was_stated_still_loads(
 
     data = to_json(load_manifest(tiny_bundle))
     del data["guidance"]
-    data["digest"] = module._digest({**data, "digest": ""})
-    (tmp_path / module.MANIFEST).write_bytes(module._serialize(data))
+    data["digest"] = digest_of({**data, "digest": ""})
+    (tmp_path / module.MANIFEST).write_bytes(serialize(data))
     assert load_manifest(tmp_path).guidance is GuidanceMode.CFG
 
 

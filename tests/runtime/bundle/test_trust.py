@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import make_keys
 
 from ditc.runtime import loader
 from ditc.runtime.bundle.integrity import check_files
@@ -154,17 +155,7 @@ def test_a_file_that_everybody_may_change_is_warned_about(
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     """A private and a public ed25519 key in PEM."""
-    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    private, public = tmp_path / "key.pem", tmp_path / "public.pem"
-    pem = serialization.Encoding.PEM
-    private.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-    return private, public
+    return make_keys(tmp_path)
 
 
 def test_a_signed_bundle_is_run_and_an_unsigned_one_is_not(
