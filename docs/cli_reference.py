@@ -8,14 +8,16 @@ import sys
 
 from ditc.runtime.cli import VERBS
 
-HEAD = """# The `ditc` command
+HEAD = r"""# The `ditc` command
 
 This page is written by `python docs/cli_reference.py > docs/cli.md`; a test compares it with the code.
 
 Results go to stdout, progress and errors to stderr. An error is one line with the values and a `hint:` line; with
 `--json` it is JSON on stdout as well. The exit code is 0 if all is done, 1 if a check or one of several pictures
-failed, 2 after wrong usage or bad input, and 130 after an interrupt. Every verb also takes `-h`, which prints its help,
-and `-v`, which logs what is done to stderr (`-vv` logs all details).
+failed, 2 after wrong usage, bad input or output that cannot be written (a full disk, a closed stdout or pipe), and 128
+plus the number of a signal that ended it: 130 after ctrl-C, 143 after SIGTERM, which leave no temporary files. Control
+characters in names and texts, and characters that the terminal's encoding lacks, are shown as escapes such as `\x1b`.
+Every verb also takes `-h`, which prints its help, and `-v`, which logs what is done to stderr (`-vv` logs all details).
 """
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditc.parity.cases import Settings
+from ditc.runtime.console import SafeConsole
 from ditc.runtime.tolerances import Level
 
 # Work besides steps, such as loading and the cases of the stage level. An estimate is good enough for a bar.
@@ -21,8 +21,8 @@ def progress_bar(settings: Settings, levels: Sequence[Level]) -> Iterator[Callab
     """Show a bar. Each call of the yielded function counts one unit of work as done; its text describes the work."""
     steps = len(settings.cases) * settings.num_inference_steps
     total = OTHER_UNITS + steps * max((SIDES.get(level, 0) for level in levels), default=0) * 2
-    columns = (TextColumn("{task.description:<48.48}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<48.48}", markup=False), BarColumn(), TimeElapsedColumn())
+    console = SafeConsole()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("opening both sides", total=total)
 

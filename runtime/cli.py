@@ -1,7 +1,9 @@
 """The `ditc` command: a table of verbs. A verb's module is imported when the verb is typed.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check or one of several pictures failed, 2
-wrong usage or bad input, 130 interrupted.
+wrong usage, bad input or output that cannot be written, 130 interrupted, 143 terminated.
+
+Text that is not ditc's own is shown in printable form, whoever writes it (`printable.py`, `console.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any, NoReturn
 
 from ditc.runtime.cores import limit_openmp
 from ditc.runtime.errors import DitcError, MissingExtra, OutputError, UsageError
+from ditc.runtime.printable import one_line, printable_streams
+from ditc.runtime.signals import Terminated, endings_as_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -87,71 +91,88 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the console script. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    closed = sys.stdout is None  # as Python has it when the descriptor is closed
+    with printable_streams(), endings_as_interrupts():
+        try:
+            if closed:
+                raise OutputError(
+                    "stdout is closed, but results are printed there",
+                    hint=f"redirect it to a file or to {os.devnull}",
+                )
+            try:
+                code = _main(arguments)
+            except SystemExit:  # --help and --version
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # so that a full disk is found here
+            return code
+        except DitcError as error:
+            report(error, as_json="--json" in arguments)
+            return USAGE
+        except (KeyboardInterrupt, ImportError) as error:
+            interrupt = _interrupt(error)
+            if interrupt is None:
+                raise
+            if isinstance(interrupt, Terminated):
+                print("terminated", file=sys.stderr)  # noqa: T201
+                return 128 + interrupt.number
+            print("interrupted", file=sys.stderr)  # noqa: T201
+            return INTERRUPTED
+        except (
+            OSError
+        ) as error:  # a path that cannot be looked up, a full disk or a closed pipe behind stdout
+            log.debug("the error came from here", exc_info=True)
+            report(_as_output_error(error), as_json=error.filename is not None and "--json" in arguments)
+            return USAGE
+
+
+def _main(arguments: list[str]) -> int:
+    """Run the verb that is named in the arguments. Returns the exit code."""
     parser = _parser()
     place = next((i for i, a in enumerate(arguments) if not a.startswith("-")), len(arguments))
-    try:
-        if place == len(arguments) or arguments[place] not in VERBS:
-            parser.parse_args(arguments)  # --help, --version, or an error that lists the verbs
-            parser.print_help()
-            return USAGE
-        parser.parse_args(arguments[:place])
-        limit_openmp()
-        verb, typed = VERBS[arguments[place]], parser.verbs[arguments[place]]
-        module = _resolve(verb)
-        module.add_arguments(typed)
-        # The plain parse_args of Python 3.11 fills an optional positional together with the one before it, and would
-        # find no PROMPT in `run BUNDLE --steps 2 PROMPT`.
-        options = typed.parse_intermixed_args(arguments[place + 1 :])
-        _configure_logging(options.verbose)
-        code = _run(verb, module, options)
-        sys.stdout.flush()  # so that a full disk is found here
-        return code
-    except DitcError as error:
-        report(error, as_json="--json" in arguments)
+    if place == len(arguments) or arguments[place] not in VERBS:
+        parser.parse_args(arguments)  # --help, --version, or an error that lists the verbs
+        parser.print_help()
         return USAGE
-    except (KeyboardInterrupt, ImportError) as error:
-        if not _is_interrupt(error):
-            raise
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return INTERRUPTED
-    except BrokenPipeError:
-        return FAILED
-    except OSError as error:  # a path that cannot be looked up, a full disk behind stdout
-        log.debug("the error came from here", exc_info=True)
-        if error.filename is None:
-            _discard_stdout()
-        report(_as_output_error(error), as_json=error.filename is not None and "--json" in arguments)
-        return USAGE
+    parser.parse_args(arguments[:place])
+    limit_openmp()
+    verb, typed = VERBS[arguments[place]], parser.verbs[arguments[place]]
+    module = _resolve(verb)
+    module.add_arguments(typed)
+    # The plain parse_args of Python 3.11 fills an optional positional together with the one before it, and would
+    # find no PROMPT in `run BUNDLE --steps 2 PROMPT`.
+    options = typed.parse_intermixed_args(arguments[place + 1 :])
+    _configure_logging(options.verbose)
+    return _run(verb, module, options)
 
 
 def _as_output_error(error: OSError) -> OutputError:
     """What the operating system refused, in words. Nearly everywhere, closer code has said more before."""
     reason = error.strerror or str(error)
     if error.filename is None:
-        return OutputError(f"cannot write the output: {reason}", hint="free some space, or write elsewhere")
+        hint = "free some space, or write elsewhere"
+        if isinstance(error, BrokenPipeError):
+            hint = "the program behind the pipe has ended; let it read all of the output, or write to a file"
+        return OutputError(f"cannot write the output: {reason}", hint=hint)
     return OutputError(f"{error.filename}: {reason}", hint="check the path and the permissions")
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether ctrl-C caused the error. onnxruntime 1.31 turns a ctrl-C during its import into an ImportError."""
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The ctrl-C that caused the error. onnxruntime 1.31 turns a ctrl-C during its import into an ImportError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _discard_stdout() -> None:
-    """Send what is still buffered for stdout nowhere; otherwise Python fails once more when it exits."""
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (not a path)
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return error
 
 
 def report(error: DitcError, *, as_json: bool = False) -> None:
     """Write one line that says what happened and one with a hint to stderr; with as_json, also JSON to stdout."""
     if as_json:
-        print(json.dumps({"error": type(error).__name__, "message": str(error), "hint": error.hint}))  # noqa: T201
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        with suppress(OSError):  # stdout may be what failed
+            print(json.dumps({"error": type(error).__name__, "message": str(error), "hint": error.hint}))  # noqa: T201
+            sys.stdout.flush()
+    print(f"error: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        print(f"hint: {one_line(error.hint)}", file=sys.stderr)  # noqa: T201
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,10 +248,16 @@ def _configure_logging(verbosity: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_Once())
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[handler]
-    )
+    handler.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ditc").setLevel(level)
+
+
+class _OneLine(logging.Formatter):
+    """Writes every message on one line. A traceback, which only -vv shows, has its own lines below that."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
 
 
 class _Once(logging.Filter):

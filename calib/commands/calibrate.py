@@ -219,9 +219,8 @@ def _search(
     budget: Budget,
     formats: list[Format],
 ) -> None:
-    from rich.console import Console
-
     from ditc.calib.commands.budget import as_text, find_mixed, write_result
+    from ditc.runtime.console import SafeConsole
 
     result = find_mixed(
         checkpoint,
@@ -230,7 +229,7 @@ def _search(
         budget,
         formats,
         picture_seconds=60 * arguments.search_minutes,
-        console=Console(stderr=True, highlight=False, markup=False),
+        console=SafeConsole(),
     )
     files = write_result(result, arguments.output)
     sys.stdout.write(as_text(result))
@@ -280,11 +279,12 @@ class _Bar:
     """A progress bar on stderr that shows the time left."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from ditc.runtime.console import SafeConsole
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
+        console = SafeConsole()
         # Without a terminal, a transient bar leaves a blank line (rich 15).
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("calibrating", total=None)

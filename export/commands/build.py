@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
+from ditc.runtime.printable import one_line
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, build_backends
 from ditc.runtime.spec import Backend, Precision
 
@@ -156,14 +157,14 @@ def run(arguments: argparse.Namespace) -> int:
     report = up_to_date(arguments.checkpoint, arguments.output, options, key=key)
     if report is not None:  # nothing to do: torch, whose import takes seconds, is not needed
         for event in report.events:
-            sys.stderr.write(_line(event) + "\n")
+            sys.stderr.write(one_line(_line(event)) + "\n")
     else:
         report = _build(arguments.checkpoint, arguments.output, options, key)
     if options.quantized:
         from ditc.export.commands import quantization
 
         for line in quantization.report(report.bundle, report.manifest, options.precision):
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(one_line(line) + "\n")
     _print(report, as_json=arguments.json)
     if arguments.sign is not None:
         from ditc.runtime.bundle.integrity import check_bundle
@@ -196,22 +197,23 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
 
 
 def _build(checkpoint: str, output: Path, options: BuildOptions, key: Any) -> BuildReport:
-    from rich.console import Console
+    from rich.text import Text
 
     from ditc.export.build.builder import build_bundle
+    from ditc.runtime.console import SafeConsole
 
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     with console.status("reading the checkpoint") as status:
 
         def on_event(event: BuildEvent) -> None:
             if event.stage == MEMORY:
                 console.print(event.why)
             elif event.status == "building":
-                status.update(f"{event.stage} ({event.why})")
+                status.update(Text(f"{event.stage} ({event.why})"))
             elif event.status == "working":
-                status.update(f"{event.stage}: {event.why}")
+                status.update(Text(f"{event.stage}: {event.why}"))
             else:
-                console.print(_line(event))
+                console.print(one_line(_line(event)))
 
         return build_bundle(checkpoint, output, options, key=key, on_event=on_event)
 
@@ -248,6 +250,6 @@ def _print(report: BuildReport, *, as_json: bool) -> None:
     if report.dropped:
         sys.stdout.write(
             f"removed, because they were made from other weights, shapes or source of ditc: "
-            f"{', '.join(report.dropped)}\n"
+            f"{one_line(', '.join(report.dropped))}\n"
             "hint: if you still need them, build again in that precision and backend\n"
         )

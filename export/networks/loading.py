@@ -126,7 +126,10 @@ def weight_map(
         for parameter, value in module.state_dict().items():
             name = parameter.removeprefix(root)
             if name in sources:
-                raise CheckpointError(f"{name} belongs to two stages, {sources[name].stage} and {stage}")
+                raise CheckpointError(
+                    f"{name} belongs to two stages, {sources[name].stage} and {stage}",
+                    hint="give every tensor of the checkpoint to one stage only",
+                )
             sources[name] = WeightSource(
                 checkpoint=name,
                 stage=stage,

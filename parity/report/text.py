@@ -8,6 +8,7 @@ from typing import Any
 
 from ditc.parity.results import Report, Result, Verdict, verdict_of
 from ditc.runtime.bundle.certificate import Line
+from ditc.runtime.printable import one_line
 from ditc.runtime.tolerances import Level, Metric
 
 MARKS = {Verdict.PASS: "pass", Verdict.FAIL: "FAIL", Verdict.NOT_CHECKED: "not checked"}
@@ -28,16 +29,17 @@ def to_text(report: Report) -> str:
     for result in failures[:SHOWN_CULPRITS]:
         lines += ["", *_story(result)]
     if len(failures) > SHOWN_CULPRITS:
-        lines.append(
-            f"\n{len(failures) - SHOWN_CULPRITS} more comparisons failed; --json and --html show all"
-        )
+        lines += [
+            "",
+            f"{len(failures) - SHOWN_CULPRITS} more comparisons failed; --json and --html show all",
+        ]
     counts = {v: sum(r.verdict is v for r in report.results) for v in Verdict}
     lines += [
         "",
         f"{MARKS[report.verdict].upper()}: {counts[Verdict.PASS]} comparisons passed, "
         f"{counts[Verdict.FAIL]} failed, {counts[Verdict.NOT_CHECKED]} not checked",
     ]
-    return "\n".join(lines) + "\n"
+    return "".join(one_line(line) + "\n" for line in lines)
 
 
 def to_json(report: Report) -> dict[str, Any]:

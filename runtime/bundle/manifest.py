@@ -26,6 +26,8 @@ from ditc.runtime.text import TextSpec
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# The limit of nearly every file system.
+MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +216,16 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST
     rebuild = mend(bundle)
-    if not bundle.exists():
-        message = f"{bundle} is not a bundle: the path does not exist"
-        raise BundleError(message, hint="check the path of the bundle")
-    if not path.is_file():
+    try:
+        bundle.stat()
+    except (OSError, ValueError) as e:  # ValueError: a NUL
+        why = (
+            "the path does not exist"
+            if isinstance(e, FileNotFoundError)
+            else getattr(e, "strerror", None) or e
+        )
+        raise BundleError(f"{bundle} is not a bundle: {why}", hint="check the path of the bundle") from e
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises if the bundle may not be searched)
         hint = "name the bundle's directory" if bundle.is_file() else rebuild
         raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=hint)
     try:
@@ -268,10 +276,14 @@ def _check_tokenizers(manifest: Manifest, path: Path) -> None:
 
 
 def check_inside(path: str) -> None:
-    """Raise BundleError unless a path in a manifest is relative and stays inside the bundle on every platform."""
+    """Raise BundleError unless a path in a manifest is relative and stays inside the bundle on every platform.
+
+    It must also be a name that file systems and terminals take: printable, and no part over 255 bytes.
+    """
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+    outside = not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path
+    if outside or not path.isprintable() or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
         raise BundleError(
-            f"the manifest names {path!r}, which is not a plain path inside the bundle",
+            f"the manifest names {path[:MAX_NAME_BYTES]!r}, which is not a plain path inside the bundle",
             hint="do not use this bundle",
         )

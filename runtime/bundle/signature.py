@@ -8,12 +8,18 @@ certificate carry signatures of their own. Signing and checking need the package
 from __future__ import annotations
 
 import json
+import logging
+import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import BundleError, MissingExtra, UsageError
+
+log = logging.getLogger(__name__)
 
 SIGNATURE = "manifest.sig"
 # A signed message begins with its purpose, so that no signature that was made for one thing is valid for another.
@@ -50,10 +56,18 @@ def load_private_key(path: Path) -> Any:
         MissingExtra: the package cryptography is not installed.
     """
     ed25519, serialization = _library()
+    _warn_if_shared(path)
     key = _read(path, lambda data: serialization.load_pem_private_key(data, password=None))
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise UsageError(f"{path} is not an ed25519 private key", hint=_MAKE_KEY)
     return key
+
+
+def _warn_if_shared(private_key: Path) -> None:
+    """Say so if other users of this machine can read the key, with which they could sign too."""
+    with suppress(OSError):  # reported when it is read
+        if os.name == "posix" and private_key.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            log.warning("other users can read the private key %s; forbid it with chmod 600", private_key)
 
 
 def check_signature(bundle: Path, manifest: Manifest, public_key: Path) -> None:

@@ -37,16 +37,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps(to_json(manifest)) + "\n")
         return 0
-    from rich.console import Console
     from rich.table import Table
+
+    from ditc.runtime.console import SafeConsole
+    from ditc.runtime.printable import one_line
 
     # In a file or a pipe, the lines of the table must not be wrapped.
     width = None if sys.stdout.isatty() else 240
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    console = SafeConsole(stdout=True, soft_wrap=True, width=width)
     defaults, scheduler = manifest.defaults, manifest.scheduler
     sizes = f"{len(defaults.bins)} resolution bins" if defaults.bins else "no resolution bins"
     console.print(
-        f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}"
+        one_line(
+            f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}"
+        )
     )
     console.print(
         f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
@@ -65,12 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
             targets = " ".join(artifact.targets) or "-"
             backend = " ".join(filter(None, (artifact.backend.value, artifact.library)))
             cost = _cost(arguments.bundle, name, artifact)
-            table.add_row(name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost)
+            row = (name, artifact.precision.value, backend, targets, f"{size:.1f}", *cost)
+            table.add_row(*map(one_line, row))
     console.print(table)
     for line in _inputs(manifest):
-        console.print(line)
+        console.print(one_line(line))
     for line in (*_calibrations(arguments.bundle, manifest), *_certificates(arguments.bundle, manifest)):
-        console.print(line)
+        console.print(one_line(line))
     return 0
 
 

@@ -16,6 +16,7 @@ from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bund
 from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_name, check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
+from ditc.runtime.printable import one_line
 from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -234,11 +235,12 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ditc.runtime.console import SafeConsole
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = SafeConsole()
     # Without a terminal, a transient bar would leave an empty line behind (rich 15).
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("encoding text", total=None)
@@ -266,9 +268,9 @@ def _preview_path(folder: Path, step: int, chunk: int, sample: int) -> Path:
 def _report(failures: Sequence[Failure]) -> None:
     """Name the pictures that failed on stderr, with each hint once."""
     for failure in failures:
-        sys.stderr.write(f"error: {failure}\n")
+        sys.stderr.write(one_line(f"error: {failure}") + "\n")
     for hint in dict.fromkeys(failure.hint for failure in failures if failure.hint):
-        sys.stderr.write(f"hint: {hint}\n")
+        sys.stderr.write(one_line(f"hint: {hint}") + "\n")
 
 
 def _paths(output: Path, count: int) -> list[Path]:

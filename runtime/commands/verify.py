@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.bundle.selftest import describe
     from ditc.runtime.bundle.signature import check_signature, load_private_key
+    from ditc.runtime.printable import one_line
 
     _check_used(arguments)
     options, private_key = load_options(arguments), None
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         for line in tested.lines if tested is not None else ():
-            sys.stdout.write(describe(line) + "\n")
+            sys.stdout.write(one_line(describe(line)) + "\n")
         sys.stdout.write(
             f"{arguments.bundle}: {len(refs)} files, {total / 1e6:.1f} MB, all as they were built, "
             f"digest {manifest.digest[:12]}; certificate: {certificate}\n"
@@ -108,13 +109,13 @@ def _check_used(arguments: argparse.Namespace) -> None:
 
 def _hash(bundle: Path, manifest: Manifest, total: int) -> None:
     """Hash all files behind a progress bar."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from ditc.runtime.bundle.integrity import check_bundle
+    from ditc.runtime.console import SafeConsole
 
     columns = (TextColumn("hashing"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
+    console = SafeConsole()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         check_bundle(bundle, manifest, done=lambda ref: progress.advance(task, ref.size_bytes))
@@ -140,21 +141,22 @@ def _certificate(bundle: Path, manifest: Manifest, public_key: Path | None) -> s
 
 def _self_test(bundle: Path, options: LoadOptions, private_key: Any) -> Record:
     """Run the self-test, and write its result for this machine into the certificate."""
-    from rich.console import Console
+    from rich.text import Text
 
     from ditc.runtime.bundle.certificate import add_record
     from ditc.runtime.bundle.certification import sign_record
     from ditc.runtime.bundle.selftest import run_self_test
+    from ditc.runtime.console import SafeConsole
     from ditc.runtime.loader import load_parts
 
-    with Console(stderr=True, highlight=False).status("opening the stages") as status:
+    with SafeConsole().status("opening the stages") as status:
         parts = load_parts(bundle, options)
         result = run_self_test(
             bundle,
             parts.manifest,
             parts.sessions,
             parts.artifacts,
-            on_stage=lambda stage: status.update(f"self-test: {stage}"),
+            on_stage=lambda stage: status.update(Text(f"self-test: {stage}")),
         )
     if private_key is not None:
         result = sign_record(result, private_key, parts.manifest, parts.artifacts, "self_test")

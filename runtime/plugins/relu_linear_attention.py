@@ -41,7 +41,10 @@ class Launcher:
             self.block_n, self.block_d = int(facts["block_n"]), int(facts["block_d"])
             self.kv, self.out = PtxKernel(**facts["kv"]), PtxKernel(**facts["out"])
         except (ValueError, KeyError, TypeError) as e:
-            raise SessionError(f"{NAME}: the plugin's kernels cannot be read: {e}") from e
+            raise SessionError(
+                f"{NAME}: the plugin's kernels cannot be read: {e}",
+                hint="build the engine again with this version of ditc",
+            ) from e
 
     def shares(self, tokens: int) -> int:
         """S, the number of shares for this number of tokens."""

@@ -112,7 +112,10 @@ class Foreign:
         kinds = {value: key for key, value in _CODES.items()}
         kind = (tensor.dtype.code, tensor.dtype.bits)
         if kind not in kinds or tensor.dtype.lanes != 1:
-            raise SessionError(f"a DLPack tensor has element type {kind}, which no stage takes")
+            raise SessionError(
+                f"a DLPack tensor has element type {kind}, which no stage takes",
+                hint="pass a tensor of an element type that the stage's spec names",
+            )
         if tensor.strides and not _contiguous(self.shape, [tensor.strides[i] for i in range(tensor.ndim)]):
             raise SessionError("a DLPack tensor is not contiguous", hint="pass tensor.contiguous()")
         self.dtype = kinds[kind]

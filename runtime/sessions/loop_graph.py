@@ -184,7 +184,10 @@ class Loop:
             context.set_address(inp, self._slots[inp][step % 2])
             context.set_address(out, self._slots[inp][(step + 1) % 2])
         if not context.enqueue(self._device.stream):
-            raise SessionError(f"the engine refused step {step} of {self.plan.count}")
+            raise SessionError(
+                f"the engine refused step {step} of {self.plan.count}",
+                hint="run with --backend onnxruntime, or build the engine again on this machine",
+            )
 
     def _pack(self, per_step: Sequence[Mapping[str, Array]]) -> Array:
         """The table of inputs that differ by step, as bytes: (steps, row_bytes)."""
@@ -226,7 +229,8 @@ def check_steps(per_step: Sequence[Mapping[str, Array]]) -> None:
     facts = [{name: (feed.shape, feed.dtype) for name, feed in step.items()} for step in per_step]
     if not facts or any(other != facts[0] for other in facts):
         raise SessionError(
-            f"a loop has {len(facts)} steps: it needs at least one step, and all steps need the same feeds"
+            f"a loop has {len(facts)} steps: it needs at least one step, and all steps need the same feeds",
+            hint="give every step the same names, shapes and element types",
         )
 
 
@@ -245,7 +249,10 @@ def loop_plan(
     """
     for out, inp in carry.items():
         if outputs[out] != inputs[inp]:
-            raise SessionError(f"{out} {outputs[out]} cannot be fed back as {inp} {inputs[inp]}")
+            raise SessionError(
+                f"{out} {outputs[out]} cannot be fed back as {inp} {inputs[inp]}",
+                hint="carry an output to an input of its shape and element type",
+            )
     return LoopPlan(
         count=len(per_step),
         inputs=tuple((name, *facts) for name, facts in sorted(inputs.items())),

@@ -119,7 +119,10 @@ class OnnxRuntimeSession:
             results = self._session.run(self._outputs, {name: to_numpy(feed) for name, feed in feeds.items()})
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
-            raise SessionError(f"{self.spec.name}: {first_line(e)}; the inputs were {shapes}") from e
+            raise SessionError(
+                f"{self.spec.name}: {first_line(e)}; the inputs were {shapes}",
+                hint="if memory ran out, draw fewer or smaller pictures; else check the bundle with ditc verify --run",
+            ) from e
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:

@@ -158,7 +158,10 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             raise
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
-            raise SessionError(f"{self.spec.name}: {first_line(e)}; the inputs were {shapes}") from e
+            raise SessionError(
+                f"{self.spec.name}: {first_line(e)}; the inputs were {shapes}",
+                hint="if memory ran out, draw fewer or smaller pictures; else check the bundle with ditc verify --run",
+            ) from e
         self._outputs_of[key] = {name: (t.shape, t.value.element_type()) for name, t in results.items()}
         return dict(results)
 

@@ -12,6 +12,8 @@ from ditc.runtime.session import numpy_dtype
 from ditc.runtime.sessions.engine import Shape, ShapeRange
 from ditc.runtime.spec import StageSpec, TensorSpec
 
+TAKES = "feed what the stage takes: ditc inspect BUNDLE lists its inputs"
+
 
 def check_feeds(spec: StageSpec, feeds: Mapping[str, Any]) -> None:
     """Check the names, element types and sizes of all inputs.
@@ -26,7 +28,7 @@ def check_feeds(spec: StageSpec, feeds: Mapping[str, Any]) -> None:
             for what, names in (("lacks", wanted - given), ("does not take", given - wanted))
             if names
         ]
-        raise SessionError(f"{spec.name}: {' and '.join(parts)}")
+        raise SessionError(f"{spec.name}: {' and '.join(parts)}", hint=TAKES)
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in spec.inputs:
         _check_type(spec, tensor, feeds[tensor.name])
@@ -64,7 +66,9 @@ def _check_type(spec: StageSpec, tensor: TensorSpec, feed: Any) -> None:
     kind = feed.dtype
     good = kind == numpy_dtype(tensor.dtype) if isinstance(feed, np.ndarray) else kind == tensor.dtype
     if not good:
-        raise SessionError(f"{spec.name}: {tensor.name} is {kind}, but the stage takes {tensor.dtype.value}")
+        raise SessionError(
+            f"{spec.name}: {tensor.name} is {kind}, but the stage takes {tensor.dtype.value}", hint=TAKES
+        )
 
 
 def _check_shape(
@@ -78,13 +82,17 @@ def _check_shape(
         known, where = sizes.setdefault(dim, (size, tensor.name))
         if known != size:
             raise SessionError(
-                f"{spec.name}: {dim} is {known} in {where} and {size} in {tensor.name}, but must be the same"
+                f"{spec.name}: {dim} is {known} in {where} and {size} in {tensor.name}, but must be the same",
+                hint=TAKES,
             )
         if dim in spec.profile and size not in spec.profile[dim]:
             range_ = spec.profile[dim]
             raise SessionError(
                 f"{spec.name}: {dim} of {tensor.name} is {size}, but the stage takes {range_.min} to {range_.max} "
-                f"in steps of {range_.multiple_of}"
+                f"in steps of {range_.multiple_of}",
+                hint="ask for other sizes, or build the bundle with a larger --max-batch or another --resolution",
             )
     if not fits:
-        raise SessionError(f"{spec.name}: {tensor.name} is {shape}, but the stage takes {tensor.shape}")
+        raise SessionError(
+            f"{spec.name}: {tensor.name} is {shape}, but the stage takes {tensor.shape}", hint=TAKES
+        )

@@ -82,7 +82,10 @@ class TensorRTSession:
                 for name, pointer in addresses.items():
                     context.set_address(name, pointer)
                 if not context.enqueue(self._device.stream):
-                    raise SessionError(f"{self.device.name} did not run")
+                    raise SessionError(
+                        f"{self.device.name} did not run",
+                        hint="run with --backend onnxruntime, or build the engine again on this machine",
+                    )
         return results
 
     def run_loop(
@@ -198,7 +201,8 @@ class TensorRTSession:
         for name, shape in shapes.items():
             if not context.set_shape(name, shape):
                 raise SessionError(
-                    f"{self.spec.name}: the engine refuses {name} {shape}: {self._engine.last_error()}"
+                    f"{self.spec.name}: the engine refuses {name} {shape}: {self._engine.last_error()}",
+                    hint="ask for sizes within the engine's profile, or run with --backend onnxruntime",
                 )
 
     def _output_shape(self, context: Context, name: str) -> Shape:

@@ -25,6 +25,8 @@ from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
 
+REBUILD = "build the engine again with this version of ditc, or run with --backend onnxruntime"
+
 MODULES = {Backend.TENSORRT_RTX: "tensorrt_rtx", Backend.TENSORRT: "tensorrt"}
 
 
@@ -74,7 +76,10 @@ class TensorRTEngine:
             register(trt)
         self._runtime = trt.Runtime(self._messages.logger)
         if self._runtime is None:
-            raise SessionError(f"{stage}: {backend.value} did not start: {self.last_error()}")
+            raise SessionError(
+                f"{stage}: {backend.value} did not start: {self.last_error()}",
+                hint="check the driver and the library with ditc doctor",
+            )
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self._check_validity(data, gpu)
             self._engine = self._runtime.deserialize_cuda_engine(data)
@@ -122,10 +127,15 @@ class TensorRTEngine:
             self._use_cache(config)
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise SessionError(f"{self._stage}: no execution context could be made: {self.last_error()}")
+            raise SessionError(
+                f"{self._stage}: no execution context could be made: {self.last_error()}",
+                hint="free memory of the GPU, try --low-vram, or run with --backend onnxruntime",
+            )
         # Profile 0 is what the library chooses by itself for the first context.
         if profile and not context.set_optimization_profile_async(profile, stream):
-            raise SessionError(f"{self._stage}: profile {profile} is refused: {self.last_error()}")
+            raise SessionError(
+                f"{self._stage}: profile {profile} is refused: {self.last_error()}", hint=REBUILD
+            )
         return TensorRTContext(context, int(self._engine.get_device_memory_size_for_profile_v2(profile)))
 
     def last_error(self) -> str:
@@ -168,7 +178,8 @@ class TensorRTEngine:
         kind = engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
             raise SessionError(
-                f"{self._stage}: {name} of the engine has element type {kind}, which no stage has"
+                f"{self._stage}: {name} of the engine has element type {kind}, which no stage has",
+                hint=REBUILD,
             )
         return Binding(
             name,
@@ -241,7 +252,7 @@ class TensorRTContext:
 
     def set_address(self, name: str, pointer: int) -> None:
         if not self._context.set_tensor_address(name, pointer):
-            raise SessionError(f"the engine refuses {pointer:#x} as the address of {name}")
+            raise SessionError(f"the engine refuses {pointer:#x} as the address of {name}", hint=REBUILD)
 
     def workspace_bytes(self) -> int:
         # 0 means that the library cannot say (IExecutionContext::updateDeviceMemorySizeForShapes).

@@ -167,7 +167,13 @@ def test_the_asked_size_is_the_size_of_the_picture(tiny_bundle: Path, tmp_path: 
     assert Image.open(tmp_path / "x.png").size == (96, 32)
 
 
-def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_an_interrupted_run_ends_with_128_and_the_signal_and_leaves_no_file(
+    tiny_bundle: Path, tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
     output, previews = tmp_path / "out" / "x.png", tmp_path / "steps"
     command = [sys.executable, "-m", "ditc.runtime.cli", "run", str(tiny_bundle), "cat", "-o", str(output)]
     process = subprocess.Popen(
@@ -183,10 +189,10 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_file(tiny_bundle: Path, 
     while not (previews.is_dir() and any(previews.glob("step-*.png"))):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == INTERRUPTED
-    assert stderr.strip().splitlines()[-1] == "interrupted" and "Traceback" not in stderr
+    assert process.returncode == code
+    assert stderr.strip().splitlines()[-1] == word and "Traceback" not in stderr
     assert not output.parent.exists()
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -329,7 +335,7 @@ def test_a_path_that_cannot_be_looked_up_is_an_error_and_no_traceback(
     for arguments in (["inspect", "x" * 256], ["run", "x" * 256, "cat"], ["verify", "x" * 256]):
         assert main(arguments) == USAGE
         error, hint = errors(capsys)
-        assert error.endswith("xxx: File name too long") and hint.startswith("hint: check the path")
+        assert error.endswith("File name too long") and hint.startswith("hint: check the path")
 
 
 def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,22 +412,3 @@ def test_a_missing_library_prints_its_pip_line(
     monkeypatch.setattr(cli.importlib, "import_module", no_torch)
     assert main(["build", "x", "-o", "y"]) == USAGE
     assert errors(capsys) == ["error: torch is not installed", 'hint: pip install "ditc[export]"']
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
-def test_a_full_disk_behind_stdout_is_one_error(tiny_bundle: Path) -> None:
-    command = [sys.executable, "-m", "ditc.runtime.cli", "inspect", str(tiny_bundle), "--json"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
-        )
-    error, hint = done.stderr.splitlines()
-    assert done.returncode == USAGE and error == "error: cannot write the output: No space left on device"
-    assert hint.startswith("hint: ")
-
-
-def test_a_closed_pipe_is_not_a_traceback(tiny_bundle: Path) -> None:
-    script = f"{sys.executable} -m ditc.runtime.cli inspect {tiny_bundle} --json | head -c 10"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == '{"schema_v' and "Traceback" not in done.stderr
-    assert FAILED == 1

@@ -39,7 +39,10 @@ def detect_keys(tensors: TensorSource) -> SanaKeys:
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:
-        raise CheckpointError(f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
+        raise CheckpointError(
+            f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}",
+            hint="the file is incomplete or not a whole network: fetch it again",
+        )
     return SanaKeys(
         num_layers=len(blocks),
         qk_norm=any(name.endswith(".q_norm.weight") for name in tensors),
@@ -110,13 +113,20 @@ def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
         ("dtype", options.dtype, tuple(DTYPES)),
     ):
         if value not in known:
-            raise UsageError(f"--{name} {value} is not one of {', '.join(known)}")
+            raise UsageError(
+                f"--{name} {value} is not one of {', '.join(known)}",
+                hint=f"give one of them, or leave --{name} out",
+            )
     if options.resolution is not None and (options.resolution <= 0 or options.resolution % PIXELS_PER_LATENT):
         raise UsageError(
-            f"--resolution {options.resolution} is not a positive multiple of {PIXELS_PER_LATENT}"
+            f"--resolution {options.resolution} is not a positive multiple of {PIXELS_PER_LATENT}",
+            hint="give the resolution that the network was trained for, such as 1024",
         )
     if options.flow_shift is not None and not 0 < options.flow_shift < float("inf"):
-        raise UsageError(f"--flow-shift {options.flow_shift} is not a positive number")
+        raise UsageError(
+            f"--flow-shift {options.flow_shift} is not a positive number",
+            hint="give the shift of the model's scheduler, such as 3.0",
+        )
 
 
 def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
@@ -131,7 +141,10 @@ def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
         )
     for name, size in (("attention", head_dim), ("cross-attention", cross_head_dim)):
         if size <= 0 or hidden % size:
-            raise UsageError(f"--{name}-head-dim {size} does not divide the hidden size {hidden}")
+            raise UsageError(
+                f"--{name}-head-dim {size} does not divide the hidden size {hidden}",
+                hint="take the head size from the model's config",
+            )
     return head_dim, cross_head_dim
 
 

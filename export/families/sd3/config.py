@@ -101,7 +101,8 @@ class Sd3Config:
                 )
             if side % self.patch_size:
                 raise UsageError(
-                    f"latent {name} {side} is not a multiple of the patch size {self.patch_size}"
+                    f"latent {name} {side} is not a multiple of the patch size {self.patch_size}",
+                    hint=f"ask for a multiple of {8 * self.patch_size} pixels",
                 )
 
     def check_skip_layers(self, skip_layers: tuple[int, ...]) -> None:

@@ -119,11 +119,20 @@ def _check_options(options: NativeOptions) -> tuple[int, float]:
     resolution, flow_shift = int(options.resolution or 0), float(options.flow_shift or 0)
     step = 2 * stability.PIXELS_PER_LATENT
     if resolution <= 0 or resolution % step:
-        raise UsageError(f"--resolution {resolution} is not a positive multiple of {step}")
+        raise UsageError(
+            f"--resolution {resolution} is not a positive multiple of {step}",
+            hint="give the resolution that the network was trained for, such as 1024",
+        )
     if not 0 < flow_shift < float("inf"):
-        raise UsageError(f"--flow-shift {flow_shift} is not a positive number")
+        raise UsageError(
+            f"--flow-shift {flow_shift} is not a positive number",
+            hint="give the shift of the model's scheduler, such as 3.0",
+        )
     if options.dtype is not None and options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is not one of {', '.join(DTYPES)}")
+        raise UsageError(
+            f"--dtype {options.dtype} is not one of {', '.join(DTYPES)}",
+            hint="give one of them, or leave --dtype out",
+        )
     return resolution, flow_shift
 
 

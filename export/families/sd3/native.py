@@ -84,7 +84,10 @@ def detect_keys(transformer: TensorSource) -> Sd3Keys:
     """
     blocks = {name.split(".")[1] for name in transformer if name.startswith("joint_blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:
-        raise CheckpointError(f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}")
+        raise CheckpointError(
+            f"the file's {len(blocks)} blocks are not numbered 0 to {len(blocks) - 1}",
+            hint="the file is incomplete or not a whole network: fetch it again",
+        )
     dual = {int(name.split(".")[1]) for name in transformer if ".attn2." in name}
     return Sd3Keys(
         num_layers=len(blocks),

@@ -32,14 +32,18 @@ def check_interface(model: ir.Model, spec: StageSpec) -> None:
     outputs = [value.name for value in model.graph.outputs]
     promised = [tensor.name for tensor in spec.outputs]
     if outputs != promised:
-        raise BuildError(f"{spec.name}: the exported graph gives {outputs}, but the spec has {promised}")
+        raise BuildError(
+            f"{spec.name}: the exported graph gives {outputs}, but the spec has {promised}",
+            hint="name the outputs in the spec as the network returns them",
+        )
     for value, tensor in [(found[tensor.name], tensor) for tensor in spec.inputs] + list(
         zip(model.graph.outputs, spec.outputs, strict=True)
     ):
         if value.dtype != ELEMENT_TYPES[tensor.dtype]:
             raise BuildError(
                 f"{spec.name}: {tensor.name} is {value.dtype.name.lower() if value.dtype else 'of unknown type'} in "
-                f"the exported graph, but {tensor.dtype.value} in the spec"
+                f"the exported graph, but {tensor.dtype.value} in the spec",
+                hint="cast it in the network, or change the spec",
             )
     for name, tensor in wanted.items():
         shape = found[name].shape

@@ -83,7 +83,10 @@ def _rewrite(graph: ir.Graph, node: ir.Node, values: set[ir.Value], narrow: ir.D
     if node.op_type == "Cast" and not node.domain and results:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     if node.op_type == "ConstantOfShape" and results:
-        raise BuildError(f"round_to cannot widen {node.op_type} {node.name}")
+        raise BuildError(
+            f"round_to cannot widen {node.op_type} {node.name}",
+            hint="build without simulated 16-bit rounding, or write the network without that op",
+        )
     if node.op_type not in EXACT:
         for value in results:
             _round(graph, value, narrow)
