@@ -99,7 +99,7 @@ def check_outcome(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """Edit a copy of the checkpoint, build it, and check the outcome. Returns what was done, for the log of the test."""
+    """Edit a copy of the checkpoint, build it, and check the outcome, which is also returned in words."""
     checkpoint = Path(shutil.copytree(subject.checkpoint, folder / "checkpoint"))
     if not all(edit.apply(checkpoint) for edit in edits):
         return "unchanged"
@@ -151,21 +151,21 @@ def pairs_of_edits() -> list[tuple[str, Edit, Edit]]:
     [pytest.param(family, edit, id=f"{family}: {edit.name}") for family, edit in sample_of_edits()],
 )
 def test_an_edited_checkpoint_is_served_as_upstream_does_or_refused(
-    family, edit, subjects, tmp_path, monkeypatch, capsys
+    family, edit, subjects, tmp_path, monkeypatch, capsys, record_property
 ) -> None:
-    print(check_outcome([edit], subjects(family), tmp_path, monkeypatch, capsys))
+    record_property("outcome", check_outcome([edit], subjects(family), tmp_path, monkeypatch, capsys))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("edit", [pytest.param(edit, id=edit.name) for edit in EDITS])
 def test_every_edit_of_every_family_is_served_or_refused(
-    family, edit, subjects, tmp_path, monkeypatch, capsys
+    family, edit, subjects, tmp_path, monkeypatch, capsys, record_property
 ) -> None:
     outcome = check_outcome([edit], subjects(family), tmp_path, monkeypatch, capsys)
     if outcome == "unchanged":
         pytest.skip("this family has no such part")
-    print(outcome)
+    record_property("outcome", outcome)
 
 
 @pytest.mark.slow
@@ -174,9 +174,9 @@ def test_every_edit_of_every_family_is_served_or_refused(
     [pytest.param(*pair, id=f"{pair[0]}: {pair[1].name}, {pair[2].name}") for pair in pairs_of_edits()],
 )
 def test_pairs_of_edits_are_served_or_refused(
-    family, first, second, subjects, tmp_path, monkeypatch, capsys
+    family, first, second, subjects, tmp_path, monkeypatch, capsys, record_property
 ) -> None:
     outcome = check_outcome([first, second], subjects(family), tmp_path, monkeypatch, capsys)
     if outcome == "unchanged":
         pytest.skip("an edit finds nothing to change")
-    print(outcome)
+    record_property("outcome", outcome)
