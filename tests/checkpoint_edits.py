@@ -236,6 +236,10 @@ def _scale_a_number(key: str, factor: float) -> Callable[[dict[str, Any]], None]
     return change
 
 
+def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update({key: value})
+
+
 def _as_text(config: dict[str, Any]) -> None:
     key = next(key for key, value in config.items() if type(value) is int)
     config[key] = str(config[key])
@@ -373,6 +377,36 @@ EDITS: tuple[Edit, ...] = (
     Edit(
         "bos and eos swapped in the tokenizer's config",
         change_json("tokenizer/tokenizer_config.json", _swap_special_ids),
+    ),
+    *(
+        Edit(
+            f"{key} = {value} in the scheduler's config",
+            change_json("scheduler/scheduler_config.json", _set(key, value)),
+        )
+        for key, value in (
+            ("use_karras_sigmas", True),
+            ("use_dynamic_shifting", True),
+            ("solver_order", 3),
+            ("num_train_timesteps", 500),
+            ("shift", 1.0),
+        )
+    ),
+    *(
+        Edit(
+            f"{key} = {value} in the config of the {part}",
+            change_json(f"{part}/config.json", _set(key, value)),
+        )
+        for part, key, value in (
+            ("text_encoder", "hidden_act", "relu"),
+            ("text_encoder", "num_hidden_layers", 1),
+            ("text_encoder", "sliding_window", 4),
+            ("transformer", "guidance_embeds", True),
+            ("transformer", "norm_eps", 1e-2),
+            ("transformer", "pos_embed_max_size", 8),
+            ("vae", "shift_factor", 0.25),
+            ("vae", "encoder_block_types", ["ResBlock", "ResBlock"]),
+            ("vae", "latent_channels", 4),
+        )
     ),
     # files that are not what they should be
     Edit(
