@@ -18,12 +18,13 @@ class DitcError(Exception):
     """Base of all deliberate errors.
 
     Args:
-        message: what happened and where, with the values.
+        message: what happened and where, with the values. Its lines are joined, as messages of other libraries that it
+            quotes may have several.
         hint: what the user can do about it. It is printed on a line of its own.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
         self.hint = hint
 
 
