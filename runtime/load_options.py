@@ -32,6 +32,8 @@ class LoadOptions:
         device: CUDA's number of the GPU, or its UUID or the beginning of that. "" takes CUDA's first, which is usually
             the fastest one. The process then sees only this GPU, so it must be named before CUDA starts.
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
+        private_copy: copy the files of each stage into a private temporary folder, hash the copies and open those. Then
+            nothing that is written into the bundle afterwards reaches an open pipeline. Not on Windows.
         require_signature: file with the ed25519 public key (PEM) whose owner must have signed the bundle.
         require_certificate: refuse artifacts that parity has not proven for this machine. Together with
             require_signature, only results count that the owner of that key has signed.
@@ -49,6 +51,7 @@ class LoadOptions:
     provider: str = AUTO
     device: str = ""
     low_vram: bool = False
+    private_copy: bool = False
     require_signature: str | Path | None = None
     require_certificate: bool = False
     self_test: bool = True
@@ -102,6 +105,7 @@ class LoadKeywords(TypedDict, total=False):
     provider: str
     device: str
     low_vram: bool
+    private_copy: bool
     require_signature: str | Path | None
     require_certificate: bool
     self_test: bool
@@ -170,6 +174,11 @@ def _arguments() -> dict[str, dict[str, Any]]:
             "action": "store_true",
             "help": "Keep only one stage at a time in GPU memory, and stream the weights of engines that were built "
             "with --weight-streaming. ONNX Runtime ignores this (default: all stages stay loaded).",
+        },
+        "private_copy": {
+            "action": "store_true",
+            "help": "Open copies of the files, in a private temporary folder (TMPDIR) that is removed at once, so that "
+            "what is written into the bundle later has no effect (default: the bundle's files are mapped).",
         },
         "require_signature": {
             "type": Path,

@@ -12,6 +12,7 @@ import numpy as np
 from ditc.runtime.bundle.certification import Certification, check_certified, find_certification
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manifest
+from ditc.runtime.bundle.private_copy import check_possible, private_copy
 from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import BundleError, SessionError, UsageError
@@ -62,6 +63,8 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
         UsageError: nothing in the bundle fits this machine and the options, or the GPU that they name is not used.
         SessionError: a stage cannot be opened, or CUDA has already started on another GPU.
     """
+    if options.private_copy:
+        check_possible()
     manifest = load_manifest(bundle)
     if options.require_signature is not None:
         check_signature(bundle, manifest, Path(options.require_signature))
@@ -73,7 +76,7 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     if options.require_certificate:
         check_certified(bundle, certification.why_unproven())
     check_files(bundle, _files(manifest, chosen.values()))
-    tokenizers = [Tokenizer(bundle / spec.tokenizer) for spec in manifest.text]
+    tokenizers = _read_tokenizers(bundle, manifest, private=options.private_copy)
     device = open_device() if any(row_of(a.backend).same_gpu for a in chosen.values()) else None
     sessions = _open_all(bundle, manifest, chosen, options, device)
     encoders = [
@@ -157,7 +160,13 @@ def _open_all(
         device.enter()  # in addition to the sessions: it must stay open while no stage is loaded
 
     def opener(artifact: Artifact) -> Callable[[], Session]:
-        return lambda: open_session(bundle / artifact.file.path, artifact, options, device)
+        def open_it() -> Session:
+            if not options.private_copy:
+                return open_session(bundle / artifact.file.path, artifact, options, device)
+            with private_copy(bundle, (artifact.file, *artifact.data)) as folder:
+                return open_session(folder / artifact.file.path, artifact, options, device)
+
+        return open_it
 
     try:
         for name, artifact in chosen.items():
@@ -176,6 +185,14 @@ def _open_all(
             device.leave()
         raise
     return sessions
+
+
+def _read_tokenizers(bundle: Path, manifest: Manifest, *, private: bool) -> list[Tokenizer]:
+    paths = [spec.tokenizer for spec in manifest.text]
+    if not private:
+        return [Tokenizer(bundle / path) for path in paths]
+    with private_copy(bundle, [ref for ref in manifest.files if ref.path in paths]) as folder:
+        return [Tokenizer(folder / path) for path in paths]
 
 
 def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
