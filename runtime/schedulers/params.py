@@ -96,8 +96,8 @@ class SchedulerParams:
     time_shift_type: TimeShift = TimeShift.EXPONENTIAL
     base_shift: float = 0.5
     max_shift: float = 1.15
-    base_image_seq_len: float = 256
-    max_image_seq_len: float = 4096
+    base_image_seq_len: float = 256.0
+    max_image_seq_len: float = 4096.0
     shift_terminal: float | None = None
     spacing: Spacing = Spacing.UNIFORM
     spacing_min: float | None = None
