@@ -14,6 +14,7 @@ import numpy as np
 from ditc.runtime.arrays import given_array
 from ditc.runtime.diffusers_arguments import without_foreign
 from ditc.runtime.errors import UsageError
+from ditc.runtime.limits import MAX_PICTURES, MAX_SIDE, MAX_STEPS
 from ditc.runtime.rng import Generator, TorchGenerator, is_torch_generator
 from ditc.runtime.session import Array
 
@@ -27,7 +28,6 @@ NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
-LARGEST_COUNT = 10_000  # of steps, or of pictures of one prompt, which are held in memory together
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 
 
@@ -110,6 +110,10 @@ class Request:
     @property
     def num_prompts(self) -> int:
         return len(self.prompts) if self.prompt_embeds is None else int(self.prompt_embeds.shape[0])
+
+    @property
+    def num_pictures(self) -> int:
+        return self.num_prompts * self.num_images_per_prompt
 
     @property
     def negative_prompts(self) -> list[str]:
@@ -214,13 +218,7 @@ def _check(request: Request) -> None:
                 hint="pass one text for all prompts, or one per prompt",
             )
     _check_embeds(request)
-    for name in ("num_inference_steps", "num_images_per_prompt"):
-        count = getattr(request, name)
-        if count is not None and not 1 <= count <= LARGEST_COUNT:
-            raise UsageError(f"{name} is {count}", hint=f"pass 1 to {LARGEST_COUNT}")
-    for name, pixels in (("height", request.height), ("width", request.width)):
-        if pixels is not None and pixels < 1:
-            raise UsageError(f"{name} is {pixels} pixels", hint="leave it out for the bundle's default")
+    _check_counts(request)
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass only one of them")
     if not isinstance(request.output_type, str) or request.output_type not in ("pil", "np", "latent"):
@@ -245,17 +243,40 @@ def _check_numbers(request: Request) -> None:
             raise UsageError(f"{name} is {value!r:.80}", hint=f"pass {kind} number, or leave it out")
 
 
+def _check_counts(request: Request) -> None:
+    for name, most in (("num_inference_steps", MAX_STEPS), ("num_images_per_prompt", MAX_PICTURES)):
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= most:
+            raise UsageError(f"{name} is {count}", hint=f"pass 1 to {most}")
+    for name in ("height", "width"):
+        pixels = getattr(request, name)
+        if pixels is not None and not 1 <= pixels <= MAX_SIDE:
+            raise UsageError(
+                f"{name} is {pixels} pixels",
+                hint=f"pass 1 to {MAX_SIDE}, or leave it out for the bundle's default",
+            )
+    if request.num_pictures > MAX_PICTURES:
+        raise UsageError(
+            f"{request.num_prompts} prompts x {request.num_images_per_prompt} pictures are {request.num_pictures} "
+            "pictures",
+            hint=f"draw at most {MAX_PICTURES} in one request",
+        )
+
+
 def _check_schedule(request: Request) -> None:
     for name in ("timesteps", "sigmas"):
         values = getattr(request, name)
         if values is None:
             continue
         try:
-            fits = len(values) > 0 and all(math.isfinite(value) for value in values)
+            fits = 0 < len(values) <= MAX_STEPS and all(math.isfinite(value) for value in values)
         except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise UsageError(f"{name} is {values!r:.80}", hint="pass a list of finite numbers, one per step")
+            raise UsageError(
+                f"{name} is {values!r:.80}",
+                hint=f"pass a list of 1 to {MAX_STEPS} finite numbers, one per step",
+            )
 
 
 def _check_arrays(request: Request) -> None:

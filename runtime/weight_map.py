@@ -8,6 +8,7 @@ initializer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import from_json, to_json
+from ditc.runtime.bundle.jsondata import check_numbers, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.session import Array
 
@@ -90,9 +91,26 @@ def read_weight_map(path: Path) -> tuple[Weight, ...]:
         BundleError: the file is missing or damaged.
     """
     try:
-        return tuple(from_json(Weight, item) for item in json.loads(path.read_bytes()))
+        data = json.loads(path.read_bytes())
+        check_numbers(data)
+        weights = from_json(tuple[Weight, ...], data)
+        for weight in weights:
+            _check_shapes(weight)
+        return weights
     except (OSError, ValueError, TypeError, RecursionError) as e:  # Mismatch is a ValueError
         raise BundleError(f"{path} is not a weight map: {e}", hint="build the bundle again") from e
+
+
+def _check_shapes(weight: Weight) -> None:
+    """Raise ValueError if the shapes do not fit each other, or an axis is not one of a matrix."""
+    stored = weight.stored_shape
+    sizes = {math.prod(shape) for shape in (weight.shape, stored) if shape is not None}
+    if len(sizes) > 1 or min((*weight.shape, *(stored or ())), default=0) < 0:
+        raise ValueError(f"{weight.initializer} has the shape {stored}, but {weight.shape} in the checkpoint")
+    if weight.codes is not None and weight.codes.axis not in (0, 1):
+        raise ValueError(f"{weight.initializer} has the axis {weight.codes.axis}, but a matrix has 0 and 1")
+    if len(weight.transforms) > len(Transform):
+        raise ValueError(f"{weight.initializer} has {len(weight.transforms)} transforms")
 
 
 def write_weight_map(path: Path, weights: Iterable[Weight]) -> Path:

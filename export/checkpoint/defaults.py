@@ -8,14 +8,18 @@ from typing import Any
 
 from ditc.export.checkpoint.json_files import read_json
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.limits import LARGEST_NUMBER, MAX_SIDE, MAX_STEPS, MAX_TOKENS
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+def _up_to(most: int) -> tuple[Callable[[object], bool], str]:
+    return lambda value: type(value) is int and 0 < value <= most, f"an integer from 1 to {most}"
+
+
+_is_size, _ = SIZE = _up_to(MAX_SIDE)
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and value >= 0  # type: ignore[operator]
+    return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER  # type: ignore[operator]
 
 
 def _is_layers(value: object) -> bool:
@@ -36,17 +40,17 @@ def _is_lines(value: object) -> bool:
 # The keys are diffusers' argument names. Sizes are in pixels; resolution_bins are [height, width] pairs. null means
 # that the model has no bins or no instruction.
 CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "height": (_is_size, "a positive integer"),
-    "width": (_is_size, "a positive integer"),
+    "height": SIZE,
+    "width": SIZE,
     "resolution_bins": (_is_bins, "a list of [height, width] or null"),
-    "max_sequence_length": (_is_size, "a positive integer"),
+    "max_sequence_length": _up_to(MAX_TOKENS),
     "complex_human_instruction": (_is_lines, "a list of strings or null"),
-    "num_inference_steps": (_is_size, "a positive integer"),
-    "guidance_scale": (_is_number, "a number >= 0"),
+    "num_inference_steps": _up_to(MAX_STEPS),
+    "guidance_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
     "skip_guidance_layers": (_is_layers, "a list of layer numbers"),
-    "skip_layer_guidance_scale": (_is_number, "a number >= 0"),
-    "skip_layer_guidance_start": (_is_number, "a number >= 0"),
-    "skip_layer_guidance_stop": (_is_number, "a number >= 0"),
+    "skip_layer_guidance_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
+    "skip_layer_guidance_start": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
+    "skip_layer_guidance_stop": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
 }
 
 

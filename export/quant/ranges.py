@@ -31,8 +31,9 @@ from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.quant.histogram import BINS, CHANNEL_BINS
 from ditc.runtime.bundle.integrity import sha256
-from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.bundle.jsondata import check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
+from ditc.runtime.limits import MAX_STEPS
 from ditc.runtime.session import Array
 
 VERSION = 3
@@ -187,11 +188,14 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
             raise UsageError(
                 f"{path} has format version {version}, but this ditc reads {VERSION}", hint=again
             )
+        check_numbers(facts)
         origin = from_json(Origin, facts["origin"])
-        site_of, prompts = facts["site_of"], from_json(tuple[Prompt, ...], facts["prompts"])
+        site_of = from_json(dict[str, str], facts["site_of"])
+        prompts = from_json(tuple[Prompt, ...], facts["prompts"])
+        _check_counts(origin, prompts)
     except FileNotFoundError as e:
         raise UsageError(f"there is no file {path}", hint=again) from e
-    except (SafetensorError, OSError, KeyError, ValueError, Mismatch) as e:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as e:
         raise UsageError(f"{path} is not a whole file of ranges: {e}", hint=again) from e
     if identity is not None and origin.identity != identity:
         raise UsageError(
@@ -240,29 +244,42 @@ def add(parts: Sequence[Statistics]) -> Statistics:
     )
 
 
+def _check_counts(origin: Origin, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for a number of steps, buckets or prompts' bytes that cannot be."""
+    for name in ("num_inference_steps", "usual_steps", "buckets"):
+        if not 1 <= getattr(origin, name) <= MAX_STEPS:
+            raise ValueError(f"{name} is {getattr(origin, name)}, which is not between 1 and {MAX_STEPS}")
+    for prompt in prompts:
+        if min(prompt.size_bytes, prompt.tokens) < 0:
+            raise ValueError(f"a prompt has {prompt.size_bytes} bytes and {prompt.tokens} tokens")
+
+
 def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Path) -> Statistics:
     again = "measure again: ditc calibrate CHECKPOINT -o RANGES"
+    found = {field: tensors.get(f"{field}/{site}") for field in Statistics.__slots__}
+    widest = found["channel_amax"]
+    channels = widest.shape[1] if widest is not None and widest.ndim == 2 else 1
+    shapes = {
+        "histogram": (buckets, BINS),
+        "channel_amax": (buckets, channels),
+        "channel_squares": (buckets, channels),
+        "channel_histogram": (channels, CHANNEL_BINS),
+        "half_histogram": (BINS,),
+    }
     fields: dict[str, Any] = {}
-    for field in Statistics.__slots__:
-        tensor = tensors.get(f"{field}/{site}")
-        if tensor is None or (field not in OVER_ALL_BUCKETS and tensor.shape[0] != buckets):
+    for field, tensor in found.items():
+        wanted = shapes.get(field, (buckets,))
+        if tensor is None or (field not in OVER_ALL_BUCKETS and tensor.shape[:1] != (buckets,)):
             raise UsageError(f"{path} lacks {field} of {site} for {buckets} buckets", hint=again)
+        if tensor.shape != wanted or tensor.dtype.kind not in "fiu" or not tensor.size:
+            kind = f"{tensor.shape} of {tensor.dtype}"
+            raise UsageError(f"{path}: {field} of {site} is {kind}, not {wanted} of numbers", hint=again)
         if not np.isfinite(tensor).all() or (tensor < 0).any():
             raise UsageError(f"{path}: {field} of {site} is negative, NaN or infinite", hint=again)
         fields[field] = tensor
-    if fields["histogram"].shape != (buckets, BINS):
-        raise UsageError(
-            f"{path}: histogram of {site} is {fields['histogram'].shape}, not {(buckets, BINS)}", hint=again
-        )
     statistics = Statistics(**fields)
-    if (
-        statistics.half_histogram.shape != (BINS,)
-        or (statistics.half_histogram > statistics.histogram.sum(axis=0)).any()
-    ):
+    if (statistics.half_histogram > statistics.histogram.sum(axis=0)).any():
         raise UsageError(f"{path}: half_histogram of {site} is not a part of its histogram", hint=again)
-    if statistics.channel_histogram.shape != (statistics.channels, CHANNEL_BINS):
-        shape, wanted = statistics.channel_histogram.shape, (statistics.channels, CHANNEL_BINS)
-        raise UsageError(f"{path}: channel_histogram of {site} is {shape}, not {wanted}", hint=again)
     return statistics
 
 

@@ -20,7 +20,7 @@ from ditc.export.families import family_of
 from ditc.export.quant.estimators import Method
 from ditc.export.quant.formats import Format
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
+from ditc.runtime.bundle.jsondata import Mismatch, check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Precision
 
@@ -163,8 +163,13 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from its JSON file. Raises UsageError if the file is missing or is not a recipe."""
     try:
-        return from_json(Recipe, json.loads(path.read_bytes()))
-    except (OSError, ValueError, Mismatch) as e:
+        data = json.loads(path.read_bytes())
+        check_numbers(data)
+        recipe = from_json(Recipe, data)
+        if not 0 < recipe.percentile <= 100:
+            raise Mismatch(f"$.percentile: {recipe.percentile} is not between 0 and 100")
+        return recipe
+    except (OSError, ValueError, RecursionError) as e:  # Mismatch is a ValueError
         raise UsageError(f"{path} is not a recipe: {e}", hint="ditc calibrate --budget ... writes one") from e
 
 

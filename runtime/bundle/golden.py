@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from ditc.runtime.bundle.certificate import Line
-from ditc.runtime.bundle.jsondata import from_json
+from ditc.runtime.bundle.jsondata import check_numbers, from_json
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.bundle.safetensors import read_safetensors
 from ditc.runtime.errors import BundleError, DitcError
+from ditc.runtime.limits import MAX_VALUES
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
-from ditc.runtime.spec import DType
+from ditc.runtime.spec import DType, StageSpec
 from ditc.runtime.tolerances import Level, Metric, limit
 
 METADATA = "ditc.golden"
@@ -62,31 +63,65 @@ def read_golden(path: Path) -> Golden:
     """
     tensors, metadata = read_safetensors(path)
     try:
-        info = from_json(GoldenInfo, json.loads(metadata[METADATA]))
-        inputs = {name: np.resize(tensors[f"in.{name}"], shape) for name, shape in info.inputs.items()}
-        outputs = {name: tensors[f"out.{name}"] for name in info.outputs}
-        _check_consistent(info, outputs)
-    except (ValueError, KeyError) as e:
+        data = json.loads(metadata[METADATA])
+        check_numbers(data)
+        info = from_json(GoldenInfo, data)
+        _check_info(info, tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:  # Mismatch is a ValueError
         raise BundleError(f"{path} holds no golden values: {e}", hint="rebuild the bundle") from e
+    inputs = {name: np.resize(tensors[f"in.{name}"], shape) for name, shape in info.inputs.items()}
+    outputs = {name: tensors[f"out.{name}"] for name in info.outputs}
     return Golden(info, inputs, outputs)
 
 
-def _check_consistent(info: GoldenInfo, outputs: Mapping[str, Array]) -> None:
-    """Raise ValueError unless the outputs have the stored number of values, and the errors are errors."""
-    for name, array in outputs.items():
-        size, stride = math.prod(info.outputs[name]), info.strides[name]
-        if stride < 1 or array.size != -(-size // stride):
-            raise ValueError(f"{name} has {array.size} values of {size} with a stride of {stride}")
+def _check_info(info: GoldenInfo, tensors: Mapping[str, Array]) -> None:
+    """Check that the metadata fits the tensors, before memory is taken for the full shapes.
+
+    Raises:
+        KeyError: a tensor or a stride is missing.
+        ValueError: a number cannot be.
+    """
+    shapes = (*info.inputs.items(), *info.outputs.items())
+    for name, shape in shapes:
+        if min(shape, default=1) < 1:
+            raise ValueError(f"{name} has the shape {shape}")
+    total = sum(math.prod(shape) for _, shape in shapes)
+    if total > MAX_VALUES:
+        raise ValueError(f"its tensors have {total} values, more than {MAX_VALUES}")
+    for name in info.inputs:
+        if not tensors[f"in.{name}"].size:
+            raise ValueError(f"{name} has no values")
+    for name, shape in info.outputs.items():
+        stored, stride = tensors[f"out.{name}"], info.strides[name]
+        wanted = -(-math.prod(shape) // stride) if stride > 0 else 0
+        if stored.shape != (wanted,) or stored.dtype != np.float32 or not np.isfinite(stored).all():
+            raise ValueError(f"{name} is not every {stride}th value of {shape}, as finite fp32 numbers")
     for precision, loss in info.losses.items():
-        if not 0 <= loss < math.inf:
-            raise ValueError(f"the error of PyTorch in {precision} is {loss}")
+        if not 0 <= loss <= 1:
+            raise ValueError(
+                f"the error of PyTorch in {precision:.20} is {loss}, which is not between 0 and 1"
+            )
+
+
+def _check_names(golden: Golden, spec: StageSpec) -> None:
+    """Raise BundleError unless the file has values for every input, and only for outputs that the stage has."""
+    inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (spec.inputs, spec.outputs))
+    if wrong := sorted((inputs - golden.inputs.keys()) | (golden.outputs.keys() - outputs)):
+        raise BundleError(
+            f"{spec.name}: its golden file and the manifest differ in {wrong[0]!r:.60}",
+            hint="rebuild the bundle",
+        )
 
 
 def self_test(stage: str, session: Session, artifact: Artifact, golden: Golden) -> Line:
     """Run one stage on its golden inputs, and compare its worst output with the tolerance of the artifact's precision.
 
     A stage that cannot run, or whose outputs have another shape, NaN or Inf, has failed.
+
+    Raises:
+        BundleError: the golden values are not those of this stage.
     """
+    _check_names(golden, session.spec)
     try:
         got = session.run(_feeds(session, golden))
     except DitcError as e:

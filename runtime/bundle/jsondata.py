@@ -8,12 +8,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from enum import StrEnum
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
+
+# Larger integers are not exact as floats, and none of ours comes near.
+MAX_INTEGER = 2**53
 
 
 class Mismatch(ValueError):
@@ -48,6 +52,24 @@ def serialize(data: object) -> bytes:
 def digest_of(data: object) -> str:
     """The hash of parsed JSON, whatever its spaces and the order of its fields."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_numbers(data: Any, path: str = "$") -> None:
+    """Refuse NaN, infinity, which JSON in Python may hold, and integers beyond 2**53, anywhere in parsed JSON.
+
+    Raises:
+        Mismatch: the message names the field.
+    """
+    if isinstance(data, dict):
+        for key, item in data.items():
+            check_numbers(item, f"{path}.{key}")
+    elif isinstance(data, list):
+        for i, item in enumerate(data):
+            check_numbers(item, f"{path}[{i}]")
+    elif isinstance(data, float) and not math.isfinite(data):
+        raise Mismatch(f"{path}: {data} is not a finite number")
+    elif isinstance(data, int) and abs(data) > MAX_INTEGER:
+        raise Mismatch(f"{path}: an integer of {data.bit_length()} bits is too large")
 
 
 def _decode(kind: Any, data: Any, path: str) -> Any:
@@ -119,7 +141,10 @@ def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
             raise Mismatch(f"{path}: expected null, got {data!r:.60}")
         return None
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as e:
+            raise Mismatch(f"{path}: an integer of {data.bit_length()} bits is too large") from e
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         try:
             return kind(data)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import Mismatch, digest_of, from_json, serialize, to_json
+from ditc.runtime.bundle.jsondata import Mismatch, check_numbers, digest_of, from_json, serialize, to_json
+from ditc.runtime.bundle.manifest_check import check_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Backend, Precision, StageSpec
@@ -209,7 +210,7 @@ def save_manifest(manifest: Manifest, bundle: Path) -> Path:
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Read manifest.json, and check its form, its schema version, its digest, and that no path leaves the bundle.
+    """Read manifest.json, and check its form, schema version, digest and values, and that no path leaves the bundle.
 
     Raises:
         BundleError: one of these checks fails. The message names the field.
@@ -231,24 +232,28 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         content = path.read_bytes()
         data = json.loads(content)
-    except (ValueError, RecursionError) as e:
+        digest = digest_of({**data, "digest": ""}) if isinstance(data, dict) else ""
+        serialized = serialize(data)
+    except (ValueError, RecursionError) as e:  # also a string that has no encoding
         raise BundleError(f"{path} is not JSON: {e}", hint=rebuild) from e
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version!r}, but this version of ditc reads {SCHEMA_VERSION}",
+            f"{path} has schema version {version!r:.60}, but this version of ditc reads {SCHEMA_VERSION}",
             hint="update ditc" if isinstance(version, int) and version > SCHEMA_VERSION else rebuild,
         )
-    if data.get("digest") != digest_of({**data, "digest": ""}):
+    if data.get("digest") != digest:
         raise BundleError(
             f"{path} was changed after the build: its digest does not match its content", hint=rebuild
         )
-    if serialize(data) != content:  # the digest is a hash of the values, and does not show a changed space
+    if serialized != content:  # the digest is a hash of the values, and does not show a changed space
         raise BundleError(
             f"{path} was changed after the build: its bytes are not what ditc writes", hint=rebuild
         )
     try:
+        check_numbers(data)
         manifest = from_json(Manifest, data)
+        check_manifest(manifest)
     except Mismatch as e:
         raise BundleError(f"{path}: {e}", hint=rebuild) from e
     for ref in manifest.all_files():

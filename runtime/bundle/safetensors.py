@@ -38,7 +38,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         header, body = _split(data)
         metadata = header.pop("__metadata__", {})
         tensors = {name: _tensor(entry, body) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise BundleError(f"{path} is not a safetensors file: {e}", hint="rebuild the bundle") from e
     return tensors, metadata
 

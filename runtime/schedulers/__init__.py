@@ -46,6 +46,9 @@ __all__ = [
     "reads_earlier_latents",
 ]
 
+# exp(mu) multiplies the odds of a noise level. Beyond this, all levels are 0 or 1 in float32.
+_MAX_MU = 80
+
 SOLVERS = {
     SchedulerKind.DPMSOLVER: DPMSOLVER,
     SchedulerKind.EULER: EULER,
@@ -148,14 +151,22 @@ def coefficient_table(
 
 
 def _mu(params: SchedulerParams, mu: float | None, image_seq_len: int | None) -> float | None:
-    if mu is not None or not params.use_dynamic_shifting:
+    if not params.use_dynamic_shifting:
         return mu
-    if image_seq_len is None:
+    if mu is None and image_seq_len is None:
         raise UsageError(
             "dynamic shifting depends on the size of the picture, which is not given",
             hint="pass image_seq_len",
         )
-    return dynamic_mu(params, image_seq_len)
+    if mu is None:
+        assert image_seq_len is not None
+        mu = dynamic_mu(params, image_seq_len)
+    if not abs(mu) <= _MAX_MU:
+        raise UsageError(
+            f"mu is {mu:g}, of which exp has no meaning for a schedule",
+            hint=f"pass mu from {-_MAX_MU} to {_MAX_MU}; models use {params.base_shift} to {params.max_shift}",
+        )
+    return mu
 
 
 def _check_own(

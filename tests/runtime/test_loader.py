@@ -135,10 +135,10 @@ def test_sessions_opened_before_a_failure_are_closed(copy: Path, monkeypatch: py
 
 
 def test_a_graph_with_other_names_than_promised_is_refused(copy: Path) -> None:
-    manifest, artifact = load_manifest(copy), denoiser_of(copy)
-    spec = artifact.spec
-    renamed = replace(spec, inputs=(replace(spec.inputs[0], name="noise"), *spec.inputs[1:]))
-    save_manifest(_with(manifest, DENOISER, replace(artifact, spec=renamed)), copy)
+    manifest = load_manifest(copy)
+    (artifact,) = manifest.stages[VAE_DECODER].artifacts
+    renamed = replace(artifact.spec, inputs=(replace(artifact.spec.inputs[0], name="noise"),))
+    save_manifest(_with(manifest, VAE_DECODER, replace(artifact, spec=renamed)), copy)
     with pytest.raises(SessionError, match="the manifest promises"):
         load(copy)
 
@@ -149,7 +149,8 @@ def test_another_schedule_than_at_build_time_is_refused(copy: Path, change: str)
     golden = manifest.golden_table
     first, *rest = golden.coefficients
     rows = ((*first[:-1], first[-1] + 1e-4), *rest) if change == "value" else tuple(rest)
-    save_manifest(replace(manifest, golden_table=replace(golden, coefficients=rows)), copy)
+    times = golden.timesteps[-len(rows) :]
+    save_manifest(replace(manifest, golden_table=replace(golden, coefficients=rows, timesteps=times)), copy)
     with pytest.raises(BundleError, match="different scheduler coefficients"):
         load(copy)
 

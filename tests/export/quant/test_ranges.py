@@ -97,3 +97,37 @@ def test_merging_refuses_the_same_prompt_twice_and_other_settings():
         merge_ranges([ranges(1), ranges(1)])
     with pytest.raises(UsageError, match="num_inference_steps"):
         merge_ranges([ranges(1), ranges(2, origin=replace(ORIGIN, num_inference_steps=9))])
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("amax", lambda a: a[:, None], r"amax of a is \(2, 1\)"),
+        ("rows", lambda a: np.array(3), "lacks rows of a"),
+        ("channel_amax", lambda a: a[:, 0], r"channel_amax of a is \(2,\)"),
+        ("channel_squares", lambda a: a[:, :-1], r"channel_squares of a is \(2, 3\)"),
+        ("histogram", lambda a: a.astype(bool), "histogram of a is .* of bool"),
+    ],
+)
+def test_statistics_of_another_form_are_refused_by_name(tmp_path, field, change, message):
+    made = ranges()
+    changed = replace(made.sites["a"], **{field: change(getattr(made.sites["a"], field))})
+    path = save_ranges(replace(made, sites={"a": changed}), tmp_path / "r.safetensors")
+    with pytest.raises(UsageError, match=message):
+        load_ranges(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"origin": replace(ORIGIN, buckets=0)}, "buckets is 0"),
+        ({"origin": replace(ORIGIN, num_inference_steps=10**9)}, "num_inference_steps is 1000000000"),
+        ({"origin": replace(ORIGIN, guidance_scale=np.nan)}, "guidance_scale: nan is not a finite number"),
+        ({"site_of": {"a": 3}}, "expected str"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused_by_name(tmp_path, changes, message):
+    path = tmp_path / "r.safetensors"
+    save_ranges(replace(ranges(), **changes), path)
+    with pytest.raises(UsageError, match=message):
+        load_ranges(path)

@@ -1,0 +1,247 @@
+"""Checks the values of a manifest once, after it was read.
+
+Types and digest say nothing about them: anybody can seal a manifest in which a batch holds -1 samples. All code below
+uses the numbers and looks up the names without checking them again.
+"""
+
+# C latent channels
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ditc.runtime.bundle.jsondata import Mismatch
+from ditc.runtime.limits import LARGEST_NUMBER, MAX_BATCH, MAX_SIDE, MAX_STEPS, MAX_TOKENS, MAX_VALUES
+from ditc.runtime.schedulers import SchedulerParams, Spacing, draws_noise, history_length
+from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Range, StageSpec, TensorSpec
+from ditc.runtime.step_contract import BATCH, HEIGHT, HISTORY, WIDTH, coefficient_columns
+from ditc.runtime.text import TextSpec, TokenBatch
+
+if TYPE_CHECKING:
+    from ditc.runtime.bundle.manifest import Defaults, FileRef, GoldenTable, LatentSpec, Manifest, Stage
+
+# The size of any dimension. Those of real models are below 2^18 (vocabularies).
+MAX_DIMENSION = 2**24
+MAX_RANK = 8
+# Instructions before prompts have about 1,000 characters.
+MAX_PREFIX = 2**16
+# diffusers' pipelines have at most three text encoders, and a Request has names for three texts.
+MAX_ENCODERS = 3
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check that every number lies in a sane range, that tables have the stated form, and that names can be looked up.
+
+    Raises:
+        Mismatch: the message begins with the path of the field.
+    """
+    for name, stage in manifest.stages.items():
+        _check_stage(name, stage, f"$.stages.{name}")
+    for ref in manifest.all_files():
+        _check_file(ref)
+    _check_scheduler(manifest.scheduler, "$.scheduler")
+    _check_golden_table(manifest.golden_table, manifest.scheduler, "$.golden_table")
+    _check_latents(manifest.latents, "$.latents")
+    _check_defaults(manifest.defaults, manifest.latents, "$.defaults")
+    _check_text(manifest)
+    _check_links(manifest)
+
+
+def _require(condition: bool, path: str, problem: str) -> None:
+    if not condition:
+        raise Mismatch(f"{path}: {problem}")
+
+
+def _between(value: float, low: float, high: float, path: str) -> None:
+    _require(low <= value <= high, path, f"{value} is not between {low} and {high}")
+
+
+def _check_stage(name: str, stage: Stage, path: str) -> None:
+    _require(bool(stage.artifacts), path, "the stage has no artifact")
+    for i, artifact in enumerate(stage.artifacts):
+        spec, where = artifact.spec, f"{path}.artifacts[{i}].spec"
+        _require(spec.name == name, where, f"the spec is of the stage {spec.name!r:.60}")
+        for kind, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+            names = [tensor.name for tensor in tensors]
+            _require(len(set(names)) == len(names) > 0, f"{where}.{kind}", "names are missing or not unique")
+            for tensor in tensors:
+                _check_shape(tensor, f"{where}.{kind}.{tensor.name}")
+        for dimension, bounds in spec.profile.items():
+            most = MAX_BATCH if dimension == BATCH else MAX_DIMENSION
+            _check_range(bounds, most, f"{where}.profile.{dimension}")
+        known = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+        if lacking := sorted(known - spec.profile.keys()):
+            raise Mismatch(f"{where}.profile: there is no range of {lacking[0]!r:.60}")
+
+
+def _check_shape(tensor: TensorSpec, path: str) -> None:
+    _require(len(tensor.shape) <= MAX_RANK, path, f"there are {len(tensor.shape)} dimensions")
+    for size in tensor.shape:
+        if isinstance(size, int):
+            _between(size, 0, MAX_DIMENSION, path)
+
+
+def _check_range(bounds: Range, most: int, path: str) -> None:
+    low, middle, high, step = bounds.min, bounds.opt, bounds.max, bounds.multiple_of
+    ordered = 1 <= low <= middle <= high <= most
+    _require(ordered, path, f"min {low}, opt {middle}, max {high} do not ascend from 1 to at most {most}")
+    fits = step >= 1 and not any(value % step for value in (low, middle, high))
+    _require(fits, path, f"min {low}, opt {middle}, max {high} are not multiples of {step}")
+
+
+def _check_file(ref: FileRef) -> None:
+    path = f"{ref.path!r:.80}"
+    _require(ref.size_bytes >= 0, path, f"a file cannot have {ref.size_bytes} bytes")
+    _require(
+        re.fullmatch("[0-9a-f]{64}", ref.sha256) is not None, path, "its hash is no SHA-256 in hexadecimal"
+    )
+
+
+def _check_scheduler(params: SchedulerParams, path: str) -> None:
+    _between(params.num_train_timesteps, 1, 10**6, f"{path}.num_train_timesteps")
+    _between(params.shift, 1e-3, 1e3, f"{path}.shift")
+    _between(params.timestep_scale, 1e-6, 1e6, f"{path}.timestep_scale")
+    _between(params.solver_order, 1, 3, f"{path}.solver_order")
+    _between(params.sigma_max, 0, 1e3, f"{path}.sigma_max")
+    _between(params.sigma_min, 0, params.sigma_max, f"{path}.sigma_min")
+    _require(
+        params.shift_terminal is None or 0 <= params.shift_terminal < 1,
+        f"{path}.shift_terminal",
+        "not in [0, 1)",
+    )
+    if params.use_dynamic_shifting:
+        low, high = params.base_image_seq_len, params.max_image_seq_len
+        _require(
+            0 < low < high <= MAX_DIMENSION, f"{path}.max_image_seq_len", f"{low} and {high} do not ascend"
+        )
+    if params.spacing is not Spacing.UNIFORM:
+        low = params.sigma_min if params.spacing_min is None else params.spacing_min
+        high = params.sigma_max if params.spacing_max is None else params.spacing_max
+        _require(
+            0 < low <= high <= 1e4, f"{path}.spacing_min", f"{low} and {high} do not ascend from above 0"
+        )
+
+
+def _check_golden_table(table: GoldenTable, params: SchedulerParams, path: str) -> None:
+    steps = table.num_inference_steps
+    _between(steps, 1, MAX_STEPS, f"{path}.num_inference_steps")
+    runs = len(table.timesteps)
+    _between(runs, 1, 2 * steps, f"the number of {path}.timesteps")
+    _require(
+        len(table.coefficients) == runs,
+        f"{path}.coefficients",
+        f"{len(table.coefficients)} rows for {runs} timesteps",
+    )
+    columns = len(coefficient_columns(history_length(params), draws_noise(params)))
+    lengths = sorted({len(row) for row in table.coefficients})
+    _require(
+        lengths == [columns], f"{path}.coefficients", f"rows of {lengths} values, where {columns} are needed"
+    )
+
+
+def _check_latents(latents: LatentSpec, path: str) -> None:
+    _between(latents.channels, 1, 4096, f"{path}.channels")
+    _between(latents.scale_factor, 1, 1024, f"{path}.scale_factor")
+    _between(latents.patch_size, 1, 1024, f"{path}.patch_size")
+    widths = [len(row) for row in latents.rgb]
+    _require(
+        widths in ([], [latents.channels + 1] * 3),
+        f"{path}.rgb",
+        f"rows of {widths} values are no 3x{latents.channels + 1} matrix",
+    )
+
+
+def _check_defaults(defaults: Defaults, latents: LatentSpec, path: str) -> None:
+    for side in ("height", "width"):
+        _between(getattr(defaults, side), 1, MAX_SIDE, f"{path}.{side}")
+    values = latents.channels * (defaults.height * defaults.width) // latents.scale_factor**2
+    _require(values <= MAX_VALUES, path, f"{defaults.height}x{defaults.width} takes {values} latent values")
+    for size in defaults.bins:
+        _between(min(size), 1, MAX_SIDE, f"{path}.bins")
+        _between(max(size), 1, MAX_SIDE, f"{path}.bins")
+    _between(defaults.num_inference_steps, 1, MAX_STEPS, f"{path}.num_inference_steps")
+    _between(defaults.guidance_scale, -LARGEST_NUMBER, LARGEST_NUMBER, f"{path}.guidance_scale")
+    if (tiling := defaults.tiling) is not None:
+        _between(tiling.tile, latents.scale_factor, MAX_SIDE, f"{path}.tiling.tile")
+        _between(tiling.stride, latents.scale_factor, tiling.tile, f"{path}.tiling.stride")
+        whole = not (tiling.tile % latents.scale_factor or tiling.stride % latents.scale_factor)
+        _require(whole, f"{path}.tiling", f"they are no multiples of {latents.scale_factor} pixels")
+    if (skip := defaults.skip_layer_guidance) is not None:
+        where = f"{path}.skip_layer_guidance"
+        _between(skip.scale, -LARGEST_NUMBER, LARGEST_NUMBER, f"{where}.scale")
+        _between(skip.start, 0, LARGEST_NUMBER, f"{where}.start")
+        _between(skip.stop, 0, LARGEST_NUMBER, f"{where}.stop")
+        _require(bool(skip.layers) and min(skip.layers) >= 0, f"{where}.layers", f"{list(skip.layers)}")
+
+
+def _check_text(manifest: Manifest) -> None:
+    _between(len(manifest.text), 1, MAX_ENCODERS, "$.text")
+    for i, spec in enumerate(manifest.text):
+        _check_lengths(spec, f"$.text[{i}]")
+
+
+def _check_lengths(spec: TextSpec, path: str) -> None:
+    for name in ("length", "max_length", "negative_max_length"):
+        _between(getattr(spec, name), 1, MAX_TOKENS, f"{path}.{name}")
+    for name, select in (("select", spec.select), ("negative_select", spec.negative_select)):
+        if select is not None:
+            _between(select.first, 0, spec.length, f"{path}.{name}.first")
+            _between(select.last, 0, spec.length, f"{path}.{name}.last")
+    for name in ("prefix", "negative_prefix"):
+        _between(len(getattr(spec, name)), 0, MAX_PREFIX, f"the number of characters of {path}.{name}")
+    rows = MAX_DIMENSION if spec.vocab_size is None else spec.vocab_size
+    _between(rows, 1, MAX_DIMENSION, f"{path}.vocab_size")
+    _between(spec.pad_token_id, 0, rows - 1, f"{path}.pad_token_id")
+
+
+def _check_links(manifest: Manifest) -> None:
+    """Check that what one stage reads is what another one, the text data or the loop gives it."""
+    encoded = {spec.mask for spec in manifest.text if spec.mask is not None}
+    for i, text in enumerate(manifest.text):
+        for spec in _specs(manifest, text.stage, f"$.text[{i}].stage"):
+            _check_known(spec, spec.inputs, TokenBatch.__slots__)
+            encoded |= {tensor.name for tensor in spec.outputs}
+    merged: set[str] = set()
+    for spec in _specs(manifest, CONDITIONER):
+        _check_known(spec, spec.inputs, encoded)
+        merged |= {tensor.name for tensor in spec.outputs}
+    for spec in _specs(manifest, DENOISER):
+        _check_step(spec, manifest, merged)
+    for spec in _specs(manifest, VAE_DECODER):
+        shapes = [tensor.shape for tensor in (*spec.inputs, *spec.outputs)]
+        pictures = [len(shape) == 4 and shape[1] for shape in shapes]
+        _require(
+            pictures == [manifest.latents.channels, 3] and {HEIGHT, WIDTH} <= spec.profile.keys(),
+            f"$.stages.{spec.name}",
+            f"it does not turn latents of {manifest.latents.channels} channels into pictures of 3",
+        )
+
+
+def _specs(manifest: Manifest, stage: str, path: str = "$.stages") -> Iterable[StageSpec]:
+    _require(stage in manifest.stages, path, f"there is no stage {stage!r:.60}")
+    return [artifact.spec for artifact in manifest.stages[stage].artifacts]
+
+
+def _check_known(spec: StageSpec, tensors: Iterable[TensorSpec], known: Iterable[str]) -> None:
+    for tensor in tensors:
+        _require(tensor.name in known, f"$.stages.{spec.name}", f"nothing gives it {tensor.name!r:.60}")
+
+
+def _check_step(spec: StageSpec, manifest: Manifest, conditioning: set[str]) -> None:
+    """Check a denoiser against the contract of a step."""
+    path, channels = f"$.stages.{spec.name}", manifest.latents.channels
+    history = [tensor.shape for tensor in spec.inputs if tensor.name == HISTORY]
+    _require(len(history) == 1 and len(history[0]) == 5, path, f"there is no input {HISTORY} of 5 dimensions")
+    length = history[0][1]
+    _require(isinstance(length, int) and length <= MAX_RANK, path, f"{HISTORY} holds {length!r:.60} states")
+    contract = manifest.step_contract(spec)
+    inputs, outputs = contract.inputs(channels, ()), contract.outputs(channels)
+    for wanted, found in ((inputs, spec.inputs), (outputs, spec.outputs)):
+        by_name = {tensor.name: tensor for tensor in found}
+        for tensor in wanted:
+            got = by_name.get(tensor.name)
+            _require(got == tensor, path, f"{tensor.name} must be {tensor.shape}, but is {got and got.shape}")
+    own = {tensor.name for tensor in inputs}
+    _check_known(spec, (tensor for tensor in spec.inputs if tensor.name not in own), conditioning)
