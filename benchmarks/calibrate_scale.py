@@ -2,7 +2,7 @@
 
     python -m benchmarks.calibrate_scale [--size 1024] [--num-prompts 2] [--steps 4] [--dtype fp32]
 
-The weights are random. The denoiser is the one of benchmarks.build_scale. The text encoder has Gemma-2-2b's width but
+The weights are random. The denoiser is the one of benchmarks.full_size. The text encoder has Gemma-2-2b's width but
 one layer, because only the shape of its output matters here. The measurement runs in its own process, whose largest
 resident size is reported.
 """
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.build_scale import CASES, DEFAULTS, GEMMA, TOKENIZER, checkpoint_around, make
+from benchmarks.full_size import CASES, DEFAULTS, GEMMA, TOKENIZER, checkpoint_around, make
 from benchmarks.machine import write
 
 if TYPE_CHECKING:

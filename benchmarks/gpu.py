@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.build_scale import CASES
+from benchmarks.full_size import CASES
 from benchmarks.gpu_candidates import (
     BATCHES,
     Candidate,

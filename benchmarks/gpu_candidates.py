@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.build_scale import CASES, checkpoint_around, gemma_tokenizer, make
+from benchmarks.full_size import CASES, checkpoint_around, gemma_tokenizer, make
 from ditc.export.contract import BuildOptions, StageModule
 from ditc.export.engine.build import LinearAttention, build_engine
 from ditc.export.example_inputs import example_feeds, example_sizes

@@ -12,7 +12,7 @@ from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
 
 def example_sizes(
-    spec: StageSpec, *, second: bool = False, max_multiple: int | None = None
+    spec: StageSpec, *, second: bool = False, max_multiple: int | None = None, max_side: int | None = None
 ) -> dict[str, int]:
     """Choose a size for every named dimension inside its range.
 
@@ -23,16 +23,19 @@ def example_sizes(
         second: choose other sizes, which differ from the first ones wherever the ranges allow.
         max_multiple: cap on each size, in multiples of the dimension's step (`Range.multiple_of`). The range's minimum
             takes precedence over the cap. None: the range's likely size (`Range.opt`).
+        max_side: the same for heights and widths of pictures and latents, but without their ranges' minimum.
     """
     sizes = {}
     for index, (name, bounds) in enumerate(spec.profile.items()):
         step = bounds.multiple_of
-        likely = min(bounds.opt, bounds.max, *([] if max_multiple is None else [max_multiple * step]))
-        size = max(likely, bounds.min, 2 * step)
+        side = max_side is not None and name in step_contract.SIDES
+        cap, least = (max_side, step) if side else (max_multiple, bounds.min)
+        likely = min(bounds.opt, bounds.max, *([] if cap is None else [cap * step]))
+        size = max(likely, least, 2 * step)
         size -= size % step
         if second:
             larger, smaller = size + step * (index + 1), size - step
-            size = larger if larger <= bounds.max else max(smaller, bounds.min)
+            size = larger if larger <= bounds.max else max(smaller, least)
         sizes[name] = size
     return _rows_unlike_batch(sizes)
 

@@ -53,6 +53,7 @@ HEIGHT = "height"  # in latent cells
 WIDTH = "width"
 IMAGE_HEIGHT = "image_height"  # in pixels
 IMAGE_WIDTH = "image_width"
+SIDES = (HEIGHT, WIDTH, IMAGE_HEIGHT, IMAGE_WIDTH)
 TEXT_LENGTH = "text_length"  # tokens that reach the denoiser
 
 # Names of coefficient columns.

@@ -34,3 +34,8 @@ class BuildContext:
     quantization: Quantization | None
     journal: Journal
     events: EventLog
+
+    def files_of(self, stage: str) -> list[Path]:
+        """The files of the checkpoint that hold the stage's weights."""
+        components = map(self.checkpoint.component, self.plan.stages[stage].components)
+        return [path for component in components for path in component.files]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 from ditc.export.build import estimates
 from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
 from ditc.export.build.layout import engine_path
 from ditc.export.build.records import EngineInputs, EngineRecord
 from ditc.export.build.source_hash import engine_source
-from ditc.export.checkpoint.release_memory import drop_pages
+from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.engine.build import build_engine, estimate_memory_bytes, library_version
 from ditc.export.engine.profiles import orientation_profiles
 from ditc.runtime.bundle.build_cost import BuildCost
@@ -46,9 +44,7 @@ def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact
         build.events.reused(stage, finished.artifact)
         return finished.artifact
     why, onnx, key = build.journal.why(EngineRecord, inputs), build.out / graph.file.path, digest(inputs)
-    gc.collect()  # exported modules are in reference cycles, which would keep their weights in memory
-    for component in build.plan.stages[name].components:
-        drop_pages(build.checkpoint.component(component).files)
+    release_memory(build.files_of(name))
     estimate = estimates.resident_bytes() + estimate_memory_bytes(onnx)
     build.events.building(stage, why)
     path = engine_path(build.out, name, graph.precision, options.backend, key)

@@ -4,39 +4,88 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from ditc.export.build.golden import golden_sizes
 from ditc.export.checkpoint.open import Component
-from ditc.export.graph.onnx import MOST_CHECKED_PARAMETERS
+from ditc.export.contract import StageModule
+from ditc.export.graph.onnx import can_check, check_sizes
 from ditc.runtime.errors import BuildError
-from ditc.runtime.spec import Precision
+from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.step_contract import BATCH, IMAGE_HEIGHT, SIDES
 
 ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
-# Peak resident size of a process that exports one stage. torch, diffusers and transformers alone take 0.7 GB. The
-# weights are held once (Sana 1.6B in fp16: a peak of 3.4 GB for 3.2 GB of weights). A stage that is small enough to be
-# checked by running its graph needs more: PyTorch's activations, and ONNX Runtime's packed copy (fp16 as fp32).
-EXPORT_FIXED_BYTES = 900_000_000
-BYTES_PER_CHECKED_WEIGHT_BYTE = 3.5
-BYTES_PER_UNCHECKED_WEIGHT_BYTE = 1.0
+# Peak resident size of a process that builds one stage, fitted to benchmarks/results/build_memory-*.json.
+FIXED_BYTES = 680_000_000  # torch, diffusers and transformers
+CHECK_PER_WEIGHT_BYTE = 1.2  # ONNX Runtime's copy of the weights in fp32, packed for its kernels
+# An autoencoder's activations in fp32, while ONNX Runtime computes a picture for the check, and while PyTorch computes
+# one for the golden file.
+CHECK_BYTES_PER_PIXEL = 5000
+GOLDEN_BYTES_PER_PIXEL = 4400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSize:
+    """What decides how much memory the build of one stage needs.
+
+    Attributes:
+        weight_bytes: the weights as the stage is deployed. They are mapped from the checkpoint's files or, in another
+            type, copied, and then the files' pages are released.
+        parameters: their number.
+        checked: whether the graph is run after its export.
+        check_pixels, golden_pixels: pixels of the largest picture that is computed for the check, and for the golden
+            file; 0 for a stage without pictures.
+    """
+
+    weight_bytes: int
+    parameters: int
+    checked: bool
+    check_pixels: int
+    golden_pixels: int
+
+
+def stage_size(stage: StageModule, scale: int) -> StageSize:
+    """The size of a stage. Its weights may be on torch's meta device.
+
+    Args:
+        scale: pixels per latent cell.
+    """
+    tensors = stage.module.state_dict().values()
+    return StageSize(
+        weight_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors),
+        parameters=sum(t.numel() for t in tensors),
+        checked=can_check(stage),
+        check_pixels=max(_pixels(stage.spec, sizes, scale) for sizes in check_sizes(stage.spec)),
+        golden_pixels=_pixels(stage.spec, golden_sizes(stage.spec), scale),
+    )
+
+
+def build_bytes(size: StageSize) -> int:
+    """Estimate the peak resident size of the process while it builds a stage: its graph and its golden file."""
+    exported = size.weight_bytes
+    if size.checked:
+        exported += (
+            round(CHECK_PER_WEIGHT_BYTE * size.parameters * 4) + CHECK_BYTES_PER_PIXEL * size.check_pixels
+        )
+    golden = size.parameters * 4 + GOLDEN_BYTES_PER_PIXEL * size.golden_pixels
+    return FIXED_BYTES + max(exported, golden)
+
+
+def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int) -> int:
+    """Pixels of all pictures that the stage takes or gives at these sizes; 0 if it has none."""
+    if not any(IMAGE_HEIGHT in tensor.shape for tensor in (*spec.inputs, *spec.outputs)):
+        return 0
+    sides = [sizes[name] * (1 if IMAGE_HEIGHT in sizes else scale) for name in SIDES if name in sizes]
+    return sizes[BATCH] * math.prod(sides)
 
 
 def weight_bytes(components: Iterable[Component], precision: Precision) -> int:
     """Size of all tensors of the components in a precision. For an 8-bit denoiser, give its base precision."""
     item = ITEM_BYTES[precision]
     return sum(math.prod(c.tensors.shape(name)) * item for c in components for name in c.tensors)
-
-
-def estimate_export_bytes(weights: int, precision: Precision) -> int:
-    """Estimate the peak resident size of the process while it exports a stage.
-
-    Args:
-        weights: bytes of the stage's weights in `precision`.
-    """
-    limit = MOST_CHECKED_PARAMETERS.get(precision, 0) * ITEM_BYTES[precision]
-    per_byte = BYTES_PER_CHECKED_WEIGHT_BYTE if weights <= limit else BYTES_PER_UNCHECKED_WEIGHT_BYTE
-    return EXPORT_FIXED_BYTES + round(per_byte * weights)
 
 
 def check_disk(out: Path, stages: Collection[tuple[str, int]], *, engines: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,22 +27,24 @@ MAX_VALUES = 24576
 
 
 def write_golden(
-    reference: StageModule,
+    reference: Callable[[], StageModule],
     path: Path,
     *,
-    deployed: StageModule | None = None,
+    deployed: Callable[[], StageModule] | None = None,
     losses: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
-    """Write one stage's golden file.
+    """Write one stage's golden file. The two networks are loaded one after the other, because one alone may be large.
 
     Args:
-        reference: the stage in fp32.
-        deployed: the same stage in the artifact's precision, if that is 16-bit. The error that PyTorch itself has in
-            this precision is recorded, because the self-test's bound is a multiple of it.
+        reference: loads the stage in fp32.
+        deployed: loads the same stage in the artifact's precision, if that is 16-bit. The error that PyTorch itself has
+            in this precision is recorded, because the self-test's bound is a multiple of it.
         losses: the recorded errors of other precisions, by precision; the new file keeps them.
     """
-    feeds = golden_feeds(reference)
-    outputs = _run(reference, feeds)
+    stage = reference()
+    feeds = golden_feeds(stage)
+    outputs = _run(stage, feeds)
+    del stage
     strides = {name: -(-array.size // MAX_VALUES) for name, array in outputs.items()}
     info = GoldenInfo(
         inputs={name: array.shape for name, array in feeds.items()},
@@ -57,7 +59,7 @@ def write_golden(
 
 def golden_feeds(stage: StageModule) -> dict[str, Array]:
     """Inputs whose values every deployment type holds exactly. They repeat after MAX_VALUES values."""
-    feeds = example_feeds(stage.spec, _sizes(stage.spec), seed=7, integers=stage.integers)
+    feeds = example_feeds(stage.spec, golden_sizes(stage.spec), seed=7, integers=stage.integers)
     return {
         name: np.resize(_exact(name, array).ravel()[:MAX_VALUES], array.shape)
         for name, array in feeds.items()
@@ -71,7 +73,7 @@ def _exact(name: str, array: Array) -> Array:
     return (np.clip(np.round(array * 32), -127, 127) / 32).astype(np.float32)
 
 
-def _sizes(spec: StageSpec) -> dict[str, int]:
+def golden_sizes(spec: StageSpec) -> dict[str, int]:
     """Small sizes within the profile, but more than one row, token and cell, since one alone would test too little."""
     several = {step_contract.BATCH: 1, step_contract.ROWS: 2}
     sizes = {}
@@ -96,10 +98,13 @@ def _fitted(array: Array, dtype: DType) -> Array:
 
 
 def _losses(
-    deployed: StageModule | None, feeds: Mapping[str, Array], wanted: Mapping[str, Array]
+    deployed: Callable[[], StageModule] | None, feeds: Mapping[str, Array], wanted: Mapping[str, Array]
 ) -> dict[str, float]:
-    if deployed is None or deployed.precision not in SIXTEEN_BITS:
+    if deployed is None:
         return {}
-    got = _run(deployed, feeds)
+    stage = deployed()
+    if stage.precision not in SIXTEEN_BITS:
+        return {}
+    got = _run(stage, feeds)
     worst = max(relative_l2(got[name], wanted[name]) for name in wanted)
-    return {deployed.precision.value: worst} if np.isfinite(worst) else {}
+    return {stage.precision.value: worst} if np.isfinite(worst) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from ditc.export.build import previous_build
 from ditc.export.build.build_key import digest
@@ -10,6 +11,7 @@ from ditc.export.build.context import BuildContext
 from ditc.export.build.golden import write_golden
 from ditc.export.build.layout import golden_path
 from ditc.export.build.records import GoldenInputs, GoldenRecord, StageRecord
+from ditc.export.checkpoint.release_memory import release_memory
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact, FileRef
 from ditc.runtime.spec import SIXTEEN_BITS, Precision
@@ -32,12 +34,12 @@ def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifac
     if known is not None and build.journal.intact(known.file):
         return known.file
     build.events.working(name, "computing golden inputs and outputs")
+    load, checkpoint = build.adapter.load, build.checkpoint
     exact = replace(build.options, precision=Precision.FP32, recipe=None, ranges=None, base_precision=None)
-    plan = build.adapter.plan(build.checkpoint, exact)
-    reference = build.adapter.load(build.checkpoint, plan, name, exact)
+    reference = partial(load, checkpoint, build.adapter.plan(checkpoint, exact), name, exact)
     deployed = None
     if graph.artifact.precision in SIXTEEN_BITS:
-        deployed = build.adapter.load(build.checkpoint, build.plan, name, build.options)
+        deployed = partial(load, checkpoint, build.plan, name, build.options)
     recorded = previous_build.losses_of(build.old, name, build.journal)
     path = golden_path(build.out, name, digest(inputs))
     build.journal.will_write(path)
@@ -47,6 +49,7 @@ def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifac
         deployed=deployed,
         losses={p: recorded[p] for p in precisions if p in recorded},
     )
+    release_memory(build.files_of(name))
     ref = file_ref(path, build.out)
     build.journal.write(GoldenRecord(inputs=inputs, file=ref))
     return ref

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from time import perf_counter
 
+from ditc.export.build import estimates
 from ditc.export.build.build_key import digest, tool_versions
 from ditc.export.build.context import BuildContext
 from ditc.export.build.latent_rgb import fit_latent_rgb
 from ditc.export.build.layout import graph_path
-from ditc.export.build.preflight import export_bytes
 from ditc.export.build.records import QuantizationInputs, StageInputs, StageRecord
 from ditc.export.build.source_hash import graph_source
+from ditc.export.checkpoint.release_memory import free_copies, release_memory
 from ditc.export.contract import StageModule
 from ditc.export.engine.memory import PeakMemory
 from ditc.export.graph.onnx import OnnxFiles, data_path, to_onnx
@@ -56,7 +57,7 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     if finished is not None:
         build.events.reused(name, finished.artifact)
         return finished
-    why, estimate = build.journal.why(StageRecord, inputs), export_bytes(build.checkpoint, build.plan, name)
+    why = build.journal.why(StageRecord, inputs)
     build.events.building(name, why)
     started = perf_counter()
     key, quantization = digest(inputs), _quantization(build, name)
@@ -65,6 +66,7 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     build.journal.will_write(path, data_path(path), weight_map_path(path), quant_record_path(path))
     with PeakMemory() as memory:
         module = build.adapter.load(build.checkpoint, build.plan, name, build.options)
+        estimate = estimates.build_bytes(estimates.stage_size(module, build.plan.latents.scale_factor))
         plan = None if quantization is None else quantization.plan(module)
         files = to_onnx(module, path, quantize=plan, opset=build.options.opset)
     artifact = _written(build.out, module, files, precision, key, quantization, plan)
@@ -76,6 +78,9 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     rgb = None
     if name == VAE_ENCODER:
         rgb = tuple(map(tuple, fit_latent_rgb(module.module, build.plan.latents).tolist()))
+    free_copies(module.module, module.weights)
+    del module
+    release_memory(build.files_of(name))
     record = StageRecord(inputs=inputs, artifact=artifact, cost=cost, latent_rgb=rgb)
     build.journal.write(record)
     build.events.built(name, why, artifact, cost)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ditc.export.build import estimates
 from ditc.export.checkpoint.open import Checkpoint, check_finite
+from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan
+from ditc.export.engine.memory import estimate_build_bytes
 from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
 from ditc.runtime.errors import UsageError
@@ -83,8 +85,13 @@ def check_weights(
         name: replace(component, tensors=component.tensors.headers())
         for name, component in checkpoint.components.items()
     }
+    needed = {}
     for name in stages:
-        adapter.load(replace(checkpoint, components=headers), plan, name, options)
+        stage = adapter.load(replace(checkpoint, components=headers), plan, name, options)
+        size = estimates.stage_size(stage, plan.latents.scale_factor)
+        needed[name] = estimates.build_bytes(size)
+        if options.builds_engines:
+            needed[f"{name} engine"] = estimates.FIXED_BYTES + estimate_build_bytes(size.weight_bytes)
     sizes = {name: weight_bytes(checkpoint, plan, name) for name in stages}
     components = {c: name for name in stages for c in plan.stages[name].components}
     estimates.check_disk(
@@ -92,21 +99,17 @@ def check_weights(
         [(component, sizes[name]) for component, name in components.items()],
         engines=options.builds_engines,
     )
-    on_progress("memory", _memory_needed({name: export_bytes(checkpoint, plan, name) for name in stages}))
+    on_progress("memory", _memory_needed(needed))
     for component in components:
         on_progress(component, "reading every weight")
         check_finite(checkpoint.component(component))
+        release_memory(checkpoint.component(component).files)
 
 
 def weight_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
     """Bytes of the stage's weights in its deployment precision."""
     stage = plan.stages[name]
     return estimates.weight_bytes(map(checkpoint.component, stage.components), stage.precision)
-
-
-def export_bytes(checkpoint: Checkpoint, plan: ModelPlan, name: str) -> int:
-    """Estimate the peak memory of exporting the stage, in bytes."""
-    return estimates.estimate_export_bytes(weight_bytes(checkpoint, plan, name), plan.stages[name].precision)
 
 
 def _memory_needed(needed: dict[str, int]) -> str:

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ditc.export.checkpoint.release_memory import release_pages
 from ditc.export.networks.layers import ConvAsLinear
 from ditc.runtime.errors import CheckpointError
 
@@ -187,7 +188,10 @@ def _fitted(
             f"{source.checkpoint} has the type {tensor.dtype}, but quantized checkpoints are not supported",
             hint="use a checkpoint with floating-point weights",
         )
-    return tensor.to(dtype).reshape(parameter.shape)
+    fitted = tensor.to(dtype)
+    if fitted.dtype is not tensor.dtype:
+        release_pages(tensor)  # else a checkpoint in another type would be in memory twice
+    return fitted.reshape(parameter.shape)
 
 
 def _check_names(wanted: set[str], found: set[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_candidates
-from benchmarks.build_scale import CASES, Case, transformer
+from benchmarks.full_size import CASES, Case, transformer
 from ditc.runtime.spec import Precision
 
 TINY = transformer(1, 2, 2, qk_norm=False)

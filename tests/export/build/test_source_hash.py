@@ -33,6 +33,8 @@ REVIEWED = {
     "runtime/atomic.py": "how files are written",
     "export/families/__init__.py": "which family there is, not what it computes",
     "export/options.py": "what decides a graph is in its key by value: precision, opset, shapes",
+    "export/quant/evidence.py": "what ranges rest on: it is recorded beside a graph",
+    "runtime/bundle/calibration.py": "what ranges rest on: it is recorded beside a graph",
     "export/build/build_key.py": "hashes input files",
     "export/build/journal.py": "writes files",
     "runtime/bundle/integrity.py": "hashes input files",

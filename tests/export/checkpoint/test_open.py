@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditc.export.checkpoint.open import check_finite, open_checkpoint
-from ditc.export.checkpoint.release_memory import drop_pages
+from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.checkpoint.tensors import read_safetensors
 from ditc.runtime.errors import CheckpointError
 
@@ -269,7 +269,7 @@ def test_memory_of_a_read_checkpoint_is_released_and_read_again(tmp_path: Path) 
 
     total = float(tensor.sum())
     assert resident_kb() >= 4096
-    assert drop_pages([file]) >= 4 * 2**20
+    assert release_memory([file]) >= 4 * 2**20
     assert resident_kb() == 0
     assert float(tensor.sum()) == total
 
