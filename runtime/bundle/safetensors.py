@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         header, body = _split(data)
         metadata = header.pop("__metadata__", {})
         tensors = {name: _tensor(entry, body) for name, entry in header.items()}
+        _check_covered(header, len(body))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise BundleError(f"{path} is not a safetensors file: {e}", hint="rebuild the bundle") from e
     return tensors, metadata
@@ -52,8 +54,8 @@ def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
 
 def _tensor(entry: dict[str, Any], body: memoryview) -> Array:
     dtype = np.dtype(DTYPES[entry["dtype"]])
-    shape = [int(size) for size in entry["shape"]]
-    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = [operator.index(size) for size in entry["shape"]]
+    begin, end = map(operator.index, entry["data_offsets"])
     if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(body):
         raise ValueError(
             f"a tensor of shape {shape} is at bytes {begin} to {end}, but the data has {len(body)}"
@@ -61,3 +63,16 @@ def _tensor(entry: dict[str, Any], body: memoryview) -> Array:
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"a {dtype} tensor of shape {shape} has {end - begin} bytes")
     return np.frombuffer(body[begin:end], dtype).reshape(shape)
+
+
+def _check_covered(header: dict[str, Any], size: int) -> None:
+    """Refuse bytes that belong to no tensor or to two, as the safetensors package does: nobody would see them."""
+    place = 0
+    for begin, end in sorted(entry["data_offsets"] for entry in header.values()):
+        if begin != place:
+            raise ValueError(
+                f"a tensor begins at byte {begin} of the data, but the one before it ends at {place}"
+            )
+        place = end
+    if place != size:
+        raise ValueError(f"the tensors end at byte {place} of the data, which has {size}")

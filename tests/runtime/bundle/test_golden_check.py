@@ -67,3 +67,11 @@ def test_an_array_with_nan_is_no_golden_value(tiny_bundle: Path, tmp_path: Path)
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(BundleError, match="finite fp32"):
         read_golden(path)
+
+
+@pytest.mark.parametrize("more", [b"\0", b"more than the tensors"])
+def test_bytes_that_belong_to_no_tensor_are_refused(tiny_bundle: Path, tmp_path: Path, more: bytes) -> None:
+    path = changed(tiny_bundle, tmp_path / "g.safetensors")
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(BundleError, match="the tensors end at byte"):
+        read_safetensors(path)
