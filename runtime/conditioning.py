@@ -81,6 +81,23 @@ class Conditioning:
             for index in range(request.num_prompts)
         ]
 
+    def check_texts(self, request: Request, *, negative: bool) -> None:
+        """Tokenize all texts, so that one that cannot be encoded is found before the first picture is drawn.
+
+        Args:
+            negative: whether negative texts are used.
+
+        Raises:
+            UsageError: a text is not valid Unicode, or has a token that its text encoder does not know.
+        """
+        encoders = encoders_for(request, self.encoders, self.conditioner.spec)
+        for sign in (False, True) if negative else (False,):
+            if request.embeds(negative=sign):
+                continue
+            for texts in dict.fromkeys(request.texts(len(encoders), negative=sign)):
+                for text, encoder in zip(texts, encoders, strict=True):
+                    encoder.tokenizer.encode([text], encoder.spec, negative=sign)
+
     def check_request(self, request: Request) -> None:
         """Refuse texts for encoders that the bundle does not have, lengths of texts that it does not take, and an
         incomplete set of embeddings.
@@ -205,11 +222,13 @@ def _row_or_error(row: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]
 
 
 def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The rows of several texts as one read-only array per name.
+    """The rows of several texts as one read-only array per name. Without rows, there are no names.
 
     Raises:
         UsageError: prompts and negative prompts have different lengths.
     """
+    if not rows:
+        return {}
     for name in rows[0]:
         shapes = {row[name].shape[1:] for row in rows}
         if len(shapes) > 1:

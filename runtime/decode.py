@@ -58,56 +58,59 @@ def decode_sample(
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The pictures of a request, with None for each that failed, and the reasons.
+    """Some pictures of a request in the form that it asked for, and why others failed.
 
     Attributes:
-        pictures: (1,3,H,W) each, with the nominal range [-1,1]; the latents if the request asked for them.
+        pictures: PIL images, floats (1,H,W,3) in [0,1] or latents (1,C,h,w). None in the place of one that failed.
         failures: in the order of the pictures.
     """
 
-    pictures: list[Array | None]
+    pictures: list[Any]
     failures: list[Failure]
 
 
-def decode_states(
-    session: Session, states: Sequence[DenoiseState], plan: Plan, *, scale: int, tiling: Tiling | None
+def decode_state(
+    session: Session, state: DenoiseState, plan: Plan, *, first: int, scale: int, tiling: Tiling | None
 ) -> Decoded:
-    """Decode every picture of a request's states. A picture that fails does not end the others.
+    """Decode every picture of a state. A picture that fails does not end the others.
 
     Args:
         session, scale, tiling: as in `decode_sample`.
+        first: the index of the state's first picture in the request.
     """
     decoded = Decoded([], [])
-    for state in states:
-        failed = {failure.index: failure for failure in state.failures}
-        for sample, latents in enumerate(samples(state.latents)):
-            index, picture, failure = len(decoded.pictures), None, failed.get(sample)
-            if failure is None and plan.request.output_type == "latent":
-                picture = to_numpy(latents)
-            elif failure is None:
-                try:
-                    picture = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
-                    _check_colours(picture, index, plan)
-                except NumericsError as error:
-                    picture, failure = None, Failure(index=index, reason=str(error), hint=error.hint)
-            if failure is not None:
-                decoded.failures.append(named(failure, index, plan.request))
-            decoded.pictures.append(picture)
+    failed = {failure.index: failure for failure in state.failures}
+    for sample, latents in enumerate(samples(state.latents)):
+        index, picture, failure = first + sample, None, failed.get(sample)
+        if failure is None and plan.request.output_type == "latent":
+            picture = to_numpy(latents)
+        elif failure is None:
+            try:
+                raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
+                _check_colours(raw, index, plan)
+                picture = _as_requested(raw, plan)
+            except NumericsError as error:
+                failure = Failure(index=index, reason=str(error), hint=error.hint)
+        if failure is not None:
+            decoded.failures.append(named(failure, index, plan.request))
+        decoded.pictures.append(picture)
     return decoded
 
 
-def as_requested(decoded: Decoded, plan: Plan) -> Any:
-    """The pictures as PIL images, as floats (B,H,W,3) in [0,1] or as latents. A failed one is None, or all NaN.
+def _as_requested(picture: Array, plan: Plan) -> Any:
+    return to_pil(to_uint8(picture))[0] if plan.request.output_type == "pil" else to_unit_range(picture)
+
+
+def join(pictures: Sequence[Any], plan: Plan) -> Any:
+    """All pictures of a request: a list of PIL images, or one array, in which a picture that failed is all NaN.
 
     Args:
-        decoded: with at least one picture that has not failed.
+        pictures: those of `Decoded`, of which at least one has not failed.
     """
     if plan.request.output_type == "pil":
-        return [None if p is None else to_pil(to_uint8(p))[0] for p in decoded.pictures]
-    to_array = to_numpy if plan.request.output_type == "latent" else to_unit_range
-    arrays = [None if p is None else to_array(p) for p in decoded.pictures]
-    example = next(array for array in arrays if array is not None)
-    return np.concatenate([np.full_like(example, np.nan) if array is None else array for array in arrays])
+        return list(pictures)
+    example = next(picture for picture in pictures if picture is not None)
+    return np.concatenate([np.full_like(example, np.nan) if one is None else one for one in pictures])
 
 
 def _check_colours(picture: Array, index: int, plan: Plan) -> None:

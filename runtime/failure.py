@@ -36,14 +36,40 @@ class Failure:
         return f"picture {self.index}{text}: {self.reason}"
 
 
-def failures_of(states: Sequence[DenoiseState], request: Request | None = None) -> list[Failure]:
-    """The failures of a request's states, with the index and the prompt of each picture in the request."""
-    failures, first = [], 0
-    for state in states:
-        for failure in state.failures:
-            failures.append(named(failure, first + failure.index, request))
-        first += state.latents.shape[0]
-    return failures
+class Tally:
+    """The failures of a request whose states are run one after the other.
+
+    Args:
+        pictures: how many the request has.
+        request: names the pictures, and says whether to be strict; None for states without a request.
+    """
+
+    def __init__(self, pictures: int, request: Request | None) -> None:
+        self._pictures, self._request = pictures, request
+        self._strict = request is not None and request.strict
+        self._known: list[Failure] = []
+        self.first = 0  # the index of the next state's first picture
+
+    def check(self, state: DenoiseState) -> None:
+        """Raise NumericsError if with those of the state every picture has failed, or one has and that must not be."""
+        if state.failures:
+            found = [named(one, self.first + one.index, self._request) for one in state.failures]
+            check_failures([*self._known, *found], self._pictures, strict=self._strict)
+
+    def add(self, found: Sequence[Failure], pictures: int) -> None:
+        """Count the failures of a finished state, which have the indices of the request.
+
+        Raises:
+            NumericsError: as `check`.
+        """
+        self._known += found
+        self.first += pictures
+        check_failures(self._known, self._pictures, strict=self._strict)
+
+    def add_state(self, state: DenoiseState) -> None:
+        """The same for a state that is not decoded."""
+        found = [named(one, self.first + one.index, self._request) for one in state.failures]
+        self.add(found, state.latents.shape[0])
 
 
 def named(failure: Failure, index: int, request: Request | None) -> Failure:

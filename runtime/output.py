@@ -10,6 +10,24 @@ from ditc.runtime.failure import Failure
 from ditc.runtime.prepare import Plan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """The pictures that were drawn together: as many as the denoiser's batch holds.
+
+    Attributes:
+        first: the index of the first one among the request's pictures.
+        pictures: PIL images, floats (1,H,W,3) in [0,1] or latents (1,C,h,w), as output_type says; None for a picture
+            that failed.
+        failures: why those that are None failed.
+        seconds: the time for each part of the work: text, denoise, decode.
+    """
+
+    first: int
+    pictures: list[Any]
+    failures: tuple[Failure, ...]
+    seconds: dict[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """Pictures, and how they were made.

@@ -11,57 +11,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from PIL import Image
 
-from ditc.runtime import denoise
 from ditc.runtime.bundle.manifest import Manifest, Tiling
-from ditc.runtime.callback import FIXED, OF_ONE_RUN, Callback, StepCallback, check_callback
+from ditc.runtime.callback import FIXED, OF_ONE_RUN, StepCallback, check_callback
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.decode import Decoded, as_requested, decode_states
+from ditc.runtime.decode import Decoded, decode_state, join
+from ditc.runtime.drawing import draw_parts
 from ditc.runtime.errors import SessionError, UsageError
-from ditc.runtime.failure import check_failures, failures_of
-from ditc.runtime.guard import Guard
+from ditc.runtime.failure import Tally, check_failures
 from ditc.runtime.images import preview
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
-from ditc.runtime.output import Output
+from ditc.runtime.loop import Step, run_states
+from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.state import DenoiseState
-from ditc.runtime.step_contract import TIMESTEP
 
 if TYPE_CHECKING:
     from ditc.runtime.sessions.device import Device
 
+__all__ = ["Pipeline", "Step"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What `steps` yields after each step, or after the last step of each launch of several steps.
-
-    Attributes:
-        index, total: 0-based number of the step, and the number of steps of all chunks together.
-        chunk: index of the state that was stepped. Pictures that do not fit into the denoiser's batch are drawn in
-            chunks, one after the other.
-        timestep: the step's timestep, as the network sees it.
-        state: the state after the step.
-        seconds: how long the launch took. On a GPU, this is only the time to submit the work.
-    """
-
-    index: int
-    total: int
-    chunk: int
-    timestep: float
-    state: DenoiseState
-    seconds: float
 
 
 class Pipeline:
@@ -249,25 +228,36 @@ class Pipeline:
             NumericsError: as `__call__`.
         """
         plan = self.plan(request)
-        clock = _Clock()
-        states = list(self.start(plan))
-        clock.lap("text")
-        at_once = 1 if callback_on_step_end else self.steps_per_launch or len(plan.table)
-        callbacks = (
-            [Callback(callback_on_step_end, self, plan, self.drawable.contract) for _ in states]
-            if callback_on_step_end
-            else ()
+        drawn = list(self.draw_each(plan, on_step=on_step, callback_on_step_end=callback_on_step_end))
+        return Output(
+            images=join([picture for part in drawn for picture in part.pictures], plan),
+            seed=plan.seed,
+            seconds={name: sum(part.seconds[name] for part in drawn) for name in drawn[0].seconds},
+            plan=plan,
+            failures=tuple(failure for part in drawn for failure in part.failures),
         )
-        for step in self.run(states, callbacks, steps_per_launch=at_once, request=request):
-            states[step.chunk] = step.state
-            on_step(step)
-        clock.lap("denoise")
-        decoded = self._decoded(states, plan)
-        check_failures(decoded.failures, len(decoded.pictures), strict=request.strict)
-        images = as_requested(decoded, plan)
-        clock.lap("decode")
-        failures = tuple(decoded.failures)
-        return Output(images=images, seed=plan.seed, seconds=clock.laps, plan=plan, failures=failures)
+
+    def draw_each(
+        self,
+        plan: Plan,
+        *,
+        on_step: Callable[[Step], None] = lambda step: None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Iterator[Drawn]:
+        """Draw a request part by part: as many pictures together as the denoiser's batch holds.
+
+        Nothing is kept of a part that was taken, so memory does not depend on the number of pictures.
+
+            for part in pipeline.draw_each(pipeline.plan(Request(prompt=texts))):
+                save(part.pictures)
+
+        Args:
+            on_step, callback_on_step_end: as in `draw`.
+
+        Raises:
+            NumericsError: every picture has failed, or one has and the request is strict.
+        """
+        return draw_parts(self, plan, on_step, callback_on_step_end)
 
     def steps(self, request: Request) -> Iterator[Step]:
         """The request's denoising loop as a generator. Closing it cancels the request and leaves nothing behind.
@@ -276,7 +266,10 @@ class Pipeline:
             NumericsError: every picture failed, or one has and the request is strict. Otherwise `failures` of each
                 step's state names those that have failed.
         """
-        return self.run(self.start(self.plan(request)), request=request)
+        plan = self.plan(request)
+        return run_states(
+            self.sessions[DENOISER], self.states(plan), Tally(plan.pictures, request), total=plan.runs
+        )
 
     def plan(self, request: Request) -> Plan:
         """Fill in the defaults, and refuse requests that this pipeline cannot draw.
@@ -289,14 +282,27 @@ class Pipeline:
             raise SessionError("the pipeline is closed", hint="load the bundle again")
         return make_plan(request, self.drawable)
 
-    def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
-        """The states before the first step: one, or several if the denoiser's batch is too small for all pictures."""
+    def states(self, plan: Plan) -> Iterator[DenoiseState]:
+        """The states before the first step, each made when it is taken.
+
+        There are several if the denoiser's batch is too small for all pictures.
+        """
         return first_states(plan, self.drawable)
+
+    def start(self, plan: Plan) -> tuple[DenoiseState, ...]:
+        """All states before the first step. They hold the texts and the noise of all pictures in memory.
+
+        Raises:
+            NumericsError: a text encoder returned NaN or Inf for every picture, or for one if the request is strict.
+        """
+        states, tally = tuple(self.states(plan)), Tally(plan.pictures, plan.request)
+        for state in states:
+            tally.add_state(state)
+        return states
 
     def run(
         self,
         states: Sequence[DenoiseState],
-        callbacks: Sequence[Callback] = (),
         *,
         steps_per_launch: int = 1,
         request: Request | None = None,
@@ -306,7 +312,6 @@ class Pipeline:
         A state whose pictures have all failed ends early.
 
         Args:
-            callbacks: one per state, or none. Each is called after every step of its state.
             steps_per_launch: more than 1 skips the states in between. Sessions that cannot run a loop, such as those on
                 a CPU, run one step in any case.
             request: the request of the states. It says whether to be strict, and names the pictures in errors.
@@ -314,43 +319,28 @@ class Pipeline:
         Raises:
             NumericsError: the pictures of all states have failed, or one has and the request is strict.
         """
-        latest, strict = list(states), request is not None and request.strict
-        pictures = sum(state.latents.shape[0] for state in states)
+        tally = Tally(sum(state.latents.shape[0] for state in states), request)
         total = sum(len(state.schedule) - state.step_index for state in states)
-        index = -1
-        for chunk, state in enumerate(states):
-            guard = Guard(DENOISER)
-            while not state.done and not state.lost:
-                before, begin = perf_counter(), state.step_index
-                state = denoise.advance(self.sessions[DENOISER], state, steps_per_launch)
-                latest[chunk] = state = guard.watch(state)
-                if state.failures:
-                    check_failures(failures_of(latest, request), pictures, strict=strict)
-                seconds = perf_counter() - before
-                timestep = float(state.schedule[state.step_index - 1][TIMESTEP][0])
-                if callbacks:
-                    state = callbacks[chunk](state, timestep)
-                    state = guard.watch(state) if state.done else state  # a callback may have ended the loop
-                    latest[chunk] = state
-                index += state.step_index - begin
-                yield Step(
-                    index=index, total=total, chunk=chunk, timestep=timestep, state=state, seconds=seconds
-                )
-            index += len(state.schedule) - state.step_index  # the steps that a lost state does not take
+        denoiser = self.sessions[DENOISER]
+        return run_states(denoiser, states, tally, total=total, steps_per_launch=steps_per_launch)
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
         """The pictures of the finished states, in the form that the request asked for.
 
         Raises:
-            NumericsError: a picture has failed, in the loop or here. `decode_states` returns the others.
+            NumericsError: a picture has failed, in the loop or here. `draw` returns the others.
         """
-        decoded = self._decoded(states, plan)
-        check_failures(decoded.failures, len(decoded.pictures), strict=True)
-        return as_requested(decoded, plan)
+        pictures: list[Any] = []
+        for state in states:
+            decoded = self.decode_state(state, plan, len(pictures))
+            check_failures(decoded.failures, plan.pictures, strict=True)
+            pictures += decoded.pictures
+        return join(pictures, plan)
 
-    def _decoded(self, states: Sequence[DenoiseState], plan: Plan) -> Decoded:
+    def decode_state(self, state: DenoiseState, plan: Plan, first: int = 0) -> Decoded:
+        """The pictures of one finished state, and those that failed. `first` is the index of its first picture."""
         decoder, scale = self.sessions[VAE_DECODER], self.manifest.latents.scale_factor
-        return decode_states(decoder, states, plan, scale=scale, tiling=self.tiling)
+        return decode_state(decoder, state, plan, first=first, scale=scale, tiling=self.tiling)
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build."""
@@ -391,14 +381,3 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now

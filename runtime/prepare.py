@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +20,9 @@ from ditc.runtime.conditioning import Conditioning, stack_texts
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
+from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request, checked
-from ditc.runtime.rng import Generator, randn_latents
+from ditc.runtime.rng import Generator
 from ditc.runtime.schedulers import CoefficientTable, coefficient_table
 from ditc.runtime.session import Array
 from ditc.runtime.sizes import check_size, classify
@@ -64,6 +65,7 @@ class Plan:
         guided: whether there are unconditional rows, which use the negative prompt.
         seed: None if the caller gave a generator or latents instead of a seed.
         skip_layer_guidance: None if it is off.
+        at_once: how many pictures are drawn together, as the denoiser's batch allows.
     """
 
     request: Request
@@ -76,7 +78,18 @@ class Plan:
     drawn_height: int
     drawn_width: int
     seed: int | None
+    at_once: int
     skip_layer_guidance: SkipLayerGuidance | None = None
+
+    @property
+    def pictures(self) -> int:
+        """The number of pictures."""
+        return self.request.num_pictures
+
+    @property
+    def runs(self) -> int:
+        """How often the network runs for all pictures together."""
+        return -(-self.pictures // self.at_once) * len(self.table)
 
 
 def make_plan(request: Request, drawable: Drawable) -> Plan:
@@ -125,72 +138,81 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         drawn_height=drawn[0],
         drawn_width=drawn[1],
         seed=request.seed if chosen else secrets.randbits(32),
+        at_once=drawable.denoiser.profile[BATCH].max,
         skip_layer_guidance=decide_skip_layer_guidance(request, defaults, contract, guidance),
     )
 
 
-def first_states(plan: Plan, drawable: Drawable) -> tuple[DenoiseState, ...]:
+def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
     """The states before the first step: one, or several if there are more pictures than the denoiser's batch allows.
 
-    A text for which an encoder returns NaN or Inf is a failure of its pictures. Their samples stay in the state, so
-    that the others keep their noise, and are stepped along with the rows of another text.
+    Each is made when it is taken, so that memory holds the texts and the noise of one state only. A text for which an
+    encoder returns NaN or Inf is a failure of its pictures. Their samples stay in the state, so that the others keep
+    their noise, and are stepped along with the rows of another text. If no text of a state has rows, it has none.
 
     Raises:
-        UsageError: latents or embeddings do not fit.
-        NumericsError: a text encoder returned NaN or Inf for every picture.
+        UsageError: latents or embeddings do not fit, or a text cannot be encoded.
+        NumericsError: a text encoder returned NaN or Inf for every picture, or for one if the request is strict.
     """
-    request = plan.request
-    pictures = request.num_prompts * request.num_images_per_prompt
+    request, total = plan.request, plan.pictures
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
-    latents = starting_latents(plan, drawable.manifest, pictures, generator)
-    noise = _noise_of_steps(plan, drawable.contract, latents.shape, generator)
-    failures: dict[int, Failure] = {}
-    positive = _rows(drawable.conditioning, request, failures, negative=False)
-    negative = _rows(drawable.conditioning, request, failures, negative=True) if plan.guided else []
-    largest = drawable.denoiser.profile[BATCH].max
-    states = []
-    for start in range(0, pictures, largest):
-        chunk = slice(start, start + largest)
-        fresh = [{name: array[chunk] for name, array in feeds.items()} for feeds in noise]
-        state = _first_state(plan, drawable, latents[chunk], positive[chunk], negative[chunk], fresh)
-        failed = [replace(failures[i], index=i - start) for i in range(pictures)[chunk] if i in failures]
-        states.append(replace(state, failures=tuple(failed)))
-    return tuple(states)
+    shape = _latents_shape(plan, drawable.manifest)
+    latents = _starting_latents(request, shape, generator)
+    fresh = _noise_of_runs(plan, drawable.contract, shape, generator)
+    if total > plan.at_once:  # otherwise all texts are encoded before anything is drawn
+        drawable.conditioning.check_texts(request, negative=plan.guided)
+    for first in range(0, total, plan.at_once):
+        pictures = range(first, min(first + plan.at_once, total))
+        failures: dict[int, Failure] = {}
+        positive = _rows(drawable.conditioning, plan, pictures, failures, negative=False)
+        negative = (
+            _rows(drawable.conditioning, plan, pictures, failures, negative=True) if plan.guided else []
+        )
+        state = _first_state(
+            plan,
+            drawable,
+            latents.take(len(pictures)),
+            positive,
+            negative,
+            [{name: parts.take(len(pictures)) for name, parts in feeds.items()} for feeds in fresh],
+        )
+        failed = [replace(failure, index=i - first) for i, failure in sorted(failures.items())]
+        yield replace(state, failures=tuple(failed))
 
 
-def starting_latents(
-    plan: Plan, manifest: Manifest, pictures: int, generator: Generator | Sequence[Generator]
-) -> Array:
+def _latents_shape(plan: Plan, manifest: Manifest) -> tuple[int, ...]:
+    latent = manifest.latents
+    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
+    return (plan.pictures, latent.channels, *cells)
+
+
+def _starting_latents(
+    request: Request, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
+) -> Parts:
     """The starting latents (B,C,H,W) fp32: those of the caller, or noise.
 
     Raises:
         UsageError: the caller's latents have the wrong shape, or hold NaN or Inf.
     """
-    latent = manifest.latents
-    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
-    shape = (pictures, latent.channels, *cells)
-    if plan.request.latents is None:
-        return randn_latents(shape, generator)
-    given = given_array("latents", plan.request.latents, hint=f"pass an array of shape {shape}")
+    if request.latents is None:
+        return noise_parts(shape, generator)
+    given = given_array("latents", request.latents, hint=f"pass an array of shape {shape}")
     if given.shape != shape:
         raise UsageError(
             f"latents have shape {given.shape}, but this request needs {shape}",
             hint="pass an array (pictures, channels, height, width), with the drawn size in latent cells",
         )
-    return given
+    return Whole(given)
 
 
-def _noise_of_steps(
+def _noise_of_runs(
     plan: Plan, contract: StepContract, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
-) -> list[dict[str, Array]]:
-    """The noise (B,C,H,W) that each run of the network adds, for samplers that add any.
+) -> list[dict[str, Parts]]:
+    """The fresh noise of each run of the network, for samplers that take it.
 
-    It continues the stream that the starting latents were drawn from, and is drawn for all pictures together, as in
-    diffusers. It is drawn here because the loop draws the pictures in chunks.
+    It continues the stream of the starting latents, run after run, each for all pictures together, as in diffusers.
     """
-    if not contract.noise:
-        return [{} for _ in range(len(plan.table))]
-    return [{NOISE: randn_latents(shape, generator)} for _ in range(len(plan.table))]
+    return [{NOISE: noise_parts(shape, generator)} if contract.noise else {} for _ in range(len(plan.table))]
 
 
 def _first_state(
@@ -230,16 +252,22 @@ def _first_state(
 
 
 def _rows(
-    conditioning: Conditioning, request: Request, failures: dict[int, Failure], *, negative: bool
+    conditioning: Conditioning, plan: Plan, pictures: range, failures: dict[int, Failure], *, negative: bool
 ) -> list[Mapping[str, Array]]:
-    """One row of conditioning per picture. Adds the failures of texts to those that are known, by picture."""
-    per_text = request.num_images_per_prompt
-    found = conditioning.rows(request, negative=negative)
-    for text, row in enumerate(found):
+    """One row of conditioning per picture, or none if every text failed.
+
+    Adds the failures of texts to those that are known, by picture.
+    """
+    request, per_text = plan.request, plan.request.num_images_per_prompt
+    texts = [index // per_text for index in pictures]
+    found = conditioning.rows(request.of_prompts(texts[0], texts[-1] + 1), negative=negative)
+    rows = [found[text - texts[0]] for text in texts]
+    for index, row in zip(pictures, rows, strict=True):
         if isinstance(row, NumericsError):
-            for index in range(text * per_text, (text + 1) * per_text):
-                failures.setdefault(index, Failure(index=index, reason=str(row), hint=row.hint))
+            failures.setdefault(index, Failure(index=index, reason=str(row), hint=row.hint))
     lost = [named(failure, index, request) for index, failure in sorted(failures.items())]
-    check_failures(lost, request.num_prompts * per_text, strict=request.strict)
-    good = [row for row in found if not isinstance(row, NumericsError)]
-    return [good[0] if isinstance(row, NumericsError) else row for row in found for _ in range(per_text)]
+    check_failures(lost, plan.pictures, strict=request.strict)
+    good = next((row for row in rows if not isinstance(row, NumericsError)), None)
+    if good is None:
+        return []
+    return [good if isinstance(row, NumericsError) else row for row in rows]

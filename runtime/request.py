@@ -28,6 +28,7 @@ NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
 )
+TEXTS = ("prompt", "prompt_2", "prompt_3")
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 
 
@@ -105,7 +106,13 @@ class Request:
 
     def prompt_of(self, picture: int) -> str:
         """The text of a picture, by its index; "" if embeddings are given."""
-        return self.prompts[picture // self.num_images_per_prompt] if self.prompt_embeds is None else ""
+        if self.prompt is None:
+            return ""
+        return (
+            self.prompt
+            if isinstance(self.prompt, str)
+            else self.prompt[picture // self.num_images_per_prompt]
+        )
 
     @property
     def num_prompts(self) -> int:
@@ -119,6 +126,14 @@ class Request:
     def negative_prompts(self) -> list[str]:
         """One negative text per prompt; None means the empty text."""
         return self._one_each(self.negative_prompt)
+
+    def of_prompts(self, first: int, stop: int) -> Request:
+        """The request for the prompts from first up to stop alone. Noise and generator stay as they are."""
+        names = (f"{sign}{name}" for sign in ("", "negative_") for name in (*TEXTS, *EMBEDS))
+        given = {
+            name: getattr(self, name) for name in names if not isinstance(getattr(self, name), str | None)
+        }
+        return replace(self, **{name: value[first:stop] for name, value in given.items() if len(value)})
 
     def texts(self, encoders: int, *, negative: bool) -> list[tuple[str, ...]]:
         """Per prompt, the text that each encoder reads.

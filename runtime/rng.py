@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ditc.runtime.errors import UsageError
 
-_GROUP = 16
+GROUP = 16
 _TWO_PI = np.float32(2 * math.pi)
 
 
@@ -46,25 +46,42 @@ class Generator:
         self._engine.state = state
         self._second_normal: float | None = None
 
+    @property
+    def source(self) -> object:
+        """What holds the state of the stream. Two generators with one source draw from one stream."""
+        return self
+
+    def copy(self) -> Generator:
+        """A generator that draws the same values from here on."""
+        other = Generator(self.seed)
+        other._engine.state = self._engine.state
+        other._second_normal = self._second_normal
+        return other
+
+    def skip(self, count: int) -> None:
+        """Go past `count` of the values that `uniforms` returns."""
+        self._engine.random_raw(count, output=False)
+
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """torch.randn(shape, generator=...) to within 1e-6; log, sin and cos of torch and numpy differ by one ulp.
 
         On a CPU without AVX2, torch rounds the angle in another place, and the difference is up to 4e-6.
         """
         size = math.prod(shape)
-        values = self._fill(size) if size >= _GROUP else self._one_by_one(size)
+        values = self._fill(size) if size >= GROUP else self._one_by_one(size)
         return values.reshape(tuple(shape))
 
     def _fill(self, size: int) -> NDArray[np.float32]:
-        whole = size - size % _GROUP
+        whole = size - size % GROUP
         values = np.empty(size, np.float32)
-        uniforms = self._uniforms(size)
-        values[:whole] = _box_muller(uniforms[:whole])
+        uniforms = self.uniforms(size)
+        values[:whole] = box_muller(uniforms[:whole])
         if whole < size:
-            values[-_GROUP:] = _box_muller(self._uniforms(_GROUP))
+            values[-GROUP:] = box_muller(self.uniforms(GROUP))
         return values
 
-    def _uniforms(self, count: int) -> NDArray[np.float32]:
+    def uniforms(self, count: int) -> NDArray[np.float32]:
+        """The float32 values in [0,1) from which a tensor of 16 values or more is made."""
         bits = self._engine.random_raw(count) & np.uint64(0xFFFFFF)
         return bits.astype(np.float32) * np.float32(2**-24)
 
@@ -92,6 +109,14 @@ class TorchGenerator(Generator):
         self.seed = generator.initial_seed()
         self._torch, self._generator = sys.modules["torch"], generator
 
+    @property
+    def source(self) -> object:
+        return self._generator
+
+    def copy(self) -> Generator:
+        """Raises NotImplementedError: what torch draws in parts on other devices differs from what it draws at once."""
+        raise NotImplementedError("the caller's torch draws all values at once")
+
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """torch.randn(shape, generator=...), which advances the caller's generator."""
         generator, torch = self._generator, self._torch
@@ -106,9 +131,9 @@ def is_torch_generator(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Generator)
 
 
-def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
+def box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     """Normal values from uniforms (16 n,). Each operation is rounded to float32, as in torch."""
-    pairs = uniforms.reshape(-1, 2, _GROUP // 2)
+    pairs = uniforms.reshape(-1, 2, GROUP // 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - pairs[:, 0]))
     angle = _TWO_PI * pairs[:, 1]
     normals = np.empty_like(pairs)

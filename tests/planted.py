@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,9 @@ def without_gate(modulation_R6D: Tensor) -> Tensor:
 class SwappedRows(Pipeline):
     """A pipeline with conditional rows where diffusers has the unconditional ones, and the reverse."""
 
-    def start(self, plan: Any) -> tuple[DenoiseState, ...]:
-        return tuple(replace(state, rows=_swapped(state.rows)) for state in super().start(plan))
+    def states(self, plan: Any) -> Iterator[DenoiseState]:
+        for state in super().states(plan):
+            yield replace(state, rows=_swapped(state.rows))
 
 
 def _swapped(rows: Rows) -> Rows:
@@ -139,18 +140,17 @@ class StrongerGuidance(Pipeline):
 class LateTable(Pipeline):
     """A pipeline in which every step takes the sigmas of the next step."""
 
-    def start(self, plan: Any) -> tuple[DenoiseState, ...]:
-        return tuple(
-            replace(state, schedule=(*state.schedule[1:], state.schedule[-1]))
-            for state in super().start(plan)
-        )
+    def states(self, plan: Any) -> Iterator[DenoiseState]:
+        for state in super().states(plan):
+            yield replace(state, schedule=(*state.schedule[1:], state.schedule[-1]))
 
 
 class ActiveHistory(Pipeline):
     """A pipeline whose first step reads the history, as multistep solvers do after a warm start."""
 
-    def start(self, plan: Any) -> tuple[DenoiseState, ...]:
-        return tuple(replace(state, schedule=_reading_history(state)) for state in super().start(plan))
+    def states(self, plan: Any) -> Iterator[DenoiseState]:
+        for state in super().states(plan):
+            yield replace(state, schedule=_reading_history(state))
 
 
 class StaleHistory(ActiveHistory):
@@ -158,11 +158,10 @@ class StaleHistory(ActiveHistory):
 
     left_over: Any = None
 
-    def start(self, plan: Any) -> tuple[DenoiseState, ...]:
-        states = super().start(plan)
-        if StaleHistory.left_over is not None:
-            states = tuple(replace(state, history=StaleHistory.left_over) for state in states)
-        return states
+    def states(self, plan: Any) -> Iterator[DenoiseState]:
+        for state in super().states(plan):
+            stale = StaleHistory.left_over
+            yield state if stale is None else replace(state, history=stale)
 
     def decode(self, states: Any, plan: Any) -> Any:
         StaleHistory.left_over = states[0].history

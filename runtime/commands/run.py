@@ -6,37 +6,30 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditc.runtime.atomic import atomic_path
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
+from ditc.runtime.commands.run_results import SCHEDULE, TEXTS, Results, save_picture
 from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_name, check_writable
+from ditc.runtime.limits import MAX_PICTURES
 from ditc.runtime.load_options import add_load_arguments, load_options
-from ditc.runtime.printable import one_line
 from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from ditc.runtime.failure import Failure
-    from ditc.runtime.output import Output
+    from ditc.runtime.output import Drawn
     from ditc.runtime.pipeline import Pipeline, Step
+    from ditc.runtime.prepare import Plan
 
 log = logging.getLogger(__name__)
 
 # A PNG file of a picture is seldom larger than its pixels.
 RGB_BYTES = 3
 
-# Every name is looked at before the drawing, which takes about a second for so many.
-MAX_PICTURES = 10_000
-
 # Fields of Request. Each has an option of the same name.
-TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-SCHEDULE = ("timesteps", "sigmas", "mu")
 SETTINGS = (
     *("num_inference_steps", *SCHEDULE, "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
@@ -81,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="Write nothing if one picture fails, because it has NaN, Inf or one colour only (default: write the "
-        "others, name those that failed, and exit with 1).",
+        help="End at the first picture that fails, because it has NaN, Inf or one colour only, and write nothing that "
+        "was drawn together with it or later (default: write the others, name those that failed, and exit with 1).",
     )
     parser.add_argument("--json", action="store_true", help="Print the result as JSON (default: as text).")
 
@@ -197,7 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
     if count > MAX_PICTURES:
         raise UsageError(
             f"{len(prompts)} prompts x {arguments.num_images_per_prompt} pictures are {count} pictures",
-            hint=f"draw at most {MAX_PICTURES} in one run, which holds all of them in memory before it writes them",
+            hint=f"draw at most {MAX_PICTURES} in one run",
         )
     paths = _paths(arguments.output, count)
     for path in paths:
@@ -217,12 +210,14 @@ def run(arguments: argparse.Namespace) -> int:
         request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
         plan = pipeline.plan(request)
         check_writable(paths[0], "-o", needed_bytes=len(paths) * plan.height * plan.width * RGB_BYTES)
-        output = _draw(pipeline, request, arguments.preview)
+        results = Results(pipeline, plan, prompts, paths)
+        with results.kept_on_error():
+            _draw(pipeline, plan, arguments.preview, results.save)
         peak = pipeline.device.peak_bytes if pipeline.device is not None else None
-        _report(output.failures)
-        files = _save_all(pipeline, output, prompts, paths)
-    _print(arguments, output, files, pipeline.chosen, peak)
-    return 1 if output.failures else 0
+    for hint in dict.fromkeys(failure.hint for failure in results.failures if failure.hint):
+        sys.stderr.write(f"hint: {hint}\n")
+    _print(arguments, results, pipeline.chosen, peak)
+    return 1 if results.failures else 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -234,7 +229,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return texts or read_prompts(arguments.prompts)
 
 
-def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
+def _draw(pipeline: Pipeline, plan: Plan, preview: Path | None, save: Callable[[Drawn], None]) -> None:
+    """Draw the pictures, and save each as soon as it and those that are drawn with it are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ditc.runtime.console import SafeConsole
@@ -250,13 +246,14 @@ def _draw(pipeline: Pipeline, request: Any, preview: Path | None) -> Output:
             if preview is not None:
                 _save_previews(pipeline, step, preview)
 
-        return pipeline.draw(request, on_step=on_step)
+        for part in pipeline.draw_each(plan, on_step=on_step):
+            save(part)
 
 
 def _save_previews(pipeline: Pipeline, step: Step, folder: Path) -> None:
     try:
         for i, picture in enumerate(pipeline.preview(step.state)):
-            _save(picture, _preview_path(folder, step.index, step.chunk, i), {})
+            save_picture(picture, _preview_path(folder, step.index, step.chunk, i), {})
     except OutputError as e:  # the pictures themselves are worth more than a preview
         log.warning("%s", e)
 
@@ -265,99 +262,19 @@ def _preview_path(folder: Path, step: int, chunk: int, sample: int) -> Path:
     return folder / f"step-{step:03d}-{chunk}-{sample}.png"
 
 
-def _report(failures: Sequence[Failure]) -> None:
-    """Name the pictures that failed on stderr, with each hint once."""
-    for failure in failures:
-        sys.stderr.write(one_line(f"error: {failure}") + "\n")
-    for hint in dict.fromkeys(failure.hint for failure in failures if failure.hint):
-        sys.stderr.write(one_line(f"hint: {hint}") + "\n")
-
-
 def _paths(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
 
 
-def _metadata(pipeline: Pipeline, output: Output, prompts: list[str], index: int) -> dict[str, str]:
-    from ditc.runtime.machine import library_versions
-
-    plan, skip = output.plan, output.plan.skip_layer_guidance
-    settings = {
-        "num_inference_steps": plan.num_inference_steps,
-        **{name: value for name in SCHEDULE if (value := getattr(plan.request, name)) is not None},
-        "guidance_scale": plan.guidance_scale,
-        "skip_layer_guidance_scale": skip.scale if skip else 0,
-        **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),
-        "height": plan.height,
-        "width": plan.width,
-        "backend": pipeline.chosen,
-        # One seed draws the noise of all pictures, so the place of this one among them is needed to draw it again.
-        "index": index,
-        "num_prompts": len(prompts),
-        "num_images_per_prompt": plan.request.num_images_per_prompt,
-    }
-    given = {name: getattr(plan.request, name) for name in TEXTS}
-    return {
-        "prompt": prompts[index // plan.request.num_images_per_prompt],
-        **{name: text for name, text in given.items() if text is not None},
-        "seed": str(plan.seed),
-        "settings": json.dumps(settings),
-        "bundle": pipeline.manifest.digest,
-        "software": f"ditc {library_versions().get('ditc', '')}".strip(),
-    }
-
-
-def _save_all(
-    pipeline: Pipeline, output: Output, prompts: list[str], paths: Sequence[Path]
-) -> list[Path | None]:
-    """Write every picture that was drawn, and return its path; None for those that failed.
-
-    Raises:
-        OutputError: some cannot be written. The others are written all the same.
-    """
-    files: list[Path | None] = []
-    errors: list[OutputError] = []
-    for index, (picture, path) in enumerate(zip(output.images, paths, strict=True)):
-        files.append(None)
-        if picture is not None:
-            try:
-                files[index] = _save(picture, path, _metadata(pipeline, output, prompts, index))
-            except OutputError as e:
-                errors.append(e)
-    if errors:
-        written = sum(file is not None for file in files)
-        raise OutputError(
-            f"{errors[0]}; {written} of {len(files)} pictures are written",
-            hint=f"{errors[0].hint}; the seed was {output.seed}",
-        ) from errors[0]
-    return files
-
-
-def _save(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for name, text in metadata.items():
-        info.add_itxt(name, text)
-    with atomic_path(path, hint="choose another -o") as partial:
-        picture.save(partial, format="PNG", pnginfo=info)
-    return path
-
-
-def _print(
-    arguments: argparse.Namespace,
-    output: Output,
-    files: list[Path | None],
-    chosen: str,
-    gpu_peak_bytes: int | None,
-) -> None:
-    seconds = {name: round(value, 3) for name, value in output.seconds.items()}
+def _print(arguments: argparse.Namespace, results: Results, chosen: str, gpu_peak_bytes: int | None) -> None:
+    seconds = {name: round(value, 3) for name, value in results.seconds.items()}
     if arguments.json:
         result = {
-            "files": [None if file is None else str(file) for file in files],
-            "failures": [asdict(failure) for failure in output.failures],
-            "seed": output.seed,
+            "files": [None if file is None else str(file) for file in results.files],
+            "failures": [asdict(failure) for failure in results.failures],
+            "seed": results.plan.seed,
             "seconds": seconds,
             "backend": chosen,
             "gpu_peak_bytes": gpu_peak_bytes,
@@ -365,6 +282,6 @@ def _print(
         sys.stdout.write(json.dumps(result) + "\n")
         return
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    names = ", ".join(str(file) for file in files if file is not None)
+    names = ", ".join(str(file) for file in results.files if file is not None)
     peak = "" if gpu_peak_bytes is None else f", GPU memory peak {gpu_peak_bytes / 1e9:.2f} GB"
-    sys.stdout.write(f"{names}  seed {output.seed}  ({times}{peak})\n")
+    sys.stdout.write(f"{names}  seed {results.plan.seed}  ({times}{peak})\n")

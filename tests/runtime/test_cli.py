@@ -23,7 +23,7 @@ from PIL import Image
 from ditc.runtime import cli, decode
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.cli import FAILED, INTERRUPTED, USAGE, VERBS, main
-from ditc.runtime.commands import run
+from ditc.runtime.commands import run, run_results
 from ditc.runtime.errors import OutputError
 
 FAST = ["--steps", "1", "--threads", "1"]
@@ -300,14 +300,14 @@ def test_one_bad_picture_is_named_and_the_others_are_saved(
 def test_a_picture_that_cannot_be_saved_does_not_take_the_others_along(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = run._save
+    save = run_results.save_picture
 
     def fill_the_disk_once(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
         if path.name == "x-0.png":
             raise OutputError(f"cannot write {path}: No space left on device", hint="free some space")
         return save(picture, path, metadata)
 
-    monkeypatch.setattr(run, "_save", fill_the_disk_once)
+    monkeypatch.setattr(run_results, "save_picture", fill_the_disk_once)
     assert draw(tiny_bundle, "cat", "-n", "2", "-o", f"{tmp_path}/x.png", "--seed", "7") == USAGE
     assert [path.name for path in tmp_path.iterdir()] == ["x-1.png"]
     error, hint = errors(capsys)
