@@ -17,11 +17,12 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
-from ditc.runtime.errors import BundleError, UsageError
+from ditc.runtime.errors import BundleError, DitcError, UsageError
 from ditc.runtime.session import Array
+from ditc.runtime.tokenizer_json import Unbounded, encode, open_tokenizer, rust_errors
 
 log = logging.getLogger(__name__)
 
@@ -142,14 +143,11 @@ class Tokenizer:
     """A tokenizer.json. Threads can share it, because nothing changes after construction.
 
     Raises:
-        BundleError: the file is missing or is not a tokenizer.
+        BundleError: the file is missing, is not a tokenizer, or could fill the memory.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers 0.23 raises bare Exception for malformed files
-            raise BundleError(f"{path} is not a tokenizer: {error}", hint="rebuild the bundle") from error
+        self._path, self._tokenizer = path, open_tokenizer(path)
         # A tokenizer.json that transformers saved may carry the truncation and padding of its last call.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -164,7 +162,9 @@ class Tokenizer:
         """Token ids and mask of every text, padded or cut (with a warning in the log) to the spec's length.
 
         Raises:
-            UsageError: a prompt is not text, is not valid Unicode, or has a token that the text encoder does not know.
+            UsageError: a prompt is not text, is not valid Unicode, is far too long, or has a token that the text
+                encoder does not know.
+            BundleError: the tokenizer fails.
         """
         prefix = spec.negative_prefix if negative else spec.prefix
         length = spec.negative_max_length if negative else spec.max_length
@@ -180,21 +180,43 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """The number of tokens of a text, with special tokens."""
-        return len(self._tokenizer.encode(text).ids)
+        return len(self._encoding(text).ids)
+
+    def _encoding(self, text: str, *, special_tokens: bool = True) -> Encoding:
+        with rust_errors(self._failed):
+            return encode(self._tokenizer, text, special_tokens=special_tokens)
+
+    def _failed(self, error: BaseException) -> DitcError:
+        if isinstance(error, Unbounded):
+            return UsageError(str(error), hint="shorten it: the text encoder reads only its first tokens")
+        return BundleError(f"{self._path} fails for this text: {error}", hint="rebuild the bundle")
 
     def _ids(self, text: str, length: int, stage: str) -> list[int]:
         """At most `length` ids. The text is cut before special tokens are added, so that <eos> is never cut off."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text, special_tokens=False)
         room = length - self._special_tokens
+        if room < 0:
+            raise UsageError(
+                f"{stage} has room for {length} tokens, but every text gets {self._special_tokens} special ones",
+                hint="use a larger max_sequence_length",
+            )
         if len(encoding.ids) > room:
-            cut = self._tokenizer.decode(encoding.ids[room:], skip_special_tokens=False)
+            with rust_errors(self._failed):
+                cut = self._tokenizer.decode(encoding.ids[room:], skip_special_tokens=False)
             # Tokenizers that mark the ends of words may have no decoder that turns the marks into spaces.
             cut = cut.replace(getattr(self._tokenizer.model, "end_of_word_suffix", None) or " ", " ").strip()
             log.warning(
                 "%s has room for %d tokens; the end of this prompt is left out: %r", stage, length, cut
             )
             encoding.truncate(room)
-        return list(self._tokenizer.post_process(encoding).ids)
+        with rust_errors(self._failed):
+            ids = list(self._tokenizer.post_process(encoding).ids)
+        if len(ids) > length:
+            raise BundleError(
+                f"{self._path} makes {len(ids)} tokens of {room}, where {length} have room",
+                hint="rebuild the bundle",
+            )
+        return ids
 
     def _check_known(self, ids: Sequence[int], spec: TextSpec) -> None:
         """Refuse ids without a row in the encoder's embedding. ONNX Runtime's own error names only an index."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from ditc.export.build import previous_build
 from ditc.export.build.build_key import tool_versions
 from ditc.export.build.context import BuildContext
+from ditc.export.build.default_request import golden_table
 from ditc.export.build.golden_artifact import golden_artifact
 from ditc.export.build.records import StageRecord
 from ditc.export.checkpoint.tokenizer import write_tokenizer
-from ditc.export.contract import ModelPlan
-from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Artifact, GoldenTable, Manifest, Stage
-from ditc.runtime.schedulers import coefficient_table
+from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Artifact, Manifest, Stage
 from ditc.runtime.spec import VAE_ENCODER
 
 
@@ -61,18 +58,3 @@ def _kept(build: BuildContext, name: str, graph: Artifact, engine: Artifact | No
     new = (graph,) if engine is None else (graph, engine)
     stay = previous_build.artifacts_that_stay(build.old, build.checkpoint.path.name, name, new, build.journal)
     return previous_build.in_order((*new, *stay))
-
-
-def golden_table(plan: ModelPlan) -> GoldenTable:
-    """The schedule of a default request."""
-    defaults = plan.defaults
-    table = coefficient_table(
-        plan.scheduler,
-        defaults.num_inference_steps,
-        image_seq_len=plan.latents.num_patches(defaults.height, defaults.width),
-    )
-    return GoldenTable(
-        num_inference_steps=defaults.num_inference_steps,
-        timesteps=tuple(table.timesteps.astype(np.float64).tolist()),
-        coefficients=tuple(tuple(row) for row in table.coefficients.astype(np.float64).tolist()),
-    )

@@ -11,6 +11,7 @@ from ditc.export.build import noop, previous_build
 from ditc.export.build.assemble import assemble
 from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
+from ditc.export.build.default_request import check_default_request
 from ditc.export.build.engine_artifact import engine_artifact
 from ditc.export.build.events import BuildEvent, BuildReport, EventLog
 from ditc.export.build.graph_artifact import graph_artifact, graph_precision, stage_inputs
@@ -60,6 +61,7 @@ def build_bundle(
     checkpoint = open_checkpoint(source, variant=options.variant)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
+    check_default_request(plan)
     quantization = prepare(options, checkpoint, plan)
     targets = _checked_targets(options, plan)
     check_writable(out)

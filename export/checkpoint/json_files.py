@@ -11,6 +11,8 @@ from ditc.runtime.errors import CheckpointError
 
 # Configs and shard indices have a few MB at most. (A tokenizer.json can have tens of MB, but transformers reads it.)
 LARGEST_BYTES = 16 * 2**20
+# Of an integer. transformers writes 1e30 with 31 digits for "no limit"; a float ends at 309 digits.
+MAX_DIGITS = 40
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
             hint="fetch the file again, or check the path",
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except (ValueError, RecursionError) as error:
         check_content(path)
         raise CheckpointError(f"{path} is not JSON: {error}", hint="fetch the file again") from error
@@ -39,3 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a JSON {type(value).__name__}, not an object", hint="fetch the file again"
         )
     return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"the number {digits[:MAX_DIGITS]}... has {len(digits)} digits")
+    return int(digits)

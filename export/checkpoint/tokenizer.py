@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,27 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer as RustTokenizer
 
+from ditc.export.checkpoint.json_files import read_json
 from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.checkpoint.vocabulary import check_vocabulary_files
+from ditc.export.checkpoint.vocabulary import TOKENIZER_JSON, check_vocabulary_files
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import FileRef
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.text import PaddingSide, TextSpec
+from ditc.runtime.tokenizer_json import (
+    LARGEST_FILE,
+    Unbounded,
+    check_special_tokens,
+    encode,
+    read_bounded,
+    rust_errors,
+)
 
 ROLES = ("bos", "eos", "pad", "unk")
+SETTINGS = "tokenizer_config.json"
+# Numbers of tokens that a class adds, in its settings. T5 adds 100.
+MOST_ADDED = 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +66,20 @@ class CheckpointTokenizer:
         return self.rust.to_str()
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens around it."""
-        return list(self.rust.encode(text).ids)
+        """The ids of a text, with the special tokens around it.
+
+        Raises:
+            CheckpointError: the tokenizer fails, or the text is far too long.
+        """
+        with rust_errors(self._failed):
+            return list(encode(self.rust, text).ids)
+
+    def _failed(self, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"the tokenizer in {self.directory} fails: {error}",
+            hint="use the tokenizer that the text encoder was published with, and a complex_human_instruction of a "
+            "few thousand characters at most",
+        )
 
 
 def read_tokenizer(checkpoint: Checkpoint, name: str) -> CheckpointTokenizer:
@@ -66,16 +91,18 @@ def read_tokenizer(checkpoint: Checkpoint, name: str) -> CheckpointTokenizer:
     """
     tokenizer = load_tokenizer(checkpoint, name)
     directory = checkpoint.tokenizers[name]
-    special = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    with rust_errors(lambda error: _unusable(directory, f"has special tokens that have no id: {error}")):
+        special = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
     if special["pad"] is None:
         raise CheckpointError(
             f"{directory} has no pad token",
             hint="use the tokenizer that the text encoder was published with, or set pad_token in "
             f"{directory / 'tokenizer_config.json'}",
         )
-    if not isinstance(tokenizer.model_max_length, (int, float)):
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float) or not 1 <= limit < math.inf:
         raise CheckpointError(
-            f"{directory / 'tokenizer_config.json'} says model_max_length {tokenizer.model_max_length!r}, not a number",
+            f"{directory / 'tokenizer_config.json'} says model_max_length {limit!r}, not a number of tokens",
             hint="fetch the file again",
         )
     if tokenizer.truncation_side != "right":
@@ -96,7 +123,7 @@ def read_tokenizer(checkpoint: Checkpoint, name: str) -> CheckpointTokenizer:
         special_ids={role: int(token) for role, token in special.items() if token is not None},
         pad_token_id=int(special["pad"]),
         padding_side=PaddingSide(tokenizer.padding_side),
-        model_max_length=int(tokenizer.model_max_length),
+        model_max_length=int(limit),
     )
 
 
@@ -117,14 +144,12 @@ def load_tokenizer(checkpoint: Checkpoint, name: str) -> Any:
     directory = checkpoint.tokenizers[name]
     kind = _class_of(checkpoint, name)
     check_vocabulary_files(directory, kind.vocab_files_names.values())
-    try:
+    problem = f"holds no tokenizer that transformers can load as a {kind.__name__}"
+    with rust_errors(lambda error: _unusable(directory, f"{problem}: {error}")):
+        _check_bounded(directory)
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        tokenizer.backend_tokenizer  # noqa: B018  tokenizers without a Rust implementation raise here
-    except Exception as e:  # tokenizers 0.23 raises bare Exception for malformed files
-        raise CheckpointError(
-            f"{directory} holds no tokenizer that transformers can load as a {kind.__name__}: {e}",
-            hint="fetch the folder again, or save it with the tokenizer's save_pretrained",
-        ) from e
+        # Tokenizers without a Rust implementation raise here.
+        check_special_tokens(tokenizer.backend_tokenizer)
     return tokenizer
 
 
@@ -139,6 +164,27 @@ def write_tokenizer(checkpoint: Checkpoint, spec: TextSpec, bundle: Path) -> Fil
     if not path.is_file() or path.read_bytes() != text.encode():
         write_atomic(path, text)
     return file_ref(path, bundle)
+
+
+def _unusable(directory: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} {problem}",
+        hint="fetch the folder again, or save it with the tokenizer's save_pretrained",
+    )
+
+
+def _check_bounded(directory: Path) -> None:
+    """Refuse files from which transformers would make a tokenizer that fills the memory."""
+    for path in directory.iterdir():
+        if path.is_file() and path.stat().st_size > LARGEST_FILE:
+            raise Unbounded(f"{path.name} has {path.stat().st_size} bytes, and {LARGEST_FILE} are the most")
+    if (directory / TOKENIZER_JSON).is_file():
+        read_bounded(directory / TOKENIZER_JSON)
+    if (directory / SETTINGS).is_file():
+        for name, value in read_json(directory / SETTINGS).items():
+            # T5's extra_ids is the number of tokens that are added; model_max_length may be 1e30 for no limit.
+            if name != "model_max_length" and isinstance(value, int) and value > MOST_ADDED:
+                raise Unbounded(f"{SETTINGS} says {name} = {value}, and {MOST_ADDED} are the most")
 
 
 def _class_of(checkpoint: Checkpoint, name: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditc.export.networks.autoencoder_kl_blocks import DownBlock, GroupNorm, MidBlock, UpBlock
 from ditc.export.networks.autoencoder_kl_config import AutoencoderKlConfig as AutoencoderKlConfig
-from ditc.export.networks.loading import build_empty, load_strict
+from ditc.export.networks.loading import build_empty, check_layers, load_strict
 
 
 def load_kl_decoder(
@@ -47,6 +47,7 @@ def load_kl_encoder(
 def _load_both(
     config: AutoencoderKlConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, unread: str
 ) -> tuple[KlVaeDecoder, KlVaeEncoder]:
+    check_layers("layers_per_block", config.layers_per_block, tensors, "encoder.down_blocks.0.resnets")
     decoder, encoder = build_empty(lambda: KlVaeDecoder(config)), build_empty(lambda: KlVaeEncoder(config))
     load_strict({"vae_decoder": decoder, "vae_encoder": encoder}, tensors, dtype, unread=(unread,))
     return decoder, encoder

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditc.export.networks.config import read_config
+from ditc.export.networks.config import MAX_STAGES, read_config
 from ditc.runtime.errors import CheckpointError
 
 FETCH = "vae/config.json is damaged or was edited, or is of another VAE: fetch it again"
@@ -82,6 +82,10 @@ def _check_sizes(config: AutoencoderKlConfig) -> None:
         (
             (config.in_channels, config.out_channels) != (3, 3),
             f"in_channels and out_channels are {config.in_channels} and {config.out_channels}, and a picture has 3",
+        ),
+        (
+            len(config.block_out_channels) > MAX_STAGES,
+            f"block_out_channels has {len(config.block_out_channels)} entries, and {MAX_STAGES} are the most",
         ),
         (not config.block_out_channels, "block_out_channels is empty"),
         (config.scaling_factor == 0, "scaling_factor is 0, and latents are divided by it"),

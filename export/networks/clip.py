@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ditc.export.networks.layers import LayerNorm
-from ditc.export.networks.loading import Without, contradictions_named, load_strict
+from ditc.export.networks.loading import Without, check_layers, contradictions_named, load_strict
 from ditc.export.networks.text_attention import use_exportable_attention
 from ditc.export.networks.text_config import read_text_config
 
@@ -43,8 +43,10 @@ def load_clip(
     Raises:
         CheckpointError: clip_config refuses the config, or a tensor is missing, unknown, or of another shape.
     """
+    parsed = clip_config(config)
+    check_layers("num_hidden_layers", parsed.num_hidden_layers, tensors, "encoder.layers")
     with init_empty_weights(include_buffers=False), contradictions_named():
-        encoder = ClipTextEncoder(clip_config(config))
+        encoder = ClipTextEncoder(parsed)
     load_strict({"text_encoder": encoder}, Without(tensors, POSITION_IDS), dtype)
     return encoder.eval()
 

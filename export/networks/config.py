@@ -13,6 +13,11 @@ from ditc.runtime.errors import CheckpointError
 
 T = TypeVar("T")
 
+# Of any count or size in a config. The largest in published models are vocabularies, with 2**18 rows.
+LARGEST = 2**20
+# Of an autoencoder. Each stage halves the sides; published models have at most 7.
+MAX_STAGES = 10
+
 
 def read_config(
     cls: type[T], values: Mapping[str, Any], *, ignored: Collection[str], may_be_zero: Collection[str] = ()
@@ -62,6 +67,8 @@ def _check_numbers(value: Any, name: str, least: int) -> None:
         raise Mismatch(f"{name}: expected a finite number, got {value!r}")
     elif type(value) is int and value < least:
         raise Mismatch(f"{name}: expected an integer >= {least}, got {value!r}")
+    elif type(value) is int and value > LARGEST:
+        raise Mismatch(f"{name}: expected an integer <= {LARGEST}, got {value!r:.80}")
 
 
 def _as_lists(value: Any) -> Any:

@@ -24,7 +24,7 @@ from ditc.export.networks.dc_ae_blocks import (
 )
 from ditc.export.networks.dc_ae_config import DcAeConfig as DcAeConfig
 from ditc.export.networks.layers import RMSNorm
-from ditc.export.networks.loading import Without, build_empty, load_strict
+from ditc.export.networks.loading import Without, build_empty, check_layers, load_strict
 
 OUT_NORM_EPS = 1e-5
 TRAINING_COUNT = ".num_batches_tracked"  # of a batch norm: how many batches it was trained with
@@ -51,6 +51,9 @@ def load_encoder(config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch
 def _load_both(
     config: DcAeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, unread: str
 ) -> tuple[VaeDecoder, VaeEncoder]:
+    for side, stages in (("decoder", "decoder.up_blocks"), ("encoder", "encoder.down_blocks")):
+        for i, layers in enumerate(getattr(config, f"{side}_layers_per_block")):
+            check_layers(f"{side}_layers_per_block[{i}]", layers, tensors, f"{stages}.{i}")
     decoder, encoder = build_empty(lambda: VaeDecoder(config)), build_empty(lambda: VaeEncoder(config))
     counts = [name for name in tensors if name.endswith(TRAINING_COUNT)]
     read = Without(tensors, *counts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ditc.export.networks.config import read_config
+from ditc.export.networks.config import MAX_STAGES, read_config
 from ditc.runtime.errors import CheckpointError
 
 FETCH = "vae/config.json is damaged or was edited, or is of another VAE: fetch it again"
@@ -109,6 +109,7 @@ def _check_sizes(config: DcAeConfig) -> None:
     encoder, decoder = config.encoder_block_out_channels, config.decoder_block_out_channels
     for wrong, what in (
         (len(encoder) != len(decoder), f"the encoder has {len(encoder)} stages, the decoder {len(decoder)}"),
+        (len(encoder) > MAX_STAGES, f"there are {len(encoder)} stages, and {MAX_STAGES} are the most"),
         (len(encoder) < 2, f"there are {len(encoder)} stages, and latents need at least 2"),
         (config.in_channels != 3, f"in_channels is {config.in_channels}, and a picture has 3"),
         (config.scaling_factor == 0, "scaling_factor is 0, and latents are divided by it"),

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, Gemma2Config, Gemma2Model
 
-from ditc.export.networks.loading import Without, contradictions_named, load_strict
+from ditc.export.networks.loading import Without, check_layers, contradictions_named, load_strict
 from ditc.export.networks.text_config import read_text_config, refuse_setting
 
 ATTENTION = "ditc_exportable_eager"
@@ -56,8 +56,10 @@ def load_gemma2(
     Raises:
         CheckpointError: gemma2_config refuses the config, or a tensor is missing, unknown, or of another shape.
     """
+    parsed = gemma2_config(config)
+    check_layers("num_hidden_layers", parsed.num_hidden_layers, tensors, "layers")
     with init_empty_weights(include_buffers=False), contradictions_named():
-        encoder = Gemma2TextEncoder(gemma2_config(config))
+        encoder = Gemma2TextEncoder(parsed)
     if any(name.startswith(CAUSAL_LM_PREFIX) for name in tensors):
         encoder.weights_below = ""  # the parameters' paths here begin with "model." too
     load_strict({"text_encoder": encoder}, Without(tensors, LM_HEAD), dtype)

@@ -6,6 +6,7 @@ the shape of a convolution that a network holds as a Linear (`layers.ConvAsLinea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,25 @@ class WeightSource:
     transform: Transform
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
+
+
+def check_layers(setting: str, layers: int, tensors: Collection[str], path: str) -> None:
+    """Refuse a config with more layers than the weights have, before modules are made: 20,000 layers take minutes.
+
+    Args:
+        tensors: the checkpoint's names.
+        path: module path of the list of layers, such as "transformer_blocks". Names may have other modules before it.
+
+    Raises:
+        CheckpointError: the message names the setting and both numbers.
+    """
+    numbered = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
+    found = {match[1] for match in map(numbered.search, tensors) if match}
+    if layers > len(found):
+        raise CheckpointError(
+            f"{setting} is {layers} in config.json, but the weights have {len(found)} layers ({path})",
+            hint="config.json and the weights belong to different models",
+        )
 
 
 def build_empty(make: Callable[[], M]) -> M:

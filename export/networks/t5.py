@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ditc.export.graph.ops.attention.torch_op import MASKED
-from ditc.export.networks.loading import Without, contradictions_named, load_strict
+from ditc.export.networks.loading import Without, check_layers, contradictions_named, load_strict
 from ditc.export.networks.text_attention import use_exportable_attention
 from ditc.export.networks.text_config import read_text_config, refuse_setting
 from ditc.runtime.errors import UsageError
@@ -46,8 +46,10 @@ def load_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: tor
             "T5 cannot be built in fp16: its activations exceed fp16's largest number, 65504",
             hint="build this stage in bf16 or fp32",
         )
+    parsed = t5_config(config)
+    check_layers("num_layers", parsed.num_layers, tensors, "encoder.block")
     with init_empty_weights(include_buffers=False), contradictions_named():
-        encoder = T5TextEncoder(t5_config(config))
+        encoder = T5TextEncoder(parsed)
     load_strict({"text_encoder": encoder}, Without(tensors, EMBED_TOKENS), dtype)
     return encoder.eval()
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ditc.export.networks.config import LARGEST
 from ditc.export.networks.loading import CONTRADICTIONS
 from ditc.runtime.errors import CheckpointError
 
@@ -43,6 +44,7 @@ def read_text_config(
             "supported",
             hint="load the text encoder with transformers and save it again with save_pretrained(...)",
         )
+    _check_integers(values)
     try:
         config = cls(**values)
     except (StrictDataclassError, *CONTRADICTIONS) as e:
@@ -59,6 +61,18 @@ def read_text_config(
                 hint=FETCH,
             )
     return config
+
+
+def _check_integers(values: Mapping[str, Any]) -> None:
+    """Refuse numbers that no text encoder has. transformers makes lists and tables of the length that some state."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_integers(value)
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise CheckpointError(
+                f"{name} is {value!r:.80} in the text encoder's config.json, but no number there is above {LARGEST}",
+                hint=FETCH,
+            )
 
 
 def refuse_setting(config: PreTrainedConfig, name: str, value: object, served: object) -> CheckpointError:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ditc.export.build.assemble import golden_table
+from ditc.export.build.default_request import golden_table
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule

@@ -22,7 +22,7 @@ from ditc.export.families.lucidrains.config import GENERALIZED, MMDiTConfig
 from ditc.export.families.lucidrains.generalized import GeneralizedMMDiT
 from ditc.export.families.lucidrains.trunk import MMDiT
 from ditc.export.networks.layers import ConvAsLinear, TimestepEmbedder, from_patches, to_patches
-from ditc.export.networks.loading import Without, build_empty, load_strict
+from ditc.export.networks.loading import Without, build_empty, check_layers, load_strict
 from ditc.export.networks.position import SincosPosition
 
 TRUNK = "trunk."
@@ -38,6 +38,7 @@ def load_mmdit(
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
+    check_layers("the trunk's depth", config.trunk["depth"], tensors, "trunk.blocks")
     conditioner = build_empty(lambda: MMDiTConditioner(config))
     denoiser = build_empty(lambda: MMDiTDenoiser(config))
     used = Without(tensors, *unused_tensors(config, tensors))

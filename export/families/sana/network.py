@@ -28,7 +28,7 @@ from ditc.export.networks.layers import (
     from_patches,
     to_patches,
 )
-from ditc.export.networks.loading import build_empty, load_strict
+from ditc.export.networks.loading import build_empty, check_layers, load_strict
 from ditc.export.networks.position import SincosPosition
 
 MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
@@ -44,6 +44,7 @@ def load_sana(
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
+    check_layers("num_layers", config.num_layers, tensors, "transformer_blocks")
     conditioner = build_empty(lambda: SanaConditioner(config))
     denoiser = build_empty(lambda: SanaDenoiser(config))
     load_strict({"conditioner": conditioner, "denoiser": denoiser}, tensors, dtype)

@@ -24,7 +24,7 @@ from ditc.export.networks.layers import (
     from_patches,
     to_patches,
 )
-from ditc.export.networks.loading import build_empty, load_strict
+from ditc.export.networks.loading import build_empty, check_layers, load_strict
 
 
 def load_sd3(
@@ -47,6 +47,7 @@ def load_sd3(
         UsageError: a skip layer is not a block of the network.
     """
     config.check_skip_layers(tuple(skip_layers))
+    check_layers("num_layers", config.num_layers, tensors, "transformer_blocks")
     network = build_empty(lambda: Sd3Transformer(config, skip_layers))
     fp32_blocks = config.fp32_blocks if dtype == torch.float16 else ()
     load_strict(

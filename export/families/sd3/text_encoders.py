@@ -162,7 +162,11 @@ def _check_end_of_text(tokenizer: CheckpointTokenizer, stage: str, config: PreTr
     """Check that CLIP finds the end of a text, whose state it pools. Where it finds none, it pools the first state."""
     found = tokenizer.special_ids.get("eos")
     legacy = _is_legacy(config)
-    wanted = (max(tokenizer.vocabulary.values()),) if legacy else ids_of(config.to_dict(), "eos")
+    wanted = (
+        (max(tokenizer.vocabulary.values()),)
+        if legacy
+        else ids_of({"eos_token_id": config.eos_token_id}, "eos")
+    )
     if wanted and found not in wanted:
         where = "the largest id" if legacy else f"{stage}/config.json's eos_token_id"
         raise CheckpointError(

@@ -197,7 +197,7 @@ def _swapped(path: Path) -> None:
         ("tiny_checkpoint", _settings("tokenizer", model_max_length="long"), "model_max_length 'long'"),
         ("tiny_checkpoint", _settings("tokenizer", padding_side="up"), "can load as a GemmaTokenizer"),
         ("tiny_checkpoint", _broken("tokenizer.json"), "can load as a GemmaTokenizer"),
-        ("tiny_checkpoint", _broken("tokenizer_config.json"), "can load as a GemmaTokenizer"),
+        ("tiny_checkpoint", _broken("tokenizer_config.json"), "tokenizer_config.json is not JSON"),
         (
             "tiny_checkpoint",
             _index(["transformers", "NoTokenizer"]),
