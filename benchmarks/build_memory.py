@@ -73,16 +73,26 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                     for _ in range(arguments.repeats)
                 ]
                 found |= {key: [peak[key] for peak in peaks] for key in peaks[0]}
-                found["estimate_by_peak"] = [found["estimated_bytes"] / peak for peak in found["peak_bytes"]]
-                found["holds"] = all(LOWEST <= ratio <= HIGHEST for ratio in found["estimate_by_peak"])
+                found |= judged(found)
             results[f"{name} {found['precision']}"] = found
             print(name, json.dumps(found), file=sys.stderr)
     return results
 
 
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    """Each estimate divided by its peaks, and whether all of them are within the bounds."""
+    ratios = {
+        f"estimate_by_{what}peak": [
+            found[f"estimated_{what}bytes"] / peak for peak in found[f"{what}peak_bytes"]
+        ]
+        for what in ("", "export_", "golden_")
+    }
+    return {**ratios, "holds": all(LOWEST <= ratio <= HIGHEST for each in ratios.values() for ratio in each)}
+
+
 def estimate(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """What a build says before it reads any weight."""
-    from ditc.export.build.estimates import build_bytes, stage_size
+    from ditc.export.build.estimates import build_bytes, export_bytes, golden_bytes, stage_size
     from ditc.export.families import find_adapter
 
     case = CASES[name]
@@ -96,6 +106,8 @@ def estimate(name: str, precision: str, folder: Path) -> dict[str, Any]:
         "stage": case.stage,
         "precision": plan.stages[case.stage].precision.value,
         **asdict(size),
+        "estimated_export_bytes": export_bytes(size),
+        "estimated_golden_bytes": golden_bytes(size),
         "estimated_bytes": build_bytes(size),
     }
 

@@ -94,7 +94,7 @@ def _export(
 
     module = find_adapter(checkpoint).load(checkpoint, plan, case.stage, options)
     spec = module.spec
-    estimate = estimates.build_bytes(estimates.stage_size(module, plan.latents.scale_factor))
+    estimate = estimates.export_bytes(estimates.stage_size(module, plan.latents.scale_factor))
     files = to_onnx(module, out / f"{case.stage}.onnx", check=False)
     del module
     release_memory(checkpoint.component(case.component).files)

@@ -19,12 +19,14 @@ from ditc.runtime.step_contract import BATCH, IMAGE_HEIGHT, SIDES
 ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
 # Peak resident size of a process that builds one stage, fitted to benchmarks/results/build_memory-*.json.
-FIXED_BYTES = 680_000_000  # torch, diffusers and transformers
-CHECK_PER_WEIGHT_BYTE = 1.2  # ONNX Runtime's copy of the weights in fp32, packed for its kernels
-# An autoencoder's activations in fp32, while ONNX Runtime computes a picture for the check, and while PyTorch computes
-# one for the golden file.
-CHECK_BYTES_PER_PIXEL = 5000
-GOLDEN_BYTES_PER_PIXEL = 4400
+FIXED_BYTES = 700_000_000  # torch, diffusers and transformers
+# ONNX Runtime's copy of the weights in fp32, packed for its kernels. It packs convolutions beside the mapped file.
+PACKED_PER_WEIGHT_BYTE, PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE = 1.05, 2.0
+LEFT_BY_CHECK_BYTES = 60_000_000
+# An autoencoder's activations while ONNX Runtime computes a picture for the check. Those of PyTorch, for the golden
+# file, depend on the direction: a decoder begins its last level with twice the channels.
+CHECK_BYTES_PER_PIXEL = 3600
+DECODER_BYTES_PER_PIXEL, ENCODER_BYTES_PER_PIXEL = 4150, 2700
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class StageSize:
             type, copied, and then the files' pages are released.
         parameters: their number.
         checked: whether the graph is run after its export.
+        encoder: whether the stage takes pictures.
         check_pixels, golden_pixels: pixels of the largest picture that is computed for the check, and for the golden
             file; 0 for a stage without pictures.
     """
@@ -43,6 +46,7 @@ class StageSize:
     weight_bytes: int
     parameters: int
     checked: bool
+    encoder: bool
     check_pixels: int
     golden_pixels: int
 
@@ -58,6 +62,7 @@ def stage_size(stage: StageModule, scale: int) -> StageSize:
         weight_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors),
         parameters=sum(t.numel() for t in tensors),
         checked=can_check(stage),
+        encoder=any(IMAGE_HEIGHT in tensor.shape for tensor in stage.spec.inputs),
         check_pixels=max(_pixels(stage.spec, sizes, scale) for sizes in check_sizes(stage.spec)),
         golden_pixels=_pixels(stage.spec, golden_sizes(stage.spec), scale),
     )
@@ -65,13 +70,23 @@ def stage_size(stage: StageModule, scale: int) -> StageSize:
 
 def build_bytes(size: StageSize) -> int:
     """Estimate the peak resident size of the process while it builds a stage: its graph and its golden file."""
-    exported = size.weight_bytes
-    if size.checked:
-        exported += (
-            round(CHECK_PER_WEIGHT_BYTE * size.parameters * 4) + CHECK_BYTES_PER_PIXEL * size.check_pixels
-        )
-    golden = size.parameters * 4 + GOLDEN_BYTES_PER_PIXEL * size.golden_pixels
-    return FIXED_BYTES + max(exported, golden)
+    return max(export_bytes(size), golden_bytes(size))
+
+
+def export_bytes(size: StageSize) -> int:
+    """Estimate the peak while the stage's graph is exported and checked."""
+    loaded = FIXED_BYTES + size.weight_bytes
+    if not size.checked:
+        return loaded
+    packed = PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE if size.check_pixels else PACKED_PER_WEIGHT_BYTE
+    return loaded + round(packed * size.parameters * 4) + CHECK_BYTES_PER_PIXEL * size.check_pixels
+
+
+def golden_bytes(size: StageSize) -> int:
+    """Estimate the peak while the stage's golden file is computed, with the weights in fp32."""
+    pixel = ENCODER_BYTES_PER_PIXEL if size.encoder else DECODER_BYTES_PER_PIXEL
+    left = LEFT_BY_CHECK_BYTES if size.checked else 0
+    return FIXED_BYTES + left + size.parameters * 4 + pixel * size.golden_pixels
 
 
 def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int) -> int:

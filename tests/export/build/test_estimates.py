@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditc.export.build.estimates import FIXED_BYTES, StageSize, build_bytes, stage_size
+from ditc.export.build.estimates import (
+    FIXED_BYTES,
+    StageSize,
+    build_bytes,
+    export_bytes,
+    golden_bytes,
+    stage_size,
+)
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.checkpoint.release_memory import MAPS, free_copies
 from ditc.export.checkpoint.tensors import TensorSource, read_safetensors
@@ -21,8 +29,11 @@ from ditc.export.networks.loading import WeightSource, load_strict
 from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Range
 
 GB = 10**9
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 # A bf16 stage of a billion parameters.
-STAGE = StageSize(weight_bytes=2 * GB, parameters=GB, checked=False, check_pixels=0, golden_pixels=0)
+STAGE = StageSize(
+    weight_bytes=2 * GB, parameters=GB, checked=False, encoder=False, check_pixels=0, golden_pixels=0
+)
 
 
 def test_the_golden_file_of_a_16_bit_stage_needs_its_weights_in_fp32():
@@ -97,3 +108,18 @@ def mapped_bytes(file: Path) -> int:
     starts = [i for i, line in enumerate(lines) if line.endswith(str(file))]
     sizes = [next(line for line in lines[i:] if line.startswith("Rss:")) for i in starts]
     return sum(int(size.split()[1]) * 1024 for size in sizes)
+
+
+def test_the_estimates_bound_the_measured_peaks_of_released_sizes():
+    (newest, *_) = sorted(RESULTS.glob("build_memory-*.json"), reverse=True)
+    measured = [
+        found for found in json.loads(newest.read_text())["results"].values() if "peak_bytes" in found
+    ]
+    assert len(measured) >= 9
+    for found in measured:
+        size = StageSize(**{field: found[field] for field in StageSize.__slots__})
+        for estimate, peaks in (
+            (export_bytes(size), found["export_peak_bytes"]),
+            (golden_bytes(size), found["golden_peak_bytes"]),
+        ):
+            assert all(peak <= estimate <= 1.25 * peak for peak in peaks), (found["stage"], estimate, peaks)
