@@ -202,6 +202,8 @@ def _check_links(manifest: Manifest) -> None:
     for i, text in enumerate(manifest.text):
         for spec in _specs(manifest, text.stage, f"$.text[{i}].stage"):
             _check_known(spec, spec.inputs, TokenBatch.__slots__)
+            for tensor in spec.inputs:  # (B,S)
+                _require(len(tensor.shape) == 2, f"$.stages.{spec.name}", f"{tensor.name} is {tensor.shape}")
             encoded |= {tensor.name for tensor in spec.outputs}
     merged: set[str] = set()
     for spec in _specs(manifest, CONDITIONER):

@@ -65,6 +65,11 @@ def sealed_with(bundle: Path, out: Path, keys: Keys, change: Any) -> Path:
         (("scheduler", "spacing"), "exponential", "spacing_min: 0.0 and 1.0 do not ascend from above 0"),
         (("golden_table", "coefficients"), lambda old: old[1:], "3 rows for 4 timesteps"),
         (("golden_table", "coefficients", 0), [1.0], r"rows of \[1, 6\] values, where 6 are needed"),
+        (
+            ("stages", "text_encoder", "artifacts", 0, "spec", "inputs", 0, "shape"),
+            ["batch"],
+            r"text_encoder: input_ids is \('batch',\)",
+        ),
         (("text",), [], r"\$.text: 0 is not between 1 and 3"),
         (("text", 0, "stage"), "nowhere", "there is no stage 'nowhere'"),
         (("text", 0, "pad_token_id"), -1, "pad_token_id: -1 is not between"),
