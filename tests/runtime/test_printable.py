@@ -66,7 +66,9 @@ def hostile_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     manifest = load_manifest(bundle)
     name, stage = next(iter(manifest.stages.items()))
     artifact = replace(stage.artifacts[0], library=text, targets=(text,), recipe=text)
-    stages = {**manifest.stages, name: replace(stage, artifacts=(artifact,)), f"stage {text}": stage}
+    posing = replace(artifact, spec=replace(artifact.spec, name=f"stage {text}"))
+    stages = {**manifest.stages, name: replace(stage, artifacts=(artifact,))}
+    stages[posing.spec.name] = replace(stage, artifacts=(posing,))
     save_manifest(replace(manifest, family=text, checkpoint=text, stages=stages), bundle)
     return bundle
 
