@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[list[str], Any]] = {
     "low_vram": (["--low-vram"], True),
     "require_signature": (["--require-signature", "key.pem"], Path("key.pem")),
     "require_certificate": (["--require-certificate"], True),
+    "private_copy": (["--private-copy"], True),
     "self_test": (["--no-self-test"], False),
 }
 NAMES = [field.name for field in fields(LoadOptions)]

@@ -28,6 +28,7 @@ ENGINE_FILES = source_files(ENGINE_SOURCES)
 # reviewed and added here.
 REVIEWED = {
     "runtime/errors.py": "messages",
+    "runtime/limits.py": "the largest numbers that are accepted",
     "runtime/sessions/registry.py": "targets and library versions, which are in an engine's key",
     "runtime/sessions/tensorrt_engine.py": "finds the library, whose version is in an engine's key",
     "runtime/atomic.py": "how files are written",
