@@ -56,7 +56,8 @@ class Checkpoints:
     def attempt(self, chooser: random.Random, work: Path) -> str:
         name = chooser.choice(list(self.checkpoints))
         checkpoint = self.prepared(self.checkpoints[name], work / "checkpoint")
-        damaged = mutate.pick_some(self.files(checkpoint), chooser, 2 if chooser.random() < 0.2 else 1)
+        most = 2 if chooser.random() < 0.2 else 1
+        damaged = sorted(set(mutate.pick_some(self.files(checkpoint), chooser, most)))
         for path in damaged:
             damage_file(path, chooser)
         ours, theirs = both_pictures(checkpoint)

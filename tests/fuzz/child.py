@@ -3,7 +3,7 @@
     python -m fuzz.child GROUP FOLDER SUBJECTS PICK...
 
 FOLDER/work is the working directory, in which a pick may do what it was asked to do. Everything else in FOLDER is the
-canary, home and temporary files included, and must be the same before and after. What a pick prints goes to
+canary, home included but not temporary files, and must be the same before and after. What a pick prints goes to
 FOLDER/printed. A pick that kills the process, or that does not end, is seen by the parent (picks.py).
 """
 
@@ -24,6 +24,7 @@ from typing import Protocol
 
 MEMORY_BYTES = 2 * 2**30
 FILE_BYTES = 2**28
+NOT_CANARY = {"work", "printed", "temporary"}
 LETTER = "only for the eyes of the owner 7f3a"
 
 
@@ -100,7 +101,7 @@ def main(group: str, folder: Path, subjects: dict[str, str], picks: list[int]) -
         work.mkdir()
         os.chdir(work)
         os.ftruncate(printed, 0)
-        before = everything(folder, {"work", "printed"})
+        before = everything(folder, NOT_CANARY)
         tell(begin=pick)
         verdict = fault = ""
         try:
@@ -119,11 +120,12 @@ def main(group: str, folder: Path, subjects: dict[str, str], picks: list[int]) -
         text = os.pread(printed, 2**20, 0).decode(errors="replace")
         if not fault and "Traceback (most recent call last)" in text:
             fault = text[-3000:]
-        after = everything(folder, {"work", "printed"})
+        after = everything(folder, NOT_CANARY)
         if before != after:
             changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
             fault += f"\nchanged outside the working folder: {changed[:5]}"
         tell(end=pick, verdict=verdict, fault=fault)
+    os._exit(0)  # the libraries take seconds to close
 
 
 def limit_memory() -> None:

@@ -101,17 +101,19 @@ def _one_process(
         lines = _Lines(child)
         done, begun = 0, None
         wait = START_TIMEOUT_S
-        while (line := lines.next(wait)) is not None:
-            facts = json.loads(line)
-            wait = TIMEOUT_S
-            begun = facts.get("begin")
-            if "end" in facts:
-                done += 1
-                found.verdicts[facts["verdict"] or "fault"] += 1
-                if facts["fault"]:
-                    found.faults[facts["end"]] = facts["fault"]
-        late = child.poll() is None and done < len(picks)
-        if late:
+        late = False
+        try:
+            while (line := lines.next(wait)) is not None:
+                facts = json.loads(line)
+                wait = TIMEOUT_S
+                begun = facts.get("begin")
+                if "end" in facts:
+                    done += 1
+                    found.verdicts["fault" if facts["fault"] else facts["verdict"]] += 1
+                    if facts["fault"]:
+                        found.faults[facts["end"]] = facts["fault"]
+        except TimeoutError:
+            late = True
             child.kill()
         code = child.wait()
     if done == len(picks):
@@ -134,14 +136,13 @@ class _Lines:
         self._selector.register(child.stdout, selectors.EVENT_READ)
 
     def next(self, timeout_s: float) -> bytes | None:
-        """The next line; None if there is none, or not in time."""
+        """The next line; None if the process has ended. Raises TimeoutError if it does not come in time."""
         assert self._child.stdout is not None
         while b"\n" not in self._buffer:
             if not self._selector.select(timeout_s):
-                return None
+                raise TimeoutError
             part = os.read(self._child.stdout.fileno(), 2**16)
             if not part:
-                self._child.wait(10)
                 return None
             self._buffer += part
         line, self._buffer = self._buffer.split(b"\n", 1)

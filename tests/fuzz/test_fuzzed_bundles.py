@@ -12,8 +12,8 @@ GROUPS = (
     "bundles.Tokenizers",
     "bundles.GoldenFiles",
     "bundles.Certificates",
-    "calls.Requests",
-    "calls.CommandLines",
+    "requests.Requests",
+    "command_lines.CommandLines",
 )
 IN_MAKE_TEST, IN_SLOW = 40, 1400
 

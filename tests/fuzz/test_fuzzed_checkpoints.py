@@ -29,3 +29,12 @@ def test_much_damage_is_refused_in_words_or_drawn_as_upstream_does(
     group, subjects, tmp_path, record_property
 ) -> None:
     record_property("found", check_picks(group, IN_SLOW, subjects, tmp_path))
+
+
+@pytest.mark.slow
+def test_odd_command_lines_of_the_exporter_do_what_they_say_or_are_refused(
+    tiny_checkpoint, tiny_bundle, tmp_path, record_property
+) -> None:
+    subjects = {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle}
+    found = check_picks("command_lines.CommandLinesOfTheExporter", 100, subjects, tmp_path)
+    record_property("found", found)
