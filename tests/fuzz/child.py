@@ -24,6 +24,9 @@ from typing import Protocol
 
 MEMORY_BYTES = 2 * 2**30
 FILE_BYTES = 2**28
+# Signs of mutate.TEXTS that no terminal may receive, and the groups that print through the command line alone.
+TERMINAL = ("\x1b", "\u202e", "\x07")
+PRINT = ("Manifests", "Certificates", "GoldenFiles", "CommandLines")
 NOT_CANARY = {"work", "printed", "temporary"}
 LETTER = "only for the eyes of the owner 7f3a"
 
@@ -120,6 +123,8 @@ def main(group: str, folder: Path, subjects: dict[str, str], picks: list[int]) -
         text = os.pread(printed, 2**20, 0).decode(errors="replace")
         if not fault and "Traceback (most recent call last)" in text:
             fault = text[-3000:]
+        if not fault and name in PRINT and any(sign in text for sign in TERMINAL):
+            fault = f"controls the terminal: {text!r:.2000}"
         after = everything(folder, NOT_CANARY)
         if before != after:
             changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))

@@ -17,6 +17,7 @@ from records import make_keys
 
 from ditc.runtime.bundle.integrity import check_bundle
 from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.cli import FAILED, USAGE, VERBS, main
 
 # What is named on a command line may be written to, so these name nothing outside.
@@ -103,8 +104,8 @@ def check_done(verb: str, options: argparse.Namespace) -> None:
     if verb in ("build", "sign", "verify"):
         bundle = Path(options.output if verb == "build" else options.bundle)
         check_bundle(bundle, load_manifest(bundle))
-        if verb == "sign" or vars(options).get("sign"):
-            assert (bundle / "manifest.sig").stat().st_size
+        if verb == "sign" or (verb == "build" and options.sign):
+            check_signature(bundle, load_manifest(bundle), Path("public.pem"))
     elif verb == "run":
         _check_pictures(options)
     elif verb in ("calibrate", "convert"):
