@@ -38,6 +38,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         data = path.read_bytes()
         header, body = _split(data)
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not all text")
         tensors = {name: _tensor(entry, body) for name, entry in header.items()}
         _check_covered(header, len(body))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:

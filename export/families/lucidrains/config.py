@@ -44,6 +44,10 @@ REQUIRED = {
     GENERALIZED: {"depth", "dim_modalities", "dim_cond"},
 }
 _SHARED_STREAMS = ("add_stream_embed", "add_attn_pool_reduce_stream")
+# The layout is ditc's own, so no class of upstream has a default for what its config leaves out.
+REQUIRED_SHELL = {
+    *("trunk_class", "in_channels", "out_channels", "patch_size", "sample_size", "caption_channels"),
+}
 MHC_ARGUMENTS = {*_SHARED_STREAMS, "dim"}
 
 
@@ -88,6 +92,11 @@ class MMDiTConfig:
             raise CheckpointError(
                 f"trunk is {trunk!r} in the {CLASS_NAME} config.json, but must be an object",
                 hint="it holds the arguments of the trunk's class: see docs/mmdit.md",
+            )
+        if missing := sorted(REQUIRED_SHELL - set(values)):
+            raise CheckpointError(
+                f"{missing[0]} is missing in the {CLASS_NAME} config.json",
+                hint="set it to the value that the network was trained with: see docs/mmdit.md",
             )
         config = dataclasses.replace(read_config(cls, shell, ignored=()), trunk=trunk)
         _check_trunk(config.trunk_class, config.trunk)

@@ -75,3 +75,11 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tiny_bundle: Path, tmp_path:
     path.write_bytes(path.read_bytes() + more)
     with pytest.raises(BundleError, match="the tensors end at byte"):
         read_safetensors(path)
+
+
+def test_metadata_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {METADATA: "{}", "more": 1e30}}).encode()
+    path = tmp_path / "g.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(BundleError, match="not all text"):
+        read_safetensors(path)

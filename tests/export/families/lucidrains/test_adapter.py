@@ -213,6 +213,18 @@ def test_a_config_that_is_not_implemented_is_refused_before_weights_are_read(
         plan(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "name", ["sample_size", "patch_size", "in_channels", "out_channels", "caption_channels"]
+)
+def test_a_setting_that_upstream_has_no_default_for_must_be_there(checkpoint: Path, name: str) -> None:
+    path = checkpoint / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        plan(checkpoint)
+
+
 def test_tf32_is_refused(mmdit_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="tf32 is not available for lucidrains/mmdit"):
         plan(mmdit_checkpoint, precision=Precision.TF32)
@@ -238,9 +250,11 @@ def test_saving_weights_that_do_not_fit_leaves_no_transformer(checkpoint: Path) 
         "trunk": TWO,
         "in_channels": 8,
         "out_channels": 8,
+        "patch_size": 1,
+        "sample_size": 32,
         "caption_channels": 24,
     }
-    with pytest.raises(CheckpointError, match="lacks"):
+    with pytest.raises(CheckpointError, match="the weights have 0 layers"):
         save_mmdit(checkpoint, config=config, trunk={}, shell={})
     assert not (checkpoint / "transformer").exists()
 
