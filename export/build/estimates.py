@@ -14,7 +14,7 @@ from ditc.export.contract import StageModule
 from ditc.export.graph.onnx import can_check, check_sizes
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import Precision, StageSpec
-from ditc.runtime.step_contract import BATCH, IMAGE_HEIGHT, SIDES
+from ditc.runtime.step_contract import BATCH, HEIGHT, IMAGE_HEIGHT, SIDES
 
 ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
@@ -23,6 +23,8 @@ FIXED_BYTES = 700_000_000  # torch, diffusers and transformers
 # ONNX Runtime's copy of the weights in fp32, packed for its kernels. It packs convolutions beside the mapped file.
 PACKED_PER_WEIGHT_BYTE, PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE = 1.05, 2.0
 LEFT_BY_CHECK_BYTES = 60_000_000
+# A denoiser's activations, by the bytes of its weights in fp32: both grow with the network's width.
+DENOISER_PER_WEIGHT_BYTE = 0.2
 # An autoencoder's activations while ONNX Runtime computes a picture for the check. Those of PyTorch, for the golden
 # file, depend on the direction: a decoder begins its last level with twice the channels.
 CHECK_BYTES_PER_PIXEL = 3600
@@ -38,7 +40,7 @@ class StageSize:
             type, copied, and then the files' pages are released.
         parameters: their number.
         checked: whether the graph is run after its export.
-        encoder: whether the stage takes pictures.
+        encoder, denoiser: whether the stage takes pictures, and whether it works on latents alone.
         check_pixels, golden_pixels: pixels of the largest picture that is computed for the check, and for the golden
             file; 0 for a stage without pictures.
     """
@@ -47,6 +49,7 @@ class StageSize:
     parameters: int
     checked: bool
     encoder: bool
+    denoiser: bool
     check_pixels: int
     golden_pixels: int
 
@@ -58,13 +61,15 @@ def stage_size(stage: StageModule, scale: int) -> StageSize:
         scale: pixels per latent cell.
     """
     tensors = stage.module.state_dict().values()
+    pixels = _pixels(stage.spec, golden_sizes(stage.spec), scale)
     return StageSize(
         weight_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors),
         parameters=sum(t.numel() for t in tensors),
         checked=can_check(stage),
         encoder=any(IMAGE_HEIGHT in tensor.shape for tensor in stage.spec.inputs),
+        denoiser=HEIGHT in stage.spec.profile and not pixels,
         check_pixels=max(_pixels(stage.spec, sizes, scale) for sizes in check_sizes(stage.spec)),
-        golden_pixels=_pixels(stage.spec, golden_sizes(stage.spec), scale),
+        golden_pixels=pixels,
     )
 
 
@@ -79,6 +84,7 @@ def export_bytes(size: StageSize) -> int:
     if not size.checked:
         return loaded
     packed = PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE if size.check_pixels else PACKED_PER_WEIGHT_BYTE
+    packed += DENOISER_PER_WEIGHT_BYTE if size.denoiser else 0
     return loaded + round(packed * size.parameters * 4) + CHECK_BYTES_PER_PIXEL * size.check_pixels
 
 
@@ -86,7 +92,8 @@ def golden_bytes(size: StageSize) -> int:
     """Estimate the peak while the stage's golden file is computed, with the weights in fp32."""
     pixel = ENCODER_BYTES_PER_PIXEL if size.encoder else DECODER_BYTES_PER_PIXEL
     left = LEFT_BY_CHECK_BYTES if size.checked else 0
-    return FIXED_BYTES + left + size.parameters * 4 + pixel * size.golden_pixels
+    weights = size.parameters * 4 * (1 + DENOISER_PER_WEIGHT_BYTE if size.denoiser else 1)
+    return FIXED_BYTES + left + round(weights) + pixel * size.golden_pixels
 
 
 def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int) -> int:

@@ -32,7 +32,13 @@ GB = 10**9
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 # A bf16 stage of a billion parameters.
 STAGE = StageSize(
-    weight_bytes=2 * GB, parameters=GB, checked=False, encoder=False, check_pixels=0, golden_pixels=0
+    weight_bytes=2 * GB,
+    parameters=GB,
+    checked=False,
+    encoder=False,
+    denoiser=False,
+    check_pixels=0,
+    golden_pixels=0,
 )
 
 
