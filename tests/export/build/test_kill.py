@@ -55,12 +55,12 @@ def test_half_written_files_of_a_killed_build_are_removed(tmp_path: Path) -> Non
     from ditc.export.build.journal import FOLDER, locked
 
     (tmp_path / FOLDER).mkdir()
-    half = tmp_path / "onnx" / ".denoiser.onnx.123.partial"
+    half = tmp_path / "onnx" / ".denoiser.onnx.0123456789abcdef.partial"
     half.mkdir(parents=True)
     (half / "denoiser.onnx").write_bytes(b"half")
     (half / ".denoiser.onnx.data.x1y2").mkdir()  # as onnx_ir makes it
     (half / ".denoiser.onnx.data.x1y2" / "denoiser.onnx.data").write_bytes(b"half")
-    (tmp_path / "manifest.json.123.partial").write_bytes(b"{")
+    (tmp_path / ".manifest.json.0123456789abcdef.partial").write_bytes(b"{")
     with locked(tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
         assert not half.exists()
