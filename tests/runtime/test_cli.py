@@ -177,8 +177,8 @@ def test_an_interrupted_run_ends_with_128_and_the_signal_and_leaves_no_file(
     output, previews = tmp_path / "out" / "x.png", tmp_path / "steps"
     command = [sys.executable, "-m", "ditc.runtime.cli", "run", str(tiny_bundle), "cat", "-o", str(output)]
     process = subprocess.Popen(
-        # Ten batches of 900 steps are far from done on any machine when the first preview appears.
-        [*command, "--steps", "900", "-n", "40", "--threads", "1", "--preview", str(previews)],
+        # The only batch of 10,000 steps is far from done on any machine when the first preview appears.
+        [*command, "--steps", "10000", "--threads", "1", "--preview", str(previews)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -29,6 +29,7 @@ ENGINE_FILES = source_files(ENGINE_SOURCES)
 REVIEWED = {
     "runtime/errors.py": "messages",
     "runtime/limits.py": "the largest numbers that are accepted",
+    "runtime/tokenizer_json.py": "refuses tokenizers that could fill the memory",
     "runtime/sessions/registry.py": "targets and library versions, which are in an engine's key",
     "runtime/sessions/tensorrt_engine.py": "finds the library, whose version is in an engine's key",
     "runtime/atomic.py": "how files are written",
