@@ -56,16 +56,16 @@ def load_private_key(path: Path) -> Any:
         MissingExtra: the package cryptography is not installed.
     """
     ed25519, serialization = _library()
-    _warn_if_shared(path)
     key = _read(path, lambda data: serialization.load_pem_private_key(data, password=None))
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise UsageError(f"{path} is not an ed25519 private key", hint=_MAKE_KEY)
+    _warn_if_shared(path)
     return key
 
 
 def _warn_if_shared(private_key: Path) -> None:
     """Say so if other users of this machine can read the key, with which they could sign too."""
-    with suppress(OSError):  # reported when it is read
+    with suppress(OSError):  # it was read, so it counts
         if os.name == "posix" and private_key.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             log.warning("other users can read the private key %s; forbid it with chmod 600", private_key)
 

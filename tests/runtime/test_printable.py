@@ -283,3 +283,11 @@ def test_a_private_key_that_others_can_read_is_warned_about(
     assert caplog.messages == [f"other users can read the private key {key}; forbid it with chmod 600"]
     with pytest.raises(UsageError):
         load_private_key(key.parent / "missing")
+
+
+def test_the_path_of_a_private_key_that_no_system_allows_is_refused() -> None:
+    pytest.importorskip("cryptography")
+    from ditc.runtime.bundle.signature import load_private_key
+
+    with pytest.raises(UsageError, match="cannot be read as a PEM key"):
+        load_private_key(Path("a\0b"))
