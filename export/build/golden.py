@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds
-from ditc.export.graph.torch_session import TorchSession
+from ditc.export.graph.torch_session import TorchSession, one_thread
 from ditc.runtime import step_contract
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.golden import METADATA, GoldenInfo
@@ -85,9 +85,10 @@ def golden_sizes(spec: StageSpec) -> dict[str, int]:
 
 def _run(stage: StageModule, feeds: Mapping[str, Array]) -> dict[str, Array]:
     session = TorchSession(stage.module, stage.spec)
-    outputs = session.run(
-        {tensor.name: _fitted(feeds[tensor.name], tensor.dtype) for tensor in stage.spec.inputs}
-    )
+    with one_thread():
+        outputs = session.run(
+            {tensor.name: _fitted(feeds[tensor.name], tensor.dtype) for tensor in stage.spec.inputs}
+        )
     return {name: np.array(widened(to_numpy(tensor)), np.float32) for name, tensor in outputs.items()}
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import nn
 
+from ditc.export.graph.torch_session import one_thread
 from ditc.runtime.bundle.manifest import LatentSpec
 from ditc.runtime.session import Array
 
 _CELLS = 16
 _PICTURES = 12
+_TOGETHER = 4  # pictures that are encoded at once; more would take more memory than an export
 
 
 def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
@@ -23,8 +27,15 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     """
     size = _CELLS * latents.scale_factor
     images = torch.from_numpy(_pictures(size))
-    with torch.inference_mode():
-        z = torch.cat([encoder(image[None]) for image in images]).float()
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            latent: torch.Tensor = encoder(image[None]).float()
+            return latent
+
+    workers = min(_TOGETHER, torch.get_num_threads())
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        z = torch.cat(list(pool.map(encode, images)))
     colours = torch.nn.functional.avg_pool2d(images, latents.scale_factor)
     x = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy().astype(np.float64)
@@ -32,7 +43,9 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     # The latents of coloured blocks span fewer directions than those of real pictures. In the other directions only the
     # ridge bounds the map.
     ridge = 1e-3 * len(x) * np.eye(x.shape[1])
-    solution: Array = np.linalg.solve(x.T @ x + ridge, x.T @ y).T
+    # Unlike a matrix product, einsum adds in one order, whatever the number of threads.
+    squares, products = np.einsum("ni,nj->ij", x, x), np.einsum("ni,nj->ij", x, y)
+    solution: Array = np.linalg.solve(squares + ridge, products).T
     return solution.astype(np.float32)
 
 

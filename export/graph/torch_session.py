@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ TORCH_DTYPES = {
     DType.INT64: torch.int64,
     DType.BOOL: torch.bool,
 }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let each computation of torch use one thread, for results that are written into a bundle.
+
+    With several, the order of sums and so their last bits depend on how many the machine has.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class TorchSession:
