@@ -41,6 +41,15 @@ def weights_of(checkpoint: Path, component: str) -> Path | None:
     return files[0] if files else None
 
 
+def read_weights(checkpoint: Path, component: str) -> tuple[Path | None, Tensors]:
+    """The single safetensors file of a component with its tensors; None if there is none or an edit damaged it."""
+    path = weights_of(checkpoint, component)
+    try:
+        return path, load_file(path) if path else {}
+    except Exception:  # whatever safetensors says about a damaged file
+        return None, {}
+
+
 def change_json(name: str, change: Callable[[dict[str, Any]], object]) -> Apply:
     """Change a JSON file; `change` gets its contents and edits them."""
 
@@ -62,12 +71,8 @@ def change_tensors(component: str, change: Callable[[Tensors], Tensors | None]) 
     """Change the tensors of a component; `change` edits them, or returns others."""
 
     def apply(checkpoint: Path) -> bool:
-        path = weights_of(checkpoint, component)
+        path, tensors = read_weights(checkpoint, component)
         if path is None:
-            return False
-        try:
-            tensors = load_file(path)
-        except Exception:  # an earlier edit damaged the file
             return False
         changed = change(tensors)
         tensors = tensors if changed is None else changed
@@ -148,12 +153,8 @@ def stale_shards(component: str) -> Apply:
     """Add an older save beside the weights: the same tensors with other values, in one shard with an index."""
 
     def apply(checkpoint: Path) -> bool:
-        path = weights_of(checkpoint, component)
+        path, tensors = read_weights(checkpoint, component)
         if path is None or "-of-" in path.name:
-            return False
-        try:
-            tensors = load_file(path)
-        except Exception:  # an earlier edit damaged the file
             return False
         shard = f"{path.stem}-00001-of-00001.safetensors"
         save_file(
@@ -170,12 +171,8 @@ def second_variant(component: str) -> Apply:
     """Add an fp16 variant with other values. Without `--variant` nobody reads it."""
 
     def apply(checkpoint: Path) -> bool:
-        path = weights_of(checkpoint, component)
+        path, tensors = read_weights(checkpoint, component)
         if path is None:
-            return False
-        try:
-            tensors = load_file(path)
-        except Exception:  # an earlier edit damaged the file
             return False
         halves = {
             name: (tensor * 1.5).half() for name, tensor in tensors.items() if tensor.is_floating_point()
