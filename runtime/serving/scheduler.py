@@ -1,0 +1,504 @@
+"""Draws the requests of many clients together, with one loop per bundle and device.
+
+Between any two steps, requests may join, leave, finish or be cancelled. `policy.py` says which pictures are stepped;
+this module owns them and does the work:
+
+    submit -> texts are encoded -> [ step, step, ... ] -> picture is decoded -> the job's listener gets it
+
+Steps run on a thread of their own. Texts and pictures are encoded and decoded on a second one where stages can run side
+by side. On a CPU, where the stages would only take each other's cores, the first thread does all of it, in the order of
+the due times.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from time import monotonic
+
+import numpy as np
+
+from ditc.runtime.batch import Batch
+from ditc.runtime.denoise import step as step_alone
+from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.failure import Failure
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.prepare import Plan
+from ditc.runtime.serving.admission import Admission, work_of
+from ditc.runtime.serving.job import (
+    Cancelled,
+    Event,
+    Finished,
+    Job,
+    Picture,
+    Preview,
+    Progress,
+    Refused,
+    preview_steps,
+)
+from ditc.runtime.serving.observer import UNOBSERVED, Observer
+from ditc.runtime.serving.policy import BatchKey, Choice, Waiting, choose, due_time
+from ditc.runtime.serving.refusals import Broken, Invalid, Refusal, TooLate, Unavailable
+from ditc.runtime.serving.step_times import TEXT, StepTimes
+from ditc.runtime.session import to_numpy
+from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.state import DenoiseState
+from ditc.runtime.step_contract import BATCH, ROWS
+
+log = logging.getLogger(__name__)
+
+# Seconds between attempts to open a bundle again whose session has failed.
+REOPEN_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+# Batches that are kept per latent size, with the stacked texts of their last members.
+KEPT_BATCHES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """How requests share the denoiser.
+
+    Attributes:
+        max_batch: the most pictures of one run; 0 takes as many as the bundle allows.
+        window: how many seconds a first step waits for company while nothing else runs.
+    """
+
+    max_batch: int = 0
+    window: float = 0.0
+
+
+DEFAULTS = SchedulerOptions()
+
+
+class Scheduler:
+    """Owns a pipeline and draws with it until it is closed. Threads can share it.
+
+    Args:
+        pipeline: the scheduler closes it.
+        admission: counts and bounds the accepted work; several schedulers may share one.
+        reopen: opens the bundle again after a session has failed.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        admission: Admission,
+        reopen: Callable[[], Pipeline],
+        options: SchedulerOptions = DEFAULTS,
+        observer: Observer = UNOBSERVED,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.pipeline, self.admission, self.observer = pipeline, admission, observer
+        self._reopen, self._options, self._clock = reopen, options, clock
+        most = pipeline.sessions[DENOISER].spec.profile[BATCH].max
+        self.max_batch = min(options.max_batch or most, most)
+        self.times = StepTimes(self.max_batch, _buckets(pipeline, self.max_batch))
+        self.overlaps = pipeline.sessions[DENOISER].device.kind != "cpu"
+        self._wake = threading.Condition()
+        self._jobs: dict[str, Job] = {}
+        self._pictures: dict[int, Picture] = {}  # those that are ready for a step
+        self._tasks: list[tuple[float, int, Job, Callable[[], None]]] = []  # a heap
+        self._numbers = itertools.count()
+        self._batches: dict[BatchKey, Batch] = {}
+        self._closing = False
+        self._crashed = ""  # why a session failed, until the bundle is open again
+        self._threads = [threading.Thread(target=self._work, name="ditc-steps", daemon=True)]
+        if self.overlaps:
+            self._threads.append(threading.Thread(target=self._work_stages, name="ditc-stages", daemon=True))
+
+    # --- what other threads call
+
+    def start(self) -> None:
+        """Begin to draw."""
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot draw at the moment; "" if it can."""
+        if self._crashed:
+            return "a session has failed and is being opened again"
+        if not all(thread.is_alive() for thread in self._threads):
+            return "the scheduler has stopped"
+        return "it is closing" if self._closing else ""
+
+    def submit(
+        self,
+        plan: Plan,
+        listener: Callable[[Event], None],
+        *,
+        id: str,
+        timeout: float | None = None,
+        previews: int = 0,
+    ) -> Job:
+        """Accept a request. Its listener gets progress, previews and exactly one end.
+
+        Args:
+            plan: of this scheduler's pipeline.
+            timeout: seconds from now after which the client does not want the pictures any more.
+            previews: how many previews of each picture to make.
+
+        Raises:
+            Overloaded: there is too much work already.
+            TooLate: the timeout cannot be met.
+            Unavailable: the scheduler is closing.
+        """
+        now, work = self._clock(), work_of(plan)
+        alone = self._alone_seconds(plan)
+        deadline = None if timeout is None else now + timeout
+        job = Job(
+            id=id,
+            plan=replace(plan, at_once=1),
+            listener=listener,
+            arrived=now,
+            due=due_time(now, alone, deadline),
+            deadline=deadline,
+            previews=previews,
+        )
+        with self._wake:
+            if self._closing:
+                raise Unavailable("the model is closing", hint="come back later", retry_after=1.0)
+            self.admission.take(work, seconds_of_all=self._seconds_of_all())
+            job.predicted = alone + self._seconds_before(job.due)
+            if deadline is not None and alone > timeout:  # type: ignore[operator]
+                self.admission.give_back(work)
+                raise TooLate(
+                    f"the request takes about {alone:.1f} s, and its timeout is {timeout:g} s",
+                    hint="allow more time, or ask for fewer steps or pictures",
+                )
+            self._jobs[id] = job
+            self._add_task(job, lambda: self._encode(job))
+        self.observer.accepted(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job before its next step. Nothing happens if it has ended."""
+        job.cancelled = True
+        with self._wake:
+            self._wake.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job is in work."""
+        return not self._jobs
+
+    def close(self) -> None:
+        """Refuse new requests, end those in work, and close the pipeline."""
+        with self._wake:
+            self._closing = True
+            for job in self._jobs.values():
+                job.cancelled = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        for job in list(self._jobs.values()):
+            self._finish(job, Refused(Unavailable("the model was closed", retry_after=1.0)))
+        self._batches.clear()
+        self.pipeline.close()
+
+    # --- estimates
+
+    def _alone_seconds(self, plan: Plan) -> float:
+        """How long a request takes if nothing else runs, from what was measured."""
+        latents = self.pipeline.manifest.latents
+        cells = (plan.drawn_height // latents.scale_factor, plan.drawn_width // latents.scale_factor)
+        rows = 1 + plan.guided + (plan.skip_layer_guidance is not None)
+        key = BatchKey(latents=(latents.channels, *cells), rows=rows)
+        step, times = self.times.seconds(key), self.times
+        picture = step * len(plan.table) + times.stage_seconds(
+            VAE_DECODER, plan.drawn_height * plan.drawn_width
+        )
+        return plan.pictures * picture + plan.request.num_prompts * times.stage_seconds(TEXT, 1)
+
+    def _seconds_left(self, job: Job) -> float:
+        return self._alone_seconds(job.plan) * (1 - job.steps_done / job.plan.runs)
+
+    def _seconds_of_all(self) -> float:
+        return sum(self._seconds_left(job) for job in self._jobs.values())
+
+    def _seconds_before(self, due: float) -> float:
+        return sum(self._seconds_left(job) for job in self._jobs.values() if job.due <= due)
+
+    # --- the threads
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._drop_ended()
+                if self._closing:
+                    return
+                action, until = (self._open_again, None) if self._crashed else self._next()
+                if action is None:
+                    self._wake.wait(None if until is None else max(0.0, until - self._clock()))
+                    continue
+            self._do(action)
+
+    def _work_stages(self) -> None:
+        while True:
+            with self._wake:
+                if self._closing:
+                    return
+                if self._crashed or not self._tasks:
+                    self._wake.wait()
+                    continue
+                action = heapq.heappop(self._tasks)[3]
+            self._do(action)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # the thread must not end: it serves all clients
+            log.exception("the scheduler failed outside of a job")
+
+    def _next(self) -> tuple[Callable[[], None] | None, float | None]:
+        """What to do now, or until when to wait. The caller holds the lock."""
+        waiting = [
+            Waiting(id=p.number, key=p.key, due=p.job.due, since=p.since, started=p.started)
+            for p in self._pictures.values()
+        ]
+        first = min((one.due for one in waiting), default=float("inf"))
+        if self._tasks and not self.overlaps and self._tasks[0][0] <= first:
+            return heapq.heappop(self._tasks)[3], None
+        choice = choose(waiting, self._clock(), self._best_size, window=self._options.window)
+        if not choice.ids:
+            if self._tasks and not self.overlaps:
+                return heapq.heappop(self._tasks)[3], None
+            return None, self._earliest(choice)
+        chosen = [self._pictures.pop(id) for id in choice.ids]
+        return lambda: self._step(chosen), None
+
+    def _best_size(self, key: BatchKey, most: int) -> int:
+        spec = self.pipeline.sessions[DENOISER].spec
+        fits = spec.profile[ROWS].max // key.rows if ROWS in spec.profile else most
+        return self.times.best_size(key, max(1, min(most, fits)))
+
+    def _earliest(self, choice: Choice) -> float | None:
+        """When to look again without being woken: at the end of the window, or at the next deadline."""
+        times = [job.deadline for job in self._jobs.values() if job.deadline is not None]
+        if choice.wait_until is not None:
+            times.append(choice.wait_until)
+        return min(times, default=None)
+
+    def _drop_ended(self) -> None:
+        """End the jobs that were cancelled or are past their deadlines. The caller holds the lock."""
+        now = self._clock()
+        for job in list(self._jobs.values()):
+            if job.cancelled:
+                self._finish(job, Cancelled())
+            elif job.deadline is not None and self._hopeless(job, now):
+                self._finish(job, Refused(TooLate("the deadline passed before the pictures were done")))
+
+    def _hopeless(self, job: Job, now: float) -> bool:
+        """Whether the deadline has passed or, for a job that has not begun, cannot be met any more."""
+        assert job.deadline is not None
+        needed = self._alone_seconds(job.plan) if job.began is None else 0.0
+        return now + needed > job.deadline
+
+    # --- the work
+
+    def _add_task(self, job: Job, action: Callable[[], None]) -> None:
+        with self._wake:
+            heapq.heappush(self._tasks, (job.due, next(self._numbers), job, action))
+            self._wake.notify_all()
+
+    def _encode(self, job: Job) -> None:
+        """Make the first state of every picture: text rows, noise, schedule."""
+        if job.end is not None:
+            return
+        begin = self._clock()
+        job.began = begin
+        job.spend("wait", begin - job.arrived)
+        with self._faults([job]):
+            for index, state in enumerate(self.pipeline.states(job.plan)):
+                if job.cancelled or job.end is not None:
+                    return
+                now = self._clock()
+                number = next(self._numbers)
+                picture = Picture(number=number, job=job, index=index, state=state, since=now)
+                if state.lost:  # its text could not be encoded
+                    self._add_task(job, lambda picture=picture: self._decode(picture))  # type: ignore[misc]
+                    continue
+                with self._wake:
+                    self._pictures[picture.number] = picture
+                    self._wake.notify_all()
+            seconds = self._clock() - begin
+            job.spend("text", seconds)
+            self.times.record_stage(TEXT, job.plan.request.num_prompts, seconds)
+            self.observer.stage(TEXT, seconds)
+
+    def _step(self, pictures: Sequence[Picture]) -> None:
+        """One run of the denoiser for these pictures, which are out of the queue meanwhile."""
+        key, begin = pictures[0].key, self._clock()
+        jobs = list({id(p.job): p.job for p in pictures}.values())
+        with self._faults(jobs):
+            states = self._stepped(key, [p.state for p in pictures])
+            seconds = self._clock() - begin
+            self.times.record(key, len(pictures), seconds)
+            self.observer.stepped(key, len(pictures), seconds)
+            for job in jobs:
+                job.spend("denoise", seconds)
+            for picture, state in zip(pictures, states, strict=True):
+                self._advance(picture, picture.guard.watch(state))
+            for job in jobs:
+                job.report(Progress(step=job.steps_done, total=job.plan.runs))
+
+    def _stepped(self, key: BatchKey, states: list[DenoiseState]) -> list[DenoiseState]:
+        session = self.pipeline.sessions[DENOISER]
+        if len(states) == 1 and not self.overlaps:
+            return step_alone(session, states)  # reads the texts where they are
+        batch = self._batches.pop(key, None) or Batch(session)
+        self._batches[key] = batch  # now the newest
+        while len(self._batches) > KEPT_BATCHES:
+            del self._batches[next(iter(self._batches))]
+        states = batch.step(states)
+        # Reading the statistics waits for the device, which gives the time of a step and finds NaN at once.
+        return [s if s.stats is None else replace(s, stats=to_numpy(s.stats)) for s in states]
+
+    def _advance(self, picture: Picture, state: DenoiseState) -> None:
+        """Put a picture back into the queue, or hand it on to be decoded."""
+        job = picture.job
+        picture.advance(state)
+        job.steps_done += 1
+        if job.end is not None:
+            return
+        if state.done or state.lost:
+            self._add_task(job, lambda: self._decode(picture))
+            return
+        number = preview_steps(len(state.schedule), job.previews).get(state.step_index)
+        if number is not None:
+            self._add_task(job, lambda: self._preview(picture, state, number))
+        with self._wake:
+            self._pictures[picture.number] = picture
+
+    def _preview(self, picture: Picture, state: DenoiseState, number: int) -> None:
+        job = picture.job
+        if job.end is None:
+            with suppress(UsageError):  # a bundle without a latent-to-RGB matrix
+                (image,) = self.pipeline.preview(state)
+                job.report(Preview(index=picture.index, number=number, step=state.step_index, image=image))
+
+    def _decode(self, picture: Picture) -> None:
+        job, begin = picture.job, self._clock()
+        if job.end is not None:
+            return
+        with self._faults([job]):
+            decoded = self.pipeline.decode_state(picture.state, job.plan, picture.index)
+            seconds = self._clock() - begin
+            job.spend("decode", seconds)
+            self.times.record_stage(VAE_DECODER, job.plan.drawn_height * job.plan.drawn_width, seconds)
+            self.observer.stage(VAE_DECODER, seconds)
+            job.images[picture.index] = decoded.pictures[0]
+            job.failures += decoded.failures
+            if len(job.images) == job.plan.pictures:
+                self._complete(job)
+
+    def _complete(self, job: Job) -> None:
+        """End a job whose pictures are all decoded or lost."""
+        if len(job.failures) == job.plan.pictures or (job.failures and job.plan.request.strict):
+            self._finish(job, Refused(_broken(job.failures)))
+            return
+        job.seconds["total"] = self._clock() - job.arrived
+        images = tuple(job.images[index] for index in sorted(job.images))
+        failures = tuple(sorted(job.failures, key=lambda failure: failure.index))
+        self._finish(job, Finished(images=images, failures=failures, seconds=dict(job.seconds)))
+
+    def _finish(self, job: Job, end: Finished | Refused | Cancelled) -> None:
+        """End a job once, and take its pictures out of the queue."""
+        with self._wake:
+            for number in [n for n, p in self._pictures.items() if p.job is job]:
+                del self._pictures[number]
+            if any(task[2] is job for task in self._tasks):
+                self._tasks = [task for task in self._tasks if task[2] is not job]
+                heapq.heapify(self._tasks)
+            if self._jobs.pop(job.id, None) is None:
+                return
+            self.admission.give_back(work_of(job.plan))
+            self._wake.notify_all()
+        job.finish(end)
+        self.observer.ended(job, end)
+
+    def _faults(self, jobs: Sequence[Job]) -> _Faults:
+        return _Faults(self, jobs)
+
+    def crashed(self, error: Exception, jobs: Sequence[Job]) -> None:
+        """A session has failed: end these jobs, and let the bundle be opened again before the next step."""
+        log.error("a session failed: %s: %s", type(error).__name__, error)
+        with self._wake:
+            self._crashed = f"{type(error).__name__}: {error}"
+        for job in jobs:
+            self._finish(job, Refused(Broken("a stage failed while it drew this request", retry_after=1.0)))
+        self.observer.crashed()
+
+    def _open_again(self) -> None:
+        """Close the pipeline and open the bundle again, with growing pauses until it works."""
+        self._batches.clear()
+        with suppress(Exception):
+            self.pipeline.close()
+        for pause in itertools.chain(REOPEN_PAUSES, itertools.repeat(REOPEN_PAUSES[-1])):
+            with self._wake:
+                if self._closing or self._wake.wait_for(lambda: self._closing, timeout=pause):
+                    return
+            try:
+                self.pipeline = self._reopen()
+                break
+            except Exception:
+                log.exception("the bundle cannot be opened again")
+        with self._wake:
+            self._crashed = ""
+            # States on a device went with it. Those on the host are values, and go on.
+            for job in {id(p.job): p.job for p in self._pictures.values() if not _on_host(p.state)}.values():
+                self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
+            self._wake.notify_all()
+        log.warning("the bundle is open again")
+
+
+class _Faults:
+    """Turns errors of a piece of work into the ends of its jobs."""
+
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
+        self._scheduler, self._jobs = scheduler, jobs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if isinstance(error, Refusal):
+            refusal: Refusal = error
+        elif isinstance(error, UsageError):
+            refusal = Invalid(str(error), hint=error.hint)
+        elif isinstance(error, NumericsError):
+            refusal = Broken(str(error))
+        else:
+            self._scheduler.crashed(error, self._jobs)
+            return True
+        for job in self._jobs:
+            self._scheduler._finish(job, Refused(refusal))
+        return True
+
+
+def _broken(failures: Sequence[Failure]) -> Broken:
+    first = failures[0]
+    more = f"; {len(failures)} pictures failed" if len(failures) > 1 else ""
+    return Broken(f"{first.reason}{more}", hint=None, code="bad_picture")
+
+
+def _on_host(state: DenoiseState) -> bool:
+    return isinstance(state.latents, np.ndarray)
+
+
+def _buckets(pipeline: Pipeline, max_batch: int) -> tuple[int, ...]:
+    """The batch sizes that are padded to, on a device that captures a graph for each."""
+    if pipeline.sessions[DENOISER].device.kind == "cpu":
+        return ()
+    sizes = [1]
+    while sizes[-1] < max_batch:
+        sizes.append(min(2 * sizes[-1], max_batch))
+    return tuple(sizes)
