@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from ditc.runtime.serving.policy import BatchKey
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,8 @@ class Job:
             block.
         arrived, due, deadline: seconds on the scheduler's clock; see `policy.due_time`.
         previews: how many previews of each picture are wanted.
-        pictures: the request's pictures that are in work, by their index.
+        predicted: the seconds from its arrival to its end that were estimated when it arrived.
+        began: when its text was taken up; None as long as it waits.
     """
 
     id: str
@@ -107,7 +111,7 @@ class Job:
         """Tell the listener, unless the job has ended."""
         with self._lock:
             if self.end is None:
-                self.listener(event)
+                self._tell(event)
 
     def finish(self, end: End) -> bool:
         """End the job and tell the listener. Only the first end counts; the result says whether this was it."""
@@ -115,8 +119,15 @@ class Job:
             if self.end is not None:
                 return False
             self.end = end
-            self.listener(end)
+            self._tell(end)
             return True
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self.listener(event)
+        except Exception:  # of a listener whose event loop has ended; the others must not suffer
+            log.exception("the listener of request %s failed, so it is cancelled", self.id)
+            self.cancelled = True
 
     def spend(self, part: str, seconds: float) -> None:
         """Add to the time of a part of the work."""

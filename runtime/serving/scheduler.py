@@ -12,11 +12,10 @@ the due times.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -54,8 +53,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between attempts to open a bundle again whose session has failed.
 REOPEN_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-# Batches that are kept per latent size, with the stacked texts of their last members.
-KEPT_BATCHES = 8
+# How many pictures may be ready for a step, in multiples of the largest batch. Their texts are in memory.
+READY_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +71,21 @@ class SchedulerOptions:
 
 
 DEFAULTS = SchedulerOptions()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """A piece of work beside the steps: a text to encode, a preview, or a picture to decode.
+
+    Attributes:
+        makes_ready: whether it makes a picture ready for its first step.
+    """
+
+    due: float
+    number: int
+    job: Job
+    action: Callable[[], None]
+    makes_ready: bool
 
 
 class Scheduler:
@@ -102,7 +116,8 @@ class Scheduler:
         self._wake = threading.Condition()
         self._jobs: dict[str, Job] = {}
         self._pictures: dict[int, Picture] = {}  # those that are ready for a step
-        self._tasks: list[tuple[float, int, Job, Callable[[], None]]] = []  # a heap
+        self._tasks: list[_Task] = []  # work beside the steps
+        self._in_stages = 0  # how many tasks the second thread is at
         self._numbers = itertools.count()
         self._batches: dict[BatchKey, Batch] = {}
         self._closing = False
@@ -172,7 +187,9 @@ class Scheduler:
                     hint="allow more time, or ask for fewer steps or pictures",
                 )
             self._jobs[id] = job
-            self._add_task(job, lambda: self._encode(job))
+            self._add_task(
+                job, lambda: self._encode(job, self.pipeline.states(job.plan), 0), makes_ready=True
+            )
         self.observer.accepted(job)
         return job
 
@@ -214,7 +231,7 @@ class Scheduler:
         picture = step * len(plan.table) + times.stage_seconds(
             VAE_DECODER, plan.drawn_height * plan.drawn_width
         )
-        return plan.pictures * picture + plan.request.num_prompts * times.stage_seconds(TEXT, 1)
+        return plan.pictures * (picture + times.stage_seconds(TEXT, 1))
 
     def _seconds_left(self, job: Job) -> float:
         return self._alone_seconds(job.plan) * (1 - job.steps_done / job.plan.runs)
@@ -244,11 +261,15 @@ class Scheduler:
             with self._wake:
                 if self._closing:
                     return
-                if self._crashed or not self._tasks:
+                task = None if self._crashed else self._take_task()
+                if task is None:
                     self._wake.wait()
                     continue
-                action = heapq.heappop(self._tasks)[3]
-            self._do(action)
+                self._in_stages += 1
+            self._do(task.action)
+            with self._wake:
+                self._in_stages -= 1
+                self._wake.notify_all()
 
     def _do(self, action: Callable[[], None]) -> None:
         try:
@@ -262,16 +283,36 @@ class Scheduler:
             Waiting(id=p.number, key=p.key, due=p.job.due, since=p.since, started=p.started)
             for p in self._pictures.values()
         ]
-        first = min((one.due for one in waiting), default=float("inf"))
-        if self._tasks and not self.overlaps and self._tasks[0][0] <= first:
-            return heapq.heappop(self._tasks)[3], None
+        if not self.overlaps and (task := self._take_task(before_steps_of=waiting)):
+            return task.action, None
         choice = choose(waiting, self._clock(), self._best_size, window=self._options.window)
         if not choice.ids:
-            if self._tasks and not self.overlaps:
-                return heapq.heappop(self._tasks)[3], None
             return None, self._earliest(choice)
         chosen = [self._pictures.pop(id) for id in choice.ids]
         return lambda: self._step(chosen), None
+
+    def _take_task(self, before_steps_of: Sequence[Waiting] = ()) -> _Task | None:
+        """Take the task that is due first, or none. The caller holds the lock.
+
+        A text is encoded only while few pictures are ready for a step, or if it is due before one of those.
+
+        Args:
+            before_steps_of: where one thread does everything, the pictures that a task must be due before, unless it
+                makes ready a picture that the next batch has room for.
+        """
+        latest = max((p.job.due for p in self._pictures.values()), default=0.0)
+        full = len(self._pictures) >= READY_BATCHES * self.max_batch
+        allowed = [task for task in self._tasks if not (task.makes_ready and full and task.due >= latest)]
+        task = min(allowed, key=lambda task: (task.due, task.number), default=None)
+        if task is not None and before_steps_of:
+            head = min(before_steps_of, key=lambda one: one.due)
+            group = sum(one.key == head.key for one in before_steps_of)
+            has_room = task.makes_ready and self._best_size(head.key, group + 1) > group
+            if task.due > head.due and not has_room:
+                return None
+        if task is not None:
+            self._tasks.remove(task)
+        return task
 
     def _best_size(self, key: BatchKey, most: int) -> int:
         spec = self.pipeline.sessions[DENOISER].spec
@@ -302,35 +343,36 @@ class Scheduler:
 
     # --- the work
 
-    def _add_task(self, job: Job, action: Callable[[], None]) -> None:
+    def _add_task(self, job: Job, action: Callable[[], None], *, makes_ready: bool = False) -> None:
         with self._wake:
-            heapq.heappush(self._tasks, (job.due, next(self._numbers), job, action))
+            self._tasks.append(_Task(job.due, next(self._numbers), job, action, makes_ready))
             self._wake.notify_all()
 
-    def _encode(self, job: Job) -> None:
-        """Make the first state of every picture: text rows, noise, schedule."""
-        if job.end is not None:
+    def _encode(self, job: Job, states: Iterator[DenoiseState], index: int) -> None:
+        """Make the first state of a picture (text rows, noise, schedule), and leave the next picture for later."""
+        if job.end is not None or job.cancelled:
             return
         begin = self._clock()
-        job.began = begin
-        job.spend("wait", begin - job.arrived)
+        if job.began is None:
+            job.began = begin
+            job.spend("wait", begin - job.arrived)
         with self._faults([job]):
-            for index, state in enumerate(self.pipeline.states(job.plan)):
-                if job.cancelled or job.end is not None:
-                    return
-                now = self._clock()
-                number = next(self._numbers)
-                picture = Picture(number=number, job=job, index=index, state=state, since=now)
-                if state.lost:  # its text could not be encoded
-                    self._add_task(job, lambda picture=picture: self._decode(picture))  # type: ignore[misc]
-                    continue
+            state = next(states)
+            seconds = self._clock() - begin
+            job.spend("text", seconds)
+            self.times.record_stage(TEXT, 1, seconds)
+            self.observer.stage(TEXT, seconds)
+            picture = Picture(
+                number=next(self._numbers), job=job, index=index, state=state, since=self._clock()
+            )
+            if state.lost:  # its text could not be encoded
+                self._add_task(job, lambda: self._decode(picture))
+            else:
                 with self._wake:
                     self._pictures[picture.number] = picture
                     self._wake.notify_all()
-            seconds = self._clock() - begin
-            job.spend("text", seconds)
-            self.times.record_stage(TEXT, job.plan.request.num_prompts, seconds)
-            self.observer.stage(TEXT, seconds)
+            if index + 1 < job.plan.pictures:
+                self._add_task(job, lambda: self._encode(job, states, index + 1), makes_ready=True)
 
     def _step(self, pictures: Sequence[Picture]) -> None:
         """One run of the denoiser for these pictures, which are out of the queue meanwhile."""
@@ -352,11 +394,9 @@ class Scheduler:
         session = self.pipeline.sessions[DENOISER]
         if len(states) == 1 and not self.overlaps:
             return step_alone(session, states)  # reads the texts where they are
-        batch = self._batches.pop(key, None) or Batch(session)
-        self._batches[key] = batch  # now the newest
-        while len(self._batches) > KEPT_BATCHES:
-            del self._batches[next(iter(self._batches))]
-        states = batch.step(states)
+        in_use = {key, *(picture.key for picture in self._pictures.values())}
+        self._batches = {kept: batch for kept, batch in self._batches.items() if kept in in_use}
+        states = self._batches.setdefault(key, Batch(session)).step(states)
         # Reading the statistics waits for the device, which gives the time of a step and finds NaN at once.
         return [s if s.stats is None else replace(s, stats=to_numpy(s.stats)) for s in states]
 
@@ -413,9 +453,7 @@ class Scheduler:
         with self._wake:
             for number in [n for n, p in self._pictures.items() if p.job is job]:
                 del self._pictures[number]
-            if any(task[2] is job for task in self._tasks):
-                self._tasks = [task for task in self._tasks if task[2] is not job]
-                heapq.heapify(self._tasks)
+            self._tasks = [task for task in self._tasks if task.job is not job]
             if self._jobs.pop(job.id, None) is None:
                 return
             self.admission.give_back(work_of(job.plan))
@@ -437,6 +475,8 @@ class Scheduler:
 
     def _open_again(self) -> None:
         """Close the pipeline and open the bundle again, with growing pauses until it works."""
+        with self._wake:  # the other thread may be in a session
+            self._wake.wait_for(lambda: not self._in_stages)
         self._batches.clear()
         with suppress(Exception):
             self.pipeline.close()
