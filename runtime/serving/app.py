@@ -1,10 +1,22 @@
-"""The HTTP application: routes, and answers to everything that goes wrong. `server.py` runs it."""
+"""The HTTP application: the layers that every request passes, and the routes behind them. `server.py` runs it.
+
+RequestIds      an id for the request, an answer to every exception
+(routes)
+"""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 
+from ditc.runtime.errors import DitcError
+from ditc.runtime.serving.errors import answer
 from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.request_ids import RequestIds
 from ditc.runtime.version import __version__
 
 
@@ -13,6 +25,19 @@ def create_app(models: Models) -> FastAPI:
 
     It is served by `ditc serve`, and by anything else that serves ASGI applications.
     """
-    app = FastAPI(title="ditc", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="ditc",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would name the host that the client sent
+        middleware=[Middleware(RequestIds)],
+    )
     app.state.models = models
+    for kind in (DitcError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer)
     return app
+
+
+def _answer(request: Request, error: Exception) -> Response:
+    return answer(error, request_id=request.state.request_id)
