@@ -60,6 +60,7 @@ VERBS = {
         "parity",
     ),
     "run": Verb("ditc.runtime.commands.run", "Draw pictures with a bundle."),
+    "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve"),
     "inspect": Verb("ditc.runtime.commands.inspect", "Show what a bundle holds, without loading it."),
     "verify": Verb(
         "ditc.runtime.commands.verify",

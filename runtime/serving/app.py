@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ditc.runtime.errors import DitcError
+from ditc.runtime.serving import health
 from ditc.runtime.serving.errors import answer
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.request_ids import RequestIds
@@ -36,6 +37,7 @@ def create_app(models: Models) -> FastAPI:
     app.state.models = models
     for kind in (DitcError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
+    app.include_router(health.router)
     return app
 
 

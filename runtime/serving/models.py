@@ -102,6 +102,12 @@ class Models:
                 self._open[name] = self._opened(name)
         yield self._open[name]
 
+    def problems(self) -> dict[str, str]:
+        """Why models cannot draw at the moment, by name, in words for clients. Empty if the server is ready."""
+        if not self._open:
+            return {self.names[0]: "it is being loaded"}
+        return {name: why for name, model in self._open.items() if (why := model.scheduler.problem)}
+
     def close(self) -> None:
         """Close all models."""
         for model in self._open.values():
