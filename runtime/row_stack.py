@@ -36,8 +36,9 @@ class RowStack:
     """The conditioning rows of several requests, in the session's memory.
 
     Attributes:
-        tensors: by name, (R, ...) with R = size. They change only when requests join or leave.
-        size: the number of rows in use.
+        tensors: by name, (R, ...) with R = size. When requests join or leave, they become other objects, so that a
+            session that compares objects sees the change.
+        size: the number of rows, with those that pad.
     """
 
     def __init__(self, session: Session) -> None:
@@ -47,25 +48,31 @@ class RowStack:
         self._members: list[_Member] = []
         self._buffers: dict[str, Tensor] = {}
         self._capacity = 0
+        self._filled = 0  # how many rows of the buffers hold anything
 
-    def place(self, wanted: Sequence[Rows]) -> list[int]:
+    def place(self, wanted: Sequence[Rows], size: int = 0) -> list[int]:
         """Make the stack hold exactly these rows, and return the index at which each of them starts.
+
+        Args:
+            size: at least how many rows the tensors have. Those after the wanted ones hold texts of others, or of
+                requests that left.
 
         Raises:
             UsageError: the rows do not fit in one tensor, for example because texts differ in length, or a request is
                 given twice.
         """
         known = {member.rows: member for member in self._members}
-        if len(known) != len(wanted) or any(rows not in known for rows in wanted):
+        changed = len(known) != len(wanted) or any(rows not in known for rows in wanted)
+        if changed or self.size != max(size, sum(member.count for member in self._members)):
             try:
-                self._change(wanted)
+                self._change(wanted, size)
             except BaseException:
                 self.__init__(self._session)  # type: ignore[misc]  # a half-changed stack must not be kept
                 raise
             known = {member.rows: member for member in self._members}
         return [known[rows].start for rows in wanted]
 
-    def _change(self, wanted: Sequence[Rows]) -> None:
+    def _change(self, wanted: Sequence[Rows], size: int) -> None:
         unique = dict.fromkeys(wanted)
         if len(unique) != len(wanted):
             raise UsageError("the same request is in the batch twice", hint="step each state once")
@@ -82,12 +89,13 @@ class RowStack:
         for member in new:
             if member.start < 0:
                 member.start, end = end, end + member.count
-        self._grow(members, end, wanted[0])
+        self._grow(members, max(end, size), wanted[0])
         for member in new:
             self._write(member.start, member.rows)
         self._members = sorted((*members, *new), key=lambda m: m.start)
         self._close_gaps()
-        self.size = self._members[-1].stop
+        self.size = max(self._members[-1].stop, size)
+        self._fill()
         self.tensors = {name: narrow(buffer, 0, self.size) for name, buffer in self._buffers.items()}
 
     def _grow(self, kept: Sequence[_Member], needed: int, example: Rows) -> None:
@@ -104,11 +112,19 @@ class RowStack:
             if used:
                 assign(buffer, 0, narrow(self._buffers[name], 0, used))
             self._buffers[name] = buffer
-        self._capacity = capacity
+        self._capacity, self._filled = capacity, used
 
     def _write(self, start: int, rows: Rows) -> None:
         for name, tensor in rows.conditioning.items():
             assign(self._buffers[name], start, tensor)
+        self._filled = max(self._filled, start + len(rows.row_of))
+
+    def _fill(self) -> None:
+        """Copy the first row to those that pad and hold nothing yet, as new memory may hold NaN."""
+        while self._filled < self.size:
+            for buffer in self._buffers.values():
+                assign(buffer, self._filled, narrow(buffer, 0, 1))
+            self._filled += 1
 
     def _close_gaps(self) -> None:
         """Move the last member into each gap. If its size differs, rewrite all members after the gap instead."""

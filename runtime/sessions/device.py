@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Device:
         self._allocated: dict[int, int] = {}  # sizes in bytes by pointer
         self.workspace = (0, 0)
         self._uploads: list[Array] = []
+        self._kept: deque[object] = deque()
         self._users = 0
         self._used_before = self._used()
         self.peak_bytes = 0
@@ -109,10 +111,22 @@ class Device:
         self._uploads.append(kept)
         self.cuda.upload(pointer, kept, self.stream)
 
+    def keep_until_done(self, owner: object) -> None:
+        """Keep an object until `synchronize` has waited for all work that is in the stream now.
+
+        For finalizers. The garbage collector runs them in any thread, between any two lines: one that waited for a lock
+        could wait for ever, and one that waited for the stream could end a capture. So this does neither.
+        """
+        if self.stream:  # otherwise the last session has left, after waiting for the stream
+            self._kept.append(owner)
+
     def synchronize(self) -> None:
-        """Wait until everything in the stream is done."""
+        """Wait until everything in the stream is done. The caller holds the lock."""
+        kept = len(self._kept)  # those that come while this waits may belong to later work
         self.cuda.synchronize(self.stream)
         self._uploads.clear()
+        for _ in range(kept):
+            self._kept.popleft()
 
     def measure(self) -> int:
         """Bytes that are in use on the whole GPU beyond those in use when this device was opened. Updates peak_bytes.

@@ -26,8 +26,12 @@ from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
 from ditc.runtime.spec import DType, StageSpec
 
-# How many loops keep their buffers and graphs. Each size and step count is a loop; a server may alternate between them.
+# How many loops of several steps keep their buffers and graphs. Each size and number of steps is a loop.
 MAX_LOOPS = 8
+# The same for single steps, with which a server runs its batches: 4 batch sizes x 2 forms of guidance x 4 sizes of
+# pictures. A graph of one step is small. With the largest latents in use (SD3, 1024x1024, a history of one step), the
+# buffers of one loop take 6 MiB per sample, so those of all take at most 720 MiB with batches of 1, 2, 4 and 8.
+MAX_SINGLE_STEPS = 32
 
 
 class TensorRTSession:
@@ -234,7 +238,7 @@ class TensorRTSession:
         lease = Lease(foreign.pointer)
         array = DeviceArray(device, lease, foreign.shape, foreign.dtype)
         # The producer's allocator does not know our stream, so the tensor is kept until the stream is done with it.
-        weakref.finalize(lease, _release, device, foreign).atexit = False
+        weakref.finalize(lease, device.keep_until_done, foreign).atexit = False
         return array
 
     def _place(self, name: str, feed: Any) -> int:
@@ -283,8 +287,7 @@ class TensorRTSession:
             name: self._write(name, feed) for name, feed in given.items() if name not in carry.values()
         }
         if plan not in self._loops:
-            while len(self._loops) >= MAX_LOOPS:
-                self._loops.popitem(last=False)[1].close()
+            self._make_room(single=plan.count == 1)
             # A graph is replayed with the state of its context, which other shapes would change. So every loop has its
             # own context (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
             own = self._engine.context(profile, self._device.stream)
@@ -292,6 +295,12 @@ class TensorRTSession:
             self._loops[plan] = Loop(self._device, own, plan, constants, self._engine.last_error)
         self._loops.move_to_end(plan)
         return self._loops[plan]
+
+    def _make_room(self, *, single: bool) -> None:
+        """Close the loops of this kind that were used longest ago, so that one more may be opened."""
+        kept = [plan for plan in self._loops if (plan.count == 1) == single]
+        for plan in kept[: max(0, len(kept) + 1 - (MAX_SINGLE_STEPS if single else MAX_LOOPS))]:
+            self._loops.pop(plan).close()
 
     def _copy_out(self, loop: Loop, name: str) -> DeviceArray:
         """A copy of a loop's result, because the next launch overwrites the result."""
@@ -308,10 +317,3 @@ class TensorRTSession:
         lease = self._tables[size_bytes].take()
         device.cuda.copy(lease.pointer, pointer, size_bytes, device.stream)
         return DeviceArray(device, lease, (count, *shape), dtype, pitch=pitch)
-
-
-def _release(device: Device, foreign: Foreign) -> None:
-    """Release another library's tensor, once no work in the stream can read it any more."""
-    with device.lock:
-        device.synchronize()
-    del foreign

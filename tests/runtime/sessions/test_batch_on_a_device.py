@@ -14,7 +14,7 @@ import pytest
 from fake_gpu import FakeCuda, FakeEngine
 
 from ditc.runtime import denoise
-from ditc.runtime.batch import Batch
+from ditc.runtime.batch import Batch, padded_sizes
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import SessionError
 from ditc.runtime.pipeline import Pipeline
@@ -146,17 +146,26 @@ def test_latents_of_another_element_type_are_refused_before_they_are_copied(
         Batch(session).step([doubled, states[1]])
 
 
-def test_a_steady_batch_copies_nothing_to_the_host_and_only_its_small_feeds_to_the_device(
-    gpu: OnFakeGpu, pipeline: Pipeline
-) -> None:
+def test_a_steady_batch_is_one_launch_and_one_small_upload(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
     batch, states = Batch(gpu.session), [start(pipeline, i) for i in range(4)]
-    states = batch.step(states)
+    for _ in range(2):  # run plainly, then captured
+        states = batch.step(states)
     for _ in range(4):
         gpu.cuda.calls.clear()
         states = batch.step(states)
-        assert gpu.cuda.calls.count("download") == gpu.cuda.calls.count("copy") == 0
-        assert gpu.cuda.calls.count("synchronize") == 0, "nobody waits for the device"
-        assert gpu.cuda.calls.count("upload") == 3, "timestep, guidance_weights and coefficients"
+        carried, results = 2, 4
+        assert sorted(gpu.cuda.calls) == ["copy"] * (carried + results) + ["launch", "upload"], "nobody waits"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_statistics_of_a_batch_are_read_in_one_copy(gpu: OnFakeGpu, pipeline: Pipeline, count: int) -> None:
+    batch, states = Batch(gpu.session, read_stats=True), [start(pipeline, i) for i in range(count)]
+    states = batch.step(states)
+    gpu.cuda.calls.clear()
+    states = batch.step(states)
+    assert gpu.cuda.calls.count("download") == gpu.cuda.calls.count("synchronize") == 1
+    for state in states:
+        assert isinstance(state.stats, np.ndarray) and state.stats.shape == (1, 2)
 
 
 def test_a_change_of_members_sends_only_the_rows_of_the_request_that_joined(
@@ -172,13 +181,74 @@ def test_a_change_of_members_sends_only_the_rows_of_the_request_that_joined(
         assert gpu.cuda.calls.count("download") == 0
         return after, gpu.cuda.calls.count("upload")
 
-    small = 4  # timestep, guidance_weights, coefficients, and row_of, which changed
+    small = 2  # the table of the inputs that differ by step, and row_of, which changed
     together, count = uploads(together[1:])
     assert count == small, "requests that stay are not sent again"
     together, count = uploads([*together, states[3]])
-    assert count == small + conditioning + 2, "the rows, latents and history of the request that joined"
+    pads = 2  # latents and history of the sample that fills the batch of 4
+    assert count == small + conditioning + 2 + pads, (
+        "the rows, latents and history of the request that joined"
+    )
     together, count = uploads(together[::-1])
-    assert count == small, "another order sends nothing but row_of"
+    assert count == small + pads, "another order sends nothing but row_of"
+
+
+class Watched:
+    """The session, and what each of its launches was given."""
+
+    def __init__(self, session: TensorRTSession) -> None:
+        self.session, self.spec, self.device = session, session.spec, session.device
+        self.given: list[dict[str, Any]] = []
+        self.empty = session.empty
+
+    def run_loop(self, feeds: Any, per_step: Any, **options: Any) -> dict[str, Any]:
+        self.given.append({name: to_numpy(tensor) for name, tensor in {**feeds, **per_step[0]}.items()})
+        return self.session.run_loop(feeds, per_step, **options)
+
+
+def test_what_pads_a_batch_is_finite_without_weight_and_stays_zero(
+    gpu: OnFakeGpu, pipeline: Pipeline
+) -> None:
+    """The memory of the fake GPU is NaN before something is written to it."""
+    session = Watched(gpu.session)
+    batch, states = Batch(session), [start(pipeline, i, guidance_scale=1.0 + i) for i in range(3)]
+    for members in ((0, 1, 2), (0, 1, 2), (0, 2), (0, 2, 1), (1,), (2, 1, 0)):
+        for i, state in zip(members, batch.step([states[i] for i in members]), strict=True):
+            states[i] = state
+        given, count = session.given[-1], len(members)
+        assert len(given["latents"]) == 1 << (count - 1).bit_length()
+        assert all(np.isfinite(each).all() for each in given.values() if each.dtype.kind == "f")
+        assert not given["guidance_weights"][count:].any()
+        for name in ("latents", "history", "coefficients"):
+            assert (not given[name][count:].any() and given[name][:count].any()) or name == "history"
+    assert len({tuple(each["guidance_weights"].shape) for each in session.given}) <= 4
+
+
+def test_texts_that_pad_are_copied_once_and_not_again(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+    batch, states = Batch(gpu.session), [start(pipeline, i) for i in range(3)]
+    tensors: list[Any] = []
+    for _ in range(3):
+        states = batch.step(states)
+        tensors.append(dict(batch._stack.tensors))
+        assert batch._stack.size == 8, "two rows for each of four samples"
+    assert all(tensors[0][name] is later[name] for later in tensors for name in later)
+
+
+def test_one_after_another_in_full_batches_gets_its_own_texts(gpu: OnFakeGpu, pipeline: Pipeline) -> None:
+    """Each fills the stack of the one before, in the same memory, so a session must not take it for unchanged."""
+    list(changing_batch(gpu.session, pipeline, ((0, 1), (0, 1), (0, 1), (0, 3), (0, 3), (1, 3), (1,), (3,))))
+
+
+def test_batches_of_every_size_need_one_graph_per_padded_size(tiny_bundle: Path, pipeline: Pipeline) -> None:
+    on = OnFakeGpu(tiny_bundle)
+    states = [start(pipeline, i) for i in range(4)]
+    batch = Batch(on.session)
+    for _ in range(3):
+        for count in (1, 2, 3, 4, 3, 2, 1):
+            batch.step(states[:count])
+    assert padded_sizes(on.session) == (1, 2, 4)
+    assert len(on.session._loops) == on.cuda.calls.count("begin_capture") == 3
+    on.session.close()
 
 
 def test_memory_of_a_batch_is_freed_with_it(gpu: OnFakeGpu, pipeline: Pipeline) -> None:

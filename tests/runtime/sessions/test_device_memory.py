@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import to_numpy
 from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.sessions.tensorrt import TensorRTSession
-from ditc.runtime.spec import VAE_DECODER
+from ditc.runtime.spec import VAE_DECODER, DType
 
 
 def _decoder(bundle: Path, cuda: FakeCuda) -> TensorRTSession:
@@ -50,6 +53,56 @@ def test_a_tensor_outlives_its_session_and_the_stream(tiny_bundle: Path) -> None
     expected = to_numpy(ours)
     session.close()
     assert np.array_equal(to_numpy(ours), expected)
+
+
+class Foreigner:
+    """A tensor of another library on the device."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, *, stream: int | None = None) -> object:
+        return to_capsule(self, self.array.ctypes.data, self.array.shape, DType.FLOAT32, (1, 0))
+
+
+def test_dropping_a_tensor_of_another_library_waits_for_no_lock_and_for_no_work(tiny_bundle: Path) -> None:
+    """The garbage collector drops it in any thread, also in one that holds what the device's user waits for."""
+    session = _decoder(tiny_bundle, FakeCuda())
+    device, given = session._device, Foreigner(_latents(session))
+    imported, memory = session._imported("latents", given), weakref.ref(given)
+    busy, done = threading.Event(), threading.Event()
+
+    def use_the_device() -> None:
+        with device.lock:
+            busy.set()
+            assert done.wait(60), "the finalizer waited for the device"
+
+    user = threading.Thread(target=use_the_device)
+    user.start()
+    busy.wait()
+    calls = list(device.cuda.calls)
+    del given, imported
+    done.set()
+    user.join()
+    assert device.cuda.calls == calls
+    assert memory() is not None, "work that reads it may still be in the stream"
+    device.synchronize()
+    assert memory() is None
+    session.close()
+
+
+def test_a_tensor_of_another_library_that_outlives_the_sessions_is_released_at_once(
+    tiny_bundle: Path,
+) -> None:
+    session = _decoder(tiny_bundle, FakeCuda())
+    given = Foreigner(_latents(session))
+    imported, memory = session._imported("latents", given), weakref.ref(given)
+    session.close()
+    del given, imported
+    assert memory() is None
 
 
 def test_an_array_that_changes_after_the_call_changes_no_result(tiny_bundle: Path) -> None:

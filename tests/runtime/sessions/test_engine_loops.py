@@ -13,10 +13,12 @@ from engine_pipeline import SETTINGS, Gpu
 from fake_gpu import FakeCuda
 
 from ditc.runtime import denoise, step_contract
+from ditc.runtime.batch import Batch
 from ditc.runtime.errors import NumericsError, SessionError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.session import to_numpy
+from ditc.runtime.sessions import tensorrt
 from ditc.runtime.sessions.tensorrt import MAX_LOOPS
 
 
@@ -97,6 +99,18 @@ def test_the_number_of_kept_loops_is_bounded(gpu: Gpu) -> None:
     for count in range(2, MAX_LOOPS + 5):
         denoise.advance(gpu.denoiser, state, count)
     assert len(gpu.denoiser._loops) == MAX_LOOPS
+
+
+def test_single_steps_have_a_bound_of_their_own(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "MAX_SINGLE_STEPS", 2)
+    plan = gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS))
+    (state,) = gpu.pipeline.start(plan)
+    for count in (5, 3):
+        denoise.advance(gpu.denoiser, state, count)
+    for width in (64, 96, 32, 96):
+        request = Request(prompt="red cat", **{**SETTINGS, "width": width})
+        Batch(gpu.denoiser).step(gpu.pipeline.start(gpu.pipeline.plan(request)))
+    assert [plan.count for plan in gpu.denoiser._loops] == [5, 3, 1, 1]
 
 
 @pytest.mark.parametrize("how", ["library", "driver"])
