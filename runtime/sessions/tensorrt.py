@@ -29,7 +29,7 @@ from ditc.runtime.spec import DType, StageSpec
 # How many loops of several steps keep their buffers and graphs. Each size and number of steps is a loop.
 MAX_LOOPS = 8
 # The same for single steps, with which a server runs its batches: 4 batch sizes x 2 forms of guidance x 4 sizes of
-# pictures. A graph of one step is small. With the largest latents in use (SD3, 1024x1024, a history of one step), the
+# pictures. A graph of one step is small. With latents of 1 MiB (16 channels of 128x128) and a history of one step, the
 # buffers of one loop take 6 MiB per sample, so those of all take at most 720 MiB with batches of 1, 2, 4 and 8.
 MAX_SINGLE_STEPS = 32
 
