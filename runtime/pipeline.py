@@ -59,6 +59,7 @@ class Pipeline:
         self.conditioning = conditioning
         self.chosen = chosen
         self.device: Device | None = None  # the GPU that the engines share; None without engines
+        self.backend = self.precision = ""  # of the denoiser that was loaded; "" without the loader
         self.uncertified = ""  # why parity has not certified these artifacts on this machine; "" if it has
         # Largest number of steps in one launch, for sessions that can run several (engines: as one CUDA graph). None
         # means all steps. With a callback it is always one. Only between two launches can requests be cancelled and
@@ -109,6 +110,8 @@ class Pipeline:
         parts = load_parts(bundle, options)
         pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
         pipeline.device = parts.device
+        denoiser = parts.artifacts[DENOISER]
+        pipeline.backend, pipeline.precision = denoiser.backend, denoiser.precision.value
         try:
             required = options.require_certificate
             tested = (
@@ -149,6 +152,7 @@ class Pipeline:
             chosen=self.chosen if chosen is None else chosen,
         )
         other.uncertified = "its sessions are not the bundle's" if sessions else self.uncertified
+        other.backend, other.precision = self.backend, self.precision
         other.steps_per_launch, other.tiling = self.steps_per_launch, self.tiling
         other._borrowed = frozenset(other.sessions.keys() - (sessions.keys() if owned else ()))
         return other

@@ -32,11 +32,9 @@ NEEDED = {
     "a new graph pass": {"export/graph/passes/__init__.py", "tests/export/graph/passes/test_passes.py"},
     "a new verb": {"runtime/cli.py", "docs/cli.md", "docs/cli_reference.py"},
     "an HTTP endpoint": {
-        "runtime/pipeline.py",
-        "runtime/prepare.py",
-        "runtime/batch.py",
-        "runtime/decode.py",
-        "runtime/load_options.py",
+        "runtime/serving/hugging_face.py",
+        "runtime/serving/routes.py",
+        "runtime/serving/schemas.py",
     },
     "LoRA": {
         "runtime/weight_map.py",

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
-from ditc.runtime.commands.run_results import SCHEDULE, TEXTS, Results, save_picture
+from ditc.runtime.commands.run_results import Results
 from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_name, check_writable
 from ditc.runtime.limits import MAX_PICTURES
 from ditc.runtime.load_options import add_load_arguments, load_options
+from ditc.runtime.png import SCHEDULE, TEXTS, save_png
 from ditc.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
         request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
         plan = pipeline.plan(request)
         check_writable(paths[0], "-o", needed_bytes=len(paths) * plan.height * plan.width * RGB_BYTES)
-        results = Results(pipeline, plan, prompts, paths)
+        results = Results(pipeline, plan, paths)
         with results.kept_on_error():
             _draw(pipeline, plan, arguments.preview, results.save)
         peak = pipeline.device.peak_bytes if pipeline.device is not None else None
@@ -253,7 +254,7 @@ def _draw(pipeline: Pipeline, plan: Plan, preview: Path | None, save: Callable[[
 def _save_previews(pipeline: Pipeline, step: Step, folder: Path) -> None:
     try:
         for i, picture in enumerate(pipeline.preview(step.state)):
-            save_picture(picture, _preview_path(folder, step.index, step.chunk, i), {})
+            save_png(picture, _preview_path(folder, step.index, step.chunk, i), {})
     except OutputError as e:  # the pictures themselves are worth more than a preview
         log.warning("%s", e)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import add_load_arguments, load_options
+from ditc.runtime.serving.request_limits import add_limit_arguments, request_limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="The TCP port to listen on; 0 takes one that is free (default: %(default)s).",
     )
+    add_limit_arguments(parser)
     add_load_arguments(parser)
 
 
@@ -61,6 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
 
             threading.Thread(target=load, daemon=True).start()
 
-        serve(create_app(models), listener, started=started)
+        serve(create_app(models, limits=request_limits(arguments)), listener, started=started)
     models.close()
     return 0

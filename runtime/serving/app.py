@@ -15,13 +15,16 @@ from starlette.responses import Response
 
 from ditc.runtime.errors import DitcError
 from ditc.runtime.serving import health
+from ditc.runtime.serving.api import Api
 from ditc.runtime.serving.errors import answer
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.request_ids import RequestIds
+from ditc.runtime.serving.request_limits import DEFAULTS, RequestLimits
+from ditc.runtime.serving.routes import add_routes
 from ditc.runtime.version import __version__
 
 
-def create_app(models: Models) -> FastAPI:
+def create_app(models: Models, *, limits: RequestLimits = DEFAULTS) -> FastAPI:
     """The application over these models.
 
     It is served by `ditc serve`, and by anything else that serves ASGI applications.
@@ -38,6 +41,7 @@ def create_app(models: Models) -> FastAPI:
     for kind in (DitcError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.include_router(health.router)
+    add_routes(app, Api(models, limits))
     return app
 
 

@@ -108,6 +108,10 @@ class Models:
             return {self.names[0]: "it is being loaded"}
         return {name: why for name, model in self._open.items() if (why := model.scheduler.problem)}
 
+    def opened(self, name: str) -> Model | None:
+        """The model of this name if it is open. It may be closed at any time, so it is only good for looking at."""
+        return self._open.get(name)
+
     def close(self) -> None:
         """Close all models."""
         for model in self._open.values():

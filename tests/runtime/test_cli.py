@@ -54,6 +54,9 @@ UNITS = {
     "SECONDS": "seconds",
     "MILLISECONDS": "milliseconds",
     "REQUESTS": "requests",
+    "PIXELS": "pixels",
+    "JOBS": "jobs",
+    "BYTES": "bytes",
     "PIXEL_STEPS": "pixel-steps",
     "SCALE": "without a unit",
     "SHIFT": "without a unit",
@@ -305,14 +308,14 @@ def test_one_bad_picture_is_named_and_the_others_are_saved(
 def test_a_picture_that_cannot_be_saved_does_not_take_the_others_along(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = run_results.save_picture
+    save = run_results.save_png
 
     def fill_the_disk_once(picture: Image.Image, path: Path, metadata: dict[str, str]) -> Path:
         if path.name == "x-0.png":
             raise OutputError(f"cannot write {path}: No space left on device", hint="free some space")
         return save(picture, path, metadata)
 
-    monkeypatch.setattr(run_results, "save_picture", fill_the_disk_once)
+    monkeypatch.setattr(run_results, "save_png", fill_the_disk_once)
     assert draw(tiny_bundle, "cat", "-n", "2", "-o", f"{tmp_path}/x.png", "--seed", "7") == USAGE
     assert [path.name for path in tmp_path.iterdir()] == ["x-1.png"]
     error, hint = errors(capsys)

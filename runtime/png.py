@@ -1,0 +1,83 @@
+"""PNG files that carry the settings of their picture, so that it can be drawn again, as CLI and server write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from ditc.runtime.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ditc.runtime.pipeline import Pipeline
+    from ditc.runtime.prepare import Plan
+
+# Fields of Request that a picture's settings name if they are given.
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+SCHEDULE = ("timesteps", "sigmas", "mu")
+
+
+def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str) -> dict[str, str]:
+    """The PNG text chunks of one picture of a request.
+
+    Args:
+        index: the picture's place in the request. One seed draws the noise of all pictures, so it is needed to draw
+            this one again.
+        backend: the library that ran the denoiser, and its precision, in words.
+    """
+    request, skip = plan.request, plan.skip_layer_guidance
+    settings = {
+        "num_inference_steps": plan.num_inference_steps,
+        **{name: value for name in SCHEDULE if (value := getattr(request, name)) is not None},
+        "guidance_scale": plan.guidance_scale,
+        "skip_layer_guidance_scale": skip.scale if skip else 0,
+        **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),
+        "height": plan.height,
+        "width": plan.width,
+        "backend": backend,
+        "index": index,
+        "num_prompts": request.num_prompts,
+        "num_images_per_prompt": request.num_images_per_prompt,
+    }
+    given = {name: getattr(request, name) for name in TEXTS}
+    return {
+        "prompt": request.prompt_of(index),
+        **{name: text for name, text in given.items() if text is not None},
+        "seed": str(plan.seed),
+        "settings": json.dumps(settings),
+        "bundle": pipeline.manifest.digest,
+        "certified": "no" if pipeline.uncertified else "yes",
+        "software": _software(),
+    }
+
+
+def write_png(picture: Image.Image, file: IO[bytes], settings: Mapping[str, str], *, effort: int = 6) -> None:
+    """Write a picture with its settings.
+
+    Args:
+        effort: zlib's level, from 0 to 9. 6 is Pillow's.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in settings.items():
+        info.add_itxt(name, text)
+    picture.save(file, format="PNG", pnginfo=info, compress_level=effort)
+
+
+def save_png(picture: Image.Image, path: Path, settings: Mapping[str, str]) -> Path:
+    """Write one picture to a file, which appears whole or not at all. Raises OutputError if it cannot be written."""
+    with atomic_path(path, hint="choose another -o") as partial, partial.open("wb") as file:
+        write_png(picture, file, settings)
+    return path
+
+
+@cache
+def _software() -> str:
+    from ditc.runtime.machine import library_versions
+
+    return f"ditc {library_versions().get('ditc', '')}".strip()
