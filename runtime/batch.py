@@ -48,6 +48,10 @@ from ditc.runtime.step_contract import (
 _ZERO = frozenset({COEFFICIENTS, NOISE})
 
 
+# The run of a padded size from which on all take as long: the first runs plainly, and the second captures the graph.
+STEADY_RUN = 3
+
+
 def padded_sizes(session: Session) -> tuple[int, ...]:
     """The numbers of samples that batches are padded to, ascending; () if the session takes any number equally well."""
     if not isinstance(session, LoopSession) or BATCH not in session.spec.profile:

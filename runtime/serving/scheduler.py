@@ -20,15 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
-import numpy as np
-
-from ditc.runtime.batch import Batch
-from ditc.runtime.denoise import step as step_alone
+from ditc.runtime.batch import padded_sizes
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.admission import Admission, work_of
+from ditc.runtime.serving.batches import Batches
 from ditc.runtime.serving.job import (
     Cancelled,
     Event,
@@ -41,10 +39,10 @@ from ditc.runtime.serving.job import (
     preview_steps,
 )
 from ditc.runtime.serving.observer import UNOBSERVED, Observer
-from ditc.runtime.serving.policy import BatchKey, Choice, Waiting, choose, due_time
+from ditc.runtime.serving.policy import BatchKey, Waiting, choose, due_time
 from ditc.runtime.serving.refusals import Broken, Invalid, Refusal, TooLate, Unavailable
 from ditc.runtime.serving.step_times import TEXT, StepTimes
-from ditc.runtime.session import to_numpy
+from ditc.runtime.sessions.residency import OnDemandSession
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.step_contract import BATCH, ROWS
@@ -52,7 +50,7 @@ from ditc.runtime.step_contract import BATCH, ROWS
 log = logging.getLogger(__name__)
 
 # Seconds between attempts to open a bundle again whose session has failed.
-REOPEN_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+REOPEN_PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 # How many pictures may be ready for a step, in multiples of the largest batch. Their texts are in memory.
 READY_BATCHES = 2
 
@@ -88,6 +86,14 @@ class _Task:
     makes_ready: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The states of a job that are still to be made, and the pipeline whose sessions make them."""
+
+    pipeline: Pipeline
+    states: Iterator[DenoiseState]
+
+
 class Scheduler:
     """Owns a pipeline and draws with it until it is closed. Threads can share it.
 
@@ -109,19 +115,22 @@ class Scheduler:
     ) -> None:
         self.pipeline, self.admission, self.observer = pipeline, admission, observer
         self._reopen, self._options, self._clock = reopen, options, clock
-        most = pipeline.sessions[DENOISER].spec.profile[BATCH].max
+        denoiser = pipeline.sessions[DENOISER]
+        most = denoiser.spec.profile[BATCH].max
         self.max_batch = min(options.max_batch or most, most)
-        self.times = StepTimes(self.max_batch, _buckets(pipeline, self.max_batch))
-        self.overlaps = pipeline.sessions[DENOISER].device.kind != "cpu"
+        self.times = StepTimes(self.max_batch, padded_sizes(denoiser))
+        # Where only one stage is in memory, two threads would make the stages replace each other all the time.
+        self.overlaps = denoiser.device.kind != "cpu" and not isinstance(denoiser, OnDemandSession)
         self._wake = threading.Condition()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[Job, None] = {}  # in the order of their arrival
         self._pictures: dict[int, Picture] = {}  # those that are ready for a step
         self._tasks: list[_Task] = []  # work beside the steps
         self._in_stages = 0  # how many tasks the second thread is at
         self._numbers = itertools.count()
-        self._batches: dict[BatchKey, Batch] = {}
+        self._batches = Batches(denoiser)
         self._closing = False
         self._crashed = ""  # why a session failed, until the bundle is open again
+        self._attempts, self._open_at = 0, 0.0  # failed attempts to open it, and when to try it next
         self._threads = [threading.Thread(target=self._work, name="ditc-steps", daemon=True)]
         if self.overlaps:
             self._threads.append(threading.Thread(target=self._work_stages, name="ditc-stages", daemon=True))
@@ -186,10 +195,8 @@ class Scheduler:
                     f"the request takes about {alone:.1f} s, and its timeout is {timeout:g} s",
                     hint="allow more time, or ask for fewer steps or pictures",
                 )
-            self._jobs[id] = job
-            self._add_task(
-                job, lambda: self._encode(job, self.pipeline.states(job.plan), 0), makes_ready=True
-            )
+            self._jobs[job] = None
+            self._add_task(job, lambda: self._encode(job), makes_ready=True)
         self.observer.accepted(job)
         return job
 
@@ -208,15 +215,15 @@ class Scheduler:
         """Refuse new requests, end those in work, and close the pipeline."""
         with self._wake:
             self._closing = True
-            for job in self._jobs.values():
+            for job in self._jobs:
                 job.cancelled = True
             self._wake.notify_all()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        for job in list(self._jobs.values()):
+        for job in list(self._jobs):
             self._finish(job, Refused(Unavailable("the model was closed", retry_after=1.0)))
-        self._batches.clear()
+        self._batches.keep(())
         self.pipeline.close()
 
     # --- estimates
@@ -237,21 +244,22 @@ class Scheduler:
         return self._alone_seconds(job.plan) * (1 - job.steps_done / job.plan.runs)
 
     def _seconds_of_all(self) -> float:
-        return sum(self._seconds_left(job) for job in self._jobs.values())
+        return sum(self._seconds_left(job) for job in self._jobs)
 
     def _seconds_before(self, due: float) -> float:
-        return sum(self._seconds_left(job) for job in self._jobs.values() if job.due <= due)
+        return sum(self._seconds_left(job) for job in self._jobs if job.due <= due)
 
     # --- the threads
 
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._drop_ended()
-                if self._closing:
-                    return
-                action, until = (self._open_again, None) if self._crashed else self._next()
+                action, until = self._next()
                 if action is None:
+                    if self._closing:
+                        return
+                    if not self._pictures:
+                        self._batches.keep(())
                     self._wake.wait(None if until is None else max(0.0, until - self._clock()))
                     continue
             self._do(action)
@@ -279,6 +287,13 @@ class Scheduler:
 
     def _next(self) -> tuple[Callable[[], None] | None, float | None]:
         """What to do now, or until when to wait. The caller holds the lock."""
+        if ended := self._ended():
+            return lambda: self._finish_all(ended), None
+        if self._closing:
+            return None, None
+        if self._crashed:
+            due = self._clock() >= self._open_at
+            return (self._open_again, None) if due else (None, self._earliest(self._open_at))
         waiting = [
             Waiting(id=p.number, key=p.key, due=p.job.due, since=p.since, started=p.started)
             for p in self._pictures.values()
@@ -287,7 +302,7 @@ class Scheduler:
             return task.action, None
         choice = choose(waiting, self._clock(), self._best_size, window=self._options.window)
         if not choice.ids:
-            return None, self._earliest(choice)
+            return None, self._earliest(choice.wait_until)
         chosen = [self._pictures.pop(id) for id in choice.ids]
         return lambda: self._step(chosen), None
 
@@ -319,21 +334,30 @@ class Scheduler:
         fits = spec.profile[ROWS].max // key.rows if ROWS in spec.profile else most
         return self.times.best_size(key, max(1, min(most, fits)))
 
-    def _earliest(self, choice: Choice) -> float | None:
-        """When to look again without being woken: at the end of the window, or at the next deadline."""
-        times = [job.deadline for job in self._jobs.values() if job.deadline is not None]
-        if choice.wait_until is not None:
-            times.append(choice.wait_until)
+    def _earliest(self, until: float | None) -> float | None:
+        """When to look again without being woken: at this time, or at the next deadline if that is earlier."""
+        times = [job.deadline for job in self._jobs if job.deadline is not None]
+        if until is not None:
+            times.append(until)
         return min(times, default=None)
 
-    def _drop_ended(self) -> None:
-        """End the jobs that were cancelled or are past their deadlines. The caller holds the lock."""
-        now = self._clock()
-        for job in list(self._jobs.values()):
+    def _ended(self) -> list[tuple[Job, Cancelled | Refused]]:
+        """The jobs that were cancelled or are past their deadlines. The caller holds the lock.
+
+        They are ended without it: a job tells its listener under a lock of its own, and the listener may call `cancel`.
+        """
+        now, ended = self._clock(), list[tuple[Job, Cancelled | Refused]]()
+        for job in self._jobs:
             if job.cancelled:
-                self._finish(job, Cancelled())
+                ended.append((job, Cancelled()))
             elif job.deadline is not None and self._hopeless(job, now):
-                self._finish(job, Refused(TooLate("the deadline passed before the pictures were done")))
+                late = TooLate("the deadline passed before the pictures were done")
+                ended.append((job, Refused(late)))
+        return ended
+
+    def _finish_all(self, ended: Sequence[tuple[Job, Cancelled | Refused]]) -> None:
+        for job, end in ended:
+            self._finish(job, end)
 
     def _hopeless(self, job: Job, now: float) -> bool:
         """Whether the deadline has passed or, for a job that has not begun, cannot be met any more."""
@@ -345,19 +369,23 @@ class Scheduler:
 
     def _add_task(self, job: Job, action: Callable[[], None], *, makes_ready: bool = False) -> None:
         with self._wake:
-            self._tasks.append(_Task(job.due, next(self._numbers), job, action, makes_ready))
-            self._wake.notify_all()
+            if job in self._jobs:
+                self._tasks.append(_Task(job.due, next(self._numbers), job, action, makes_ready))
+                self._wake.notify_all()
 
-    def _encode(self, job: Job, states: Iterator[DenoiseState], index: int) -> None:
+    def _encode(self, job: Job, begun: _Begun | None = None, index: int = 0) -> None:
         """Make the first state of a picture (text rows, noise, schedule), and leave the next picture for later."""
         if job.end is not None or job.cancelled:
             return
+        pipeline = self.pipeline
+        if begun is None or begun.pipeline is not pipeline:  # the bundle may have been opened again
+            begun = _Begun(pipeline, itertools.islice(pipeline.states(job.plan), index, None))
         begin = self._clock()
         if job.began is None:
             job.began = begin
             job.spend("wait", begin - job.arrived)
         with self._faults([job]):
-            state = next(states)
+            state = next(begun.states)
             seconds = self._clock() - begin
             job.spend("text", seconds)
             self.times.record_stage(TEXT, 1, seconds)
@@ -368,20 +396,26 @@ class Scheduler:
             if state.lost:  # its text could not be encoded
                 self._add_task(job, lambda: self._decode(picture))
             else:
-                with self._wake:
-                    self._pictures[picture.number] = picture
-                    self._wake.notify_all()
+                self._queue(picture)
             if index + 1 < job.plan.pictures:
-                self._add_task(job, lambda: self._encode(job, states, index + 1), makes_ready=True)
+                self._add_task(job, lambda: self._encode(job, begun, index + 1), makes_ready=True)
+
+    def _queue(self, picture: Picture) -> None:
+        """Let a picture wait for its next step, unless its job has ended meanwhile."""
+        with self._wake:
+            if picture.job in self._jobs:
+                self._pictures[picture.number] = picture
+                self._wake.notify_all()
 
     def _step(self, pictures: Sequence[Picture]) -> None:
         """One run of the denoiser for these pictures, which are out of the queue meanwhile."""
         key, begin = pictures[0].key, self._clock()
         jobs = list({id(p.job): p.job for p in pictures}.values())
         with self._faults(jobs):
-            states = self._stepped(key, [p.state for p in pictures])
+            states = self._batches.step(key, [p.state for p in pictures])
             seconds = self._clock() - begin
-            self.times.record(key, len(pictures), seconds)
+            if self._batches.steady(key, len(pictures)):
+                self.times.record(key, len(pictures), seconds)
             self.observer.stepped(key, len(pictures), seconds)
             for job in jobs:
                 job.spend("denoise", seconds)
@@ -389,16 +423,13 @@ class Scheduler:
                 self._advance(picture, picture.guard.watch(state))
             for job in jobs:
                 job.report(Progress(step=job.steps_done, total=job.plan.runs))
+        if any(picture.state.done or picture.state.lost for picture in pictures):
+            self._forget_texts()
 
-    def _stepped(self, key: BatchKey, states: list[DenoiseState]) -> list[DenoiseState]:
-        session = self.pipeline.sessions[DENOISER]
-        if len(states) == 1 and not self.overlaps:
-            return step_alone(session, states)  # reads the texts where they are
-        in_use = {key, *(picture.key for picture in self._pictures.values())}
-        self._batches = {kept: batch for kept, batch in self._batches.items() if kept in in_use}
-        states = self._batches.setdefault(key, Batch(session)).step(states)
-        # Reading the statistics waits for the device, which gives the time of a step and finds NaN at once.
-        return [s if s.stats is None else replace(s, stats=to_numpy(s.stats)) for s in states]
+    def _forget_texts(self) -> None:
+        with self._wake:
+            keys = {picture.key for picture in self._pictures.values()}
+        self._batches.keep(keys)
 
     def _advance(self, picture: Picture, state: DenoiseState) -> None:
         """Put a picture back into the queue, or hand it on to be decoded."""
@@ -413,8 +444,7 @@ class Scheduler:
         number = preview_steps(len(state.schedule), job.previews).get(state.step_index)
         if number is not None:
             self._add_task(job, lambda: self._preview(picture, state, number))
-        with self._wake:
-            self._pictures[picture.number] = picture
+        self._queue(picture)
 
     def _preview(self, picture: Picture, state: DenoiseState, number: int) -> None:
         job = picture.job
@@ -454,8 +484,9 @@ class Scheduler:
             for number in [n for n, p in self._pictures.items() if p.job is job]:
                 del self._pictures[number]
             self._tasks = [task for task in self._tasks if task.job is not job]
-            if self._jobs.pop(job.id, None) is None:
+            if job not in self._jobs:
                 return
+            del self._jobs[job]
             self.admission.give_back(work_of(job.plan))
             self._wake.notify_all()
         job.finish(end)
@@ -469,31 +500,32 @@ class Scheduler:
         log.error("a session failed: %s: %s", type(error).__name__, error)
         with self._wake:
             self._crashed = f"{type(error).__name__}: {error}"
+            self._wake.notify_all()
         for job in jobs:
             self._finish(job, Refused(Broken("a stage failed while it drew this request", retry_after=1.0)))
         self.observer.crashed()
 
     def _open_again(self) -> None:
-        """Close the pipeline and open the bundle again, with growing pauses until it works."""
+        """Close the pipeline and try once to open the bundle again. If that fails, `_next` tries it later."""
         with self._wake:  # the other thread may be in a session
             self._wake.wait_for(lambda: not self._in_stages)
-        self._batches.clear()
+        on_host = self.pipeline.sessions[DENOISER].device.kind == "cpu"
         with suppress(Exception):
             self.pipeline.close()
-        for pause in itertools.chain(REOPEN_PAUSES, itertools.repeat(REOPEN_PAUSES[-1])):
-            with self._wake:
-                if self._closing or self._wake.wait_for(lambda: self._closing, timeout=pause):
-                    return
-            try:
-                self.pipeline = self._reopen()
-                break
-            except Exception:
-                log.exception("the bundle cannot be opened again")
+        try:
+            pipeline = self._reopen()
+        except Exception:
+            pause = REOPEN_PAUSES[min(self._attempts, len(REOPEN_PAUSES) - 1)]
+            log.exception("the bundle cannot be opened again; the next attempt is in %g s", pause)
+            self._attempts, self._open_at = self._attempts + 1, self._clock() + pause
+            return
+        self._attempts, self._open_at = 0, 0.0
+        self._batches = Batches(pipeline.sessions[DENOISER])
+        # States on a device went with it. Those on the host, as all are before their first step, are values and go on.
+        for job in [] if on_host else [job for job in list(self._jobs) if job.steps_done]:
+            self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
         with self._wake:
-            self._crashed = ""
-            # States on a device went with it. Those on the host are values, and go on.
-            for job in {id(p.job): p.job for p in self._pictures.values() if not _on_host(p.state)}.values():
-                self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
+            self.pipeline, self._crashed = pipeline, ""
             self._wake.notify_all()
         log.warning("the bundle is open again")
 
@@ -528,17 +560,3 @@ def _broken(failures: Sequence[Failure]) -> Broken:
     first = failures[0]
     more = f"; {len(failures)} pictures failed" if len(failures) > 1 else ""
     return Broken(f"{first.reason}{more}", hint=None, code="bad_picture")
-
-
-def _on_host(state: DenoiseState) -> bool:
-    return isinstance(state.latents, np.ndarray)
-
-
-def _buckets(pipeline: Pipeline, max_batch: int) -> tuple[int, ...]:
-    """The batch sizes that are padded to, on a device that captures a graph for each."""
-    if pipeline.sessions[DENOISER].device.kind == "cpu":
-        return ()
-    sizes = [1]
-    while sizes[-1] < max_batch:
-        sizes.append(min(2 * sizes[-1], max_batch))
-    return tuple(sizes)

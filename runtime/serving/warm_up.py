@@ -6,19 +6,15 @@ import logging
 from dataclasses import replace
 from time import monotonic
 
-from ditc.runtime.batch import Batch
+from ditc.runtime.batch import STEADY_RUN, Batch
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.job import batch_key
 from ditc.runtime.serving.step_times import TEXT, StepTimes
-from ditc.runtime.session import to_numpy
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.step_contract import ROWS
 
 log = logging.getLogger(__name__)
-
-# An engine runs its first launch step by step, captures the second, and replays the third.
-RUNS = 3
 
 
 def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:
@@ -40,12 +36,10 @@ def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:
     size = 1
     while size <= times.max_batch and (rows is None or size * key.rows <= rows):
         many = replace(plan, request=replace(request, num_images_per_prompt=size))
-        states, batch = list(pipeline.states(many)), Batch(denoiser)
-        for _ in range(min(RUNS, len(state.schedule))):
+        states, batch = list(pipeline.states(many)), Batch(denoiser, read_stats=True)  # waits for the device
+        for _ in range(min(STEADY_RUN, len(state.schedule))):
             before = monotonic()
             states = batch.step(states)
-            for one in states:
-                to_numpy(one.latents)  # waits for the device
             took = monotonic() - before
         times.record(key, size, took)
         without_gain = 0 if times.best_size(key, size) == size else without_gain + 1
