@@ -304,7 +304,14 @@ def outcomes(url: str) -> dict[str, float]:
 
 @contextmanager
 def server(bundle: Path, *flags: str, before: str = "") -> Iterator[str]:
-    """A server process; gives its URL when it is ready.
+    """A server process; gives its URL when it is ready. The arguments are those of `server_process`."""
+    with server_process(bundle, *flags, before=before) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(bundle: Path, *flags: str, before: str = "") -> Iterator[tuple[str, int]]:
+    """The same, with the number of the process.
 
     Args:
         before: Python that its process runs first.
@@ -326,7 +333,7 @@ def server(bundle: Path, *flags: str, before: str = "") -> Iterator[str]:
             time.sleep(0.1)
         else:
             raise SystemExit(f"the server was not ready after {START_SECONDS:g} s")
-        yield url
+        yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
