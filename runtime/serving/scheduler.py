@@ -441,7 +441,9 @@ class Scheduler:
         if state.done or state.lost:
             self._add_task(job, lambda: self._decode(picture))
             return
-        number = preview_steps(len(state.schedule), job.previews).get(state.step_index) if job.previews else None
+        number = (
+            preview_steps(len(state.schedule), job.previews).get(state.step_index) if job.previews else None
+        )
         if number is not None:
             self._add_task(job, lambda: self._preview(picture, state, number))
         self._queue(picture)
