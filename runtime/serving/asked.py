@@ -9,7 +9,7 @@ from typing import Literal
 from ditc.runtime.request import Request
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.request_limits import RequestLimits
-from ditc.runtime.serving.schemas import BundleArguments, GenerationBody, HuggingFaceBody, ImageBody
+from ditc.runtime.serving.schemas import BundleArguments, HuggingFaceBody, ImageBody, StreamedBody
 
 Format = Literal["png", "jpeg", "webp"]
 TIMEOUT_HEADER = "x-request-timeout"
@@ -77,8 +77,8 @@ def asked_by_openai(body: ImageBody, limits: RequestLimits, timeout_header: str 
             hint='choose output_format "jpeg" or "webp", or leave output_compression out',
             param="output_compression",
         )
-    previews = (body.partial_images or 0) if isinstance(body, GenerationBody) else 0
-    if previews and not (isinstance(body, GenerationBody) and body.stream):
+    previews = (body.partial_images or 0) if isinstance(body, StreamedBody) else 0
+    if previews and not (isinstance(body, StreamedBody) and body.stream):
         raise Invalid(
             f"partial_images is {previews}, but stream is not true",
             hint="set stream to true",

@@ -8,16 +8,19 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from time import monotonic
 
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.serving.asked import Asked, argument_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
 from ditc.runtime.serving.models import Model, Models
-from ditc.runtime.serving.refusals import Invalid, Refusal, Unavailable
+from ditc.runtime.serving.refusals import Invalid, Refusal, TooLate, Unavailable
 from ditc.runtime.serving.request_limits import RequestLimits
 
 # Events that wait for a slow reader. A preview has one pixel per latent cell, so it is small.
 MOST_WAITING = 32
+# Checking a request takes a few milliseconds, of which most hold the interpreter's lock.
+THREADS = 4
 # WebP has 14 bits for each side.
 WEBP_SIDE = 2**14 - 1
 
@@ -110,9 +113,11 @@ def pictures_of(end: End) -> Finished:
 class Beginnings:
     """Checks requests and hands them to their schedulers, on threads: a model may have to be opened first."""
 
-    def __init__(self, models: Models, limits: RequestLimits, threads: int = 8) -> None:
+    def __init__(self, models: Models, limits: RequestLimits) -> None:
         self._models, self._limits = models, limits
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ditc-begin")
+        # Requests that wait for a model to be opened must not be in the way of those whose model is open.
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-begin")
+        self._opening_pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-open")
 
     async def begin(self, asked: Asked) -> Drawing:
         """Accept a request.
@@ -121,7 +126,9 @@ class Beginnings:
             Refusal: it is wrong, or there is no place for it.
         """
         loop, events = asyncio.get_running_loop(), Events()
-        beginning = loop.run_in_executor(self._pool, self._begin, asked, events)
+        is_open = self._models.opened(asked.model or self._models.names[0]) is not None
+        pool = self._pool if is_open else self._opening_pool
+        beginning = loop.run_in_executor(pool, self._begin, asked, events, monotonic())
         try:
             drawing, opened = await asyncio.shield(beginning)
         except asyncio.CancelledError:
@@ -133,19 +140,20 @@ class Beginnings:
     def close(self) -> None:
         """Wait for what is in work."""
         self._pool.shutdown(cancel_futures=True)
+        self._opening_pool.shutdown(cancel_futures=True)
 
-    def _begin(self, asked: Asked, events: Events) -> tuple[Drawing, ExitStack]:
+    def _begin(self, asked: Asked, events: Events, arrived: float) -> tuple[Drawing, ExitStack]:
         with ExitStack() as stack:
             model = stack.enter_context(self._models.using(asked.model))
             try:
-                job = self._submit(model, asked, events)
+                job = self._submit(model, asked, events, arrived)
             except UsageError as e:
                 raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
             except SessionError as e:  # the model was closed in this moment
                 raise Unavailable("the model is closing", hint="come back later", retry_after=1.0) from e
             return Drawing(model, job, events, asked), stack.pop_all()
 
-    def _submit(self, model: Model, asked: Asked, events: Events) -> Job:
+    def _submit(self, model: Model, asked: Asked, events: Events, arrived: float) -> Job:
         pipeline = model.pipeline
         if asked.previews and not pipeline.manifest.latents.rgb:
             raise Invalid(
@@ -161,8 +169,11 @@ class Beginnings:
                 hint="choose another output_format",
                 param="output_format",
             )
+        timeout = None if asked.timeout is None else asked.timeout - (monotonic() - arrived)
+        if timeout is not None and timeout <= 0:
+            raise TooLate("the timeout passed before the model could draw", hint="allow more time")
         return model.scheduler.submit(
-            plan, events, id=secrets.token_hex(12), timeout=asked.timeout, previews=asked.previews
+            plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews
         )
 
 

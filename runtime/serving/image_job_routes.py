@@ -16,7 +16,8 @@ from ditc.runtime.serving.answers import JobAnswer, JobRemoved, JobsAnswer
 from ditc.runtime.serving.api import api_of, owner_of
 from ditc.runtime.serving.asked import asked_by_openai
 from ditc.runtime.serving.encoding import MEDIA_TYPES
-from ditc.runtime.serving.generations import ERRORS, TimeoutHeader
+from ditc.runtime.serving.generations import ERRORS, KeyHeader, TimeoutHeader
+from ditc.runtime.serving.image_jobs import job_id
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.results import Result
 from ditc.runtime.serving.schemas import JobBody
@@ -29,12 +30,17 @@ CONTENT = {
 
 
 @router.post("", response_model=JobAnswer, responses=ERRORS)
-async def create(http: Request, body: JobBody, timeout: TimeoutHeader = None) -> JobAnswer:
-    """Begin to draw, without waiting for the pictures."""
+async def create(
+    http: Request, body: JobBody, timeout: TimeoutHeader = None, key: KeyHeader = None
+) -> JobAnswer:
+    """Begin to draw, without waiting for the pictures. With the same idempotency key there is only one job."""
     api, owner = api_of(http), owner_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
     api.jobs.check_room(owner)
-    return api.jobs.add(owner, await api.begin(asked)).answer()
+    # Nobody leaves: a job is drawn to its end, or to its DELETE.
+    ongoing, first = await api.shared(http, asked, body).join()
+    job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, job_id(ongoing))
+    return job.answer()
 
 
 @router.get("", response_model=JobsAnswer, responses=ERRORS)

@@ -102,7 +102,7 @@ class ImageJobs:
         """
         drawing = ongoing.drawing
         job = ImageJob(
-            id=f"imgjob_{ongoing.details.id}",
+            id=job_id(ongoing),
             number=next(self._numbers),
             created=int(time()),
             count=1 if drawing is None else drawing.job.plan.pictures,
@@ -171,3 +171,8 @@ class ImageJobs:
         job.ongoing, job.ended = None, int(time())
         job.expires = int(job.ended + self._kept.seconds)
         self._kept.settle(owner, job.id, size)
+
+
+def job_id(ongoing: Ongoing) -> str:
+    """The id of the job that this drawing is or will be."""
+    return f"imgjob_{ongoing.details.id}"

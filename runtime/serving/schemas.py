@@ -141,8 +141,8 @@ class ImageBody(BundleArguments):
     safety_identifier: Label | None = Field(default=None, description="Not used.")
 
 
-class GenerationBody(ImageBody):
-    """POST /v1/images/generations."""
+class StreamedBody(ImageBody):
+    """Requests whose answer may be a stream of events."""
 
     stream: bool | None = Field(default=None, description="Whether to answer with server-sent events.")
     partial_images: int | None = Field(
@@ -151,6 +151,16 @@ class GenerationBody(ImageBody):
         le=3,
         description="How many previews of each picture to send; needs stream (default: 0).",
     )
+
+
+class GenerationBody(StreamedBody):
+    """POST /v1/images/generations."""
+
+
+class EditBody(StreamedBody):
+    """The fields of POST /v1/images/edits that are not files."""
+
+    input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
 
 
 class JobBody(ImageBody):

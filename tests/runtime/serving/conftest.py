@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving_process import ServerProcess, server_process
 
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -110,3 +111,11 @@ def serve(tiny_bundle: Path) -> Iterator[Serve]:
     yield make
     for server in made:
         server.scheduler.close()
+
+
+@pytest.fixture(scope="session")
+def api_server(tiny_bundle: Path) -> Iterator[ServerProcess]:
+    """A real `ditc serve` process with small bounds. Its model is named after the bundle's directory."""
+    bounds = ("--max-steps", "60", "--max-images", "4", "--max-prompt-bytes", "200", "--max-jobs", "2")
+    with server_process(tiny_bundle, *bounds) as server:
+        yield server
