@@ -1,4 +1,4 @@
-# Every target first installs what it needs. Options: MODEL= OUT= BACKEND= PRECISION= PROMPT=
+# Every target first installs what it needs. Options: MODEL= OUT= BACKEND= PRECISION= PROMPT= PORT=
 PYTHON    ?= python3
 VENV      ?= .venv
 MODEL     ?= demo/checkpoint
@@ -6,6 +6,7 @@ OUT       ?= build/$(notdir $(patsubst %/checkpoint,%,$(MODEL:/=)))/bundle
 BACKEND   ?= onnxruntime
 PRECISION ?= fp32
 PROMPT    ?= a red heart, flat style
+PORT      ?= 8000
 RANGES    ?= $(dir $(OUT))ranges.safetensors
 PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,general).txt
 TESTS     ?= tests
@@ -16,9 +17,12 @@ export PROMPT  # recipes read it from the environment, because it may hold quote
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-to-test
+UI_VENV   ?= .venv-ui
+UI     := $(UI_VENV)/bin
+PAGED  := $(UI_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve demo-checkpoint clean
+.PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve test-ui demo-checkpoint clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -101,8 +105,21 @@ parity: $(READY)  ## prove that the bundle OUT computes what MODEL computes; wri
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --precision $(PRECISION) --html $(dir $(OUT))parity.html
 
-serve: $(READY)  ## an HTTP server for a bundle; not available yet
-	@echo "serve is not available in this version; hint: draw with make run" >&2; exit 2
+# Gradio needs pillow<13, and all else is tested with 13. So the page has an environment of its own, on top of the other.
+$(PAGED): $(READY) constraints-ui.txt
+	$(PYTHON) -m venv $(UI_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(UI)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	grep -v '^pillow==' constraints.txt > $(UI_VENV)/constraints.txt
+	$(UI)/python -m pip install --quiet --constraint $(UI_VENV)/constraints.txt --constraint constraints-ui.txt --editable ".[ui]"
+	@touch $@
+
+serve: $(PAGED)  ## serve bundle OUT, with a page for browsers; builds it from MODEL if it is not there
+	[ -e $(OUT)/manifest.json ] || $(BIN)/ditc build $(MODEL) -o $(OUT)
+	$(UI)/ditc serve $(OUT) --ui --port $(PORT)
+
+test-ui: $(PAGED)  ## run the tests of the page; those that need Chromium are skipped where it is not installed
+	OMP_NUM_THREADS=1 $(UI)/python -m pytest tests/runtime/serving/ui -q -rs --durations=5
 
 demo-checkpoint: $(READY)  ## train demo/checkpoint from scratch (hours on a CPU; resumes)
 	$(BIN)/python -m demo.train all

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ditc.runtime.errors import UsageError
+from ditc.runtime.errors import MissingExtra, UsageError
 from ditc.runtime.load_options import add_load_arguments, load_options
 from ditc.runtime.serving.request_limits import add_limit_arguments, request_limits
 
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="The TCP port to listen on; 0 takes one that is free (default: %(default)s).",
     )
+    parser.add_argument(
+        "--ui",
+        action="store_true",
+        help="Also serve a page for browsers at /ui (needs the extra ui).",
+    )
     add_limit_arguments(parser)
     add_load_arguments(parser)
 
@@ -45,6 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.server import ServerOptions, listen, serve, url_of
 
+    if arguments.ui:
+        try:
+            from ditc.runtime.serving.ui.page import add_page
+        except ModuleNotFoundError as e:
+            raise MissingExtra("gradio", "ui") from e
     options = ServerOptions(host=arguments.host, port=arguments.port)
     bundles = {}
     for path in arguments.bundles:
@@ -63,6 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
 
             threading.Thread(target=load, daemon=True).start()
 
-        serve(create_app(models, limits=request_limits(arguments)), listener, started=started)
+        limits = request_limits(arguments)
+        app = create_app(models, limits=limits)
+        if arguments.ui:
+            add_page(app, models, limits=limits)
+        serve(app, listener, started=started)
     models.close()
     return 0

@@ -1,0 +1,91 @@
+"""Lets through only what the page needs of Gradio's application, which has many more routes.
+
+Gradio can also receive and serve files, run functions by name, relay requests to other servers and talk to a code
+assistant. The page uses none of it, so those paths do not exist here: its pictures travel inside of events.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ditc.runtime.serving.ui.visitors import Visitors
+
+PAGE = "/"
+EVENTS = "/gradio_api/queue/data"
+OPEN = re.compile(
+    r"GET (/|/theme\.css|/favicon\.ico|/(assets|static)(/[\w-][\w.-]*)+|/gradio_api/(queue/data))"
+    r"|POST /gradio_api/queue/join"
+)
+# The browser itself refuses what the page would load from elsewhere. Gradio's scripts compile handlers with eval.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+
+
+class Gate:
+    """An ASGI application around Gradio's.
+
+    Args:
+        start: starts Gradio's queue. It needs the event loop that serves the page.
+    """
+
+    def __init__(self, app: ASGIApp, visitors: Visitors, start: Callable[[], None]) -> None:
+        self._app, self._visitors, self._start = app, visitors, start
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        if not self._started:
+            self._started = True
+            self._start()
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or PAGE
+        if not OPEN.fullmatch(f"{scope['method']} {path}"):
+            await refuse(404, "not_found", "the page has no such path")(scope, receive, send)
+        elif path != PAGE and not from_this_site(Headers(scope=scope)):
+            await refuse(403, "cross_site", "another site has sent this request")(scope, receive, send)
+        elif path == EVENTS:
+            visit = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+            with self._visitors.streaming(visit):
+                await self._app(scope, receive, guarded(send))
+        else:
+            # Gradio's page restores saved states and runs other modes by its query.
+            await self._app({**scope, "query_string": b""}, receive, guarded(send))
+
+
+def from_this_site(headers: Headers) -> bool:
+    """Whether a browser sent the request from this site's own page. Programs, which send no such header, may."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == headers.get("host")
+
+
+def guarded(send: Send) -> Send:
+    """Adds the policy to an answer, and takes out what would allow other sites to read it."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name in [name for name in headers if name.startswith("access-control-")]:
+                del headers[name]
+            headers["content-security-policy"] = POLICY
+            headers["x-content-type-options"] = "nosniff"
+            headers["referrer-policy"] = "no-referrer"
+        await send(message)
+
+    return wrapped
+
+
+def refuse(status: int, code: str, message: str) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": error}, status_code=status)

@@ -1,0 +1,123 @@
+"""What of Gradio's application can be reached, and by whom."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ditc.runtime.serving.ui.gate import POLICY, Gate
+from ditc.runtime.serving.ui.visitors import Visitors
+
+# Routes of Gradio 6.31 that read or write files, call functions, or ask other servers.
+CLOSED = (
+    "GET /gradio_api/file=/etc/passwd",
+    "GET /gradio_api/file/etc/passwd",
+    "GET /gradio_api/file=https://example.com/",
+    "GET /gradio_api/proxy=https://example.com/",
+    "GET /file=/etc/passwd",
+    "POST /gradio_api/upload",
+    "GET /gradio_api/upload_progress",
+    "POST /gradio_api/run/predict",
+    "POST /gradio_api/api/predict",
+    "POST /gradio_api/call/draws",
+    "POST /gradio_api/component_server",
+    "GET /gradio_api/component_server/1/x/y",
+    "GET /gradio_api/info",
+    "GET /gradio_api/openapi.json",
+    "GET /gradio_api/runs",
+    "POST /gradio_api/run-history/connect",
+    "GET /gradio_api/heartbeat/x",
+    "GET /gradio_api/stream/x/y/1/playlist.m3u8",
+    "POST /gradio_api/process_recording",
+    "POST /gradio_api/vibe-edit",
+    "GET /gradio_api/deep_link",
+    "GET /config",
+    "POST /login",
+    "GET /monitoring",
+    "GET /monitoring/summary",
+    "GET /svelte/x.js",
+    "GET /static/../../secret",
+    "GET /static//etc/passwd",
+    "GET /assets/%2e%2e/secret",
+    "GET /custom_component/1/x/y/z",
+    "PUT /",
+    "POST /gradio_api/mcp/sse",
+)
+
+
+class Inner:
+    """An application that answers everything and remembers it."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.seen.append(scope)
+        headers = [(b"access-control-allow-origin", b"https://evil.example"), (b"content-type", b"text/html")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"inner"})
+
+
+def ask(line: str, **headers: str) -> tuple[int, dict[str, str], Inner]:
+    """Status, headers and the application behind the gate."""
+    method, _, target = line.partition(" ")
+    path, _, query = target.partition("?")
+    inner, sent = Inner(), []
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": f"/ui{path}",
+        "root_path": "/ui",
+        "query_string": query.encode(),
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+    }
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Gate(inner, Visitors(), start=lambda: None)(scope, receive, send))
+    return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}, inner
+
+
+@pytest.mark.parametrize("line", CLOSED)
+def test_a_path_that_the_page_does_not_need_is_not_there(line: str) -> None:
+    status, _, inner = ask(line)
+    assert status == 404 and inner.seen == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    (
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site", "origin": "https://other.example.com"},
+        {"origin": "https://evil.example", "host": "127.0.0.1:8000"},
+        {"origin": "null", "host": "127.0.0.1:8000"},
+    ),
+)
+def test_another_site_cannot_use_the_browser_of_a_visitor(headers: dict[str, str]) -> None:
+    status, _, inner = ask("POST /gradio_api/queue/join", **headers)
+    assert status == 403 and inner.seen == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    ({}, {"sec_fetch_site": "same-origin"}, {"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}),
+)
+def test_the_page_itself_passes(headers: dict[str, str]) -> None:
+    assert ask("POST /gradio_api/queue/join", **headers)[0] == 200
+
+
+def test_answers_forbid_what_other_sites_could_do_with_them() -> None:
+    _, headers, _ = ask("GET /", origin="https://evil.example")
+    assert headers["content-security-policy"] == POLICY
+    assert not any(name.startswith("access-control") for name in headers)
+
+
+def test_the_query_of_the_page_does_not_reach_gradio() -> None:
+    _, _, inner = ask("GET /?deep_link=x&view=api")
+    assert inner.seen[0]["query_string"] == b""
