@@ -41,11 +41,13 @@ class Verb:
             not be installed.
         help: what the verb does, in one sentence.
         extra: the extra that installs the packages that it needs; None if ditc itself requires them.
+        stays: whether it runs until it is ended. Its log then has times, and a warning that comes again is news.
     """
 
     module: str
     help: str
     extra: str | None = None
+    stays: bool = False
 
 
 VERBS = {
@@ -60,7 +62,7 @@ VERBS = {
         "parity",
     ),
     "run": Verb("ditc.runtime.commands.run", "Draw pictures with a bundle."),
-    "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve"),
+    "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve", stays=True),
     "inspect": Verb("ditc.runtime.commands.inspect", "Show what a bundle holds, without loading it."),
     "verify": Verb(
         "ditc.runtime.commands.verify",
@@ -143,7 +145,7 @@ def _main(arguments: list[str]) -> int:
     # The plain parse_args of Python 3.11 fills an optional positional together with the one before it, and would
     # find no PROMPT in `run BUNDLE --steps 2 PROMPT`.
     options = typed.parse_intermixed_args(arguments[place + 1 :])
-    _configure_logging(options.verbose)
+    _configure_logging(options.verbose, stays=verb.stays)
     return _run(verb, module, options)
 
 
@@ -245,11 +247,13 @@ def _run(verb: Verb, module: ModuleType, options: argparse.Namespace) -> int:
     return code
 
 
-def _configure_logging(verbosity: int) -> None:
+def _configure_logging(verbosity: int, *, stays: bool) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_Once())
-    handler.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
+    if not stays:
+        handler.addFilter(_Once())
+    time = "%(asctime)s " if stays else ""
+    handler.setFormatter(_OneLine(f"{time}%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ditc").setLevel(level)
 

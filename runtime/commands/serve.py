@@ -3,80 +3,141 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import os
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ditc.runtime.errors import MissingExtra, UsageError
-from ditc.runtime.load_options import add_load_arguments, load_options
-from ditc.runtime.serving.request_limits import add_limit_arguments, request_limits
+from ditc.runtime.commands.serve_arguments import add_serve_arguments, named_bundles
+from ditc.runtime.errors import DitcError, MissingExtra
+from ditc.runtime.load_options import LoadOptions, load_options
+from ditc.runtime.serving.request_limits import request_limits
+
+if TYPE_CHECKING:
+    from ditc.runtime.serving.metrics import Metrics
+    from ditc.runtime.serving.models import Models
+    from ditc.runtime.serving.server import Server
+
+# Modules whose messages are always shown: when models are opened and closed, and how the server ends.
+TOLD = ("models", "model", "server")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the bundles, how they are loaded, and where the server listens."""
-    parser.add_argument(
-        "bundles",
-        nargs="+",
-        type=Path,
-        metavar="BUNDLE",
-        help="The directories of the bundles. Each is served under the name of its directory.",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="The address to listen on (default: %(default)s, which only this machine reaches).",
-    )
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        metavar="PORT",
-        help="The TCP port to listen on; 0 takes one that is free (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--ui",
-        action="store_true",
-        help="Also serve a page for browsers at /ui (needs the extra ui).",
-    )
-    add_limit_arguments(parser)
-    add_load_arguments(parser)
+    """Add the options for the bundles, how they are loaded and shared, and where the server listens."""
+    add_serve_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal ends the server."""
-    from ditc.runtime.serving.admission import Admission, Bounds
+    """Serve until a signal ends the server.
+
+    Raises:
+        DitcError: a bundle cannot be served, or the address cannot be used.
+    """
     from ditc.runtime.serving.app import create_app
-    from ditc.runtime.serving.models import Models
-    from ditc.runtime.serving.server import ServerOptions, listen, serve, url_of
+    from ditc.runtime.serving.metrics import Metrics
+    from ditc.runtime.serving.server import Server, listen, url_of
+    from ditc.runtime.serving.settings import ServerOptions
+    from ditc.runtime.serving.traffic import Traffic
 
     if arguments.ui:
         try:
             from ditc.runtime.serving.ui.page import add_page
         except ModuleNotFoundError as e:
             raise MissingExtra("gradio", "ui") from e
-    options = ServerOptions(host=arguments.host, port=arguments.port)
-    bundles = {}
-    for path in arguments.bundles:
-        if path.resolve().name in bundles:
-            raise UsageError(f"two bundles are named {path.resolve().name}", hint="rename one of them")
-        bundles[path.resolve().name] = path
-    models = Models(bundles, admission=Admission(Bounds()), load=load_options(arguments))
+    _tell()
+    options = ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        warm_up_seconds=arguments.warm_up_seconds,
+        drain_seconds=arguments.drain_seconds,
+    )
+    load, limits = load_options(arguments), request_limits(arguments)
+    bundles = named_bundles(arguments)
+    metrics, traffic = Metrics(), Traffic()
+    models = _models(arguments, load, bundles, metrics)
     with listen(options) as listener:
-        url = url_of(listener)
-
-        def started() -> None:
-            def load() -> None:
-                with models.using():
-                    sys.stdout.write(f"serving {', '.join(models.names)} at {url}\n")
-                    sys.stdout.flush()
-
-            threading.Thread(target=load, daemon=True).start()
-
-        limits = request_limits(arguments)
-        app = create_app(models, limits=limits)
+        metrics.watch(models)
+        app = create_app(models, limits=limits, metrics=metrics, traffic=traffic)
         if arguments.ui:
             add_page(app, models, limits=limits)
-        serve(app, listener, started=started)
-    models.close()
+        server = Server(app, models, traffic, options)
+        opening = _Opening(models, server, arguments, url_of(listener))
+        opening.start()
+        server.run(sockets=[listener])
+    if opening.error is not None:
+        raise opening.error
+    if not server.closed:  # a thread is inside of a library, which must not be taken down around it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
+
+
+class _Opening(threading.Thread):
+    """Opens the models that the server begins with, and says where it serves them."""
+
+    def __init__(self, models: Models, server: Server, arguments: argparse.Namespace, url: str) -> None:
+        super().__init__(name="ditc-opening", daemon=True)
+        self.error: DitcError | None = None
+        self._models, self._server, self._arguments, self._url = models, server, arguments, url
+
+    def run(self) -> None:
+        try:
+            for name in self._models.awaited:
+                self._models.open(name)
+        except DitcError as error:
+            if not self._models.closing:
+                self.error = error
+                self._server.end()
+            return
+        names = list(self._models.names)
+        if self._arguments.json:
+            sys.stdout.write(json.dumps({"url": self._url, "models": names}) + "\n")
+        else:
+            sys.stdout.write(f"serving {', '.join(names)} at {self._url}\n")
+        sys.stdout.flush()
+
+
+def _models(
+    arguments: argparse.Namespace, load: LoadOptions, bundles: dict[str, Path], metrics: Metrics
+) -> Models:
+    """The models, none of which is opened yet. What is wrong with a bundle's manifest is found here."""
+    from ditc.runtime.bundle.manifest import load_manifest
+    from ditc.runtime.gpu import find_gpus, select_gpu
+    from ditc.runtime.loader import choose
+    from ditc.runtime.serving.admission import Admission
+    from ditc.runtime.serving.memory import default_budget, parse_bytes
+    from ditc.runtime.serving.models import Models
+    from ditc.runtime.serving.settings import Bounds, SchedulerOptions
+    from ditc.runtime.sessions.registry import row_of
+    from ditc.runtime.spec import DENOISER
+
+    budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
+    select_gpu(load.device)
+    on_gpu = False
+    for path in bundles.values():
+        artifacts, _ = choose(load_manifest(path), load)
+        on_gpu |= row_of(artifacts[DENOISER].backend).same_gpu
+    if budget is None:
+        budget = default_budget(find_gpus()[0].memory_bytes if on_gpu else None)
+    names = list(bundles)
+    return Models(
+        bundles,
+        admission=Admission(Bounds(requests=arguments.max_queue, pixel_steps=arguments.max_pixel_steps)),
+        load=load,
+        scheduled=SchedulerOptions(max_batch=arguments.max_batch, window=arguments.batch_window_ms / 1000),
+        observe=metrics.observer,
+        warm_up_seconds=arguments.warm_up_seconds,
+        budget=budget,
+        awaited={"first": names[:1], "all": names, "none": []}[arguments.preload],
+    )
+
+
+def _tell() -> None:
+    for name in TOLD:
+        logger = logging.getLogger(f"ditc.runtime.serving.{name}")
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)

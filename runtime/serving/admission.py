@@ -7,36 +7,13 @@ there are never more requests, or more work, than the bounds say.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
-from ditc.runtime.errors import UsageError
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.refusals import Overloaded
+from ditc.runtime.serving.settings import Bounds
 
 # A client that is told to come back must be able to. Estimates of the first moments may be far too long or short.
 SHORTEST_RETRY, LONGEST_RETRY = 1.0, 300.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """How much accepted work there may be at one time.
-
-    Attributes:
-        requests: requests that wait or are drawn.
-        pixel_steps: their width x height x steps, over all their pictures. 2**33 is 8 pictures of 1024x1024 pixels
-            with 1,024 steps, or 400 with 20.
-
-    Raises:
-        UsageError: a bound is not positive.
-    """
-
-    requests: int = 64
-    pixel_steps: int = 2**33
-
-    def __post_init__(self) -> None:
-        for name, bound in (("requests", self.requests), ("pixel_steps", self.pixel_steps)):
-            if bound < 1:
-                raise UsageError(f"the bound of {name} is {bound}", hint="choose 1 or more")
 
 
 def work_of(plan: Plan) -> int:

@@ -13,7 +13,8 @@ from time import monotonic
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.serving.asked import Asked, argument_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
-from ditc.runtime.serving.models import Model, Models
+from ditc.runtime.serving.model import Model
+from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid, Refusal, TooLate, Unavailable
 from ditc.runtime.serving.request_limits import RequestLimits
 

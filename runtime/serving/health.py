@@ -1,23 +1,44 @@
-"""What supervisors and load balancers ask: whether the process lives, and whether it can draw."""
+"""What supervisors, load balancers, Prometheus and operators ask, and the one thing that they may change."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+import asyncio
+from typing import Any
 
-router = APIRouter()
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from ditc.runtime.serving.metrics import CONTENT_TYPE, Metrics
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.traffic import Traffic
 
 
-@router.get("/livez")
-async def livez() -> JSONResponse:
-    """The process answers."""
-    return JSONResponse({"status": "ok"})
+def health_routes(models: Models, metrics: Metrics, traffic: Traffic) -> APIRouter:
+    """The routes over these models."""
+    router = APIRouter()
 
+    @router.get("/livez", tags=["health"])
+    async def livez() -> dict[str, str]:
+        """The process answers. It says nothing about the models."""
+        return {"status": "ok"}
 
-@router.get("/readyz")
-async def readyz(request: Request) -> JSONResponse:
-    """Whether requests will be drawn now: 200, or 503 with the reasons."""
-    problems = request.app.state.models.problems()
-    if problems:
-        return JSONResponse({"status": "unavailable", "models": problems}, status_code=503)
-    return JSONResponse({"status": "ok"})
+    @router.get("/readyz", tags=["health"])
+    async def readyz() -> JSONResponse:
+        """Whether requests are drawn now: 200, or 503 with the models that keep it from being ready, and why."""
+        ready = models.ready and not traffic.ending
+        states = {state.name: {"state": state.state, "reason": state.reason} for state in models.states()}
+        status = "ready" if ready else "shutting_down" if traffic.ending else "not_ready"
+        headers = {} if ready else {"retry-after": "1"}
+        return JSONResponse({"status": status, "models": states}, 200 if ready else 503, headers)
+
+    @router.get("/metrics", tags=["health"])
+    async def prometheus() -> Response:
+        """All metrics, in Prometheus' text format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @router.post("/admin/reload", tags=["admin"])
+    async def reload() -> dict[str, Any]:
+        """Open rebuilt bundles beside the versions in use, and replace those. It answers when that is done."""
+        return {"models": await asyncio.to_thread(models.reload)}
+
+    return router

@@ -1,53 +1,68 @@
-"""The bundles that a server serves, by name: opened, warmed up, and kept as long as somebody draws with them."""
+"""The bundles that a server serves, by name: opened when asked for, within a memory budget, and replaced in operation.
+
+Requests hold the version of a bundle with which they began. A version that was replaced, or that others need the memory
+of, is closed after its last request. The least recently used version goes first, and never one that is in use.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.errors import DitcError, UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
-from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.request import Request
 from ditc.runtime.serving.admission import Admission
-from ditc.runtime.serving.job import Event, Job
+from ditc.runtime.serving.model import Model, expected_bytes, open_model
 from ditc.runtime.serving.observer import UNOBSERVED, Observer
-from ditc.runtime.serving.refusals import Invalid
+from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
 from ditc.runtime.serving.scheduler import DEFAULTS as SCHEDULED
-from ditc.runtime.serving.scheduler import Scheduler, SchedulerOptions
-from ditc.runtime.serving.warm_up import warm_up
+from ditc.runtime.serving.settings import SchedulerOptions
+
+log = logging.getLogger(__name__)
+
+# Seconds after a failed load in which the bundle is not tried again, by the number of failures.
+FAILURE_PAUSES = (5.0, 10.0, 30.0, 60.0)
+# How many seconds a load waits for models that are in use to give back their memory.
+ROOM_SECONDS = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """One opened version of a bundle. Requests that began with it end with it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """What clients may know of a model's state.
+
+    Attributes:
+        state: ready, loading, not_loaded, failed or unavailable.
+        reason: in a sentence, if it is not ready.
+        awaited: whether the server is not ready without it.
+    """
 
     name: str
-    scheduler: Scheduler
+    state: str
+    reason: str = ""
+    awaited: bool = False
 
-    @property
-    def pipeline(self) -> Pipeline:
-        return self.scheduler.pipeline
 
-    def submit(
-        self,
-        request: Request,
-        listener: Callable[[Event], None],
-        *,
-        id: str,
-        timeout: float | None = None,
-        previews: int = 0,
-    ) -> Job:
-        """Check a request, and accept it or refuse it.
+@dataclass(eq=False)
+class _Slot:
+    """A name, and what is opened under it."""
 
-        Raises:
-            UsageError: the bundle cannot draw this.
-            Refusal: as `Scheduler.submit`.
-        """
-        plan = self.pipeline.plan(request)
-        return self.scheduler.submit(plan, listener, id=id, timeout=timeout, previews=previews)
+    name: str
+    bundle: Path
+    model: Model | None = None  # the version for new requests
+    loading: Future[None] | None = None  # done when the load has ended, in any way
+    used: float = 0.0
+    size_bytes: int = 0  # what the last version took
+    error: DitcError | None = None  # of the last load
+    failures: int = 0
+    again: float = 0.0  # when to try again
 
 
 class Models:
@@ -55,6 +70,9 @@ class Models:
 
     Args:
         bundles: the path of each bundle, by the name under which it is served. The first is the default.
+        observe: makes the observer of a model, by its name.
+        budget: bytes that all models may take together; None sets no bound.
+        awaited: names of the models without which the server is not ready.
     """
 
     def __init__(
@@ -64,32 +82,160 @@ class Models:
         admission: Admission,
         load: LoadOptions = DEFAULTS,
         scheduled: SchedulerOptions = SCHEDULED,
-        observer: Observer = UNOBSERVED,
+        observe: Callable[[str], Observer] = lambda name: UNOBSERVED,
         warm_up_seconds: float = 30.0,
+        budget: int | None = None,
+        awaited: Sequence[str] | None = None,
     ) -> None:
         self.bundles = dict(bundles)
         self.admission = admission
-        self._load, self._scheduled, self._observer = load, scheduled, observer
+        self.budget = budget
+        self._load_options, self._scheduled, self._observe = load, scheduled, observe
         self._warm_up_seconds = warm_up_seconds
-        self._open: dict[str, Model] = {}
-        self._lock = threading.Lock()
+        self._slots = {name: _Slot(name, path) for name, path in self.bundles.items()}
+        self.awaited = tuple(self.names[:1] if awaited is None else awaited)
+        self._missing = set(self.awaited)  # those of the awaited that have not been opened yet
+        self._retired: set[Model] = set()  # replaced, and not closed yet
+        self._closing = False
+        self._changed = threading.Condition()
+        self._turn = (
+            threading.Lock()
+        )  # one bundle is loaded at a time, so that each sees the memory that is left
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.bundles)
 
     @contextmanager
-    def using(self, name: str | None = None) -> Iterator[Model]:
+    def using(self, name: str | None = None, *, timeout: float | None = None) -> Iterator[Model]:
         """The model of this name, which stays open inside the block. Opening it may take minutes.
 
         Args:
             name: None takes the default.
+            timeout: how many seconds to wait for it.
 
         Raises:
-            Refusal: no bundle is served under this name (404).
+            Refusal: no bundle is served under this name (404), it cannot be opened now (503), or not in time (504).
         """
-        name = self.names[0] if name is None else name
-        if name not in self.bundles:
+        slot, end = self._slot(name), None if timeout is None else monotonic() + timeout
+        while not isinstance(taken := self._take(slot), Model):
+            try:
+                taken.result(None if end is None else max(0.0, end - monotonic()))
+            except TimeoutError as e:
+                raise _too_late(slot.name) from e
+        try:
+            yield taken
+        finally:
+            self._leave(taken)
+
+    @asynccontextmanager
+    async def using_async(
+        self, name: str | None = None, *, timeout: float | None = None
+    ) -> AsyncIterator[Model]:
+        """As `using`, without blocking the event loop while a bundle is opened."""
+        slot, end = self._slot(name), None if timeout is None else monotonic() + timeout
+        while not isinstance(taken := self._take(slot), Model):
+            left = None if end is None else max(0.0, end - monotonic())
+            try:  # shielded, because others wait for the same load
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taken)), left)
+            except TimeoutError as e:
+                raise _too_late(slot.name) from e
+        try:
+            yield taken
+        finally:
+            self._leave(taken)
+
+    def open(self, name: str) -> None:
+        """Open a bundle for the operator, who may read why it fails.
+
+        Raises:
+            DitcError: why it cannot be opened.
+        """
+        slot = self._slot(name)
+        with self._changed:
+            slot.again = 0.0
+            if slot.model is not None:
+                return
+            loading = self._load(slot)
+        loading.result()
+        if slot.model is None and slot.error is not None:
+            raise slot.error
+
+    def reload(self, names: Sequence[str] = ()) -> dict[str, str]:
+        """Open rebuilt bundles beside the versions that are in use, and replace those.
+
+        A version whose successor cannot be opened stays. A bundle that is not loaded is read when it is asked for.
+
+        Args:
+            names: those to look at; all if none is given.
+
+        Returns:
+            what was done, by name: reloaded, unchanged, not_loaded or failed.
+        """
+        return {name: self._reloaded(self._slot(name)) for name in names or self.names}
+
+    def states(self) -> tuple[ModelState, ...]:
+        """The state of every model, in words for clients."""
+        with self._changed:
+            return tuple(self._state(slot) for slot in self._slots.values())
+
+    def opened(self, name: str) -> Model | None:
+        """The model of this name if it is open. It may be closed at any time, so it is only good for looking at."""
+        slot = self._slots.get(name)
+        return None if slot is None else slot.model
+
+    def all_opened(self) -> tuple[Model, ...]:
+        """All models that are open, only to be looked at."""
+        with self._changed:
+            return tuple(slot.model for slot in self._slots.values() if slot.model is not None)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all awaited models have been opened, and all that are open can draw."""
+        with self._changed:
+            states = [self._state(slot) for slot in self._slots.values()]
+            return not self._closing and not any(s.awaited or s.state == "unavailable" for s in states)
+
+    @property
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is accepted and not ended."""
+        return self.admission.requests == 0
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End all requests, and close all models.
+
+        Args:
+            timeout: how many seconds to wait for steps that are running. A model whose step takes longer stays open.
+
+        Returns:
+            whether all are closed.
+        """
+        end = None if timeout is None else monotonic() + timeout
+        with self._changed:
+            self._closing = True
+            models = [
+                *self._retired,
+                *(slot.model for slot in self._slots.values() if slot.model is not None),
+            ]
+            loading = any(slot.loading is not None for slot in self._slots.values())
+            for slot in self._slots.values():
+                slot.model = None
+            self._changed.notify_all()
+        closed = [
+            model.scheduler.close(None if end is None else max(0.0, end - monotonic())) for model in models
+        ]
+        return all(closed) and not loading
+
+    # --- taking and giving back
+
+    def _slot(self, name: str | None) -> _Slot:
+        slot = self._slots.get(self.names[0] if name is None else name)
+        if slot is None:
             raise Invalid(
                 f"the model {name!r:.80} does not exist",
                 hint=f"this server has {', '.join(self.names)}",
@@ -97,38 +243,197 @@ class Models:
                 status=404,
                 code="model_not_found",
             )
-        with self._lock:
-            if name not in self._open:
-                self._open[name] = self._opened(name)
-        yield self._open[name]
+        return slot
 
-    def problems(self) -> dict[str, str]:
-        """Why models cannot draw at the moment, by name, in words for clients. Empty if the server is ready."""
-        if not self._open:
-            return {self.names[0]: "it is being loaded"}
-        return {name: why for name, model in self._open.items() if (why := model.scheduler.problem)}
+    def _take(self, slot: _Slot) -> Model | Future[None]:
+        """The model, with one more user, or what to wait for before the next try."""
+        with self._changed:
+            if self._closing:
+                raise Unavailable("the server is shutting down", hint="come back later", retry_after=1.0)
+            self._drop_stopped(slot)
+            if slot.model is not None:
+                slot.model.users += 1
+                slot.used = monotonic()
+                return slot.model
+            if (left := slot.again - monotonic()) > 0:
+                raise Unavailable(
+                    f"the model {slot.name} cannot be opened at the moment",
+                    hint="come back later",
+                    retry_after=left,
+                )
+            return self._load(slot)
 
-    def opened(self, name: str) -> Model | None:
-        """The model of this name if it is open. It may be closed at any time, so it is only good for looking at."""
-        return self._open.get(name)
+    def _leave(self, model: Model) -> None:
+        with self._changed:
+            model.users -= 1
+            if model.users == 0 and model in self._retired:
+                self._close_apart(model)
+            self._changed.notify_all()
 
-    def close(self) -> None:
-        """Close all models."""
-        for model in self._open.values():
+    def _retire(self, model: Model) -> None:
+        """Close a version after its last request. The caller holds the lock."""
+        self._retired.add(model)
+        if model.users == 0:
+            self._close_apart(model)
+
+    def _close_apart(self, model: Model) -> None:
+        """Close a version on a thread of its own, because that waits for the step that is running."""
+
+        def close() -> None:
             model.scheduler.close()
-        self._open.clear()
+            with self._changed:
+                self._retired.discard(model)
+                self._changed.notify_all()
+            log.info("%s version %.12s is closed", model.name, model.digest)
 
-    def _opened(self, name: str) -> Model:
-        def load() -> Pipeline:
-            return Pipeline.load(self.bundles[name], options=self._load)
+        threading.Thread(target=close, name="ditc-close", daemon=True).start()
 
-        scheduler = Scheduler(
-            load(),
-            admission=self.admission,
-            reopen=load,
-            options=self._scheduled,
-            observer=self._observer,
+    def _drop_stopped(self, slot: _Slot) -> None:
+        """Replace a version whose thread has died. The caller holds the lock."""
+        if slot.model is not None and slot.model.scheduler.stopped:
+            log.error("the scheduler of %s has stopped, so it is opened again", slot.name)
+            self._retire(slot.model)
+            slot.model = None
+            self._missing.add(slot.name)
+            self._load(slot)
+
+    # --- loading
+
+    def _load(self, slot: _Slot) -> Future[None]:
+        """Begin to open the bundle, unless somebody has. The caller holds the lock."""
+        if slot.loading is None:
+            slot.loading = Future()
+            thread = threading.Thread(
+                target=self._open_into, args=(slot, slot.loading), name="ditc-load", daemon=True
+            )
+            thread.start()
+        return slot.loading
+
+    def _open_into(self, slot: _Slot, loading: Future[None]) -> None:
+        """Open the newest version of a bundle, and let new requests use it."""
+        model, error = None, None
+        try:
+            with self._turn:
+                log.info("opening %s", slot.name)
+                expected = expected_bytes(slot.bundle, self._load_options)
+                self._make_room(slot, max(expected, min(slot.size_bytes, self.budget or 0)))
+                model = open_model(
+                    slot.name,
+                    slot.bundle,
+                    load=self._load_options,
+                    admission=self.admission,
+                    scheduled=self._scheduled,
+                    observer=self._observe(slot.name),
+                    warm_up_seconds=self._warm_up_seconds,
+                )
+        except DitcError as e:
+            error = e
+            log.error("%s cannot be opened: %s", slot.name, e)
+        except BaseException as e:  # of a library; whoever waits must not wait for ever
+            error = DitcError(f"{slot.bundle} cannot be opened: {type(e).__name__}: {e}")
+            log.exception("%s cannot be opened", slot.name)
+        with self._changed:
+            slot.loading, slot.error = None, error
+            if model is None:
+                pause = FAILURE_PAUSES[min(slot.failures, len(FAILURE_PAUSES) - 1)]
+                slot.failures += 1
+                slot.again = monotonic() + (1.0 if isinstance(error, Unavailable) else pause)
+            else:
+                old, slot.model = slot.model, model
+                slot.failures, slot.again, slot.size_bytes = 0, 0.0, model.size_bytes
+                self._missing.discard(slot.name)
+                if self._closing:
+                    old, slot.model = model, None
+                if old is not None:
+                    self._retire(old)
+            self._changed.notify_all()
+        loading.set_result(None)
+
+    def _make_room(self, slot: _Slot, needed: int) -> None:
+        """Close models that are not in use, the least recently used first, until the bundle fits into the budget.
+
+        Raises:
+            UsageError: it would not fit alone.
+            Unavailable: those that would have to go are in use.
+        """
+        budget, end = self.budget, monotonic() + ROOM_SECONDS
+        if budget is None:
+            return
+        if needed > budget:
+            raise UsageError(
+                f"{slot.bundle} takes about {needed / 1e9:.2f} GB, and the memory budget is {budget / 1e9:.2f} GB",
+                hint="set a larger --memory-budget",
+            )
+        with self._changed:
+            while True:
+                open_ = [one for one in self._slots.values() if one.model is not None]
+                kept = sum(one.model.size_bytes for one in open_ if one.model is not None)
+                going = sum(model.size_bytes for model in self._retired)
+                if kept + going + needed <= budget:
+                    return
+                idle = [
+                    one for one in open_ if one is not slot and one.model is not None and not one.model.users
+                ]
+                if kept + needed > budget and idle:
+                    oldest = min(idle, key=lambda one: one.used)
+                    assert oldest.model is not None
+                    log.info("%s makes room for %s", oldest.name, slot.name)
+                    self._retire(oldest.model)
+                    oldest.model = None
+                    continue
+                left = end - monotonic()
+                if left <= 0 or self._closing or (kept + needed > budget and open_ == [slot]):
+                    raise Unavailable(
+                        f"there is no memory for {slot.name} beside what is in use",
+                        hint="come back later",
+                        retry_after=5.0,
+                    )
+                self._changed.wait(left)
+
+    def _reloaded(self, slot: _Slot) -> str:
+        if (earlier := slot.loading) is not None:
+            earlier.result()
+        with self._changed:
+            if slot.model is None:
+                slot.again = 0.0
+                return "not_loaded"
+            digest = slot.model.digest
+        try:
+            if load_manifest(slot.bundle).digest == digest:
+                return "unchanged"
+        except DitcError as e:
+            log.error("%s stays at version %.12s: %s", slot.name, digest, e)
+            return "failed"
+        with self._changed:
+            loading = self._load(slot)
+        loading.result()
+        with self._changed:
+            if slot.error is not None or slot.model is None:
+                log.error("%s stays at version %.12s", slot.name, digest)
+                return "failed"
+            return "reloaded"
+
+    # --- states
+
+    def _state(self, slot: _Slot) -> ModelState:
+        """The caller holds the lock."""
+        awaited = slot.name in self._missing
+        self._drop_stopped(slot)
+        if slot.model is not None:
+            problem = slot.model.scheduler.problem
+            return ModelState(
+                name=slot.name, state="unavailable" if problem else "ready", reason=problem, awaited=awaited
+            )
+        if slot.loading is not None:
+            return ModelState(name=slot.name, state="loading", reason="it is being opened", awaited=awaited)
+        if slot.error is not None:
+            return ModelState(
+                name=slot.name, state="failed", reason="it could not be opened", awaited=awaited
+            )
+        return ModelState(
+            name=slot.name, state="not_loaded", reason="it is opened when it is asked for", awaited=awaited
         )
-        warm_up(scheduler.pipeline, scheduler.times, seconds=self._warm_up_seconds)
-        scheduler.start()
-        return Model(name=name, scheduler=scheduler)
+
+
+def _too_late(name: str) -> TooLate:
+    return TooLate(f"the model {name} was not opened in time", hint="allow more time", retry_after=1.0)

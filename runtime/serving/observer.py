@@ -1,4 +1,4 @@
-"""What the scheduler reports to whoever measures it. This one measures nothing; `metrics.py` fills in Prometheus."""
+"""What a scheduler reports to whoever measures it. This one measures nothing; `metrics.py` fills in Prometheus."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ditc.runtime.serving.job import End, Job
     from ditc.runtime.serving.policy import BatchKey
+    from ditc.runtime.serving.refusals import Refusal
 
 
 class Observer:
-    """Called on the scheduler's threads, so every method must be quick."""
+    """Of one model. Most methods are called on the scheduler's threads, so every one must be quick."""
 
     def accepted(self, job: Job) -> None:
         """A request was accepted."""
+
+    def rejected(self, refusal: Refusal) -> None:
+        """A request was valid, and not accepted."""
 
     def stage(self, name: str, seconds: float) -> None:
         """Texts were encoded, or a picture was decoded."""

@@ -41,6 +41,7 @@ from ditc.runtime.serving.job import (
 from ditc.runtime.serving.observer import UNOBSERVED, Observer
 from ditc.runtime.serving.policy import BatchKey, Waiting, choose, due_time
 from ditc.runtime.serving.refusals import Broken, Invalid, Refusal, TooLate, Unavailable
+from ditc.runtime.serving.settings import SchedulerOptions
 from ditc.runtime.serving.step_times import TEXT, StepTimes
 from ditc.runtime.sessions.residency import OnDemandSession
 from ditc.runtime.spec import DENOISER, VAE_DECODER
@@ -53,19 +54,6 @@ log = logging.getLogger(__name__)
 REOPEN_PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 # How many pictures may be ready for a step, in multiples of the largest batch. Their texts are in memory.
 READY_BATCHES = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerOptions:
-    """How requests share the denoiser.
-
-    Attributes:
-        max_batch: the most pictures of one run; 0 takes as many as the bundle allows.
-        window: how many seconds a first step waits for company while nothing else runs.
-    """
-
-    max_batch: int = 0
-    window: float = 0.0
 
 
 DEFAULTS = SchedulerOptions()
@@ -128,28 +116,44 @@ class Scheduler:
         self._in_stages = 0  # how many tasks the second thread is at
         self._numbers = itertools.count()
         self._batches = Batches(denoiser)
-        self._closing = False
+        self._started = self._closing = self._dead = False
         self._crashed = ""  # why a session failed, until the bundle is open again
         self._attempts, self._open_at = 0, 0.0  # failed attempts to open it, and when to try it next
-        self._threads = [threading.Thread(target=self._work, name="ditc-steps", daemon=True)]
-        if self.overlaps:
-            self._threads.append(threading.Thread(target=self._work_stages, name="ditc-stages", daemon=True))
+        loops = [(self._work, "ditc-steps")] + ([(self._work_stages, "ditc-stages")] if self.overlaps else [])
+        self._threads = [
+            threading.Thread(target=self._until_closed, args=(loop,), name=name, daemon=True)
+            for loop, name in loops
+        ]
 
     # --- what other threads call
 
     def start(self) -> None:
         """Begin to draw."""
+        self._started = True
         for thread in self._threads:
             thread.start()
 
     @property
     def problem(self) -> str:
-        """Why it cannot draw at the moment; "" if it can."""
+        """Why it cannot draw at the moment, in words for clients; "" if it can."""
         if self._crashed:
             return "a session has failed and is being opened again"
-        if not all(thread.is_alive() for thread in self._threads):
+        if self.stopped:
             return "the scheduler has stopped"
         return "it is closing" if self._closing else ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of its threads has died, which only a defect of ditc can cause."""
+        dead = self._started and not all(thread.is_alive() for thread in self._threads)
+        return self._dead or (dead and not self._closing)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many accepted requests wait for their work to begin, and how many are drawn."""
+        with self._wake:
+            begun = sum(job.began is not None for job in self._jobs)
+            return len(self._jobs) - begun, begun
 
     def submit(
         self,
@@ -172,7 +176,7 @@ class Scheduler:
             TooLate: the timeout cannot be met.
             Unavailable: the scheduler is closing.
         """
-        now, work = self._clock(), work_of(plan)
+        now = self._clock()
         alone = self._alone_seconds(plan)
         deadline = None if timeout is None else now + timeout
         job = Job(
@@ -184,19 +188,11 @@ class Scheduler:
             deadline=deadline,
             previews=previews,
         )
-        with self._wake:
-            if self._closing:
-                raise Unavailable("the model is closing", hint="come back later", retry_after=1.0)
-            self.admission.take(work, seconds_of_all=self._seconds_of_all())
-            job.predicted = alone + self._seconds_before(job.due)
-            if deadline is not None and alone > timeout:  # type: ignore[operator]
-                self.admission.give_back(work)
-                raise TooLate(
-                    f"the request takes about {alone:.1f} s, and its timeout is {timeout:g} s",
-                    hint="allow more time, or ask for fewer steps or pictures",
-                )
-            self._jobs[job] = None
-            self._add_task(job, lambda: self._encode(job), makes_ready=True)
+        try:
+            self._accept(job, alone, timeout)
+        except Refusal as refusal:
+            self.observer.rejected(refusal)
+            raise
         self.observer.accepted(job)
         return job
 
@@ -211,20 +207,45 @@ class Scheduler:
         """Whether no job is in work."""
         return not self._jobs
 
-    def close(self) -> None:
-        """Refuse new requests, end those in work, and close the pipeline."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Refuse new requests, end those in work, and close the pipeline.
+
+        Args:
+            timeout: how many seconds to wait for the step that is running. If it takes longer, the pipeline stays open.
+
+        Returns:
+            whether the pipeline is closed.
+        """
         with self._wake:
             self._closing = True
-            for job in self._jobs:
-                job.cancelled = True
             self._wake.notify_all()
+        self._end_all(Unavailable("the model was closed", hint="come back later", retry_after=1.0))
+        end = None if timeout is None else monotonic() + timeout
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
-        for job in list(self._jobs):
-            self._finish(job, Refused(Unavailable("the model was closed", retry_after=1.0)))
+                thread.join(None if end is None else max(0.0, end - monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            return False
         self._batches.keep(())
         self.pipeline.close()
+        return True
+
+    def _accept(self, job: Job, alone: float, timeout: float | None) -> None:
+        """Put a job into the queue. Raises Refusal as `submit`."""
+        work = work_of(job.plan)
+        with self._wake:
+            if self._closing or self._dead:
+                raise Unavailable("the model is closing", hint="come back later", retry_after=1.0)
+            self.admission.take(work, seconds_of_all=self._seconds_of_all())
+            job.predicted = alone + self._seconds_before(job.due)
+            if timeout is not None and alone > timeout:
+                self.admission.give_back(work)
+                raise TooLate(
+                    f"the request takes about {alone:.1f} s, and its timeout is {timeout:g} s",
+                    hint="allow more time, or ask for fewer steps or pictures",
+                )
+            self._jobs[job] = None
+            self._add_task(job, lambda: self._encode(job), makes_ready=True)
 
     # --- estimates
 
@@ -250,6 +271,22 @@ class Scheduler:
         return sum(self._seconds_left(job) for job in self._jobs if job.due <= due)
 
     # --- the threads
+
+    def _until_closed(self, loop: Callable[[], None]) -> None:
+        """Run a thread's loop. If it ends otherwise than by `close`, no client may wait for ever."""
+        try:
+            loop()
+        except BaseException:
+            log.exception("a thread of the scheduler has died")
+        if not self._closing:
+            with self._wake:
+                self._dead = True
+            self._end_all(Broken("the scheduler has stopped", retry_after=5.0))
+
+    def _end_all(self, refusal: Refusal) -> None:
+        """End all jobs. No new ones are accepted any more."""
+        for job in list(self._jobs):
+            self._finish(job, Cancelled() if job.cancelled else Refused(refusal))
 
     def _work(self) -> None:
         while True:
@@ -511,7 +548,10 @@ class Scheduler:
         """Close the pipeline and try once to open the bundle again. If that fails, `_next` tries it later."""
         with self._wake:  # the other thread may be in a session
             self._wake.wait_for(lambda: not self._in_stages)
-        on_host = self.pipeline.sessions[DENOISER].device.kind == "cpu"
+        on_host, version = (
+            self.pipeline.sessions[DENOISER].device.kind == "cpu",
+            self.pipeline.manifest.digest,
+        )
         with suppress(Exception):
             self.pipeline.close()
         try:
@@ -523,8 +563,12 @@ class Scheduler:
             return
         self._attempts, self._open_at = 0, 0.0
         self._batches = Batches(pipeline.sessions[DENOISER])
-        # States on a device went with it. Those on the host, as all are before their first step, are values and go on.
-        for job in [] if on_host else [job for job in list(self._jobs) if job.steps_done]:
+        # States on a device went with it. Those on the host, as all are before their first step, are values and go on,
+        # unless the bundle was built again meanwhile: no picture is drawn by two versions.
+        lost = list(self._jobs) if pipeline.manifest.digest != version else []
+        if not on_host:
+            lost += [job for job in list(self._jobs) if job.steps_done]
+        for job in lost:
             self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
         with self._wake:
             self.pipeline, self._crashed = pipeline, ""

@@ -1,34 +1,34 @@
-"""Runs the HTTP application with uvicorn until a signal ends it."""
+"""Runs the HTTP application with uvicorn until a signal ends it.
+
+SIGTERM and SIGINT end it in order: new work is refused, what is in flight is answered, and what takes too long is
+ended. A second signal ends it at once. SIGHUP opens rebuilt bundles.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from time import monotonic
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.settings import ServerOptions
+from ditc.runtime.serving.traffic import Traffic
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerOptions:
-    """Where the server listens.
-
-    Attributes:
-        port: 0 takes one that is free.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"port {self.port} does not exist", hint="choose one from 1 to 65535, or 0")
+# The part of the time for ending that is kept for ending what is still in work, and at most how many seconds.
+_RESERVE, _MOST_RESERVE = 0.3, 3.0
+_LOOK_AGAIN = 0.05
 
 
 DEFAULTS = ServerOptions()
@@ -40,11 +40,17 @@ def listen(options: ServerOptions) -> socket.socket:
     Raises:
         UsageError: the address cannot be used.
     """
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, UnicodeError) as e:
+        raise UsageError(
+            f"the host {options.host!r} is unknown", hint="give --host an address or a name"
+        ) from e
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
+        listener.listen()
     except OSError as e:
         listener.close()
         raise UsageError(
@@ -55,35 +61,95 @@ def listen(options: ServerOptions) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The URL that clients on this machine use."""
+    """The URL of the address that the socket is bound to."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, listener: socket.socket, *, started: Callable[[], None]) -> None:
-    """Answer requests until a signal ends the server.
+class Server(uvicorn.Server):
+    """uvicorn with our way of ending. `run` returns when all is answered and closed.
 
-    Args:
-        started: called before the first request is answered.
+    Attributes:
+        closed: whether all models were closed at the end. If not, threads still compute.
     """
-    config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
-    )
-    started()
-    _Server(config).run(sockets=[listener])
 
+    def __init__(
+        self, app: ASGIApp, models: Models, traffic: Traffic, options: ServerOptions = DEFAULTS
+    ) -> None:
+        reserve = min(_RESERVE * options.drain_seconds, _MOST_RESERVE)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self.closed = True
+        self._models, self._traffic = models, traffic
+        self._drain_seconds, self._reserve = options.drain_seconds - reserve, reserve
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
 
-class _Server(uvicorn.Server):
-    """uvicorn's own server raises the signal again at its end, and the exit code would say that it was killed."""
+    def end(self) -> None:
+        """End in order, from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_to_end, "the bundle cannot be served")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
-        yield
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        """Replaces uvicorn's way, which closes its sockets first and raises the signal again at its end."""
+        self._loop = asyncio.get_running_loop()
+        handlers = {
+            signal.SIGTERM: lambda: self._on_signal(signal.SIGTERM),
+            signal.SIGINT: lambda: self._on_signal(signal.SIGINT),
+        }
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = self._reload
+        here = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in handlers if here}
+        for number in before:
+            self._loop.add_signal_handler(number, handlers[number])
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                self._loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
-    def _end(self) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._ending is not None:
+            log.warning("a second signal ends the server at once")
+            os._exit(128 + number)
+        self._begin_to_end(number.name)
+
+    def _begin_to_end(self, why: str) -> None:
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end_in_order(why))
+
+    async def _end_in_order(self, why: str) -> None:
+        traffic, models = self._traffic, self._models
+        traffic.ending = True
+        log.info("%s: answering %d requests in flight", why, max(traffic.working, models.admission.requests))
+        end = monotonic() + self._drain_seconds
+        while (traffic.working or not models.idle) and monotonic() < end:
+            await asyncio.sleep(_LOOK_AGAIN)
+        if not models.idle:
+            log.warning("%d requests were not done in time, and are ended", models.admission.requests)
+        self.closed = await asyncio.to_thread(models.close, self._reserve / 3)
         self.should_exit = True
+
+    def _reload(self) -> None:
+        """Open rebuilt bundles on a thread, as that takes its time."""
+
+        def reload() -> None:
+            for name, what in self._models.reload().items():
+                log.info("reload: %s %s", name, what)
+
+        log.info("SIGHUP: looking for rebuilt bundles")
+        threading.Thread(target=reload, name="ditc-reload", daemon=True).start()

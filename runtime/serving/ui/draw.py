@@ -16,7 +16,8 @@ from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.serving.errors import refusal_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
-from ditc.runtime.serving.models import Model, Models
+from ditc.runtime.serving.model import Model
+from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid, Refusal
 from ditc.runtime.serving.request_ids import new_id
 from ditc.runtime.serving.request_limits import RequestLimits

@@ -1,0 +1,151 @@
+"""One opened version of a bundle: loaded, tested on its golden inputs, and run until its times are known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.bundle.selftest import describe, run_self_test
+from ditc.runtime.errors import NumericsError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.loader import choose
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.prepare import Plan, make_plan
+from ditc.runtime.request import Request
+from ditc.runtime.serving.admission import Admission
+from ditc.runtime.serving.job import Event, Job
+from ditc.runtime.serving.memory import resident_bytes
+from ditc.runtime.serving.observer import Observer
+from ditc.runtime.serving.scheduler import Scheduler
+from ditc.runtime.serving.settings import SchedulerOptions
+from ditc.runtime.serving.warm_up import warm_up
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, kw_only=True)
+class Model:
+    """One opened version of a bundle. Requests that began with it end with it.
+
+    Attributes:
+        digest: of the bundle's manifest, which names the version.
+        size_bytes: the memory that it takes.
+        users: how many requests hold it, for `Models`, which closes it when it has been replaced and there are none.
+    """
+
+    name: str
+    scheduler: Scheduler
+    digest: str
+    size_bytes: int
+    users: int = 0
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline at this moment. After a session has failed, it is another one."""
+        return self.scheduler.pipeline
+
+    def plan(self, request: Request) -> Plan:
+        """Fill in the defaults of a request, and check it. This needs no open session, so it works after a crash.
+
+        Raises:
+            UsageError: the bundle cannot draw this.
+        """
+        return make_plan(request, self.pipeline.drawable)
+
+    def submit(
+        self,
+        request: Request,
+        listener: Callable[[Event], None],
+        *,
+        id: str,
+        timeout: float | None = None,
+        previews: int = 0,
+    ) -> Job:
+        """Check a request, and accept it or refuse it.
+
+        Raises:
+            UsageError: the bundle cannot draw this.
+            Refusal: as `Scheduler.submit`.
+        """
+        return self.scheduler.submit(self.plan(request), listener, id=id, timeout=timeout, previews=previews)
+
+
+def open_model(
+    name: str,
+    bundle: Path,
+    *,
+    load: LoadOptions,
+    admission: Admission,
+    scheduled: SchedulerOptions,
+    observer: Observer,
+    warm_up_seconds: float,
+) -> Model:
+    """Open a bundle, test it and warm it up. It takes seconds to minutes.
+
+    Raises:
+        DitcError: as `Pipeline.load`; or the self-test failed.
+    """
+    began, before = monotonic(), resident_bytes()
+    scheduler = Scheduler(
+        open_pipeline(bundle, load),
+        admission=admission,
+        reopen=lambda: open_pipeline(bundle, load),
+        options=scheduled,
+        observer=observer,
+    )
+    try:
+        warm_up(scheduler.pipeline, scheduler.times, seconds=warm_up_seconds)
+        scheduler.start()
+    except BaseException:
+        scheduler.close()
+        raise
+    pipeline = scheduler.pipeline
+    if pipeline.uncertified:
+        log.warning("%s is not certified: %s", name, pipeline.uncertified)
+    device = pipeline.device
+    measured = device.measure() if device is not None else resident_bytes() - before
+    log.info("%s is ready after %.1f s, version %.12s", name, monotonic() - began, pipeline.manifest.digest)
+    return Model(
+        name=name,
+        scheduler=scheduler,
+        digest=pipeline.manifest.digest,
+        size_bytes=max(expected_bytes(bundle, load), measured),
+    )
+
+
+def open_pipeline(bundle: Path, load: LoadOptions) -> Pipeline:
+    """Load a bundle and run every stage on its golden inputs, at every load, unless the options say not to.
+
+    Raises:
+        DitcError: as `Pipeline.load`.
+        NumericsError: a stage does not compute what it computed in PyTorch.
+    """
+    pipeline = Pipeline.load(bundle, options=load)
+    if not load.self_test:
+        return pipeline
+    try:
+        artifacts, _ = choose(pipeline.manifest, load)
+        tested = run_self_test(bundle, pipeline.manifest, pipeline.sessions, artifacts)
+        if broken := next((line for line in tested.lines if line.passed is False), None):
+            raise NumericsError(
+                f"the self-test failed: {describe(broken)}",
+                hint="build the bundle again, or serve it anyway with --no-self-test",
+            )
+    except BaseException:
+        pipeline.close()
+        raise
+    return pipeline
+
+
+def expected_bytes(bundle: Path, load: LoadOptions) -> int:
+    """The memory that a bundle takes at least, from its manifest: the files that are opened.
+
+    Raises:
+        DitcError: the manifest cannot be read, or no artifact fits the machine and the options.
+    """
+    artifacts, _ = choose(load_manifest(bundle), load)
+    return sum(file.size_bytes for artifact in artifacts.values() for file in artifact.files)
