@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from time import monotonic
 
-from ditc.runtime.errors import SessionError, UsageError
+from ditc.runtime.errors import UsageError
 from ditc.runtime.serving.asked import Asked, argument_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.refusals import Invalid, Refusal, TooLate, Unavailable
+from ditc.runtime.serving.refusals import Invalid, Refusal, TooLate
 from ditc.runtime.serving.request_limits import RequestLimits
 
 # Events that wait for a slow reader. A preview has one pixel per latent cell, so it is small.
@@ -112,57 +112,51 @@ def pictures_of(end: End) -> Finished:
 
 
 class Beginnings:
-    """Checks requests and hands them to their schedulers, on threads: a model may have to be opened first."""
+    """Checks requests and hands them to their schedulers, on threads, for a schedule may take milliseconds."""
 
     def __init__(self, models: Models, limits: RequestLimits) -> None:
         self._models, self._limits = models, limits
-        # Requests that wait for a model to be opened must not be in the way of those whose model is open.
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-begin")
-        self._opening_pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-open")
 
     async def begin(self, asked: Asked) -> Drawing:
-        """Accept a request.
+        """Accept a request, when its model is open.
 
         Raises:
             Refusal: it is wrong, or there is no place for it.
         """
-        loop, events = asyncio.get_running_loop(), Events()
-        is_open = self._models.opened(asked.model or self._models.names[0]) is not None
-        pool = self._pool if is_open else self._opening_pool
-        beginning = loop.run_in_executor(pool, self._begin, asked, events, monotonic())
-        try:
-            drawing, opened = await asyncio.shield(beginning)
-        except asyncio.CancelledError:
-            beginning.add_done_callback(_abandon)
-            raise
+        loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
+        async with self._models.using_async(asked.model, timeout=asked.timeout):
+            beginning = loop.run_in_executor(self._pool, self._begin, asked, events, arrived)
+            try:
+                drawing, opened = await asyncio.shield(beginning)
+            except asyncio.CancelledError:
+                beginning.add_done_callback(_abandon)
+                raise
         events.when_ended(opened.close)
         return drawing
 
     def close(self) -> None:
         """Wait for what is in work."""
         self._pool.shutdown(cancel_futures=True)
-        self._opening_pool.shutdown(cancel_futures=True)
 
     def _begin(self, asked: Asked, events: Events, arrived: float) -> tuple[Drawing, ExitStack]:
+        """Returns also what is closed at the end of the drawing."""
         with ExitStack() as stack:
             model = stack.enter_context(self._models.using(asked.model))
             try:
                 job = self._submit(model, asked, events, arrived)
             except UsageError as e:
                 raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
-            except SessionError as e:  # the model was closed in this moment
-                raise Unavailable("the model is closing", hint="come back later", retry_after=1.0) from e
             return Drawing(model, job, events, asked), stack.pop_all()
 
     def _submit(self, model: Model, asked: Asked, events: Events, arrived: float) -> Job:
-        pipeline = model.pipeline
-        if asked.previews and not pipeline.manifest.latents.rgb:
+        if asked.previews and not model.pipeline.manifest.latents.rgb:
             raise Invalid(
                 "partial_images are not possible: this model has no matrix from latents to colours",
                 hint="leave partial_images out",
                 param="partial_images",
             )
-        plan = pipeline.plan(asked.request)
+        plan = model.plan(asked.request)
         self._limits.check_plan(plan)
         if asked.format == "webp" and max(plan.width, plan.height) > WEBP_SIDE:
             raise Invalid(

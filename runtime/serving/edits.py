@@ -66,7 +66,7 @@ class Edit:
     openapi_extra=FORM,
     responses=ERRORS,
 )
-async def edit(http: Request, timeout: TimeoutHeader = None) -> Response:
+async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
     """Draw from a picture. Refused in this version, in which every bundle draws from texts only."""
     try:
         form = await http.form(
@@ -95,7 +95,7 @@ def _drawn(edit: Edit) -> Response:
     )
 
 
-async def _read(api: Api, form: FormData, timeout: str | None) -> Edit:
+async def _read(api: Api, form: FormData, timeout: str) -> Edit:
     """The fields and pictures of a form.
 
     Raises:
@@ -106,7 +106,7 @@ async def _read(api: Api, form: FormData, timeout: str | None) -> Edit:
     try:
         body = EditBody.model_validate_strings(fields, strict=False)
     except ValidationError as e:
-        raise RequestValidationError(e.errors()) from e
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in e.errors()]) from e
     asked = asked_by_openai(body, api.limits, timeout)
     files: dict[str, UploadFile] = {}
     for name, file in form.multi_items():

@@ -139,7 +139,9 @@ def _invalid_field(found: Mapping[str, Any]) -> Invalid:
         text = text.format_map(found.get("ctx") or {})
     except KeyError:
         text = "is not valid"
-    place = [str(part) for part in found["loc"] if part != "body"]
+    place = [
+        str(part) for part in found["loc"][1:]
+    ]  # the first says whether it is in body, query, path or header
     if found["type"] == "json_invalid":
         return Invalid(text, code="invalid_json")
     param = one_line(".".join(place))[:80] or None

@@ -47,12 +47,19 @@ EVENTS = {
 }
 
 TimeoutHeader = Annotated[
-    str | None, Header(alias=TIMEOUT_HEADER, description="Seconds after which the pictures are of no use.")
+    str,
+    Header(
+        alias=TIMEOUT_HEADER,
+        pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?$",
+        description="Seconds after which the pictures are of no use; with the field timeout, the shorter one counts.",
+    ),
 ]
 KeyHeader = Annotated[
-    str | None,
+    str,
     Header(
         alias=KEY_HEADER,
+        min_length=1,
+        max_length=255,
         description="Requests with the same key and body get one drawing; another body with the same key gets 422.",
     ),
 ]
@@ -64,7 +71,7 @@ KeyHeader = Annotated[
     responses={200: {"description": "The pictures.", "content": EVENTS}, **ERRORS},
 )
 async def generate(
-    http: Request, body: GenerationBody, timeout: TimeoutHeader = None, key: KeyHeader = None
+    http: Request, body: GenerationBody, timeout: TimeoutHeader = "", key: KeyHeader = ""
 ) -> Response:
     """Draw pictures.
 

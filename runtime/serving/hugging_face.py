@@ -38,7 +38,7 @@ DETAILS_HEADER = "x-ditc"
     },
 )
 async def text_to_image(
-    http: Request, name: str, body: HuggingFaceBody, timeout: TimeoutHeader = None, key: KeyHeader = None
+    http: Request, name: str, body: HuggingFaceBody, timeout: TimeoutHeader = "", key: KeyHeader = ""
 ) -> Response:
     """Draw one picture, in the format that the header `accept` asks for: PNG unless it names JPEG or WebP."""
     api = api_of(http)

@@ -15,7 +15,6 @@ from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.results import Result
 
 KEY_HEADER = "idempotency-key"
-LONGEST_KEY = 255
 
 
 class Idempotency:
@@ -38,17 +37,11 @@ class Idempotency:
             asked_for: identifies what the client asks for.
 
         Raises:
-            Invalid: the key is too long (400), or was used for something else (422).
+            Invalid: the key was used for something else (422).
             Overloaded: the owner has too many in work.
         """
         if key is None:
             return Shared(begin)
-        if not 0 < len(key) <= LONGEST_KEY:
-            raise Invalid(
-                f"the idempotency key has {len(key)} characters",
-                hint=f"choose 1 to {LONGEST_KEY}, a UUID for example",
-                param=KEY_HEADER,
-            )
         known = self._kept.get(owner, key)
         if known is not None:
             if known[0] != asked_for:

@@ -30,9 +30,7 @@ CONTENT = {
 
 
 @router.post("", response_model=JobAnswer, responses=ERRORS)
-async def create(
-    http: Request, body: JobBody, timeout: TimeoutHeader = None, key: KeyHeader = None
-) -> JobAnswer:
+async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key: KeyHeader = "") -> JobAnswer:
     """Begin to draw, without waiting for the pictures. With the same idempotency key there is only one job."""
     api, owner = api_of(http), owner_of(http)
     asked = asked_by_openai(body, api.limits, timeout)

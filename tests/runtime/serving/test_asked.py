@@ -19,7 +19,7 @@ def body(**fields: Any) -> GenerationBody:
     return GenerationBody.model_validate({"prompt": "cat", **fields})
 
 
-def refusal(header: str | None = None, **fields: Any) -> Invalid:
+def refusal(header: str = "", **fields: Any) -> Invalid:
     with pytest.raises(Invalid) as found:
         asked_by_openai(body(**fields), LIMITS, header)
     assert found.value.status == 400
@@ -113,9 +113,9 @@ def test_the_shorter_of_both_timeouts_counts() -> None:
     assert asked_by_openai(body(), LIMITS).timeout is None
 
 
-@pytest.mark.parametrize("header", ["", "soon", "nan", "inf", "0", "-1", "61", "1" * 400])
-def test_a_header_that_is_no_time_is_refused(header: str) -> None:
-    assert refusal(header).param in ("x-request-timeout", "timeout")
+@pytest.mark.parametrize("header", ["0", "0.000", "61", "999999999.999999999"])
+def test_a_timeout_out_of_its_range_is_refused(header: str) -> None:
+    assert refusal(header).param == "timeout"
 
 
 def test_the_form_of_hugging_face_asks_for_one_picture() -> None:

@@ -73,7 +73,7 @@ def port(gate: Gate, tiny_bundle: Path) -> Iterator[int]:
         {"tiny": tiny_bundle},
         admission=Admission(Bounds()),
         load=LoadOptions(threads=1),
-        observer=gate,
+        observe=lambda name: gate,
         warm_up_seconds=0,
     )
     server = uvicorn.Server(uvicorn.Config(create_app(models), port=0, log_config=None, http="h11"))

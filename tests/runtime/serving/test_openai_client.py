@@ -154,7 +154,7 @@ def test_errors_are_the_typed_exceptions_of_the_client(
 def test_the_client_does_not_repeat_what_would_fail_again(client: OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as found:
         client.with_options(max_retries=2).images.generate(
-            **ASKED, extra_headers={"x-request-timeout": "1e-6"}
+            **ASKED, extra_headers={"x-request-timeout": "0.000001"}
         )
     assert found.value.status_code == 504
     assert "x-stainless-retry-count" not in found.value.request.headers or (
