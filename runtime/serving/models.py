@@ -417,8 +417,8 @@ class Models:
 
     def _state(self, slot: _Slot) -> ModelState:
         """The caller holds the lock."""
-        awaited = slot.name in self._missing
         self._drop_stopped(slot)
+        awaited = slot.name in self._missing
         if slot.model is not None:
             problem = slot.model.scheduler.problem
             return ModelState(

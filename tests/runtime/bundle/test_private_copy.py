@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -77,3 +78,18 @@ def test_a_copy_that_has_no_room_or_could_not_be_removed_is_refused(
     monkeypatch.setattr(module, "os", SimpleNamespace(name="nt"))
     with pytest.raises(UsageError, match="only on POSIX"):
         load_parts(bundle, PRIVATE)
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(
+    tiny_bundle: Path, place: Path
+) -> None:
+    for name in (f"{module.PREFIX}killed", f"{module.PREFIX}alive", "ditc-of-the-user"):
+        (place / name).mkdir()
+        (place / name / "weights").write_bytes(b"1")
+    lock = module._lock(place / f"{module.PREFIX}alive", wait=True)
+    (place / f"{module.PREFIX}link").symlink_to(place / "ditc-of-the-user")
+    with module.private_copy(tiny_bundle, load_manifest(tiny_bundle).files) as folder:
+        left = {path.name for path in place.iterdir() if path != folder}
+    os.close(lock)
+    assert left == {f"{module.PREFIX}alive", f"{module.PREFIX}link", "ditc-of-the-user"}
+    assert (place / "ditc-of-the-user" / "weights").exists()
