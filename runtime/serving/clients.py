@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -62,11 +62,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes], *, closed: Callable[[], None], headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], *, closed: Callable[[], None]) -> None:
         # Proxies such as nginx would otherwise collect the events.
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers})
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._closed = events, closed
 

@@ -21,7 +21,7 @@ from ditc.runtime.serving.clients import EventStream, answer
 from ditc.runtime.serving.idempotency import KEY_HEADER
 from ditc.runtime.serving.ongoing import Shared
 from ditc.runtime.serving.schemas import GenerationBody
-from ditc.runtime.serving.streaming import events_of
+from ditc.runtime.serving.streaming import KEEP_ALIVE_SECONDS, events_of
 
 router = APIRouter()
 
@@ -97,6 +97,5 @@ async def _plain(http: Request, shared: Shared) -> Response:
 
 async def _streamed(http: Request, shared: Shared) -> Response:
     ongoing, first = await shared.join()  # refusals are answered with their status
-    return EventStream(
-        events_of(ongoing, api_of(http).encoder, reads_progress=first), closed=shared.leave, headers={}
-    )
+    events = events_of(ongoing, api_of(http).encoder, reads_progress=first, keep_alive=KEEP_ALIVE_SECONDS)
+    return EventStream(events, closed=shared.leave)

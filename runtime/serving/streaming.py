@@ -36,7 +36,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def events_of(
-    ongoing: Ongoing, encoder: Encoder, *, reads_progress: bool, keep_alive: float = KEEP_ALIVE_SECONDS
+    ongoing: Ongoing, encoder: Encoder, *, reads_progress: bool, keep_alive: float
 ) -> AsyncGenerator[bytes]:
     """All events of a drawing, in order.
 

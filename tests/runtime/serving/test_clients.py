@@ -17,7 +17,10 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from ditc.runtime.decode import Decoded
+from ditc.runtime.failure import Failure
 from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.serving import generations
 from ditc.runtime.serving.admission import Admission, Bounds
 from ditc.runtime.serving.app import create_app
 from ditc.runtime.serving.drawing import MOST_WAITING, Events
@@ -67,15 +70,22 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-def port(gate: Gate, tiny_bundle: Path) -> Iterator[int]:
-    """The application in a thread, with a model whose steps wait at the gate."""
-    models = Models(
+def models(gate: Gate, tiny_bundle: Path) -> Iterator[Models]:
+    """One model, whose steps wait at the gate."""
+    made = Models(
         {"tiny": tiny_bundle},
         admission=Admission(Bounds()),
         load=LoadOptions(threads=1),
         observe=lambda name: gate,
         warm_up_seconds=0,
     )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def port(gate: Gate, models: Models) -> Iterator[int]:
+    """The application in a thread."""
     server = uvicorn.Server(uvicorn.Config(create_app(models), port=0, log_config=None, http="h11"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -84,7 +94,6 @@ def port(gate: Gate, tiny_bundle: Path) -> Iterator[int]:
     gate.open()
     server.should_exit = True
     thread.join(PATIENCE)
-    models.close()
 
 
 @contextmanager
@@ -164,6 +173,48 @@ def test_a_stream_that_shares_a_drawing_gets_its_pictures(port: int, gate: Gate)
     assert completed[0] == completed[1]
     assert len(completed[0]) == 1
     assert len(gate.jobs) == 1
+
+
+@pytest.mark.parametrize("key", [None, "a"])
+def test_comments_keep_a_stream_open_while_nothing_happens(
+    port: int, gate: Gate, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    monkeypatch.setattr(generations, "KEEP_ALIVE_SECONDS", 0.01)
+    with sent(port, key, stream=True) as one, sent(port, key, stream=True) as two:
+        answer = two.getresponse()
+        wait_until(lambda: gate.steps == 1)
+        while answer.readline() != b": keep-alive\n":
+            pass
+        gate.open()
+        assert b"image_generation.completed" in answer.read()
+        one.getresponse().read()
+
+
+def test_a_failed_picture_is_named_and_the_others_are_answered(port: int, gate: Gate, models: Models) -> None:
+    gate.open()
+    with models.using() as model:
+        decode = model.pipeline.decode_state
+
+    def spoiled(state: Any, plan: Any, first: int = 0) -> Decoded:
+        decoded = decode(state, plan, first)
+        if first == 0:
+            return decoded
+        return Decoded(pictures=[None], failures=(Failure(index=first, reason="planted"),))
+
+    model.pipeline.decode_state = spoiled  # type: ignore[method-assign]
+    with sent(port, n=2) as plain, sent(port, n=2, strict=True) as strict:
+        body, refused = answered(plain), strict.getresponse()
+        assert refused.status == 500
+        assert json.load(refused)["error"]["code"] == "bad_picture"
+    assert [picture["index"] for picture in body["data"]] == [0]
+    assert body["ditc"]["failures"] == [{"index": 1, "reason": "planted"}]
+    with sent(port, n=2, stream=True) as stream:
+        assert stream.getresponse().read().count(b"event: image_generation.completed") == 1
+    with sent(port, n=2, strict=True, stream=True) as stream:
+        text = stream.getresponse().read().decode()
+    event, data = text.strip().splitlines()[-2:]
+    assert event == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "bad_picture"
 
 
 def test_a_slow_reader_loses_progress_and_previews_but_never_the_end() -> None:
