@@ -80,7 +80,7 @@ def test_the_alpha_channel_is_a_mask_of_its_own() -> None:
         assert np.array_equal(found.image, PIXELS[..., :3]) and found.alpha is not None
         assert np.array_equal(found.alpha, PIXELS[..., 3])
     transparent = picture("P")
-    transparent.info["transparency"] = 0
+    transparent.info["transparency"] = transparent.getpixel((0, 0))
     assert read_upload(saved(transparent, "PNG")).alpha is not None
     opaque = Image.merge("RGBA", [*picture().split(), Image.new("L", (9, 6), 255)])
     assert read_upload(saved(opaque, "PNG")).alpha is None
