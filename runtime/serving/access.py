@@ -1,0 +1,192 @@
+"""Who may do what: every request passes here, and what is not allowed is refused, whether or not its path exists.
+
+With a file of keys, a request needs one of them in `Authorization: Bearer KEY`. Without one, only programs on this
+machine can reach the server, and web pages that a browser on it shows are kept out: they can send requests to loopback
+addresses too, under a name that they let point there (DNS rebinding), or without reading the answer.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ditc.runtime.errors import UsageError
+from ditc.runtime.serving.callers import Caller
+from ditc.runtime.serving.keys import LONGEST_KEY, SHORTEST_KEY, Key, find_key, read_keys
+from ditc.runtime.serving.refusals import Refusal
+
+# What supervisors and load balancers ask, who have no key. Everything else needs one.
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+ADMIN = "/admin"
+
+Headers = Iterable[tuple[bytes, bytes]]
+_BEARER = re.compile(rb"bearer +([\x21-\x7e]{%d,%d})" % (SHORTEST_KEY, LONGEST_KEY), re.IGNORECASE)
+
+
+class Doorkeeper(Protocol):
+    """Says who sends a request."""
+
+    def caller(self, headers: Headers) -> Caller:
+        """Raises Refusal if they may not come in."""
+        ...
+
+    def reload(self) -> None:
+        """Read again who may. Raises UsageError, and then nothing changes."""
+        ...
+
+
+class KeyHolders:
+    """Only owners of keys come in.
+
+    Args:
+        path: of the file of keys.
+
+    Raises:
+        UsageError: as `read_keys`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keys: tuple[Key, ...] = ()
+        self._callers: dict[str, Caller] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. What callers have used still counts, unless their limits have changed.
+
+        Raises:
+            UsageError: as `read_keys`. Then the keys stay as they were.
+        """
+        keys, callers = read_keys(self._path), {}
+        for key in keys:
+            known = self._callers.get(key.name)
+            same = known is not None and (known.admin, known.limits) == (key.admin, key.limits)
+            callers[key.name] = (
+                known if known is not None and same else Caller(key.name, admin=key.admin, limits=key.limits)
+            )
+        self._callers = callers
+        self._keys = keys
+
+    def caller(self, headers: Headers) -> Caller:
+        """The owner of the key in the headers. Raises Refusal (401)."""
+        sent = [value for name, value in headers if name == b"authorization"]
+        if not sent:
+            raise Refusal(
+                "this server needs a key",
+                hint="send Authorization: Bearer KEY",
+                status=401,
+                code="missing_api_key",
+            )
+        shown = _BEARER.fullmatch(sent[0].strip()) if len(sent) == 1 else None
+        key = None if shown is None else find_key(self._keys, shown[1])
+        caller = None if key is None else self._callers.get(key.name)
+        if caller is None:
+            raise Refusal("the key is wrong", status=401, code="invalid_api_key")
+        return caller
+
+
+class LocalPrograms:
+    """Everybody on this machine comes in, except web pages of others. Nobody is an administrator."""
+
+    def __init__(self) -> None:
+        self._caller = Caller("local")
+
+    def reload(self) -> None:
+        """There is nothing to read."""
+
+    def caller(self, headers: Headers) -> Caller:
+        """The one caller. Raises Refusal (403)."""
+        sent: dict[bytes, bytes] = dict(
+            headers
+        )  # HTTP/1.1 allows one Host, and browsers send each of these once
+        host = sent.get(b"host", b"").decode("latin-1").lower()
+        if not _is_loopback(_name_of(host)):
+            raise Refusal(
+                "a server without keys answers only under the names of this machine",
+                hint="use http://localhost or http://127.0.0.1 with its port, or start the server with --api-keys",
+                status=403,
+                code="wrong_host",
+            )
+        if _is_foreign(sent, host):
+            raise Refusal("web pages of others may not use this server", status=403, code="wrong_origin")
+        return self._caller
+
+
+class Access:
+    """The layer of the application that gives `scope["state"]["caller"]` and `["key_name"]`, or refuses."""
+
+    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper) -> None:
+        self.app, self.doorkeeper = app, doorkeeper
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        caller = self.doorkeeper.caller(scope["headers"])
+        state = scope.setdefault("state", {})
+        state["caller"], state["key_name"] = caller, caller.name
+        path = scope["path"]
+        if (path == ADMIN or path.startswith(ADMIN + "/")) and not caller.admin:
+            raise Refusal(
+                "this path is for administrators",
+                hint='use a key with "admin": true',
+                status=403,
+                code="not_an_administrator",
+            )
+        with caller.request():
+            await self.app(scope, receive, send)
+
+
+def doorkeeper_for(host: str, keys: Path | None) -> KeyHolders | LocalPrograms:
+    """Who decides who comes in.
+
+    Args:
+        host: the address that the server will listen on.
+        keys: the file of keys, if there is one.
+
+    Raises:
+        UsageError: without keys, others could reach the server; or the file cannot be used.
+    """
+    check_binding(host, keys)
+    return LocalPrograms() if keys is None else KeyHolders(keys)
+
+
+def check_binding(host: str, keys: Path | None) -> None:
+    """Refuse to listen without keys where other machines can connect. Raises UsageError."""
+    if keys is None and not _is_loopback(host):
+        raise UsageError(
+            f"without keys, every machine that reaches {host or 'this address'} could use the server",
+            hint="give a file of keys with --api-keys, or listen on 127.0.0.1",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name; what it points to may change
+        return False
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without the port and the brackets of IPv6."""
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdigit() else host).strip("[]")
+
+
+def _is_foreign(sent: dict[bytes, bytes], host: str) -> bool:
+    """Whether the page of another origin sends this. Links to a page of the server may be followed."""
+    origin = sent.get(b"origin")
+    if origin is not None:
+        return origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}")
+    site, mode = sent.get(b"sec-fetch-site"), sent.get(b"sec-fetch-mode")
+    return site in (b"cross-site", b"same-site") and mode != b"navigate"
