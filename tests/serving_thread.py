@@ -97,12 +97,13 @@ def read_answer(connection: socket.socket, *, with_body: bool = True) -> Answer 
 def server_thread(
     app: ASGIApp | None = None,
     *,
+    models: Models | None = None,
     transport: TransportLimits = DEFAULTS,
     doorkeeper: Doorkeeper | None = None,
 ) -> Iterator[ServerThread]:
-    """Serve an application, by default ditc's own over no model, until the end of the block."""
+    """Serve an application, by default ditc's own over these or no models, until the end of the block."""
     if app is None:
-        models = Models({}, admission=Admission(Bounds()))
+        models = models or Models({}, admission=Admission(Bounds()))
         app = create_app(models, transport=transport, doorkeeper=doorkeeper)
     config = uvicorn.Config(app, lifespan="off", log_config=None, **uvicorn_settings(transport))
     server = uvicorn.Server(config)

@@ -15,6 +15,7 @@ from ditc.runtime.commands.serve_arguments import add_serve_arguments, named_bun
 from ditc.runtime.errors import DitcError, MissingExtra
 from ditc.runtime.load_options import LoadOptions, load_options
 from ditc.runtime.serving.request_limits import request_limits
+from ditc.runtime.serving.transport_limits import transport_limits
 
 if TYPE_CHECKING:
     from ditc.runtime.serving.metrics import Metrics
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ditc.runtime.serving.server import Server
 
 # Modules whose messages are always shown: when models are opened and closed, and how the server ends.
-TOLD = ("models", "model", "server")
+TOLD = ("models", "model", "server", "access")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DitcError: a bundle cannot be served, or the address cannot be used.
     """
+    from ditc.runtime.serving.access import doorkeeper_for
     from ditc.runtime.serving.app import create_app
     from ditc.runtime.serving.metrics import Metrics
+    from ditc.runtime.serving.open_files import with_open_files
     from ditc.runtime.serving.server import Server, listen, url_of
     from ditc.runtime.serving.settings import ServerOptions
     from ditc.runtime.serving.traffic import Traffic
@@ -55,15 +58,24 @@ def run(arguments: argparse.Namespace) -> int:
         drain_seconds=arguments.drain_seconds,
     )
     load, limits = load_options(arguments), request_limits(arguments)
+    doorkeeper = doorkeeper_for(options.host, arguments.api_keys, browsers=arguments.ui)
+    transport = with_open_files(transport_limits(arguments))
     bundles = named_bundles(arguments)
     metrics, traffic = Metrics(), Traffic()
     models = _models(arguments, load, bundles, metrics)
     with listen(options) as listener:
         metrics.watch(models)
-        app = create_app(models, limits=limits, metrics=metrics, traffic=traffic)
+        app = create_app(
+            models,
+            limits=limits,
+            transport=transport,
+            doorkeeper=doorkeeper,
+            metrics=metrics,
+            traffic=traffic,
+        )
         if arguments.ui:
             add_page(app, models, limits=limits)
-        server = Server(app, models, traffic, options)
+        server = Server(app, models, traffic, options, transport=transport, doorkeeper=doorkeeper)
         opening = _Opening(models, server, arguments, url_of(listener))
         opening.start()
         server.run(sockets=[listener])

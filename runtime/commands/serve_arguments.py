@@ -11,6 +11,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import add_load_arguments
 from ditc.runtime.serving.request_limits import add_limit_arguments
 from ditc.runtime.serving.settings import Bounds, SchedulerOptions, ServerOptions
+from ditc.runtime.serving.transport_limits import add_transport_arguments
 
 # A name stands in JSON, in metrics and on the command line.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -41,6 +42,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add_bounds(parser)
     add_limit_arguments(parser)
     _add_server(parser)
+    add_transport_arguments(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -114,6 +116,13 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         default=server.host,
         metavar="ADDRESS",
         help="The address to listen on (default: %(default)s, which only this machine reaches).",
+    )
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of the keys that clients must send, with their names and limits. An address that other "
+        "machines reach needs one (default: no keys, and only programs on this machine are answered).",
     )
     parser.add_argument(
         "--port",

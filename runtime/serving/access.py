@@ -7,7 +7,9 @@ addresses too, under a name that they let point there (DNS rebinding), or withou
 
 from __future__ import annotations
 
+import base64
 import ipaddress
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ditc.runtime.errors import UsageError
 from ditc.runtime.serving.callers import Caller
 from ditc.runtime.serving.keys import LONGEST_KEY, SHORTEST_KEY, Key, find_key, read_keys
-from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.serving.refusals import NeedsKey, Refusal
+
+log = logging.getLogger(__name__)
 
 # What supervisors and load balancers ask, who have no key. Everything else needs one.
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
@@ -26,6 +30,7 @@ ADMIN = "/admin"
 
 Headers = Iterable[tuple[bytes, bytes]]
 _BEARER = re.compile(rb"bearer +([\x21-\x7e]{%d,%d})" % (SHORTEST_KEY, LONGEST_KEY), re.IGNORECASE)
+_BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]{1,1024})", re.IGNORECASE)
 
 
 class Doorkeeper(Protocol):
@@ -45,13 +50,15 @@ class KeyHolders:
 
     Args:
         path: of the file of keys.
+        browsers: also take a key as the password of Basic authentication, which browsers ask their users for. Browsers
+            send it along with requests of other sites' pages too, so those are refused.
 
     Raises:
         UsageError: as `read_keys`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, browsers: bool = False) -> None:
+        self._path, self._browsers = path, browsers
         self._keys: tuple[Key, ...] = ()
         self._callers: dict[str, Caller] = {}
         self.reload()
@@ -73,21 +80,26 @@ class KeyHolders:
         self._keys = keys
 
     def caller(self, headers: Headers) -> Caller:
-        """The owner of the key in the headers. Raises Refusal (401)."""
+        """The owner of the key in the headers. Raises Refusal (401, or 403 for pages of others)."""
         sent = [value for name, value in headers if name == b"authorization"]
         if not sent:
-            raise Refusal(
-                "this server needs a key",
-                hint="send Authorization: Bearer KEY",
-                status=401,
-                code="missing_api_key",
-            )
-        shown = _BEARER.fullmatch(sent[0].strip()) if len(sent) == 1 else None
-        key = None if shown is None else find_key(self._keys, shown[1])
+            raise self._needs_key("this server needs a key", "missing_api_key")
+        shown = _shown_key(sent[0].strip(), self._browsers) if len(sent) == 1 else None
+        key = None if shown is None else find_key(self._keys, shown)
         caller = None if key is None else self._callers.get(key.name)
         if caller is None:
-            raise Refusal("the key is wrong", status=401, code="invalid_api_key")
+            raise self._needs_key("the key is wrong", "invalid_api_key")
+        if self._browsers:
+            refuse_pages_of_others(headers)
         return caller
+
+    def _needs_key(self, message: str, code: str) -> NeedsKey:
+        refusal = NeedsKey(message, hint="send Authorization: Bearer KEY", code=code)
+        if self._browsers:
+            refusal.challenge = (
+                'Basic realm="ditc", charset="UTF-8"'  # of several, browsers see the first one only
+            )
+        return refusal
 
 
 class LocalPrograms:
@@ -112,8 +124,7 @@ class LocalPrograms:
                 status=403,
                 code="wrong_host",
             )
-        if _is_foreign(sent, host):
-            raise Refusal("web pages of others may not use this server", status=403, code="wrong_origin")
+        refuse_pages_of_others(headers)
         return self._caller
 
 
@@ -145,18 +156,29 @@ class Access:
             await self.app(scope, receive, send)
 
 
-def doorkeeper_for(host: str, keys: Path | None) -> KeyHolders | LocalPrograms:
+def doorkeeper_for(host: str, keys: Path | None, *, browsers: bool = False) -> KeyHolders | LocalPrograms:
     """Who decides who comes in.
 
     Args:
         host: the address that the server will listen on.
         keys: the file of keys, if there is one.
+        browsers: as for `KeyHolders`.
 
     Raises:
         UsageError: without keys, others could reach the server; or the file cannot be used.
     """
     check_binding(host, keys)
-    return LocalPrograms() if keys is None else KeyHolders(keys)
+    return LocalPrograms() if keys is None else KeyHolders(keys, browsers=browsers)
+
+
+def reload_keys(doorkeeper: Doorkeeper) -> bool:
+    """Read the keys again. False if they cannot be used, which is logged; then they stay as they were."""
+    try:
+        doorkeeper.reload()
+    except UsageError as e:
+        log.error("reload: the keys stay as they were: %s", e)
+        return False
+    return True
 
 
 def check_binding(host: str, keys: Path | None) -> None:
@@ -183,10 +205,30 @@ def _name_of(host: str) -> str:
     return (name if colon and port.isdigit() else host).strip("[]")
 
 
-def _is_foreign(sent: dict[bytes, bytes], host: str) -> bool:
-    """Whether the page of another origin sends this. Links to a page of the server may be followed."""
-    origin = sent.get(b"origin")
+def refuse_pages_of_others(headers: Headers) -> None:
+    """Raise Refusal (403) if the page of another origin sends this. Links to a page of the server may be followed."""
+    sent: dict[bytes, bytes] = dict(headers)
+    host, origin = sent.get(b"host", b"").lower(), sent.get(b"origin")
     if origin is not None:
-        return origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}")
-    site, mode = sent.get(b"sec-fetch-site"), sent.get(b"sec-fetch-mode")
-    return site in (b"cross-site", b"same-site") and mode != b"navigate"
+        foreign = origin.lower() not in (b"http://" + host, b"https://" + host)
+    else:
+        foreign = (
+            sent.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+            and sent.get(b"sec-fetch-mode") != b"navigate"
+        )
+    if foreign:
+        raise Refusal("web pages of others may not use this server", status=403, code="wrong_origin")
+
+
+def _shown_key(authorization: bytes, browsers: bool) -> bytes | None:
+    """The key in an Authorization header. None if it has another form."""
+    bearer = _BEARER.fullmatch(authorization)
+    if bearer is not None:
+        return bearer[1]
+    basic = _BASIC.fullmatch(authorization) if browsers else None
+    if basic is None:
+        return None
+    try:
+        return base64.b64decode(basic[1], validate=True).partition(b":")[2]
+    except ValueError:
+        return None

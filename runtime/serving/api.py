@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from ditc.runtime.serving.asked import Asked
+from ditc.runtime.serving.callers import Caller
 from ditc.runtime.serving.drawing import Beginnings
 from ditc.runtime.serving.encoding import Encoder
 from ditc.runtime.serving.idempotency import KEY_HEADER, Idempotency
@@ -38,9 +39,9 @@ class Api:
         limits = self.limits
         return Kept(most=limits.max_jobs, most_bytes=limits.max_kept_bytes, seconds=limits.keep_seconds)
 
-    async def begin(self, asked: Asked) -> Ongoing:
+    async def begin(self, asked: Asked, caller: Caller) -> Ongoing:
         """Accept a request. Raises Refusal if it cannot be."""
-        return Ongoing(await self._beginnings.begin(asked), self.encoder)
+        return Ongoing(await self._beginnings.begin(asked, caller), self.encoder)
 
     def shared(self, http: HttpRequest, asked: Asked, body: BaseModel) -> Shared:
         """The drawing of a request, which an idempotency key may share with earlier ones. Raises Refusal."""
@@ -49,7 +50,7 @@ class Api:
             owner_of(http),
             http.headers.get(KEY_HEADER),
             hashlib.sha256(said.encode()).hexdigest(),
-            lambda: self.begin(asked),
+            lambda: self.begin(asked, caller_of(http)),
         )
 
 
@@ -62,3 +63,9 @@ def api_of(http: HttpRequest) -> Api:
 def owner_of(http: HttpRequest) -> str:
     """The name of the key that came with a request; "" on a server without keys."""
     return getattr(http.state, "key_name", "")
+
+
+def caller_of(http: HttpRequest) -> Caller:
+    """Who has sent a request, and what they have used."""
+    caller: Caller = http.state.caller
+    return caller

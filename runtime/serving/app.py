@@ -76,7 +76,7 @@ def create_app(
     app.state.doorkeeper = doorkeeper
     for kind in (DitcError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
-    app.include_router(health_routes(models, metrics, traffic))
+    app.include_router(health_routes(models, metrics, traffic, doorkeeper))
     add_routes(app, Api(models, limits))
     return app
 

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from time import monotonic
 
-from ditc.runtime.errors import UsageError
+    async def begin(self, asked: Asked, caller: Caller) -> Drawing:
+        """Accept a request, when its model is open.
 from ditc.runtime.serving.asked import Asked, argument_of
+from ditc.runtime.serving.callers import Caller
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
@@ -124,14 +126,11 @@ class Beginnings:
         Raises:
             Refusal: it is wrong, or there is no place for it.
         """
-        loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
-        async with self._models.using_async(asked.model, timeout=asked.timeout):
-            beginning = loop.run_in_executor(self._pool, self._begin, asked, events, arrived)
-            try:
-                drawing, opened = await asyncio.shield(beginning)
-            except asyncio.CancelledError:
-                beginning.add_done_callback(_abandon)
-                raise
+    def _begin(
+        self, asked: Asked, caller: Caller, events: Events, arrived: float
+    ) -> tuple[Drawing, ExitStack]:
+        """Returns also what is closed at the end of the drawing."""
+        with ExitStack() as stack:
         events.when_ended(opened.close)
         return drawing
 
@@ -139,18 +138,28 @@ class Beginnings:
         """Wait for what is in work."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _begin(self, asked: Asked, events: Events, arrived: float) -> tuple[Drawing, ExitStack]:
-        """Returns also what is closed at the end of the drawing."""
-        with ExitStack() as stack:
+    def _plan(self, model: Model, asked: Asked) -> Plan:
+        if asked.previews and not model.pipeline.manifest.latents.rgb:
             model = stack.enter_context(self._models.using(asked.model))
             try:
-                job = self._submit(model, asked, events, arrived)
+                plan = self._plan(model, asked)
+                timeout = _left(asked.timeout, arrived)
+                stack.enter_context(caller.drawing(work_of(plan)))
+                job = model.scheduler.submit(
+                    plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews
+                )
             except UsageError as e:
                 raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
             return Drawing(model, job, events, asked), stack.pop_all()
 
+<<<<<<< HEAD
     def _submit(self, model: Model, asked: Asked, events: Events, arrived: float) -> Job:
         if asked.previews and not model.pipeline.manifest.latents.rgb:
+=======
+    def _plan(self, model: Model, asked: Asked) -> Plan:
+        pipeline = model.pipeline
+        if asked.previews and not pipeline.manifest.latents.rgb:
+>>>>>>> e9acea0 (Serving: ditc serve takes keys and bounds of the transport, and what a key draws counts against its work; browsers ask for a key where there is a page)
             raise Invalid(
                 "partial_images are not possible: this model has no matrix from latents to colours",
                 hint="leave partial_images out",
@@ -164,12 +173,15 @@ class Beginnings:
                 hint="choose another output_format",
                 param="output_format",
             )
-        timeout = None if asked.timeout is None else asked.timeout - (monotonic() - arrived)
-        if timeout is not None and timeout <= 0:
-            raise TooLate("the timeout passed before the model could draw", hint="allow more time")
-        return model.scheduler.submit(
-            plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews
-        )
+        return plan
+
+
+def _left(timeout: float | None, arrived: float) -> float | None:
+    """The seconds that are left of a timeout. Raises TooLate if it has passed."""
+    left = None if timeout is None else timeout - (monotonic() - arrived)
+    if left is not None and left <= 0:
+        raise TooLate("the timeout passed before the model could draw", hint="allow more time")
+    return left
 
 
 def _abandon(beginning: asyncio.Future[tuple[Drawing, ExitStack]]) -> None:

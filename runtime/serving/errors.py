@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from ditc.runtime.errors import NumericsError, OutputError, UsageError
 from ditc.runtime.printable import one_line
-from ditc.runtime.serving.refusals import Broken, Invalid, Refusal
+from ditc.runtime.serving.refusals import Broken, Invalid, NeedsKey, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def body_of(refusal: Refusal) -> dict[str, Any]:
 def headers_of(refusal: Refusal) -> dict[str, str]:
     """When to come back, or that it would be in vain: by the status alone, official clients repeat what has failed."""
     headers = {}
-    if refusal.status == 401:
-        headers["www-authenticate"] = "Bearer"
+    if isinstance(refusal, NeedsKey):
+        headers["www-authenticate"] = refusal.challenge
     if refusal.retry_after is None:
         headers["x-should-retry"] = "false"
     else:

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.metrics import CONTENT_TYPE, Metrics
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.traffic import Traffic
 
 
-def health_routes(models: Models, metrics: Metrics, traffic: Traffic) -> APIRouter:
+def health_routes(models: Models, metrics: Metrics, traffic: Traffic, doorkeeper: Doorkeeper) -> APIRouter:
     """The routes over these models."""
     router = APIRouter()
 
@@ -38,7 +39,11 @@ def health_routes(models: Models, metrics: Metrics, traffic: Traffic) -> APIRout
 
     @router.post("/admin/reload", tags=["admin"])
     async def reload() -> dict[str, Any]:
-        """Open rebuilt bundles beside the versions in use, and replace those. It answers when that is done."""
-        return {"models": await asyncio.to_thread(models.reload)}
+        """Read the keys again, open rebuilt bundles beside the versions in use, and replace those.
+
+        It answers when that is done.
+        """
+        keys = "read" if await asyncio.to_thread(reload_keys, doorkeeper) else "unchanged, as the log says"
+        return {"keys": keys, "models": await asyncio.to_thread(models.reload)}
 
     return router

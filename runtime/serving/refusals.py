@@ -43,6 +43,17 @@ class Invalid(Refusal):
     status, code = 400, "invalid_value"
 
 
+class NeedsKey(Refusal):
+    """The client has not shown a key that is known.
+
+    Attributes:
+        challenge: how it may be shown, in HTTP's words.
+    """
+
+    status, code = 401, "invalid_api_key"
+    challenge = "Bearer"
+
+
 class Overloaded(Refusal):
     """The queue, or a client's share of it, is full."""
 

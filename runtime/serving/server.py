@@ -1,7 +1,8 @@
 """Runs the HTTP application with uvicorn until a signal ends it.
 
 SIGTERM and SIGINT end it in order: new work is refused, what is in flight is answered, and what takes too long is
-ended. A second signal ends it at once. SIGHUP opens rebuilt bundles.
+ended. A second signal ends it at once. SIGHUP opens rebuilt bundles and reads the
+keys again.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.settings import ServerOptions
 from ditc.runtime.serving.traffic import Traffic
+from ditc.runtime.serving.transport import uvicorn_settings
+from ditc.runtime.serving.transport_limits import DEFAULTS as TRANSPORT
+from ditc.runtime.serving.transport_limits import TransportLimits
 
 log = logging.getLogger(__name__)
 
@@ -74,24 +79,28 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: ASGIApp, models: Models, traffic: Traffic, options: ServerOptions = DEFAULTS
+        self,
+        app: ASGIApp,
+        models: Models,
+        traffic: Traffic,
+        options: ServerOptions = DEFAULTS,
+        *,
+        transport: TransportLimits = TRANSPORT,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         reserve = min(_RESERVE * options.drain_seconds, _MOST_RESERVE)
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
-                ws="none",
                 lifespan="off",
                 log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
                 timeout_graceful_shutdown=1,
+                **uvicorn_settings(transport),
             )
         )
         self.closed = True
         self._models, self._traffic = models, traffic
+        self._doorkeeper = doorkeeper
         self._drain_seconds, self._reserve = options.drain_seconds - reserve, reserve
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -145,9 +154,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def _reload(self) -> None:
-        """Open rebuilt bundles on a thread, as that takes its time."""
+        """Read the keys again, and open rebuilt bundles, on a thread, as that takes its time."""
 
         def reload() -> None:
+            if self._doorkeeper is not None:
+                reload_keys(self._doorkeeper)
             for name, what in self._models.reload().items():
                 log.info("reload: %s %s", name, what)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from serving_thread import ServerThread, server_thread
+from serving_thread import Answer, ServerThread, server_thread
 from starlette.routing import Route
 
 from ditc.runtime.errors import UsageError
@@ -134,6 +135,37 @@ def test_forged_headers_open_nothing(guarded: ServerThread) -> None:
     assert answer is not None and answer.status == 401
 
 
+def test_an_administrator_reloads_keys_and_learns_nothing_about_the_file(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
+    with server_thread(doorkeeper=KeyHolders(path)) as server:
+        assert json.loads(server.ask("POST", "/admin/reload", headers=bearer(OPS)).body)["keys"] == "read"
+        path.write_text("broken")
+        answer = server.ask("POST", "/admin/reload", headers=bearer(OPS))
+        assert json.loads(answer.body)["keys"] == "unchanged, as the log says"
+
+
+def test_the_work_of_a_key_is_counted_when_it_draws(tiny_bundle: Path, tmp_path: Path) -> None:
+    entry = {"name": "alice", "key": ALICE, "pixel_steps_per_minute": 64 * 64 * 3, "concurrent_requests": 1}
+    models = Models({"tiny": tiny_bundle}, admission=Admission(Bounds()), warm_up_seconds=0)
+    holders = KeyHolders(key_file(tmp_path, {"keys": [entry]}))
+    sent = {"Content-Type": "application/json", **bearer(ALICE)}
+
+    def draw(steps: int) -> Answer:
+        body = {"prompt": "a cat", "size": "64x64", "num_inference_steps": steps}
+        return server.ask("POST", "/v1/images/generations", json.dumps(body).encode(), sent)
+
+    with server_thread(models=models, doorkeeper=holders) as server:
+        assert draw(2).status == 200
+        refused = draw(2)
+        assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
+        assert (
+            15 < int(refused.headers["retry-after"]) <= 20
+        )  # a third of a minute's work, and some has come back
+        assert draw(4).error["code"] == "too_much_work"
+        assert draw(1).status == 200
+    models.close()
+
+
 def test_a_reload_takes_new_keys_or_keeps_the_old_ones(tmp_path: Path) -> None:
     path = key_file(tmp_path, {"keys": [{"name": "alice", "key": ALICE, "requests_per_minute": 9}]})
     holders = KeyHolders(path)
@@ -188,6 +220,26 @@ def test_without_keys_pages_of_other_origins_are_refused(local: ServerThread) ->
     assert status("GET", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate") == 200
     answer = local.ask("OPTIONS", "/v1/models", headers={"Origin": "http://localhost"})
     assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+def test_browsers_ask_their_users_for_a_key_where_there_is_a_page(
+    guarded: ServerThread, tmp_path: Path
+) -> None:
+    basic = {"Authorization": "Basic " + base64.b64encode(f"anybody:{ALICE}".encode()).decode()}
+    assert guarded.ask("GET", "/v1/models", headers=basic).status == 401
+    with server_thread(doorkeeper=KeyHolders(key_file(tmp_path), browsers=True)) as server:
+        assert server.ask("GET", "/").headers["www-authenticate"].startswith("Basic ")
+        assert server.ask("GET", "/v1/models", headers=basic).status == 200
+        assert server.ask("GET", "/v1/models", headers=bearer(ALICE)).status == 200
+        for foreign in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+            assert server.ask("POST", "/v1/models", headers={**basic, **foreign}).status == 403
+        for broken in (
+            "Basic",
+            "Basic =",
+            "Basic " + ALICE,
+            "Basic " + base64.b64encode(ALICE.encode()).decode(),
+        ):
+            assert server.ask("GET", "/v1/models", headers={"Authorization": broken}).status == 401
 
 
 def test_only_loopback_is_bound_without_keys() -> None:
