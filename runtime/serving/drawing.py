@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from time import monotonic
 
-    async def begin(self, asked: Asked, caller: Caller) -> Drawing:
-        """Accept a request, when its model is open.
+from ditc.runtime.errors import UsageError
+from ditc.runtime.prepare import Plan
+from ditc.runtime.serving.admission import work_of
 from ditc.runtime.serving.asked import Asked, argument_of
 from ditc.runtime.serving.callers import Caller
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
@@ -120,17 +121,20 @@ class Beginnings:
         self._models, self._limits = models, limits
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-begin")
 
-    async def begin(self, asked: Asked) -> Drawing:
+    async def begin(self, asked: Asked, caller: Caller) -> Drawing:
         """Accept a request, when its model is open.
 
         Raises:
             Refusal: it is wrong, or there is no place for it.
         """
-    def _begin(
-        self, asked: Asked, caller: Caller, events: Events, arrived: float
-    ) -> tuple[Drawing, ExitStack]:
-        """Returns also what is closed at the end of the drawing."""
-        with ExitStack() as stack:
+        loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
+        async with self._models.using_async(asked.model, timeout=asked.timeout):
+            beginning = loop.run_in_executor(self._pool, self._begin, asked, caller, events, arrived)
+            try:
+                drawing, opened = await asyncio.shield(beginning)
+            except asyncio.CancelledError:
+                beginning.add_done_callback(_abandon)
+                raise
         events.when_ended(opened.close)
         return drawing
 
@@ -138,8 +142,11 @@ class Beginnings:
         """Wait for what is in work."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _plan(self, model: Model, asked: Asked) -> Plan:
-        if asked.previews and not model.pipeline.manifest.latents.rgb:
+    def _begin(
+        self, asked: Asked, caller: Caller, events: Events, arrived: float
+    ) -> tuple[Drawing, ExitStack]:
+        """Returns also what is closed at the end of the drawing."""
+        with ExitStack() as stack:
             model = stack.enter_context(self._models.using(asked.model))
             try:
                 plan = self._plan(model, asked)
@@ -152,14 +159,8 @@ class Beginnings:
                 raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
             return Drawing(model, job, events, asked), stack.pop_all()
 
-<<<<<<< HEAD
-    def _submit(self, model: Model, asked: Asked, events: Events, arrived: float) -> Job:
-        if asked.previews and not model.pipeline.manifest.latents.rgb:
-=======
     def _plan(self, model: Model, asked: Asked) -> Plan:
-        pipeline = model.pipeline
-        if asked.previews and not pipeline.manifest.latents.rgb:
->>>>>>> e9acea0 (Serving: ditc serve takes keys and bounds of the transport, and what a key draws counts against its work; browsers ask for a key where there is a page)
+        if asked.previews and not model.pipeline.manifest.latents.rgb:
             raise Invalid(
                 "partial_images are not possible: this model has no matrix from latents to colours",
                 hint="leave partial_images out",
