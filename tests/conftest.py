@@ -75,6 +75,36 @@ def euler_report(euler_checkpoint: Path, tiny_bundle: Path) -> BuildReport:
 
 
 @pytest.fixture(scope="session")
+def stochastic_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of tiny_checkpoint, with a sampler that takes fresh noise in every step and two earlier x0."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    def make(path: Path) -> None:
+        shutil.copytree(tiny_checkpoint, path)
+        DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=3.0,
+            algorithm_type="sde-dpmsolver++",
+            solver_order=3,
+        ).save_pretrained(path / "scheduler")
+
+    return made_once(tmp_path_factory, "stochastic-checkpoint", make)
+
+
+@pytest.fixture(scope="session")
+def stochastic_bundle(
+    stochastic_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Built over a copy of tiny_bundle, whose text encoder and VAE are reused."""
+
+    def make(path: Path) -> BuildReport:
+        return _build(stochastic_checkpoint, Path(shutil.copytree(tiny_bundle, path)))
+
+    return made_once(tmp_path_factory, "stochastic-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded SD3.5-medium checkpoint with three blocks, one of which skip-layer guidance skips."""
     from tiny_sd3 import make_checkpoint

@@ -25,9 +25,7 @@ from diffusers import (
 from pictures import Reference, assert_same, draw
 from PIL import Image
 
-from ditc.export.build.builder import build_bundle
 from ditc.export.checkpoint.scheduler_config import scheduler_params
-from ditc.export.contract import BuildOptions
 from ditc.parity.levels import LEVELS
 from ditc.runtime.cli import main
 from ditc.runtime.errors import UsageError
@@ -42,30 +40,14 @@ SMALL = {"guidance_scale": 3.0, "height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stochastic") / "checkpoint"
-    shutil.copytree(tiny_checkpoint, path)
-    STOCHASTIC.save_pretrained(path / "scheduler")
-    return path
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tiny_bundle: Path) -> Path:
-    """Built over a copy of tiny_bundle, whose text encoder and VAE are reused."""
-    out = Path(shutil.copytree(tiny_bundle, checkpoint.parent / "bundle"))
-    build_bundle(checkpoint, out, BuildOptions())
-    return out
-
-
-@pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(bundle, threads=1) as pipeline:
+def loaded(stochastic_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(stochastic_bundle, threads=1) as pipeline:
         yield pipeline
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint: Path) -> Reference:
-    return Reference(checkpoint)
+def theirs(stochastic_checkpoint: Path) -> Reference:
+    return Reference(stochastic_checkpoint)
 
 
 def use(pipeline: Pipeline, reference: Reference, scheduler: Any) -> None:
@@ -143,13 +125,15 @@ def test_a_callback_cannot_replace_latents_that_diffusers_would_drop(
         )
 
 
-def test_parity_holds_for_a_sampler_that_draws_noise(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(bundle, tmp_path / "bundle")
+def test_parity_holds_for_a_sampler_that_draws_noise(
+    stochastic_bundle: Path, stochastic_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(stochastic_bundle, tmp_path / "bundle")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n")
     levels = [f"--level={level}" for level in ("graph", "step", "trajectory", "picture") if level in LEVELS]
     arguments = [*levels, "--seeds", "0", "--prompts", str(prompts), "--steps", "3", "--threads", "1"]
-    assert main(["parity", str(copy), "--against", str(checkpoint), *arguments]) == 0
+    assert main(["parity", str(copy), "--against", str(stochastic_checkpoint), *arguments]) == 0
 
 
 def test_the_command_takes_own_sigmas_and_writes_them_into_the_picture(
