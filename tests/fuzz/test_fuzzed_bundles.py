@@ -15,7 +15,7 @@ GROUPS = (
     "requests.Requests",
     "command_lines.CommandLines",
 )
-IN_MAKE_TEST, IN_SLOW = 45, 1400
+IN_MAKE_TEST, IN_SLOW = 45, 1560
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from fuzz.picks import check_picks
 
 GROUPS = ("checkpoints.Configs", "checkpoints.Tokenizers", "checkpoints.WeightIndices")
-IN_MAKE_TEST, IN_SLOW = 10, 540
+IN_MAKE_TEST, IN_SLOW = 10, 215
 
 
 @pytest.fixture
