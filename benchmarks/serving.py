@@ -185,13 +185,13 @@ def flood(bundle: Path, clients: int = 200, queue: int = 8) -> dict[str, Any]:
     with server(bundle, "--max-queue", str(queue)) as url:
         alone = asyncio.run(_alone(url, SHORT))
         answers = asyncio.run(ask(url))
-        counted = outcomes(url)
+        counted = {**outcomes(url), **outcomes(url, "ditc_rejected_total", "reason")}
     accepted = [seconds for status, seconds in answers if status == 200]
     return {
         "clients": clients,
         "queue": queue,
         "statuses": dict(Counter(status for status, _ in answers)),
-        "outcomes in /metrics, with one request before": counted,
+        "outcomes in /metrics, with four requests before": counted,
         "one request alone, ms": round(alone * 1e3, 1),
         "accepted": quantiles(accepted, "ms", 1e3),
         "p99 by queue x alone": round(float(np.quantile(accepted, 0.99)) / (queue * alone), 2),
@@ -236,7 +236,7 @@ def batches(bundle: Path, clients: int = 8, each: int = 6, repeats: int = 2) -> 
         for name, flags in (("one at a time", ("--max-batch", "1")), ("with batches", ())):
             with server(bundle, *flags) as url:
                 rows[name].append(asyncio.run(busy(url)))
-                sizes[name] = [line for line in metrics(url) if line.startswith("ditc_best_batch")]
+                sizes[name] = [line for line in metrics(url) if line.startswith("ditc_best_batch_size{")]
     ratio = statistics.median(rows["with batches"]) / statistics.median(rows["one at a time"])
     return {
         "clients": clients,
@@ -292,13 +292,13 @@ def metrics(url: str) -> list[str]:
     return httpx.get(f"{url}/metrics").text.splitlines()
 
 
-def outcomes(url: str) -> dict[str, float]:
-    """The requests that the server counted, by outcome."""
+def outcomes(url: str, metric: str = "ditc_requests_total", label: str = "outcome") -> dict[str, float]:
+    """What a counter of the server says, by one of its labels."""
     found: Counter[str] = Counter()
     for line in metrics(url):
-        if line.startswith("ditc_requests_total{"):
+        if line.startswith(f"{metric}{{"):
             labels, value = line.rsplit(" ", 1)
-            found[labels.split('outcome="')[1].split('"')[0]] += float(value)  # type: ignore[assignment]
+            found[labels.split(f'{label}="')[1].split('"')[0]] += float(value)  # type: ignore[assignment]
     return dict(found)
 
 
