@@ -34,6 +34,7 @@ class Kept(Generic[T]):
         self.most, self.most_bytes, self.seconds = most, most_bytes, seconds
         self._clock = clock
         self._owners: dict[str, dict[str, _Entry[T]]] = {}  # ids in the order of their last change
+        self._next_sweep = clock() + seconds
 
     def add(self, owner: str, id: str, item: T) -> None:
         """Keep an item that is in work.
@@ -41,6 +42,7 @@ class Kept(Generic[T]):
         Raises:
             Overloaded: the owner has too many items in work.
         """
+        self._sweep()
         self.check_room(owner)
         while len(self._owners.get(owner, {})) >= self.most:
             self._remove_oldest(owner)
@@ -48,7 +50,7 @@ class Kept(Generic[T]):
 
     def check_room(self, owner: str) -> None:
         """Raise Overloaded if an owner has as many items in work as it may have."""
-        self._expire()
+        self._expire(owner)
         in_work = sum(entry.expires is None for entry in self._owners.get(owner, {}).values())
         if in_work >= self.most:
             raise Overloaded(
@@ -59,7 +61,7 @@ class Kept(Generic[T]):
 
     def settle(self, owner: str, id: str, size: int) -> None:
         """The work of an item has ended: from now on it counts with this many bytes, and expires."""
-        self._expire()
+        self._expire(owner)
         entries = self._owners.get(owner, {})
         if id not in entries:
             return
@@ -71,7 +73,7 @@ class Kept(Generic[T]):
 
     def get(self, owner: str, id: str) -> T | None:
         """The item; None if there is none, or it belongs to somebody else."""
-        self._expire()
+        self._expire(owner)
         entry = self._owners.get(owner, {}).get(id)
         return None if entry is None else entry.item
 
@@ -84,15 +86,25 @@ class Kept(Generic[T]):
 
     def of(self, owner: str) -> list[T]:
         """All items of an owner."""
-        self._expire()
+        self._expire(owner)
         return [entry.item for entry in self._owners.get(owner, {}).values()]
 
     def _remove_oldest(self, owner: str) -> None:
         ended = (id for id, entry in self._owners[owner].items() if entry.expires is not None)
         self.remove(owner, next(ended))
 
-    def _expire(self) -> None:
+    def _expire(self, owner: str) -> None:
         now = self._clock()
-        for owner, entries in list(self._owners.items()):
-            for id in [i for i, e in entries.items() if e.expires is not None and e.expires <= now]:
-                self.remove(owner, id)
+        for id in [
+            id
+            for id, entry in self._owners.get(owner, {}).items()
+            if entry.expires is not None and entry.expires <= now
+        ]:
+            self.remove(owner, id)
+
+    def _sweep(self) -> None:
+        """Expire the items of owners who do not come back. Each is kept for at most twice its time."""
+        if self._clock() >= self._next_sweep:
+            self._next_sweep = self._clock() + self.seconds
+            for owner in list(self._owners):
+                self._expire(owner)

@@ -61,3 +61,13 @@ def test_ended_items_expire_and_those_in_work_do_not() -> None:
     clock.now = 122.0
     assert kept.of("ann") == []
     assert not kept._owners  # nothing is left of an owner without items
+
+
+def test_items_of_owners_who_do_not_come_back_expire_when_others_come() -> None:
+    clock = Clock()
+    kept: Kept[str] = Kept(most=9, most_bytes=10, seconds=60, clock=clock)
+    kept.add("ann", "1", "ended")
+    kept.settle("ann", "1", 1)
+    clock.now = 61.0
+    kept.add("bob", "1", "new")
+    assert set(kept._owners) == {"bob"}
