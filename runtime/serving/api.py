@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +19,8 @@ from ditc.runtime.serving.kept import Kept
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.ongoing import Ongoing, Shared
 from ditc.runtime.serving.request_limits import DEFAULTS, RequestLimits
+
+log = logging.getLogger(__name__)
 
 
 class Api:
@@ -39,18 +42,22 @@ class Api:
         limits = self.limits
         return Kept(most=limits.max_jobs, most_bytes=limits.max_kept_bytes, seconds=limits.keep_seconds)
 
-    async def begin(self, asked: Asked, caller: Caller) -> Ongoing:
+    async def begin(self, asked: Asked, caller: Caller, request_id: str) -> Ongoing:
         """Accept a request. Raises Refusal if it cannot be."""
-        return Ongoing(await self._beginnings.begin(asked, caller), self.encoder)
+        drawing = await self._beginnings.begin(asked, caller)
+        log.info("request %s draws %s", request_id, drawing.job.id)
+        return Ongoing(drawing, self.encoder)
 
     def shared(self, http: HttpRequest, asked: Asked, body: BaseModel) -> Shared:
         """The drawing of a request, which an idempotency key may share with earlier ones. Raises Refusal."""
+        # What is kept must not hold the request with its body.
+        caller, request_id = caller_of(http), http.state.request_id
         said = f"{http.url.path}\n{http.headers.get('accept', '')}\n{body.model_dump_json()}"
         return self.idempotency.shared(
             owner_of(http),
             http.headers.get(KEY_HEADER),
             hashlib.sha256(said.encode()).hexdigest(),
-            lambda: self.begin(asked, caller_of(http)),
+            lambda: self.begin(asked, caller, request_id),
         )
 
 

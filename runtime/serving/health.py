@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.metrics import CONTENT_TYPE, Metrics
@@ -32,7 +32,7 @@ def health_routes(models: Models, metrics: Metrics, traffic: Traffic, doorkeeper
         headers = {} if ready else {"retry-after": "1"}
         return JSONResponse({"status": status, "models": states}, 200 if ready else 503, headers)
 
-    @router.get("/metrics", tags=["health"])
+    @router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """All metrics, in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
+from serving_thread import server_thread
 
 from ditc.runtime.decode import Decoded
 from ditc.runtime.failure import Failure
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.serving import generations
 from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.app import create_app
 from ditc.runtime.serving.drawing import MOST_WAITING, Events
 from ditc.runtime.serving.job import Cancelled, End, Finished, Job, Preview, Progress
 from ditc.runtime.serving.models import Models
@@ -86,14 +85,9 @@ def models(gate: Gate, tiny_bundle: Path) -> Iterator[Models]:
 @pytest.fixture
 def port(gate: Gate, models: Models) -> Iterator[int]:
     """The application in a thread."""
-    server = uvicorn.Server(uvicorn.Config(create_app(models), port=0, log_config=None, http="h11"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    gate.open()
-    server.should_exit = True
-    thread.join(PATIENCE)
+    with server_thread(models=models) as server:
+        yield server.port
+        gate.open()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Video
 from PIL import Image
-from serving_process import ServerProcess
+from serving_process import ServerProcess, server_process
 
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
@@ -197,6 +198,40 @@ def test_edits_are_refused_because_no_bundle_takes_pictures(client: OpenAI, tmp_
     with pytest.raises(openai.BadRequestError) as found:
         client.images.edit(image=file, prompt="a red cat", extra_body={"strength": 0.5})
     assert found.value.param == "strength"
+
+
+def test_keys_are_asked_for_and_keep_jobs_and_idempotency_keys_apart(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    names = ("alice", "bob")
+    keys = [{"name": name, "key": f"{name}-0123456789abcdef"} for name in names]
+    keys[1]["concurrent_requests"] = 1  # type: ignore[assignment]
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": keys}))
+    (tmp_path / "keys.json").chmod(0o600)
+    with server_process(tiny_bundle, "--api-keys", tmp_path / "keys.json") as server:
+        alice, bob, eve = (
+            OpenAI(base_url=f"{server.url}/v1", api_key=f"{name}-0123456789abcdef", max_retries=0)
+            for name in (*names, "eve")
+        )
+        with pytest.raises(openai.AuthenticationError):
+            eve.images.generate(**ASKED)
+        job = alice.post("/images/jobs", cast_to=Video, body={**ASKED, **EXTRA})
+        with pytest.raises(openai.NotFoundError):
+            bob.get(f"/images/jobs/{job.id}", cast_to=Video)
+        with pytest.raises(openai.NotFoundError):
+            bob.delete(f"/images/jobs/{job.id}", cast_to=object)
+        assert wait_for(alice, job).status == "completed"
+        header = {"Idempotency-Key": "same"}
+        seeds = {
+            one.images.generate(**ASKED, extra_headers=header).ditc["seed"]  # type: ignore[attr-defined]
+            for one in (alice, alice, bob, bob)
+        }
+        assert len(seeds) == 2
+        bob.post("/images/jobs", cast_to=Video, body={**ASKED, **MANY, "n": 4})
+        with pytest.raises(openai.RateLimitError) as found:
+            bob.images.generate(**ASKED)
+        assert found.value.code == "too_many_concurrent_requests"
+        alice.images.generate(**ASKED)
 
 
 def wait_for(client: OpenAI, job: Video) -> Video:
