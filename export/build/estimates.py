@@ -23,6 +23,8 @@ FIXED_BYTES = 700_000_000  # torch, diffusers and transformers
 # ONNX Runtime's copy of the weights in fp32, packed for its kernels. It packs convolutions beside the mapped file.
 PACKED_PER_WEIGHT_BYTE, PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE = 1.05, 2.0
 LEFT_BY_CHECK_BYTES = 60_000_000
+# Writing a graph whose weights stay mapped from an fp32 checkpoint: copies of those that it holds transposed.
+TRANSPOSED_PER_MAPPED_BYTE, WRITING_BYTES = 0.15, 60_000_000
 # A denoiser's activations, by the bytes of its weights in fp32: both grow with the network's width.
 DENOISER_PER_WEIGHT_BYTE = 0.2
 # An autoencoder's activations while ONNX Runtime computes a picture for the check. Those of PyTorch, for the golden
@@ -82,7 +84,8 @@ def export_bytes(size: StageSize) -> int:
     """Estimate the peak while the stage's graph is exported and checked."""
     loaded = FIXED_BYTES + size.weight_bytes
     if not size.checked:
-        return loaded
+        mapped = size.weight_bytes if size.weight_bytes >= size.parameters * 4 else 0
+        return loaded + WRITING_BYTES + round(TRANSPOSED_PER_MAPPED_BYTE * mapped)
     packed = PACKED_CONVOLUTIONS_PER_WEIGHT_BYTE if size.check_pixels else PACKED_PER_WEIGHT_BYTE
     packed += DENOISER_PER_WEIGHT_BYTE if size.denoiser else 0
     return loaded + round(packed * size.parameters * 4) + CHECK_BYTES_PER_PIXEL * size.check_pixels
