@@ -185,8 +185,7 @@ def default_name(path: Path) -> str:
 
     default_name(Path("build/demo/bundle"))  # "demo"
     """
-    parts = [part for part in path.absolute().parts if part not in ("..", ".")]
-    named = (
-        [part for part in parts if part.lower() not in _NAMELESS] if parts[-1].lower() in _NAMELESS else parts
-    )
-    return named[-1].partition("@")[0]
+    parts = [part for part in path.absolute().parts[1:] if part not in ("..", ".")]
+    if parts and parts[-1].lower() in _NAMELESS:
+        parts = [part for part in parts if part.lower() not in _NAMELESS] or parts
+    return parts[-1].partition("@")[0] if parts else ""
