@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from ditc.runtime import denoise
 from ditc.runtime.batch import STEADY_RUN, Batch, padded_sizes
 from ditc.runtime.serving.policy import BatchKey
+from ditc.runtime.serving.step_times import MAX_KEYS
 from ditc.runtime.session import Session
 from ditc.runtime.state import DenoiseState
 
@@ -42,6 +43,8 @@ class Batches:
         """
         if not self._sizes:
             return True
+        if len(self._runs) >= MAX_KEYS * len(self._sizes):
+            self._runs.clear()
         padded = next(size for size in self._sizes if size >= count)
         self._runs[key, padded] += 1
         return self._runs[key, padded] >= STEADY_RUN

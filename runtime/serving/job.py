@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from ditc.runtime.failure import Failure
@@ -14,8 +15,9 @@ from ditc.runtime.guard import Guard
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.policy import BatchKey
 from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.session import to_numpy
 from ditc.runtime.spec import DENOISER
-from ditc.runtime.state import DenoiseState
+from ditc.runtime.state import DenoiseState, Rows
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +178,21 @@ def batch_key(state: DenoiseState) -> BatchKey:
         rows=state.row_count(state.step_index) // state.latents.shape[0],
         texts=texts,
     )
+
+
+def picture_only(state: DenoiseState, *, predicted: bool = False) -> DenoiseState:
+    """What a decoder or a preview needs of a state, on the host.
+
+    Many pictures may wait to be decoded, and the rest of a state is far larger: its texts take up to 161 MB per row,
+    and its tensors on a device keep those of the whole batch there.
+
+    Args:
+        predicted: take x0 for the latents.
+    """
+    latents = state.x0 if predicted and state.x0 is not None else state.latents
+    host = np.array(to_numpy(latents))
+    none = Rows(np.empty(0, np.int64), {})
+    return DenoiseState(latents=host, history=host, schedule=(), rows=none, failures=state.failures)
 
 
 def preview_steps(runs: int, count: int) -> dict[int, int]:

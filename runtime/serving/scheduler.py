@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
+import numpy as np
+
 from ditc.runtime.batch import padded_sizes
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure
@@ -36,6 +38,7 @@ from ditc.runtime.serving.job import (
     Preview,
     Progress,
     Refused,
+    picture_only,
     preview_steps,
 )
 from ditc.runtime.serving.observer import UNOBSERVED, Observer
@@ -431,6 +434,7 @@ class Scheduler:
                 number=next(self._numbers), job=job, index=index, state=state, since=self._clock()
             )
             if state.lost:  # its text could not be encoded
+                picture.state = picture_only(state)
                 self._add_task(job, lambda: self._decode(picture))
             else:
                 self._queue(picture)
@@ -476,21 +480,23 @@ class Scheduler:
         if job.end is not None:
             return
         if state.done or state.lost:
+            picture.state = picture_only(state)
             self._add_task(job, lambda: self._decode(picture))
             return
         number = (
             preview_steps(len(state.schedule), job.previews).get(state.step_index) if job.previews else None
         )
         if number is not None:
-            self._add_task(job, lambda: self._preview(picture, state, number))
+            shown, step = picture_only(state, predicted=True), state.step_index
+            self._add_task(job, lambda: self._preview(picture, shown, number, step))
         self._queue(picture)
 
-    def _preview(self, picture: Picture, state: DenoiseState, number: int) -> None:
+    def _preview(self, picture: Picture, state: DenoiseState, number: int, step: int) -> None:
         job = picture.job
         if job.end is None:
             with suppress(UsageError):  # a bundle without a latent-to-RGB matrix
                 (image,) = self.pipeline.preview(state)
-                job.report(Preview(index=picture.index, number=number, step=state.step_index, image=image))
+                job.report(Preview(index=picture.index, number=number, step=step, image=image))
 
     def _decode(self, picture: Picture) -> None:
         job, begin = picture.job, self._clock()
@@ -548,10 +554,7 @@ class Scheduler:
         """Close the pipeline and try once to open the bundle again. If that fails, `_next` tries it later."""
         with self._wake:  # the other thread may be in a session
             self._wake.wait_for(lambda: not self._in_stages)
-        on_host, version = (
-            self.pipeline.sessions[DENOISER].device.kind == "cpu",
-            self.pipeline.manifest.digest,
-        )
+        version = self.pipeline.manifest.digest
         with suppress(Exception):
             self.pipeline.close()
         try:
@@ -563,11 +566,11 @@ class Scheduler:
             return
         self._attempts, self._open_at = 0, 0.0
         self._batches = Batches(pipeline.sessions[DENOISER])
-        # States on a device went with it. Those on the host, as all are before their first step, are values and go on,
-        # unless the bundle was built again meanwhile: no picture is drawn by two versions.
-        lost = list(self._jobs) if pipeline.manifest.digest != version else []
-        if not on_host:
-            lost += [job for job in list(self._jobs) if job.steps_done]
+        # States on a device went with it. Those on the host, as all are before their first step and when they wait for
+        # the decoder, are values and go on, unless the bundle was built again: no picture is drawn by two versions.
+        with self._wake:
+            lost = [p.job for p in self._pictures.values() if not isinstance(p.state.latents, np.ndarray)]
+            lost += self._jobs if pipeline.manifest.digest != version else ()
         for job in lost:
             self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
         with self._wake:

@@ -13,6 +13,8 @@ TEXT = "text"
 NEWEST = 0.2
 # A larger batch must be faster per picture by this factor, because its pictures all wait for its end.
 GAIN = 1.03
+# How many keys have measurements. Clients choose sizes and lengths of texts, so there could be any number of keys.
+MAX_KEYS = 256
 
 
 class StepTimes:
@@ -28,7 +30,8 @@ class StepTimes:
         self.max_batch = max_batch
         self._buckets = buckets
         self._lock = threading.Lock()
-        self._known: dict[BatchKey, dict[int, float]] = {}
+        self._known: dict[BatchKey, dict[int, float]] = {}  # the oldest first
+        self._nearest: dict[int, BatchKey] = {}  # for a weight, the known key whose weight is nearest
         self._stages: dict[str, float] = {}  # seconds per unit of size
         self._curve: BatchKey | None = (
             None  # the key with the most sizes; those of other keys follow its shape
@@ -38,6 +41,8 @@ class StepTimes:
         """Add a measurement of one step of `size` pictures."""
         size = self._run_size(size)
         with self._lock:
+            if key not in self._known:
+                self._make_room()
             sizes = self._known.setdefault(key, {})
             before = sizes.get(size)
             sizes[size] = seconds if before is None else before + NEWEST * (seconds - before)
@@ -81,6 +86,11 @@ class StepTimes:
         with self._lock:
             return {key: dict(sizes) for key, sizes in self._known.items()}
 
+    def _make_room(self) -> None:
+        self._nearest.clear()
+        if len(self._known) >= MAX_KEYS:
+            del self._known[next(key for key in self._known if key != self._curve)]
+
     def _run_size(self, size: int) -> int:
         return next((bucket for bucket in self._buckets if bucket >= size), size)
 
@@ -93,8 +103,13 @@ class StepTimes:
         if sizes:
             nearest = min(sizes, key=lambda known: abs(known - size))
             return sizes[nearest] * self._relative(size) / self._relative(nearest)
-        other = min(self._known, key=lambda known: abs(known.weight - key.weight))
-        return self._estimate(other, size) * key.weight / other.weight
+        weight = key.weight
+        if weight not in self._nearest:
+            if len(self._nearest) >= MAX_KEYS:
+                self._nearest.clear()
+            self._nearest[weight] = min(self._known, key=lambda known: abs(known.weight - weight))
+        other = self._nearest[weight]
+        return self._estimate(other, size) * weight / other.weight
 
     def _relative(self, size: int) -> float:
         """The time of a step of `size` pictures by the measurements of the key that has most of them."""

@@ -19,7 +19,7 @@ import pytest
 from engine_pipeline import Gpu
 
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.serving.job import Cancelled, Event, Finished, Job, Progress, Refused
+from ditc.runtime.serving.job import Cancelled, Event, Finished, Job, Picture, Progress, Refused
 from ditc.runtime.serving.scheduler import Scheduler
 from ditc.runtime.session import ComputeDevice
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
@@ -129,6 +129,25 @@ def test_texts_leave_the_device_with_the_last_picture_of_their_size(
         gc.collect()
         used.append(on.gpu.device.allocated_bytes)
     assert used[-1] == used[-2], used
+
+
+def test_pictures_that_wait_for_the_decoder_keep_neither_texts_nor_memory_of_the_device(
+    serve: Serve, tiny_bundle: Path
+) -> None:
+    """With few steps and a slow decoder, all pictures of a long queue wait there."""
+    on = OnGpu(serve, tiny_bundle)
+    decode, states = on.scheduler._decode, []
+
+    def watched(picture: Picture) -> None:
+        states.append(picture.state)
+        decode(picture)
+
+    on.scheduler._decode = watched  # type: ignore[method-assign]
+    assert isinstance(on.server.draw(num_images_per_prompt=3, previews=1), Finished)
+    assert len(states) == 3
+    for state in states:
+        assert isinstance(state.latents, np.ndarray) and state.latents.base is None
+        assert not state.rows.conditioning and state.x0 is None and not state.schedule
 
 
 def wait_until(true: Any) -> None:

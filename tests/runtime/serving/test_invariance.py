@@ -1,9 +1,13 @@
 """A picture does not depend on what is drawn together with it.
 
-On ONNX Runtime's CPU provider in fp32 it is the same bit for bit, in 1 and in 2 threads: every kernel of these networks
-sums the values of one sample in an order that does not depend on the others. The one exception is the sum over rows in
-`guide` (export/graph/step.py). ONNX Runtime groups its terms by their places, and with three rows, which a sample has
-with skip-layer guidance, the grouping changes the rounding. Two terms have only one sum.
+On ONNX Runtime's CPU provider in fp32 it is the same bit for bit: every kernel of these networks sums the values of one
+sample in an order that does not depend on the others. There are two exceptions.
+
+- The sum over rows in `guide` (export/graph/step.py). ONNX Runtime groups its terms by their places, and with three
+  rows, which a sample has with skip-layer guidance, the grouping changes the rounding. Two terms have only one sum.
+- A product of two activations that is divided among threads by its columns (ONNX Runtime 1.32). That happens if there
+  are fewer products than threads, and each has fewer rows than columns: seen with 8x512 times 512x300 in 8 threads, not
+  with the products of attention, of which each has as many rows as there are tokens.
 """
 
 from __future__ import annotations

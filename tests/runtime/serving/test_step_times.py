@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditc.runtime.serving.policy import BatchKey
-from ditc.runtime.serving.step_times import NEWEST, StepTimes
+from ditc.runtime.serving.step_times import MAX_KEYS, NEWEST, StepTimes
 
 KEY = BatchKey(latents=(4, 8, 8), rows=2)
 DOUBLE = BatchKey(latents=(4, 16, 8), rows=2)
@@ -63,6 +63,17 @@ def test_a_padded_batch_takes_the_time_of_its_bucket() -> None:
     assert made.seconds(KEY, 3) == pytest.approx(1.2)
     made.record(KEY, 3, 1.2)
     assert made.measured()[KEY].keys() == {1, 2, 4}
+
+
+def test_any_number_of_sizes_takes_bounded_memory_and_the_best_known_size_stays() -> None:
+    made = times({1: 1.0, 2: 1.2})
+    for side in range(1, 3 * MAX_KEYS):
+        key = BatchKey(latents=(4, 8, side), rows=2)
+        made.seconds(BatchKey(latents=(4, 9, side), rows=2))
+        made.record(key, 1, side / 8)
+        assert made.seconds(BatchKey(latents=(4, 16, side), rows=2)) >= side / 8, "estimated from the nearest"
+    assert len(made.measured()) == MAX_KEYS and len(made._nearest) <= MAX_KEYS
+    assert made.measured()[KEY].keys() == {1, 2}
 
 
 def test_stages_are_estimated_per_unit_of_size() -> None:
