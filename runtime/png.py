@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Fields of Request that a picture's settings name if they are given.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 SCHEDULE = ("timesteps", "sigmas", "mu")
+OF_TEXTS = ("max_sequence_length", "complex_human_instruction")
 
 
 def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str) -> dict[str, str]:
@@ -32,7 +33,8 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
     request, skip = plan.request, plan.skip_layer_guidance
     settings = {
         "num_inference_steps": plan.num_inference_steps,
-        **{name: value for name in SCHEDULE if (value := getattr(request, name)) is not None},
+        **{n: value for n in (*SCHEDULE, *OF_TEXTS) if (value := getattr(request, n)) is not None},
+        **({} if request.use_resolution_binning else {"use_resolution_binning": False}),
         "guidance_scale": plan.guidance_scale,
         "skip_layer_guidance_scale": skip.scale if skip else 0,
         **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),

@@ -1,7 +1,7 @@
 """Asynchronous jobs: drawings that go on without a connection, and whose pictures are fetched later.
 
 They are what OpenAI's video jobs are: created, polled with progress, fetched, deleted. A job belongs to the key that
-created it, and for other keys it does not exist.
+created it, and for other keys it does not exist. Jobs are kept in memory: they end with the server.
 """
 
 from __future__ import annotations

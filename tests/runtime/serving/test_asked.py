@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ditc.runtime.serving.asked import argument_of, asked_by_hugging_face, asked_by_openai
+from ditc.runtime.serving.asked import REQUEST_FIELDS, argument_of, asked_by_hugging_face, asked_by_openai
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.request_limits import RequestLimits
-from ditc.runtime.serving.schemas import GenerationBody, HuggingFaceBody
+from ditc.runtime.serving.schemas import BundleArguments, GenerationBody, HuggingFaceBody
 
 LIMITS = RequestLimits(max_steps=50, max_pixels=64 * 64, max_images=4, max_prompt_bytes=10, max_timeout=60)
 
@@ -125,6 +125,15 @@ def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
     asked = asked_by_hugging_face(sent, LIMITS, model="tiny", format="jpeg")
     assert (asked.model, asked.format, asked.request.num_pictures) == ("tiny", "jpeg", 1)
     assert (asked.request.seed, asked.request.width, asked.request.height) == (7, 64, 32)
+
+
+def test_every_argument_of_a_request_is_offered_but_those_that_are_not_for_strangers() -> None:
+    renamed = {"prompt", "num_images_per_prompt"}
+    kept_back = {"generator", "latents", "output_type"}
+    tensors = {name for name in REQUEST_FIELDS if "embeds" in name or name.endswith("attention_mask")}
+    offered = BundleArguments.model_fields.keys() - {"timeout"}
+    assert offered | renamed | kept_back | tensors == REQUEST_FIELDS
+    assert not offered & (kept_back | tensors)
 
 
 def test_errors_of_the_pipeline_tell_their_argument() -> None:
