@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.metrics import CONTENT_TYPE, Metrics
 from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.traffic import Traffic
 
 
@@ -37,13 +38,25 @@ def health_routes(models: Models, metrics: Metrics, traffic: Traffic, doorkeeper
         """All metrics, in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
+    reloading = asyncio.Lock()
+
     @router.post("/admin/reload", tags=["admin"])
     async def reload() -> dict[str, Any]:
         """Read the keys again, open rebuilt bundles beside the versions in use, and replace those.
 
-        It answers when that is done.
+        It answers when that is done. A version whose successor cannot be opened stays in use.
         """
-        keys = "read" if await asyncio.to_thread(reload_keys, doorkeeper) else "unchanged, as the log says"
-        return {"keys": keys, "models": await asyncio.to_thread(models.reload)}
+        if reloading.locked():
+            raise Refusal("a reload is running", hint="come back later", status=409, code="reload_running")
+        async with reloading:
+            keys = await asyncio.to_thread(reload_keys, doorkeeper)
+            done = await asyncio.to_thread(models.reload)
+        if failed := [name for name, what in done.items() if what == "failed"]:
+            raise Refusal(
+                f"the new version of {', '.join(failed)} cannot be opened, and the old one stays in use",
+                hint="the log of the server says why",
+                code="reload_failed",
+            )
+        return {"keys": "read" if keys else "unchanged, as the log says", "models": done}
 
     return router

@@ -1,8 +1,7 @@
 """Runs the HTTP application with uvicorn until a signal ends it.
 
 SIGTERM and SIGINT end it in order: new work is refused, what is in flight is answered, and what takes too long is
-ended. A second signal ends it at once. SIGHUP opens rebuilt bundles and reads the
-keys again.
+ended. A second signal ends it at once. SIGHUP opens rebuilt bundles and reads the keys again.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 # The part of the time for ending that is kept for ending what is still in work, and at most how many seconds.
 _RESERVE, _MOST_RESERVE = 0.3, 3.0
 _LOOK_AGAIN = 0.05
-
-
 DEFAULTS = ServerOptions()
 
 
