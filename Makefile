@@ -7,6 +7,7 @@ BACKEND   ?= onnxruntime
 PRECISION ?= fp32
 PROMPT    ?= a red heart, flat style
 PORT      ?= 8000
+NAME      ?= $(notdir $(patsubst %/checkpoint,%,$(MODEL:/=)))
 RANGES    ?= $(dir $(OUT))ranges.safetensors
 PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,general).txt
 TESTS     ?= tests
@@ -107,16 +108,17 @@ parity: $(READY)  ## prove that the bundle OUT computes what MODEL computes; wri
 
 # Gradio needs pillow<13, and all else is tested with 13. So the page has an environment of its own, on top of the other.
 $(PAGED): $(READY) constraints-ui.txt
-	$(PYTHON) -m venv $(UI_VENV)
+	$(PYTHON) -m venv --without-pip $(UI_VENV)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(UI)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	grep -v '^pillow==' constraints.txt > $(UI_VENV)/constraints.txt
-	$(UI)/python -m pip install --quiet --constraint $(UI_VENV)/constraints.txt --constraint constraints-ui.txt --editable ".[ui]"
+	$(BIN)/pip --python $(UI)/python install --quiet --constraint $(UI_VENV)/constraints.txt \
+	  --constraint constraints-ui.txt --editable ".[ui]"
 	@touch $@
 
 serve: $(PAGED)  ## serve bundle OUT, with a page for browsers; builds it from MODEL if it is not there
 	[ -e $(OUT)/manifest.json ] || $(BIN)/ditc build $(MODEL) -o $(OUT)
-	$(UI)/ditc serve $(OUT) --ui --port $(PORT)
+	$(UI)/ditc serve --name $(NAME)=$(OUT) --ui --port $(PORT)
 
 test-ui: $(PAGED)  ## run the tests of the page; those that need Chromium are skipped where it is not installed
 	OMP_NUM_THREADS=1 $(UI)/python -m pytest tests/runtime/serving/ui -q -rs --durations=5

@@ -19,19 +19,17 @@ from ditc.runtime.spec import DENOISER
 PATIENCE = 20.0
 
 
-class Paced:
-    """A session that runs only as often as the test allows."""
+class Pace:
+    """Lets a session run only as often as the test allows."""
 
     def __init__(self, session: Any) -> None:
-        self._session = session
+        self._run = session.run
         self.allowed = threading.Semaphore(0)
+        session.run = self.run
 
     def run(self, *arguments: Any, **named: Any) -> Any:
         self.allowed.acquire()
-        return self._session.run(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+        return self._run(*arguments, **named)
 
 
 class Site:
@@ -52,8 +50,7 @@ class Site:
         self.url = f"http://127.0.0.1:{port}"
         with self.models.using() as model:
             self.scheduler = model.scheduler
-            self.denoiser = Paced(model.pipeline.sessions[DENOISER])
-            model.pipeline.sessions[DENOISER] = self.denoiser
+            self.denoiser = Pace(model.pipeline.sessions[DENOISER])
 
     def close(self) -> None:
         self.denoiser.allowed.release(10_000)

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 # What supervisors and load balancers ask, who have no key. Everything else needs one.
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 ADMIN = "/admin"
+# The page's files and events, of which a browser asks for dozens at a time, do not count as requests of a key.
+PAGE = "/ui/"
 
 Headers = Iterable[tuple[bytes, bytes]]
 _BEARER = re.compile(rb"bearer +([\x21-\x7e]{%d,%d})" % (SHORTEST_KEY, LONGEST_KEY), re.IGNORECASE)
@@ -83,12 +86,12 @@ class KeyHolders:
         """The owner of the key in the headers. Raises Refusal (401, or 403 for pages of others)."""
         sent = [value for name, value in headers if name == b"authorization"]
         if not sent:
-            raise self._needs_key("this server needs a key", "missing_api_key")
+            raise self._needs_key("this server needs a key", code="missing_api_key")
         shown = _shown_key(sent[0].strip(), self._browsers) if len(sent) == 1 else None
         key = None if shown is None else find_key(self._keys, shown)
         caller = None if key is None else self._callers.get(key.name)
         if caller is None:
-            raise self._needs_key("the key is wrong", "invalid_api_key")
+            raise self._needs_key("the key is wrong", code="invalid_api_key")
         if self._browsers:
             refuse_pages_of_others(headers)
         return caller
@@ -152,7 +155,7 @@ class Access:
                 status=403,
                 code="not_an_administrator",
             )
-        with caller.request():
+        with nullcontext() if scope["method"] == "GET" and path.startswith(PAGE) else caller.request():
             await self.app(scope, receive, send)
 
 

@@ -31,7 +31,7 @@ from ditc.runtime.serving.metrics import Metrics
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.request_ids import RequestIds
 from ditc.runtime.serving.request_limits import DEFAULTS, RequestLimits
-from ditc.runtime.serving.routes import add_routes, methods_of
+from ditc.runtime.serving.routes import add_routes
 from ditc.runtime.serving.traffic import CountTraffic, RefuseAtEnd, Traffic
 from ditc.runtime.serving.transport_limits import DEFAULTS as TRANSPORT
 from ditc.runtime.serving.transport_limits import TransportLimits
@@ -82,7 +82,4 @@ def create_app(
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    found = answer(error, request_id=request.state.request_id)
-    if found.status_code == 405 and (methods := methods_of(request.scope)):
-        found.headers["allow"] = ", ".join(methods)
-    return found
+    return answer(error, request_id=request.state.request_id)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import ParamSpec, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ditc.runtime.png import write_png
 from ditc.runtime.serving.asked import Format
@@ -62,11 +62,8 @@ def encode(picture: Image.Image, form: Format, quality: int, settings: Mapping[s
 
 
 def enlarged(preview: Image.Image, width: int, height: int) -> Image.Image:
-    """A preview, which has one pixel per latent cell, at the size of its picture.
-
-    It is cropped as the picture is, where that is drawn at another size than it was asked for.
-    """
-    return ImageOps.fit(preview, (width, height), Image.Resampling.BICUBIC)
+    """A preview, which has one pixel per latent cell, at the size of its picture."""
+    return preview.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _exif(settings: Mapping[str, str]) -> Image.Exif:

@@ -14,6 +14,8 @@ from PIL import Image
 from ditc.runtime.png import picture_settings, write_png
 from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
+from ditc.runtime.serving.admission import work_of
+from ditc.runtime.serving.callers import Caller
 from ditc.runtime.serving.errors import refusal_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
 from ditc.runtime.serving.model import Model
@@ -52,6 +54,7 @@ def views(
     wanted: Callable[[], Request],
     *,
     limits: RequestLimits,
+    caller: Caller,
     visitors: Visitors,
     visit: str,
 ) -> Iterator[View]:
@@ -61,6 +64,7 @@ def views(
 
     Args:
         wanted: reads the form; what a client has sent may be of other types than the page sends.
+        caller: whose allowance is used.
     """
     id = new_id()
     try:
@@ -71,10 +75,12 @@ def views(
         yield View(html.progress("Opening the model"))
         with models.using(name) as model:
             events: SimpleQueue[Event] = SimpleQueue()
-            limits.check_plan(model.pipeline.plan(request))
-            job = model.submit(request, events.put, id=id, previews=PREVIEWS)
-            with visitors.working(visit, lambda: model.scheduler.cancel(job)):
-                yield from _follow(model, job, events)
+            plan = model.plan(request)
+            limits.check_plan(plan)
+            with caller.drawing(work_of(plan)):
+                job = model.scheduler.submit(plan, events.put, id=id, previews=PREVIEWS)
+                with visitors.working(visit, lambda: model.scheduler.cancel(job)):
+                    yield from _follow(model, job, events)
     except Exception as e:
         refusal = refusal_of(e)
         if refusal is None:

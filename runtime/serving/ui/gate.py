@@ -1,19 +1,21 @@
 """Lets through only what the page needs of Gradio's application, which has many more routes.
 
 Gradio can also receive and serve files, run functions by name, relay requests to other servers and talk to a code
-assistant. The page uses none of it, so those paths do not exist here: its pictures travel inside of events.
+assistant. The page uses none of it, so those paths do not exist here: its pictures travel inside of events. Who may
+come in at all, and from which sites, was decided before (`access.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ditc.runtime.serving.errors import answer
 from ditc.runtime.serving.ui.visitors import Visitors
 
 PAGE = "/"
@@ -49,25 +51,19 @@ class Gate:
             self._start()
         path = scope["path"].removeprefix(scope.get("root_path", "")) or PAGE
         if not OPEN.fullmatch(f"{scope['method']} {path}"):
-            await refuse(404, "not_found", "the page has no such path")(scope, receive, send)
-        elif path != PAGE and not from_this_site(Headers(scope=scope)):
-            await refuse(403, "cross_site", "another site has sent this request")(scope, receive, send)
+            await answer(HTTPException(404))(scope, receive, send)
         elif path == EVENTS:
-            visit = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-            with self._visitors.streaming(visit):
+            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+            with self._visitors.streaming(visit_of(scope, session)):
                 await self._app(scope, receive, guarded(send))
         else:
             # Gradio's page restores saved states and runs other modes by its query.
             await self._app({**scope, "query_string": b""}, receive, guarded(send))
 
 
-def from_this_site(headers: Headers) -> bool:
-    """Whether a browser sent the request from this site's own page. Programs, which send no such header, may."""
-    site = headers.get("sec-fetch-site")
-    if site is not None:
-        return site in ("same-origin", "none")
-    origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+def visit_of(scope: Scope, session: str) -> str:
+    """The name of a visit. Browsers choose the name of their session, so it counts only for one key."""
+    return f"{scope['state']['key_name']} {session}"
 
 
 def guarded(send: Send) -> Send:
@@ -84,8 +80,3 @@ def guarded(send: Send) -> Send:
         await send(message)
 
     return wrapped
-
-
-def refuse(status: int, code: str, message: str) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status)

@@ -20,7 +20,7 @@ from ditc.runtime.serving.request_limits import RequestLimits
 from ditc.runtime.serving.ui import html
 from ditc.runtime.serving.ui.draw import views
 from ditc.runtime.serving.ui.form import Form, form_of
-from ditc.runtime.serving.ui.gate import Gate
+from ditc.runtime.serving.ui.gate import Gate, visit_of
 from ditc.runtime.serving.ui.visitors import Visitors
 from ditc.runtime.spec import Range
 
@@ -106,7 +106,7 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
                             label="Seed", value=0, precision=0, minimum=0, min_width=140, elem_id="ditc-seed"
                         )
                         chance = gr.Checkbox(
-                            label="A new seed every time", value=True, min_width=140, elem_id="ditc-random"
+                            label="New seed each time", value=True, min_width=140, elem_id="ditc-random"
                         )
             with gr.Column(scale=7, min_width=320, elem_classes="ditc-right"):
                 result = gr.HTML(html.EMPTY, elem_id="ditc-result")
@@ -120,14 +120,21 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
             chance: bool,
             *fields: Any,
         ) -> Iterator[tuple[Any, ...]]:
-            visit = request.session_hash or ""
-            wanted = partial(_request, forms, name, prompt, seed, chance, *fields)
-            for view in views(models, name, wanted, limits=limits, visitors=visitors, visit=visit):
+            shown = views(
+                models,
+                name,
+                partial(_request, forms, name, prompt, seed, chance, *fields),
+                limits=limits,
+                caller=request.request.state.caller,
+                visitors=visitors,
+                visit=_visit(request),
+            )
+            for view in shown:
                 seed_used = gr.skip() if view.seed is None else view.seed
                 yield view.html, seed_used, _button(view.ended), _button(not view.ended)
 
         def cancels(request: gr.Request) -> None:
-            visitors.cancel(request.session_hash or "")
+            visitors.cancel(_visit(request))
 
         gr.on(
             [draw.click, prompt.submit],
@@ -152,6 +159,10 @@ QUICK: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
 }
+
+
+def _visit(request: gr.Request) -> str:
+    return visit_of(request.request.scope, request.session_hash or "")
 
 
 def _button(active: bool) -> Any:

