@@ -80,13 +80,18 @@ def answer(error: Exception, *, request_id: str = "") -> JSONResponse:
     """
     refusal = refusal_of(error)
     if refusal is None:
-        log.error("request %s failed:\n%s", request_id, _where(error))
-        log.debug("request %s: %s", request_id, error)
+        log_failure(error, request_id)
         refusal = Refusal("the server has failed", hint="its log says more under the id of this request")
     headers = headers_of(refusal)
     if isinstance(error, HTTPException) and error.status_code == 405:
         headers.update(error.headers or {})  # the methods that are allowed
     return JSONResponse(body_of(refusal), refusal.status, headers)
+
+
+def log_failure(error: Exception, request_id: str) -> None:
+    """Log where an error was raised. Its message may quote a prompt, so only -vv shows it."""
+    log.error("request %s failed:\n%s", request_id, _where(error))
+    log.debug("request %s: %s", request_id, error)
 
 
 def refusal_of(error: Exception) -> Refusal | None:

@@ -12,7 +12,6 @@ less progress and fewer previews. Comments keep connections open while nothing h
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import time
@@ -23,13 +22,11 @@ from ditc.runtime.serving.answers import PartialEvent, ProgressEvent
 from ditc.runtime.serving.bodies import base64, completed_event, drawn
 from ditc.runtime.serving.drawing import Drawing
 from ditc.runtime.serving.encoding import Encoder, encode, enlarged
-from ditc.runtime.serving.errors import body_of, refusal_of
+from ditc.runtime.serving.errors import body_of, log_failure, refusal_of
 from ditc.runtime.serving.job import Preview, Progress
 from ditc.runtime.serving.ongoing import Ongoing
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.results import Result
-
-log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -57,7 +54,7 @@ async def events_of(
     except Exception as error:  # the status has been sent
         refusal = refusal_of(error)
         if refusal is None:
-            log.exception("an answer could not be made")
+            log_failure(error, "with events")
             refusal = Refusal("the server has failed")
         yield _named("error", json.dumps({"type": "error", **body_of(refusal)}))
         return

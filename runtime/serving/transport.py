@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import socket
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -26,6 +28,9 @@ from ditc.runtime.serving.errors import body_of, headers_of
 from ditc.runtime.serving.refusals import Overloaded, Refusal
 from ditc.runtime.serving.request_ids import new_id
 from ditc.runtime.serving.transport_limits import TransportLimits
+
+log = logging.getLogger(f"{__name__}.uvicorn")
+log.setLevel(logging.ERROR)
 
 # Seconds in which a client can read why its body was refused, while it is still sending it.
 LINGER = 2.0
@@ -119,9 +124,9 @@ class LimitedProtocol(H11Protocol):
         connections: Connections,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.access_log = (
-            False  # it would have the queries, and logging by the root is enough to switch it on
-        )
+        # uvicorn's lines about requests have their queries, and a logger of the root switches them on. It also warns of
+        # every broken request, with which strangers could fill the log.
+        self.access_log, self.logger = False, log
         self.all, self.limits = connections, connections.limits
         self.conn: StrictConnection = StrictConnection(h11.SERVER, self.limits.max_header_bytes)
         self._deaf = False  # what still comes is thrown away
@@ -248,7 +253,8 @@ class LimitedProtocol(H11Protocol):
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with suppress(OSError):  # the client has gone away in this moment
+                self.transport.write_eof()
         self.loop.call_later(LINGER, self.transport.abort)
 
     def _close_in_time(self) -> None:

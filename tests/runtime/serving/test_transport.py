@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import random
 import resource
 import socket
 import time
@@ -244,6 +246,33 @@ def test_what_is_not_http_or_ambiguous_is_refused(hasty: ServerThread, sent: byt
         answer = read_answer(connection)
         assert (answer.status, answer.error["code"]) == (400, "invalid_http")
         assert is_cut_off(connection)  # what follows is not answered
+    assert answers_a_good_client(hasty)
+
+
+def test_damaged_requests_are_answered_or_cut_off_and_leave_the_log_alone(
+    hasty: ServerThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(11)
+    body = b'{"prompt": "a", "model": "none"}'
+    whole = [
+        GET,
+        POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body),
+        POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(body, 7),
+    ]
+    statuses = set()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(300):
+            data = bytearray(rng.choice(whole))
+            for _ in range(rng.randint(1, 4)):
+                place, length = rng.randrange(len(data)), rng.choice((0, 1, 1, 5))
+                data[place : place + length] = rng.choice((b"\r\n", b"\0", b"\xff", b":", b"9", b" ", b""))
+            with hasty.connect() as connection:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                answer = read_answer(connection)
+            statuses.add(None if answer is None else answer.status)
+    assert 400 in statuses and not {status for status in statuses if status and status >= 500}
+    assert not caplog.text
     assert answers_a_good_client(hasty)
 
 
