@@ -8,9 +8,11 @@ from collections.abc import Collection, Sequence
 from ditc.runtime import denoise
 from ditc.runtime.batch import STEADY_RUN, Batch, padded_sizes
 from ditc.runtime.serving.policy import BatchKey
-from ditc.runtime.serving.step_times import MAX_KEYS
 from ditc.runtime.session import Session
 from ditc.runtime.state import DenoiseState
+
+# How many sizes of batches and latents have a count of their runs. Clients choose the latter.
+MAX_RUNS = 1024
 
 
 class Batches:
@@ -41,11 +43,11 @@ class Batches:
 
         To be asked after every step. It is False while the session prepares its graph for this number of pictures.
         """
-        if not self._sizes:
+        if self._session.device.kind == "cpu":
             return True
-        if len(self._runs) >= MAX_KEYS * len(self._sizes):
+        if len(self._runs) >= MAX_RUNS:
             self._runs.clear()
-        padded = next(size for size in self._sizes if size >= count)
+        padded = next((size for size in self._sizes if size >= count), count)
         self._runs[key, padded] += 1
         return self._runs[key, padded] >= STEADY_RUN
 

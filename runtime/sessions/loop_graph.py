@@ -90,17 +90,13 @@ class Loop:
         sizes = {name: size_of(shape, dtype) for name, shape, dtype in (*plan.inputs, *plan.outputs)}
         self._carried = {inp: out for out, inp in plan.carry}
         self._offsets, self.row_bytes = _row(plan.per_step, sizes)
-        self._blocks: list[int] = []
-        self._table = self._allocate(self.row_bytes * plan.count)
-        self._slots = {inp: (self._allocate(sizes[inp]), self._allocate(sizes[inp])) for inp in self._carried}
-        self._kept = {name: self._allocate(aligned(sizes[name]) * plan.count) for name in plan.keep}
-        fed_back = set(self._carried.values())
-        self._last = {
-            name: self._allocate(sizes[name])
-            for name, _, _ in plan.outputs
-            if name not in fed_back and name not in plan.keep
-        }
         self._sizes = sizes
+        self._blocks: list[int] = []
+        try:
+            self._allocate_all()
+        except BaseException:
+            self.close()
+            raise
         self._captured_with = (0, 0)
 
     def start(self, name: str) -> int:
@@ -196,6 +192,16 @@ class Loop:
             column = np.stack([feeds[name] for feeds in per_step])
             table[:, offset : offset + self._sizes[name]] = column.view(np.uint8).reshape(self.plan.count, -1)
         return table
+
+    def _allocate_all(self) -> None:
+        plan, sizes = self.plan, self._sizes
+        self._table = self._allocate(self.row_bytes * plan.count)
+        self._slots = {inp: (self._allocate(sizes[inp]), self._allocate(sizes[inp])) for inp in self._carried}
+        self._kept = {name: self._allocate(aligned(sizes[name]) * plan.count) for name in plan.keep}
+        others = [
+            name for name, _, _ in plan.outputs if name not in dict(plan.carry) and name not in plan.keep
+        ]
+        self._last = {name: self._allocate(sizes[name]) for name in others}
 
     def _allocate(self, size_bytes: int) -> int:
         pointer = self._device.allocate(size_bytes)

@@ -7,6 +7,7 @@ workspace  one for all stages of the device, because they run one after the othe
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,9 +23,11 @@ from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
 from ditc.runtime.sessions.dlpack import Foreign
 from ditc.runtime.sessions.engine import Context, Engine, Shape
-from ditc.runtime.sessions.loop_graph import Loop, check_steps, loop_plan
+from ditc.runtime.sessions.loop_graph import Loop, LoopPlan, check_steps, loop_plan
 from ditc.runtime.sessions.shapes import check_feeds, choose_profile
 from ditc.runtime.spec import DType, StageSpec
+
+log = logging.getLogger(__name__)
 
 # How many loops of several steps keep their buffers and graphs. Each size and number of steps is a loop.
 MAX_LOOPS = 8
@@ -132,9 +135,7 @@ class TensorRTSession:
                 return
             self._closed = True
             self._device.synchronize()
-            for loop in self._loops.values():
-                loop.close()
-            self._loops.clear()
+            self._close_loops()
             for pool in (*self._pools.values(), *self._tables.values()):
                 pool.close()
             for pointer in self._inputs.values():
@@ -288,13 +289,29 @@ class TensorRTSession:
         }
         if plan not in self._loops:
             self._make_room(single=plan.count == 1)
-            # A graph is replayed with the state of its context, which other shapes would change. So every loop has its
-            # own context (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
-            own = self._engine.context(profile, self._device.stream)
-            self._set_shapes(own, {name: shape for name, (shape, _) in inputs.items()})
-            self._loops[plan] = Loop(self._device, own, plan, constants, self._engine.last_error)
+            try:
+                self._loops[plan] = self._new_loop(profile, plan, constants)
+            except SessionError as e:
+                if not self._loops:
+                    raise
+                log.info(
+                    "%s: all loops are closed, as there may be no memory for another: %s", self.spec.name, e
+                )
+                self._close_loops()
+                self._loops[plan] = self._new_loop(profile, plan, constants)
         self._loops.move_to_end(plan)
         return self._loops[plan]
+
+    def _new_loop(self, profile: int, plan: LoopPlan, constants: Mapping[str, int]) -> Loop:
+        # A graph is replayed with the state of its context, which other shapes would change. So every loop has its own
+        # context (TensorRT, best practices, "CUDA Graphs": one execution context for each captured graph).
+        own = self._engine.context(profile, self._device.stream)
+        self._set_shapes(own, {name: shape for name, shape, _ in plan.inputs})
+        return Loop(self._device, own, plan, constants, self._engine.last_error)
+
+    def _close_loops(self) -> None:
+        while self._loops:
+            self._loops.popitem()[1].close()
 
     def _make_room(self, *, single: bool) -> None:
         """Close the loops of this kind that were used longest ago, so that one more may be opened."""

@@ -113,6 +113,27 @@ def test_single_steps_have_a_bound_of_their_own(gpu: Gpu, monkeypatch: pytest.Mo
     assert [plan.count for plan in gpu.denoiser._loops] == [5, 3, 1, 1]
 
 
+def test_a_loop_that_needs_the_memory_of_others_gets_it_and_a_failed_one_leaves_none_behind(gpu: Gpu) -> None:
+    def step(side: int) -> None:
+        request = Request(prompt="red cat", **{**SETTINGS, "height": side, "width": side})
+        Batch(gpu.denoiser).step(gpu.pipeline.start(gpu.pipeline.plan(request)))
+
+    step(64)
+    step(32)
+    (state,) = gpu.pipeline.start(gpu.pipeline.plan(Request(prompt="red cat", **SETTINGS)))
+    denoise.advance(gpu.denoiser, state, 3)
+    assert len(gpu.denoiser._loops) == 3
+    gpu.cuda.total_bytes = gpu.cuda.used() + 4096  # less than the table of a loop of 5 steps with its buffers
+    denoise.advance(gpu.denoiser, state, 5)
+    assert [plan.count for plan in gpu.denoiser._loops] == [5]
+    gpu.denoiser._close_loops()
+    used = gpu.cuda.used()
+    gpu.cuda.total_bytes = used + 4096
+    with pytest.raises(SessionError, match="out of GPU memory"):
+        denoise.advance(gpu.denoiser, state, 5)
+    assert gpu.cuda.used() == used
+
+
 @pytest.mark.parametrize("how", ["library", "driver"])
 def test_a_loop_that_cannot_be_captured_runs_step_by_step(tiny_bundle: Path, expected: Any, how: str) -> None:
     gpu = Gpu(tiny_bundle, FakeCuda(refuse_capture=how == "driver"), can_capture=how != "library")
