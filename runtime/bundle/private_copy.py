@@ -18,6 +18,7 @@ from ditc.runtime.bundle.manifest import FileRef
 from ditc.runtime.errors import BundleError, OutputError, UsageError
 
 PREFIX = "ditc-copy-"
+_in_use: set[Path] = set()  # the folders of this process
 HINT = "let the environment variable TMPDIR name a folder on another disk"
 
 
@@ -77,15 +78,23 @@ def remove_leftovers(place: Path) -> None:
             os.close(lock)
 
 
+def remove_own() -> None:
+    """Remove the folders of this process, which ends at once while a thread of it may be copying."""
+    for folder in list(_in_use):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def _locked_folder(place: Path) -> Iterator[Path]:
     """A new folder, removed after the block, whose lock says that its process is alive."""
     folder, lock = _new_folder(place)
+    _in_use.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+        _in_use.discard(folder)
 
 
 def _new_folder(place: Path) -> tuple[Path, int]:

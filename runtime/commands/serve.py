@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import threading
 from pathlib import Path
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.serving.app import create_app
     from ditc.runtime.serving.metrics import Metrics
     from ditc.runtime.serving.open_files import with_open_files
-    from ditc.runtime.serving.server import Server, listen, url_of
+    from ditc.runtime.serving.server import Server, end_at_once, listen, url_of
     from ditc.runtime.serving.settings import ServerOptions
     from ditc.runtime.serving.traffic import Traffic
 
@@ -81,10 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         server.run(sockets=[listener])
     if opening.error is not None:
         raise opening.error
-    if not server.closed:  # a thread is inside of a library, which must not be taken down around it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if not server.closed:
+        end_at_once(0)
     return 0
 
 

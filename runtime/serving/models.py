@@ -12,57 +12,25 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 from ditc.runtime.bundle.manifest import load_manifest
-from ditc.runtime.errors import DitcError, UsageError
+from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.serving.admission import Admission
 from ditc.runtime.serving.model import Model, expected_bytes, open_model
 from ditc.runtime.serving.observer import UNOBSERVED, Observer
 from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
+from ditc.runtime.serving.room import Room
 from ditc.runtime.serving.scheduler import DEFAULTS as SCHEDULED
 from ditc.runtime.serving.settings import SchedulerOptions
+from ditc.runtime.serving.slot import ModelState, Slot, state_of
 
 log = logging.getLogger(__name__)
 
 # Seconds after a failed load in which the bundle is not tried again, by the number of failures.
 FAILURE_PAUSES = (5.0, 10.0, 30.0, 60.0)
-# How many seconds a load waits for models that are in use to give back their memory.
-ROOM_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelState:
-    """What clients may know of a model's state.
-
-    Attributes:
-        state: ready, loading, not_loaded, failed or unavailable.
-        reason: in a sentence, if it is not ready.
-        awaited: whether the server is not ready without it.
-    """
-
-    name: str
-    state: str
-    reason: str = ""
-    awaited: bool = False
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A name, and what is opened under it."""
-
-    name: str
-    bundle: Path
-    model: Model | None = None  # the version for new requests
-    loading: Future[None] | None = None  # done when the load has ended, in any way
-    used: float = 0.0
-    size_bytes: int = 0  # what the last version took
-    error: DitcError | None = None  # of the last load
-    failures: int = 0
-    again: float = 0.0  # when to try again
 
 
 class Models:
@@ -92,12 +60,11 @@ class Models:
         self.budget = budget
         self._load_options, self._scheduled, self._observe = load, scheduled, observe
         self._warm_up_seconds = warm_up_seconds
-        self._slots = {name: _Slot(name, path) for name, path in self.bundles.items()}
+        self._slots = {name: Slot(name, path) for name, path in self.bundles.items()}
         self.awaited = tuple(self.names[:1] if awaited is None else awaited)
         self._missing = set(self.awaited)  # those of the awaited that have not been opened yet
-        self._retired: set[Model] = set()  # replaced, and not closed yet
-        self._closing = False
-        self._changed = threading.Condition()
+        self._room = Room(self._slots.values(), budget)
+        self._changed = self._room.changed
         self._turn = (
             threading.Lock()
         )  # one bundle is loaded at a time, so that each sees the memory that is left
@@ -177,7 +144,7 @@ class Models:
     def states(self) -> tuple[ModelState, ...]:
         """The state of every model, in words for clients."""
         with self._changed:
-            return tuple(self._state(slot) for slot in self._slots.values())
+            return self._states()
 
     def opened(self, name: str) -> Model | None:
         """The model of this name if it is open. It may be closed at any time, so it is only good for looking at."""
@@ -193,13 +160,13 @@ class Models:
     def ready(self) -> bool:
         """Whether all awaited models have been opened, and all that are open can draw."""
         with self._changed:
-            states = [self._state(slot) for slot in self._slots.values()]
-            return not self._closing and not any(s.awaited or s.state == "unavailable" for s in states)
+            broken = any(state.awaited or state.state == "unavailable" for state in self._states())
+            return not broken and not self._room.closing
 
     @property
     def closing(self) -> bool:
         """Whether `close` was called."""
-        return self._closing
+        return self._room.closing
 
     @property
     def idle(self) -> bool:
@@ -217,9 +184,9 @@ class Models:
         """
         end = None if timeout is None else monotonic() + timeout
         with self._changed:
-            self._closing = True
+            self._room.closing = True
             models = [
-                *self._retired,
+                *self._room.retired,
                 *(slot.model for slot in self._slots.values() if slot.model is not None),
             ]
             loading = any(slot.loading is not None for slot in self._slots.values())
@@ -233,7 +200,7 @@ class Models:
 
     # --- taking and giving back
 
-    def _slot(self, name: str | None) -> _Slot:
+    def _slot(self, name: str | None) -> Slot:
         slot = self._slots.get(self.names[0] if name is None else name)
         if slot is None:
             raise Invalid(
@@ -245,10 +212,10 @@ class Models:
             )
         return slot
 
-    def _take(self, slot: _Slot) -> Model | Future[None]:
+    def _take(self, slot: Slot) -> Model | Future[None]:
         """The model, with one more user, or what to wait for before the next try."""
         with self._changed:
-            if self._closing:
+            if self._room.closing:
                 raise Unavailable("the server is shutting down", hint="come back later", retry_after=1.0)
             self._drop_stopped(slot)
             if slot.model is not None:
@@ -266,40 +233,22 @@ class Models:
     def _leave(self, model: Model) -> None:
         with self._changed:
             model.users -= 1
-            if model.users == 0 and model in self._retired:
-                self._close_apart(model)
+            if model.users == 0 and model in self._room.retired:
+                self._room.close_apart(model)
             self._changed.notify_all()
 
-    def _retire(self, model: Model) -> None:
-        """Close a version after its last request. The caller holds the lock."""
-        self._retired.add(model)
-        if model.users == 0:
-            self._close_apart(model)
-
-    def _close_apart(self, model: Model) -> None:
-        """Close a version on a thread of its own, because that waits for the step that is running."""
-
-        def close() -> None:
-            model.scheduler.close()
-            with self._changed:
-                self._retired.discard(model)
-                self._changed.notify_all()
-            log.info("%s version %.12s is closed", model.name, model.digest)
-
-        threading.Thread(target=close, name="ditc-close", daemon=True).start()
-
-    def _drop_stopped(self, slot: _Slot) -> None:
+    def _drop_stopped(self, slot: Slot) -> None:
         """Replace a version whose thread has died. The caller holds the lock."""
         if slot.model is not None and slot.model.scheduler.stopped:
             log.error("the scheduler of %s has stopped, so it is opened again", slot.name)
-            self._retire(slot.model)
+            self._room.retire(slot.model)
             slot.model = None
             self._missing.add(slot.name)
             self._load(slot)
 
     # --- loading
 
-    def _load(self, slot: _Slot) -> Future[None]:
+    def _load(self, slot: Slot) -> Future[None]:
         """Begin to open the bundle, unless somebody has. The caller holds the lock."""
         if slot.loading is None:
             slot.loading = Future()
@@ -309,14 +258,14 @@ class Models:
             thread.start()
         return slot.loading
 
-    def _open_into(self, slot: _Slot, loading: Future[None]) -> None:
+    def _open_into(self, slot: Slot, loading: Future[None]) -> None:
         """Open the newest version of a bundle, and let new requests use it."""
         model, error = None, None
         try:
             with self._turn:
                 log.info("opening %s", slot.name)
                 expected = expected_bytes(slot.bundle, self._load_options)
-                self._make_room(slot, max(expected, min(slot.size_bytes, self.budget or 0)))
+                self._room.make_room(slot, max(expected, min(slot.size_bytes, self.budget or 0)))
                 model = open_model(
                     slot.name,
                     slot.bundle,
@@ -342,55 +291,15 @@ class Models:
                 old, slot.model = slot.model, model
                 slot.failures, slot.again, slot.size_bytes = 0, 0.0, model.size_bytes
                 self._missing.discard(slot.name)
-                if self._closing:
+                if self._room.closing:
                     old, slot.model = model, None
                 if old is not None:
-                    self._retire(old)
+                    self._room.retire(old)
+                self._room.keep_to_budget(slot)
             self._changed.notify_all()
         loading.set_result(None)
 
-    def _make_room(self, slot: _Slot, needed: int) -> None:
-        """Close models that are not in use, the least recently used first, until the bundle fits into the budget.
-
-        Raises:
-            UsageError: it would not fit alone.
-            Unavailable: those that would have to go are in use.
-        """
-        budget, end = self.budget, monotonic() + ROOM_SECONDS
-        if budget is None:
-            return
-        if needed > budget:
-            raise UsageError(
-                f"{slot.bundle} takes about {needed / 1e9:.2f} GB, and the memory budget is {budget / 1e9:.2f} GB",
-                hint="set a larger --memory-budget",
-            )
-        with self._changed:
-            while True:
-                open_ = [one for one in self._slots.values() if one.model is not None]
-                kept = sum(one.model.size_bytes for one in open_ if one.model is not None)
-                going = sum(model.size_bytes for model in self._retired)
-                if kept + going + needed <= budget:
-                    return
-                idle = [
-                    one for one in open_ if one is not slot and one.model is not None and not one.model.users
-                ]
-                if kept + needed > budget and idle:
-                    oldest = min(idle, key=lambda one: one.used)
-                    assert oldest.model is not None
-                    log.info("%s makes room for %s", oldest.name, slot.name)
-                    self._retire(oldest.model)
-                    oldest.model = None
-                    continue
-                left = end - monotonic()
-                if left <= 0 or self._closing or (kept + needed > budget and open_ == [slot]):
-                    raise Unavailable(
-                        f"there is no memory for {slot.name} beside what is in use",
-                        hint="come back later",
-                        retry_after=5.0,
-                    )
-                self._changed.wait(left)
-
-    def _reloaded(self, slot: _Slot) -> str:
+    def _reloaded(self, slot: Slot) -> str:
         if (earlier := slot.loading) is not None:
             earlier.result()
         with self._changed:
@@ -413,26 +322,11 @@ class Models:
                 return "failed"
             return "reloaded"
 
-    # --- states
-
-    def _state(self, slot: _Slot) -> ModelState:
+    def _states(self) -> tuple[ModelState, ...]:
         """The caller holds the lock."""
-        self._drop_stopped(slot)
-        awaited = slot.name in self._missing
-        if slot.model is not None:
-            problem = slot.model.scheduler.problem
-            return ModelState(
-                name=slot.name, state="unavailable" if problem else "ready", reason=problem, awaited=awaited
-            )
-        if slot.loading is not None:
-            return ModelState(name=slot.name, state="loading", reason="it is being opened", awaited=awaited)
-        if slot.error is not None:
-            return ModelState(
-                name=slot.name, state="failed", reason="it could not be opened", awaited=awaited
-            )
-        return ModelState(
-            name=slot.name, state="not_loaded", reason="it is opened when it is asked for", awaited=awaited
-        )
+        for slot in self._slots.values():
+            self._drop_stopped(slot)
+        return tuple(state_of(slot, awaited=slot.name in self._missing) for slot in self._slots.values())
 
 
 def _too_late(name: str) -> TooLate:

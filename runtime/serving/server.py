@@ -11,14 +11,17 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from ditc.runtime.bundle.private_copy import remove_own
 from ditc.runtime.errors import UsageError
 from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.models import Models
@@ -66,6 +69,14 @@ def url_of(listener: socket.socket) -> str:
     """The URL of the address that the socket is bound to."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process although threads are inside of libraries, which must not be taken down around them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    remove_own()
+    os._exit(code)
 
 
 class Server(uvicorn.Server):
@@ -131,7 +142,7 @@ class Server(uvicorn.Server):
     def _on_signal(self, number: signal.Signals) -> None:
         if self._ending is not None:
             log.warning("a second signal ends the server at once")
-            os._exit(128 + number)
+            end_at_once(128 + number)
         self._begin_to_end(number.name)
 
     def _begin_to_end(self, why: str) -> None:

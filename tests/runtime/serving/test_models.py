@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.errors import DitcError, NumericsError, SessionError
@@ -23,11 +25,13 @@ from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving import models as module
+from ditc.runtime.serving import room
 from ditc.runtime.serving.admission import Admission
 from ditc.runtime.serving.job import Event, Finished, Refused
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.serving.room import Held, to_close
 from ditc.runtime.serving.settings import Bounds
 
 REQUEST = Request(prompt="red cat", num_inference_steps=3, height=64, width=64, seed=3, output_type="pil")
@@ -54,20 +58,21 @@ class FakeScheduler:
 
 
 class Fakes:
-    """Opens fake models of one byte each, and counts them."""
+    """Opens fake models, which are expected to take one byte, and counts them."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.go_on = threading.Event()
         self.go_on.set()
         self.fails: Exception | None = None
+        self.size_bytes = 1
 
     def open(self, name: str, bundle: Path, **options: Any) -> Model:
         self.opened.append(name)
         assert self.go_on.wait(PATIENCE)
         if self.fails is not None:
             raise self.fails
-        return Model(name=name, scheduler=FakeScheduler(), digest="1", size_bytes=1)  # type: ignore[arg-type]
+        return Model(name=name, scheduler=FakeScheduler(), digest="1", size_bytes=self.size_bytes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -173,12 +178,12 @@ def test_a_model_that_has_no_room_beside_those_in_use_waits_and_is_then_refused(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = of_names("a", "b", budget=1)
-    monkeypatch.setattr(module, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(room, "ROOM_SECONDS", 0.05)
     with models.using("a") as a:
         with pytest.raises(Refusal) as caught, models.using("b"):
             pass
         assert caught.value.status == 503 and not a.scheduler.closed
-        monkeypatch.setattr(module, "ROOM_SECONDS", PATIENCE)
+        monkeypatch.setattr(room, "ROOM_SECONDS", PATIENCE)
         models._slots["b"].again = 0.0
         entered = threading.Event()
 
@@ -191,6 +196,39 @@ def test_a_model_that_has_no_room_beside_those_in_use_waits_and_is_then_refused(
         until(lambda: models._slots["b"].loading is not None)
     assert entered.wait(PATIENCE) and a.scheduler.closed
     thread.join()
+
+
+def test_a_model_that_takes_more_than_was_expected_makes_others_go(fakes: Fakes) -> None:
+    models = of_names("a", "b", "c", budget=3)
+    models.open("a")
+    models.open("b")
+    fakes.size_bytes = 2
+    models.open("c")
+    assert states(models) == {"a": "not_loaded", "b": "ready", "c": "ready"}
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans()), max_size=8),
+    budget=st.integers(-5, 40),
+)
+def test_what_goes_is_enough_and_not_in_use_and_the_least_recently_used(
+    sizes: list[tuple[int, int, bool]], budget: int
+) -> None:
+    held = [
+        Held(name=str(i), size_bytes=size, used=used, stays=stays)
+        for i, (size, used, stays) in enumerate(sizes)
+    ]
+    names = to_close(held, budget)
+    left = [one for one in held if one.name not in (names or ())]
+    if names is None:
+        assert sum(one.size_bytes for one in held if one.stays) > budget
+        return
+    gone = [one for one in held if one.name in names]
+    assert sum(one.size_bytes for one in left) <= budget and not any(one.stays for one in gone)
+    assert all(one.used <= other.used for one in gone for other in left if not other.stays)
+    if names:
+        last = held[int(names[-1])]
+        assert sum(one.size_bytes for one in [*left, last]) > budget
 
 
 def test_a_bundle_that_is_larger_than_the_budget_is_refused(
@@ -276,7 +314,7 @@ def test_a_reload_swaps_a_rebuilt_bundle_and_loses_no_request(real: Models, bund
         assert np.array_equal(
             picture(draw(old)), expected
         )  # it began before, so it ends with what it began with
-    until(lambda: not real._retired)
+    until(lambda: not real._room.retired)
     with pytest.raises(SessionError):
         old.pipeline.plan(REQUEST)
 
@@ -316,7 +354,7 @@ def test_many_reloads_leave_nothing_open(real: Models, bundle: Path, monkeypatch
         assert real.reload() == {"tiny": "reloaded"}
         with real.using() as model:
             assert isinstance(draw(model), Finished)
-        until(lambda: not real._retired)
+        until(lambda: not real._room.retired)
     assert len(opened) == 6 and closed == opened[:5]
     until(lambda: not gc.collect() and [one for one in opened if one() is not None] == opened[5:])
 
