@@ -166,6 +166,43 @@ def test_the_work_of_a_key_is_counted_when_it_draws(tiny_bundle: Path, tmp_path:
     models.close()
 
 
+def test_the_official_client_raises_its_exceptions_and_repeats_nothing_in_vain(
+    guarded: ServerThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    openai = pytest.importorskip("openai")
+
+    def error_of(server: ServerThread, key: str, retries: int = 3, **fields: object) -> Exception:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        asked = {"prompt": "a cat", "model": "none", **fields}
+        with (
+            openai.OpenAI(base_url=url, api_key=key, max_retries=retries) as client,
+            caplog.at_level(logging.INFO),
+        ):
+            caplog.clear()
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.images.generate(**asked)
+        assert caught.value.request_id and caught.value.body["code"] == caught.value.code
+        return caught.value
+
+    def times_asked() -> int:
+        return caplog.text.count("POST /v1/images/generations ")
+
+    for key, fields, kind in (
+        ("wrong-0123456789abcdef", {}, openai.AuthenticationError),
+        (ALICE, {}, openai.NotFoundError),
+        (ALICE, {"n": 0}, openai.BadRequestError),
+        (ALICE, {"prompt": "a" * 2**20}, openai.APIStatusError),
+    ):
+        assert isinstance(error_of(guarded, key, **fields), kind)
+        assert times_asked() == 1
+    entry = {"name": "alice", "key": ALICE, "requests_per_minute": 1}
+    with server_thread(doorkeeper=KeyHolders(key_file(tmp_path, {"keys": [entry]}))) as server:
+        server.ask("GET", "/v1/models", headers=bearer(ALICE))
+        error = error_of(server, ALICE, retries=0)
+        assert isinstance(error, openai.RateLimitError)
+        assert 0 < int(error.response.headers["retry-after"]) <= 60
+
+
 def test_a_reload_takes_new_keys_or_keeps_the_old_ones(tmp_path: Path) -> None:
     path = key_file(tmp_path, {"keys": [{"name": "alice", "key": ALICE, "requests_per_minute": 9}]})
     holders = KeyHolders(path)
