@@ -20,7 +20,7 @@ from ditc.runtime.serving.answers import ImagesAnswer
 from ditc.runtime.serving.api import Api, api_of
 from ditc.runtime.serving.asked import Asked, asked_by_openai
 from ditc.runtime.serving.clients import GONE
-from ditc.runtime.serving.generations import ERRORS, TimeoutHeader
+from ditc.runtime.serving.openapi import ERRORS, TimeoutHeader
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.schemas import EditBody
 from ditc.runtime.serving.uploads import Upload, read_upload

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ditc.runtime.serving.answers import (
     CompletedEvent,
-    ErrorAnswer,
     ImagesAnswer,
     PartialEvent,
     ProgressEvent,
 )
 from ditc.runtime.serving.api import api_of
-from ditc.runtime.serving.asked import TIMEOUT_HEADER, asked_by_openai
+from ditc.runtime.serving.asked import asked_by_openai
 from ditc.runtime.serving.bodies import images_answer
 from ditc.runtime.serving.clients import EventStream, answer
-from ditc.runtime.serving.idempotency import KEY_HEADER
 from ditc.runtime.serving.ongoing import Shared
+from ditc.runtime.serving.openapi import ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.schemas import GenerationBody
 from ditc.runtime.serving.streaming import KEEP_ALIVE_SECONDS, events_of
 
 router = APIRouter()
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The request is wrong; param names the argument."},
-    401: {"model": ErrorAnswer, "description": "The key is missing or unknown."},
-    404: {"model": ErrorAnswer, "description": "There is no such model, job or route."},
-    413: {"model": ErrorAnswer, "description": "The body is too large."},
-    422: {"model": ErrorAnswer, "description": "The idempotency key was used for another request."},
-    429: {"model": ErrorAnswer, "description": "There is too much work; retry-after says when to come back."},
-    500: {"model": ErrorAnswer, "description": "The picture could not be drawn."},
-    503: {"model": ErrorAnswer, "description": "The server or the model is not ready."},
-    504: {"model": ErrorAnswer, "description": "The timeout cannot be met, or has passed."},
-}
 EVENTS = {
     "text/event-stream": {
         "schema": {
@@ -45,24 +31,6 @@ EVENTS = {
         }
     }
 }
-
-TimeoutHeader = Annotated[
-    str,
-    Header(
-        alias=TIMEOUT_HEADER,
-        pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?$",
-        description="Seconds after which the pictures are of no use; with the field timeout, the shorter one counts.",
-    ),
-]
-KeyHeader = Annotated[
-    str,
-    Header(
-        alias=KEY_HEADER,
-        min_length=1,
-        max_length=255,
-        description="Requests with the same key and body get one drawing; another body with the same key gets 422.",
-    ),
-]
 
 
 @router.post(

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from ditc.runtime.serving.access import Doorkeeper, reload_keys
 from ditc.runtime.serving.metrics import CONTENT_TYPE, Metrics
 from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.openapi import ERRORS
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.traffic import Traffic
 
@@ -40,7 +41,7 @@ def health_routes(models: Models, metrics: Metrics, traffic: Traffic, doorkeeper
 
     reloading = asyncio.Lock()
 
-    @router.post("/admin/reload", tags=["admin"])
+    @router.post("/admin/reload", responses=ERRORS, tags=["admin"])
     async def reload() -> dict[str, Any]:
         """Read the keys again, open rebuilt bundles beside the versions in use, and replace those.
 

@@ -15,9 +15,8 @@ from ditc.runtime.serving.asked import Format, asked_by_hugging_face
 from ditc.runtime.serving.bodies import drawn
 from ditc.runtime.serving.clients import answer
 from ditc.runtime.serving.encoding import MEDIA_TYPES
-from ditc.runtime.serving.generations import ERRORS, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.image_job_routes import CONTENT
 from ditc.runtime.serving.ongoing import Shared
+from ditc.runtime.serving.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.schemas import HuggingFaceBody
 
 router = APIRouter()

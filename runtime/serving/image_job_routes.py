@@ -16,17 +16,13 @@ from ditc.runtime.serving.answers import JobAnswer, JobRemoved, JobsAnswer
 from ditc.runtime.serving.api import api_of, owner_of
 from ditc.runtime.serving.asked import asked_by_openai
 from ditc.runtime.serving.encoding import MEDIA_TYPES
-from ditc.runtime.serving.generations import ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.image_jobs import job_id
+from ditc.runtime.serving.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.results import Result
 from ditc.runtime.serving.schemas import JobBody
 
 router = APIRouter(prefix="/v1/images/jobs")
-
-CONTENT = {
-    media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()
-}
 
 
 @router.post("", response_model=JobAnswer, responses=ERRORS)

@@ -8,9 +8,9 @@ from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.serving.answers import ModelAnswer, ModelDetails, ModelsAnswer
 from ditc.runtime.serving.api import api_of
-from ditc.runtime.serving.generations import ERRORS
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.openapi import ERRORS
 from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.step_contract import GuidanceMode
