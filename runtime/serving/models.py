@@ -85,11 +85,12 @@ class Models:
             Refusal: no bundle is served under this name (404), it cannot be opened now (503), or not in time (504).
         """
         slot, end = self._slot(name), None if timeout is None else monotonic() + timeout
-        while not isinstance(taken := self._take(slot), Model):
-            try:
-                taken.result(None if end is None else max(0.0, end - monotonic()))
-            except TimeoutError as e:
-                raise _too_late(slot.name) from e
+        with self._waiting(slot):
+            while not isinstance(taken := self._take(slot), Model):
+                try:
+                    taken.result(None if end is None else max(0.0, end - monotonic()))
+                except TimeoutError as e:
+                    raise _too_late(slot.name) from e
         try:
             yield taken
         finally:
@@ -101,12 +102,13 @@ class Models:
     ) -> AsyncIterator[Model]:
         """As `using`, without blocking the event loop while a bundle is opened."""
         slot, end = self._slot(name), None if timeout is None else monotonic() + timeout
-        while not isinstance(taken := self._take(slot), Model):
-            left = None if end is None else max(0.0, end - monotonic())
-            try:  # shielded, because others wait for the same load
-                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taken)), left)
-            except TimeoutError as e:
-                raise _too_late(slot.name) from e
+        with self._waiting(slot):
+            while not isinstance(taken := self._take(slot), Model):
+                left = None if end is None else max(0.0, end - monotonic())
+                try:  # shielded, because others wait for the same load
+                    await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taken)), left)
+                except TimeoutError as e:
+                    raise _too_late(slot.name) from e
         try:
             yield taken
         finally:
@@ -229,6 +231,18 @@ class Models:
                     retry_after=left,
                 )
             return self._load(slot)
+
+    @contextmanager
+    def _waiting(self, slot: Slot) -> Iterator[None]:
+        """Lets no other model take the memory of this one between its load and its first use."""
+        with self._changed:
+            slot.waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                slot.waiting -= 1
+                self._changed.notify_all()
 
     def _leave(self, model: Model) -> None:
         with self._changed:

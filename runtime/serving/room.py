@@ -131,7 +131,7 @@ class Room:
                 name=one.name,
                 size_bytes=one.model.size_bytes,
                 used=one.used,
-                stays=one is slot or one.model.users > 0,
+                stays=one is slot or one.model.users + one.waiting > 0,
             )
             for one in self._slots
             if one.model is not None

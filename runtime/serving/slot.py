@@ -18,6 +18,7 @@ class Slot:
     bundle: Path
     model: Model | None = None  # the version for new requests
     loading: Future[None] | None = None  # done when the load has ended, in any way
+    waiting: int = 0  # requests that wait until it is open
     used: float = 0.0
     size_bytes: int = 0  # what the last version took
     error: DitcError | None = None  # of the last load

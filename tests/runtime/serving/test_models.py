@@ -198,6 +198,23 @@ def test_a_model_that_has_no_room_beside_those_in_use_waits_and_is_then_refused(
     thread.join()
 
 
+def test_models_that_make_room_for_each_other_are_used_once_they_are_open(fakes: Fakes) -> None:
+    models, turns = of_names("a", "b", budget=1), 10
+    used = []
+
+    def use(name: str) -> None:
+        for _ in range(turns):
+            with models.using(name) as model:
+                used.append(model.name)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in models.names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(used) == ["a"] * turns + ["b"] * turns and len(fakes.opened) <= 2 * turns
+
+
 def test_a_model_that_takes_more_than_was_expected_makes_others_go(fakes: Fakes) -> None:
     models = of_names("a", "b", "c", budget=3)
     models.open("a")
