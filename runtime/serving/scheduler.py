@@ -542,7 +542,8 @@ class Scheduler:
 
     def crashed(self, error: Exception, jobs: Sequence[Job]) -> None:
         """A session has failed: end these jobs, and let the bundle be opened again before the next step."""
-        log.error("a session failed: %s: %s", type(error).__name__, error)
+        # As text: a log that keeps the error would keep its frames, and so the tensors of the failed batch.
+        log.error("a session failed: %s: %s", type(error).__name__, str(error))
         with self._wake:
             self._crashed = f"{type(error).__name__}: {error}"
             self._wake.notify_all()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import pytest
 from engine_pipeline import Gpu
 
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.prepare import make_plan
+from ditc.runtime.serving.batches import Batches
 from ditc.runtime.serving.job import Cancelled, Event, Finished, Job, Picture, Progress, Refused
 from ditc.runtime.serving.scheduler import Scheduler
 from ditc.runtime.session import ComputeDevice
@@ -47,7 +51,9 @@ class OnGpu:
         return self.opened[-1]
 
     def submit(self, alone: Alone, *, then: Any = None) -> tuple[Job, Heard]:
-        plan = self.scheduler.pipeline.plan(alone.request)
+        plan = make_plan(
+            alone.request, self.scheduler.pipeline.drawable
+        )  # as `Model.plan`, also after a crash
         heard = Heard()
 
         def listen(event: Event) -> None:
@@ -252,3 +258,44 @@ def test_requests_with_equal_ids_have_an_end_each(
     on.scheduler.start()
     for alone, (_, heard) in zip(known, both, strict=False):
         assert equals(heard.wait(), alone)
+
+
+def test_clients_in_threads_that_cancel_while_sessions_crash_lose_nothing(
+    serve: Serve, tiny_bundle: Path, known: list[Alone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request has one end, every picture is right, and the memory of every device is given back."""
+    planted, step = random.Random(1), Batches.step
+
+    def step_or_crash(self: Batches, key: Any, states: Any) -> Any:
+        if planted.random() < 0.03:
+            raise RuntimeError("planted")
+        return step(self, key, states)
+
+    monkeypatch.setattr(Batches, "step", step_or_crash)
+    on, counts = OnGpu(serve, tiny_bundle), Counter[type]()
+
+    def client(number: int) -> Counter[type]:
+        rng, ended = random.Random(number), Counter[type]()
+        for _ in range(10):
+            alone = rng.choice(known)
+            job, heard = on.submit(alone)
+            if rng.random() < 0.3:
+                heard.wait_for_anything()
+                on.scheduler.cancel(job)
+            end = heard.wait()
+            ended[type(end)] += 1
+            assert not isinstance(end, Finished) or equals(end, alone)
+        return ended
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that threads interrupt each other often
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for ended in pool.map(client, range(4)):
+                counts += ended
+    finally:
+        sys.setswitchinterval(interval)
+    assert sum(counts.values()) == 40 and counts[Finished] and len(on.opened) > 1
+    on.scheduler.close()
+    gc.collect()
+    assert [gpu.cuda.used() for gpu in on.opened] == [0] * len(on.opened)
