@@ -50,11 +50,11 @@ DEFAULTS = TransportLimits()
 
 _OPTIONS = {
     "max_connections": (
-        "COUNT",
+        "CONNECTIONS",
         "The most open connections. One more closes the one that has been idle longest, and is refused if none is idle",
     ),
     "max_open_requests": (
-        "COUNT",
+        "REQUESTS",
         "The most requests that are answered at one time, streams of events among them",
     ),
     "max_header_bytes": ("BYTES", "The most bytes of a request line with its headers"),

@@ -56,6 +56,7 @@ UNITS = {
     "REQUESTS": "requests",
     "PIXELS": "pixels",
     "JOBS": "jobs",
+    "CONNECTIONS": "connections",
     "BYTES": "bytes",
     "PIXEL_STEPS": "pixel-steps",
     "SCALE": "without a unit",
