@@ -32,14 +32,12 @@ class Model:
     """One opened version of a bundle. Requests that began with it end with it.
 
     Attributes:
-        digest: of the bundle's manifest, which names the version.
         size_bytes: the memory that it takes.
         users: how many requests hold it, for `Models`, which closes it when it has been replaced and there are none.
     """
 
     name: str
     scheduler: Scheduler
-    digest: str
     size_bytes: int
     users: int = 0
 
@@ -47,6 +45,11 @@ class Model:
     def pipeline(self) -> Pipeline:
         """The pipeline at this moment. After a session has failed, it is another one."""
         return self.scheduler.pipeline
+
+    @property
+    def digest(self) -> str:
+        """The digest of the bundle's manifest, which names the version."""
+        return self.pipeline.manifest.digest
 
     def plan(self, request: Request) -> Plan:
         """Fill in the defaults of a request, and check it. This needs no open session, so it works after a crash.
@@ -112,7 +115,6 @@ def open_model(
     return Model(
         name=name,
         scheduler=scheduler,
-        digest=pipeline.manifest.digest,
         size_bytes=max(expected_bytes(bundle, load), measured),
     )
 

@@ -187,6 +187,9 @@ class Models:
         end = None if timeout is None else monotonic() + timeout
         with self._changed:
             self._room.closing = True
+            for slot in self._slots.values():
+                if slot.loading is not None:  # whoever waits for it is told that the server ends
+                    _end(slot.loading)
             models = [
                 *self._room.retired,
                 *(slot.model for slot in self._slots.values() if slot.model is not None),
@@ -311,7 +314,7 @@ class Models:
                     self._room.retire(old)
                 self._room.keep_to_budget(slot)
             self._changed.notify_all()
-        loading.set_result(None)
+            _end(loading)
 
     def _reloaded(self, slot: Slot) -> str:
         if (earlier := slot.loading) is not None:
@@ -341,6 +344,12 @@ class Models:
         for slot in self._slots.values():
             self._drop_stopped(slot)
         return tuple(state_of(slot, awaited=slot.name in self._missing) for slot in self._slots.values())
+
+
+def _end(loading: Future[None]) -> None:
+    """Let everybody go on who waits for a load. The caller holds the lock."""
+    if not loading.done():
+        loading.set_result(None)
 
 
 def _too_late(name: str) -> TooLate:

@@ -51,6 +51,7 @@ class FakeScheduler:
     def __init__(self) -> None:
         self.closed = self.stopped = False
         self.problem = ""
+        self.pipeline = SimpleNamespace(manifest=SimpleNamespace(digest="1"))
 
     def close(self, timeout: float | None = None) -> bool:
         self.closed = True
@@ -72,7 +73,7 @@ class Fakes:
         assert self.go_on.wait(PATIENCE)
         if self.fails is not None:
             raise self.fails
-        return Model(name=name, scheduler=FakeScheduler(), digest="1", size_bytes=self.size_bytes)  # type: ignore[arg-type]
+        return Model(name=name, scheduler=FakeScheduler(), size_bytes=self.size_bytes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -154,6 +155,15 @@ def test_a_failed_load_is_remembered_for_a_while_and_clients_learn_no_paths(
     models._slots["a"].again = 0.0
     with models.using():
         assert models.ready
+
+
+def test_who_waits_for_a_load_when_the_server_ends_is_told(fakes: Fakes) -> None:
+    models = of_names("a")
+    fakes.go_on.clear()
+    threading.Timer(0.05, lambda: models.close(0.0)).start()
+    with pytest.raises(Refusal, match="shutting down"), models.using():
+        pass
+    fakes.go_on.set()
 
 
 # The budget
