@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from ditc.runtime.serving.access import doorkeeper_for
 from ditc.runtime.serving.admission import Admission, Bounds
 from ditc.runtime.serving.app import create_app
 from ditc.runtime.serving.models import Models
@@ -33,13 +34,18 @@ class Pace:
 
 
 class Site:
-    """A served page, and the denoiser behind it."""
+    """A served page, and the denoiser behind it.
 
-    def __init__(self, bundle: Path) -> None:
+    Args:
+        keys: a file of keys that visitors need.
+    """
+
+    def __init__(self, bundle: Path, keys: Path | None = None) -> None:
         from ditc.runtime.serving.ui.page import add_page  # imports gradio
 
         self.models = Models({"tiny": bundle}, admission=Admission(Bounds()), warm_up_seconds=0.0)
-        app = create_app(self.models)
+        doorkeeper = doorkeeper_for("127.0.0.1", keys, browsers=True)
+        app = create_app(self.models, doorkeeper=doorkeeper)
         add_page(app, self.models, limits=RequestLimits(max_prompt_bytes=32))
         config = uvicorn.Config(app, port=0, ws="none", http="h11", lifespan="off", log_level="warning")
         self._server = uvicorn.Server(config)

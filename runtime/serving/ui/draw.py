@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from time import monotonic
 
 from PIL import Image
 
-from ditc.runtime.png import picture_settings, write_png
+from ditc.runtime.png import picture_settings
 from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.serving.admission import work_of
 from ditc.runtime.serving.callers import Caller
+from ditc.runtime.serving.encoding import encode
 from ditc.runtime.serving.errors import refusal_of
 from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
 from ditc.runtime.serving.model import Model
@@ -106,7 +106,7 @@ def _follow(model: Model, job: Job, events: SimpleQueue[Event]) -> Iterator[View
                 progress = event
             elif isinstance(event, Preview):
                 caption = f"Preview after step {event.step}"
-                previews[event.index] = Shown(png=html.png(event.image), caption=caption)
+                previews[event.index] = Shown(png=encode(event.image, "png", 100, {}), caption=caption)
             elif isinstance(event, Finished):
                 yield _finished(model, job, event)
                 return
@@ -160,7 +160,6 @@ def _file_name(plan: Plan, index: int) -> str:
 
 def _png(model: Model, plan: Plan, index: int, image: Image.Image) -> bytes:
     """The picture as a file that holds its settings."""
-    pipeline, file = model.pipeline, io.BytesIO()
+    pipeline = model.pipeline
     backend = f"{pipeline.backend} {pipeline.precision}".strip()
-    write_png(image, file, picture_settings(pipeline, plan, index, backend=backend))
-    return file.getvalue()
+    return encode(image, "png", 100, picture_settings(pipeline, plan, index, backend=backend))

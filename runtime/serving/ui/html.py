@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from html import escape
-
-from PIL import Image
 
 EMPTY = '<p class="ditc-hint">Describe a picture and press <b>Draw</b>. Previews appear here while it is drawn.</p>'
 
@@ -46,13 +43,6 @@ def problem(text: str, hint: str | None = None) -> str:
 def pictures(shown: list[Shown]) -> str:
     """Pictures side by side."""
     return f'<div class="ditc-pictures">{"".join(map(_figure, shown))}</div>' if shown else ""
-
-
-def png(image: Image.Image) -> bytes:
-    """A preview as a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _figure(one: Shown) -> str:

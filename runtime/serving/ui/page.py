@@ -28,6 +28,8 @@ PATH = "/ui"
 # Requests that the page draws at one time, and requests that may wait for their turn in it. The scheduler and its
 # bounds come after that.
 AT_ONCE, WAITING = 16, 32
+# Gradio remembers the state of so many visits, of 80 kB each. The page has no state, so any number would do.
+REMEMBERED = 128
 HERE = Path(__file__).parent
 HEADING = '<div class="ditc-title"><h1>ditc</h1><span>pictures from text</span></div>'
 EARLIER = (
@@ -149,6 +151,7 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
         )
         cancel.click(cancels, None, None, **QUICK)
         model.change(lambda name: _updates(forms[name], limits), model, fields, **QUICK)
+    blocks.state_session_capacity = REMEMBERED
     return blocks.queue(max_size=WAITING, api_open=False)
 
 

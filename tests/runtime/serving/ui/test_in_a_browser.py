@@ -101,3 +101,26 @@ def test_nothing_is_drawn_for_a_tab_that_was_closed(site: Site, page: Any) -> No
     page.get("about:blank")
     site.denoiser.allowed.release(1)
     until(lambda: site.scheduler.idle)
+
+
+def test_a_visitor_with_a_key_may_draw_and_one_without_sees_nothing(
+    tiny_bundle: Path, tmp_path: Path, browser: Any
+) -> None:
+    key = "a-key-of-this-test"
+    limits = {"concurrent_requests": 1, "requests_per_minute": 6}  # the page's files do not count
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [{"name": "alice", "key": key, **limits}]}))
+    keys.chmod(0o600)
+    site = Site(tiny_bundle, keys)
+    try:
+        site.denoiser.allowed.release(100)
+        browser.get(f"{site.url}/ui/")
+        assert not find(browser, "#ditc-prompt")  # the browser asks for a password
+        # As if it were typed: the browser remembers it for this site.
+        browser.get(site.url.replace("//", f"//me:{key}@") + "/ui/theme.css")
+        browser.get(f"{site.url}/ui/")
+        until(lambda: find(browser, "#ditc-prompt textarea"))
+        ask(browser, "red cat")
+        until(lambda: find(browser, "#ditc-result .ditc-picture"))
+    finally:
+        site.close()

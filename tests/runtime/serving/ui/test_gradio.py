@@ -1,0 +1,61 @@
+"""Of the routes of the Gradio that is installed, only those that the page needs can be reached."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditc.runtime.serving.admission import Admission, Bounds
+from ditc.runtime.serving.app import create_app
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.request_limits import RequestLimits
+from ditc.runtime.serving.ui.gate import OPEN, Gate
+
+pytest.importorskip("gradio", reason="the page needs gradio: make test-ui has it")
+
+NEEDED = {
+    "GET /",
+    "GET /assets/{path:path}",
+    "GET /favicon.ico",
+    "GET /gradio_api/queue/data",
+    "GET /static/{path:path}",
+    "GET /theme.css",
+    "POST /gradio_api/queue/join",
+}
+
+
+def all_routes(app: Any) -> list[Any]:
+    """The routes of an application and of the routers in it."""
+    routers = [route.original_router for route in app.routes if hasattr(route, "original_router")]
+    return [route for router in (app, *routers) for route in router.routes if hasattr(route, "methods")]
+
+
+def test_only_what_the_page_needs_is_open(tiny_bundle: Path) -> None:
+    """A new version of Gradio may have new routes. They stay closed until somebody has looked at them."""
+    from ditc.runtime.serving.ui.page import add_page
+
+    models = Models({"tiny": tiny_bundle}, admission=Admission(Bounds()))
+    app = create_app(models)
+    add_page(app, models, limits=RequestLimits())
+    (gate,) = (route.app for route in app.routes if isinstance(getattr(route, "app", None), Gate))
+    routes = [f"{method} {route.path}" for route in all_routes(gate._app) for method in route.methods or ()]
+    assert len(routes) > 60
+    filled = {route: re.sub(r"\{\w+(:path)?\}", "x", route) for route in routes}
+    assert {route for route, line in filled.items() if OPEN.fullmatch(line)} == NEEDED
+
+
+def test_the_page_keeps_no_state_of_its_visitors(tiny_bundle: Path) -> None:
+    from ditc.runtime.serving.ui.page import layout
+    from ditc.runtime.serving.ui.visitors import Visitors
+
+    blocks = layout(Models({"tiny": tiny_bundle}, admission=Admission(Bounds())), RequestLimits(), Visitors())
+    assert not blocks.analytics_enabled and not blocks.api_open
+    assert blocks._queue.max_size is not None
+    assert not [
+        block
+        for block in blocks.blocks.values()
+        if type(block).__name__ in ("State", "File", "Gallery", "Image")
+    ]
