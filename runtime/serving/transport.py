@@ -4,7 +4,8 @@
     ambiguous requests            refused, as a proxy in front may read them in another way
     a body that nobody reads      thrown away for a moment, so that the answer arrives, and then cut off
     an answer that nobody reads   a deadline
-    very many connections         the one that has been idle longest makes place
+    very many connections         the one that has been idle longest makes place; one whose client does
+                                  not read is idle, too
 
 Everything here is about one connection. What requests may do is decided by the layers of the application.
 """
@@ -167,12 +168,14 @@ class LimitedProtocol(H11Protocol):
         super().pause_writing()
         if self._write_deadline is None:
             self._write_deadline = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+        self._look_at_state(started=False)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._write_deadline is not None:
             self._write_deadline.cancel()
             self._write_deadline = None
+        self._look_at_state(started=False)
 
     # --- what uvicorn calls
 
@@ -213,18 +216,22 @@ class LimitedProtocol(H11Protocol):
     def _look_at_state(self, *, started: bool) -> None:
         """Note whether the connection is idle, and start or end the deadline of headers.
 
+        One whose client does not read, or has its last answer, is idle too: it may not keep others out.
+
         Args:
             started: whether a request has begun to arrive, or must, as on a new connection.
         """
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if busy or self.transport.is_closing() or self._deaf:
+        ending = self._deaf or self.transport.is_closing()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and not ending and not self.flow.write_paused:
             self.all.idle.pop(self, None)
+        elif self in self.all.open:
+            self.all.idle.setdefault(self)
+        if answering or ending:
             if self._header_deadline is not None:
                 self._header_deadline.cancel()
                 self._header_deadline = None
-            return
-        self.all.idle.setdefault(self)
-        if started and self._header_deadline is None:
+        elif started and self._header_deadline is None:
             self._header_deadline = self.loop.call_later(self.limits.header_timeout, self.transport.abort)
 
     def _refuse(self, refusal: Refusal) -> None:

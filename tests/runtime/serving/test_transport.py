@@ -381,6 +381,50 @@ def test_connections_in_use_are_not_given_up_for_new_ones() -> None:
         assert [read_answer(connection).status for connection in busy] == [200, 200]
 
 
+def test_connections_that_have_their_last_answer_make_place_too() -> None:
+    with server_thread(transport=TransportLimits(max_connections=3)) as server, ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.connect()).sendall(b"nonsense\r\n\r\n")
+        assert answers_a_good_client(server)
+
+
+def test_connections_whose_answer_nobody_reads_make_place_too() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        size = 2**26 if scope["path"] == "/large" else 1
+        headers = [(b"content-length", b"%d" % size)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(size - 1), "more_body": True})
+        await send({"type": "http.response.body", "body": b"."})
+
+    with server_thread(app, transport=TransportLimits(max_connections=3)) as server, ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.connect()).sendall(GET.replace(b"/v1/models", b"/large"))
+        wait_until(lambda: sum(one.flow.write_paused for one in server.server.server_state.connections) == 3)
+        assert server.raw(GET).status == 200
+
+
+def test_a_server_ends_whatever_its_connections_are_doing() -> None:
+    limits = TransportLimits(max_connections=5, header_timeout=600, keep_alive_timeout=600, body_timeout=600)
+    with server_thread(transport=limits) as server, ExitStack() as stack:
+        sent = [
+            b"",
+            GET[:-5],
+            GET,
+            POST + b"Content-Length: 9\r\n\r\n{",
+            POST + b"Content-Length: 9999999\r\n\r\n{",
+        ]
+        connections = [stack.enter_context(server.connect()) for _ in sent]
+        for connection, data in zip(connections, sent, strict=True):
+            connection.sendall(data)
+        assert read_answer(connections[-1]).status == 413  # and the rest of its body is thrown away
+        for _ in range(2):
+            stack.enter_context(server.connect()).sendall(b"nonsense\r\n\r\n")
+        server.server.should_exit = True
+        connections[3].sendall(b"        ")  # the one request in work is answered
+        assert read_answer(connections[3]).status == 400
+        wait_until(lambda: not server.server.server_state.connections)
+
+
 def idle_connections(count: int, limit: int) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count + limit + 500:
