@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
+from types import FrameType
 from typing import NoReturn
 
 import uvicorn
@@ -121,25 +122,24 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Replaces uvicorn's way, which closes its sockets first and raises the signal again at its end."""
-        self._loop = asyncio.get_running_loop()
-        handlers = {
-            signal.SIGTERM: lambda: self._on_signal(signal.SIGTERM),
-            signal.SIGINT: lambda: self._on_signal(signal.SIGINT),
-        }
-        if hasattr(signal, "SIGHUP"):
-            handlers[signal.SIGHUP] = self._reload
+        self._loop = loop = asyncio.get_running_loop()
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self._on_signal, signal.Signals(number))
+
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         here = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in handlers if here}
-        for number in before:
-            self._loop.add_signal_handler(number, handlers[number])
+        before = {number: signal.signal(number, on_signal) for number in numbers if here}
         try:
             yield
         finally:
             for number, handler in before.items():
-                self._loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
     def _on_signal(self, number: signal.Signals) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self._reload()
+            return
         if self._ending is not None:
             log.warning("a second signal ends the server at once")
             end_at_once(128 + number)

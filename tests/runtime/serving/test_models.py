@@ -363,7 +363,12 @@ def test_a_reload_that_fails_keeps_the_old_version(real: Models, bundle: Path) -
         assert real.reload() == {"tiny": "reloaded"}
 
 
-def test_many_reloads_leave_nothing_open(real: Models, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+Pipelines = list["weakref.ref[Pipeline]"]
+
+
+@pytest.fixture
+def pipelines(monkeypatch: pytest.MonkeyPatch) -> tuple[Pipelines, Pipelines]:
+    """The pipelines that are loaded, and those that are closed."""
     opened, closed, load, close = [], [], Pipeline.load.__func__, Pipeline.close  # type: ignore[attr-defined]
 
     def loads(cls: Any, *arguments: Any, **options: Any) -> Any:
@@ -371,19 +376,33 @@ def test_many_reloads_leave_nothing_open(real: Models, bundle: Path, monkeypatch
         opened.append(weakref.ref(pipeline))
         return pipeline
 
+    def closes(pipeline: Pipeline) -> None:
+        closed.append(weakref.ref(pipeline))
+        close(pipeline)
+
     monkeypatch.setattr(Pipeline, "load", classmethod(loads))
-    monkeypatch.setattr(
-        Pipeline, "close", lambda pipeline: (closed.append(weakref.ref(pipeline)), close(pipeline))
-    )
-    real.open("tiny")
-    for steps in range(3, 8):
-        rebuild(bundle, steps)
-        assert real.reload() == {"tiny": "reloaded"}
+    monkeypatch.setattr(Pipeline, "close", closes)
+    return opened, closed
+
+
+def test_many_reloads_and_crashes_leave_nothing_open(
+    pipelines: tuple[Pipelines, Pipelines], real: Models, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, closed = pipelines
+    for steps in range(3, 6):
         with real.using() as model:
             assert isinstance(draw(model), Finished)
+        rebuild(bundle, steps)
+        assert real.reload() == {"tiny": "reloaded"}
         until(lambda: not real._room.retired)
-    assert len(opened) == 6 and closed == opened[:5]
-    until(lambda: not gc.collect() and [one for one in opened if one() is not None] == opened[5:])
+    for _ in range(3):
+        with real.using() as model:
+            with monkeypatch.context() as planted:
+                planted.setattr(type(model.scheduler._batches), "step", lambda *_: 1 / 0)
+                assert draw(model).refusal.status == 500
+            assert isinstance(draw(model), Finished)
+    assert len(opened) == 7 and closed == opened[:6]
+    until(lambda: not gc.collect() and [one for one in opened if one() is not None] == opened[6:])
 
 
 def test_a_scheduler_whose_thread_dies_is_told_and_replaced(

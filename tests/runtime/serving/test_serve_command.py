@@ -108,6 +108,9 @@ def test_a_killed_server_leaves_nothing_that_keeps_the_next_one_from_serving(
             server.process.kill()
             server.process.wait(30)
         assert not list(place.iterdir()) and sorted(path for path in tiny_bundle.rglob("*")) == before
+    private = (tiny_bundle, *OPTIONS, "--private-copy")
+    with server_process(*private, ready=False, environment={"TMPDIR": str(place)}) as server:
+        assert server.stop() == 0 and not list(place.iterdir())  # while it copies, or loads
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
