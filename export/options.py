@@ -28,8 +28,8 @@ class BuildOptions:
         raw: whether to export the network alone too, without the step around it.
         recipe: name or .json file of the recipe of an int8 or fp8 denoiser; None for the precision's default.
         ranges: file of calibrated ranges for the recipe.
-        base_precision: precision of an int8 or fp8 denoiser outside its 8-bit GEMMs; None for fp32 in ONNX Runtime
-            and fp16 in engines.
+        base_precision: precision of an int8 or fp8 denoiser outside its 8-bit GEMMs; None for fp32 in ONNX Runtime,
+            fp16 in engines and bf16 in OpenVINO.
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
@@ -59,9 +59,14 @@ class BuildOptions:
         """The precision in which the networks are exported, before quantization."""
         if not self.quantized:
             return self.precision
-        return self.base_precision or (Precision.FP16 if self.builds_engines else Precision.FP32)
+        return self.base_precision or row_of(self.backend).base_precision
 
     @property
     def builds_engines(self) -> bool:
-        """Whether engines are built from the graphs."""
-        return row_of(self.backend).builds_engines
+        """Whether engines, for NVIDIA's GPUs, are built from the graphs."""
+        return row_of(self.backend).builds_engines and row_of(self.backend).same_gpu
+
+    @property
+    def converts_graphs(self) -> bool:
+        """Whether the graphs are also written in another form, which runs on any machine."""
+        return row_of(self.backend).builds_engines and not row_of(self.backend).same_gpu

@@ -27,9 +27,9 @@ def check_cpu_is_meant(manifest: Manifest, options: LoadOptions) -> None:
         UsageError: the options name a GPU.
     """
     gpus, reasons = find_gpus(), list(_reasons(manifest))
-    if options.device:
+    if options.gpu:
         raise UsageError(
-            f"GPU {options.device} is named, but the denoiser would run on the CPU{_because(reasons)}",
+            f"GPU {options.gpu} is named, but the denoiser would run on the CPU{_because(reasons)}",
             hint="see ditc doctor for what a GPU needs, or leave out --device",
         )
     if options.named_backend == AUTO and (gpus or reasons):

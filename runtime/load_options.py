@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from ditc.runtime.cores import most_threads
 from ditc.runtime.errors import UsageError
 from ditc.runtime.gpu import check_device
-from ditc.runtime.sessions.registry import AUTO, backend_names, provider_names, row_of, rows
+from ditc.runtime.sessions.registry import AUTO, backend_names, device_names, provider_names, row_of, rows
 from ditc.runtime.spec import Precision
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ class LoadOptions:
         precision: the denoiser's precision. None takes the highest that the bundle holds for the backend.
         threads: the number of CPU threads that each stage computes with. 0 takes one per core that this process may
             use. More than the CPUs that it may use are never faster, so they are cut to that number, with a warning.
-        provider: what ONNX Runtime computes with: "cpu", "cuda" or "openvino". "auto" takes CUDA if it works here, else
-            the CPU.
+        provider: what ONNX Runtime computes with: "cpu" or "cuda". "auto" takes CUDA if it works here, else the CPU.
         device: CUDA's number of the GPU, or its UUID or the beginning of that. "" takes CUDA's first, which is usually
-            the fastest one. The process then sees only this GPU, so it must be named before CUDA starts.
+            the fastest one. The process then sees only this GPU, so it must be named before CUDA starts. Or what
+            OpenVINO computes on: "CPU", its default, "GPU" (Intel's) or "NPU".
         low_vram: keep only one stage at a time in GPU memory, and stream its weights if its engine was built for that.
         private_copy: copy the files of each stage into a private temporary folder, hash the copies and open those. Then
             nothing that is written into the bundle afterwards reaches an open pipeline. Not on Windows.
@@ -41,8 +41,8 @@ class LoadOptions:
             graphs on such a device.
 
     Raises:
-        UsageError: the backend, provider or precision is unknown, the provider belongs to another backend, or threads
-            is negative.
+        UsageError: the backend, provider, device or precision is unknown, the provider or the device belongs to another
+            backend, or threads is negative.
     """
 
     backend: str = AUTO
@@ -64,7 +64,7 @@ class LoadOptions:
                 f"precision {self.precision!r} is unknown", hint=f"choose one of {', '.join(Precision)}"
             )
         self._bound_threads()
-        check_device(self.device)
+        self._check_device()
         if self.provider not in provider_names():
             raise UsageError(
                 f"provider {self.provider!r} is unknown", hint=f"choose one of {', '.join(provider_names())}"
@@ -73,6 +73,18 @@ class LoadOptions:
             raise UsageError(
                 f"provider {self.provider} belongs to {_owners(self.provider)}, not to backend {self.backend}",
                 hint="leave out either the provider or the backend",
+            )
+
+    def _check_device(self) -> None:
+        check_device(self.gpu)
+        if not self.device or self.backend == AUTO:
+            return
+        devices = row_of(self.backend).devices
+        if self.device.upper() not in devices if devices else not self.gpu:
+            takes = ", ".join(devices) or "the number or UUID of a GPU, which ditc doctor lists"
+            raise UsageError(
+                f"device {self.device} does not belong to backend {self.backend}",
+                hint=f"{self.backend} takes {takes}; or leave out either the device or the backend",
             )
 
     def _bound_threads(self) -> None:
@@ -90,10 +102,17 @@ class LoadOptions:
 
     @property
     def named_backend(self) -> str:
-        """The backend that these options ask for, directly or through its provider; "auto" if they ask for none."""
-        if self.backend != AUTO or self.provider == AUTO:
+        """The backend that these options ask for, directly or through its provider or device; "auto" for none."""
+        if self.backend != AUTO:
             return self.backend
-        return next(row.name for row in rows() if self.provider in row.providers)
+        if self.provider != AUTO:
+            return next(row.name for row in rows() if self.provider in row.providers)
+        return next((row.name for row in rows() if self.device.upper() in row.devices), AUTO)
+
+    @property
+    def gpu(self) -> str:
+        """The NVIDIA GPU that these options name; "" if they name none."""
+        return "" if self.device.upper() in device_names() else self.device
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -147,7 +166,7 @@ def _arguments() -> dict[str, dict[str, Any]]:
             "metavar": "NAME",
             "help": f"Library that runs the stages: {_either(backend_names())}. auto takes the first of "
             f"{', '.join(row.name for row in rows())} that can run on this machine and that the bundle has a denoiser "
-            "for (default: %(default)s).",
+            "for; on a CPU, a higher precision comes first (default: %(default)s).",
         },
         "precision": {
             "metavar": "NAME",
@@ -166,9 +185,10 @@ def _arguments() -> dict[str, dict[str, Any]]:
             "machine, else the CPU (default: %(default)s).",
         },
         "device": {
-            "metavar": "GPU",
-            "help": "The GPU to use, by CUDA's number or by its UUID, as ditc doctor lists them (default: CUDA's "
-            "first, which is usually the fastest).",
+            "metavar": "DEVICE",
+            "help": "The NVIDIA GPU to use, by CUDA's number or by its UUID, as ditc doctor lists them; or, with "
+            f"OpenVINO, {_either(device_names())} (default: CUDA's first GPU, which is usually the fastest; OpenVINO's "
+            "CPU).",
         },
         "low_vram": {
             "action": "store_true",

@@ -19,6 +19,7 @@ from ditc.runtime.errors import BundleError, SessionError, UsageError
 from ditc.runtime.expected_gpu import check_cpu_is_meant
 from ditc.runtime.gpu import select_gpu
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
+from ditc.runtime.preference import in_order, why_not
 from ditc.runtime.schedulers import coefficient_table
 from ditc.runtime.session import ComputeDevice, Session
 from ditc.runtime.sessions.device import Device, open_device
@@ -69,7 +70,7 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     if options.require_signature is not None:
         check_signature(bundle, manifest, Path(options.require_signature))
     _check_golden_table(manifest)
-    select_gpu(options.device)
+    select_gpu(options.gpu)
     chosen, reason = choose(manifest, options)
     log.info("%s", reason)
     certification = find_certification(bundle, manifest, chosen, options.require_signature)
@@ -91,9 +92,10 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
 def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:
     """Choose one artifact for each stage that a picture needs; the second result says in one line which and why.
 
-    The denoiser decides. The backend is the first one, in order of preference, that can run on this machine and for
-    which the bundle has a denoiser in the requested precision. The other stages take the same backend if they can,
-    else another one that can run. Artifacts of backends that this version of ditc does not know are skipped.
+    The denoiser decides. The backend is the first one, in order of preference (preference.py), that can run on this
+    machine and for which the bundle has a denoiser in the requested precision. The other stages take the same backend
+    if they can, else another one that can run. Artifacts of backends that this version of ditc does not know are
+    skipped.
 
     Raises:
         UsageError: the bundle has no denoiser that can run on this machine and fits the options.
@@ -101,26 +103,25 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
         SessionError: the options name a backend whose engine was not built for this machine's GPU or library.
     """
     runnable, backend, precision = available_backends(), options.named_backend, options.precision
-    wanted = list(runnable) if backend == AUTO else [Backend(backend)]
     if DENOISER not in manifest.stages:
         raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
     denoisers = manifest.stages[DENOISER].artifacts
     unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
     if unknown:
         log.info("skipped: this version of ditc does not know the backend %s", ", ".join(unknown))
+    asked = [a for a in denoisers if precision is None or a.precision == precision]
+    wanted, later = in_order(runnable, asked) if backend == AUTO else ([Backend(backend)], {})
     for candidate in wanted:
         fitting = [
-            a
-            for a in denoisers
-            if a.backend is candidate
-            and (precision is None or a.precision == precision)
-            and (backend != AUTO or _is_for_this_machine(a))
+            a for a in asked if a.backend is candidate and (backend != AUTO or _is_for_this_machine(a))
         ]
         if fitting and candidate in runnable:
-            best = min(fitting, key=lambda a: list(Precision).index(a.precision))
+            best = min(fitting, key=lambda a: (bool(why_not(a)), list(Precision).index(a.precision)))
             stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
             chosen = {name: best if name == DENOISER else _companion(manifest, name, best) for name in stages}
-            return chosen, f"{candidate} {best.precision.value}: {runnable[candidate]}"
+            reason = f"{candidate} {best.precision.value}: {runnable[candidate]}"
+            passed = [f"not {name}: {why}" for name, why in later.items() if name is not candidate]
+            return chosen, "; ".join((reason, *passed))
     for artifact in denoisers:
         if artifact.backend in wanted and artifact.backend not in runnable:
             # One of these raises an error that says why the named backend cannot run.
@@ -208,8 +209,9 @@ def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
     def fits(artifact: Artifact) -> bool:
         return all(needed.get(out.name, out.dtype) == out.dtype for out in artifact.spec.outputs)
 
-    def rank(artifact: Artifact) -> tuple[bool, bool, int]:
+    def rank(artifact: Artifact) -> tuple[bool, bool, bool, int]:
         return (
+            bool(why_not(artifact)),
             artifact.backend is not denoiser.backend,
             artifact.precision is not denoiser.precision,
             list(Precision).index(artifact.precision),

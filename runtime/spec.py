@@ -53,6 +53,7 @@ class Backend(str):
     ONNXRUNTIME: ClassVar[Backend]
     TENSORRT_RTX: ClassVar[Backend]
     TENSORRT: ClassVar[Backend]
+    OPENVINO: ClassVar[Backend]
 
     def __new__(cls, name: str) -> Backend:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
@@ -70,6 +71,7 @@ class Backend(str):
 Backend.ONNXRUNTIME = Backend("onnxruntime")
 Backend.TENSORRT_RTX = Backend("tensorrt-rtx")
 Backend.TENSORRT = Backend("tensorrt")
+Backend.OPENVINO = Backend("openvino")
 
 
 TEXT_ENCODER = "text_encoder"

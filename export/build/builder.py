@@ -15,6 +15,7 @@ from ditc.export.build.default_request import check_default_request
 from ditc.export.build.engine_artifact import engine_artifact
 from ditc.export.build.events import BuildEvent, BuildReport, EventLog
 from ditc.export.build.graph_artifact import graph_artifact, graph_precision, stage_inputs
+from ditc.export.build.ir_artifact import ir_artifact
 from ditc.export.build.journal import Journal, as_ditc_error, check_bundle_or_empty, check_writable, locked
 from ditc.export.build.preflight import check_options, check_weights
 from ditc.export.build.records import StageInputs, StageRecord
@@ -137,6 +138,8 @@ def _build(build: BuildContext, previous: Manifest | None) -> Manifest:
     engines: dict[str, Artifact] = {}
     if build.options.builds_engines:
         engines = {name: engine_artifact(build, name, graph.artifact) for name, graph in graphs.items()}
+    if build.options.converts_graphs:
+        engines = {name: ir_artifact(build, name, graph.artifact) for name, graph in graphs.items()}
     _check_unchanged(build, inputs)
     build.journal.hashes.save()
     manifest = assemble(build, graphs, engines)

@@ -32,6 +32,11 @@ def engine_path(bundle: Path, stage: str, precision: Precision, backend: Backend
     return bundle / ENGINES / f"{stage}-{precision.value}-{key[:8]}.{backend.value}"
 
 
+def ir_path(bundle: Path, stage: str, precision: Precision, key: str) -> Path:
+    """The path of a stage in OpenVINO's form. Its weights lie beside it."""
+    return bundle / ENGINES / f"{stage}-{precision.value}-{key[:8]}.openvino.xml"
+
+
 def golden_path(bundle: Path, stage: str, key: str) -> Path:
     """The path of a stage's golden inputs and outputs."""
     return bundle / GOLDEN / f"{stage}-{key[:8]}.safetensors"

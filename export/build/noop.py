@@ -21,7 +21,7 @@ from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
-from ditc.runtime.sessions.registry import row_of
+from ditc.runtime.sessions.registry import library_version, row_of
 
 # The files of a checkpoint that a build may read: weights, configs, and tokenizers (SentencePiece models,
 # vocabularies, templates).
@@ -77,6 +77,6 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> Reques
         options={field.name: str(getattr(options, field.name)) for field in dataclasses.fields(options)},
         option_files={str(path): journal.hashes.of(path) for path in options_files},
         ditc_source=bundle_source(),
-        tool_versions=tool_versions(),
+        tool_versions={**tool_versions(), options.backend: library_version(options.backend) or ""},
         gpu=find_gpu() if row_of(options.backend).built_on_gpu else None,
     )

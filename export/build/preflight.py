@@ -11,6 +11,7 @@ from ditc.export.build import estimates
 from ditc.export.checkpoint.open import Checkpoint, check_finite
 from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan
+from ditc.export.engine.ir import check_openvino
 from ditc.export.engine.memory import estimate_build_bytes
 from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
@@ -25,7 +26,7 @@ def check_options(options: BuildOptions) -> None:
 
     Raises:
         UsageError: an option has a value that is not supported; the message names both.
-        MissingExtra: Triton is not installed, and --linear-attention plugin needs it.
+        MissingExtra: Triton is not installed, and --linear-attention plugin needs it; or OpenVINO, for its backend.
     """
     if options.max_batch < 1:
         raise UsageError(f"max_batch is {options.max_batch}", hint="max_batch must be at least 1")
@@ -43,6 +44,9 @@ def check_options(options: BuildOptions) -> None:
             f"opset {options.opset} cannot be built into engines: their parser refuses Attention with an fp32 softmax",
             hint=f"leave --opset out: in opset {OPSETS[0]} the same attention is written in plain nodes",
         )
+    _check_runs_precisions(options)
+    if options.converts_graphs:
+        check_openvino()
     if not options.builds_engines:
         _check_no_engine_options(options)
     elif options.linear_attention == "plugin":
@@ -57,9 +61,18 @@ def _check_no_engine_options(options: BuildOptions) -> None:
     ):
         if given:
             raise UsageError(
-                f"{text} is an option of engines, but this build makes only ONNX graphs",
-                hint="add "
-                + " or ".join(f"--backend {b}" for b in build_backends() if row_of(b).builds_engines),
+                f"{text} is an option of engines, but this build makes none",
+                hint="add " + " or ".join(f"--backend {b}" for b in build_backends() if row_of(b).same_gpu),
+            )
+
+
+def _check_runs_precisions(options: BuildOptions) -> None:
+    known = row_of(options.backend).precisions
+    for precision in (options.precision, options.base):
+        if precision not in known:
+            raise UsageError(
+                f"precision {precision.value} is not made for {options.backend}",
+                hint=f"choose one of {', '.join(known)}, or another --backend",
             )
 
 
@@ -97,7 +110,7 @@ def check_weights(
     estimates.check_disk(
         out,
         [(component, sizes[name]) for component, name in components.items()],
-        engines=options.builds_engines,
+        engines=options.builds_engines or options.converts_graphs,
     )
     on_progress("memory", _memory_needed(needed))
     for component in components:

@@ -94,8 +94,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default=GRAPH_BACKEND,
         choices=build_backends(),
-        help="Library to build for. Every build makes ONNX graphs for ONNX Runtime; the other backends add engines "
-        "that are built from them (default: %(default)s).",
+        help="Library to build for. Every build makes ONNX graphs for ONNX Runtime; the other backends add what is "
+        "built from them: engines for NVIDIA's GPUs, or OpenVINO's form of the graphs (default: %(default)s).",
     )
     parser.add_argument(
         "--targets",
@@ -138,7 +138,7 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-precision",
         choices=["fp32", "fp16", "bf16"],
         help="For int8 and fp8: the precision of everything that is not in 8 bits (default: fp32 for ONNX Runtime, "
-        "fp16 for engines).",
+        "fp16 for engines, bf16 for OpenVINO).",
     )
 
 

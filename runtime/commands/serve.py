@@ -125,7 +125,7 @@ def _models(
     from ditc.runtime.spec import DENOISER
 
     budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
-    select_gpu(load.device)
+    select_gpu(load.gpu)
     on_gpu = False
     for path in bundles.values():
         artifacts, _ = choose(load_manifest(path), load)

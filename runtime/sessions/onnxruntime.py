@@ -1,4 +1,4 @@
-"""Runs a stage with ONNX Runtime, on its CPU provider or, if they are installed, on CUDA's or OpenVINO's."""
+"""Runs a stage with ONNX Runtime, on its CPU provider or, if it is installed, on CUDA's."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.cores import default_threads
-from ditc.runtime.errors import MissingExtra, SessionError
+from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import ComputeDevice, Session, Tensor, closed, to_numpy
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
 from ditc.runtime.sessions.registry import BackendRow
-from ditc.runtime.spec import DENOISER, Precision, StageSpec
+from ditc.runtime.spec import DENOISER, DType, Precision, StageSpec
 
 log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
-OPENVINO = "OpenVINOExecutionProvider"
+NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)"
 
 DEVICES = {
     # This provider computes fp16 in fp32 and has no bf16 (1.31). Every build runs its graphs on it, except bf16 ones.
@@ -29,8 +29,6 @@ DEVICES = {
         kind="cpu", name="ONNX Runtime's CPU provider", native_16_bits=False, tried_at_build=True
     ),
     CUDA: ComputeDevice(kind="cuda", name="ONNX Runtime's CUDA provider"),
-    # This provider compiles kernels for the model of CPU that it finds.
-    OPENVINO: ComputeDevice(kind="cpu", name="ONNX Runtime's OpenVINO provider"),
 }
 
 
@@ -41,14 +39,12 @@ class OnnxRuntimeSession:
         model: the .onnx file, with its external weights beside it.
         spec: the spec of the stage. The graph must have the same inputs and outputs.
         precision: the precision of the artifact.
-        provider: the name of an execution provider. None takes CUDA if it works here, else the CPU. OPENVINO runs on
-            the CPU and needs the extra `openvino`.
+        provider: the name of an execution provider. None takes CUDA if it works here, else the CPU.
         threads: the number of intra-op threads; 0 takes one per core that this process may use.
         cuda_graph: let the CUDA provider capture CUDA graphs. It must then support every node of the graph.
 
     Raises:
         SessionError: ONNX Runtime cannot load the graph with this provider, or the graph does not fit the spec.
-        MissingExtra: OpenVINO is requested but not installed.
     """
 
     def __init__(
@@ -66,13 +62,17 @@ class OnnxRuntimeSession:
         self.spec = spec
         provider = provider or (CPU if cuda_lack() else CUDA)
         self.device = DEVICES[provider]
-        if precision is Precision.BF16 and provider == CPU:
+        if provider == CPU and _has_bf16(spec, precision):
             raise SessionError(
-                f"{spec.name}: ONNX Runtime's CPU provider has no bf16 kernels (NOT_IMPLEMENTED in 1.31)",
-                hint="add fp32 stages for this CPU: ditc build CHECKPOINT -o BUNDLE; or run the bundle on a GPU",
+                f"{spec.name}: {NO_BF16}",
+                hint="add stages for this CPU: ditc build CHECKPOINT -o BUNDLE, with --backend openvino for bf16; or "
+                "run the bundle on a GPU",
             )
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads = threads or default_threads()
+        options.intra_op_num_threads = threads or default_threads()
+        # Each session has its own threads. After a run they would spin and take the cores from the next stage: with a
+        # new prompt, the demo's picture then takes half as long again (docs/backends.md).
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         # Without this, the end of the file's name decides, and ORT's own format was never checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -87,12 +87,9 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         # By default the CUDA provider computes fp32 graphs in TF32 (ONNX Runtime, CUDA provider options, "use_tf32").
         tf32 = "1" if precision is Precision.TF32 else "0"
-        providers: list[Any] | None = [provider]
+        providers: list[Any] = [provider]
         if provider == CUDA:
             providers = [(CUDA, {"use_tf32": tf32, "enable_cuda_graph": str(int(cuda_graph))}), CPU]
-        if provider == OPENVINO:
-            _add_openvino(options, threads)
-            providers = None
         try:
             # With its fallback, ONNX Runtime would continue with other providers, and say so only on stdout.
             self._session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
@@ -150,6 +147,17 @@ def lack(row: BackendRow) -> str:
     return "" if find_spec("onnxruntime") is not None else f"{row.title} is not installed: {row.install}"
 
 
+def cannot(artifact: Artifact) -> str:
+    """Why ONNX Runtime cannot run the artifact on this machine; "" if it can."""
+    return NO_BF16 if _has_bf16(artifact.spec, artifact.precision) and cuda_lack() else ""
+
+
+def _has_bf16(spec: StageSpec, precision: Precision) -> bool:
+    """Whether a graph computes in bf16. An 8-bit denoiser whose other parts are bf16 also takes bf16 inputs."""
+    tensors = (*spec.inputs, *spec.outputs)
+    return precision is Precision.BF16 or any(tensor.dtype is DType.BFLOAT16 for tensor in tensors)
+
+
 def open_stage(
     row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
 ) -> Session:
@@ -157,42 +165,16 @@ def open_stage(
 
     Raises:
         SessionError: the CUDA provider is requested but cannot run here, or the stage cannot be loaded.
-        MissingExtra: OpenVINO is requested but not installed.
     """
     spec, precision = artifact.spec, artifact.precision
     provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
-    if provider in ("cpu", "openvino"):
-        name = OPENVINO if provider == "openvino" else CPU
-        return OnnxRuntimeSession(model, spec, precision=precision, provider=name, threads=options.threads)
+    if provider == "cpu":
+        return OnnxRuntimeSession(model, spec, precision=precision, provider=CPU, threads=options.threads)
     from ditc.runtime.sessions.onnxruntime_device import open_on_device
 
     # CUDA graphs pay off for the denoiser, which runs many times with the same shapes. The other stages run once per
     # request.
     return open_on_device(model, spec, precision=precision, graphs=spec.name == DENOISER)
-
-
-def _add_openvino(options: Any, threads: int) -> None:
-    """Add OpenVINO's CPU device to the session's options. Its plugin library is registered once per process."""
-    import onnxruntime as ort
-
-    try:
-        import onnxruntime_ep_openvino as openvino
-    except ImportError as e:
-        raise MissingExtra("onnxruntime-ep-openvino", "openvino") from e
-    if not any(device.ep_name == OPENVINO for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(OPENVINO, openvino.get_library_path())
-    devices = [
-        device
-        for device in ort.get_ep_devices()
-        if device.ep_name == OPENVINO and device.device.type == ort.OrtHardwareDeviceType.CPU
-    ]
-    if not devices:  # as with onnxruntime-ep-openvino 1.8.1 on an AMD CPU
-        raise SessionError(
-            "OpenVINO's plugin offers no CPU device on this machine", hint="run with --provider cpu"
-        )
-    # ACCURACY keeps all element types of the graph. By default OpenVINO computes fp32 in bf16 if the CPU supports it,
-    # even the fp32 islands: operations that stay in fp32 because 16 bits are not enough for them.
-    options.add_provider_for_devices(devices, {"precision": "ACCURACY", "num_of_threads": str(threads)})
 
 
 def first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import Backend
+from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
     from ditc.runtime.bundle.manifest import Artifact
@@ -42,15 +42,22 @@ class BackendRow:
         open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
-        builds_engines: whether it runs engines, which a build makes from the stage's ONNX graph. Otherwise it runs the
-            graph itself.
+        builds_engines: whether it runs what a build makes from the stage's ONNX graph: engines, or another form of the
+            graph. Otherwise it runs the graph itself.
         same_library: whether an engine runs only with the version of the library that built it.
         same_gpu: whether an engine runs only on the NVIDIA GPU, or the kinds of GPU, that it was built for. The
-            sessions of a bundle then share one CUDA device.
+            sessions of a bundle then share one CUDA device. Where this is false, what a build makes runs anywhere.
         built_on_gpu: whether its builder times kernels and so must run on the GPU that the engine is for. Otherwise any
             machine can build engines.
         targets: compute capabilities that engines can be built for; empty if engines are built for the machine itself.
         providers: the values of `--provider` that this backend accepts, except "auto".
+        devices: the values of `--device` that this backend accepts, in upper case; empty for those of NVIDIA's GPUs.
+        precisions: the precisions that a build can make for it.
+        base_precision: the precision of a build for 8 bits outside of the 8-bit products, unless it is named.
+        why_later: says in one line why "auto" takes another backend of the same precision first on this machine; "" if
+            this one keeps its place in the order. None if it always does.
+        cannot: says in one line why it cannot run an artifact on this machine at all, though it runs others; "" if it
+            can. None if it runs all.
         polygraphy: the command of NVIDIA's Polygraphy that runs an artifact. `{model}` stands for the artifact's file.
             "" if Polygraphy cannot run it.
     """
@@ -69,6 +76,11 @@ class BackendRow:
     built_on_gpu: bool = False
     targets: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = tuple(Precision)
+    base_precision: Precision = Precision.FP32
+    why_later: Callable[[BackendRow], str] | None = None
+    cannot: Callable[[Artifact], str] | None = None
     polygraphy: str = ""
 
     @property
@@ -91,9 +103,11 @@ def _imported_later(module: str, function: str) -> Callable[..., Any]:
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 _TENSORRT, _ONNXRUNTIME = "ditc.runtime.sessions.tensorrt_backend", "ditc.runtime.sessions.onnxruntime"
+_OPENVINO, _OPENVINO_LIBRARY = "ditc.runtime.sessions.openvino", "ditc.runtime.sessions.openvino_library"
 
 # Engines come first, because they make the best use of a GPU. TensorRT comes before TensorRT-RTX: if a bundle has
-# engines of both for this machine, those of TensorRT were tuned on this very GPU.
+# engines of both for this machine, those of TensorRT were tuned on this very GPU. OpenVINO comes before ONNX Runtime,
+# because it is faster on CPUs, and `why_later` says on which machines it is not.
 _table: list[BackendRow] = [
     BackendRow(
         name=Backend.TENSORRT,
@@ -108,6 +122,7 @@ _table: list[BackendRow] = [
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
         built_on_gpu=True,
+        base_precision=Precision.FP16,
         polygraphy="polygraphy run {model} --trt --model-type engine",
     ),
     BackendRow(
@@ -123,7 +138,22 @@ _table: list[BackendRow] = [
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,
         targets=RTX_TARGETS,
+        base_precision=Precision.FP16,
         polygraphy="POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run {model} --trt --model-type engine",
+    ),
+    BackendRow(
+        name=Backend.OPENVINO,
+        title="OpenVINO",
+        packages=("openvino",),
+        extra="openvino",
+        lack=_imported_later(_OPENVINO_LIBRARY, "lack"),
+        open=_imported_later(_OPENVINO, "open_stage"),
+        references=_imported_later("ditc.runtime.bundle.ir_references", "ir_references"),
+        builds_engines=True,
+        devices=("CPU", "GPU", "NPU"),
+        precisions=(Precision.FP32, Precision.BF16, Precision.INT8),
+        base_precision=Precision.BF16,
+        why_later=_imported_later(_OPENVINO_LIBRARY, "why_later"),
     ),
     BackendRow(
         name=Backend.ONNXRUNTIME,
@@ -132,7 +162,8 @@ _table: list[BackendRow] = [
         lack=_imported_later(_ONNXRUNTIME, "lack"),
         open=_imported_later(_ONNXRUNTIME, "open_stage"),
         references=_imported_later("ditc.runtime.bundle.onnx_references", "onnx_references"),
-        providers=("cpu", "cuda", "openvino"),
+        providers=("cpu", "cuda"),
+        cannot=_imported_later(_ONNXRUNTIME, "cannot"),
         polygraphy="polygraphy run {model} --onnxrt",
     ),
 ]
@@ -191,6 +222,11 @@ def build_backends() -> tuple[str, ...]:
 def provider_names() -> tuple[str, ...]:
     """The values of `--provider`."""
     return (AUTO, *dict.fromkeys(provider for row in _table for provider in row.providers))
+
+
+def device_names() -> tuple[str, ...]:
+    """The values of `--device` that are not NVIDIA GPUs."""
+    return tuple(dict.fromkeys(name for row in _table for name in row.devices))
 
 
 def available_backends() -> dict[Backend, str]:

@@ -161,10 +161,10 @@ def step_contract(
 def companion_precision(options: BuildOptions) -> Precision:
     """Precision of the text encoders and VAEs, which overflow in fp16.
 
-    With a 16-bit denoiser they are bf16 in engines. In ONNX Runtime they stay fp32, because its CPU provider has no
-    bf16.
+    With a 16-bit denoiser they are bf16 in engines and in OpenVINO. In ONNX Runtime they stay fp32, because its CPU
+    provider has no bf16.
     """
-    exact = options.base is Precision.FP32 or not options.builds_engines
+    exact = options.base is Precision.FP32 or not (options.builds_engines or options.converts_graphs)
     return Precision.FP32 if exact else Precision.BF16
 
 

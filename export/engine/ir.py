@@ -1,0 +1,95 @@
+"""Write a stage in OpenVINO's own form (IR): one XML file and one file of weights, made from its ONNX graph.
+
+OpenVINO reads ONNX files too, but not ditc's functions, and reading an IR file takes a tenth of the time. The form is
+neither for a certain CPU nor compiled: that happens where it is loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditc.export.engine.graph_files import graph_size_bytes, inlined
+from ditc.export.engine.memory import PeakMemory
+from ditc.runtime.atomic import atomic_files
+from ditc.runtime.errors import BuildError, MissingExtra, SessionError
+from ditc.runtime.sessions.openvino import reason, weights_path
+from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
+from ditc.runtime.sessions.registry import missing, row_of
+from ditc.runtime.spec import Backend, StageSpec
+
+HINT = "run the stage with --backend onnxruntime: if that works, the graph is sound and OpenVINO has a limit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IrReport:
+    """The written files, and what it took.
+
+    Attributes:
+        peak_memory_bytes: the largest resident size of the whole process.
+    """
+
+    model: Path
+    weights: Path
+    seconds: float
+    peak_memory_bytes: int
+
+
+def check_openvino() -> None:
+    """Refuse a build before it begins if OpenVINO is not installed, or too old.
+
+    Raises:
+        MissingExtra: it is not installed. SessionError: it is too old.
+    """
+    row = row_of(Backend.OPENVINO)
+    lack = missing(row.name)
+    if "not installed" in lack:
+        raise MissingExtra(row.packages[0], row.extra or "")
+    if lack:
+        raise SessionError(lack, hint=f"{row.install} --upgrade")
+
+
+def estimate_memory_bytes(onnx_path: Path) -> int:
+    """Estimate how many bytes `write_ir` takes on top of what the process holds: the weights are read and written."""
+    return 2 * graph_size_bytes(onnx_path)
+
+
+def write_ir(onnx_path: Path, out: Path, *, spec: StageSpec) -> IrReport:
+    """Write the graph as `out`, an .xml file, and its weights beside it. Element types stay as they are in the graph.
+
+    Raises:
+        BuildError: OpenVINO cannot convert the graph, or gives it other inputs or outputs than the spec.
+        OutputError: the files cannot be written.
+    """
+    begin, openvino = time.monotonic(), load_openvino()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with PeakMemory() as memory, inlined(onnx_path) as graph:
+        try:
+            model = core().read_model(str(graph))
+        except Exception as e:  # its frontends raise classes of their own
+            raise BuildError(
+                f"{spec.name}: OpenVINO {openvino.__version__} cannot read {onnx_path}: {reason(e)}",
+                hint=HINT,
+            ) from e
+        _check_types(model, spec, onnx_path)
+        with atomic_files(weights_path(out), out) as folder:
+            openvino.save_model(model, str(folder / out.name), compress_to_fp16=False)
+        del model
+    return IrReport(
+        model=out,
+        weights=weights_path(out),
+        seconds=time.monotonic() - begin,
+        peak_memory_bytes=memory.peak_bytes,
+    )
+
+
+def _check_types(model: object, spec: StageSpec, onnx_path: Path) -> None:
+    ports = (*model.inputs, *model.outputs)  # type: ignore[attr-defined]
+    found = {port.get_any_name(): port.get_element_type().get_type_name() for port in ports}
+    wanted = {tensor.name: TYPES[tensor.dtype] for tensor in (*spec.inputs, *spec.outputs)}
+    if found != wanted:
+        raise BuildError(
+            f"{spec.name}: OpenVINO reads {onnx_path} with {found}, but the stage's spec has {wanted}",
+            hint=HINT,
+        )

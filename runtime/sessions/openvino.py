@@ -1,0 +1,210 @@
+"""Runs a stage with OpenVINO: an IR file that a build has made from the stage's ONNX graph.
+
+The types that are written in the graph are kept: fp32 islands of a bf16 graph stay fp32. By default OpenVINO computes
+everything in bf16 where the CPU can.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.runtime.bundle.manifest import Artifact
+from ditc.runtime.cores import default_threads
+from ditc.runtime.cpu_features import BF16, cpu_features
+from ditc.runtime.errors import SessionError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, to_numpy
+from ditc.runtime.sessions.compiled_shapes import CompiledShapes, Shapes, most_forms
+from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
+from ditc.runtime.sessions.registry import BackendRow
+from ditc.runtime.sessions.shapes import check_feeds
+from ditc.runtime.spec import DType, StageSpec
+
+CPU = "CPU"
+
+
+def weights_path(model: Path) -> Path:
+    """The file beside an IR file that holds the values of its constants."""
+    return model.with_suffix(".bin")
+
+
+class Compiled:
+    """The stage compiled for one device, and its requests. A request serves one thread at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._idle: deque[Any] = deque()
+
+    @contextmanager
+    def request(self) -> Iterator[Any]:
+        """A request that no other thread uses. There are as many as threads have run at the same time."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self.model.create_infer_request()
+        yield request
+        self._idle.append(request)  # not after an error: what such a request holds is not known
+
+
+class OpenvinoSession:
+    """One stage in OpenVINO.
+
+    Args:
+        model: the .xml file, with its weights beside it.
+        spec: the spec of the stage. The model must have the same inputs and outputs.
+        device: OpenVINO's name of the device: CPU, GPU (Intel's) or NPU.
+        threads: the number of CPU threads; 0 takes one per core that this process may use.
+
+    Raises:
+        SessionError: the machine has no such device, or OpenVINO cannot read the model, or it does not fit the spec.
+        MissingExtra: OpenVINO is not installed.
+    """
+
+    def __init__(self, model: Path, spec: StageSpec, *, device: str = CPU, threads: int = 0) -> None:
+        self._openvino = load_openvino()
+        self.spec = spec
+        _check_device(spec, device)
+        bf16 = device != CPU or bool(BF16.intersection(cpu_features()))
+        self.device = ComputeDevice(
+            kind="cpu" if device == CPU else "other", name=f"OpenVINO on the {device}", native_16_bits=bf16
+        )
+        self._name, self._settings = device, settings(device, threads)
+        weights = weights_path(model)
+        try:
+            self._model = core().read_model(str(model), str(weights))
+        except Exception as e:  # its bindings raise RuntimeError, and other classes for some files
+            raise SessionError(
+                f"{spec.name}: OpenVINO {self._openvino.__version__} cannot read {model.name}: {reason(e)}",
+                hint='if it is too old: pip install --upgrade "ditc[openvino]"; else build the bundle again',
+            ) from e
+        self._check_model()
+        self._compiled = CompiledShapes(self._compile, most_forms(weights.stat().st_size))
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the stage once on arrays of the host.
+
+        Raises:
+            SessionError: the session is closed, an input does not fit the spec, or OpenVINO fails.
+        """
+        given = {name: np.ascontiguousarray(to_numpy(feed)) for name, feed in feeds.items()}
+        check_feeds(self.spec, given)
+        shapes = tuple(given[tensor.name].shape for tensor in self.spec.inputs)
+        with self._lock:
+            if self._closed:
+                raise closed(self.spec)
+            compiled = self._compiled.find(shapes)
+        try:
+            with compiled.request() as request:
+                for tensor in self.spec.inputs:
+                    request.set_tensor(tensor.name, self._shared(given[tensor.name], tensor.dtype))
+                request.infer(share_outputs=True)  # its results are read below
+                # Copies: the request's own memory is written to again in its next run.
+                return {t.name: _copied(request.get_tensor(t.name), t.dtype) for t in self.spec.outputs}
+        except RuntimeError as e:
+            sizes = {name: feed.shape for name, feed in given.items()}
+            raise SessionError(
+                f"{self.spec.name}: {reason(e)}; the inputs were {sizes}",
+                hint="if memory ran out, draw fewer or smaller pictures; else check the bundle with ditc verify --run",
+            ) from e
+
+    def close(self) -> None:
+        """Release the model and all that was compiled. Threads that are running finish their run."""
+        with self._lock:
+            self._closed = True
+            self._compiled.clear()
+            self._model = None
+
+    def _compile(self, shapes: Shapes | None) -> Compiled:
+        model = self._model
+        try:
+            if shapes is not None:
+                model = model.clone()  # its constants stay where they are
+                model.reshape({t.name: list(s) for t, s in zip(self.spec.inputs, shapes, strict=True)})
+            return Compiled(core().compile_model(model, self._name, self._settings))
+        except RuntimeError as e:
+            raise SessionError(
+                f"{self.spec.name}: OpenVINO cannot compile the stage for the {self._name}: {reason(e)}",
+                hint="run the ONNX Runtime artifact: --backend onnxruntime",
+            ) from e
+
+    def _shared(self, array: Array, dtype: DType) -> Any:
+        """The array as a tensor without a copy, also if it cannot be written to. OpenVINO only reads its inputs.
+
+        The tensor does not keep the array alive: every run sets all tensors of its request first.
+        """
+        return self._openvino.Tensor(array, list(array.shape), getattr(self._openvino.Type, TYPES[dtype]))
+
+    def _check_model(self) -> None:
+        def names(ports: Any) -> list[str]:
+            return sorted(port.get_any_name() for port in ports)
+
+        promised = (sorted(i.name for i in self.spec.inputs), sorted(o.name for o in self.spec.outputs))
+        found = (names(self._model.inputs), names(self._model.outputs))
+        if promised != found:
+            raise SessionError(
+                f"{self.spec.name}: the model takes {found[0]} and gives {found[1]}, "
+                f"but the manifest promises {promised[0]} and {promised[1]}",
+                hint="the bundle is inconsistent: build it again",
+            )
+
+
+def settings(device: str, threads: int) -> dict[str, Any]:
+    """OpenVINO's properties for a device."""
+    # ACCURACY keeps the types of the graph. One stream, so that all threads work on one run: a step cannot be split.
+    common: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
+    if device != CPU:
+        return common
+    # Pinning would bind threads to cores outside of the process's mask, and several processes to the same cores.
+    return {
+        **common,
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads or default_threads(),
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def open_stage(
+    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, device: Device | None
+) -> Session:
+    """Open a session on the device that the options name, by default the CPU.
+
+    Raises:
+        SessionError: there is no such device, or the stage cannot be loaded.
+    """
+    return OpenvinoSession(
+        model, artifact.spec, device=options.device.upper() or CPU, threads=options.threads
+    )
+
+
+def reason(error: Exception) -> str:
+    """The line of OpenVINO's error that says what is wrong. The lines before it name places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (said or lines or [type(error).__name__])[-1]
+
+
+def _check_device(spec: StageSpec, device: str) -> None:
+    found = core().available_devices
+    if device not in {name.split(".")[0] for name in found}:
+        raise SessionError(
+            f"{spec.name}: OpenVINO finds no {device} on this machine, only {', '.join(found) or 'nothing'}",
+            hint="run it on the CPU: leave out --device"
+            if CPU in found
+            else "install the package again: pip install --force-reinstall openvino; or run with --backend onnxruntime",
+        )
+
+
+def _copied(tensor: Any, dtype: DType) -> Array:
+    """The values in memory of their own. OpenVINO shows bf16 as numpy's fp16; it is a uint16 array of its bits."""
+    data = tensor.data.view(np.uint16) if dtype is DType.BFLOAT16 else tensor.data
+    return np.array(data)
