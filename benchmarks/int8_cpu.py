@@ -25,6 +25,7 @@ import torch
 
 from ditc.calib.observe import Observer, watching
 from ditc.export.contract import StageModule
+from ditc.export.engine.ir import write_ir
 from ditc.export.example_inputs import example_feeds
 from ditc.export.families.sana.adapter import TORCH_DTYPES
 from ditc.export.families.sana.config import SanaConfig
@@ -40,6 +41,7 @@ from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Origin, Ranges
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.session import Array
+from ditc.runtime.sessions.openvino import OpenvinoSession
 from ditc.runtime.spec import DENOISER, DType, Precision, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
 
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
-    parser.add_argument("--openvino", action="store_true", help="needs pip install onnxruntime-ep-openvino")
+    parser.add_argument("--openvino", action="store_true", help="needs the extra openvino")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     load_before = os.getloadavg()
@@ -102,8 +104,8 @@ def make_contestants(
     }
     if arguments.openvino:
         for name, file in (("fp32", "fp32.onnx"), ("int8", "int8.onnx")):
-            session = openvino_session(folder / file, arguments.threads)
-            contestants[f"openvino {name}"] = lambda s=session: s.run(None, feeds)  # type: ignore[misc]
+            session = openvino_session(folder / file, stage.spec, arguments.threads)
+            contestants[f"openvino {name}"] = lambda s=session: s.run(feeds)  # type: ignore[misc]
     contestants |= diffusers_steps(arguments, cells)
     return contestants, lambda: kernel_times(int8)
 
@@ -171,22 +173,10 @@ def ort_session(path: Path, threads: int, profile_prefix: str | None = None) -> 
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def openvino_session(path: Path, threads: int) -> Any:
-    """A session of OpenVINO as an ONNX Runtime plugin provider."""
-    import onnxruntime as ort
-    import onnxruntime_ep_openvino as openvino
-
-    name = "OpenVINOExecutionProvider"
-    if not any(device.ep_name == name for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(name, openvino.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
-    cpu = [device for device in devices if device.device.type == ort.OrtHardwareDeviceType.CPU]
-    if not cpu:
-        raise SystemExit("OpenVINO's plugin offers no CPU device on this machine: leave --openvino out")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_provider_for_devices(cpu, {"num_of_threads": str(threads)})
-    return ort.InferenceSession(str(path), options)
+def openvino_session(onnx: Path, spec: StageSpec, threads: int) -> OpenvinoSession:
+    """A session of the graph in OpenVINO's form."""
+    report = write_ir(onnx, onnx.with_suffix(".xml"), spec=spec)
+    return OpenvinoSession(report.model, spec, threads=threads)
 
 
 def diffusers_steps(arguments: argparse.Namespace, cells: int) -> dict[str, Callable[[], object]]:

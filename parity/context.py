@@ -14,7 +14,7 @@ from ditc.parity.results import Evidence
 from ditc.parity.simulated_quant import simulated_baseline
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
-from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision
 from ditc.runtime.tolerances import EIGHT, Level, Limit, Metric, limit
 
 Progress = Callable[[str], None]
@@ -126,14 +126,22 @@ class Context:
         """
         if self._precision_baseline is None and self.saved_reference is None:
             precision, plans = self.candidate.precision(DENOISER), self.candidate.plans.get(DENOISER)
+            options = replace(self.reference.options, backend=self._backend())
             if precision in (Precision.FP16, Precision.BF16):
-                options = replace(self.reference.options, precision=precision)
-                self._precision_baseline = TorchModel(self.reference.checkpoint, options=options)
+                self._precision_baseline = TorchModel(
+                    self.reference.checkpoint, options=replace(options, precision=precision)
+                )
             elif precision in EIGHT and plans:
+                base = self.candidate.precision(CONDITIONER)
                 self._precision_baseline = simulated_baseline(
-                    self.reference, plans, self.candidate.precision(CONDITIONER)
+                    self.reference.checkpoint, replace(options, precision=base), plans
                 )
         return self._precision_baseline
+
+    def _backend(self) -> Backend:
+        """The backend of the candidate's denoiser, on which the precisions of a build's other stages depend."""
+        artifact = self.candidate.artifacts.get(DENOISER)
+        return self.reference.options.backend if artifact is None else artifact.backend
 
     def baseline_session(self, stage: str) -> LazyTorchSession | None:
         """A stage of the precision baseline; None where the candidate's stage has a different precision."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 
+from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.graph.torch_session import TorchSession
+from ditc.export.options import BuildOptions
 from ditc.export.quant.layers import linear_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import LazyTorchSession, TorchModel
-from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.spec import DENOISER
 
 
 class SimulatedSession(LazyTorchSession):
@@ -35,9 +36,11 @@ class SimulatedSession(LazyTorchSession):
         return self._session
 
 
-def simulated_baseline(reference: TorchModel, plans: Mapping[str, LayerPlan], base: Precision) -> TorchModel:
-    """The checkpoint in PyTorch with a simulated 8-bit denoiser. All other stages have the base precision."""
-    other = TorchModel(reference.checkpoint, options=replace(reference.options, precision=base))
+def simulated_baseline(
+    checkpoint: Checkpoint, options: BuildOptions, plans: Mapping[str, LayerPlan]
+) -> TorchModel:
+    """The checkpoint in PyTorch with a simulated 8-bit denoiser. All else is as the options say."""
+    other = TorchModel(checkpoint, options=options)
     session = SimulatedSession(other, plans)
     other.sessions[DENOISER] = session
     other.pipeline = other.pipeline.with_sessions(

@@ -55,6 +55,24 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def openvino_bundle(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """tiny_bundle with OpenVINO's form of every graph. Tests that change files copy it first."""
+    pytest.importorskip("openvino", reason="needs the extra: pip install ditc[openvino]")
+
+    def make(path: Path) -> None:
+        from ditc.export.build.builder import build_bundle
+        from ditc.export.contract import BuildOptions
+        from ditc.runtime.spec import Backend
+
+        shutil.copytree(tiny_bundle, path)
+        build_bundle(tiny_checkpoint, path, BuildOptions(backend=Backend.OPENVINO))
+
+    return made_once(tmp_path_factory, "openvino-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def euler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of tiny_checkpoint, with flow-match Euler as the scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler

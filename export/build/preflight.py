@@ -44,6 +44,11 @@ def check_options(options: BuildOptions) -> None:
             f"opset {options.opset} cannot be built into engines: their parser refuses Attention with an fp32 softmax",
             hint=f"leave --opset out: in opset {OPSETS[0]} the same attention is written in plain nodes",
         )
+    if options.opset != OPSETS[0] and options.converts_graphs:
+        raise UsageError(
+            f"opset {options.opset} is not made for {options.backend}: its Attention may not keep an fp32 softmax",
+            hint=f"leave --opset out: in opset {OPSETS[0]} the same attention is written in plain nodes",
+        )
     _check_runs_precisions(options)
     if options.converts_graphs:
         check_openvino()

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20,
         choices=[20, 23],
         help="Version of ONNX's operator set in the graphs. 23 writes attention and RMS norms as single operations, "
-        "for ONNX Runtime; engines need 20; bf16 stages have at least 22 (default: %(default)s).",
+        "for ONNX Runtime; engines and OpenVINO need 20; bf16 stages have at least 22 (default: %(default)s).",
     )
     parser.add_argument(
         "--raw",

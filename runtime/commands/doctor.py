@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.cores import most_threads
+from ditc.runtime.cpu_features import cpu_features
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
@@ -81,6 +82,8 @@ def _machine() -> list[Finding]:
             None if free > 5 else "the build of a full-size checkpoint needs about three times its size",
         ),
     ]
+    if features := cpu_features():
+        findings.append(Finding("cpu", f"has {' '.join(features)}", None))
     memory = _memory_gb()
     if memory is not None:
         enough = memory[0] > 4

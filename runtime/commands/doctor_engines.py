@@ -72,8 +72,8 @@ def _targets() -> list[Finding]:
     for row in reversed(rows()):
         installed = library_version(row.name) if row.builds_engines else None
         if installed is not None:
-            what = (
-                ", ".join(row.targets) or f"the {'GPU' if row.built_on_gpu else 'processor'} of this machine"
+            what = ", ".join(row.targets) or (
+                "the GPU of this machine" if row.built_on_gpu else "any machine"
             )
             found.append(Finding("builds", f"{row.name} {installed} for {what}"))
     return found

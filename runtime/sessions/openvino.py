@@ -7,7 +7,7 @@ everything in bf16 where the CPU can.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +87,7 @@ class OpenvinoSession:
             ) from e
         self._check_model()
         self._compiled = CompiledShapes(self._compile, most_forms(weights.stat().st_size))
+        self._last: Compiled | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -102,7 +103,7 @@ class OpenvinoSession:
         with self._lock:
             if self._closed:
                 raise closed(self.spec)
-            compiled = self._compiled.find(shapes)
+            compiled = self._last = self._compiled.find(shapes)
         try:
             with compiled.request() as request:
                 for tensor in self.spec.inputs:
@@ -122,7 +123,14 @@ class OpenvinoSession:
         with self._lock:
             self._closed = True
             self._compiled.clear()
-            self._model = None
+            self._model = self._last = None
+
+    def last_compiled(self) -> Any:
+        """OpenVINO's compiled model of the last run."""
+        with self._lock:
+            if self._last is None:
+                raise closed(self.spec)
+            return self._last.model
 
     def _compile(self, shapes: Shapes | None) -> Compiled:
         model = self._model
@@ -156,6 +164,18 @@ class OpenvinoSession:
                 f"but the manifest promises {promised[0]} and {promised[1]}",
                 hint="the bundle is inconsistent: build it again",
             )
+
+
+def executed_types(session: OpenvinoSession) -> dict[str, list[str]]:
+    """The type in which OpenVINO computes each layer that it executes, by kind of layer: {"Softmax": ["f32"], ...}.
+
+    The layers are those of the shapes that ran last, after all of OpenVINO's fusions.
+    """
+    types: dict[str, list[str]] = defaultdict(list)
+    for layer in session.last_compiled().get_runtime_model().get_ordered_ops():
+        facts = layer.get_rt_info()
+        types[facts["layerType"].astype(str)].append(facts["runtimePrecision"].astype(str))
+    return types
 
 
 def settings(device: str, threads: int) -> dict[str, Any]:

@@ -68,11 +68,13 @@ def test_every_help_text_is_sentences_with_the_default() -> None:
         (
             {"backend": "cuda"},
             "backend 'cuda' is unknown",
-            "choose one of auto, tensorrt, tensorrt-rtx, onnxruntime",
+            "choose one of auto, tensorrt, tensorrt-rtx, openvino, onnxruntime",
         ),
         ({"precision": "fp64"}, "precision 'fp64' is unknown", "choose one of fp32, tf32, fp16"),
         ({"threads": -1}, "threads is -1", "0 for one per core"),
-        ({"provider": "npu"}, "provider 'npu' is unknown", "auto, cpu, cuda, openvino"),
+        ({"provider": "npu"}, "provider 'npu' is unknown", "auto, cpu, cuda"),
+        ({"device": "1", "backend": "openvino"}, "device 1 does not belong", "CPU, GPU, NPU"),
+        ({"device": "GPU", "backend": "tensorrt"}, "device GPU does not belong", "the number or UUID"),
         ({"provider": "cpu", "backend": "tensorrt"}, "cpu belongs to ONNX Runtime, not", "leave out"),
     ],
 )
@@ -87,6 +89,8 @@ def test_bad_values_are_refused_before_a_file_is_read(
 def test_a_provider_asks_for_its_backend() -> None:
     assert LoadOptions(provider="cuda").named_backend == "onnxruntime"
     assert LoadOptions(backend="tensorrt").named_backend == "tensorrt"
+    assert LoadOptions(device="npu").named_backend == "openvino" and LoadOptions(device="npu").gpu == ""
+    assert LoadOptions(device="1").named_backend == "auto" and LoadOptions(device="1").gpu == "1"
     assert DEFAULTS.named_backend == "auto"
 
 

@@ -19,7 +19,7 @@ from ditc.runtime.bundle.manifest import Artifact, load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import ComputeDevice, Session, samples, to_numpy
 from ditc.runtime.sessions.device import Device
-from ditc.runtime.sessions.onnxruntime import CUDA, DEVICES, OPENVINO, OnnxRuntimeSession
+from ditc.runtime.sessions.onnxruntime import CUDA, DEVICES, OnnxRuntimeSession
 from ditc.runtime.sessions.onnxruntime_device import OnnxRuntimeDeviceSession, OrtTensor
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.sessions.tensorrt import TensorRTSession
@@ -58,7 +58,7 @@ def test_every_session_says_where_it_computes(sessions: dict[str, Session]) -> N
         "on demand": "cuda",
         "torch": "cpu",
     }
-    assert DEVICES[CUDA].kind == "cuda" and DEVICES[OPENVINO].kind == "cpu"
+    assert DEVICES[CUDA].kind == "cuda"
 
 
 def test_only_onnx_runtimes_cpu_provider_computes_16_bits_in_a_wider_type(
@@ -68,12 +68,12 @@ def test_only_onnx_runtimes_cpu_provider_computes_16_bits_in_a_wider_type(
     assert wide == {"onnxruntime", "bound"}
     devices = [*DEVICES.values(), *(session.device for session in sessions.values())]
     assert not any(device.widens(precision) for device in devices for precision in OTHERS)
-    assert not any(DEVICES[name].widens(p) for name in (CUDA, OPENVINO) for p in SIXTEEN)
+    assert not any(DEVICES[CUDA].widens(p) for p in SIXTEEN)
 
 
 def test_builds_have_tried_no_device_but_onnx_runtimes_cpu_provider(sessions: dict[str, Session]) -> None:
     assert {n for n, session in sessions.items() if session.device.tried_at_build} == {"onnxruntime", "bound"}
-    assert not any(DEVICES[name].tried_at_build for name in (CUDA, OPENVINO))
+    assert not DEVICES[CUDA].tried_at_build
 
 
 class Elsewhere(OnnxRuntimeSession):

@@ -136,8 +136,8 @@ def test_every_verb_accepts_the_new_backend(
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "toy" in capsys.readouterr().out
-    assert backend_names() == ("auto", "onnxruntime", "tensorrt-rtx", "tensorrt", "toy")
-    assert build_backends() == ("onnxruntime", "tensorrt-rtx", "tensorrt", "toy")
+    assert backend_names() == ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "toy")
+    assert build_backends() == ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "toy")
 
 
 @pytest.mark.usefixtures("toy")
@@ -208,7 +208,7 @@ def test_every_row_has_what_other_code_needs(row: BackendRow) -> None:
         required = {line.split(">")[0].split("=")[0] for line in extras[row.extra]}
         assert required == {row.packages[0], *row.needs}
     assert find_row(row.name) is row and row_of(row.name) is row
-    assert row.title and row.packages and "{model}" in row.polygraphy
+    assert row.title and row.packages and ("{model}" in row.polygraphy or not row.polygraphy)
     lack = row.lack(row)
     assert lack == missing(row.name) and (not lack or "pip install" in lack or "no NVIDIA GPU" in lack)
     assert (row.name in available_backends()) is not bool(lack)
@@ -228,12 +228,12 @@ def test_the_functions_of_a_row_exist_and_take_their_arguments(row: BackendRow) 
 
 def test_engines_are_preferred_and_graphs_are_written_first(tiny_bundle: Path) -> None:
     """The order in a manifest is that of earlier versions: else its digest would change, and a signature with it."""
-    assert [row.name for row in rows()] == ["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    assert [row.name for row in rows()] == ["tensorrt", "tensorrt-rtx", "openvino", "onnxruntime"]
     assert all(target.startswith("sm") for target in RTX_TARGETS)
     artifact = load_manifest(tiny_bundle).stages["denoiser"].artifacts[0]
-    names = ("unheard-of", "tensorrt", "onnxruntime", "tensorrt-rtx")
+    names = ("unheard-of", "tensorrt", "openvino", "onnxruntime", "tensorrt-rtx")
     some = in_order(replace(artifact, backend=Backend(name)) for name in names)
-    assert [a.backend for a in some] == ["onnxruntime", "tensorrt-rtx", "tensorrt", "unheard-of"]
+    assert [a.backend for a in some] == ["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "unheard-of"]
 
 
 def test_a_name_is_in_the_table_once(toy: BackendRow) -> None:

@@ -1,0 +1,31 @@
+"""OpenVINO computes a bf16 graph as it is written: its fp32 islands in fp32, and the rest in bf16 where the CPU can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from ditc.export.engine.ir import write_ir
+from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.runtime.cpu_features import BF16, cpu_features
+from ditc.runtime.spec import Precision
+
+pytest.importorskip("openvino", reason="needs the extra: pip install ditc[openvino]")
+from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
+
+
+def test_the_islands_of_a_bf16_step_are_executed_in_fp32(exported, tmp_path: Path) -> None:
+    stage, model = exported(Precision.BF16)
+    ir.save(model, tmp_path / "step.onnx")
+    report = write_ir(tmp_path / "step.onnx", tmp_path / "step.xml", spec=stage.spec)
+    session = OpenvinoSession(report.model, stage.spec, threads=1)
+    session.run(example_feeds(stage.spec, example_sizes(stage.spec)))
+    types = executed_types(session)
+    # Softmax, norms (MVN, RMS), sines and cosines (Math), statistics (Reduce), and the products of linear attention.
+    for kind in ("Softmax", "MVN", "RMS", "Math", "Reduce"):
+        assert types[kind] and set(types[kind]) == {"f32"}, (kind, types[kind])
+    assert types["MatMul"].count("f32") >= 2
+    linear = set(types["FullyConnected"]) | set(types["Convolution"])
+    assert linear == ({"bf16"} if BF16.intersection(cpu_features()) else {"f32"})
