@@ -118,6 +118,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert {name for name in files if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in files} == {"ditc"}, "no generic top-level name is installed"
     assert "ditc/runtime/py.typed" in files
+    assert {"ditc/runtime/serving/ui/page.css", "ditc/runtime/serving/ui/page.js"} <= files
 
 
 def test_the_wheel_draws_a_picture_where_torch_cannot_be_imported(
