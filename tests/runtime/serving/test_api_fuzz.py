@@ -71,9 +71,9 @@ def fuzz(server: ServerThread, cases: int) -> dict[int, int]:
     return statuses
 
 
-def test_a_hundred_requests_of_our_own_schema_get_an_answer_each(server: ServerThread) -> None:
-    statuses = fuzz(server, 100)
-    assert sum(statuses.values()) > 40 and {200, 400, 404} <= set(statuses)
+def test_some_requests_of_our_own_schema_get_an_answer_each(server: ServerThread) -> None:
+    statuses = fuzz(server, 60)
+    assert sum(statuses.values()) > 30 and {200, 400, 404} <= set(statuses)
 
 
 @pytest.mark.slow
