@@ -36,8 +36,9 @@ class Candidate:
         traced: the graph to trace modules in, for stages where it is not the deployed one.
         precisions: the precision of each stage.
         native: sessions of 16-bit stages that this machine computes in a wider type (ONNX Runtime's CPU provider runs
-            fp16 in fp32). They show whether the file holds the right graph. The pipeline's own session for the
-            stage, which runs the same graph with the rounding written into it, shows what rounding costs.
+            fp16 in fp32, and OpenVINO bf16 on a CPU without it). They show whether the file holds the right graph. The
+            pipeline's own session for the stage, which runs the same graph with the rounding written into it, shows
+            what rounding costs.
         plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
         calibrations: of 8-bit stages, what their ranges rest on, where the bundle records it.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
@@ -91,10 +92,11 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
     native: dict[str, Session] = {}
     traced: dict[str, ir.Model] = {}
     for name, artifact in chosen.items():
-        if is_graph(artifact) and sessions[name].device.widens(artifact.precision):
+        graph = _graph_of(parts.manifest, name, artifact)
+        if graph is not None and sessions[name].device.widens(artifact.precision):
             native[name] = sessions[name]
             sessions[name], traced[name] = open_rounded(
-                bundle / artifact.file.path, artifact, threads=options.threads
+                bundle / graph.file.path, graph, threads=options.threads
             )
     conditioning = parts.conditioning.with_sessions(sessions)
     records = _records(bundle, chosen)
@@ -111,6 +113,12 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         artifacts=chosen,
         bundle=bundle,
     )
+
+
+def _graph_of(manifest: Manifest, stage: str, artifact: Artifact) -> Artifact | None:
+    """The graph that an artifact was made from, which may be the artifact itself; None if the bundle has none."""
+    of_stage = (artifact, *manifest.stages[stage].artifacts)
+    return next((a for a in of_stage if is_graph(a) and a.precision is artifact.precision), None)
 
 
 def _records(bundle: Path, artifacts: Mapping[str, Artifact]) -> dict[str, QuantRecord]:

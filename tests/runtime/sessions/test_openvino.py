@@ -21,8 +21,10 @@ from ditc.runtime.errors import BundleError, DitcError, SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
+from ditc.runtime.session import ComputeDevice
 from ditc.runtime.sessions import openvino_library
 from ditc.runtime.sessions.compiled_shapes import CompiledShapes
+from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import DENOISER, VAE_DECODER, Backend
@@ -210,3 +212,22 @@ def test_the_import_is_not_reported(tmp_path: Path) -> None:
     devices, sockets, reports = json.loads(done.stdout)
     assert "CPU" in devices and sockets == 0 and not reports
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_does_not_take_a_wider_type_for_16_bits(
+    openvino_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU without bf16 products, OpenVINO computes bf16 in fp32: the rounding is then written into the graph."""
+    from ditc.parity import candidate
+
+    rounded: list[str] = []
+
+    def open_rounded(model: Path, artifact: Artifact, *, threads: int) -> tuple[Any, None]:
+        rounded.append(model.suffix)
+        return OnnxRuntimeSession(model, artifact.spec, threads=threads), None
+
+    monkeypatch.setattr(ComputeDevice, "widens", lambda device, precision: device.name.startswith("OpenVINO"))
+    monkeypatch.setattr(candidate, "open_rounded", open_rounded)
+    found = candidate.open_candidate(openvino_bundle, LoadOptions(backend="openvino", threads=1))
+    assert rounded == [".onnx"] * 4 and found.native.keys() == found.sessions.keys()
+    found.pipeline.close()

@@ -1,0 +1,136 @@
+"""How long does a picture take whose prompt is new? A server rarely draws the same prompt twice.
+
+    python -m benchmarks.new_prompts BUNDLE [--rounds 15] [--steps 20] [--only "openvino fp32" ...]
+
+Each contestant is a process of its own that keeps its bundle loaded. They draw one picture in turn, in a random order
+in every round, and each picture's prompt is new to its process. The contestants are the denoisers that the bundle has
+for the CPU. "spinning" is ONNX Runtime fp32 as it is without ditc's setting: the threads of each session go on spinning
+after its run. Fidelity is to the first contestant's picture of the same prompt and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.machine import spread, write
+from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.cpu_features import cpu_features
+from ditc.runtime.preference import why_not
+from ditc.runtime.sessions.registry import missing, row_of
+from ditc.runtime.spec import DENOISER
+
+SPINNING = "onnxruntime fp32, spinning"
+WARM_UP = 2
+
+
+def main() -> None:
+    """Draw the rounds, and print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="*", help="names of contestants (default: all)")
+    arguments = parser.parse_args()
+    names = [name for name in contestants(arguments.bundle) if name in (arguments.only or [name])]
+    load_before = os.getloadavg()
+    results = race(arguments.bundle, names, arguments.rounds, arguments.steps)
+    summary: dict[str, Any] = {}
+    for name, (times, psnr) in results.items():
+        summary[name] = {"seconds": spread(times), "psnr_db": psnr}
+        median = 1e3 * summary[name]["seconds"]["median"]
+        sys.stdout.write(f"{name:<28}{median:8.1f} ms  {psnr:6.1f} dB  {summary[name]['seconds']}\n")
+    write(
+        "new_prompts",
+        {
+            "bundle": arguments.bundle.name,
+            "rounds": arguments.rounds,
+            "steps": arguments.steps,
+            "cpu_features": cpu_features(),
+            "load_before": load_before,
+            "load_after": os.getloadavg(),
+            "results": summary,
+        },
+    )
+
+
+def contestants(bundle: Path) -> Iterator[str]:
+    """Backend and precision of every denoiser that this machine's CPU runs, and the one that spins."""
+    for artifact in load_manifest(bundle).stages[DENOISER].artifacts:
+        runs = not row_of(artifact.backend).same_gpu and not missing(artifact.backend)
+        if runs and not why_not(artifact):
+            name = f"{artifact.backend} {artifact.precision.value}"
+            yield name
+            if f"{name}, spinning" == SPINNING:
+                yield SPINNING
+
+
+def race(bundle: Path, names: list[str], rounds: int, steps: int) -> dict[str, tuple[list[float], float]]:
+    """The times of all contestants in seconds, and their lowest PSNR to the first one, in dB."""
+    import numpy as np
+
+    context, pipes, processes = get_context("spawn"), {}, []
+    for name in names:
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=draw_on_request, args=(theirs, str(bundle), name, steps)))
+        processes[-1].start()
+        pipes[name] = ours
+    times: dict[str, list[float]] = {name: [] for name in names}
+    psnr = dict.fromkeys(names, float("inf"))
+    order = random.Random(0)
+    for number in range(WARM_UP + rounds):
+        pictures = {}
+        for name in order.sample(names, len(names)):
+            pipes[name].send(number)
+            seconds, pictures[name] = pipes[name].recv()
+            if number >= WARM_UP:
+                times[name].append(seconds)
+        for name in names:
+            error = float(np.mean((pictures[name] - pictures[names[0]]) ** 2))
+            psnr[name] = min(psnr[name], -10 * np.log10(error) if error else float("inf"))
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join()
+    return {name: (times[name], psnr[name]) for name in names}
+
+
+def draw_on_request(pipe: Connection, bundle: str, name: str, steps: int) -> None:
+    """Draw a picture whenever a number is received, and send its time and the picture; None ends it."""
+    from ditc.runtime.pipeline import Pipeline
+
+    if name == SPINNING:
+        _keep_spinning()
+    backend, precision = name.split(",")[0].split()
+    with Pipeline.load(bundle, backend=backend, precision=precision) as pipeline:
+        while (number := pipe.recv()) is not None:
+            begin = perf_counter()
+            prompt = f"a {('red', 'blue', 'green', 'yellow')[number % 4]} heart number {number}, flat style"
+            output = pipeline(prompt, num_inference_steps=steps, seed=number, output_type="np")
+            pipe.send((perf_counter() - begin, output.images))
+
+
+def _keep_spinning() -> None:
+    """Leave out ditc's setting from all sessions that this process makes."""
+    import onnxruntime as ort
+
+    class Options(ort.SessionOptions):  # type: ignore[misc, unused-ignore]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            if key != "session.force_spinning_stop":
+                super().add_session_config_entry(key, value)
+
+    ort.SessionOptions = Options
+
+
+if __name__ == "__main__":
+    main()
