@@ -13,9 +13,9 @@ from ditc.export.quant.plan import LayerPlan
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
 
-# How much a right scale may differ: an fp16 scale has 11 bits, and an fp32 scale is exact. A wrong scale is off by far
-# more.
-ROUNDING = 2**-10
+# How much a right scale may differ: an fp16 scale has 11 bits, a bf16 scale has 8, and an fp32 scale is exact. A wrong
+# scale is off by far more.
+ROUNDING, BF16_ROUNDING = 2**-10, 2**-7
 # The largest rounding error, as a share of a channel's amax: half of one of 127 steps, or half an ulp of E4M3's 3 bits.
 # A fifth is added for scales that were themselves rounded to 16 bits.
 LARGEST_ERROR = {Format.INT8: 1.2 * 0.5 / 127, Format.FP8: 1.2 * 2**-4}
@@ -84,8 +84,10 @@ def _check_input(name: str, gemm: ir.Node, layer: LayerPlan) -> None:
         )
     if layer.input is None or maker is None:
         return
-    scale, wanted = float(_constant(maker, 1)), layer.input.amax / QUANTIZED_MAX[layer.kind]
-    if abs(scale / wanted - 1) > ROUNDING and scale > np.finfo(np.float16).smallest_normal:
+    found, wanted = _constant(maker, 1), layer.input.amax / QUANTIZED_MAX[layer.kind]
+    scale = float(found)
+    rounding = BF16_ROUNDING if ir.DataType.from_numpy(found.dtype) is ir.DataType.BFLOAT16 else ROUNDING
+    if abs(scale / wanted - 1) > rounding and scale > np.finfo(np.float16).smallest_normal:
         raise BuildError(
             f"{name}: the input's scale is {scale:.6g} in the graph, but {wanted:.6g} in the plan",
             hint="build again, and do not change the graph by hand",

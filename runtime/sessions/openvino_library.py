@@ -71,7 +71,7 @@ def why_later(row: BackendRow) -> str:
     if not cuda_lack():
         return "ONNX Runtime computes on the GPU"
     if "avx512f" not in cpu_features():
-        return "OpenVINO was measured to be faster on CPUs with avx512f, which this one lacks"
+        return "OpenVINO was measured to be faster on CPUs with avx512f, which this one is not known to have"
     return ""
 
 

@@ -118,6 +118,22 @@ def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
     assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
 
 
+def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path):
+    pytest.importorskip("openvino", reason="needs the extra: pip install ditc[openvino]")
+    from ditc.export.engine.ir import write_ir
+    from ditc.runtime.cpu_features import cpu_features
+    from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
+
+    stage, plan, model = make(RECIPES["sana-int8"])
+    files = write_ir(_save(model, tmp_path / "step.onnx"), tmp_path / "step.xml", spec=stage.spec)
+    session, feeds = OpenvinoSession(files.model, stage.spec, threads=1), feeds_of(stage, seed=9)
+    plain = replace(run, optimize=False)(model, feeds)["x0"]
+    assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
+    if {"avx512_vnni", "avx_vnni"}.intersection(cpu_features()):
+        products = executed_types(session)["FullyConnected"]
+        assert sum(kind in ("i8", "u8") for kind in products) == len(plan.layers)
+
+
 def test_saved_ranges_give_the_same_graph_byte_for_byte(exported, tmp_path):
     stage, graph = exported(Precision.FP32)
     ranges, layers = ranges_of(stage), linear_layers(stage)
@@ -188,6 +204,7 @@ def test_scales_have_the_type_of_the_graph(exported, precision):
     amax = plan.layers[f"{BLOCK}.ff.conv_point"].input.amax
     assert scale.dtype == wanted
     assert float(scale.numpy()) == pytest.approx(amax / QUANTIZED_MAX[Format.FP8], rel=2**-7)
+    check_scales(model, plan.layers, layers)
 
 
 @pytest.mark.parametrize(("name", "target"), [("sana-int8", "sm86"), ("sana-fp8", "sm89")])
