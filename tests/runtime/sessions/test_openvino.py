@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import need_openvino
 
 from ditc.runtime.bundle.manifest import Artifact, load_manifest
 from ditc.runtime.cli import main
@@ -200,7 +201,7 @@ print(json.dumps([devices, sum(f.startswith("socket:") for f in fds), "openvino_
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sockets are counted in Linux's /proc")
 def test_the_import_is_not_reported(tmp_path: Path) -> None:
     """By default `import openvino` reports itself to Google Analytics and leaves an id in ~/intel."""
-    pytest.importorskip("openvino_telemetry")
+    need_openvino()
     done = subprocess.run(
         [sys.executable, "-c", QUIET],
         env={**os.environ, "HOME": str(tmp_path)},

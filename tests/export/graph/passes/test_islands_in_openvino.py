@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
-import pytest
+from conftest import need_openvino
 
 from ditc.export.engine.ir import write_ir
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.runtime.cpu_features import BF16, cpu_features
-from ditc.runtime.spec import Precision
-
-pytest.importorskip("openvino", reason="needs the extra: pip install ditc[openvino]")
 from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
+from ditc.runtime.spec import Precision
 
 
 def test_the_islands_of_a_bf16_step_are_executed_in_fp32(exported, tmp_path: Path) -> None:
+    need_openvino()
     stage, model = exported(Precision.BF16)
     ir.save(model, tmp_path / "step.onnx")
     report = write_ir(tmp_path / "step.onnx", tmp_path / "step.xml", spec=stage.spec)

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from conftest import need_openvino
 from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
 
 from ditc.export.families.sana.recipe import RECIPES
@@ -119,7 +120,7 @@ def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
 
 
 def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path):
-    pytest.importorskip("openvino", reason="needs the extra: pip install ditc[openvino]")
+    need_openvino()
     from ditc.export.engine.ir import write_ir
     from ditc.runtime.cpu_features import cpu_features
     from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
