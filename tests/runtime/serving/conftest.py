@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def serve(tiny_bundle: Path) -> Iterator[Serve]:
         bounds: Bounds | None = None,
         start: bool = True,
         batches_pay: bool = False,
+        clock: Callable[[], float] = monotonic,
         **options: Any,
     ) -> Server:
         def load() -> Pipeline:
@@ -100,6 +102,7 @@ def serve(tiny_bundle: Path) -> Iterator[Serve]:
             admission=Admission(bounds or Bounds()),
             reopen=opener,
             options=SchedulerOptions(**options),
+            clock=clock,
         )
         if batches_pay:
             scheduler.times.best_size = lambda key, most: min(most, scheduler.max_batch)  # type: ignore[method-assign]

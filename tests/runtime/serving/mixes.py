@@ -89,7 +89,7 @@ class Mixer:
         )
         force_batches(self.scheduler)
         self._ids = map(str, itertools.count())
-        decode, step = self.scheduler._decode, self.scheduler._batches.step
+        decode, step = self.scheduler._work.decode, self.scheduler._work.batches.step
 
         def decode_and_keep(picture: Picture) -> None:
             self.latents.setdefault(picture.job.id, {})[picture.index] = to_numpy(picture.state.latents)
@@ -99,8 +99,8 @@ class Mixer:
             self.sizes.append(len(states))
             return step(key, states)
 
-        self.scheduler._decode = decode_and_keep  # type: ignore[method-assign]
-        self.scheduler._batches.step = step_and_count  # type: ignore[method-assign]
+        self.scheduler._work.decode = decode_and_keep  # type: ignore[method-assign]
+        self.scheduler._work.batches.step = step_and_count  # type: ignore[method-assign]
 
     def mix(self, rng: random.Random, known: Sequence[Alone]) -> list[Entry]:
         """Draw some requests together. They join, and some are cancelled, at random times."""

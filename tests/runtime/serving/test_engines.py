@@ -103,7 +103,7 @@ def steps_of(alone: Alone) -> int:
 def test_a_steady_step_is_one_launch_one_upload_and_one_download(serve: Serve, tiny_bundle: Path) -> None:
     """No graph is captured, no text is copied, and nothing is allocated. The download has the statistics."""
     on = OnGpu(serve, tiny_bundle, start=False)
-    calls, step = on.gpu.cuda.calls, on.scheduler._batches.step
+    calls, step = on.gpu.cuda.calls, on.scheduler._work.batches.step
     in_steps: list[Counter[str]] = []
 
     def counted(key: Any, states: Any) -> Any:
@@ -113,7 +113,7 @@ def test_a_steady_step_is_one_launch_one_upload_and_one_download(serve: Serve, t
             in_steps.append(Counter(calls[before:]))
         return stepped
 
-    on.scheduler._batches.step = counted  # type: ignore[method-assign]
+    on.scheduler._work.batches.step = counted  # type: ignore[method-assign]
     heard = on.server.submit(num_inference_steps=8)[1]
     on.scheduler.start()
     heard.wait()
@@ -131,7 +131,7 @@ def test_texts_leave_the_device_with_the_last_picture_of_their_size(
     for _ in range(4):
         for alone in known[:4]:
             on.submit(alone)[1].wait()
-        wait_until(lambda: not on.scheduler._batches._batches)
+        wait_until(lambda: not on.scheduler._work.batches._batches)
         gc.collect()
         used.append(on.gpu.device.allocated_bytes)
     assert used[-1] == used[-2], used
@@ -142,13 +142,13 @@ def test_pictures_that_wait_for_the_decoder_keep_neither_texts_nor_memory_of_the
 ) -> None:
     """With few steps and a slow decoder, all pictures of a long queue wait there."""
     on = OnGpu(serve, tiny_bundle)
-    decode, states = on.scheduler._decode, []
+    decode, states = on.scheduler._work.decode, []
 
     def watched(picture: Picture) -> None:
         states.append(picture.state)
         decode(picture)
 
-    on.scheduler._decode = watched  # type: ignore[method-assign]
+    on.scheduler._work.decode = watched  # type: ignore[method-assign]
     assert isinstance(on.server.draw(num_images_per_prompt=3, previews=1), Finished)
     assert len(states) == 3
     for state in states:
@@ -169,7 +169,7 @@ def test_a_crash_ends_requests_with_states_on_the_device_and_no_others(
     serve: Serve, tiny_bundle: Path, known: list[Alone]
 ) -> None:
     on = OnGpu(serve, tiny_bundle, max_batch=1, start=False)
-    step, runs = on.scheduler._batches.step, []
+    step, runs = on.scheduler._work.batches.step, []
 
     def failing(key: Any, states: Any) -> Any:
         runs.append(len(states))
@@ -177,7 +177,7 @@ def test_a_crash_ends_requests_with_states_on_the_device_and_no_others(
             raise RuntimeError("planted")
         return step(key, states)
 
-    on.scheduler._batches.step = failing  # type: ignore[method-assign]
+    on.scheduler._work.batches.step = failing  # type: ignore[method-assign]
     lost = on.server.submit(num_images_per_prompt=2, num_inference_steps=4)[1]
     others = [on.submit(alone)[1] for alone in known[:3]]
     on.scheduler.start()
@@ -195,10 +195,10 @@ def test_pictures_whose_texts_are_encoded_after_a_crash_use_the_bundle_that_was_
     scheduler = on.scheduler
     job, heard = on.server.submit(num_images_per_prompt=3, num_inference_steps=2)
     with scheduler._wake:
-        first = scheduler._take_task()
+        first = scheduler._queue.take_task(scheduler._best_size)
     assert first is not None
     first.action()
-    scheduler.crashed(RuntimeError("planted"), [])
+    scheduler._session_crashed(RuntimeError("planted"), [])
     scheduler.start()
     end = heard.wait()
     assert isinstance(end, Finished) and len(on.opened) == 2

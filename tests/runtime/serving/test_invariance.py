@@ -34,7 +34,7 @@ def run_mixes(
     for seed in range(count):
         drawn += ends(mixer.mix(random.Random(seed), known))
     scheduler = mixer.scheduler
-    assert scheduler.idle and not scheduler._pictures and not scheduler._tasks
+    assert scheduler.idle and not scheduler._queue.pictures and not scheduler._queue.tasks
     assert (scheduler.admission.requests, scheduler.admission.pixel_steps) == (0, 0)
     assert {1, 2} < set(mixer.sizes), "requests shared runs"
     return mixer, drawn

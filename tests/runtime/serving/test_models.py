@@ -427,7 +427,7 @@ def test_a_bundle_that_is_rebuilt_before_a_session_fails_draws_no_picture_with_t
 ) -> None:
     with real.using() as model:
         rebuild(bundle, steps=7)
-        step = type(model.scheduler._batches).step
+        step = type(model.scheduler._work.batches).step
         calls = []
 
         def crash(self: Any, key: Any, batch: Any) -> Any:
@@ -436,7 +436,7 @@ def test_a_bundle_that_is_rebuilt_before_a_session_fails_draws_no_picture_with_t
                 raise RuntimeError("planted")
             return step(self, key, batch)
 
-        monkeypatch.setattr(type(model.scheduler._batches), "step", crash)
+        monkeypatch.setattr(type(model.scheduler._work.batches), "step", crash)
         assert draw(model).refusal.status == 500
         until(lambda: not model.scheduler.problem)
         assert isinstance(draw(model), Finished)

@@ -33,7 +33,9 @@ def alone(server: Server, **changes: object) -> list[Array]:
 def nothing_is_left(server: Server) -> bool:
     scheduler = server.scheduler
     counts = (scheduler.admission.requests, scheduler.admission.pixel_steps)
-    return scheduler.idle and counts == (0, 0) and not scheduler._pictures and not scheduler._tasks
+    return (
+        scheduler.idle and counts == (0, 0) and not scheduler._queue.pictures and not scheduler._queue.tasks
+    )
 
 
 class Spy:
@@ -166,8 +168,7 @@ def test_a_deadline_that_passes_ends_the_request(serve: Serve, tiny_bundle: Path
     def before(feeds: Mapping[str, Tensor]) -> None:
         now[0] += 1
 
-    server = serve(reopen=watched(tiny_bundle, before), start=False)
-    server.scheduler._clock = lambda: now[0]
+    server = serve(reopen=watched(tiny_bundle, before), start=False, clock=lambda: now[0])
     _, heard = server.submit(num_inference_steps=9, timeout=4.5)
     server.scheduler.start()
     end = heard.wait()
@@ -256,13 +257,13 @@ def test_texts_are_encoded_for_few_pictures_ahead(serve: Serve) -> None:
     server = serve(start=False, max_batch=1)
     most = []
     scheduler = server.scheduler
-    original = scheduler._step
+    original = scheduler._work.step
 
     def step(pictures) -> None:
-        most.append(len(scheduler._pictures) + len(pictures))
+        most.append(len(scheduler._queue.pictures) + len(pictures))
         original(pictures)
 
-    scheduler._step = step  # type: ignore[method-assign]
+    scheduler._work.step = step  # type: ignore[method-assign]
     heard = [server.submit(seed=seed, num_images_per_prompt=4)[1] for seed in range(4)]
     scheduler.start()
     for one in heard:

@@ -140,7 +140,7 @@ def test_closing_the_views_cancels_the_request(models: Models) -> None:
             models, "tiny", lambda: ASKED, limits=LIMITS, caller=Caller("alice"), visitors=visitors, visit="v"
         )
         assert "Opening" in next(shown).html and "Waiting" in next(shown).html
-        (job,) = model.scheduler._jobs.values() or [None]
+        (job,) = model.scheduler._queue.jobs.values() or [None]
         shown.close()
         assert job is None or job.cancelled or job.end is not None
 
