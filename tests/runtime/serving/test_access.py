@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import time
 import random
 import re
 from collections.abc import Iterator
@@ -185,7 +186,11 @@ def test_the_official_client_raises_its_exceptions_and_repeats_nothing_in_vain(
         return caught.value
 
     def times_asked() -> int:
-        return caplog.text.count("POST /v1/images/generations ")
+        """How often the server has logged an answer. It does so after the client has read it."""
+        end = time.monotonic() + 30
+        while not (found := caplog.text.count("POST /v1/images/generations ")) and time.monotonic() < end:
+            time.sleep(0.01)
+        return found
 
     for key, fields, kind in (
         ("wrong-0123456789abcdef", {}, openai.AuthenticationError),

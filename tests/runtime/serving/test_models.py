@@ -398,7 +398,7 @@ def test_many_reloads_and_crashes_leave_nothing_open(
     for _ in range(3):
         with real.using() as model:
             with monkeypatch.context() as planted:
-                planted.setattr(type(model.scheduler._batches), "step", lambda *_: 1 / 0)
+                planted.setattr(type(model.scheduler._work.batches), "step", lambda *_: 1 / 0)
                 assert draw(model).refusal.status == 500
             assert isinstance(draw(model), Finished)
     assert len(opened) == 7 and closed == opened[:6]
@@ -445,7 +445,7 @@ def test_a_bundle_that_is_rebuilt_before_a_session_fails_draws_no_picture_with_t
 
 def test_closing_ends_what_is_in_work_and_says_so(real: Models) -> None:
     with real.using() as model:
-        model.scheduler.pipeline = SimpleNamespace(  # type: ignore[assignment]
+        model.scheduler._work.pipeline = SimpleNamespace(  # type: ignore[assignment]
             **{
                 "states": lambda plan: iter([time.sleep(0.3)]),
                 "manifest": model.pipeline.manifest,
