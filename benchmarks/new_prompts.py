@@ -1,6 +1,6 @@
 """How long does a picture take whose prompt is new? A server rarely draws the same prompt twice.
 
-    python -m benchmarks.new_prompts BUNDLE [--rounds 15] [--steps 20] [--only "openvino fp32" ...]
+    python -m benchmarks.new_prompts BUNDLE [--rounds 15] [--steps 20] [--threads 0] [--only "openvino fp32" ...]
 
 Each contestant is a process of its own that keeps its bundle loaded. They draw one picture in turn, in a random order
 in every round, and each picture's prompt is new to its process. The contestants are the denoisers that the bundle has
@@ -46,11 +46,12 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=0, help="of every stage; 0 is one per core (default)")
     parser.add_argument("--only", nargs="*", help="names of contestants (default: all)")
     arguments = parser.parse_args()
     names = [name for name in contestants(arguments.bundle) if name in (arguments.only or [name])]
     load_before = os.getloadavg()
-    results = race(arguments.bundle, names, arguments.rounds, arguments.steps)
+    results = race(arguments.bundle, names, arguments.rounds, arguments.steps, arguments.threads)
     summary: dict[str, Any] = {}
     for name, (times, psnr) in results.items():
         summary[name] = {"seconds": spread(times), "psnr_db": {"mean": fmean(psnr), "min": min(psnr)}}
@@ -65,6 +66,7 @@ def main() -> None:
             "bundle": arguments.bundle.name,
             "rounds": arguments.rounds,
             "steps": arguments.steps,
+            "threads": arguments.threads,
             "cpu_features": cpu_features(),
             "load_before": load_before,
             "load_after": os.getloadavg(),
@@ -85,7 +87,7 @@ def contestants(bundle: Path) -> Iterator[str]:
 
 
 def race(
-    bundle: Path, names: list[str], rounds: int, steps: int
+    bundle: Path, names: list[str], rounds: int, steps: int, threads: int
 ) -> dict[str, tuple[list[float], list[float]]]:
     """For each contestant, its times in seconds, and the PSNR of each picture to the first contestant's, in dB."""
     import numpy as np
@@ -93,7 +95,9 @@ def race(
     context, pipes, processes = get_context("spawn"), {}, []
     for name in names:
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=draw_on_request, args=(theirs, str(bundle), name, steps)))
+        processes.append(
+            context.Process(target=draw_on_request, args=(theirs, str(bundle), name, steps, threads))
+        )
         processes[-1].start()
         pipes[name] = ours
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -117,7 +121,7 @@ def race(
     return {name: (times[name], psnr[name]) for name in names}
 
 
-def draw_on_request(pipe: Connection, bundle: str, name: str, steps: int) -> None:
+def draw_on_request(pipe: Connection, bundle: str, name: str, steps: int, threads: int) -> None:
     """Draw a picture whenever a number is received, and send its time and the picture; None ends it."""
     from ditc.runtime.pipeline import Pipeline
 
@@ -125,7 +129,7 @@ def draw_on_request(pipe: Connection, bundle: str, name: str, steps: int) -> Non
         _keep_spinning()
     backend, precision = name.split(",")[0].split()
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
-    with Pipeline.load(bundle, backend=backend, precision=precision) as pipeline:
+    with Pipeline.load(bundle, backend=backend, precision=precision, threads=threads) as pipeline:
         while (number := pipe.recv()) is not None:
             begin = perf_counter()
             prompt = prompts[-1 - number % len(prompts)]

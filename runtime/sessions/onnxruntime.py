@@ -70,8 +70,8 @@ class OnnxRuntimeSession:
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
-        # Each session has its own threads. After a run they would spin and take the cores from the next stage: with a
-        # new prompt, the demo's picture then takes half as long again (docs/backends.md).
+        # Each session has its own threads. After a run they would spin, and take the cores from the next stage: with a
+        # new prompt, the demo's picture then takes a tenth to a half longer (docs/backends.md).
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         # Without this, the end of the file's name decides, and ORT's own format was never checked.
