@@ -43,16 +43,16 @@ from PIL import Image
 from benchmarks.machine import write
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.job import Finished
-from ditc.runtime.serving.scheduler import Scheduler
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
+from ditc.runtime.serving.scheduling.job import Finished
+from ditc.runtime.serving.scheduling.scheduler import Scheduler
 from ditc.runtime.session import Tensor
 from ditc.runtime.spec import DENOISER
 
 PROMPT = "a red heart, flat style"
 SHORT, LONG = 4, 50
 # Requests are drawn in the order of their arrival if every one is due when it arrives.
-FIRST_COME = "from ditc.runtime.serving import policy; policy.STRETCH = 0.0; "
+FIRST_COME = "from ditc.runtime.serving.scheduling import policy; policy.STRETCH = 0.0; "
 START_SECONDS = 120.0
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import uvicorn
 
-from ditc.runtime.serving.access import doorkeeper_for
-from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.app import create_app
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.http.access import doorkeeper_for
+from ditc.runtime.serving.http.app import create_app
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.request_limits import RequestLimits
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 from ditc.runtime.spec import DENOISER
 
 PATIENCE = 20.0

@@ -14,12 +14,12 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from ditc.runtime.serving.access import Doorkeeper
-from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.app import create_app
+from ditc.runtime.serving.http.access import Doorkeeper
+from ditc.runtime.serving.http.app import create_app
+from ditc.runtime.serving.http.transport import uvicorn_settings
+from ditc.runtime.serving.http.transport_limits import DEFAULTS, TransportLimits
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.transport import uvicorn_settings
-from ditc.runtime.serving.transport_limits import DEFAULTS, TransportLimits
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 
 
 @dataclass(frozen=True)

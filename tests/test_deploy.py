@@ -138,9 +138,8 @@ def test_the_packages_of_the_image_serve_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     listed = run(tmp_path / "env" / "bin" / "pip", "list", "--format", "freeze").stdout.lower()
     assert "uvicorn==" in listed and "torch" not in listed and "diffusers" not in listed
-    code = (
-        "import sys, ditc.runtime.serving.app, ditc.runtime.serving.server; sys.exit('torch' in sys.modules)"
-    )
+    modules = "ditc.runtime.serving.http.app, ditc.runtime.serving.http.server"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert run(tmp_path / "env" / "bin" / "python", "-I", "-c", code).returncode == 0
     assert run(tmp_path / "env" / "bin" / "ditc", "serve", "--help").returncode == 0
 

@@ -32,9 +32,9 @@ NEEDED = {
     "a new graph pass": {"export/graph/passes/__init__.py", "tests/export/graph/passes/test_passes.py"},
     "a new verb": {"runtime/cli.py", "docs/cli.md", "docs/cli_reference.py"},
     "an HTTP endpoint": {
-        "runtime/serving/hugging_face.py",
-        "runtime/serving/routes.py",
-        "runtime/serving/schemas.py",
+        "runtime/serving/api/hugging_face.py",
+        "runtime/serving/api/routes.py",
+        "runtime/serving/api/schemas.py",
     },
     "LoRA": {
         "runtime/weight_map.py",

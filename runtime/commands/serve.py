@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from ditc.runtime.commands.serve_arguments import add_serve_arguments, named_bundles
 from ditc.runtime.errors import DitcError, MissingExtra
 from ditc.runtime.load_options import LoadOptions, load_options
-from ditc.runtime.serving.request_limits import request_limits
-from ditc.runtime.serving.transport_limits import transport_limits
+from ditc.runtime.serving.api.request_limits import request_limits
+from ditc.runtime.serving.http.transport_limits import transport_limits
 
 if TYPE_CHECKING:
+    from ditc.runtime.serving.http.server import Server
     from ditc.runtime.serving.metrics import Metrics
     from ditc.runtime.serving.models import Models
-    from ditc.runtime.serving.server import Server
 
 # Modules whose messages are always shown: when models are opened and closed, and how the server ends.
 TOLD = ("models", "model", "server", "access")
@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DitcError: a bundle cannot be served, or the address cannot be used.
     """
-    from ditc.runtime.serving.access import doorkeeper_for
-    from ditc.runtime.serving.app import create_app
+    from ditc.runtime.serving.http.access import doorkeeper_for
+    from ditc.runtime.serving.http.app import create_app
+    from ditc.runtime.serving.http.open_files import with_open_files
+    from ditc.runtime.serving.http.server import Server, end_at_once, listen, url_of
+    from ditc.runtime.serving.http.traffic import Traffic
     from ditc.runtime.serving.metrics import Metrics
-    from ditc.runtime.serving.open_files import with_open_files
-    from ditc.runtime.serving.server import Server, end_at_once, listen, url_of
     from ditc.runtime.serving.settings import ServerOptions
-    from ditc.runtime.serving.traffic import Traffic
 
     if arguments.ui:
         try:
@@ -117,9 +117,9 @@ def _models(
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.gpu import find_gpus, select_gpu
     from ditc.runtime.loader import choose
-    from ditc.runtime.serving.admission import Admission
     from ditc.runtime.serving.memory import default_budget, parse_bytes
     from ditc.runtime.serving.models import Models
+    from ditc.runtime.serving.scheduling.admission import Admission
     from ditc.runtime.serving.settings import Bounds, SchedulerOptions
     from ditc.runtime.sessions.registry import row_of
     from ditc.runtime.spec import DENOISER

@@ -9,9 +9,9 @@ from pathlib import Path
 from ditc.runtime.commands.bundle_argument import announce
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import add_load_arguments
-from ditc.runtime.serving.request_limits import add_limit_arguments
+from ditc.runtime.serving.api.request_limits import add_limit_arguments
+from ditc.runtime.serving.http.transport_limits import add_transport_arguments
 from ditc.runtime.serving.settings import Bounds, SchedulerOptions, ServerOptions
-from ditc.runtime.serving.transport_limits import add_transport_arguments
 
 # A name stands in JSON, in metrics and on the command line.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -12,13 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from ditc.runtime.serving.admission import work_of
-from ditc.runtime.serving.job import Cancelled, End, Finished, Job
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.observer import Observer
-from ditc.runtime.serving.policy import BatchKey
 from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.serving.scheduling.admission import work_of
+from ditc.runtime.serving.scheduling.job import Cancelled, End, Finished, Job
+from ditc.runtime.serving.scheduling.observer import Observer
+from ditc.runtime.serving.scheduling.policy import BatchKey
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -16,13 +16,13 @@ from ditc.runtime.loader import choose
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
-from ditc.runtime.serving.admission import Admission
-from ditc.runtime.serving.job import Event, Job
 from ditc.runtime.serving.memory import resident_bytes
-from ditc.runtime.serving.observer import Observer
-from ditc.runtime.serving.scheduler import Scheduler
+from ditc.runtime.serving.scheduling.admission import Admission
+from ditc.runtime.serving.scheduling.job import Event, Job
+from ditc.runtime.serving.scheduling.observer import Observer
+from ditc.runtime.serving.scheduling.scheduler import Scheduler
+from ditc.runtime.serving.scheduling.warm_up import warm_up
 from ditc.runtime.serving.settings import SchedulerOptions
-from ditc.runtime.serving.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 

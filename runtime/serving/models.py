@@ -18,12 +18,12 @@ from time import monotonic
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
-from ditc.runtime.serving.admission import Admission
 from ditc.runtime.serving.model import Model, expected_bytes, open_model
-from ditc.runtime.serving.observer import UNOBSERVED, Observer
 from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
 from ditc.runtime.serving.room import Room
-from ditc.runtime.serving.scheduler import DEFAULTS as SCHEDULED
+from ditc.runtime.serving.scheduling.admission import Admission
+from ditc.runtime.serving.scheduling.observer import UNOBSERVED, Observer
+from ditc.runtime.serving.scheduling.scheduler import DEFAULTS as SCHEDULED
 from ditc.runtime.serving.settings import SchedulerOptions
 from ditc.runtime.serving.slot import ModelState, Slot, state_of
 

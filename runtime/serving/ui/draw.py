@@ -13,16 +13,25 @@ from PIL import Image
 from ditc.runtime.png import picture_settings
 from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
-from ditc.runtime.serving.admission import work_of
-from ditc.runtime.serving.callers import Caller
-from ditc.runtime.serving.encoding import encode
-from ditc.runtime.serving.errors import refusal_of
-from ditc.runtime.serving.job import Cancelled, End, Event, Finished, Job, Preview, Progress, Refused
+from ditc.runtime.serving.api.encoding import encode
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.http.callers import Caller
+from ditc.runtime.serving.http.errors import refusal_of
+from ditc.runtime.serving.http.request_ids import new_id
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid, Refusal
-from ditc.runtime.serving.request_ids import new_id
-from ditc.runtime.serving.request_limits import RequestLimits
+from ditc.runtime.serving.scheduling.admission import work_of
+from ditc.runtime.serving.scheduling.job import (
+    Cancelled,
+    End,
+    Event,
+    Finished,
+    Job,
+    Preview,
+    Progress,
+    Refused,
+)
 from ditc.runtime.serving.ui import html
 from ditc.runtime.serving.ui.html import Shown
 from ditc.runtime.serving.ui.visitors import Visitors

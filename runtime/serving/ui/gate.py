@@ -15,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ditc.runtime.serving.errors import answer
+from ditc.runtime.serving.http.errors import answer
 from ditc.runtime.serving.ui.visitors import Visitors
 
 PAGE = "/"

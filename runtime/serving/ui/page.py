@@ -15,8 +15,8 @@ from starlette.routing import Mount
 
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.request import Request
+from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.request_limits import RequestLimits
 from ditc.runtime.serving.ui import html
 from ditc.runtime.serving.ui.draw import views
 from ditc.runtime.serving.ui.form import Form, form_of

@@ -13,11 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.request import Request
-from ditc.runtime.serving.admission import Admission
-from ditc.runtime.serving.job import Cancelled, Event, Finished, Refused
 from ditc.runtime.serving.metrics import Metrics
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.serving.scheduling.admission import Admission
+from ditc.runtime.serving.scheduling.job import Cancelled, Event, Finished, Refused
 from ditc.runtime.serving.settings import Bounds
 
 REQUEST = Request(

@@ -26,12 +26,12 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving import models as module
 from ditc.runtime.serving import room
-from ditc.runtime.serving.admission import Admission
-from ditc.runtime.serving.job import Event, Finished, Refused
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.room import Held, to_close
+from ditc.runtime.serving.scheduling.admission import Admission
+from ditc.runtime.serving.scheduling.job import Event, Finished, Refused
 from ditc.runtime.serving.settings import Bounds
 
 REQUEST = Request(prompt="red cat", num_inference_steps=3, height=64, width=64, seed=3, output_type="pil")

@@ -15,10 +15,10 @@ import pytest
 from serving_process import ServerProcess, server_process
 
 from ditc.runtime.commands.serve import add_arguments
-from ditc.runtime.serving.admission import Admission
-from ditc.runtime.serving.app import create_app
+from ditc.runtime.serving.http.app import create_app
 from ditc.runtime.serving.metrics import Metrics
 from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.scheduling.admission import Admission
 from ditc.runtime.serving.settings import Bounds
 
 ROOT = Path(__file__).parents[3]
@@ -100,13 +100,13 @@ def test_every_metric_is_listed_and_exists() -> None:
 def error_codes() -> set[str]:
     """Every code that the server's modules give to an error."""
     found = set()
-    for path in SERVING.glob("*.py"):
+    for path in SERVING.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
                 found.add(node.value.value)
             if isinstance(node, ast.Assign) and "code" in ast.unparse(node.targets[0]):
                 found |= set(re.findall(r"'([a-z_]+)'", ast.unparse(node.value)))
-    framework = ast.unparse(ast.parse((SERVING / "errors.py").read_text(encoding="utf-8")))
+    framework = ast.unparse(ast.parse((SERVING / "http" / "errors.py").read_text(encoding="utf-8")))
     return found | set(re.findall(r"\d{3}: \('(\w+)'", framework))
 
 

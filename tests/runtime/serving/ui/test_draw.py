@@ -16,11 +16,11 @@ from PIL import Image
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.callers import Caller
-from ditc.runtime.serving.keys import KeyLimits
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.http.callers import Caller
+from ditc.runtime.serving.http.keys import KeyLimits
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.request_limits import RequestLimits
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 from ditc.runtime.serving.ui import html
 from ditc.runtime.serving.ui.draw import View, views
 from ditc.runtime.serving.ui.form import form_of

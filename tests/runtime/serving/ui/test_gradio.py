@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ditc.runtime.serving.admission import Admission, Bounds
-from ditc.runtime.serving.app import create_app
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.http.app import create_app
 from ditc.runtime.serving.models import Models
-from ditc.runtime.serving.request_limits import RequestLimits
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 from ditc.runtime.serving.ui.gate import OPEN, Gate
 
 pytest.importorskip("gradio", reason="the page needs gradio: make test-ui has it")

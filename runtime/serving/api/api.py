@@ -1,0 +1,78 @@
+"""What the routes of the API share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+
+from ditc.runtime.serving.api.asked import Asked
+from ditc.runtime.serving.api.drawing import Beginnings
+from ditc.runtime.serving.api.encoding import Encoder
+from ditc.runtime.serving.api.idempotency import KEY_HEADER, Idempotency
+from ditc.runtime.serving.api.image_jobs import ImageJobs
+from ditc.runtime.serving.api.kept import Kept
+from ditc.runtime.serving.api.ongoing import Ongoing, Shared
+from ditc.runtime.serving.api.request_limits import DEFAULTS, RequestLimits
+from ditc.runtime.serving.http.callers import Caller
+from ditc.runtime.serving.models import Models
+
+log = logging.getLogger(__name__)
+
+
+class Api:
+    """The parts that draw, encode and keep. One for each application, in `app.state.api`."""
+
+    def __init__(self, models: Models, limits: RequestLimits = DEFAULTS) -> None:
+        self.models, self.limits = models, limits
+        self.encoder = Encoder()
+        self.idempotency = Idempotency(self._kept())
+        self.jobs = ImageJobs(self._kept())
+        self._beginnings = Beginnings(models, limits)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._beginnings.close()
+        self.encoder.close()
+
+    def _kept(self) -> Kept[Any]:
+        limits = self.limits
+        return Kept(most=limits.max_jobs, most_bytes=limits.max_kept_bytes, seconds=limits.keep_seconds)
+
+    async def begin(self, asked: Asked, caller: Caller, request_id: str) -> Ongoing:
+        """Accept a request. Raises Refusal if it cannot be."""
+        drawing = await self._beginnings.begin(asked, caller)
+        log.info("request %s draws %s", request_id, drawing.job.id)
+        return Ongoing(drawing, self.encoder)
+
+    def shared(self, http: HttpRequest, asked: Asked, body: BaseModel) -> Shared:
+        """The drawing of a request, which an idempotency key may share with earlier ones. Raises Refusal."""
+        # What is kept must not hold the request with its body.
+        caller, request_id = caller_of(http), http.state.request_id
+        said = f"{http.url.path}\n{http.headers.get('accept', '')}\n{body.model_dump_json()}"
+        return self.idempotency.shared(
+            owner_of(http),
+            http.headers.get(KEY_HEADER),
+            hashlib.sha256(said.encode()).hexdigest(),
+            lambda: self.begin(asked, caller, request_id),
+        )
+
+
+def api_of(http: HttpRequest) -> Api:
+    """The Api of the application that got this request."""
+    api: Api = http.app.state.api
+    return api
+
+
+def owner_of(http: HttpRequest) -> str:
+    """The name of the key that came with a request; "" on a server without keys."""
+    return getattr(http.state, "key_name", "")
+
+
+def caller_of(http: HttpRequest) -> Caller:
+    """Who has sent a request, and what they have used."""
+    caller: Caller = http.state.caller
+    return caller

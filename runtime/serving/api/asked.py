@@ -1,0 +1,174 @@
+"""What a client asks for, whichever form of the API it uses: a `Request`, and what is to be done with its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ditc.runtime.request import Request
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.api.schemas import BundleArguments, HuggingFaceBody, ImageBody, StreamedBody
+from ditc.runtime.serving.refusals import Invalid
+
+Format = Literal["png", "jpeg", "webp"]
+TIMEOUT_HEADER = "x-request-timeout"
+
+REQUEST_FIELDS = frozenset(field.name for field in fields(Request))
+# Values that change nothing, of OpenAI's arguments that mean nothing here.
+WITHOUT_EFFECT = {
+    "quality": ("auto", "standard"),
+    "style": ("vivid",),
+    "background": ("auto", "opaque"),
+}
+HINTS = {
+    "quality": "leave it out, and choose num_inference_steps",
+    "style": "leave it out, and describe the style in the prompt",
+    "background": 'choose "opaque": pictures have no transparency',
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A checked request for pictures.
+
+    Attributes:
+        model: None for the server's default.
+        format, quality: how the pictures are encoded; the quality, up to 100, is that of JPEG and WebP.
+        previews: how many previews of each picture are wanted.
+        timeout: seconds after which the pictures are of no use.
+    """
+
+    request: Request
+    model: str | None = None
+    format: Format = "png"
+    quality: int = 100
+    previews: int = 0
+    timeout: float | None = None
+
+
+def asked_by_openai(body: ImageBody, limits: RequestLimits, timeout_header: str = "") -> Asked:
+    """The request in a body of OpenAI's form.
+
+    Raises:
+        Invalid: an argument is not supported, contradicts another one, or is above its bound.
+    """
+    if body.response_format == "url":
+        raise Invalid(
+            "response_format is 'url', but this server stores no pictures under addresses",
+            hint="choose b64_json, or POST /v1/images/jobs, whose pictures can be fetched later",
+            param="response_format",
+            code="unsupported_value",
+        )
+    for name, without_effect in WITHOUT_EFFECT.items():
+        value = getattr(body, name)
+        if value is not None and value not in without_effect:
+            raise Invalid(
+                f"{name} is {value!r}, which means nothing to this server",
+                hint=HINTS[name],
+                param=name,
+                code="unsupported_value",
+            )
+    output_format = body.output_format or "png"
+    quality = 100 if body.output_compression is None else body.output_compression
+    if output_format == "png" and quality != 100:
+        raise Invalid(
+            f"output_compression is {quality}, but PNG has no loss",
+            hint='choose output_format "jpeg" or "webp", or leave output_compression out',
+            param="output_compression",
+        )
+    previews = (body.partial_images or 0) if isinstance(body, StreamedBody) else 0
+    if previews and not (isinstance(body, StreamedBody) and body.stream):
+        raise Invalid(
+            f"partial_images is {previews}, but stream is not true",
+            hint="set stream to true",
+            param="partial_images",
+        )
+    width, height = _size(body)
+    request = _request(body, body.prompt, limits, n=body.n or 1, width=width, height=height)
+    return Asked(
+        request=request,
+        model=body.model,
+        format=output_format,
+        quality=quality,
+        previews=previews,
+        timeout=_timeout(body, limits, timeout_header),
+    )
+
+
+def asked_by_hugging_face(
+    body: HuggingFaceBody,
+    limits: RequestLimits,
+    *,
+    model: str,
+    format: Format,
+    timeout_header: str = "",
+) -> Asked:
+    """The request in a body of Hugging Face's form. Raises Invalid as `asked_by_openai`."""
+    parameters = body.parameters
+    if parameters is None:
+        return Asked(request=_checked(Request(prompt=body.inputs), limits), model=model, format=format)
+    if parameters.scheduler is not None:
+        raise Invalid(
+            "scheduler cannot be chosen: it is compiled into the bundle",
+            hint="leave it out",
+            param="scheduler",
+        )
+    request = _request(parameters, body.inputs, limits, n=1, width=parameters.width, height=parameters.height)
+    timeout = _timeout(parameters, limits, timeout_header)
+    return Asked(request=request, model=model, format=format, timeout=timeout)
+
+
+def argument_of(message: str) -> str | None:
+    """The argument that an error's message begins with, as errors of the pipeline do."""
+    first = message.partition(" ")[0]
+    return first if first in REQUEST_FIELDS else None
+
+
+def _request(
+    body: BundleArguments,
+    prompt: str,
+    limits: RequestLimits,
+    *,
+    n: int,
+    width: int | None,
+    height: int | None,
+) -> Request:
+    """The request. Each field of BundleArguments but timeout is a field of Request."""
+    names = BundleArguments.model_fields.keys() - {"timeout", "width", "height"}
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    request = Request(prompt=prompt, num_images_per_prompt=n, width=width, height=height, **given)
+    return _checked(request, limits)
+
+
+def _checked(request: Request, limits: RequestLimits) -> Request:
+    limits.check_request(request)
+    return request
+
+
+def _size(body: ImageBody) -> tuple[int | None, int | None]:
+    """Width and height, from either form of saying it."""
+    if body.size is None or body.size == "auto":
+        return body.width, body.height
+    width, height = (int(side) for side in body.size.split("x"))
+    for name, side, other in (("width", width, body.width), ("height", height, body.height)):
+        if other is not None and other != side:
+            raise Invalid(
+                f"size is {body.size}, but {name} is {other}", hint="give only one of them", param=name
+            )
+    return width, height
+
+
+def _timeout(body: BundleArguments, limits: RequestLimits, header: str) -> float | None:
+    """The shorter of the body's timeout and the header's."""
+    given: list[float] = [] if body.timeout is None else [body.timeout]
+    if header:
+        given.append(float(header))
+    if not given:
+        return None
+    if not 0 < min(given) <= limits.max_timeout:
+        raise Invalid(
+            f"timeout is {min(given):g} s, and this server takes more than 0 and at most {limits.max_timeout:g} s",
+            hint="allow another time, or leave it out",
+            param="timeout",
+        )
+    return min(given)

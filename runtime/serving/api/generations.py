@@ -1,0 +1,69 @@
+"""POST /v1/images/generations: pictures in one JSON answer, or as server-sent events."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ditc.runtime.serving.api.answers import (
+    CompletedEvent,
+    ImagesAnswer,
+    PartialEvent,
+    ProgressEvent,
+)
+from ditc.runtime.serving.api.api import api_of
+from ditc.runtime.serving.api.asked import asked_by_openai
+from ditc.runtime.serving.api.bodies import images_answer
+from ditc.runtime.serving.api.clients import EventStream, answer
+from ditc.runtime.serving.api.ongoing import Shared
+from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
+from ditc.runtime.serving.api.schemas import GenerationBody
+from ditc.runtime.serving.api.streaming import KEEP_ALIVE_SECONDS, events_of
+
+router = APIRouter()
+
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": f"With stream: events {ProgressEvent.model_fields['type'].default}, "
+            f"{PartialEvent.model_fields['type'].default}, {CompletedEvent.model_fields['type'].default} and error.",
+        }
+    }
+}
+
+
+@router.post(
+    "/v1/images/generations",
+    response_model=ImagesAnswer,
+    responses={200: {"description": "The pictures.", "content": EVENTS}, **ERRORS},
+)
+async def generate(
+    http: Request, body: GenerationBody, timeout: TimeoutHeader = "", key: KeyHeader = ""
+) -> Response:
+    """Draw pictures.
+
+    The work is cancelled if the client goes away, unless another request with its idempotency key waits for it.
+    """
+    api = api_of(http)
+    asked = asked_by_openai(body, api.limits, timeout)
+    shared = api.shared(http, asked, body)
+    if not body.stream:
+        return await answer(http, _plain(http, shared))
+    return await answer(http, _streamed(http, shared))
+
+
+async def _plain(http: Request, shared: Shared) -> Response:
+    ongoing, _ = await shared.join()
+    try:
+        result = await ongoing.result()
+        content = await api_of(http).encoder.run(images_answer, result)
+    finally:
+        shared.leave()
+    return Response(content, media_type="application/json")
+
+
+async def _streamed(http: Request, shared: Shared) -> Response:
+    ongoing, first = await shared.join()  # refusals are answered with their status
+    events = events_of(ongoing, api_of(http).encoder, reads_progress=first, keep_alive=KEEP_ALIVE_SECONDS)
+    return EventStream(events, closed=shared.leave)

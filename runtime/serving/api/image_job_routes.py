@@ -1,0 +1,109 @@
+"""/v1/images/jobs: asynchronous jobs over HTTP.
+
+OpenAI has such jobs only for videos, under /v1/videos. A bundle that draws pictures does not answer there, because
+clients would expect clips of a number of seconds; the bodies and the life of a job are the same, with `image` for
+`video`. The official client reaches them with its generic methods: client.post("/images/jobs", cast_to=...).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from ditc.runtime.serving.api.answers import JobAnswer, JobRemoved, JobsAnswer
+from ditc.runtime.serving.api.api import api_of, owner_of
+from ditc.runtime.serving.api.asked import asked_by_openai
+from ditc.runtime.serving.api.encoding import MEDIA_TYPES
+from ditc.runtime.serving.api.image_jobs import job_id
+from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
+from ditc.runtime.serving.api.results import Result
+from ditc.runtime.serving.api.schemas import JobBody
+from ditc.runtime.serving.refusals import Invalid
+
+router = APIRouter(prefix="/v1/images/jobs")
+
+
+@router.post("", response_model=JobAnswer, responses=ERRORS)
+async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key: KeyHeader = "") -> JobAnswer:
+    """Begin to draw, without waiting for the pictures. With the same idempotency key there is only one job."""
+    api, owner = api_of(http), owner_of(http)
+    asked = asked_by_openai(body, api.limits, timeout)
+    api.jobs.check_room(owner)
+    # Nobody leaves: a job is drawn to its end, or to its DELETE.
+    ongoing, first = await api.shared(http, asked, body).join()
+    job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, job_id(ongoing))
+    return job.answer()
+
+
+@router.get("", response_model=JobsAnswer, responses=ERRORS)
+async def list_jobs(
+    http: Request,
+    after: Annotated[str | None, Query(max_length=100, description="The last id of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> JobsAnswer:
+    """The jobs of this key, by the time of their creation."""
+    jobs, more = api_of(http).jobs.page(
+        owner_of(http), after=after, limit=limit, newest_first=order == "desc"
+    )
+    ids = [job.id for job in jobs]
+    return JobsAnswer(
+        data=[job.answer() for job in jobs],
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=more,
+    )
+
+
+@router.get("/{id}", response_model=JobAnswer, responses=ERRORS)
+async def retrieve(http: Request, id: str) -> JobAnswer:
+    """How far a job is."""
+    return api_of(http).jobs.find(owner_of(http), id).answer()
+
+
+@router.get(
+    "/{id}/content",
+    response_class=Response,
+    responses={**ERRORS, 200: {"description": "The bytes of a picture.", "content": CONTENT}},
+)
+async def content(
+    http: Request,
+    id: str,
+    index: Annotated[int, Query(ge=0, le=9, description="Which of the job's pictures.")] = 0,
+) -> Response:
+    """One picture of a completed job."""
+    job = api_of(http).jobs.find(owner_of(http), id)
+    result = job.outcome
+    if not isinstance(result, Result):
+        raise Invalid(
+            f"the job is {job.status.replace('_', ' ')}, so it has no pictures",
+            hint="ask for it until it is completed",
+            status=404,
+            code="no_content",
+        )
+    picture = result.pictures[index] if index < len(result.pictures) else None
+    if picture is None:
+        raise Invalid(
+            f"the job has no picture {index}",
+            hint=f"it has {len(result.pictures)} pictures, and those in ditc.failures have failed",
+            param="index",
+            status=404,
+            code="no_content",
+        )
+    return Response(picture, media_type=MEDIA_TYPES[result.asked.format])
+
+
+@router.delete("/{id}", response_model=JobRemoved, responses=ERRORS)
+async def remove(http: Request, id: str) -> JobRemoved:
+    """Cancel a job in work, or remove an ended one with its pictures."""
+    jobs, owner = api_of(http).jobs, owner_of(http)
+    job = jobs.find(owner, id)
+    status = job.status
+    deleted = jobs.remove(owner, job)
+    return JobRemoved(
+        id=id,
+        deleted=deleted,
+        status=status if status in ("completed", "failed") else "cancelled",
+    )

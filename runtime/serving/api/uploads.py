@@ -1,0 +1,108 @@
+"""Pictures that clients send: bytes -> RGB picture and alpha mask, decoded once their size is known and allowed."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ditc.runtime.limits import MAX_SIDE
+from ditc.runtime.serving.api.upload_formats import Animated, Malformed, StillPicture, read_picture
+from ditc.runtime.serving.refusals import Invalid
+
+# 4096x4096. Decoded with alpha it takes 64 MB, and about a second.
+MOST_PIXELS = 2**24
+_FORMATS = "PNG, JPEG or WebP"
+
+# How a picture of each Exif orientation is put upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A picture from a client.
+
+    Attributes:
+        image: RGB, upright.
+        alpha: L, 0 where the picture is transparent; None if it is opaque everywhere.
+    """
+
+    image: Image.Image
+    alpha: Image.Image | None
+
+
+def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PIXELS) -> Upload:
+    """Decode a picture of a client. It may take a second, so call it on a worker thread.
+
+    Args:
+        param: the argument that it came in, for errors.
+        most_pixels: a larger one is refused before it is decoded.
+
+    Raises:
+        Invalid: it is not one whole still picture of a known format and an allowed size.
+    """
+    try:
+        still = read_picture(data)
+    except Animated:
+        raise Invalid("the picture is animated", hint="send a single picture", param=param) from None
+    except Malformed:
+        raise _damaged(param) from None
+    if still is None:
+        raise Invalid(
+            "the file is not a picture that this server reads", hint=f"send {_FORMATS}", param=param
+        )
+    if still.width < 1 or still.height < 1:
+        raise _damaged(param)
+    if still.width * still.height > most_pixels or max(still.width, still.height) > MAX_SIDE:
+        raise Invalid(
+            f"the picture has {still.width}x{still.height} pixels, and the server takes at most {most_pixels} pixels, "
+            f"{MAX_SIDE} on a side",
+            hint="send a smaller one",
+            param=param,
+            code="image_too_large",
+        )
+    try:
+        decoded = _decoded(still)
+    except Exception:  # PIL raises nearly everything, with texts that are not for clients
+        raise _damaged(param) from None
+    upright = _UPRIGHT.get(still.orientation)
+    return _split(decoded if upright is None else decoded.transpose(upright))
+
+
+def _damaged(param: str) -> Invalid:
+    return Invalid(
+        "the picture is damaged or not complete", hint=f"send a whole {_FORMATS} file", param=param
+    )
+
+
+def _decoded(still: StillPicture) -> Image.Image:
+    """The pixels as 8-bit RGB or RGBA."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(still.data), formats=(still.format,)) as file:
+            if file.size != (still.width, still.height) or getattr(file, "n_frames", 1) != 1:
+                raise Malformed("the decoder sees another picture")
+            file.load()
+            image: Image.Image = file
+            if image.mode.startswith("I"):  # 16-bit grey, of which PIL would keep the lower 8 bits
+                image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            return image.convert("RGBA" if has_alpha else "RGB")
+
+
+def _split(image: Image.Image) -> Upload:
+    if image.mode == "RGB":
+        return Upload(image, None)
+    alpha = image.getchannel("A")
+    return Upload(image.convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha)

@@ -1,0 +1,54 @@
+"""Runs a pipeline before it is served: kernels are compiled, memory is allocated, and its times are measured."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from time import monotonic
+
+from ditc.runtime.batch import STEADY_RUN, Batch
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.serving.scheduling.job import batch_key
+from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
+from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.step_contract import ROWS
+
+log = logging.getLogger(__name__)
+
+
+def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:
+    """Draw a picture of the default size, and step batches of growing size, until the time is up or they do not pay.
+
+    Args:
+        times: gets the measurements.
+        seconds: no larger batch is begun after so many seconds. The single picture is drawn in any case.
+    """
+    begin = monotonic()
+    request = Request(prompt="warm-up", seed=0, allow_uniform=True)
+    plan = replace(pipeline.plan(request), at_once=1)
+    denoiser = pipeline.sessions[DENOISER]
+    rows = denoiser.spec.profile[ROWS].max if ROWS in denoiser.spec.profile else None
+    before = monotonic()
+    (state,) = pipeline.states(plan)
+    times.record_stage(TEXT, 1, monotonic() - before)
+    key, without_gain = batch_key(state), 0
+    size = 1
+    while size <= times.max_batch and (rows is None or size * key.rows <= rows):
+        many = replace(plan, request=replace(request, num_images_per_prompt=size))
+        states, batch = list(pipeline.states(many)), Batch(denoiser, read_stats=True)  # waits for the device
+        for _ in range(min(STEADY_RUN, len(state.schedule))):
+            before = monotonic()
+            states = batch.step(states)
+            took = monotonic() - before
+        times.record(key, size, took)
+        without_gain = 0 if times.best_size(key, size) == size else without_gain + 1
+        if monotonic() - begin > seconds or without_gain == 2:
+            break
+        size *= 2
+    before = monotonic()
+    pipeline.decode_state(state, plan)
+    pixels = plan.drawn_height * plan.drawn_width
+    pipeline.decode_state(state, plan)
+    times.record_stage(VAE_DECODER, pixels, (monotonic() - before) / 2)
+    log.info("batches of %d are fastest", times.best_size(key, times.max_batch))

@@ -1,0 +1,193 @@
+"""The work of drawing: texts to first states, steps, previews, and finished latents to pictures.
+
+Errors of a piece of work end the jobs that it was for, and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.failure import Failure
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.serving.refusals import Broken, Invalid, Refusal
+from ditc.runtime.serving.scheduling.batches import Batches
+from ditc.runtime.serving.scheduling.job import (
+    End,
+    Finished,
+    Job,
+    Picture,
+    Preview,
+    Progress,
+    Refused,
+    picture_only,
+    preview_steps,
+)
+from ditc.runtime.serving.scheduling.observer import Observer
+from ditc.runtime.serving.scheduling.queue import Queue
+from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
+from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.state import DenoiseState
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The states of a job that are still to be made, and the pipeline whose sessions make them."""
+
+    pipeline: Pipeline
+    states: Iterator[DenoiseState]
+
+
+class Work:
+    """Does what a scheduler's threads have taken from its queue, and puts what comes next into it.
+
+    Args:
+        finish: ends a job.
+        crashed: told when a session has failed, with the jobs that it drew.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        queue: Queue,
+        times: StepTimes,
+        *,
+        observer: Observer,
+        clock: Callable[[], float],
+        finish: Callable[[Job, End], None],
+        crashed: Callable[[Exception, Sequence[Job]], None],
+    ) -> None:
+        self._queue, self._times, self._observer, self._clock = queue, times, observer, clock
+        self._finish, self._crashed = finish, crashed
+        self.use(pipeline)
+
+    def use(self, pipeline: Pipeline) -> None:
+        """Work with this pipeline from now on."""
+        self.pipeline, self.batches = pipeline, Batches(pipeline.sessions[DENOISER])
+
+    def encode(self, job: Job, begun: _Begun | None = None, index: int = 0) -> None:
+        """Make the first state of a picture (text rows, noise, schedule), and leave the next picture for later."""
+        if job.end is not None or job.cancelled:
+            return
+        pipeline = self.pipeline
+        if begun is None or begun.pipeline is not pipeline:  # the bundle may have been opened again
+            begun = _Begun(pipeline, itertools.islice(pipeline.states(job.plan), index, None))
+        begin = self._clock()
+        if job.began is None:
+            job.began = begin
+            job.spend("wait", begin - job.arrived)
+        with self._faults([job]):
+            state = next(begun.states)
+            self._spent(job, "text", TEXT, 1, begin)
+            picture = Picture(
+                number=self._queue.next_number(), job=job, index=index, state=state, since=self._clock()
+            )
+            if state.lost:  # its text could not be encoded
+                picture.state = picture_only(state)
+                self._queue.add_task(job, lambda: self.decode(picture))
+            else:
+                self._queue.add_picture(picture)
+            if index + 1 < job.plan.pictures:
+                self._queue.add_task(job, lambda: self.encode(job, begun, index + 1), makes_ready=True)
+
+    def step(self, pictures: Sequence[Picture]) -> None:
+        """One run of the denoiser for these pictures, which are out of the queue meanwhile."""
+        key, begin = pictures[0].key, self._clock()
+        jobs = list({id(picture.job): picture.job for picture in pictures}.values())
+        with self._faults(jobs):
+            states = self.batches.step(key, [picture.state for picture in pictures])
+            seconds = self._clock() - begin
+            if self.batches.steady(key, len(pictures)):
+                self._times.record(key, len(pictures), seconds)
+            self._observer.stepped(key, len(pictures), seconds)
+            for job in jobs:
+                job.spend("denoise", seconds)
+            for picture, state in zip(pictures, states, strict=True):
+                self._advance(picture, picture.guard.watch(state))
+            for job in jobs:
+                job.report(Progress(step=job.steps_done, total=job.plan.runs))
+        if any(picture.state.done or picture.state.lost for picture in pictures):
+            self.batches.keep(self._queue.keys())
+
+    def decode(self, picture: Picture) -> None:
+        """Make a finished picture, and end its job if that was the last one."""
+        job, begin = picture.job, self._clock()
+        if job.end is not None:
+            return
+        with self._faults([job]):
+            decoded = self.pipeline.decode_state(picture.state, job.plan, picture.index)
+            self._spent(job, "decode", VAE_DECODER, job.plan.drawn_height * job.plan.drawn_width, begin)
+            job.images[picture.index] = decoded.pictures[0]
+            job.failures += decoded.failures
+            if len(job.images) == job.plan.pictures:
+                self._complete(job)
+
+    def _advance(self, picture: Picture, state: DenoiseState) -> None:
+        """Put a picture back into the queue, or hand it on to be decoded."""
+        job = picture.job
+        picture.advance(state)
+        job.steps_done += 1
+        if job.end is not None:
+            return
+        if state.done or state.lost:
+            picture.state = picture_only(state)
+            self._queue.add_task(job, lambda: self.decode(picture))
+            return
+        number = (
+            preview_steps(len(state.schedule), job.previews).get(state.step_index) if job.previews else None
+        )
+        if number is not None:
+            shown, step = picture_only(state, predicted=True), state.step_index
+            self._queue.add_task(job, lambda: self._preview(picture, shown, number, step))
+        self._queue.add_picture(picture)
+
+    def _preview(self, picture: Picture, state: DenoiseState, number: int, step: int) -> None:
+        job = picture.job
+        if job.end is None:
+            with suppress(UsageError):  # a bundle without a latent-to-RGB matrix
+                (image,) = self.pipeline.preview(state)
+                job.report(Preview(index=picture.index, number=number, step=step, image=image))
+
+    def _complete(self, job: Job) -> None:
+        """End a job whose pictures are all decoded or lost."""
+        if len(job.failures) == job.plan.pictures or (job.failures and job.plan.request.strict):
+            self._finish(job, Refused(_broken(job.failures)))
+            return
+        job.seconds["total"] = self._clock() - job.arrived
+        images = tuple(job.images[index] for index in sorted(job.images))
+        failures = tuple(sorted(job.failures, key=lambda failure: failure.index))
+        self._finish(job, Finished(images=images, failures=failures, seconds=dict(job.seconds)))
+
+    def _spent(self, job: Job, part: str, stage: str, size: int, begin: float) -> None:
+        """Note the time of a stage, for the job, for predictions and for metrics."""
+        seconds = self._clock() - begin
+        job.spend(part, seconds)
+        self._times.record_stage(stage, size, seconds)
+        self._observer.stage(stage, seconds)
+
+    @contextmanager
+    def _faults(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Turn errors of a piece of work into the ends of its jobs."""
+        try:
+            yield
+        except Refusal as refusal:
+            self._end(jobs, refusal)
+        except UsageError as error:
+            self._end(jobs, Invalid(str(error), hint=error.hint))
+        except NumericsError as error:
+            self._end(jobs, Broken(str(error)))
+        except Exception as error:
+            self._crashed(error, jobs)
+
+    def _end(self, jobs: Sequence[Job], refusal: Refusal) -> None:
+        for job in jobs:
+            self._finish(job, Refused(refusal))
+
+
+def _broken(failures: Sequence[Failure]) -> Broken:
+    first = failures[0]
+    more = f"; {len(failures)} pictures failed" if len(failures) > 1 else ""
+    return Broken(f"{first.reason}{more}", hint=None, code="bad_picture")
