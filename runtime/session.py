@@ -51,7 +51,7 @@ class ComputeDevice:
     """Where a session computes, and what its results can prove.
 
     Attributes:
-        kind: the kind of processor. Only references in PyTorch may use "other".
+        kind: the kind of processor. "other" is that of a reference in PyTorch, or Intel's GPU or NPU.
         name: what computes there, for messages, such as "ONNX Runtime's CPU provider".
         native_16_bits: whether 16-bit stages are computed in 16 bits. If not, results do not show their rounding.
         tried_at_build: whether every build runs its graphs on such a device, so that its first use needs no self-test.

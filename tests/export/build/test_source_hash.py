@@ -48,6 +48,8 @@ REVIEWED = {
     "runtime/session.py": "types",
     "runtime/metrics.py": "compares a finished graph",
     "runtime/sessions/onnxruntime.py": "runs a finished graph",
+    "runtime/sessions/openvino.py": "names a file and words an error",
+    "runtime/sessions/openvino_library.py": "finds the library, whose version is in the key",
     "runtime/sessions/tensorrt_log.py": "log lines",
     "runtime/gpu.py": "the GPU is in an engine's key",
     "runtime/plugins/__init__.py": "registers the plugin, whose own file is hashed",
