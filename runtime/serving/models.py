@@ -296,7 +296,10 @@ class Models:
             error = e
             log.error("%s cannot be opened: %s", slot.name, e)
         except BaseException as e:  # of a library; whoever waits must not wait for ever
-            error = DitcError(f"{slot.bundle} cannot be opened: {type(e).__name__}: {e}")
+            error = DitcError(
+                f"{slot.bundle} cannot be opened: {type(e).__name__}: {e}",
+                hint="try it alone with ditc verify BUNDLE --run",
+            )
             log.exception("%s cannot be opened", slot.name)
         with self._changed:
             slot.loading, slot.error = None, error

@@ -93,7 +93,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "this is not a path"
-        raise UsageError(f"cannot read the keys {path}: {reason}") from e
+        raise UsageError(
+            f"cannot read the keys {path}: {reason}", hint="name a file of keys that this user may read"
+        ) from e
     if len(data) > LARGEST_FILE:
         raise UsageError(f"{path} has more than {LARGEST_FILE} bytes", hint="give a file of keys")
     entries = _parsed(path, data).keys
@@ -103,7 +105,10 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         values = [getattr(entry, attribute) for entry in entries]
         for number, value in enumerate(values):
             if value in values[:number]:
-                raise UsageError(f"{path}: keys {values.index(value)} and {number} have the same {attribute}")
+                raise UsageError(
+                    f"{path}: keys {values.index(value)} and {number} have the same {attribute}",
+                    hint="give every key a name and a value of its own",
+                )
     return tuple(entry.as_key() for entry in entries)
 
 
@@ -150,7 +155,7 @@ def _parsed(path: Path, data: bytes) -> _File:
 
 def _check_access(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise UsageError(f"{path} is not a file")
+        raise UsageError(f"{path} is not a file", hint="name a file of keys in JSON")
     if os.name == "posix":
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UsageError(f"other users may change the keys {path}", hint="forbid it with chmod go-w")
