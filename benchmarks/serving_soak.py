@@ -152,8 +152,12 @@ class Clients:
         body = self._body()
         answer = await client.post("/v1/images/generations", json=body)
         self._note("plain", answer)
-        if answer.status_code == 200 and len(answer.json()["data"]) != body["n"]:
-            self.problems.append(f"{len(answer.json()['data'])} pictures for n = {body['n']}")
+        if answer.status_code == 200:
+            pictures, failures = answer.json()["data"], answer.json()["ditc"]["failures"]
+            if len(pictures) + len(failures) != body["n"]:  # NaN was planted into those that failed
+                self.problems.append(
+                    f"{len(pictures)} pictures and {len(failures)} failures for n = {body['n']}"
+                )
 
     async def _streams(self, client: httpx.AsyncClient) -> None:
         body, ends = self._body(stream=True, partial_images=2, n=1), 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 
 from ditc.runtime.serving.api.request_limits import RequestLimits
@@ -41,7 +42,8 @@ class Site:
     """
 
     def __init__(self, bundle: Path, keys: Path | None = None) -> None:
-        from ditc.runtime.serving.ui.page import add_page  # imports gradio
+        pytest.importorskip("gradio", reason="the page needs gradio: make test-ui has it")
+        from ditc.runtime.serving.ui.page import add_page
 
         self.models = Models({"tiny": bundle}, admission=Admission(Bounds()), warm_up_seconds=0.0)
         doorkeeper = doorkeeper_for("127.0.0.1", keys, browsers=True)

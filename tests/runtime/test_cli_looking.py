@@ -72,7 +72,7 @@ def test_the_hint_of_an_unknown_backend_names_those_that_run_a_bundle(
     assert draw(tiny_bundle, "cat", "-o", str(tmp_path / "x.png"), "--backend", "torch") == USAGE
     assert errors(capsys) == [
         "error: backend 'torch' is unknown",
-        "hint: choose one of auto, tensorrt, tensorrt-rtx, onnxruntime",
+        "hint: choose one of auto, tensorrt, tensorrt-rtx, openvino, onnxruntime",
     ]
 
 

@@ -13,7 +13,6 @@ from served_page import Site, until
 
 @pytest.fixture(scope="module")
 def site(tiny_bundle: Path) -> Iterator[Site]:
-    pytest.importorskip("gradio", reason="the page needs gradio: make test-ui has it")
     site = Site(tiny_bundle)
     yield site
     site.close()
