@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from ditc.runtime.errors import NumericsError, OutputError, UsageError
 from ditc.runtime.printable import one_line
+from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.refusals import Broken, Invalid, NeedsKey, Refusal
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def answer(error: Exception, *, request_id: str = "") -> JSONResponse:
 
 def log_failure(error: Exception, request_id: str) -> None:
     """Log where an error was raised. Its message may quote a prompt, so only -vv shows it."""
-    log.error("request %s failed:\n%s", request_id, _where(error))
+    log.error("request %s failed:\n%s", request_id, where_raised(error))
     log.debug("request %s: %s", request_id, error)
 
 
@@ -153,13 +153,3 @@ def _invalid_field(found: Mapping[str, Any]) -> Invalid:
     code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
     message = f"{param or 'the body of the request'} {text}"
     return Invalid(message, param=param, code=code.get(found["type"], "invalid_value"))
-
-
-def _where(error: Exception) -> str:
-    """The traceback without messages, which may quote prompts."""
-    kinds: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(kinds) < 5:
-        kinds.append(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
-    return "".join(traceback.format_tb(error.__traceback__)) + " from ".join(kinds)

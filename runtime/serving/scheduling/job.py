@@ -13,6 +13,7 @@ from PIL import Image
 from ditc.runtime.failure import Failure
 from ditc.runtime.guard import Guard
 from ditc.runtime.prepare import Plan
+from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.scheduling.policy import BatchKey
 from ditc.runtime.session import to_numpy
@@ -127,8 +128,8 @@ class Job:
     def _tell(self, event: Event) -> None:
         try:
             self.listener(event)
-        except Exception:  # of a listener whose event loop has ended; the others must not suffer
-            log.exception("the listener of request %s failed, so it is cancelled", self.id)
+        except Exception as e:  # of a listener whose event loop has ended; the others must not suffer
+            log.error("the listener of request %s failed, so it is cancelled:\n%s", self.id, where_raised(e))
             self.cancelled = True
 
     def spend(self, part: str, seconds: float) -> None:

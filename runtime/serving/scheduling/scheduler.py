@@ -24,6 +24,7 @@ import numpy as np
 from ditc.runtime.batch import padded_sizes
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan
+from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.refusals import Broken, Refusal, TooLate, Unavailable
 from ditc.runtime.serving.scheduling.admission import Admission, work_of
 from ditc.runtime.serving.scheduling.job import Cancelled, End, Event, Job, Refused
@@ -234,8 +235,8 @@ class Scheduler:
         """Run a thread's loop. If it ends otherwise than by `close`, no client may wait for ever."""
         try:
             loop()
-        except BaseException:
-            log.exception("a thread of the scheduler has died")
+        except BaseException as e:
+            log.error("a thread of the scheduler has died:\n%s", where_raised(e))
         if not self._closing:
             with self._wake:
                 self._dead = True
@@ -277,8 +278,8 @@ class Scheduler:
     def _do(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception:  # the thread must not end: it serves all clients
-            log.exception("the scheduler failed outside of a job")
+        except Exception as e:  # the thread must not end: it serves all clients
+            log.error("the scheduler failed outside of a job:\n%s", where_raised(e))
 
     def _next(self) -> tuple[Callable[[], None] | None, float | None]:
         """What to do now, or until when to wait. The caller holds the lock."""

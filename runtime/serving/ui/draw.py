@@ -18,6 +18,7 @@ from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.http.errors import refusal_of
 from ditc.runtime.serving.http.request_ids import new_id
+from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid, Refusal
@@ -93,7 +94,7 @@ def views(
     except Exception as e:
         refusal = refusal_of(e)
         if refusal is None:
-            log.exception("request %s of the page failed", id)
+            log.error("request %s of the page failed:\n%s", id, where_raised(e))
             refusal = Refusal("the server has failed", hint="its log says more")
         yield View(html.problem(str(refusal), refusal.hint), ended=True)
 
