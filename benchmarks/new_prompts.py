@@ -46,8 +46,10 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=0, help="of every stage; 0 is one per core (default)")
-    parser.add_argument("--only", nargs="*", help="names of contestants (default: all)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="Threads of every stage; 0 takes one per core (default: 0)."
+    )
+    parser.add_argument("--only", nargs="*", help="Names of the contestants to run (default: all).")
     arguments = parser.parse_args()
     names = [name for name in contestants(arguments.bundle) if name in (arguments.only or [name])]
     load_before = os.getloadavg()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 from ditc.export.build import estimates
 from ditc.export.build.build_key import digest
 from ditc.export.build.context import BuildContext
@@ -9,7 +12,8 @@ from ditc.export.build.layout import engine_path
 from ditc.export.build.records import EngineInputs, EngineRecord
 from ditc.export.build.source_hash import engine_source
 from ditc.export.checkpoint.release_memory import release_memory
-from ditc.export.engine.build import build_engine, estimate_memory_bytes, library_version
+from ditc.export.engine.build import EngineReport, build_engine, estimate_memory_bytes, library_version
+from ditc.export.engine.ir import IrReport
 from ditc.export.engine.profiles import orientation_profiles
 from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
@@ -39,46 +43,74 @@ def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInpu
 def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact:
     """The engine of a finished graph for all targets. An earlier build's is reused if its inputs are the same."""
     inputs, stage, options = engine_inputs(build, name, graph), f"{name} engine", build.options
+    path = engine_path(build.out, name, graph.precision, options.backend, digest(inputs))
+
+    def make(onnx: Path) -> EngineReport:
+        return build_engine(
+            onnx,
+            path,
+            spec=graph.spec,
+            backend=options.backend,
+            targets=inputs.targets,
+            profiles=inputs.profiles,
+            timing_cache=build.journal.timing_cache,
+            tf32=graph.precision is Precision.TF32,
+            linear_attention=options.linear_attention,
+            weight_streaming=options.weight_streaming,
+            progress=lambda phase, step, steps: build.events.working(stage, f"{phase} {step}/{steps}"),
+        )
+
+    return made_artifact(
+        build, name, graph, inputs, stage=stage, files=(path,), memory_bytes=estimate_memory_bytes, make=make
+    )
+
+
+def made_artifact(
+    build: BuildContext,
+    name: str,
+    graph: Artifact,
+    inputs: EngineInputs,
+    *,
+    stage: str,
+    files: Sequence[Path],
+    memory_bytes: Callable[[Path], int],
+    make: Callable[[Path], EngineReport | IrReport],
+) -> Artifact:
+    """The compiled form of a finished graph. An earlier build's is reused if its inputs are the same.
+
+    Args:
+        stage: what the build's events call it.
+        files: what `make` writes: the file that is opened, and those that belong to it.
+        memory_bytes: estimates the memory that `make` adds.
+        make: compiles the graph in an ONNX file.
+    """
     finished = build.journal.finished(EngineRecord, inputs)
     if finished is not None:
         build.events.reused(stage, finished.artifact)
         return finished.artifact
-    why, onnx, key = build.journal.why(EngineRecord, inputs), build.out / graph.file.path, digest(inputs)
+    why, onnx = build.journal.why(EngineRecord, inputs), build.out / graph.file.path
     release_memory(build.files_of(name))
-    estimate = estimates.resident_bytes() + estimate_memory_bytes(onnx)
+    estimate = estimates.resident_bytes() + memory_bytes(onnx)
     build.events.building(stage, why)
-    path = engine_path(build.out, name, graph.precision, options.backend, key)
-    build.journal.will_write(path)
-    report = build_engine(
-        onnx,
-        path,
-        spec=graph.spec,
-        backend=options.backend,
-        targets=inputs.targets,
-        profiles=inputs.profiles,
-        timing_cache=build.journal.timing_cache,
-        tf32=graph.precision is Precision.TF32,
-        linear_attention=options.linear_attention,
-        weight_streaming=options.weight_streaming,
-        progress=lambda phase, step, steps: build.events.working(stage, f"{phase} {step}/{steps}"),
-    )
+    build.journal.will_write(*files)
+    report = make(onnx)
+    file, *data = (file_ref(path, build.out) for path in files)
     artifact = Artifact(
         spec=graph.spec,
         precision=graph.precision,
-        backend=options.backend,
+        backend=build.options.backend,
         targets=inputs.targets,
-        file=file_ref(report.file, build.out),
+        file=file,
+        data=tuple(data),
         weights=graph.weights,
-        key=key,
+        key=digest(inputs),
         recipe=graph.recipe,
         quantization=graph.quantization,
         library=inputs.library_version,
         gpu=inputs.gpu.name if inputs.gpu else None,
     )
     cost = BuildCost(
-        seconds=report.seconds,
-        peak_memory_bytes=report.peak_memory_bytes,
-        estimated_memory_bytes=estimate,
+        seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes, estimated_memory_bytes=estimate
     )
     build.journal.write(EngineRecord(inputs=inputs, artifact=artifact, cost=cost))
     build.events.built(stage, why, artifact, cost)
