@@ -1,0 +1,21 @@
+"""Export a checkpoint with optimum-intel, in its environment: python -P peer_export.py CHECKPOINT FOLDER f32|int8"""
+
+from __future__ import annotations
+
+import sys
+
+from optimum.intel.openvino import OVSanaPipeline
+
+
+def main() -> None:
+    """Write the OpenVINO models of the checkpoint, with weights in f32, or in INT8 where they are matrices."""
+    checkpoint, folder, weights = sys.argv[1:]
+    # By default, models of more than a billion parameters would become INT8.
+    pipe = OVSanaPipeline.from_pretrained(
+        checkpoint, export=True, compile=False, load_in_8bit=weights == "int8"
+    )
+    pipe.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
