@@ -9,7 +9,7 @@ from time import monotonic
 from ditc.calib.trial import Trial
 from ditc.export.quant.formats import Format
 from ditc.export.quant.layers import Layer
-from ditc.export.quant.plan import LayerPlan, make_plan
+from ditc.export.quant.plan import LayerPlan, make_plan, with_token_scales
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import Recipe, Rule, find_recipe
 from ditc.runtime.spec import Precision
@@ -22,8 +22,7 @@ class Effect:
     Attributes:
         share: the layer's share of the FLOPs of all GEMMs with weights.
         step_error: relative L2 error of the x0 of steps that begin at the reference's states.
-        per_token_error: `step_error` if every token had an input scale of its own. This is only simulated: no graph
-            that ditc builds has such scales.
+        per_token_error: `step_error` if every token has an input scale of its own.
         picture_db: PSNR of the final pictures in dB; None if there was no time left to draw them.
     """
 
@@ -81,7 +80,7 @@ def measure_effects(
                 kind=kind,
                 share=shares[plan.name],
                 step_error=trial.step_error(only),
-                per_token_error=trial.step_error(only, per_token=True),
+                per_token_error=trial.step_error({plan.name: with_token_scales(plan)}),
             )
         )
         on_progress(done + 1, 2 * len(pairs))

@@ -62,16 +62,13 @@ class Trial:
         largest = stage.spec.profile[BATCH].max
         self.reference_steps = recorder.spread(FORCED_STEPS, batches=-(-len(prompts) // largest))
 
-    def step_error(self, plans: Mapping[str, LayerPlan], *, per_token: bool = False) -> float:
+    def step_error(self, plans: Mapping[str, LayerPlan]) -> float:
         """Relative L2 error of the predicted x0 with these layers in 8 bits: root mean square over `reference_steps`.
 
         Every step starts from the reference's state, so that no error accumulates.
-
-        Args:
-            per_token: give every token's input a scale of its own.
         """
         squares = []
-        with quantized(self.layers, plans, per_token=per_token):
+        with quantized(self.layers, plans):
             for feeds, expected in self.reference_steps:
                 got = to_numpy(self._session.run(feeds)[X0])
                 squares.append(_squared_error(got, expected))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,11 +36,14 @@ class Input:
         amax: the magnitude that the largest quantized value stands for, after smoothing.
         smooth: (I,) factors by which the input is divided and the weights are multiplied; None for no smoothing.
         alpha: SmoothQuant's strength, which gave the factors.
+        per_token: divide every token by its own largest magnitude first, and multiply the layer's result by it. amax
+            is then 1.
     """
 
     amax: float
     smooth: Array | None = None
     alpha: float = 0.0
+    per_token: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +53,11 @@ class LayerPlan:
     name: str
     kind: Format
     input: Input | None
+
+
+def with_token_scales(plan: LayerPlan) -> LayerPlan:
+    """The same layer with a scale for each token in place of one for its whole input."""
+    return replace(plan, input=Input(1.0, per_token=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +109,7 @@ def _inputs(
     recipe: Recipe, ranges: Ranges, layers: Mapping[str, Layer], formats: Mapping[str, Format]
 ) -> dict[str, Input]:
     """Layers that read one tensor in one format share one Input, so that they share the tensor's scale."""
-    groups: dict[tuple[str, Format], list[str]] = {}
+    groups: dict[tuple[str, Format, bool], list[str]] = {}
     for name, kind in formats.items():
         statistics = ranges.of(name)
         if not statistics.amax.max() > 0:
@@ -115,10 +123,13 @@ def _inputs(
                 f"{layers[name].linear.in_features}",
                 hint="the ranges are of another network: calibrate this checkpoint",
             )
-        groups.setdefault((ranges.site_of[name], kind), []).append(name)
+        groups.setdefault((ranges.site_of[name], kind, recipe.decide(name).per_token), []).append(name)
     inputs = {}
-    for (site, kind), names in groups.items():
-        chosen = choose_input(recipe, ranges.sites[site], [layers[name].weight() for name in names], kind)
+    for (site, kind, per_token), names in groups.items():
+        if per_token:
+            chosen = Input(1.0, per_token=True)
+        else:
+            chosen = choose_input(recipe, ranges.sites[site], [layers[name].weight() for name in names], kind)
         inputs.update(dict.fromkeys(names, chosen))
     return inputs
 

@@ -34,11 +34,14 @@ class Rule:
     Attributes:
         layers: an fnmatch pattern, in which * also matches dots.
         kind: the layers' format; None keeps them in high precision.
+        per_token: give every token's input a scale of its own: its largest magnitude is measured when the graph runs.
+            This costs two passes over the input, and needs no range.
         why: the reason, which a build reports.
     """
 
     layers: str
     kind: Format | None = None
+    per_token: bool = False
     why: str = ""
 
 

@@ -32,6 +32,7 @@ class InputRecord:
     amax: float
     alpha: float
     smooth: str | None
+    per_token: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,9 @@ class QuantRecord:
         """
         try:
             inputs = [
-                Input(one.amax, None if one.smooth is None else _factors(one.smooth), one.alpha)
+                Input(
+                    one.amax, None if one.smooth is None else _factors(one.smooth), one.alpha, one.per_token
+                )
                 for one in self.inputs
             ]
             return {
@@ -101,7 +104,10 @@ def write_record(
         recipe=plan.recipe,
         ranges=ranges,
         coverage=measure_coverage(ir.load(graph), plan, spec),
-        inputs=tuple(InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth)) for i in inputs),
+        inputs=tuple(
+            InputRecord(amax=i.amax, alpha=i.alpha, smooth=_text(i.smooth), per_token=i.per_token)
+            for i in inputs
+        ),
         layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
         calibration=calibration,
     )

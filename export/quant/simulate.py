@@ -14,28 +14,23 @@ from torch import Tensor, nn
 
 from ditc.export.quant.formats import QUANTIZED_MAX, Format, weight_amax
 from ditc.export.quant.layers import Layer
-from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.plan import Input, LayerPlan
 
+SMALLEST = torch.finfo(torch.float32).tiny  # what a token of zeros is divided by
 QUANTIZED_MIN = {Format.INT8: -128.0, Format.FP8: -448.0}  # where QuantizeLinear saturates
 
 
 @contextmanager
-def quantized(
-    layers: Mapping[str, Layer], plans: Mapping[str, LayerPlan], *, per_token: bool = False
-) -> Iterator[None]:
-    """While the context lasts, the planned layers compute as in 8 bits; afterwards they are as before.
-
-    Args:
-        per_token: give every token's input a scale of its own. ditc's graphs do not; this shows what it would gain.
-    """
+def quantized(layers: Mapping[str, Layer], plans: Mapping[str, LayerPlan]) -> Iterator[None]:
+    """While the context lasts, the planned layers compute as in 8 bits; afterwards they are as before."""
     with ExitStack() as stack:
         for name, plan in plans.items():
-            stack.enter_context(_one(layers[name].linear, plan, per_token))
+            stack.enter_context(_one(layers[name].linear, plan))
         yield
 
 
 @contextmanager
-def _one(linear: nn.Linear, plan: LayerPlan, per_token: bool) -> Iterator[None]:
+def _one(linear: nn.Linear, plan: LayerPlan) -> Iterator[None]:
     weight = linear.weight
     smooth = None
     if plan.input is not None and plan.input.smooth is not None:
@@ -43,7 +38,7 @@ def _one(linear: nn.Linear, plan: LayerPlan, per_token: bool) -> Iterator[None]:
     linear.weight = nn.Parameter(fake_quantize_weight(weight, plan.kind, smooth), requires_grad=False)
     handle = None
     if plan.input is not None:
-        handle = linear.register_forward_pre_hook(_input_hook(plan, smooth, per_token))
+        handle = linear.register_forward_pre_hook(_input_hook(plan, plan.input, smooth))
     try:
         yield
     finally:
@@ -72,16 +67,14 @@ def fake_quantize(x: Tensor, scale: Tensor, kind: Format) -> Tensor:
 
 
 def _input_hook(
-    plan: LayerPlan, smooth: Tensor | None, per_token: bool
+    plan: LayerPlan, planned: Input, smooth: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    assert plan.input is not None
-    fixed = torch.tensor(plan.input.amax / QUANTIZED_MAX[plan.kind], dtype=torch.float32)
+    fixed = torch.tensor(planned.amax / QUANTIZED_MAX[plan.kind], dtype=torch.float32)
 
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = arguments[0].float() if smooth is None else arguments[0].float() / smooth
-        scale = fixed.to(x.device)
-        if per_token:
-            scale = (x.abs().amax(dim=-1, keepdim=True) / QUANTIZED_MAX[plan.kind]).clamp_min(1e-12)
-        return (fake_quantize(x, scale, plan.kind).to(arguments[0].dtype), *arguments[1:])
+        amax = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST) if planned.per_token else 1.0
+        rounded = fake_quantize(x / amax, fixed.to(x.device), plan.kind) * amax
+        return (rounded.to(arguments[0].dtype), *arguments[1:])
 
     return hook

@@ -84,6 +84,11 @@ def _check_input(name: str, gemm: ir.Node, layer: LayerPlan) -> None:
         )
     if layer.input is None or maker is None:
         return
+    if layer.input.per_token and not _has_token_scales(gemm, maker):
+        raise BuildError(
+            f"{name}: its tokens have no scales of their own in the graph, against the plan",
+            hint="build again, and do not change the graph by hand",
+        )
     found, wanted = _constant(maker, 1), layer.input.amax / QUANTIZED_MAX[layer.kind]
     scale = float(found)
     rounding = BF16_ROUNDING if ir.DataType.from_numpy(found.dtype) is ir.DataType.BFLOAT16 else ROUNDING
@@ -92,6 +97,18 @@ def _check_input(name: str, gemm: ir.Node, layer: LayerPlan) -> None:
             f"{name}: the input's scale is {scale:.6g} in the graph, but {wanted:.6g} in the plan",
             hint="build again, and do not change the graph by hand",
         )
+
+
+def _has_token_scales(gemm: ir.Node, dequantize: ir.Node) -> bool:
+    """Whether the GEMM's input is divided by a column of magnitudes, and its result multiplied by the same column."""
+    quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+    divide = (
+        quantize.inputs[0].producer() if quantize is not None and quantize.inputs[0] is not None else None
+    )
+    if divide is None or divide.op_type != "Div":
+        return False
+    readers = [use.node for use in gemm.outputs[0].uses()]
+    return bool(readers) and all(n.op_type == "Mul" and divide.inputs[1] in n.inputs for n in readers)
 
 
 def _constant(node: ir.Node, index: int) -> Array:

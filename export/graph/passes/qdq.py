@@ -7,12 +7,17 @@ TensorRT-RTX and TensorRT all take. Weights are stored in 8 bits, with one scale
 one scale per tensor, and layers that read the same tensor share its scale. Outputs of GEMMs are not quantized: a
 DequantizeLinear after a GEMM costs more on a CPU than the GEMM saved, and both libraries fuse the nodes that follow
 better if they start from a tensor in high precision.
+
+With per-token scales the same nodes stand between a division and a multiplication, so that every library runs them:
+
+    amax = ReduceMax(Abs(x))     x / amax -> QuantizeLinear -> DequantizeLinear -> MatMul -> Mul amax
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -86,6 +91,7 @@ class _Writer:
         self._sources: dict[tuple[int, int], list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
         self._zeros: dict[Format, ir.Value] = {}
         self._smoothing: dict[int, str] = {}
+        self._amax: dict[int, ir.Value] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
         """Feed the GEMM from a Q/DQ pair, whose scale is shared by all layers that read the same tensor.
@@ -98,7 +104,11 @@ class _Writer:
         readers = self._sources.setdefault((id(x), id(planned)), [])
         if not readers:
             site = f"{_module(gemm)}.input"
-            source = x if planned.smooth is None else self._smoothed(x, planned, site, gemm, together)
+            source = x
+            if planned.per_token:
+                source, self._amax[id(planned)] = self._divided_by_amax(x, site, gemm)
+            elif planned.smooth is not None:
+                source = self._smoothed(x, planned, site, gemm, together)
             scale = self._constant(site + SCALE, scale_of(planned.amax, layer.kind, _numpy(x)))
             readers.append((source, scale, self._zero(layer.kind)))
         else:
@@ -110,6 +120,8 @@ class _Writer:
         up = self._node("DequantizeLinear", [down, scale, zero], f"{name}.dequantize", gemm, axis, x.shape)
         up.type = x.type
         gemm.replace_input_with(0, up)
+        if planned.per_token:
+            self._multiply_result(gemm, self._amax[id(planned)])
 
     def quantize_weight(self, gemm: ir.Node, layer: LayerPlan, parameter: str) -> None:
         """Store the quantized weight under its own name, and dequantize it where the GEMM reads it."""
@@ -162,8 +174,40 @@ class _Writer:
             )
         return x
 
-    def _scaled(self, x: ir.Value, factor: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        out = self._node("Mul", [x, factor], name, before, shape=x.shape)
+    def _divided_by_amax(self, x: ir.Value, site: str, gemm: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """x divided by each token's largest magnitude, and these magnitudes (..., 1). Tokens of zeros stay zeros."""
+        assert x.shape is not None
+        column = ir.Shape([*x.shape[:-1], 1])
+        magnitude = self._node("Abs", [x], f"{site}.abs", gemm, shape=x.shape)
+        magnitude.type = x.type
+        last = self._constant(f"{site}_axes", np.array([-1], np.int64))
+        amax = self._node("ReduceMax", [magnitude, last], f"{site}.amax", gemm, {"keepdims": 1}, column)
+        amax.type = x.type
+        smallest = ml_dtypes.finfo(_numpy(x)).smallest_normal  # type: ignore[no-untyped-call]
+        tiny = self._constant(f"{site}_tiny", np.array(smallest, _numpy(x)))
+        divisor = self._node("Max", [amax, tiny], f"{site}.divisor", gemm, shape=column)
+        divisor.type = x.type
+        divided = self._node("Div", [x, divisor], f"{site}.divide", gemm, shape=x.shape)
+        divided.type = x.type
+        return divided, divisor
+
+    def _multiply_result(self, gemm: ir.Node, amax: ir.Value) -> None:
+        """Multiply the GEMM's result by the magnitudes that its input was divided by."""
+        if len(gemm.inputs) > 2:
+            raise BuildError(
+                f"{_module(gemm)}: a per-token scale needs a product without a bias, but this Gemm adds one",
+                hint="leave per_token out of the recipe's rule for this layer",
+            )
+        result = gemm.outputs[0]
+        readers = list(result.uses())
+        product = self._scaled(result, amax, f"{_module(gemm)}.output.multiply", gemm, after=True)
+        for node, index in readers:
+            node.replace_input_with(index, product)
+
+    def _scaled(
+        self, x: ir.Value, factor: ir.Value, name: str, beside: ir.Node, *, after: bool = False
+    ) -> ir.Value:
+        out = self._node("Mul", [x, factor], name, beside, shape=x.shape, after=after)
         out.type = x.type
         return out
 
@@ -172,14 +216,16 @@ class _Writer:
         op_type: str,
         inputs: Sequence[ir.Value],
         name: str,
-        before: ir.Node,
+        beside: ir.Node,
         attributes: Mapping[str, int] | None = None,
         shape: ir.Shape | None = None,
+        *,
+        after: bool = False,
     ) -> ir.Value:
         node = ir.node(op_type, inputs, dict(attributes or {}), name=name)
-        if NAME_SCOPES in before.metadata_props:
-            node.metadata_props[NAME_SCOPES] = before.metadata_props[NAME_SCOPES]
-        self._graph.insert_before(before, node)
+        if NAME_SCOPES in beside.metadata_props:
+            node.metadata_props[NAME_SCOPES] = beside.metadata_props[NAME_SCOPES]
+        (self._graph.insert_after if after else self._graph.insert_before)(beside, node)
         node.outputs[0].name = name
         node.outputs[0].shape = shape
         return node.outputs[0]

@@ -18,11 +18,14 @@ from ditc.export.quant.plan import choose_input, make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import (
     NO_RULE,
+    Recipe,
+    Rule,
     find_recipe,
     load_recipe,
     recipes_of,
     save_recipe,
 )
+from ditc.export.quant.simulate import quantized
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Precision
 
@@ -222,3 +225,21 @@ def test_a_recipe_for_another_network_is_refused():
     layers = linear(np.ones((4, 8), np.float32), name="layers.0.mlp.up")
     with pytest.raises(UsageError, match="names none of this network's 1 layers"):
         make_plan(recipes_of("sana")["int8-weight-only"], None, layers)
+
+
+def test_a_token_with_large_values_does_not_cost_the_others_their_resolution():
+    values = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    values[3], values[4] = values[3] * 1000, 0
+    linear = nn.Linear(32, 16, bias=False)
+    layers = {"x": Layer("x", "x", linear)}
+    ranges = Ranges(origin=ORIGIN, sites={"x": statistics(values, values)}, site_of={"x": "x"}, prompts=())
+    rule = Rule(layers="x", kind=Format.INT8)
+    exact = linear(torch.from_numpy(values)).detach().numpy()
+    others = np.delete(np.arange(64), 3)
+    found = {}
+    for per_token in (False, True):
+        recipe = Recipe(name="one", rules=(replace(rule, per_token=per_token),))
+        with quantized(layers, make_plan(recipe, ranges, layers).layers):
+            got = linear(torch.from_numpy(values)).detach().numpy()
+        found[per_token] = signal_to_noise_db(got[others], exact[others])
+    assert found[False] < 10 and found[True] > 35

@@ -28,6 +28,12 @@ from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import Precision
 
 BLOCK = "transformer_blocks.0"
+PER_TOKEN = replace(
+    RECIPES["sana-int8"],
+    name="int8-per-token",
+    rules=tuple(replace(rule, per_token=rule.kind is not None) for rule in RECIPES["sana-int8"].rules),
+)
+ALL = {**recipes_of("sana"), PER_TOKEN.name: PER_TOKEN}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +52,9 @@ def make(exported):
     return build
 
 
-@pytest.mark.parametrize("name", recipes_of("sana"))
+@pytest.mark.parametrize("name", ALL)
 def test_the_graph_computes_what_the_simulation_computes(make, run, name):
-    stage, plan, model = make(recipes_of("sana")[name])
+    stage, plan, model = make(ALL[name])
     feeds, layers = feeds_of(stage, seed=9), linear_layers(stage)
     session = TorchSession(stage.module, stage.spec)
     exact = session.run(feeds)["x0"]
@@ -87,6 +93,25 @@ def test_smoothing_is_merged_into_the_modulation_of_an_adaptive_norm(make):
     assert quantizer.inputs[0].producer().op_type == "Add"  # no multiplication of all tokens comes between
 
 
+def test_layers_with_per_token_scales_share_one_division(make):
+    _, _, model = make(PER_TOKEN)
+    sources = {node.inputs[0] for node in model.graph if node.op_type == "QuantizeLinear"}
+    assert len(sources) == 6 and {source.producer().op_type for source in sources} == {"Div"}
+
+
+def test_a_graph_without_its_per_token_scales_is_refused(make):
+    stage, plan, model = make(PER_TOKEN)
+    layers = linear_layers(stage)
+    check_scales(model, plan.layers, layers)
+    scaled = next(n for n in model.graph if n.name == f"network.{BLOCK}.ff.conv_point.output.multiply")
+    scaled.outputs[0].replace_all_uses_with(scaled.inputs[0])
+    for user in list(scaled.inputs[0].uses()):
+        if user.node is scaled:
+            scaled.replace_input_with(0, scaled.inputs[1])
+    with pytest.raises(BuildError, match=r"ff\.conv_point: its tokens have no scales of their own"):
+        check_scales(model, plan.layers, layers)
+
+
 def test_operations_in_high_precision_have_no_quantizer(make):
     _, _, model = make(RECIPES["sana-int8"])
     for node in model.graph:
@@ -95,8 +120,9 @@ def test_operations_in_high_precision_have_no_quantizer(make):
             assert not any(maker and maker.op_type == "DequantizeLinear" for maker in makers), node.name
 
 
-def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
-    _, plan, model = make(RECIPES["sana-int8"])
+@pytest.mark.parametrize("name", ["sana-int8", PER_TOKEN.name])
+def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path, name):
+    _, plan, model = make(ALL[name])
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
@@ -106,9 +132,9 @@ def test_every_planned_gemm_becomes_an_integer_kernel(make, tmp_path):
     assert "DequantizeLinear" not in nodes
 
 
-@pytest.mark.parametrize("name", recipes_of("sana"))
+@pytest.mark.parametrize("name", ALL)
 def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
-    stage, _, model = make(recipes_of("sana")[name])
+    stage, _, model = make(ALL[name])
     feeds = feeds_of(stage, seed=9)
     precision = Precision.FP8 if "fp8" in name else Precision.INT8
     session = OnnxRuntimeSession(
@@ -119,13 +145,14 @@ def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
     assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
 
 
-def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path):
+@pytest.mark.parametrize("name", ["sana-int8", PER_TOKEN.name])
+def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path, name):
     need_openvino()
     from ditc.export.engine.ir import write_ir
     from ditc.runtime.cpu_features import cpu_features
     from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
 
-    stage, plan, model = make(RECIPES["sana-int8"])
+    stage, plan, model = make(ALL[name])
     files = write_ir(_save(model, tmp_path / "step.onnx"), tmp_path / "step.xml", spec=stage.spec)
     session, feeds = OpenvinoSession(files.model, stage.spec, threads=1), feeds_of(stage, seed=9)
     plain = replace(run, optimize=False)(model, feeds)["x0"]
@@ -208,7 +235,9 @@ def test_scales_have_the_type_of_the_graph(exported, precision):
     check_scales(model, plan.layers, layers)
 
 
-@pytest.mark.parametrize(("name", "target"), [("sana-int8", "sm86"), ("sana-fp8", "sm89")])
+@pytest.mark.parametrize(
+    ("name", "target"), [("sana-int8", "sm86"), ("sana-fp8", "sm89"), (PER_TOKEN.name, "sm86")]
+)
 def test_tensorrt_rtx_builds_the_graph_ahead_of_time(exported, tmp_path, name, target):
     pytest.importorskip("tensorrt_rtx")
     from ditc.export.engine.build import build_engine
@@ -217,7 +246,7 @@ def test_tensorrt_rtx_builds_the_graph_ahead_of_time(exported, tmp_path, name, t
 
     stage, graph = exported(Precision.FP16)
     layers, model = linear_layers(stage), graph.clone()
-    plan = make_plan(RECIPES[name], ranges_of(stage), layers)
+    plan = make_plan(ALL[name], ranges_of(stage), layers)
     quantize_graph(model, plan, {n: layer.parameter for n, layer in layers.items()})
     ops.add_functions(model)
     report = build_engine(
