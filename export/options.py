@@ -26,10 +26,11 @@ class BuildOptions:
         max_batch: the most samples in one run of the denoiser.
         targets: GPU targets of the engines, such as "sm89"; empty for the backend's default.
         raw: whether to export the network alone too, without the step around it.
-        recipe: name or .json file of the recipe of an int8 or fp8 denoiser; None for the precision's default.
-        ranges: file of calibrated ranges for the recipe.
-        base_precision: precision of an int8 or fp8 denoiser outside its 8-bit GEMMs; None for fp32 in ONNX Runtime,
-            fp16 in engines and bf16 in OpenVINO.
+        recipes: names or .json files of recipes, at most one per stage. An int8 or fp8 denoiser without one takes the
+            precision's default; any other stage is in 8 bits only if a recipe says so.
+        ranges: files of calibrated ranges, at most one per stage.
+        base_precision: precision of the denoiser outside its 8-bit GEMMs, from which that of other stages with a recipe
+            follows; None for fp32 in ONNX Runtime, fp16 in engines and bf16 in OpenVINO.
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
@@ -42,8 +43,8 @@ class BuildOptions:
     max_batch: int = 4
     targets: tuple[str, ...] = ()
     raw: bool = False
-    recipe: str | None = None
-    ranges: Path | None = None
+    recipes: tuple[str, ...] = ()
+    ranges: tuple[Path, ...] = ()
     base_precision: Precision | None = None
     opset: int = OPSETS[0]
     linear_attention: Literal["decomposed", "plugin"] = "decomposed"

@@ -25,6 +25,9 @@ class LoadOptions:
         backend: the library that runs the stages. "auto" takes the first backend in the order of preference that can
             run on this machine and that the bundle has a denoiser for, and logs the reason.
         precision: the denoiser's precision. None takes the highest that the bundle holds for the backend.
+        stage_precision: precisions of other stages than the denoiser, as STAGE=PRECISION separated by commas, such as
+            "vae_decoder=int8". A stage that is not named takes the denoiser's precision or else the highest that the
+            bundle holds, but never 8 bits.
         threads: the number of CPU threads that each stage computes with. 0 takes one per core that this process may
             use. More than the CPUs that it may use are never faster, so they are cut to that number, with a warning.
         provider: what ONNX Runtime computes with: "cpu" or "cuda". "auto" takes CUDA if it works here, else the CPU.
@@ -47,6 +50,7 @@ class LoadOptions:
 
     backend: str = AUTO
     precision: str | None = None
+    stage_precision: str = ""
     threads: int = 0
     provider: str = AUTO
     device: str = ""
@@ -63,6 +67,7 @@ class LoadOptions:
             raise UsageError(
                 f"precision {self.precision!r} is unknown", hint=f"choose one of {', '.join(Precision)}"
             )
+        _ = self.stage_precisions  # raises UsageError
         self._bound_threads()
         self._check_device()
         if self.provider not in provider_names():
@@ -101,6 +106,24 @@ class LoadOptions:
             object.__setattr__(self, "threads", most)
 
     @property
+    def stage_precisions(self) -> dict[str, Precision]:
+        """`stage_precision` by stage.
+
+        Raises:
+            UsageError: a part is not STAGE=PRECISION.
+        """
+        found = {}
+        for part in filter(None, self.stage_precision.split(",")):
+            stage, _, name = (text.strip() for text in part.partition("="))
+            if not stage or name not in set(Precision):
+                raise UsageError(
+                    f"stage precision {part!r} is not STAGE=PRECISION",
+                    hint=f"use for example vae_decoder=int8; the precisions are {', '.join(Precision)}",
+                )
+            found[stage] = Precision(name)
+        return found
+
+    @property
     def named_backend(self) -> str:
         """The backend that these options ask for, directly or through its provider or device; "auto" for none."""
         if self.backend != AUTO:
@@ -120,6 +143,7 @@ class LoadKeywords(TypedDict, total=False):
 
     backend: str
     precision: str | None
+    stage_precision: str
     threads: int
     provider: str
     device: str
@@ -172,6 +196,11 @@ def _arguments() -> dict[str, dict[str, Any]]:
             "metavar": "NAME",
             "help": f"Precision of the denoiser, if the bundle holds several: {_either(tuple(Precision))} "
             "(default: the highest that the bundle holds for the backend).",
+        },
+        "stage_precision": {
+            "metavar": "STAGE=NAME,...",
+            "help": "Precision of other stages, such as vae_decoder=int8. Unless named here, none but the denoiser "
+            "runs in 8 bits (default: the denoiser's precision, or the highest that the bundle holds).",
         },
         "threads": {
             "type": int,

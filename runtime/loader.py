@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ditc.runtime.sessions.device import Device, open_device
 from ditc.runtime.sessions.opening import check_artifact, check_runs, open_session
 from ditc.runtime.sessions.registry import AUTO, available_backends, find_row, row_of
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
-from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, EIGHT_BITS, VAE_DECODER, Backend, Precision
 from ditc.runtime.text import Tokenizer
 from ditc.runtime.text_encoder import TextEncoder
 
@@ -94,17 +94,20 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
 
     The denoiser decides. The backend is the first one, in order of preference (preference.py), that can run on this
     machine and for which the bundle has a denoiser in the requested precision. The other stages take the same backend
-    if they can, else another one that can run. Artifacts of backends that this version of ditc does not know are
-    skipped.
+    if they can, else another one that can run; in 8 bits only where the options name the stage. Artifacts of backends
+    that this version of ditc does not know are skipped.
 
     Raises:
-        UsageError: the bundle has no denoiser that can run on this machine and fits the options.
+        UsageError: the bundle has no denoiser that can run on this machine and fits the options, or lacks another stage
+            in the precision that they name for it, or holds it in 8 bits alone and they do not name it.
         BundleError: a stage is missing, or has no artifact that fits the denoiser.
         SessionError: the options name a backend whose engine was not built for this machine's GPU or library.
     """
     runnable, backend, precision = available_backends(), options.named_backend, options.precision
     if DENOISER not in manifest.stages:
         raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
+    stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
+    _check_named_stages(options, stages)
     denoisers = manifest.stages[DENOISER].artifacts
     unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
     if unknown:
@@ -117,9 +120,12 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
         ]
         if fitting and candidate in runnable:
             best = min(fitting, key=lambda a: (bool(why_not(a)), list(Precision).index(a.precision)))
-            stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
-            chosen = {name: best if name == DENOISER else _companion(manifest, name, best) for name in stages}
-            reason = f"{candidate} {best.precision.value}: {runnable[candidate]}"
+            chosen = {
+                name: best if name == DENOISER else _companion(manifest, name, best, options)
+                for name in stages
+            }
+            eight = [f"{n} {a.precision.value}" for n, a in chosen.items() if a.recipe and n != DENOISER]
+            reason = f"{candidate} {', '.join((best.precision.value, *eight))}: {runnable[candidate]}"
             passed = [f"not {name}: {why}" for name, why in later.items() if name is not candidate]
             return chosen, "; ".join((reason, *passed))
     for artifact in denoisers:
@@ -196,14 +202,26 @@ def _read_tokenizers(bundle: Path, manifest: Manifest, *, private: bool) -> list
         return [Tokenizer(folder / path) for path in paths]
 
 
-def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
+def _check_named_stages(options: LoadOptions, stages: Sequence[str]) -> None:
+    for name in options.stage_precisions:
+        if name not in stages or name == DENOISER:
+            raise UsageError(
+                f"--stage-precision names {name}, but a picture needs {', '.join(stages)}",
+                hint="--precision sets the denoiser's",
+            )
+
+
+def _companion(manifest: Manifest, stage: str, denoiser: Artifact, options: LoadOptions) -> Artifact:
     """The stage's artifact that fits the chosen denoiser best: if possible, of the same backend and precision.
 
     The conditioner's outputs are inputs of the denoiser, so the element types of tensors with the same name must agree.
+    An artifact in 8 bits is taken only where the options say so.
 
     Raises:
         BundleError: the stage is missing, or has no artifact that fits and can run here.
+        UsageError: it has none in the precision that the options name, or only in 8 bits, which they do not name.
     """
+    asked = options.stage_precisions.get(stage)
     needed = {spec.name: spec.dtype for spec in denoiser.spec.inputs}
 
     def fits(artifact: Artifact) -> bool:
@@ -226,7 +244,20 @@ def _companion(manifest: Manifest, stage: str, denoiser: Artifact) -> Artifact:
             f"no artifact of {stage} fits the {denoiser.backend} {denoiser.precision.value} denoiser",
             hint="build all stages together: ditc build CHECKPOINT -o BUNDLE",
         )
-    return min(usable, key=rank)
+    wanted = [a for a in usable if (a.precision not in EIGHT_BITS if asked is None else a.precision is asked)]
+    if not wanted:
+        have = sorted({f"{a.backend} {a.precision.value}" for a in usable})
+        eight = f"{stage}={usable[0].precision.value}"
+        raise UsageError(
+            f"the bundle holds {stage} for {', '.join(have)}; requested: "
+            + (
+                f"{asked.value}"
+                if asked is not None
+                else "not 8 bits, because --stage-precision does not name it"
+            ),
+            hint=f"--stage-precision {eight}" if asked is None else f"build one that fits: {REBUILD}",
+        )
+    return min(wanted, key=rank)
 
 
 def _files(manifest: Manifest, artifacts: Iterable[Artifact]) -> list[FileRef]:

@@ -34,6 +34,7 @@ class Precision(StrEnum):
 
 
 SIXTEEN_BITS = frozenset({Precision.FP16, Precision.BF16})
+EIGHT_BITS = frozenset({Precision.INT8, Precision.FP8})
 
 
 class Backend(str):

@@ -24,10 +24,11 @@ from ditc.export.contract import BuildOptions, ModelPlan
 from ditc.export.engine.build import library_version
 from ditc.export.engine.targets import check_targets, default_targets
 from ditc.export.families import find_adapter
-from ditc.export.quant.apply import prepare
+from ditc.export.quant.apply import Quantization, check_layers, prepare, with_base_precisions
 from ditc.runtime.bundle.manifest import MANIFEST, Artifact, Manifest, load_manifest, save_manifest, sealed
 from ditc.runtime.errors import BuildError
 from ditc.runtime.sessions.registry import GRAPH_BACKEND
+from ditc.runtime.spec import Precision
 
 __all__ = ["BuildEvent", "BuildReport", "build_bundle"]
 
@@ -63,8 +64,10 @@ def build_bundle(
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     check_default_request(plan)
-    quantization = prepare(options, checkpoint, plan)
-    targets = _checked_targets(options, plan)
+    quantizations = prepare(options, checkpoint, plan)
+    plan = with_base_precisions(plan, quantizations, adapter, checkpoint, options)
+    check_layers(quantizations, adapter, checkpoint, plan, options)
+    targets = _checked_targets(options, plan, quantizations)
     check_writable(out)
     journal = Journal(out, key)
     with locked(out):
@@ -78,7 +81,7 @@ def build_bundle(
             out=out,
             old=previous if counts else None,
             targets=targets,
-            quantization=quantization,
+            quantizations=quantizations,
             journal=journal,
             events=EventLog(on_event),
         )
@@ -99,7 +102,9 @@ def build_bundle(
     return report
 
 
-def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
+def _checked_targets(
+    options: BuildOptions, plan: ModelPlan, quantizations: Mapping[str, Quantization]
+) -> tuple[str, ...]:
     """The targets of the engines, () where none are built.
 
     A missing library and a target that lacks a stage's precision are reported here, before the export starts.
@@ -107,8 +112,10 @@ def _checked_targets(options: BuildOptions, plan: ModelPlan) -> tuple[str, ...]:
     if not options.builds_engines:
         return ()
     library_version(options.backend)
-    targets = options.targets or default_targets(options.backend, options.precision)
-    for precision in (options.precision, *(stage.precision for stage in plan.stages.values())):
+    eight = [quantization.precision for quantization in quantizations.values()]
+    decides = Precision.FP8 if Precision.FP8 in eight else options.precision  # the fewest targets have it
+    targets = options.targets or default_targets(options.backend, decides)
+    for precision in (options.precision, *eight, *(stage.precision for stage in plan.stages.values())):
         check_targets(options.backend, targets, precision)
     return targets
 

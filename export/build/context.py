@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class BuildContext:
         out: the bundle's folder.
         old: the bundle's manifest before this build; None for a new bundle.
         targets: the GPUs that engines are built for; empty where no engines are built.
-        quantization: how the denoiser is quantized; None if it is not.
+        quantizations: how each stage in 8 bits is quantized, by the stage's name.
     """
 
     checkpoint: Checkpoint
@@ -31,7 +32,7 @@ class BuildContext:
     out: Path
     old: Manifest | None
     targets: tuple[str, ...]
-    quantization: Quantization | None
+    quantizations: Mapping[str, Quantization]
     journal: Journal
     events: EventLog
 

@@ -35,7 +35,7 @@ def golden_artifact(build: BuildContext, graph: StageRecord, kept: tuple[Artifac
         return known.file
     build.events.working(name, "computing golden inputs and outputs")
     load, checkpoint = build.adapter.load, build.checkpoint
-    exact = replace(build.options, precision=Precision.FP32, recipe=None, ranges=None, base_precision=None)
+    exact = replace(build.options, precision=Precision.FP32, recipes=(), ranges=(), base_precision=None)
     reference = partial(load, checkpoint, build.adapter.plan(checkpoint, exact), name, exact)
     deployed = None
     if graph.artifact.precision in SIXTEEN_BITS:

@@ -24,7 +24,7 @@ from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.sessions.registry import GRAPH_BACKEND
-from ditc.runtime.spec import DENOISER, VAE_ENCODER, Precision
+from ditc.runtime.spec import VAE_ENCODER, Precision
 from ditc.runtime.weight_map import weight_map_path, write_weight_map
 
 
@@ -32,7 +32,7 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
     """Everything that the stage's graph depends on."""
     stage = build.plan.stages[name]
     components = [build.checkpoint.component(component) for component in stage.components]
-    quantization = _quantization(build, name)
+    quantization = build.quantizations.get(name)
     return StageInputs(
         stage=name,
         weights={c.name: build.journal.hashes.of_all(c.files) for c in components},
@@ -60,7 +60,7 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     why = build.journal.why(StageRecord, inputs)
     build.events.building(name, why)
     started = perf_counter()
-    key, quantization = digest(inputs), _quantization(build, name)
+    key, quantization = digest(inputs), build.quantizations.get(name)
     precision = graph_precision(build, name)
     path = graph_path(build.out, name, precision, key)
     build.journal.will_write(path, data_path(path), weight_map_path(path), quant_record_path(path))
@@ -89,13 +89,8 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
 
 def graph_precision(build: BuildContext, name: str) -> Precision:
     """The precision of the stage's graph."""
-    return (
-        build.plan.stages[name].precision if _quantization(build, name) is None else build.options.precision
-    )
-
-
-def _quantization(build: BuildContext, name: str) -> Quantization | None:
-    return build.quantization if name == DENOISER else None
+    quantization = build.quantizations.get(name)
+    return build.plan.stages[name].precision if quantization is None else quantization.precision
 
 
 def _written(

@@ -70,7 +70,8 @@ def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: 
 def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> RequestInputs:
     """Collect everything that a build depends on."""
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    options_files = [Path(name) for name in (options.ranges, options.recipe) if name and Path(name).is_file()]
+    named = [*options.ranges, *map(Path, options.recipes)]
+    options_files = [path for path in named if path.is_file()]
     return RequestInputs(
         checkpoint=checkpoint.resolve().name,
         files={path.relative_to(checkpoint).as_posix(): journal.hashes.of(path) for path in files},

@@ -123,22 +123,25 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
+        action="append",
         metavar="NAME",
-        help="For int8 and fp8: the name of a recipe, or a .json file with one, which says which layers are in 8 bits "
-        "(default: FAMILY-int8 or FAMILY-fp8).",
+        help="The name of a recipe, or a .json file with one: which layers of a stage are in 8 bits. May be given once "
+        "per stage, such as sana-int8 and dc-ae-int8 (default: FAMILY-int8 or FAMILY-fp8 for an int8 or fp8 "
+        "denoiser, none for the other stages).",
     )
     parser.add_argument(
         "--ranges",
+        action="append",
         type=Path,
         metavar="FILE",
-        help="For int8 and fp8: the ranges that `ditc calibrate` measured on this checkpoint (default: none; some "
-        "recipes need them).",
+        help="The ranges that `ditc calibrate` measured on a stage of this checkpoint. May be given once per stage "
+        "(default: none; most recipes need them).",
     )
     parser.add_argument(
         "--base-precision",
         choices=["fp32", "fp16", "bf16"],
-        help="For int8 and fp8: the precision of everything that is not in 8 bits (default: fp32 for ONNX Runtime, "
-        "fp16 for engines, bf16 for OpenVINO).",
+        help="With 8 bits: the precision of everything in the stage that is not in 8 bits (default: fp32 for ONNX "
+        "Runtime, fp16 for engines, bf16 for OpenVINO).",
     )
 
 
@@ -160,10 +163,10 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stderr.write(one_line(_line(event)) + "\n")
     else:
         report = _build(arguments.checkpoint, arguments.output, options, key)
-    if options.quantized:
+    if options.quantized or options.recipes:
         from ditc.export.commands import quantization
 
-        for line in quantization.report(report.bundle, report.manifest, options.precision):
+        for line in quantization.report(report.bundle, report.manifest, options):
             sys.stderr.write(one_line(line) + "\n")
     _print(report, as_json=arguments.json)
     if arguments.sign is not None:
@@ -187,8 +190,8 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         max_batch=arguments.max_batch,
         targets=tuple(filter(None, map(str.strip, arguments.targets.split(",")))),
         raw=arguments.raw,
-        recipe=arguments.recipe,
-        ranges=arguments.ranges,
+        recipes=tuple(arguments.recipe or ()),
+        ranges=tuple(arguments.ranges or ()),
         base_precision=arguments.base_precision and Precision(arguments.base_precision),
         opset=arguments.opset,
         linear_attention=arguments.linear_attention,

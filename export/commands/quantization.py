@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ditc.export.options import BuildOptions
 from ditc.export.quant.measure import Measurement, known_measurement, measure, save_measurement
 from ditc.export.quant.record import QuantRecord, read_record
-from ditc.runtime.bundle.manifest import Manifest
+from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.sessions.registry import is_graph
 from ditc.runtime.spec import DENOISER, Precision
 
@@ -15,13 +16,23 @@ NUMBERS_ONLY = (
 )
 
 
-def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
-    """Lines about the 8-bit denoiser that was just built. Its measurement is saved in the bundle."""
+def report(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[str]:
+    """Lines about the 8-bit stages that were just built. The denoiser's measurement is saved in the bundle."""
+    lines = _denoiser(bundle, manifest, options.precision) if options.quantized else []
+    for name, stage in manifest.stages.items():
+        graphs = [a for a in stage.artifacts if is_graph(a) and a.recipe is not None]
+        if name != DENOISER and options.recipes:
+            for artifact in graphs:
+                lines += _coverage(bundle, artifact)
+                lines.append(f"  to run it: --stage-precision {name}={artifact.precision.value}")
+    return lines
+
+
+def _denoiser(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
     artifact = next(
         a for a in manifest.stages[DENOISER].artifacts if a.precision is precision and is_graph(a)
     )
-    assert artifact.quantization is not None
-    lines = coverage_lines(read_record(bundle / artifact.quantization.path))
+    lines = _coverage(bundle, artifact)
     if any(t.dtype.value == "bfloat16" for t in artifact.spec.inputs):
         return [*lines, "fidelity and speed: not measured, because ONNX Runtime's CPU provider has no bf16"]
     known = known_measurement(bundle, manifest, artifact.key)
@@ -34,6 +45,11 @@ def report(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
         return [*lines, f"fidelity and speed: not measured, because {why} (hint: {hint})"]
     save_measurement(measurement, bundle)
     return [*lines, *measured_lines(measurement, precision)]
+
+
+def _coverage(bundle: Path, artifact: Artifact) -> list[str]:
+    assert artifact.quantization is not None
+    return coverage_lines(read_record(bundle / artifact.quantization.path))
 
 
 def coverage_lines(record: QuantRecord) -> list[str]:

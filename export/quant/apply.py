@@ -1,33 +1,38 @@
-"""The quantization steps of a build: check recipe and ranges first, make the plan when the weights are loaded."""
+"""The quantization steps of a build: check recipes and ranges first, make the plans when the weights are loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ditc.export.checkpoint.open import Checkpoint
-from ditc.export.contract import BuildOptions, ModelPlan, StageModule
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
 from ditc.export.quant.evidence import calibration_of, warn_of_doubts
 from ditc.export.quant.layers import linear_layers
-from ditc.export.quant.plan import QuantPlan, make_plan
-from ditc.export.quant.ranges import Ranges, checkpoint_identity, load_ranges
-from ditc.export.quant.recipes import Recipe, find_recipe
+from ditc.export.quant.plan import QuantPlan, check_fits, make_plan
+from ditc.export.quant.ranges import Ranges, check_identity, checkpoint_identity, load_ranges
+from ditc.export.quant.recipes import Recipe
+from ditc.export.quant.stage_recipes import find_recipes
 from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import DENOISER, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A recipe, and ranges that fit the checkpoint.
+    """How one stage is quantized: a recipe, and ranges that fit the checkpoint.
 
     Attributes:
+        precision: of the stage's artifacts.
         ranges: None if the recipe quantizes only weights.
         ranges_sha256: hash of the file of ranges; None if there is no such file.
         calibration: what the ranges rest on; None if there are none.
     """
 
     recipe: Recipe
+    precision: Precision
     ranges: Ranges | None
     ranges_sha256: str | None
     calibration: Calibration | None
@@ -37,37 +42,105 @@ class Quantization:
         return make_plan(self.recipe, self.ranges, linear_layers(stage))
 
 
-def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> Quantization | None:
-    """Find recipe and ranges of an 8-bit build; None for any other build. Reasons to doubt the ranges are logged.
+def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Quantization]:
+    """Find recipe and ranges of every stage that becomes 8-bit. Reasons to doubt the ranges are logged.
 
     Raises:
-        UsageError: options contradict each other, the recipe is unknown, or the ranges are missing, damaged or of
-            another checkpoint.
+        UsageError: options contradict each other, a recipe is unknown or of another network, or ranges are missing,
+            damaged, superfluous or of another checkpoint.
     """
-    if not options.quantized:
-        for name, value in (
-            ("--recipe", options.recipe),
-            ("--ranges", options.ranges),
-            ("--base-precision", options.base_precision),
-        ):
-            if value is not None:
+    recipes = find_recipes(options, checkpoint, plan)
+    if not recipes:
+        for name, values in (("--ranges", options.ranges), ("--base-precision", (options.base_precision,))):
+            for value in filter(None, values):
                 raise UsageError(
                     f"{name} {value} belongs to an 8-bit build, but this one is {options.precision.value}",
-                    hint="add --precision int8 or --precision fp8",
+                    hint="add --precision int8, --precision fp8, or a --recipe",
                 )
-        return None
-    recipe = find_recipe(options.recipe, options.precision, plan.family)
-    if not recipe.activations:
-        return Quantization(recipe=recipe, ranges=None, ranges_sha256=None, calibration=None)
-    if options.ranges is None:
-        raise UsageError(
-            f"recipe {recipe.name} quantizes activations and needs --ranges",
-            hint=f"measure them: ditc calibrate {checkpoint.path} -o ranges.safetensors",
+    files = _read(options.ranges, recipes)
+    found = {}
+    for stage, recipe in recipes.items():
+        precision = options.precision if stage == DENOISER else recipe.precision
+        path, ranges = files.get(stage, (None, None)) if recipe.activations else (None, None)
+        if recipe.activations and ranges is None:
+            which = "" if stage == DENOISER else f" --stage {stage}"
+            raise UsageError(
+                f"recipe {recipe.name} quantizes activations and needs --ranges",
+                hint=f"measure them: ditc calibrate {checkpoint.path}{which} -o ranges.safetensors",
+            )
+        calibration = None
+        if path is not None and ranges is not None:
+            component = plan.stages[stage].components[0]
+            check_identity(ranges.origin, checkpoint_identity(checkpoint, component), path)
+            calibration = calibration_of(ranges)
+            warn_of_doubts(calibration)
+        found[stage] = Quantization(
+            recipe=recipe,
+            precision=precision,
+            ranges=ranges,
+            ranges_sha256=None if path is None else sha256(path),
+            calibration=calibration,
         )
-    component = plan.stages[DENOISER].components[0]
-    ranges = load_ranges(options.ranges, identity=checkpoint_identity(checkpoint, component))
-    calibration = calibration_of(ranges)
-    warn_of_doubts(calibration)
-    return Quantization(
-        recipe=recipe, ranges=ranges, ranges_sha256=sha256(options.ranges), calibration=calibration
-    )
+    return found
+
+
+def _read(paths: tuple[Path, ...], recipes: Mapping[str, Recipe]) -> dict[str, tuple[Path, Ranges]]:
+    """The ranges of each stage, and their file. Every file must belong to a recipe, and no two to one."""
+    files: dict[str, tuple[Path, Ranges]] = {}
+    for path in paths:
+        ranges = load_ranges(path)
+        stage = ranges.origin.stage
+        if stage not in recipes:
+            raise UsageError(
+                f"{path} holds ranges of {stage}, but this build quantizes {', '.join(recipes)}",
+                hint=f"leave it out, or add a --recipe for {stage}",
+            )
+        if stage in files:
+            raise UsageError(
+                f"{files[stage][0]} and {path} both hold ranges of {stage}",
+                hint="give one of them, or add up shards: ditc calibrate --merge FILE ... -o FILE",
+            )
+        files[stage] = path, ranges
+    return files
+
+
+def with_base_precisions(
+    plan: ModelPlan,
+    quantizations: Mapping[str, Quantization],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+) -> ModelPlan:
+    """The plan, in which other 8-bit stages than the denoiser have the precision of an 8-bit build.
+
+    That is the precision of everything in them that is not in 8 bits. The plan itself gives them the precision that
+    follows from the denoiser's.
+    """
+    stages = dict(plan.stages)
+    for name, quantization in quantizations.items():
+        if name != DENOISER:
+            around = adapter.plan(checkpoint, replace(options, precision=quantization.precision))
+            stages[name] = replace(stages[name], precision=around.stages[name].precision)
+    return replace(plan, stages=stages)
+
+
+def check_layers(
+    quantizations: Mapping[str, Quantization],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    options: BuildOptions,
+) -> None:
+    """Check that recipes and ranges fit the layers of their stages. No weight is read.
+
+    Raises:
+        UsageError: a recipe names no layer of its stage, or its ranges lack a layer or have another number of channels.
+    """
+    components = {
+        name: replace(component, tensors=component.tensors.headers())
+        for name, component in checkpoint.components.items()
+    }
+    headers = replace(checkpoint, components=components)
+    for name, quantization in quantizations.items():
+        layers = linear_layers(adapter.load(headers, plan, name, options))
+        check_fits(quantization.recipe, quantization.ranges, layers)

@@ -84,17 +84,7 @@ def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]
         UsageError: the recipe names no layer of the stage, the ranges are missing, lack a layer or have another
             number of channels, or a layer's input was always zero.
     """
-    formats = recipe.formats(layers)
-    if not formats:
-        raise UsageError(
-            f"recipe {recipe.name} names none of this network's {len(layers)} layers",
-            hint=f"the recipe's rules name {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
-        )
-    if recipe.activations and ranges is None:
-        raise UsageError(
-            f"recipe {recipe.name} quantizes activations and needs ranges",
-            hint="measure them: ditc calibrate CHECKPOINT -o ranges.safetensors; then build with --ranges",
-        )
+    formats = check_fits(recipe, ranges, layers)
     inputs = _inputs(recipe, ranges, layers, formats) if recipe.activations and ranges is not None else {}
     return QuantPlan(
         recipe=recipe,
@@ -105,12 +95,26 @@ def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]
     )
 
 
-def _inputs(
-    recipe: Recipe, ranges: Ranges, layers: Mapping[str, Layer], formats: Mapping[str, Format]
-) -> dict[str, Input]:
-    """Layers that read one tensor in one format share one Input, so that they share the tensor's scale."""
-    groups: dict[tuple[str, Format, bool], list[str]] = {}
-    for name, kind in formats.items():
+def check_fits(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]) -> dict[str, Format]:
+    """Check that recipe and ranges fit the layers of a stage, and return the formats of those in 8 bits.
+
+    Raises:
+        UsageError: as `make_plan`.
+    """
+    formats = recipe.formats(layers)
+    if not formats:
+        raise UsageError(
+            f"recipe {recipe.name} names none of this network's {len(layers)} layers",
+            hint=f"the recipe's rules name {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
+        )
+    if not recipe.activations:
+        return formats
+    if ranges is None:
+        raise UsageError(
+            f"recipe {recipe.name} quantizes activations and needs ranges",
+            hint="measure them: ditc calibrate CHECKPOINT -o ranges.safetensors; then build with --ranges",
+        )
+    for name in formats:
         statistics = ranges.of(name)
         if not statistics.amax.max() > 0:
             raise UsageError(
@@ -123,6 +127,15 @@ def _inputs(
                 f"{layers[name].linear.in_features}",
                 hint="the ranges are of another network: calibrate this checkpoint",
             )
+    return formats
+
+
+def _inputs(
+    recipe: Recipe, ranges: Ranges, layers: Mapping[str, Layer], formats: Mapping[str, Format]
+) -> dict[str, Input]:
+    """Layers that read one tensor in one format share one Input, so that they share the tensor's scale."""
+    groups: dict[tuple[str, Format, bool], list[str]] = {}
+    for name, kind in formats.items():
         groups.setdefault((ranges.site_of[name], kind, recipe.decide(name).per_token), []).append(name)
     inputs = {}
     for (site, kind, per_token), names in groups.items():

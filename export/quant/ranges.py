@@ -35,6 +35,7 @@ from ditc.runtime.bundle.jsondata import check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.limits import MAX_STEPS
 from ditc.runtime.session import Array
+from ditc.runtime.spec import DENOISER
 
 VERSION = 3
 METADATA = "ditc.ranges"
@@ -72,6 +73,7 @@ class Origin:
         dtype: element type in which the network ran.
         num_inference_steps, guidance_scale, seed: settings of every request; prompt i starts from seed + i.
         usual_steps: the checkpoint's default number of steps.
+        stage: the stage whose layers were watched.
         buckets: number of parts into which the schedule is divided.
         version: format of the file.
     """
@@ -84,6 +86,7 @@ class Origin:
     seed: int
     buckets: int
     usual_steps: int
+    stage: str = DENOISER
     version: int = VERSION
 
 
@@ -197,14 +200,20 @@ def load_ranges(path: Path, *, identity: str | None = None) -> Ranges:
         raise UsageError(f"there is no file {path}", hint=again) from e
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as e:
         raise UsageError(f"{path} is not a whole file of ranges: {e}", hint=again) from e
-    if identity is not None and origin.identity != identity:
+    if identity is not None:
+        check_identity(origin, identity, path)
+    sites = {site: _statistics(site, tensors, origin.buckets, path) for site in sorted(set(site_of.values()))}
+    return Ranges(origin=origin, sites=sites, site_of=site_of, prompts=prompts)
+
+
+def check_identity(origin: Origin, identity: str, path: Path) -> None:
+    """Raise UsageError if ranges of this origin, in the file `path`, were measured on other weights."""
+    if origin.identity != identity:
         raise UsageError(
             f"{path} was measured on other weights: it names {origin.identity[:12]}, but this checkpoint is "
             f"{identity[:12]}",
-            hint=again,
+            hint=f"measure again: ditc calibrate CHECKPOINT -o {path}",
         )
-    sites = {site: _statistics(site, tensors, origin.buckets, path) for site in sorted(set(site_of.values()))}
-    return Ranges(origin=origin, sites=sites, site_of=site_of, prompts=prompts)
 
 
 def merge_ranges(parts: Sequence[Ranges]) -> Ranges:

@@ -11,7 +11,7 @@ families share. Those rules keep these layers in high precision, for which the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,7 @@ from ditc.export.quant.formats import Format
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import Mismatch, check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import Precision
+from ditc.runtime.spec import DENOISER, Precision
 
 NO_RULE = "no rule of the recipe names it"
 
@@ -56,6 +56,8 @@ class Recipe:
             The strength is chosen for each input. INT8 only: FP8's relative error does not depend on the scale.
         budget: the fidelity budget of the search that wrote the recipe, psnr=DB or rel_l2=SHARE. Parity checks builds
             against it.
+        stage: the stage whose layers the rules name.
+        network: the class of the stage's network in the checkpoint; None for any network.
     """
 
     name: str
@@ -66,6 +68,14 @@ class Recipe:
     timesteps: float = 100.0
     smooth: bool = True
     budget: str | None = None
+    stage: str = DENOISER
+    network: str | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of a stage with this recipe: FP8 if any layer is, because fewer targets have it."""
+        kinds = {rule.kind for rule in self.rules}
+        return Precision.FP8 if Format.FP8 in kinds else Precision.INT8
 
     def decide(self, layer: str) -> Rule:
         """The rule that decides for the layer."""
@@ -141,14 +151,8 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
     Raises:
         UsageError: the name is unknown, the file is not a recipe, or the recipe does not fit the precision.
     """
-    default, known = default_recipe(family, precision), recipes_of(family)
-    name = default if name is None else name
-    recipe = load_recipe(Path(name)) if name.endswith(".json") else known.get(name)
-    if recipe is None:
-        raise UsageError(
-            f"recipe {name!r} is unknown",
-            hint=f"choose one of {', '.join(known)}, or a .json file from ditc calibrate --budget",
-        )
+    default = default_recipe(family, precision)
+    recipe = load_named(default if name is None else name, recipes_of(family))
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
     if precision is Precision.INT8 and Format.FP8.value in kinds:
         raise UsageError(
@@ -159,6 +163,17 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
         raise UsageError(
             f"recipe {recipe.name} has no {precision.value} layer",
             hint=f"the default is {default}",
+        )
+    return recipe
+
+
+def load_named(name: str, known: Mapping[str, Recipe]) -> Recipe:
+    """The recipe of this name, or in this .json file. Raises UsageError if there is none."""
+    recipe = load_recipe(Path(name)) if name.endswith(".json") else known.get(name)
+    if recipe is None:
+        raise UsageError(
+            f"recipe {name!r} is unknown",
+            hint=f"choose one of {', '.join(known)}, or a .json file from ditc calibrate --budget",
         )
     return recipe
 

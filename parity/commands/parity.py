@@ -74,7 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width", type=int, metavar="PX", help="Picture width in pixels (default: the bundle's)."
     )
     # Without --provider, as in `ditc verify`: the certificate would count for another provider too.
-    add_load_arguments(parser, "backend", "precision", "threads", "device", "low_vram", "require_signature")
+    add_load_arguments(
+        parser,
+        "backend",
+        "precision",
+        "stage_precision",
+        "threads",
+        "device",
+        "low_vram",
+        "require_signature",
+    )
     _add_reference_arguments(parser)
     parser.add_argument(
         "--budget",

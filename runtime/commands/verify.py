@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Options that choose which artifacts --run runs, and how. Without --run they have no effect, so they are refused.
 # Without --provider: a certificate names artifacts and a machine, so a result of ONNX Runtime's CPU provider would also
 # count for its CUDA provider.
-RUN_OPTIONS = ("backend", "precision", "threads", "device", "low_vram")
+RUN_OPTIONS = ("backend", "precision", "stage_precision", "threads", "device", "low_vram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

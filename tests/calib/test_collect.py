@@ -98,7 +98,7 @@ def test_ranges_of_other_weights_are_refused_by_a_build(whole, tiny_checkpoint, 
     tensors = load_file(path)
     tensors["proj_out.bias"] += 1
     save_file(tensors, path)
-    options = BuildOptions(precision=Precision.INT8, ranges=whole[1])
+    options = BuildOptions(precision=Precision.INT8, ranges=(whole[1],))
     with pytest.raises(UsageError, match="measured on other weights"):
         build_bundle(other, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()

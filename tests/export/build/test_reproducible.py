@@ -41,8 +41,8 @@ os.umask(int(sys.argv[5], 8))
 given = json.loads(sys.argv[3])
 options = BuildOptions(
     precision=Precision(given.get("precision", "fp32")),
-    recipe=given.get("recipe"),
-    ranges=Path(given["ranges"]) if "ranges" in given else None,
+    recipes=tuple(filter(None, [given.get("recipe")])),
+    ranges=(Path(given["ranges"]),) if "ranges" in given else (),
 )
 build_bundle(sys.argv[1], Path(sys.argv[2]), options, on_event=on_event)
 """

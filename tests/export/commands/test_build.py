@@ -19,7 +19,7 @@ CHOICES = {
     "max_batch": ["--max-batch", "2"],
     "targets": ["--targets", "sm89"],
     "raw": ["--raw"],
-    "recipe": ["--recipe", "sana-fp8"],
+    "recipes": ["--recipe", "sana-fp8", "--recipe", "mixed.json"],
     "ranges": ["--ranges", "ranges.safetensors"],
     "base_precision": ["--base-precision", "bf16"],
     "opset": ["--opset", "23"],

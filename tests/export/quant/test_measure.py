@@ -10,6 +10,7 @@ import pytest
 
 from ditc.export.commands import quantization
 from ditc.export.families.sana.recipe import RECIPES
+from ditc.export.options import BuildOptions
 from ditc.export.quant.coverage import Coverage
 from ditc.export.quant.measure import Measurement, known_measurement, save_measurement
 from ditc.export.quant.record import QuantRecord
@@ -90,4 +91,6 @@ def test_a_build_that_changed_nothing_measures_nothing_again(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(quantization, "measure", measure)
-    assert "PSNR 38.9 dB" in "\n".join(quantization.report(tmp_path, with_int8, Precision.INT8))
+    assert "PSNR 38.9 dB" in "\n".join(
+        quantization.report(tmp_path, with_int8, BuildOptions(precision=Precision.INT8))
+    )

@@ -1,0 +1,61 @@
+"""The recipes of a build, one per stage: the denoiser's, which families list, and those of the other networks.
+
+The other networks are shared by families, so their recipes are listed here, by the network's class in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.contract import BuildOptions, ModelPlan
+from ditc.export.quant.recipes import Recipe, find_recipe, load_named, recipes_of
+from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import DENOISER
+
+NETWORK_RECIPES: Mapping[str, Recipe] = {}
+
+
+def find_recipes(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Recipe]:
+    """The recipe of every stage that the options put into 8 bits, by the stage's name.
+
+    Raises:
+        UsageError: a recipe is unknown, or two are for one stage, or one is for a stage or network that the checkpoint
+            does not have, or the denoiser's contradicts its precision.
+    """
+    known = {**recipes_of(plan.family), **NETWORK_RECIPES}
+    recipes: dict[str, Recipe] = {}
+    for name in options.recipes:
+        recipe = load_named(name, known)
+        if recipe.stage in recipes:
+            raise UsageError(
+                f"recipes {recipes[recipe.stage].name} and {recipe.name} are both for {recipe.stage}",
+                hint="give one --recipe per stage",
+            )
+        _check_network(recipe, checkpoint, plan)
+        recipes[recipe.stage] = recipe
+    if options.quantized:
+        given = next((n for n in options.recipes if load_named(n, known).stage == DENOISER), None)
+        recipes[DENOISER] = find_recipe(given, options.precision, plan.family)
+    elif DENOISER in recipes:
+        raise UsageError(
+            f"--recipe {recipes[DENOISER].name} belongs to an 8-bit build, but this one is {options.precision.value}",
+            hint="add --precision int8 or --precision fp8",
+        )
+    return recipes
+
+
+def _check_network(recipe: Recipe, checkpoint: Checkpoint, plan: ModelPlan) -> None:
+    if recipe.stage not in plan.stages:
+        raise UsageError(
+            f"recipe {recipe.name} is for {recipe.stage}, which this checkpoint does not have",
+            hint=f"it has {', '.join(plan.stages)}",
+        )
+    component = plan.stages[recipe.stage].components[0]
+    found = checkpoint.component(component).class_name
+    if recipe.network is not None and found != recipe.network:
+        fitting = [r.name for r in NETWORK_RECIPES.values() if (r.stage, r.network) == (recipe.stage, found)]
+        raise UsageError(
+            f"recipe {recipe.name} is for {recipe.network}, but this checkpoint's {component} is {found}",
+            hint=f"use {' or '.join(fitting)}" if fitting else f"there is none for {found}: leave it out",
+        )
