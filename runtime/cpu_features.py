@@ -23,6 +23,7 @@ TELLING = (
 )
 # Any of these computes products of bf16 numbers.
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+INTEL = "GenuineIntel"
 
 
 @cache
@@ -35,3 +36,18 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
     line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     found = set(line.partition(":")[2].split())
     return tuple(name for name in TELLING if name in found)
+
+
+@cache
+def multiplies_bf16_faster(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether products of bf16 numbers are faster than those of fp32 numbers on this CPU.
+
+    On a Xeon with avx512_bf16 and without amx_bf16, attention's products reach 150 GFLOP/s in bf16 and 200 in fp32 (two
+    cores, OpenVINO 2026.4.1). On an AMD EPYC (Zen 5), bf16 GEMMs are 1.6 to 1.9 times as fast as fp32 ones.
+    """
+    features = cpu_features(cpuinfo)
+    if "amx_bf16" in features:
+        return True
+    return bool(BF16.intersection(features)) and f"vendor_id\t: {INTEL}" not in cpuinfo.read_text(
+        encoding="utf-8", errors="replace"
+    )

@@ -17,12 +17,13 @@ import numpy as np
 
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.cores import default_threads
-from ditc.runtime.cpu_features import BF16, cpu_features
+from ditc.runtime.cpu_features import BF16, cpu_features, multiplies_bf16_faster
 from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, to_numpy
 from ditc.runtime.sessions.compiled_shapes import CompiledShapes, Shapes, most_forms
 from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.openvino_attention import widen_attention
 from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
 from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.sessions.shapes import check_feeds
@@ -86,6 +87,8 @@ class OpenvinoSession:
                 hint='if it is too old: pip install --upgrade "ditc[openvino]"; else build the bundle again',
             ) from e
         self._check_model()
+        if device == CPU and not multiplies_bf16_faster():
+            widen_attention(self._model)
         self._compiled = CompiledShapes(self._compile, most_forms(weights.stat().st_size))
         self._last: Compiled | None = None
         self._lock = threading.Lock()

@@ -116,10 +116,12 @@ class SanaDenoiser(nn.Module):
         time = (t,) if guidance is None else (t, guidance)
         modulation_R6D, embedded_RD = self.time_embed(*time, dtype=x_RND.dtype)
         mask_R11S = text_bias[:, None, None, :]
-        for i, block in enumerate(self.transformer_blocks):
-            x_RND = block(
-                x_RND, modulation_R6D, cross_kv[:, i, 0], cross_kv[:, i, 1], mask_R11S, height, width
-            )
+        # One Split in the graph. Indices would be two Gathers per block, the first of which copies K and V together.
+        keys_values = cross_kv.flatten(1, 2).unbind(1)
+        for block, key_RSD, value_RSD in zip(
+            self.transformer_blocks, keys_values[::2], keys_values[1::2], strict=True
+        ):
+            x_RND = block(x_RND, modulation_R6D, key_RSD, value_RSD, mask_R11S, height, width)
         shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
         x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
         return from_patches(x_RND, self.patch_size, height, width)

@@ -47,7 +47,7 @@ class IslandRule:
 RULES = (
     IslandRule(
         name="linear attention",
-        roots=frozenset({"Pad", "MatMul", "Slice", "Add", "Div"}),
+        roots=frozenset({"ReduceSum", "MatMul", "Add", "Div"}),
         function="ReluLinearAttention",
     ),
     IslandRule(

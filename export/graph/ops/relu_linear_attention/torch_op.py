@@ -17,7 +17,8 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor
     """Linear attention with ReLU feature maps; everything after the ReLU is computed in fp32.
 
     The denominator comes from the same product as the numerator, because v gets one more row, of ones. This and the
-    order of the products follow diffusers' SanaLinearAttnProcessor2_0.
+    order of the products follow diffusers' SanaLinearAttnProcessor2_0. The form in a graph (onnx_function.py) has a
+    faster order of the same sums.
 
     Args:
         q, k, v: (B,N,H,D) in any float type. They are token-major: the output of a Linear, viewed.
