@@ -37,7 +37,11 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """Everything about a bundle that follows from the checkpoint's configs and the build's options."""
+    """Everything about a bundle that follows from the checkpoint's configs and the build's options.
+
+    Attributes:
+        recipes: what the names of the model's default recipes begin with; "" for the family.
+    """
 
     family: str
     stages: dict[str, StagePlan]
@@ -46,6 +50,7 @@ class ModelPlan:
     latents: LatentSpec
     defaults: Defaults
     step: StepContract
+    recipes: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState
+from ditc.runtime.step_contract import C0, COEFFICIENTS, coefficient_columns
 
 # One prompt is short and one is long, so that text masks matter. The demo model knows all of their words, so that
 # the report on it shows real pictures.
@@ -52,7 +53,8 @@ class CaseRun:
     """One case drawn by one side, from noise to picture.
 
     Attributes:
-        latents: (N+1,B,C,H,W), before the first step and after every step.
+        noise: (B,C,H,W), of standard deviation 1.
+        latents: (N+1,B,C,H,W), before the first step and after every step. Upstream's first ones are the noise.
         x0: (N,B,C,H,W), the prediction of x0 in every step; None for upstream, which does not expose it.
         start: the state before the first step; None for upstream, which has no such state.
         picture: (H,W,3) floats in [0,1], of the first sample; None if no picture was decoded.
@@ -60,6 +62,7 @@ class CaseRun:
     """
 
     case: Case
+    noise: Array
     latents: Array
     x0: Array | None = None
     start: DenoiseState | None = None
@@ -180,7 +183,13 @@ def run_case(
     if picture and not problem:
         image = pipeline.decode([state], plan)[0]
     return CaseRun(
-        case=case, latents=np.stack(latents), x0=np.stack(x0), start=start, picture=image, problem=problem
+        case=case,
+        noise=noise,
+        latents=np.stack(latents),
+        x0=np.stack(x0),
+        start=start,
+        picture=image,
+        problem=problem,
     )
 
 
@@ -195,3 +204,13 @@ def forced_state(run: CaseRun, start: DenoiseState, step: int) -> DenoiseState:
     for k in range(min(length, step)):
         history[:, k] = run.x0[step - 1 - k]
     return replace(start, latents=run.latents[step], history=history, step_index=step)
+
+
+def finished_state(run: CaseRun, start: DenoiseState) -> DenoiseState:
+    """The state after the last step of `run`, whose result a decoder takes. The schedule is that of `start`."""
+    latents, x0 = run.latents[-1], None if run.x0 is None else run.x0[-1]
+    if x0 is None and start.decodes_x0:
+        # Upstream shows no x0. A last step that adds no noise leaves a multiple of it.
+        column = coefficient_columns(0, noise=False).index(C0)
+        x0 = latents / start.schedule[-1][COEFFICIENTS][:, column].reshape(-1, 1, 1, 1)
+    return replace(start, latents=latents, x0=x0, step_index=len(start.schedule))

@@ -30,9 +30,15 @@ def schedule_causes(sigmas: Array, reference: Array) -> tuple[str, ...]:
 
 
 def feed_causes(
-    candidate: Mapping[str, Array], reference: Mapping[str, Array], first_step: bool
+    candidate: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    first_step: bool,
+    before: Mapping[str, Array] | None = None,
 ) -> tuple[str, ...]:
     """How the inputs that the pipelines feed to the denoiser differ, by input.
+
+    Args:
+        before: what the candidate's pipeline feeds to the step before.
 
     Returns:
         Nothing if they agree: then the denoiser itself is wrong.
@@ -49,7 +55,7 @@ def feed_causes(
                     f"{name} differs: it begins with {got.ravel()[:6]}, the reference's with {wanted.ravel()[:6]}"
                 )
         elif not relative_l2(got, wanted) <= SAME:
-            found.append(_feed_cause(name, got, wanted, first_step))
+            found.append(_feed_cause(name, got, wanted, first_step, before or {}))
     return tuple(found)
 
 
@@ -66,11 +72,20 @@ def range_causes(candidate_finite: bool, reference_amax: float) -> tuple[str, ..
     )
 
 
-def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool) -> str:
+def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool, before: Mapping[str, Array]) -> str:
     if name == step_contract.HISTORY and first_step and not wanted.any():
         return "stale history: x0 of an earlier request is fed to the first step, whose history must be zeros"
     if name == step_contract.GUIDANCE_WEIGHTS:
         return _guidance_cause(got, wanted)
+    if name == step_contract.GUIDANCE:
+        return f"the embedded guidance scale is {got[0]:.4g}, but {wanted[0]:.4g} was requested"
+    if name == step_contract.NOISE:
+        reused = name in before and np.array_equal(got, before[name])
+        return (
+            "noise reused between steps: this step gets that of the step before"
+            if reused
+            else ("the noise is not what the request's random stream gives for this step")
+        )
     if name in (step_contract.TIMESTEP, step_contract.COEFFICIENTS):
         ours, theirs = np.round(got.ravel()[:3], 4), np.round(wanted.ravel()[:3], 4)
         return f"shifted sigmas: {name} begins with {ours}, the reference's with {theirs}"

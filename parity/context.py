@@ -64,7 +64,7 @@ class Context:
     def noise(self, case: Case) -> Array:
         """The starting latents of both sides, (1,C,H,W)."""
         if self.saved_reference is not None:
-            return self.saved_reference.runs[case].latents[0]
+            return self.saved_reference.runs[case].noise
         return starting_noise(self.reference.pipeline, case, self.settings)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ditc.parity.cases import Case, CaseRun, Settings, forced_state, start_case
+from ditc.parity.cases import Case, CaseRun, Settings, finished_state, forced_state, start_case
 from ditc.runtime import denoise
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
@@ -42,12 +42,12 @@ def record_feeds(
     recorders = {name: Recorder(session) for name, session in pipeline.sessions.items()}
     recording = pipeline.with_sessions(recorders)
     case: Case = run.case
-    plan, start = start_case(recording, case, settings, run.latents[0])
-    forced = (
-        forced_state(run, start, step) if run.x0 is not None else replace(start, latents=run.latents[step])
-    )
-    if run.x0 is None:
-        forced = replace(forced, step_index=step)
+    plan, start = start_case(recording, case, settings, run.noise)
+    forced = start
+    if run.x0 is not None:
+        forced = forced_state(run, start, step)
+    elif step:
+        forced = replace(start, latents=run.latents[step], step_index=step)
     denoise.step(recording.sessions[DENOISER], [forced])
-    recording.decode([replace(start, latents=run.latents[-1])], plan)
+    recording.decode([finished_state(run, start)], plan)
     return {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}

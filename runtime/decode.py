@@ -80,7 +80,7 @@ def decode_state(
     """
     decoded = Decoded([], [])
     failed = {failure.index: failure for failure in state.failures}
-    for sample, latents in enumerate(samples(state.latents)):
+    for sample, latents in enumerate(samples(state.result)):
         index, picture, failure = first + sample, None, failed.get(sample)
         if failure is None and plan.request.output_type == "latent":
             picture = to_numpy(latents)

@@ -40,7 +40,6 @@ _ATTENTION = Foreign(
 _PAG = Foreign("perturbed-attention guidance is not implemented", nothing=(0,))
 _IP_ADAPTER = Foreign("image adapters are not implemented")
 _IMAGE = Foreign("bundles draw from texts alone", "leave it out; latents= starts from latents of your own")
-_SPRINT = Foreign("only the schedule of the Sprint pipeline has this setting")
 
 FOREIGN = {
     "eta": Foreign("only DDIM has it", ignored=True),
@@ -60,8 +59,6 @@ FOREIGN = {
     "ip_adapter_image_embeds": _IP_ADAPTER,
     "pag_scale": _PAG,
     "pag_adaptive_scale": _PAG,
-    "max_timesteps": _SPRINT,
-    "intermediate_timesteps": _SPRINT,
     "image": _IMAGE,
     "mask_image": _IMAGE,
     "control_image": _IMAGE,

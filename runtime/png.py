@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Fields of Request that a picture's settings name if they are given.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-SCHEDULE = ("timesteps", "sigmas", "mu")
+SCHEDULE = ("timesteps", "sigmas", "max_timesteps", "intermediate_timesteps", "mu")
 OF_TEXTS = ("max_sequence_length", "complex_human_instruction")
 
 

@@ -23,7 +23,7 @@ from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, gu
 from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request, checked
 from ditc.runtime.rng import Generator
-from ditc.runtime.schedulers import CoefficientTable, coefficient_table
+from ditc.runtime.schedulers import CoefficientTable, coefficient_table, number_of_steps
 from ditc.runtime.session import Array
 from ditc.runtime.sizes import check_size, classify
 from ditc.runtime.spec import StageSpec
@@ -113,8 +113,13 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         cells = (drawn[0] // scale, drawn[1] // scale)
         check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    own = request.sigmas if request.sigmas is not None else request.timesteps
-    steps = (request.num_inference_steps or defaults.num_inference_steps) if own is None else len(own)
+    steps = number_of_steps(
+        manifest.scheduler,
+        request.num_inference_steps,
+        defaults.num_inference_steps,
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+    )
     table = coefficient_table(
         manifest.scheduler,
         steps,
@@ -123,6 +128,8 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         sigmas=request.sigmas,
         mu=request.mu,
         image_seq_len=manifest.latents.num_patches(*drawn),
+        max_timesteps=request.max_timesteps,
+        intermediate_timesteps=request.intermediate_timesteps,
     )
     # Given latents leave nothing to draw, unless the sampler adds noise.
     drawn_nothing = request.latents is not None and not contract.noise
@@ -248,6 +255,7 @@ def _first_state(
             row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
             conditioning=stack_texts(rows),
         ),
+        decodes_x0=table.decodes_x0,
     )
 
 

@@ -25,8 +25,8 @@ INTEGERS = (
     "max_sequence_length",
 )
 NUMBERS = (
-    *("guidance_scale", "skip_layer_guidance_scale", "mu"),
-    *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
+    *("guidance_scale", "skip_layer_guidance_scale", "mu", "max_timesteps"),
+    *("skip_layer_guidance_start", "skip_layer_guidance_stop", "intermediate_timesteps"),
 )
 TEXTS = ("prompt", "prompt_2", "prompt_3")
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -44,7 +44,9 @@ class Request:
             an empty text in a list is read as it is.
         num_inference_steps, guidance_scale: apply to every picture of this request.
         timesteps, sigmas: the caller's own schedule, before the scheduler's shift, instead of a number of steps. Which
-            of them the bundle's scheduler takes is as in diffusers.
+            of them the bundle's scheduler takes is as in diffusers. SCM's timesteps are angles, one more than steps.
+        max_timesteps, intermediate_timesteps: the first angle of SCM's schedule, and the second of three in one of two
+            steps. False spaces two steps evenly, as None does in diffusers.
         mu: the shift, instead of the one that follows from the size, for schedulers with dynamic shifting.
         height, width: the size of the pictures, in pixels.
         seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
@@ -72,6 +74,8 @@ class Request:
     num_inference_steps: int | None = None
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | Literal[False] | None = None
     mu: float | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -164,7 +168,8 @@ class Request:
 def make_request(**arguments: Any) -> Request:
     """A request from a caller's keyword arguments, which may be those of diffusers' pipelines.
 
-    As in diffusers, a complex_human_instruction of None puts no instruction before the prompts.
+    As in diffusers, a complex_human_instruction of None puts no instruction before the prompts, and an
+    intermediate_timesteps of None spaces the steps evenly.
 
     Raises:
         UsageError: a request has no such argument (the hint names the most similar one), or an argument of diffusers
@@ -172,6 +177,8 @@ def make_request(**arguments: Any) -> Request:
     """
     if any(arguments.get("complex_human_instruction", ()) is nothing for nothing in (None, False)):
         arguments["complex_human_instruction"] = ()
+    if arguments.get("intermediate_timesteps", ()) is None:
+        arguments["intermediate_timesteps"] = False
     return Request(**without_foreign(arguments, [field.name for field in fields(Request)]))
 
 
@@ -203,7 +210,8 @@ def checked(request: Request) -> Request:
 
 
 def _given(request: Request, name: str) -> bool:
-    return getattr(request, name) is not None
+    value = getattr(request, name)
+    return value is not None and not (name == "intermediate_timesteps" and value is False)
 
 
 def _check(request: Request) -> None:
@@ -247,7 +255,7 @@ def _check(request: Request) -> None:
 def _check_numbers(request: Request) -> None:
     for name in (*INTEGERS, *NUMBERS):
         value = getattr(request, name)
-        if value is None and getattr(Request, name) is None:  # the class holds the defaults
+        if not _given(request, name) and getattr(Request, name) is None:  # the class holds the defaults
             continue
         try:
             fits = math.isfinite(value) if name in NUMBERS else operator.index(value) is not None

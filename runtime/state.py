@@ -61,6 +61,7 @@ class DenoiseState:
         step_index: how many steps are done.
         x0: (B,C,H,W) fp32, what the last step predicted.
         stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
+        decodes_x0: whether the picture is the last x0 instead of the last latents.
         failures: at most one per sample. A sample that has failed is stepped along, as it does not affect the others.
     """
 
@@ -72,6 +73,12 @@ class DenoiseState:
     x0: Tensor | None = None
     stats: Tensor | None = None
     failures: tuple[Failure, ...] = ()
+    decodes_x0: bool = False
+
+    @property
+    def result(self) -> Tensor:
+        """What is decoded if the state is finished, or if the loop ends here."""
+        return self.x0 if self.decodes_x0 and self.x0 is not None else self.latents
 
     @property
     def lost(self) -> bool:
@@ -116,4 +123,5 @@ class DenoiseState:
             x0=outputs[X0],
             stats=outputs[STATS],
             failures=self.failures,
+            decodes_x0=self.decodes_x0,
         )

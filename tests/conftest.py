@@ -56,6 +56,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sprint_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded SANA-Sprint checkpoint with two layers."""
+    from tiny_sana import make_sprint_checkpoint
+
+    return made_once(tmp_path_factory, "sprint-checkpoint", make_sprint_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sprint_bundle(sprint_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of sprint_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
+    return made_once(tmp_path_factory, "sprint-bundle", lambda path: _build(sprint_checkpoint, path))
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of tiny_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
     return made_once(tmp_path_factory, "tiny-bundle", lambda path: _build(tiny_checkpoint, path))

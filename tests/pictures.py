@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline
 
 from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.output import Output
@@ -35,7 +35,7 @@ class Reference:
 
     def __init__(self, checkpoint: Path) -> None:
         defaults = json.loads((checkpoint / "ditc.json").read_text())
-        self.pipeline = SanaPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+        self.pipeline = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         self._fixed = {
             "complex_human_instruction": defaults["complex_human_instruction"],
@@ -45,7 +45,7 @@ class Reference:
         }
 
     def draw(self, prompt: str | Sequence[str] | None, *, seed: int | None = None, **arguments: Any) -> Drawn:
-        """Draw with diffusers. The arguments are those of SanaPipeline."""
+        """Draw with diffusers. The arguments are those of its pipeline."""
         latents: list[Array] = []
 
         def keep(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 
-def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads") -> SanaPipeline:
+def make_pipeline(
+    seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads", sprint: bool = False
+) -> SanaPipeline | SanaSprintPipeline:
     """The pipeline in fp32 and eval mode; every call with one seed gives the same weights."""
     torch.manual_seed(seed)
     transformer = SanaTransformer2DModel(
@@ -25,6 +34,7 @@ def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads
         caption_channels=24,
         sample_size=4,
         qk_norm=qk_norm,
+        guidance_embeds=sprint,
     )
     blocks = ("ResBlock", "EfficientViTBlock")
     vae = AutoencoderDC(
@@ -57,17 +67,19 @@ def make_pipeline(seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads
             sliding_window=16,
         )
     )
-    return SanaPipeline(
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        algorithm_type="dpmsolver++",
+    )
+    pipeline = SanaSprintPipeline if sprint else SanaPipeline
+    return pipeline(
         tokenizer=make_tokenizer(),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         transformer=transformer.eval(),
-        scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=3.0,
-            algorithm_type="dpmsolver++",
-        ),
+        scheduler=SCMScheduler() if sprint else scheduler,
     )
 
 
@@ -90,5 +102,15 @@ def make_checkpoint(directory: Path, seed: int = 0, *, qk_norm: str | None = "rm
     (directory / "ditc.json").write_text(
         '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
         '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
+    )
+    return directory
+
+
+def make_sprint_checkpoint(directory: Path, seed: int = 0) -> Path:
+    """A SANA-Sprint checkpoint: SanaSprintPipeline with a transformer that embeds the guidance scale."""
+    make_pipeline(seed, sprint=True).save_pretrained(directory, safe_serialization=True)
+    (directory / "ditc.json").write_text(
+        '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
+        '"complex_human_instruction": null}\n'
     )
     return directory

@@ -46,6 +46,8 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "max_sequence_length": _up_to(MAX_TOKENS),
     "complex_human_instruction": (_is_lines, "a list of strings or null"),
     "num_inference_steps": _up_to(MAX_STEPS),
+    "max_timesteps": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
+    "intermediate_timesteps": (lambda value: value is None or _is_number(value), "a number or null"),
     "guidance_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
     "skip_guidance_layers": (_is_layers, "a list of layer numbers"),
     "skip_layer_guidance_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),

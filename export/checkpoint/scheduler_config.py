@@ -26,6 +26,7 @@ _DPMSOLVER_CLASS = "DPMSolverMultistepScheduler"
 _EULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 _HEUN_CLASS = "FlowMatchHeunDiscreteScheduler"
 _LCM_CLASS = "FlowMatchLCMScheduler"
+_SCM_CLASS = "SCMScheduler"
 _UNIPC_CLASS = "UniPCMultistepScheduler"
 
 _FLAG = (False, True, None)
@@ -66,6 +67,7 @@ _SERVED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     _EULER_CLASS: {**_FLOW_MATCH, "stochastic_sampling": (False, _FLAG)},
     _HEUN_CLASS: {"use_dynamic_shifting": (False, _OFF)},
     _LCM_CLASS: {**_FLOW_MATCH, "scale_factors": (None, (None, []))},
+    _SCM_CLASS: {"prediction_type": ("trigflow", ("trigflow",))},
     _UNIPC_CLASS: {
         **_FLOW_SOLVER,
         "solver_type": ("bh2", _FLOW_SOLVER["solver_type"][1]),
@@ -84,7 +86,7 @@ _OTHERS = {
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("dynamic_thresholding_ratio", "sample_max_value", "lambda_min_clipped", "variance_type"),
     *("steps_offset", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
-    *("shift_terminal", "disable_corrector", "sigma_min", "sigma_max", "upscale_mode"),
+    *("shift_terminal", "disable_corrector", "sigma_min", "sigma_max", "upscale_mode", "sigma_data"),
 }
 
 _SPACINGS = {
@@ -96,7 +98,11 @@ _DAMAGED = "scheduler/scheduler_config.json is damaged or was edited: fetch it a
 
 
 def scheduler_params(
-    config: Mapping[str, Any], *, timestep_scale: float = 1.0, passes_mu: bool = False
+    config: Mapping[str, Any],
+    *,
+    timestep_scale: float = 1.0,
+    passes_mu: bool = False,
+    trigflow: bool = False,
 ) -> SchedulerParams:
     """The parameters with which ditc computes the same schedule as diffusers does from `config`.
 
@@ -104,6 +110,7 @@ def scheduler_params(
         config: the contents of a scheduler_config.json; a missing setting takes diffusers' default.
         timestep_scale: from the transformer's config, because the scheduler's config does not have it.
         passes_mu: whether the model's pipeline in diffusers gives its scheduler a mu, as dynamic shifting needs.
+        trigflow: whether that pipeline turns the network's velocity into TrigFlow's prediction, as SCM needs.
 
     Raises:
         CheckpointError: ditc does not compute this scheduler, or one of its settings.
@@ -114,6 +121,12 @@ def scheduler_params(
             f"the scheduler is {name}, but ditc computes only {', '.join(_SERVED)}",
             hint="another scheduler draws other pictures than this model's own: save the pipeline with one of these "
             "only if the model was trained to be sampled with it",
+        )
+    if trigflow is not (name == _SCM_CLASS):
+        raise CheckpointError(
+            f"the scheduler is {name}, but this model's pipeline "
+            + (f"needs {_SCM_CLASS}" if trigflow else "makes no prediction that it could use"),
+            hint="take the scheduler/ folder that the model was released with",
         )
     _check_settings(name, config)
     read = _READERS[name](config, passes_mu)
@@ -180,6 +193,10 @@ def _read_heun(config: Mapping[str, Any], passes_mu: bool) -> dict[str, Any]:
     return {"kind": SchedulerKind.HEUN, "shift": shift, "sigma_min": sigma_min, "sigma_max": sigma_max}
 
 
+def _read_scm(config: Mapping[str, Any], passes_mu: bool) -> dict[str, Any]:
+    return {"kind": SchedulerKind.SCM, "sigma_data": _number(config, "sigma_data", 0.5)}
+
+
 def _read_dpmsolver(config: Mapping[str, Any], passes_mu: bool) -> dict[str, Any]:
     # Without a mu, diffusers' DPM-Solver takes its fixed shift, whatever use_dynamic_shifting says.
     dynamic = passes_mu and bool(config.get("use_dynamic_shifting"))
@@ -227,6 +244,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], bool], dict[str, Any]]] = {
     _EULER_CLASS: _read_flow_match,
     _HEUN_CLASS: _read_heun,
     _LCM_CLASS: _read_flow_match,
+    _SCM_CLASS: _read_scm,
     _UNIPC_CLASS: _read_unipc,
 }
 

@@ -7,6 +7,7 @@ texts become the same token ids.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +23,7 @@ from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
 from ditc.parity.results import Culprit, Result, judged, not_checked
 from ditc.runtime.errors import BuildError
-from ditc.runtime.schedulers import coefficient_table, dynamic_mu
+from ditc.runtime.schedulers import SchedulerKind, SchedulerParams, coefficient_table, dynamic_mu
 from ditc.runtime.session import Array
 from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Metric, limit
@@ -178,10 +179,7 @@ def _check_schedule(context: Context) -> Result:
     upstream = context.upstream()
     if upstream is not None:
         scheduler = upstream.pipeline.scheduler
-        dynamic = plan.scheduler.use_dynamic_shifting
-        scheduler.set_timesteps(steps, **({"mu": dynamic_mu(plan.scheduler, patches)} if dynamic else {}))
-        scale = np.float32(plan.scheduler.timestep_scale)
-        timesteps, sigmas = _host(scheduler.timesteps) * scale, _host(scheduler.sigmas)
+        timesteps, sigmas = _upstream_schedule(scheduler, plan.scheduler, steps, patches)
         against = f"diffusers {type(scheduler).__name__}"
     wrong = int((~np.isclose(table.timesteps, timesteps, rtol=1e-6)).sum())
     wrong += int((~np.isclose(table.sigmas, sigmas, rtol=1e-6, atol=1e-7)).sum())
@@ -197,6 +195,20 @@ def _check_schedule(context: Context) -> Result:
         detail=f"{wrong} timesteps and sigmas differ" if wrong else "",
         causes=schedule_causes(table.sigmas, sigmas) if wrong else (),
     )
+
+
+def _upstream_schedule(
+    scheduler: Any, params: SchedulerParams, steps: int, patches: int
+) -> tuple[Array, Array]:
+    """The timesteps that upstream's network sees, and the sigmas; for SCM, its angles, from which both follow."""
+    if params.kind is SchedulerKind.SCM:
+        middle = params.intermediate_timesteps if steps == 2 else None
+        scheduler.set_timesteps(steps, max_timesteps=params.max_timesteps, intermediate_timesteps=middle)
+        sin, cos = torch.sin(scheduler.timesteps), torch.cos(scheduler.timesteps)
+        return _host(sin / (cos + sin))[:-1], _host(scheduler.timesteps)
+    dynamic = params.use_dynamic_shifting
+    scheduler.set_timesteps(steps, **({"mu": dynamic_mu(params, patches)} if dynamic else {}))
+    return _host(scheduler.timesteps) * np.float32(params.timestep_scale), _host(scheduler.sigmas)
 
 
 def _host(tensor: Tensor) -> Array:

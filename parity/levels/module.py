@@ -43,7 +43,7 @@ def check(context: Context) -> Iterator[Result]:
         upstream_run = context.upstream_run(case)
         assert upstream_run is not None
         context.tick("inputs of the modules")
-        calls = upstream.calls(case, context.settings, run.latents[0], step)
+        calls = upstream.calls(case, context.settings, run.noise, step)
         feeds = record_feeds(context.reference.pipeline, context.settings, upstream_run, step)
     else:
         feeds = record_feeds(context.reference.pipeline, context.settings, run, step)

@@ -33,7 +33,7 @@ def check(context: Context) -> Iterator[Result]:
 def _check_case(context: Context, case: Case) -> Result:
     run = context.reference_run(case)
     assert run.start is not None
-    _, start = start_case(context.candidate.pipeline, case, context.settings, run.latents[0])
+    _, start = start_case(context.candidate.pipeline, case, context.settings, run.noise)
     baseline = baseline_step_errors(context, case, run)
     worst: Result | None = None
     for step in range(len(run.start.schedule)):
@@ -115,7 +115,8 @@ def _explained(
     assert run.start is not None
     fed = _feeds(forced_state(run, start, step))
     wanted = _feeds(forced_state(run, run.start, step))
-    causes = feed_causes(fed, wanted, first_step=step == 0)
+    before = start.schedule[step - 1] if step else None
+    causes = feed_causes(fed, wanted, first_step=step == 0, before=before)
     error = comparison.error
     if causes:
         culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=error, before=0.0)
@@ -137,7 +138,7 @@ def baseline_step_errors(context: Context, case: Case, run: CaseRun) -> list[flo
     baseline = context.precision_baseline()
     if baseline is None:
         return None
-    _, start = start_case(baseline.pipeline, case, context.settings, run.latents[0])
+    _, start = start_case(baseline.pipeline, case, context.settings, run.noise)
     errors = []
     for step in range(len(start.schedule)):
         (after,) = denoise.step(baseline.sessions[DENOISER], [forced_state(run, start, step)])

@@ -68,7 +68,7 @@ def _compared(
 
 
 def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
-    """The failed result with the first step that is wrong, and with the causes if the first step got wrong inputs."""
+    """The failed result with the first step that is wrong, and the causes if it or the first step got wrong inputs."""
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=0.0)
     allowed = bound.bound if bound else 0.0
     first = next((i for i, error in enumerate(errors) if not error <= allowed), len(errors))
@@ -78,6 +78,9 @@ def _explained(context: Context, run: CaseRun, errors: list[float], result: Resu
     causes: tuple[str, ...] = ()
     if run.start is not None and reference.start is not None:
         causes = feed_causes(_feeds(run.start), _feeds(reference.start), first_step=True)
+        if not causes and 0 < first < len(run.start.schedule):
+            ours, theirs = run.start.schedule, reference.start.schedule
+            causes = feed_causes(ours[first], theirs[first], first_step=False, before=ours[first - 1])
     culprit = Culprit(
         stage="pipeline" if causes else DENOISER, module=f"step {first + 1}", error=at, before=before
     )

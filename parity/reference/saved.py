@@ -100,7 +100,12 @@ def _parse(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> SavedR
     groups = [_below(tensors, f"case.{index}.") for index in range(len(settings.cases))]
     runs = {case: _run(case, group) for case, group in zip(settings.cases, groups, strict=True)}
     upstream = {
-        case: CaseRun(case=case, latents=group["upstream.latents"], picture=group.get("upstream.picture"))
+        case: CaseRun(
+            case=case,
+            noise=_noise(group),
+            latents=group["upstream.latents"],
+            picture=group.get("upstream.picture"),
+        )
         for case, group in zip(settings.cases, groups, strict=True)
         if "upstream.latents" in group
     }
@@ -135,13 +140,24 @@ def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
         rows=Rows(row_of=rows.pop(step_contract.ROW_OF), conditioning=rows),
     )
     return CaseRun(
-        case=case, latents=group["latents"], x0=group["x0"], start=start, picture=group.get("picture")
+        case=case,
+        noise=_noise(group),
+        latents=group["latents"],
+        x0=group["x0"],
+        start=start,
+        picture=group.get("picture"),
     )
+
+
+def _noise(group: Mapping[str, Array]) -> Array:
+    """The noise of a case. Files that lack it are of samplers that start from the noise as it is."""
+    return group["noise"] if "noise" in group else group["latents"][0]
 
 
 def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
     run, upstream = context.reference_run(case), context.upstream_run(case)
     assert run.x0 is not None and run.start is not None
+    yield "noise", run.noise
     yield "latents", run.latents
     yield "x0", run.x0
     yield "history", to_numpy(run.start.history)

@@ -95,7 +95,7 @@ class Upstream:
                 callback_on_step_end=keep,
             ).images
         picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
-        return CaseRun(case=case, latents=np.stack(latents), picture=picture)
+        return CaseRun(case=case, noise=noise, latents=np.stack(latents), picture=picture)
 
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
         """The calls that one drawn case makes, by component name.
@@ -152,6 +152,8 @@ class Upstream:
             "height": settings.height,
             "width": settings.width,
         }
+        if settings.num_inference_steps != 2:  # diffusers refuses its own default then
+            given["intermediate_timesteps"] = None
         return {name: value for name, value in given.items() if name in self._takes}
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.commands.run_results import Results
@@ -108,7 +108,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         dest="num_inference_steps",
         help="Number of denoising steps (default: the bundle's).",
     )
-    for name, first in (("sigmas", "1"), ("timesteps", "1000")):
+    for name, first in (("sigmas", "1"), ("timesteps", "1000 (SCM: 1.5708, and one number more than steps)")):
         parser.add_argument(
             f"--{name}",
             type=_numbers,
@@ -116,6 +116,18 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"Your own schedule instead of a number of steps: falling {name} before the scheduler's shift, with "
             f"commas, from about {first} on. Not every scheduler takes them (default: the scheduler's).",
         )
+    parser.add_argument(
+        "--max-timesteps",
+        type=float,
+        metavar="RADIANS",
+        help="The first angle of SCM's schedule, which few-step models have (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--intermediate-timesteps",
+        type=_number_or_none,
+        metavar="RADIANS",
+        help="The second angle of SCM's schedule of two steps, or none to space them evenly (default: the bundle's).",
+    )
     parser.add_argument(
         "--mu",
         type=float,
@@ -173,6 +185,13 @@ def _numbers(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as e:
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from e
+
+
+def _number_or_none(text: str) -> float | Literal[False]:
+    try:
+        return False if text == "none" else float(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number or none") from e
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ file in this folder and one row in SOLVERS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from ditc.runtime.schedulers.params import (
     Steps,
     TimeShift,
 )
+from ditc.runtime.schedulers.scm import SCM
+from ditc.runtime.schedulers.solver import Solver
 from ditc.runtime.schedulers.spacing import dynamic_mu
 from ditc.runtime.schedulers.unipc import UNIPC
 from ditc.runtime.step_contract import coefficient_columns
@@ -43,6 +46,7 @@ __all__ = [
     "draws_noise",
     "dynamic_mu",
     "history_length",
+    "number_of_steps",
     "reads_earlier_latents",
 ]
 
@@ -53,6 +57,7 @@ SOLVERS = {
     SchedulerKind.DPMSOLVER: DPMSOLVER,
     SchedulerKind.EULER: EULER,
     SchedulerKind.HEUN: HEUN,
+    SchedulerKind.SCM: SCM,
     SchedulerKind.UNIPC: UNIPC,
 }
 
@@ -67,6 +72,7 @@ class CoefficientTable:
         coefficients: (N, K) float32.
         sigmas: (N + 1,) float32, the noise levels before each step and after the last one.
         init_noise_sigma: standard deviation of the starting latents.
+        decodes_x0: whether the picture is the last prediction of x0 instead of the last latents.
     """
 
     columns: tuple[str, ...]
@@ -74,6 +80,7 @@ class CoefficientTable:
     coefficients: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     init_noise_sigma: float
+    decodes_x0: bool = False
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -86,12 +93,42 @@ def history_length(params: SchedulerParams) -> int:
 
 def draws_noise(params: SchedulerParams) -> bool:
     """Whether the solver adds fresh noise in every step."""
-    return params.stochastic
+    return SOLVERS[params.kind].draws_noise(params)
 
 
 def reads_earlier_latents(params: SchedulerParams) -> bool:
     """Whether diffusers' scheduler goes on from latents that it kept, and so drops those that a callback returns."""
     return SOLVERS[params.kind].reads_earlier_latents
+
+
+def number_of_steps(
+    params: SchedulerParams,
+    num_inference_steps: int | None,
+    default: int,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> int:
+    """How many steps a request asks for: the length of its own schedule, or its number, or the default.
+
+    Raises:
+        UsageError: the timesteps have an end, and their number is not one more than that of the steps.
+    """
+    if sigmas is not None:
+        return len(sigmas)
+    if timesteps is None:
+        return default if num_inference_steps is None else num_inference_steps
+    if not SOLVERS[params.kind].timesteps_have_end:
+        return len(timesteps)
+    steps = len(timesteps) - 1
+    if steps < 1 or num_inference_steps not in (None, steps):
+        raise UsageError(
+            f"timesteps has {len(timesteps)} numbers"
+            + ("" if num_inference_steps is None else f" for num_inference_steps {num_inference_steps}")
+            + ", but this scheduler needs one more than there are steps: the last is where the last step ends",
+            hint="pass falling numbers such as 1.5708, 1.3, 0 for two steps",
+        )
+    return steps
 
 
 def coefficient_table(
@@ -104,6 +141,8 @@ def coefficient_table(
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
     image_seq_len: int | None = None,
+    max_timesteps: float | None = None,
+    intermediate_timesteps: float | Literal[False] | None = None,
 ) -> CoefficientTable:
     """The schedule of `num_inference_steps` steps, from step `begin_index` on (image-to-image starts late).
 
@@ -113,6 +152,7 @@ def coefficient_table(
         timesteps, sigmas: the caller's own schedule, whose length is then the number of steps.
         mu: the exponent of dynamic shifting, in place of the one that follows from image_seq_len.
         image_seq_len: the number of the network's patches in a picture, which dynamic shifting needs.
+        max_timesteps, intermediate_timesteps: for SCM, in place of the defaults in `params`, see `Steps`.
 
     Raises:
         UsageError: there are no steps, begin_index is outside them, the denoiser lacks a column that the solver needs,
@@ -121,15 +161,18 @@ def coefficient_table(
     needed = coefficient_columns(history_length(params), draws_noise(params))
     names = needed if columns is None else tuple(columns)
     own = sigmas if sigmas is not None else timesteps
-    number = num_inference_steps if own is None else len(own)
+    settings = {"max_timesteps": max_timesteps, "intermediate_timesteps": intermediate_timesteps}
+    number = number_of_steps(params, None, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
     _check(params, number, begin_index, set(needed) - set(names))
-    _check_own(params, timesteps, sigmas, mu)
+    _check_own(params, number, timesteps, sigmas, mu, settings)
     steps = Steps(
         number=number,
         begin_index=begin_index,
         timesteps=None if timesteps is None else tuple(map(float, timesteps)),
         sigmas=None if sigmas is None else tuple(map(float, sigmas)),
         mu=_mu(params, mu, image_seq_len),
+        max_timesteps=max_timesteps,
+        intermediate_timesteps=intermediate_timesteps,
     )
     schedule = SOLVERS[params.kind].solve(params, steps)
     table = np.array([[update.get(name, 0.0) for name in names] for update in schedule.updates])
@@ -147,6 +190,7 @@ def coefficient_table(
         coefficients=table.astype(np.float32),
         sigmas=schedule.sigmas,
         init_noise_sigma=schedule.init_noise_sigma,
+        decodes_x0=SOLVERS[params.kind].decodes_x0,
     )
 
 
@@ -171,9 +215,11 @@ def _mu(params: SchedulerParams, mu: float | None, image_seq_len: int | None) ->
 
 def _check_own(
     params: SchedulerParams,
+    number: int,
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,
     mu: float | None,
+    settings: Mapping[str, float | None],
 ) -> None:
     """Refuse a schedule of the caller's own that diffusers' scheduler refuses or fails on."""
     solver = SOLVERS[params.kind]
@@ -193,9 +239,35 @@ def _check_own(
                 f"{name} are given, but the bundle's scheduler spaces its own ({params.spacing} sigmas)",
                 hint="pass num_inference_steps instead",
             )
+    _check_settings(solver, number, timesteps, settings)
     if mu is not None and not params.use_dynamic_shifting:
         raise UsageError(
             f"mu is {mu}, but the bundle's scheduler has no dynamic shifting", hint="leave mu out"
+        )
+
+
+def _check_settings(
+    solver: Solver, number: int, timesteps: Sequence[float] | None, settings: Mapping[str, float | None]
+) -> None:
+    """Refuse max_timesteps and intermediate_timesteps where SCMScheduler.set_timesteps refuses them."""
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        if name not in solver.takes:
+            raise UsageError(
+                f"{name} is {value:g}, but the bundle's scheduler, {solver.upstream}, has no such setting",
+                hint=f"leave {name} out",
+            )
+        if timesteps is not None:
+            raise UsageError(
+                f"{name} is {value:g}, but timesteps are given too",
+                hint="pass only one of them, as in diffusers",
+            )
+    middle = settings["intermediate_timesteps"]
+    if middle is not None and middle is not False and number != 2:
+        raise UsageError(
+            f"intermediate_timesteps is {middle:g}, but only a schedule of 2 steps has it, and this one has {number}",
+            hint="leave it out, which spaces the steps evenly, or pass timesteps",
         )
 
 

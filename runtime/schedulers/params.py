@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class SchedulerKind(StrEnum):
@@ -12,6 +13,7 @@ class SchedulerKind(StrEnum):
     DPMSOLVER = "flow_dpmsolver_multistep"
     EULER = "flow_match_euler"
     HEUN = "flow_match_heun"
+    SCM = "trigflow_scm"
     UNIPC = "flow_unipc_multistep"
 
 
@@ -77,6 +79,9 @@ class SchedulerParams:
         spacing: for Euler, all four; for UniPC, uniform or Karras.
         spacing_min, spacing_max: the ends of the spacing; None takes those of the schedule.
         invert_sigmas: whether time runs from 0 to 1 (Euler).
+        sigma_data: for SCM only, the standard deviation of its latents.
+        max_timesteps, intermediate_timesteps: for SCM only, the defaults of the first angle, and of the second of three
+            in a schedule of two steps; None spaces those evenly.
     """
 
     kind: SchedulerKind
@@ -103,6 +108,9 @@ class SchedulerParams:
     spacing_min: float | None = None
     spacing_max: float | None = None
     invert_sigmas: bool = False
+    sigma_data: float = 0.5
+    max_timesteps: float = 1.57080
+    intermediate_timesteps: float | None = 1.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +120,10 @@ class Steps:
     Attributes:
         number: how many. diffusers calls it num_inference_steps, also where Heun runs the network twice in a step.
         begin_index: the first step that is done; the ones before it are left out.
-        timesteps, sigmas: the caller's own, of which at most one is given; then there are `number` of them.
+        timesteps, sigmas: the caller's own, of which at most one is given; then there are `number` of them, and one
+            more where the solver's timesteps have an end.
         mu: the exponent of dynamic shifting; None without it.
+        max_timesteps, intermediate_timesteps: for SCM, None for the defaults; False spaces two steps evenly.
     """
 
     number: int
@@ -121,3 +131,5 @@ class Steps:
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
     mu: float | None = None
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | Literal[False] | None = None

@@ -39,6 +39,9 @@ class Solver:
         solve: the schedule of the steps from begin_index on.
         history_length: how many earlier x0 the update reads, as a function of the parameters.
         takes: the names of the caller's own schedules that diffusers' set_timesteps accepts.
+        timesteps_have_end: whether the caller's own timesteps are one more than the steps, with the end of the last.
+        decodes_x0: whether diffusers' pipeline decodes the last prediction of x0 instead of the latents.
+        draws_noise: whether every step adds fresh noise, as a function of the parameters.
         reads_earlier_latents: whether diffusers' scheduler keeps latents between steps, so that it drops those that a
             callback puts in their place. Here they follow from the history, which is one state less.
     """
@@ -47,6 +50,9 @@ class Solver:
     solve: Callable[[SchedulerParams, Steps], Schedule]
     history_length: Callable[[SchedulerParams], int] = lambda params: 0
     takes: frozenset[str] = frozenset()
+    timesteps_have_end: bool = False
+    decodes_x0: bool = False
+    draws_noise: Callable[[SchedulerParams], bool] = lambda params: params.stochastic
     reads_earlier_latents: bool = False
 
 

@@ -1,11 +1,13 @@
 """The adapter for Sana (NVlabs): a linear DiT with a Gemma-2 text encoder and a DC-AE.
 
-Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5); diffusers 0.42.1 pipelines/sana/pipeline_sana.py.
+Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5), 2503.09641 (SANA-Sprint); diffusers 0.42.1
+pipelines/sana/pipeline_sana.py and pipeline_sana_sprint.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -37,12 +39,13 @@ from ditc.export.families.common.specs import (
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
 from ditc.export.families.sana.pipeline import PIPELINE, SPRINT
+from ditc.export.families.sana.recipe import SPRINT as SPRINT_RECIPES
 from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
 from ditc.export.networks.gemma2 import gemma2_config
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
-from ditc.runtime.errors import CheckpointError
+from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
     DENOISER,
@@ -51,12 +54,13 @@ from ditc.runtime.spec import (
     Range,
     TensorSpec,
 )
-from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, StepContract
+from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, GuidanceMode, StepContract
 from ditc.runtime.text import Select, TextSpec
 
-# SanaPipeline.__call__'s defaults, diffusers 0.42.1.
+# The defaults of SanaPipeline.__call__ and SanaSprintPipeline.__call__, diffusers 0.42.1.
 MAX_SEQUENCE_LENGTH = 300
 NUM_INFERENCE_STEPS = 20
+SPRINT_STEPS = 2
 GUIDANCE_SCALE = 4.5
 COMPLEX_HUMAN_INSTRUCTION = (
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image"
@@ -96,20 +100,19 @@ class SanaAdapter:
                 here do not implement a config.
             UsageError: the precision or the resolution is not available.
         """
-        check_pipeline(checkpoint, PIPELINE)
         transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
+        check_pipeline(checkpoint, SPRINT if transformer.guidance_embeds else PIPELINE)
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
         _check_components(checkpoint, transformer, vae)
         check_precision(options, "Sana")
         text = _text_spec(checkpoint)
         with naming(checkpoint.path / SCHEDULER_FILE):
-            scheduler = scheduler_params(
-                checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale
-            )
+            scheduler = _scheduler(checkpoint, transformer)
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         sizes = latent_ranges(defaults, latents)
-        facts = _facts(transformer, text, sizes, step_contract(scheduler), options)
+        guidance = GuidanceMode.EMBEDDED if transformer.guidance_embeds else GuidanceMode.CFG
+        facts = _facts(transformer, text, sizes, step_contract(scheduler, guidance=guidance), options)
         return ModelPlan(
             family=self.family,
             stages=stage_plans(
@@ -125,6 +128,7 @@ class SanaAdapter:
             latents=latents,
             defaults=defaults,
             step=facts.step,
+            recipes=SPRINT_RECIPES if transformer.guidance_embeds else "",
         )
 
     def load(self, checkpoint: Checkpoint, plan: ModelPlan, stage: str, options: BuildOptions) -> StageModule:
@@ -152,12 +156,7 @@ def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
 
 
 def _check_components(checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAeConfig) -> None:
-    """Refuse SANA-Sprint's transformer, whatever the pipeline is called, and components of different models."""
-    if transformer.guidance_embeds:
-        raise CheckpointError(
-            f"{checkpoint.path / 'transformer'} is SANA-Sprint's (guidance_embeds is true): {SPRINT.why}",
-            hint=SPRINT.hint,
-        )
+    """Refuse components of different models."""
     with naming(checkpoint.path):
         check_widths(
             states=checkpoint.component("text_encoder").read_config(gemma2_config).hidden_size,
@@ -165,6 +164,18 @@ def _check_components(checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAe
             latent_channels=vae.latent_channels,
             in_channels=transformer.in_channels,
         )
+
+
+def _scheduler(checkpoint: Checkpoint, transformer: SanaConfig) -> SchedulerParams:
+    """The scheduler's parameters. SanaSprintPipeline does not apply timestep_scale."""
+    if not transformer.guidance_embeds:
+        return scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+    given = {
+        name: checkpoint.defaults[name]
+        for name in ("max_timesteps", "intermediate_timesteps")
+        if name in checkpoint.defaults
+    }
+    return replace(scheduler_params(checkpoint.scheduler_config, trigflow=True), **given)
 
 
 def _facts(
@@ -231,7 +242,7 @@ def _defaults(
         given,
         native,
         options,
-        num_inference_steps=NUM_INFERENCE_STEPS,
+        num_inference_steps=SPRINT_STEPS if transformer.guidance_embeds else NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         bins=bins,
         # The defaults of AutoencoderDC.enable_tiling, diffusers 0.42.1. Upstream's README asks for tiling at 4K.

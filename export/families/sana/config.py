@@ -17,7 +17,7 @@ QK_NORM = "rms_norm_across_heads"
 class SanaConfig:
     """The transformer's settings. Names and defaults are those of diffusers 0.42.1's SanaTransformer2DModel.
 
-    The caller applies timestep_scale and guidance_embeds_scale, so the network sees scaled values.
+    The caller applies timestep_scale, so the network sees scaled timesteps.
     """
 
     in_channels: int = 32

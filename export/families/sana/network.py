@@ -85,6 +85,7 @@ class SanaDenoiser(nn.Module):
         super().__init__()
         width, patch = config.width, config.patch_size
         self.patch_size = patch
+        self.guidance_embeds_scale = config.guidance_embeds_scale
         self.position = None
         if config.interpolation_scale is not None:
             self.position = SincosPosition(width, config.sample_size // patch, config.interpolation_scale)
@@ -95,26 +96,26 @@ class SanaDenoiser(nn.Module):
         self.norm_out = LayerNorm(width, FINAL_NORM_EPS)
         self.proj_out = nn.Linear(width, patch * patch * config.out_channels)
 
-    def forward(
-        self, latents: Tensor, t: Tensor, cross_kv: Tensor, text_bias: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, latents: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
         """Predict from one step's inputs.
 
         Args:
             latents: (R,C,H,W) in the network's dtype.
             t: (R,) fp32, already multiplied by the config's timestep_scale.
-            cross_kv, text_bias: as SanaConditioner returns them.
-            guidance: (R,) fp32, the guidance scale times guidance_embeds_scale; only for embedded guidance.
+            rest: the guidance scale (R,) fp32, only if the network embeds it, then cross_kv and text_bias as
+                SanaConditioner returns them.
 
         Returns:
             (R,out_channels,H,W) in the network's dtype.
         """
+        *embedded, cross_kv, text_bias = rest
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
         x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
         if self.position is not None:
             x_RND = (x_RND + self.position(height, width, x_RND.device)).to(x_RND.dtype)
-        time = (t,) if guidance is None else (t, guidance)
-        modulation_R6D, embedded_RD = self.time_embed(*time, dtype=x_RND.dtype)
+        # The product is fp32, as in the native code. A diffusers pipeline rounds it to its text encoder's type.
+        scaled = [guidance * self.guidance_embeds_scale for guidance in embedded]
+        modulation_R6D, embedded_RD = self.time_embed(t, *scaled, dtype=x_RND.dtype)
         mask_R11S = text_bias[:, None, None, :]
         # One Split in the graph. Indices would be two Gathers per block, the first of which copies K and V together.
         keys_values = cross_kv.flatten(1, 2).unbind(1)

@@ -1,27 +1,43 @@
-"""SanaPipeline, the pipeline that the Sana family draws, and its relatives in diffusers 0.42.1."""
+"""The pipelines of diffusers 0.42.1 that the Sana family draws: SanaPipeline, SanaSprintPipeline, and their relatives.
+
+A transformer fits only one of them: SANA-Sprint's (arXiv 2503.09641) embeds the guidance scale.
+"""
 
 from __future__ import annotations
 
 from ditc.export.families.common.pipeline import OtherPipeline, ServedPipeline
 
-SPRINT = OtherPipeline(
-    "it is distilled for few steps with its own sampler, SCM, which is not computed",
-    "build a Sana that is not distilled: with any other sampler, this transformer draws noise",
+_COMPONENTS = {
+    "tokenizer": (),
+    "text_encoder": ("transformers.Gemma2Model",),
+    "vae": ("diffusers.AutoencoderDC",),
+    "transformer": ("diffusers.SanaTransformer2DModel",),
+    "scheduler": (),
+}
+_NOT_SPRINT = OtherPipeline(
+    "it gives its transformer an embedded guidance, but this one takes none (guidance_embeds is false)",
+    "use the transformer and the model_index.json of one release",
 )
 
 PIPELINE = ServedPipeline(
     class_name="SanaPipeline",
-    components={
-        "tokenizer": (),
-        "text_encoder": ("transformers.Gemma2Model",),
-        "vae": ("diffusers.AutoencoderDC",),
-        "transformer": ("diffusers.SanaTransformer2DModel",),
-        "scheduler": (),
-    },
+    components=_COMPONENTS,
     others={
         "SanaPAGPipeline": OtherPipeline("its perturbed-attention guidance is not computed"),
         "SanaControlNetPipeline": OtherPipeline("its control network is not computed"),
-        "SanaSprintPipeline": SPRINT,
-        "SanaSprintImg2ImgPipeline": SPRINT,
+        "SanaSprintPipeline": _NOT_SPRINT,
+        "SanaSprintImg2ImgPipeline": _NOT_SPRINT,
+    },
+)
+SPRINT = ServedPipeline(
+    class_name="SanaSprintPipeline",
+    components=_COMPONENTS,
+    others={
+        "SanaPipeline": OtherPipeline(
+            "the transformer is SANA-Sprint's (guidance_embeds is true), and was distilled for its own sampler, SCM",
+            "take model_index.json and scheduler/ of the Sprint release too: with any other sampler, this transformer "
+            "draws noise",
+        ),
+        "SanaSprintImg2ImgPipeline": OtherPipeline("it starts from a picture"),
     },
 )

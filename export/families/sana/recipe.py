@@ -14,4 +14,11 @@ LAYERS = (
 )
 CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: they run only once per prompt")
 
-RECIPES = int8_and_fp8("sana", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS))
+# SANA-Sprint's blocks are the same layers. Its recipes have names of their own because their ranges are measured over
+# other steps: one to four, each from new noise, instead of twenty along one path.
+SPRINT = "sana-sprint"
+RECIPES = {
+    name: recipe
+    for family in ("sana", SPRINT)
+    for name, recipe in int8_and_fp8(family, LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS)).items()
+}

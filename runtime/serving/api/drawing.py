@@ -29,6 +29,7 @@ from ditc.runtime.serving.scheduling.job import (
     Progress,
     Refused,
 )
+from ditc.runtime.step_contract import GuidanceMode
 
 # Events that wait for a slow reader. A preview has one pixel per latent cell, so it is small.
 MOST_WAITING = 32
@@ -174,6 +175,17 @@ class Beginnings:
                 "partial_images are not possible: this model has no matrix from latents to colours",
                 hint="leave partial_images out",
                 param="partial_images",
+            )
+        negative = asked.request.further_texts(negative=True) | {
+            "negative_prompt": asked.request.negative_prompt
+        }
+        used = model.pipeline.manifest.guidance is GuidanceMode.CFG
+        if not used and (given := sorted(name for name, text in negative.items() if text)):
+            raise Invalid(
+                f"{given[0]} would have no effect: this model's guidance is part of its network",
+                hint=f"leave {given[0]} out",
+                param=given[0],
+                code="unsupported_value",
             )
         plan = model.plan(asked.request)
         self._limits.check_plan(plan)

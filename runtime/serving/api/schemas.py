@@ -69,6 +69,14 @@ class BundleArguments(Body):
     sigmas: Numbers | None = Field(
         default=None, description="The schedule as sigmas, instead of a number of steps."
     )
+    max_timesteps: Number | None = Field(
+        default=None, description="The first angle of SCM's schedule in radians (default: the bundle's)."
+    )
+    intermediate_timesteps: Number | Literal[False] | None = Field(
+        default=None,
+        description="The second angle of SCM's schedule of two steps in radians, or false to space them evenly "
+        "(default: the bundle's).",
+    )
     mu: Number | None = Field(default=None, description="The shift of a schedule with dynamic shifting.")
     max_sequence_length: int | None = Field(
         default=None, ge=1, le=2**17, description="Number of tokens of a text."

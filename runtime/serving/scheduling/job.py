@@ -190,7 +190,7 @@ def picture_only(state: DenoiseState, *, predicted: bool = False) -> DenoiseStat
     Args:
         predicted: take x0 for the latents.
     """
-    latents = state.x0 if predicted and state.x0 is not None else state.latents
+    latents = state.x0 if predicted and state.x0 is not None else state.result
     host = np.array(to_numpy(latents))
     none = Rows(np.empty(0, np.int64), {})
     return DenoiseState(latents=host, history=host, schedule=(), rows=none, failures=state.failures)

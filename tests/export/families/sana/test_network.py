@@ -83,8 +83,10 @@ def inputs(
 def predict(conditioner: nn.Module, denoiser: nn.Module, values: dict[str, Tensor]) -> Tensor:
     dtype = next(denoiser.parameters()).dtype
     conditioning = conditioner(values["encoder_hidden_states"], values["encoder_attention_mask"])
-    guidance = (values["guidance"],) if "guidance" in values else ()
-    out: Tensor = denoiser(values["hidden_states"].to(dtype), values["timestep"], *conditioning, *guidance)
+    guidance = (
+        (values["guidance"] / 0.1,) if "guidance" in values else ()
+    )  # diffusers' pipeline multiplies by 0.1
+    out: Tensor = denoiser(values["hidden_states"].to(dtype), values["timestep"], *guidance, *conditioning)
     return out
 
 
