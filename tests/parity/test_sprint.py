@@ -53,7 +53,7 @@ def test_a_bundle_passes_at_every_level_and_against_a_saved_reference(
         main([*run, str(sprint_checkpoint), *case, "--steps", "1", "--level", "module", "--level", "graph"])
         == 0
     )
-    assert main([*run, str(saved), "--threads", "1"]) == 0
+    assert main(["parity", str(bundle), "--reference", str(saved), "--threads", "1"]) == 0
     assert "PASS" in capsys.readouterr().out
 
 
@@ -104,18 +104,19 @@ def test_a_defect_of_what_is_fed_is_caught_and_named(
 
 def test_a_guidance_embedding_that_is_off_by_ten_is_caught_and_named(sprint_checkpoint: Path) -> None:
     def forget_scale(model: TorchModel) -> None:
-        module_of(model, DENOISER, "network").guidance_embeds_scale = 1.0
+        module_of(model, DENOISER, "network.time_embed").guidance_embeds_scale = 1.0
 
     context = context_of(sprint_checkpoint, torch_candidate(sprint_checkpoint, forget_scale), FOUR)
     (found,) = failures(context, Level.STAGE)[:1]
     assert found.stage == DENOISER and found.culprit is not None
-    assert "guidance_embedder" in found.culprit.module, found.culprit
+    assert found.culprit.module == "network.time_embed", found.culprit
+    assert "input of network.time_embed.guidance_embedder" in found.culprit.between[1]
     assert failures(context, Level.STEP)
 
 
 def test_a_mistake_of_both_sides_is_caught_by_diffusers(sprint_checkpoint: Path) -> None:
     def forget_scale(model: TorchModel) -> None:
-        module_of(model, DENOISER, "network").guidance_embeds_scale = 1.0
+        module_of(model, DENOISER, "network.time_embed").guidance_embeds_scale = 1.0
 
     context = context_of(
         sprint_checkpoint, torch_candidate(sprint_checkpoint, forget_scale), FOUR, with_upstream=True

@@ -228,8 +228,8 @@ def test_every_switch_of_diffusers_is_either_supported_or_refused() -> None:
 
 
 def test_another_scheduler_is_refused_by_name_and_the_hint_says_that_it_draws_other_pictures() -> None:
-    with pytest.raises(CheckpointError, match="SCMScheduler") as caught:
-        scheduler_params({"_class_name": "SCMScheduler"})
+    with pytest.raises(CheckpointError, match="DDIMScheduler") as caught:
+        scheduler_params({"_class_name": "DDIMScheduler"})
     assert "other pictures" in str(caught.value.hint)
 
 

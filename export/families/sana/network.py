@@ -85,12 +85,13 @@ class SanaDenoiser(nn.Module):
         super().__init__()
         width, patch = config.width, config.patch_size
         self.patch_size = patch
-        self.guidance_embeds_scale = config.guidance_embeds_scale
         self.position = None
         if config.interpolation_scale is not None:
             self.position = SincosPosition(width, config.sample_size // patch, config.interpolation_scale)
         self.patch_embed = nn.ModuleDict({"proj": ConvAsLinear(config.in_channels, width, patch)})
-        self.time_embed: nn.Module = GuidedTimeEmbed(width) if config.guidance_embeds else TimeEmbed(width)
+        self.time_embed: nn.Module = TimeEmbed(width)
+        if config.guidance_embeds:
+            self.time_embed = GuidedTimeEmbed(width, config.guidance_embeds_scale)
         self.transformer_blocks = nn.ModuleList(DenoiserBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
         self.norm_out = LayerNorm(width, FINAL_NORM_EPS)
@@ -113,9 +114,7 @@ class SanaDenoiser(nn.Module):
         x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
         if self.position is not None:
             x_RND = (x_RND + self.position(height, width, x_RND.device)).to(x_RND.dtype)
-        # The product is fp32, as in the native code. A diffusers pipeline rounds it to its text encoder's type.
-        scaled = [guidance * self.guidance_embeds_scale for guidance in embedded]
-        modulation_R6D, embedded_RD = self.time_embed(t, *scaled, dtype=x_RND.dtype)
+        modulation_R6D, embedded_RD = self.time_embed(t, *embedded, dtype=x_RND.dtype)
         mask_R11S = text_bias[:, None, None, :]
         # One Split in the graph. Indices would be two Gathers per block, the first of which copies K and V together.
         keys_values = cross_kv.flatten(1, 2).unbind(1)
@@ -178,12 +177,15 @@ class TimeEmbed(nn.Module):
 class GuidedTimeEmbed(nn.Module):
     """adaLN-single whose embedding also carries the guidance scale (SANA-Sprint)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, guidance_embeds_scale: float) -> None:
         super().__init__()
+        self.guidance_embeds_scale = guidance_embeds_scale
         self.timestep_embedder = TimestepEmbedder(width)
         self.guidance_embedder = TimestepEmbedder(width)
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, t: Tensor, guidance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(guidance, dtype)
+        # The product is fp32, as in the native code. A diffusers pipeline rounds it to its text encoder's type.
+        scaled = guidance * self.guidance_embeds_scale
+        embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(scaled, dtype)
         return self.linear(F.silu(embedded)).unflatten(1, (6, -1)), embedded

@@ -80,12 +80,15 @@ def inputs(
     return values
 
 
+def guidance_scale(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What the network here takes: diffusers' pipeline, and not its network, multiplies by guidance_embeds_scale."""
+    return (values["guidance"] / 0.1,) if "guidance" in values else ()
+
+
 def predict(conditioner: nn.Module, denoiser: nn.Module, values: dict[str, Tensor]) -> Tensor:
     dtype = next(denoiser.parameters()).dtype
     conditioning = conditioner(values["encoder_hidden_states"], values["encoder_attention_mask"])
-    guidance = (
-        (values["guidance"] / 0.1,) if "guidance" in values else ()
-    )  # diffusers' pipeline multiplies by 0.1
+    guidance = guidance_scale(values)
     out: Tensor = denoiser(values["hidden_states"].to(dtype), values["timestep"], *guidance, *conditioning)
     return out
 
@@ -217,26 +220,22 @@ def test_the_exported_graphs_run_at_another_shape_and_batch(name, reference, rel
     height, width = (patch * Dim(name, min=1, max=64) for name in ("height", "width"))
     values = inputs(2, 6, 4, 7, TINY | CONFIGS[name])
     text = (values["encoder_hidden_states"], values["encoder_attention_mask"])
-    guidance = (values["guidance"],) if "guidance" in values else ()
-    shapes = (
-        {0: rows, 2: height, 3: width},
-        {0: rows},
-        {0: rows, 3: length},
-        {0: rows, 1: length},
-        {0: rows},
-    )
+    guidance = guidance_scale(values)
+    conditioning_shapes = ({0: rows, 3: length}, {0: rows, 1: length})
+    rest = (*({0: rows} for _ in guidance), *conditioning_shapes)  # torch.export sees *rest as one tuple
+    shapes = ({0: rows, 2: height, 3: width}, {0: rows}, rest)
     run_conditioner = _export(conditioner, text, ({0: rows, 1: length}, {0: rows, 1: length}))
-    step = (values["hidden_states"], values["timestep"], *conditioner(*text), *guidance)
-    run_denoiser = _export(denoiser, step, shapes[: len(step)])
+    step = (values["hidden_states"], values["timestep"], *guidance, *conditioner(*text))
+    run_denoiser = _export(denoiser, step, shapes)
 
     other = inputs(3, 4, 10, 5, TINY | CONFIGS[name])
     conditioning = run_conditioner(other["encoder_hidden_states"], other["encoder_attention_mask"])
-    guidance = (other["guidance"],) if "guidance" in other else ()
-    (out,) = run_denoiser(other["hidden_states"], other["timestep"], *conditioning, *guidance)
+    guidance = guidance_scale(other)
+    (out,) = run_denoiser(other["hidden_states"], other["timestep"], *guidance, *conditioning)
     assert relative_l2(out, module(**other).sample) <= FP32_BOUND
 
 
-def _export(network: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]):
+def _export(network: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...]):
     program = torch.onnx.export(
         network,
         arguments,
