@@ -1,4 +1,4 @@
-"""SCM, the sampler of consistency models in TrigFlow (arXiv 2410.11081), as SANA-Sprint uses it (arXiv 2503.09641).
+"""SCM, the sampler of consistency models in TrigFlow (arXiv 2410.11081), over a flow model (arXiv 2503.09641).
 
 Time is an angle t from 0 to pi/2, and noisy latents are x = sigma_data * (cos(t) * picture + sin(t) * noise). A step
 predicts the picture and mixes it with new noise at the next angle. The network is a flow model, which predicts the
@@ -6,13 +6,13 @@ velocity v from x_in at the flow's level s:
 
     s = sin(t) / (cos(t) + sin(t))    r = sqrt(s^2 + (1 - s)^2) = 1 / (cos(t) + sin(t))    x_in = r * x / sigma_data
 
-diffusers 0.42.1 turns v into TrigFlow's prediction F (SanaSprintPipeline), and steps with that (SCMScheduler):
+In diffusers 0.42.1, the pipeline turns v into TrigFlow's prediction F, and SCMScheduler steps with that:
 
     F = ((1 - 2s) * x_in + r^2 * v) / r    x0 = cos(t) * x - sin(t) * sigma_data * F
     next = cos(t') * x0 + sin(t') * sigma_data * noise
 
 Since cos(t) - (1 - 2s) * sin(t) = r and r * sin(t) = s, both together are  x0 = r * x - s * sigma_data * v. Here x0 is
-divided by sigma_data, because that is what the VAE decodes. SanaSprintPipeline decodes it instead of the last latents.
+divided by sigma_data, because that is what the VAE decodes. The pipeline decodes it instead of the last latents.
 """
 
 from __future__ import annotations
