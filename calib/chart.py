@@ -11,7 +11,10 @@ EXACT_DB = 80.0  # the top of the chart: equal pictures have an infinite PSNR an
 
 
 def curve_svg(result: Result) -> str:
-    """PSNR in dB by share. The chosen assignment is circled, and a PSNR budget is a dashed line."""
+    """PSNR in dB by share.
+
+    A line joins assignments without scales per token. The chosen assignment is circled, and a PSNR budget is dashed.
+    """
     points = [(p.share, min(p.fidelity.psnr_db, EXACT_DB)) for p in result.curve]
     low = math.floor(min(db for _, db in points) / 10) * 10
 
@@ -31,11 +34,12 @@ def curve_svg(result: Result) -> str:
     for tenth in range(0, 11, 2):
         x, y = at(tenth / 10, low)
         parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{tenth * 10} %</text>')
-    metric, _, limit = result.budget.partition("=")
-    if metric == "psnr":
+    limit = dict(part.split("=") for part in result.budget.split(",")).get("psnr")
+    if limit is not None:
         (x0, y), (x1, _) = at(0, min(float(limit), EXACT_DB)), at(1, min(float(limit), EXACT_DB))
         parts.append(f'<line x1="{x0}" y1="{y}" x2="{x1}" y2="{y}" stroke="#c00" stroke-dasharray="5 4"/>')
-    line = " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+    static = [point for point, p in zip(points, result.curve, strict=True) if not p.per_token]
+    line = " ".join(f"{x},{y}" for x, y in (at(*point) for point in static))
     parts.append(f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="2"/>')
     parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="#06c"/>' for x, y in (at(*point) for point in points)]
     x, y = at(result.chosen.share, min(result.chosen.fidelity.psnr_db, EXACT_DB))

@@ -1,52 +1,72 @@
 """Search for the assignment of formats to layers that has the most FLOPs in 8 bits and keeps pictures within a budget.
 
-The layers are sorted by squared step error per FLOP, because errors of independent roundings add in squares. Those with
-the largest values are kept in high precision. Drawing pictures shows how many of them must be. Finally, some of them
-are tried in 8 bits again, one by one, those with the smallest values first.
+A layer in 8 bits has one scale for its whole input, which is the fastest, or a scale for each token; else it stays in
+high precision. Errors of independent roundings add in squares, so layers are sorted by squared step errors, and drawing
+pictures shows where to cut:
+
+1. With a scale for each token in all layers, those with the largest error per FLOP stay in high precision, as many as
+   the budget asks for. Some of them are tried in 8 bits again, one by one, those with the smallest errors first.
+2. Of the layers in 8 bits, those that gain most by a scale for each token have one, as many as the budget asks for.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
 
 from ditc.calib.sensitivity import Effect, as_recipe
 from ditc.calib.trial import Fidelity, Trial
 from ditc.export.quant.formats import Format
-from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.plan import LayerPlan, with_token_scales
 from ditc.export.quant.recipes import Recipe
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.errors import UsageError
 
-CURVE_POINTS = 9
+CURVE_POINTS = 5
 RETRIES = 6  # layers behind the cut that are tried in 8 bits again
 Plans = Mapping[Format, Mapping[str, LayerPlan]]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What pictures may lose: PSNR must be at least `limit` dB, or relative L2 of the latents at most `limit`."""
+    """What pictures may lose. A limit that is None is not checked.
 
-    metric: Literal["psnr", "rel_l2"]
-    limit: float
+    Attributes:
+        psnr: the least mean PSNR of the pictures in dB.
+        worst: the least PSNR of any picture in dB.
+        rel_l2: the largest relative L2 error of the final latents.
+    """
+
+    psnr: float | None = None
+    worst: float | None = None
+    rel_l2: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.metric}={self.limit:g}"
+        limits = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ",".join(f"{name}={limit:g}" for name, limit in limits if limit is not None)
 
     def allows(self, fidelity: Fidelity) -> bool:
         """Whether the pictures are within the budget."""
-        return fidelity.psnr_db >= self.limit if self.metric == "psnr" else fidelity.rel_l2 <= self.limit
+        return (
+            (self.psnr is None or fidelity.psnr_db >= self.psnr)
+            and (self.worst is None or fidelity.worst_db >= self.worst)
+            and (self.rel_l2 is None or fidelity.rel_l2 <= self.rel_l2)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One assignment: the number of layers in 8 bits, their share of all GEMM FLOPs, and the fidelity of pictures."""
+    """One assignment: the number of layers in 8 bits, their share of all GEMM FLOPs, and the fidelity of pictures.
+
+    Attributes:
+        per_token: how many of the layers have a scale for each token.
+    """
 
     layers: int
+    per_token: int
     share: float
     fidelity: Fidelity
 
@@ -63,21 +83,26 @@ class Result:
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget such as "psnr=40" (dB) or "rel_l2=0.05".
+    """Parse a budget such as "psnr=40,worst=32" (dB) or "rel_l2=0.05".
 
     Raises:
-        UsageError: the text is neither of the two, or its number is not positive.
+        UsageError: a part of the text is none of these, is there twice, or has a number that is not positive.
     """
-    metric, _, value = text.partition("=")
-    try:
-        limit = float(value)
-    except ValueError:
-        limit = float("nan")
-    if metric not in ("psnr", "rel_l2") or not limit > 0:
-        raise UsageError(
-            f"budget {text!r} is neither psnr=DB nor rel_l2=SHARE", hint="use for example --budget psnr=40"
-        )
-    return Budget("psnr" if metric == "psnr" else "rel_l2", limit)
+    limits: dict[str, float] = {}
+    names = [field.name for field in fields(Budget)]
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = float("nan")
+        if name not in names or name in limits or not 0 < limit < float("inf"):
+            raise UsageError(
+                f"budget {text!r} is not made of psnr=DB, worst=DB and rel_l2=SHARE, each at most once",
+                hint="use for example --budget psnr=40 or --budget psnr=40,worst=32",
+            )
+        limits[name] = limit
+    return Budget(**limits)
 
 
 def search(
@@ -89,7 +114,7 @@ def search(
     *,
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> Result:
-    """Find the assignment with the most FLOPs in 8 bits that keeps the budget.
+    """Find the assignment with the most FLOPs in 8 bits, and then the fewest scales per token, that keeps the budget.
 
     Args:
         effects: what each layer costs in each format.
@@ -99,39 +124,49 @@ def search(
     Returns:
         A result whose chosen assignment has no layer in 8 bits if even the least sensitive layer breaks the budget.
     """
-    best = _best_format(effects)
-    order = sorted(best.values(), key=lambda effect: effect.step_error**2 / effect.share)
-    tried: dict[frozenset[str], Point] = {}
+    effects_of = _best_format(effects)
+    order = sorted(effects_of.values(), key=lambda effect: effect.best_error**2 / effect.share)
+    tried: dict[tuple[frozenset[str], frozenset[str]], Point] = {}
 
-    def point(layers: Sequence[Effect]) -> Point:
-        key = frozenset(effect.layer for effect in layers)
+    def point(layers: Sequence[Effect], per_token: Sequence[Effect] = ()) -> Point:
+        tokens = frozenset(effect.layer for effect in per_token)
+        key = frozenset(effect.layer for effect in layers), tokens
         if key not in tried:
-            fidelity = trial.fidelity({e.layer: plans[e.kind][e.layer] for e in layers})
-            tried[key] = Point(layers=len(key), share=sum(e.share for e in layers), fidelity=fidelity)
+            planned = {e.layer: plans[e.kind][e.layer] for e in layers}
+            planned |= {layer: with_token_scales(planned[layer]) for layer in tokens}
+            fidelity = trial.fidelity(planned)
+            share = sum(e.share for e in layers)
+            tried[key] = Point(layers=len(layers), per_token=len(tokens), share=share, fidelity=fidelity)
             on_point(tried[key])
         return tried[key]
 
-    counts = {round(i * len(order) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)}
-    for count in sorted(counts):
-        point(order[:count])
-    kept = _largest(order, lambda layers: budget.allows(point(layers).fidelity))
-    for effect in order[len(kept) : len(kept) + RETRIES]:
-        if budget.allows(point([*kept, effect]).fidelity):
-            kept = [*kept, effect]
+    def allows(layers: Sequence[Effect], per_token: Sequence[Effect] = ()) -> bool:
+        return budget.allows(point(layers, per_token).fidelity)
+
+    for i in range(CURVE_POINTS):
+        point(order[: round(i * len(order) / (CURVE_POINTS - 1))])
+    kept, tokens = order, list[Effect]()
+    if not allows(kept):
+        kept = order[: _most(len(order), lambda count: allows(order[:count], _gaining(order[:count])))]
+        for effect in order[len(kept) : len(kept) + RETRIES]:
+            if allows([*kept, effect], _gaining([*kept, effect])):
+                kept = [*kept, effect]
+        gaining = _gaining(kept)
+        spared = _most(len(gaining), lambda count: allows(kept, gaining[: len(gaining) - count]))
+        tokens = gaining[: len(gaining) - spared]
     names = {effect.layer for effect in kept}
     kept_high_precision = {
-        e.layer: f"in 8 bits it puts pictures outside the budget {budget} (step error alone: {e.step_error:.2g})"
+        e.layer: f"in 8 bits it puts pictures outside the budget {budget} (step error alone: {e.best_error:.2g})"
         for e in order
         if e.layer not in names
     }
+    recipe = as_recipe({e.layer: e.kind for e in kept}, {e.layer for e in tokens}, kept_high_precision, base)
     return Result(
         budget=str(budget),
-        chosen=point(kept),
+        chosen=point(kept, tokens),
         effects=tuple(effects),
-        curve=tuple(sorted(tried.values(), key=lambda p: (p.share, p.layers))),
-        recipe=replace(
-            as_recipe({e.layer: e.kind for e in kept}, kept_high_precision, base), budget=str(budget)
-        ),
+        curve=tuple(sorted(tried.values(), key=lambda p: (p.share, p.layers, p.per_token))),
+        recipe=replace(recipe, budget=str(budget)),
     )
 
 
@@ -141,20 +176,26 @@ def save_result(result: Result, path: Path) -> Path:
 
 
 def _best_format(effects: Sequence[Effect]) -> dict[str, Effect]:
-    """Each layer in the format with the smallest step error. If both are equal, it is INT8."""
+    """Each layer in the format with the smallest error. If both are equal, it is INT8."""
     best: dict[str, Effect] = {}
     for effect in sorted(effects, key=lambda e: (e.layer, e.kind != Format.INT8)):
-        if effect.layer not in best or effect.step_error < best[effect.layer].step_error:
+        if effect.layer not in best or effect.best_error < best[effect.layer].best_error:
             best[effect.layer] = effect
     return best
 
 
-def _largest(order: Sequence[Effect], allowed: Callable[[Sequence[Effect]], bool]) -> list[Effect]:
-    """The longest prefix that is allowed. Bisection finds it, since more layers in 8 bits do not improve pictures."""
-    if allowed(order):
-        return list(order)
-    low, high = 0, len(order)
+def _gaining(effects: Sequence[Effect]) -> list[Effect]:
+    """The layers that gain by a scale for each token. Those that gain most come first."""
+    gains = {e.layer: e.step_error**2 - e.per_token_error**2 for e in effects}
+    return sorted((e for e in effects if gains[e.layer] > 0), key=lambda e: -gains[e.layer])
+
+
+def _most(count: int, allowed: Callable[[int], bool]) -> int:
+    """The largest number up to `count` that is allowed, found by bisection; 0 is not tried."""
+    if allowed(count):
+        return count
+    low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if allowed(order[:middle]) else (low, middle)
-    return list(order[:low])
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

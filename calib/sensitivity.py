@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -32,6 +32,11 @@ class Effect:
     step_error: float
     per_token_error: float
     picture_db: float | None = None
+
+    @property
+    def best_error(self) -> float:
+        """The smaller of the two errors."""
+        return min(self.step_error, self.per_token_error)
 
 
 def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float]:
@@ -95,15 +100,21 @@ def measure_effects(
     return effects
 
 
-def as_recipe(chosen: Mapping[str, Format], kept_high_precision: Mapping[str, str], base: Recipe) -> Recipe:
+def as_recipe(
+    chosen: Mapping[str, Format],
+    per_token: Collection[str],
+    kept_high_precision: Mapping[str, str],
+    base: Recipe,
+) -> Recipe:
     """Turn an assignment of formats into a recipe that a build accepts.
 
     Args:
         chosen: the format of each layer in 8 bits.
+        per_token: those of them that have a scale for each token.
         kept_high_precision: for each layer that stays in high precision, the reason.
         base: the recipe that provides all other settings.
     """
     rules = [rule for rule in base.rules if rule.kind is None]
     rules += [Rule(layers=name, why=why) for name, why in kept_high_precision.items()]
-    rules += [Rule(layers=name, kind=kind) for name, kind in chosen.items()]
+    rules += [Rule(layers=name, kind=kind, per_token=name in per_token) for name, kind in chosen.items()]
     return replace(base, name="mixed", rules=tuple(rules))

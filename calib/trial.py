@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from ditc.calib.journal import Journal
+from ditc.export.build.build_key import digest
+from ditc.export.build.source_hash import graph_source
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import Layer, linear_layers
 from ditc.export.quant.plan import LayerPlan
+from ditc.export.quant.ranges import checkpoint_identity
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.metrics import psnr
@@ -44,16 +49,22 @@ class Trial:
     Args:
         prompts: they run in batches of the network's largest size.
         seed: of the starting noise.
+        journal: a file with what an earlier search with the same weights and prompts measured; None for none.
 
     Attributes:
         layers: the denoiser's linear layers.
         reference_steps: feeds and x0 of some steps of the reference run.
     """
 
-    def __init__(self, reference: TorchModel, prompts: Sequence[str], *, seed: int) -> None:
+    def __init__(
+        self, reference: TorchModel, prompts: Sequence[str], *, seed: int, journal: Path | None = None
+    ) -> None:
         stage = reference.load(DENOISER)
         self.family = reference.adapter.family
         self.layers: dict[str, Layer] = linear_layers(stage)
+        component = reference.plan.stages[DENOISER].components[0]
+        identity = checkpoint_identity(reference.checkpoint, component)
+        self.journal = Journal(journal, digest([identity, list(prompts), seed, graph_source()]))
         self._session = TorchSession(stage.module, stage.spec)
         self._reference = reference
         self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
@@ -67,23 +78,32 @@ class Trial:
 
         Every step starts from the reference's state, so that no error accumulates.
         """
-        squares = []
-        with quantized(self.layers, plans):
-            for feeds, expected in self.reference_steps:
-                got = to_numpy(self._session.run(feeds)[X0])
-                squares.append(_squared_error(got, expected))
-        return float(np.sqrt(np.mean(squares)))
+
+        def measure() -> list[float]:
+            squares = []
+            with quantized(self.layers, plans):
+                for feeds, expected in self.reference_steps:
+                    got = to_numpy(self._session.run(feeds)[X0])
+                    squares.append(_squared_error(got, expected))
+            return [float(np.sqrt(np.mean(squares)))]
+
+        return self.journal.get("step", plans, measure)[0]
 
     def fidelity(self, plans: Mapping[str, LayerPlan]) -> Fidelity:
         """Draw the pictures with these layers in 8 bits from the same noise, and compare them with the reference's."""
-        with quantized(self.layers, plans):
-            latents, pictures = self._run(self._session)
-        each = [psnr(picture, reference) for picture, reference in zip(pictures, self._pictures, strict=True)]
-        return Fidelity(
-            psnr_db=float(np.mean(each)),
-            worst_db=float(np.min(each)),
-            rel_l2=float(np.sqrt(_squared_error(latents, self._latents))),
-        )
+
+        def measure() -> list[float]:
+            with quantized(self.layers, plans):
+                latents, pictures = self._run(self._session)
+            each = [psnr(a, b) for a, b in zip(pictures, self._pictures, strict=True)]
+            return [
+                float(np.mean(each)),
+                float(np.min(each)),
+                float(np.sqrt(_squared_error(latents, self._latents))),
+            ]
+
+        mean, worst, rel_l2 = self.journal.get("pictures", plans, measure)
+        return Fidelity(psnr_db=mean, worst_db=worst, rel_l2=rel_l2)
 
     def _run(self, session: Session) -> tuple[Array, Array]:
         pipeline = self._reference.pipeline.with_sessions({DENOISER: session})

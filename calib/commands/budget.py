@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import UsageError
 
-# How many prompts are drawn. With few pictures, chance decides: among four, a single picture whose trajectory departs
-# from the reference's changes the mean PSNR by 5 dB.
+# How many prompts are drawn by default. With few pictures, chance decides: among four, a single picture whose
+# trajectory departs from the reference's changes the mean PSNR by 5 dB.
 PROMPTS = 16
 
 
@@ -35,11 +36,13 @@ class Files:
         recipe: for `ditc build --recipe`.
         table: everything that was measured, as JSON.
         curve: the chart of fidelity by share of FLOPs, as SVG.
+        unfinished: what was measured so far, until the search has ended.
     """
 
     recipe: Path
     table: Path
     curve: Path
+    unfinished: Path
 
     @classmethod
     def beside(cls, ranges: Path) -> Files:
@@ -48,6 +51,7 @@ class Files:
             recipe=ranges.with_suffix(".mixed.json"),
             table=ranges.with_suffix(".sensitivity.json"),
             curve=ranges.with_suffix(".curve.svg"),
+            unfinished=ranges.with_suffix(".search.unfinished"),
         )
 
 
@@ -58,13 +62,15 @@ def find_mixed(
     budget: Budget,
     formats: Sequence[Format],
     *,
+    journal: Path,
     picture_seconds: float,
     console: Console,
 ) -> Result:
     """Measure every layer, search for an assignment of formats, and measure its recipe as a build will apply it.
 
     Args:
-        prompts: the first PROMPTS of them are drawn.
+        prompts: they are drawn, each with its own noise.
+        journal: the file that keeps what was measured, so that a killed search goes on where it stopped.
         picture_seconds: the time limit for filling the table's column of final pictures.
 
     Raises:
@@ -73,7 +79,7 @@ def find_mixed(
     begun = monotonic()
     reference = TorchModel(checkpoint)
     with console.status("drawing the reference pictures") as status:
-        trial = Trial(reference, prompts[:PROMPTS], seed=ranges.origin.seed)
+        trial = Trial(reference, prompts, seed=ranges.origin.seed, journal=journal)
         plans = candidate_plans(trial, ranges, formats)
         effects = measure_effects(
             trial,
@@ -83,8 +89,14 @@ def find_mixed(
             on_progress=lambda done, total: status.update(f"measuring layer by layer: {done} of {total}"),
         )
 
+        drawn = itertools.count(1)
+
         def on_point(point: Point) -> None:
-            status.update(f"{point.share:.0%} of FLOPs in 8 bits: {point.fidelity.psnr_db:.1f} dB")
+            found = point.fidelity
+            status.update(
+                f"assignment {next(drawn)}: {point.share:.1%} of FLOPs in 8 bits, {point.per_token} of {point.layers} "
+                f"layers with scales per token: mean {found.psnr_db:.1f} dB, worst {found.worst_db:.1f} dB"
+            )
 
         base = base_recipe(formats[0], trial.family)
         result = search(trial, plans, effects, budget, base, on_point=on_point)
@@ -107,6 +119,7 @@ def write_result(result: Result, ranges: Path) -> Files:
     save_recipe(result.recipe, files.recipe)
     save_result(result, files.table)
     write_atomic(files.curve, curve_svg(result))
+    files.unfinished.unlink(missing_ok=True)
     return files
 
 
@@ -118,11 +131,13 @@ def as_text(result: Result) -> str:
         lines.append(
             f"{e.layer:<44}{e.kind.value:<7}{e.share:>7.2%}{e.step_error:>10.2e}{e.per_token_error:>11.2e}{picture:>10}"
         )
-    lines.append(f"\n{'8-bit layers':>12}{'FLOPs':>9}{'PSNR':>10}{'worst':>9}{'latents':>10}")
+    lines.append(
+        f"\n{'8-bit layers':>12}{'per token':>11}{'FLOPs':>9}{'PSNR':>10}{'worst':>9}{'latents':>10}"
+    )
     for p in (*result.curve, result.chosen):
         f = p.fidelity
         lines.append(
-            f"{p.layers:>12}{p.share:>9.1%}{f.psnr_db:>7.1f} dB{f.worst_db:>6.1f} dB{f.rel_l2:>10.4f}"
+            f"{p.layers:>12}{p.per_token:>11}{p.share:>9.1%}{f.psnr_db:>7.1f} dB{f.worst_db:>6.1f} dB{f.rel_l2:>10.4f}"
             f"{'  <- chosen, ' + result.budget if p is result.chosen else ''}"
         )
     return "\n".join(lines) + "\n"

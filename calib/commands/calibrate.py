@@ -98,15 +98,22 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of shards that are merged, and of the search for a recipe."""
     parser.add_argument(
         "--budget",
-        metavar="METRIC=X",
+        metavar="METRIC=X,...",
         help="After measuring or merging, search for the best format of every layer within this budget: psnr=40 (mean "
-        "PSNR of the pictures in dB) or rel_l2=0.05 (relative L2 error of the latents) (default: no search).",
+        "PSNR of the pictures in dB), worst=32 (PSNR of the worst picture in dB), rel_l2=0.05 (relative L2 error of "
+        "the latents), or several of them with commas between them (default: no search).",
     )
     parser.add_argument(
         "--formats",
         default="int8",
         metavar="NAME,NAME",
         help="Formats that the search may use, separated by commas: int8, fp8 (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--search-prompts",
+        type=int,
+        metavar="PROMPTS",
+        help="Number of prompts that the search draws, from the first on (default: 16).",
     )
     parser.add_argument(
         "--search-minutes",
@@ -169,7 +176,7 @@ def _written(arguments: argparse.Namespace) -> list[Path]:
         from ditc.calib.commands.budget import Files
 
         files = Files.beside(arguments.output)
-        paths += [files.recipe, files.table, files.curve]
+        paths += [files.recipe, files.table, files.curve, files.unfinished]
     return paths
 
 
@@ -219,15 +226,16 @@ def _search(
     budget: Budget,
     formats: list[Format],
 ) -> None:
-    from ditc.calib.commands.budget import as_text, find_mixed, write_result
+    from ditc.calib.commands.budget import PROMPTS, Files, as_text, find_mixed, write_result
     from ditc.runtime.console import SafeConsole
 
     result = find_mixed(
         checkpoint,
         ranges,
-        prompts,
+        prompts[: arguments.search_prompts or PROMPTS],
         budget,
         formats,
+        journal=Files.beside(arguments.output).unfinished,
         picture_seconds=60 * arguments.search_minutes,
         console=SafeConsole(),
     )

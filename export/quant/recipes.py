@@ -54,8 +54,8 @@ class Recipe:
         method, percentile, timesteps: how a range is estimated, see estimators.estimate_amax.
         smooth: move outliers from activations into weights where that is worth it (SmoothQuant, arXiv 2211.10438).
             The strength is chosen for each input. INT8 only: FP8's relative error does not depend on the scale.
-        budget: the fidelity budget of the search that wrote the recipe, psnr=DB or rel_l2=SHARE. Parity checks builds
-            against it.
+        budget: the fidelity budget of the search that wrote the recipe, such as "psnr=40,worst=32". Parity checks
+            builds against it.
         stage: the stage whose layers the rules name.
         network: the class of the stage's network in the checkpoint; None for any network.
     """
