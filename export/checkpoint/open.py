@@ -7,6 +7,7 @@ A diffusers directory holds a model_index.json, which names the components, and 
     scheduler/          scheduler_config.json
     tokenizer/          tokenizer.json
     ditc.json           optional: the checkpoint's own inference defaults
+    recipe.int8.json    optional: the recipe of 8-bit builds (export/quant/recipes.py), likewise recipe.fp8.json
 """
 
 from __future__ import annotations

@@ -126,8 +126,9 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="The name of a recipe, or a .json file with one: which layers of a stage are in 8 bits. May be given once "
-        "per stage, such as sana-int8 and dc-ae-int8 (default: FAMILY-int8 or FAMILY-fp8 for an int8 or fp8 "
-        "denoiser, none for the other stages).",
+        "per stage, such as sana-int8 and dc-ae-int8 (default: for an int8 or fp8 denoiser the "
+        "checkpoint's own file recipe.int8.json or recipe.fp8.json, else FAMILY-int8 or FAMILY-fp8; none for the other "
+        "stages).",
     )
     parser.add_argument(
         "--ranges",

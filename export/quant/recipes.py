@@ -178,6 +178,12 @@ def load_named(name: str, known: Mapping[str, Recipe]) -> Recipe:
     return recipe
 
 
+def own_recipe(checkpoint: Path, precision: Precision) -> str | None:
+    """The checkpoint's own recipe for this precision: recipe.PRECISION.json in its folder. None if there is none."""
+    path = checkpoint / f"recipe.{precision.value}.json"
+    return str(path) if path.is_file() else None
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from its JSON file. Raises UsageError if the file is missing or is not a recipe."""
     try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan
-from ditc.export.quant.recipes import Recipe, default_recipe, find_recipe, load_named, recipes_of
+from ditc.export.quant.recipes import Recipe, default_recipe, find_recipe, load_named, own_recipe, recipes_of
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import DENOISER
 
@@ -36,7 +36,8 @@ def find_recipes(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan)
         recipes[recipe.stage] = recipe
     if options.quantized:
         given = next((n for n in options.recipes if load_named(n, known).stage == DENOISER), None)
-        usual = default_recipe(plan.recipes or plan.family, options.precision)
+        own = own_recipe(checkpoint.path, options.precision)
+        usual = own or default_recipe(plan.recipes or plan.family, options.precision)
         recipes[DENOISER] = find_recipe(given or usual, options.precision, plan.family)
     elif DENOISER in recipes:
         raise UsageError(

@@ -66,7 +66,7 @@ def test_measuring_and_searching_need_a_checkpoint(tmp_path, capsys, arguments):
         (["-o", "r.safetensors", "--shard", "half"], "not I/N"),
         (["-o", "r.safetensors", "--steps", "0"], "steps is 0"),
         (["-o", "r.safetensors", "--num-prompts", "0"], "num-prompts is 0"),
-        (["-o", "r.safetensors", "--budget", "ssim=1"], "neither psnr=DB"),
+        (["-o", "r.safetensors", "--budget", "ssim=1"], "is not made of psnr=DB"),
         (["-o", "r.safetensors", "--formats", "int4"], "use int8, fp8"),
         (["-o", "r.safetensors", "--prompts", "missing.txt"], "cannot read prompts"),
     ],

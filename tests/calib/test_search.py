@@ -10,7 +10,7 @@ import pytest
 
 from ditc.calib.chart import curve_svg
 from ditc.calib.collect import Settings, collect
-from ditc.calib.search import Budget, parse_budget, search
+from ditc.calib.search import MARGIN_DB, Budget, parse_budget, search
 from ditc.calib.sensitivity import Effect, base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Fidelity, Trial
 from ditc.export.quant.formats import Format
@@ -76,17 +76,17 @@ def test_the_search_keeps_its_budget_and_a_tighter_one_keeps_more_layers_in_high
     everything = trial.fidelity(plans[Format.INT8]).psnr_db
     results = [
         search(trial, plans, effects, Budget(psnr=everything + more), base_recipe(Format.INT8, trial.family))
-        for more in (-1, 2, 6)
+        for more in (-4, -1, 3)
     ]
     shares = [result.chosen.share for result in results]
     assert shares[0] == pytest.approx(max(p.share for p in results[0].curve))
-    assert shares[0] >= shares[1] >= shares[2] > 0
-    for result, more in zip(results, (-1, 2, 6), strict=True):
-        assert result.chosen.fidelity.psnr_db >= everything + more
+    assert shares[0] >= shares[1] >= shares[2] > 0 and results[0].chosen != results[2].chosen
+    for result, more in zip(results, (-4, -1, 3), strict=True):
+        assert result.chosen.fidelity.psnr_db >= everything + more + MARGIN_DB
     recipe = load_recipe(save_recipe(results[1].recipe, tmp_path / "mixed.json"))
     planned = make_plan(recipe, ranges, trial.layers)
     assert len(planned.layers) == results[1].chosen.layers
-    assert sum(p.input.per_token for p in planned.layers.values()) == results[1].chosen.per_token > 0
+    assert sum(p.input.per_token for p in planned.layers.values()) == results[1].chosen.per_token
     assert curve_svg(results[1]).count("<circle") == len(results[1].curve) + 1
 
 
@@ -132,11 +132,11 @@ class Additive:
 @pytest.mark.parametrize(
     ("limit", "tokens", "high"),
     [
-        (0.5, "", ""),  # 0.42 with one scale for each input
-        (0.31, "d", ""),
-        (0.12, "cd", ""),
-        (0.07, "bcd", ""),
-        (0.045, "bc", "d"),  # even with a scale for each token, d alone has an error of 0.05
+        (0.6, "", ""),  # 0.42 with one scale for each input; the search asks for 3 dB less than the limit
+        (0.44, "d", ""),
+        (0.17, "cd", ""),
+        (0.1, "bcd", ""),
+        (0.06, "bc", "d"),  # even with a scale for each token, d alone has an error of 0.05
     ],
 )
 def test_layers_first_get_scales_per_token_and_only_then_stay_in_high_precision(limit, tokens, high):
@@ -152,7 +152,7 @@ def test_layers_first_get_scales_per_token_and_only_then_stay_in_high_precision(
     rules = {rule.layers: rule for rule in result.recipe.rules if rule.layers in static}
     assert {n for n, rule in rules.items() if rule.per_token} == set(tokens)
     assert {n for n, rule in rules.items() if rule.kind is None} == set(high)
-    assert result.chosen.fidelity.rel_l2 <= limit and result.chosen.per_token == len(tokens)
+    assert result.chosen.fidelity.rel_l2 <= limit * 0.708 and result.chosen.per_token == len(tokens)
 
 
 def test_a_search_that_was_killed_measures_nothing_twice(found, tiny_checkpoint, tmp_path, caplog):

@@ -22,6 +22,7 @@ from ditc.export.quant.recipes import (
     Rule,
     find_recipe,
     load_recipe,
+    own_recipe,
     recipes_of,
     save_recipe,
 )
@@ -148,6 +149,13 @@ def test_a_recipe_is_the_same_after_its_file_and_a_bad_file_is_refused(tmp_path)
     (tmp_path / "bad.json").write_text('{"name": "x"}')
     with pytest.raises(UsageError, match="is not a recipe"):
         load_recipe(tmp_path / "bad.json")
+
+
+def test_a_checkpoint_may_bring_its_own_recipe_for_one_precision(tmp_path):
+    assert own_recipe(tmp_path, Precision.INT8) is None
+    save_recipe(RECIPES["sana-int8"], tmp_path / "recipe.int8.json")
+    assert own_recipe(tmp_path, Precision.INT8) == str(tmp_path / "recipe.int8.json")
+    assert own_recipe(tmp_path, Precision.FP8) is None
 
 
 def linear(weight: np.ndarray, name: str = "transformer_blocks.0.attn1.to_q") -> dict[str, Layer]:
