@@ -68,7 +68,7 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.export.families.sana.recipe import RECIPES
     from ditc.export.graph.torch_session import TorchSession
-    from ditc.export.quant.layers import linear_layers
+    from ditc.export.quant.layers import quantizable_layers
     from ditc.export.quant.plan import make_plan
     from ditc.export.quant.ranges import load_ranges
     from ditc.export.quant.simulate import quantized
@@ -78,7 +78,7 @@ def our_side(arguments: argparse.Namespace, samples: Path) -> dict[str, dict[str
 
     reference, ranges = TorchModel(arguments.checkpoint), load_ranges(arguments.ranges)
     stage = reference.load(DENOISER)
-    layers = linear_layers(stage)
+    layers = quantizable_layers(stage)
     session = TorchSession(stage.module, stage.spec)
     pipeline = reference.pipeline.with_sessions({DENOISER: session})
     plans = {kind: make_plan(RECIPES[name], ranges, layers) for kind, name in OURS.items()}

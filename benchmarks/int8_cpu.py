@@ -36,7 +36,7 @@ from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.step import wrap
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.networks.loading import weight_map
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import make_plan
 from ditc.export.quant.ranges import Origin, Ranges
 from ditc.runtime.machine import library_versions, this_machine
@@ -140,7 +140,7 @@ def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
 
 def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) -> None:
     """Quantize the graph to INT8 in place. The ranges are from one run, because speed does not depend on them."""
-    layers, observer = linear_layers(stage), Observer(buckets=1)
+    layers, observer = quantizable_layers(stage), Observer(buckets=1)
     with watching(layers, observer.see):
         TorchSession(stage.module, stage.spec).run(feeds)
     observer.forget_tensor()

@@ -1,4 +1,4 @@
-"""Measure ranges: run the reference pipeline over prompts and steps, and count the input values of its Linears.
+"""Measure ranges: run the reference pipeline over prompts and steps, and count the input values of a stage's layers.
 
 Every prompt is a request of its own, so that no result depends on which prompts were batched together. Therefore any
 split of the prompts over machines merges to the same counts, and a killed run can be resumed.
@@ -20,7 +20,7 @@ from ditc.calib.tokens import PromptTokens
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, StageModule
 from ditc.export.graph.torch_session import TorchSession
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.ranges import (
     Origin,
     Prompt,
@@ -35,7 +35,7 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Settings:
         seed: of the first prompt; every further prompt has the next seed.
         precision: of the PyTorch networks that run.
         shard: (i, n) measures every n-th prompt, beginning with the i-th (counted from 0).
+        stage: the stage whose layers are watched: the denoiser, or the decoder of the latents that it leaves.
     """
 
     num_inference_steps: int | None = None
@@ -60,6 +61,7 @@ class Settings:
     precision: Precision = Precision.FP32
     device: str = "cpu"
     shard: tuple[int, int] = (0, 1)
+    stage: str = DENOISER
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +102,12 @@ def collect(
     observer, seen = _resume(partial, origin, digests)
     known = {prompt.text for prompt in seen}
     missing = [(number, prompt) for number, prompt in mine if _digest(prompt) not in known]
-    stage = reference.load(DENOISER)
+    stage = reference.load(settings.stage)
     pipeline = _pipeline(reference, stage, settings.device)
     tokens = PromptTokens(reference)
     total, begun, saved = len(missing) * origin.num_inference_steps, monotonic(), monotonic()
     done = 0
-    with watching(linear_layers(stage), observer.see):
+    with watching(quantizable_layers(stage), observer.see):
         for number, prompt in missing:
             for _ in _steps(pipeline, observer, prompt, number, origin):
                 done += 1
@@ -145,19 +147,26 @@ def _steps(
         seed=origin.seed + number,
     )
     observer.bucket, observer.half = 0, half_of(_digest(prompt))
-    for step in pipeline.steps(request):
+    plan = pipeline.plan(request)
+    states = list(pipeline.start(plan))
+    for step in pipeline.run(states):
+        states[step.chunk] = step.state
         observer.forget_tensor()
         # The observer needs the bucket before a step runs, so this is the bucket of the next step.
         observer.bucket = min((step.index + 1) * observer.buckets // step.total, observer.buckets - 1)
+        if step.index + 1 == step.total and origin.stage == VAE_DECODER:
+            pipeline.decode(states, plan)
+            observer.forget_tensor()
         yield
 
 
 def _pipeline(reference: TorchModel, stage: StageModule, device: str) -> Pipeline:
-    return reference.pipeline.with_sessions({DENOISER: TorchSession(stage.module, stage.spec, device=device)})
+    session = TorchSession(stage.module, stage.spec, device=device)
+    return reference.pipeline.with_sessions({stage.spec.name: session})
 
 
 def _origin(reference: TorchModel, settings: Settings) -> Origin:
-    defaults, component = reference.plan.defaults, reference.plan.stages[DENOISER].components[0]
+    defaults, component = reference.plan.defaults, reference.plan.stages[settings.stage].components[0]
     steps = settings.num_inference_steps or defaults.num_inference_steps
     guidance = settings.guidance_scale
     return Origin(
@@ -167,8 +176,9 @@ def _origin(reference: TorchModel, settings: Settings) -> Origin:
         num_inference_steps=steps,
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         seed=settings.seed,
-        buckets=min(BUCKETS, steps),
+        buckets=min(BUCKETS, steps) if settings.stage == DENOISER else 1,
         usual_steps=defaults.num_inference_steps,
+        stage=settings.stage,
     )
 
 

@@ -1,4 +1,4 @@
-"""Watch the inputs of a network's Linears while it runs, and count their values. Memory does not grow with the run."""
+"""Watch the inputs of a network's layers while it runs, and count their values. Memory does not grow with the run."""
 
 # B buckets of the schedule, C channels
 
@@ -61,12 +61,14 @@ class Observer:
 
 @contextmanager
 def watching(layers: Mapping[str, Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While the context is open, every run of a layer calls `see` with the layer's name and input."""
+    """While the context is open, every run of a layer calls `see` with the layer's name and input (...,C)."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(name: str, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        if layer.is_convolution:
+            return lambda module, arguments: see(name, arguments[0].movedim(1, -1))
         return lambda module, arguments: see(name, arguments[0])
 
-    handles = [layer.linear.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.linear.register_forward_pre_hook(hook(name, layer)) for name, layer in layers.items()]
     try:
         yield
     finally:

@@ -42,8 +42,7 @@ class Effect:
 def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float]:
     """Each layer's share of the FLOPs of all GEMMs with weights, for the numbers of rows that calibration counted."""
     flops = {
-        name: int(ranges.of(name).rows.sum()) * layer.linear.in_features * layer.linear.out_features
-        for name, layer in layers.items()
+        name: int(ranges.of(name).rows.sum()) * layer.linear.weight.numel() for name, layer in layers.items()
     }
     total = sum(flops.values())
     return {name: value / total for name, value in flops.items()}

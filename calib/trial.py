@@ -12,7 +12,7 @@ from ditc.calib.journal import Journal
 from ditc.export.build.build_key import digest
 from ditc.export.build.source_hash import graph_source
 from ditc.export.graph.torch_session import TorchSession
-from ditc.export.quant.layers import Layer, linear_layers
+from ditc.export.quant.layers import Layer, quantizable_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.ranges import checkpoint_identity
 from ditc.export.quant.simulate import quantized
@@ -61,7 +61,7 @@ class Trial:
     ) -> None:
         stage = reference.load(DENOISER)
         self.family = reference.adapter.family
-        self.layers: dict[str, Layer] = linear_layers(stage)
+        self.layers: dict[str, Layer] = quantizable_layers(stage)
         component = reference.plan.stages[DENOISER].components[0]
         identity = checkpoint_identity(reference.checkpoint, component)
         self.journal = Journal(journal, digest([identity, list(prompts), seed, graph_source()]))

@@ -24,7 +24,7 @@ from ditc.runtime.loader import load_parts
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
 from ditc.runtime.sessions.registry import is_graph
-from ditc.runtime.spec import DType, Precision, StageSpec
+from ditc.runtime.spec import DENOISER, DType, Precision, StageSpec
 
 
 @dataclass(kw_only=True)
@@ -40,6 +40,7 @@ class Candidate:
             pipeline's own session for the stage, which runs the same graph with the rounding written into it, shows
             what rounding costs.
         plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
+        bases: of 8-bit stages other than the denoiser, the precision outside their 8-bit layers.
         calibrations: of 8-bit stages, what their ranges rest on, where the bundle records it.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
@@ -52,6 +53,7 @@ class Candidate:
     precisions: dict[str, Precision] = field(default_factory=dict)
     native: dict[str, Session] = field(default_factory=dict)
     plans: dict[str, dict[str, LayerPlan]] = field(default_factory=dict)
+    bases: dict[str, Precision] = field(default_factory=dict)
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     budgets: dict[str, str | None] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -108,6 +110,7 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         precisions={name: artifact.precision for name, artifact in chosen.items()},
         native=native,
         plans={stage: record.plans() for stage, record in records.items()},
+        bases={stage: r.base for stage, r in records.items() if r.base is not None and stage != DENOISER},
         calibrations={stage: r.calibration for stage, r in records.items() if r.calibration is not None},
         budgets={stage: record.recipe.budget for stage, record in records.items()},
         artifacts=chosen,

@@ -14,7 +14,7 @@ from ditc.parity.results import Evidence
 from ditc.parity.simulated_quant import simulated_baseline
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
-from ditc.runtime.spec import CONDITIONER, DENOISER, Backend, Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, SIXTEEN_BITS, VAE_DECODER, Backend, Precision
 from ditc.runtime.tolerances import EIGHT, Level, Limit, Metric, limit
 
 Progress = Callable[[str], None]
@@ -117,25 +117,25 @@ class Context:
         return self._run("candidate", case, lambda: self._draw_candidate(case))
 
     def precision_baseline(self) -> TorchModel | None:
-        """PyTorch in the precision of the candidate's denoiser: in 16 bits, or with its 8-bit plan simulated.
+        """PyTorch in the precision of the candidate's denoiser, with the plans of all 8-bit stages simulated.
 
         Its error against fp32 is what the precision itself costs, so the candidate's error is judged by it.
 
         Returns:
-            None for fp32, for a saved reference, and for 8 bits without a recorded plan.
+            None if all is fp32, for a saved reference, and for an 8-bit denoiser without a recorded plan.
         """
         if self._precision_baseline is None and self.saved_reference is None:
-            precision, plans = self.candidate.precision(DENOISER), self.candidate.plans.get(DENOISER)
-            options = replace(self.reference.options, backend=self._backend())
-            if precision in (Precision.FP16, Precision.BF16):
-                self._precision_baseline = TorchModel(
-                    self.reference.checkpoint, options=replace(options, precision=precision)
-                )
-            elif precision in EIGHT and plans:
-                base = self.candidate.precision(CONDITIONER)
+            precision, plans = self.candidate.precision(DENOISER), self.candidate.plans
+            if precision in EIGHT and DENOISER not in plans:
+                return None
+            base = self.candidate.precision(CONDITIONER) if precision in EIGHT else precision
+            options = replace(self.reference.options, backend=self._backend(), precision=base)
+            if plans:
                 self._precision_baseline = simulated_baseline(
-                    self.reference.checkpoint, replace(options, precision=base), plans
+                    self.reference.checkpoint, options, plans, self.candidate.bases
                 )
+            elif precision in SIXTEEN_BITS:
+                self._precision_baseline = TorchModel(self.reference.checkpoint, options=options)
         return self._precision_baseline
 
     def _backend(self) -> Backend:
@@ -148,7 +148,7 @@ class Context:
         baseline, precision = self.precision_baseline(), self.candidate.precision(stage)
         if baseline is None or precision is Precision.FP32:
             return None
-        same = precision in EIGHT or precision is baseline.plan.stages[stage].precision
+        same = stage in self.candidate.plans or precision is baseline.plan.stages[stage].precision
         return baseline.sessions[stage] if same else None
 
     def baseline_run(self, case: Case) -> CaseRun | None:
@@ -159,6 +159,11 @@ class Context:
         return self._run(
             "baseline", case, lambda: self._draw(baseline, case, f"PyTorch {baseline.precision.value}")
         )
+
+    @property
+    def pictured_stage(self) -> str:
+        """The stage whose precision decides how far pictures may be from the reference's."""
+        return VAE_DECODER if self.candidate.precision(VAE_DECODER) in EIGHT else DENOISER
 
     def bound(
         self, level: Level, metric: Metric, stage: str, *, pytorch: float | None = None

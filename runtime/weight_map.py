@@ -188,7 +188,8 @@ def _dequantized(weight: Weight, quantized: Array, initializers: Mapping[str, Ar
             hint="build the bundle again",
         )
     channels = initializers[how.scale].astype(np.float32)
-    matrix: Array = quantized.astype(np.float32) * np.expand_dims(channels, 1 - how.axis)
+    others = [axis for axis in range(quantized.ndim) if axis != how.axis]
+    matrix: Array = quantized.astype(np.float32) * np.expand_dims(channels, others)
     if how.reciprocals is not None:
         matrix = matrix * np.expand_dims(initializers[how.reciprocals].astype(np.float32), how.axis)
     return matrix

@@ -11,7 +11,7 @@ from ditc.calib.observe import Observer, watching
 from ditc.export.contract import StageModule
 from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph.torch_session import TorchSession
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.ranges import Origin, Prompt, Ranges, Statistics
 from ditc.runtime.session import Array
 
@@ -41,7 +41,7 @@ def feeds_of(stage: StageModule, seed: int) -> dict[str, Array]:
 def ranges_of(stage: StageModule, runs: int = 4) -> Ranges:
     """The ranges that an observer counts over a few seeded runs of the stage."""
     observer, session = Observer(ORIGIN.buckets), TorchSession(stage.module, stage.spec)
-    with watching(linear_layers(stage), observer.see):
+    with watching(quantizable_layers(stage), observer.see):
         for seed in range(runs):
             observer.bucket = seed * ORIGIN.buckets // runs
             session.run(feeds_of(stage, seed))

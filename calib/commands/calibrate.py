@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
-from ditc.runtime.spec import Precision
+from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 
 if TYPE_CHECKING:
     from ditc.calib.collect import Progress, Settings
@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant",
         metavar="NAME",
         help="Variant of the checkpoint's weight files, such as fp16 (default: files without one).",
+    )
+    parser.add_argument(
+        "--stage",
+        default=DENOISER,
+        choices=[DENOISER, VAE_DECODER],
+        help="Stage whose layers are measured. The decoder is measured on the latents that the prompts lead to "
+        "(default: %(default)s).",
     )
     parser.add_argument(
         "--prompts",
@@ -280,6 +287,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         precision=Precision(arguments.dtype),
         device=arguments.device,
         shard=(index, count),
+        stage=arguments.stage,
     )
 
 

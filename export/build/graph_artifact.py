@@ -106,7 +106,12 @@ def _written(
     record = None
     if quantization is not None and plan is not None:
         record = write_record(
-            files.model, plan, module.spec, quantization.ranges_sha256, quantization.calibration
+            files.model,
+            plan,
+            module.spec,
+            quantization.ranges_sha256,
+            quantization.calibration,
+            module.precision,
         )
     weight_map = write_weight_map(weight_map_path(files.model), files.weight_map)
     model, *data = (file_ref(path, bundle) for path in files.paths)

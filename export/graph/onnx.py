@@ -26,7 +26,7 @@ from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession, to_torch
 from ditc.export.graph.trace_repeats import trace_blocks_once
 from ditc.export.options import OPSETS
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan
 from ditc.export.quant.verify import check_scales
 from ditc.runtime.atomic import atomic_files
@@ -119,7 +119,7 @@ def to_onnx(
                 stage.precision.value,
             )
         if quantize is not None:
-            layers = linear_layers(stage)
+            layers = quantizable_layers(stage)
             quantize_graph(model, quantize, {name: layer.parameter for name, layer in layers.items()})
             ir.save(model, written.model, external_data=written.weights.name)
             check_scales(ir.load(written.model), quantize.layers, layers)

@@ -30,7 +30,8 @@ class Coverage:
 
     Attributes:
         layers: number of layers in 8 bits.
-        gemm_share: share in 8 bits of the FLOPs of all GEMMs with weights (Linears, 1x1 convolutions).
+        gemm_share: share in 8 bits of the FLOPs of all GEMMs with weights (Linears, 1x1 convolutions; in a VAE, all
+            convolutions).
         product_share: share in 8 bits of the FLOPs of all matrix products and convolutions, attention's included.
         weight_share: share of the weights, by their number, that is stored in 8 bits.
         size_bytes, fp16_bytes: size of all weights as stored, and if all were fp16.
@@ -50,7 +51,13 @@ def measure_coverage(model: ir.Model, plan: QuantPlan, spec: StageSpec) -> Cover
     """Measure the coverage of a quantized graph from its nodes."""
     sizes = _sizes(model, spec)
     products = list(_products(model, sizes))
-    gemms = [p for p in products if p.weight is not None]
+    # The depthwise convolutions and patch embeddings of a denoiser are no GEMMs, and no plan names them.
+    named = [*plan.layers, *plan.kept_high_precision]
+    gemms = [
+        p
+        for p in products
+        if p.weight is not None and (not p.convolution or any(_is(p.weight, name) for name in named))
+    ]
     total = sum(p.flops for p in gemms) or 1
     kept = []
     for name, why in plan.kept_high_precision.items():
@@ -75,6 +82,7 @@ class _Product:
     flops: int
     weight: str | None
     eight_bits: bool
+    convolution: bool = False
 
 
 def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
@@ -86,7 +94,8 @@ def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
             yield _Product(2 * math.prod(_dims(node.outputs[0], sizes)) * inner, name, quantized)
         elif node.op_type == "Conv":
             kernel = math.prod(_dims(node.inputs[1], sizes)[1:])
-            yield _Product(2 * math.prod(_dims(node.outputs[0], sizes)) * kernel, None, False)
+            flops = 2 * math.prod(_dims(node.outputs[0], sizes)) * kernel
+            yield _Product(flops, *_weight_of(node.inputs[1]), convolution=True)
         elif node.op_type == LINEAR_ATTENTION:
             rows, tokens, heads, width = _dims(node.inputs[0], sizes)
             yield _Product(4 * rows * tokens * heads * width * (width + 1), None, False)  # KV, then KV x Q

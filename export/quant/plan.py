@@ -115,16 +115,21 @@ def check_fits(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer
             hint="measure them: ditc calibrate CHECKPOINT -o ranges.safetensors; then build with --ranges",
         )
     for name in formats:
+        if recipe.decide(name).per_token and layers[name].is_convolution:
+            raise UsageError(
+                f"recipe {recipe.name} gives every token of {name} a scale, but it is a convolution",
+                hint="leave per_token out of the rule for it",
+            )
         statistics = ranges.of(name)
         if not statistics.amax.max() > 0:
             raise UsageError(
                 f"the input of {name} was zero in every step of calibration: it has no range",
                 hint="calibrate with more prompts, or keep the layer in high precision by a recipe of your own",
             )
-        if statistics.channels != layers[name].linear.in_features:
+        if statistics.channels != layers[name].channels:
             raise UsageError(
                 f"the ranges have {statistics.channels} channels for the input of {name}, but the layer has "
-                f"{layers[name].linear.in_features}",
+                f"{layers[name].channels}",
                 hint="the ranges are of another network: calibrate this checkpoint",
             )
     return formats
@@ -142,7 +147,9 @@ def _inputs(
         if per_token:
             chosen = Input(1.0, per_token=True)
         else:
-            chosen = choose_input(recipe, ranges.sites[site], [layers[name].weight() for name in names], kind)
+            flat = any(layers[name].is_convolution for name in names)  # their inputs are not smoothed
+            rules = replace(recipe, smooth=False) if flat else recipe
+            chosen = choose_input(rules, ranges.sites[site], [layers[name].weight() for name in names], kind)
         inputs.update(dict.fromkeys(names, chosen))
     return inputs
 

@@ -20,7 +20,7 @@ from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.jsondata import Mismatch, from_json, to_json
 from ditc.runtime.errors import BundleError
 from ditc.runtime.session import Array
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.spec import Precision, StageSpec
 
 SUFFIX = ".quantization.json"
 
@@ -48,6 +48,7 @@ class QuantRecord:
     """How a graph was quantized. With the record and the checkpoint, PyTorch can compute what the graph should.
 
     Attributes:
+        base: the precision of everything that is not in 8 bits; None in records of earlier versions.
         ranges: sha256 of the file of ranges; None if only weights were quantized.
         inputs: how each quantized tensor is quantized.
         layers: the layers in 8 bits, by name.
@@ -60,6 +61,7 @@ class QuantRecord:
     inputs: tuple[InputRecord, ...]
     layers: dict[str, LayerRecord]
     calibration: Calibration | None = None
+    base: Precision | None = None
 
     @property
     def smoothed(self) -> dict[str, float]:
@@ -96,7 +98,12 @@ def quant_record_path(graph: Path) -> Path:
 
 
 def write_record(
-    graph: Path, plan: QuantPlan, spec: StageSpec, ranges: str | None, calibration: Calibration | None
+    graph: Path,
+    plan: QuantPlan,
+    spec: StageSpec,
+    ranges: str | None,
+    calibration: Calibration | None,
+    base: Precision | None = None,
 ) -> Path:
     """Write the record of a finished graph beside it; the file appears complete or not at all."""
     inputs = list({id(layer.input): layer.input for layer in plan.layers.values() if layer.input}.values())
@@ -110,6 +117,7 @@ def write_record(
         ),
         layers=_layers(plan.layers, {id(one): index for index, one in enumerate(inputs)}),
         calibration=calibration,
+        base=base,
     )
     return write_atomic(quant_record_path(graph), json.dumps(to_json(record), indent=1) + "\n")
 

@@ -30,7 +30,7 @@ def quantized(layers: Mapping[str, Layer], plans: Mapping[str, LayerPlan]) -> It
 
 
 @contextmanager
-def _one(linear: nn.Linear, plan: LayerPlan) -> Iterator[None]:
+def _one(linear: nn.Linear | nn.Conv2d, plan: LayerPlan) -> Iterator[None]:
     weight = linear.weight
     smooth = None
     if plan.input is not None and plan.input.smooth is not None:
@@ -48,10 +48,10 @@ def _one(linear: nn.Linear, plan: LayerPlan) -> Iterator[None]:
 
 
 def fake_quantize_weight(weight_OI: Tensor, kind: Format, smooth_I: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize the weight, with one scale per output channel."""
+    """Quantize and dequantize the weight, (O,I) or a convolution's, with one scale per output channel."""
     weight = weight_OI.float() if smooth_I is None else weight_OI.float() * smooth_I
     if kind is Format.INT8:
-        amax = weight.abs().amax(dim=1, keepdim=True)
+        amax = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
     else:
         amax = torch.from_numpy(weight_amax(weight.detach().cpu().numpy(), 0, kind)).to(weight.device)
     scale = amax / QUANTIZED_MAX[kind]

@@ -1,6 +1,9 @@
 """The recipes of a build, one per stage: the denoiser's, which families list, and those of the other networks.
 
 The other networks are shared by families, so their recipes are listed here, by the network's class in the checkpoint.
+In a VAE's decoder nearly all arithmetic is in convolutions. Kept in high precision are the first one, which reads the
+latents, the last, whose error goes directly into the picture, and the depthwise and grouped ones, which are little work
+and not worth it (SANA-Video, section 5).
 """
 
 from __future__ import annotations
@@ -9,11 +12,43 @@ from collections.abc import Mapping
 
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan
-from ditc.export.quant.recipes import Recipe, default_recipe, find_recipe, load_named, own_recipe, recipes_of
+from ditc.export.quant.formats import Format
+from ditc.export.quant.recipes import (
+    Recipe,
+    Rule,
+    default_recipe,
+    find_recipe,
+    load_named,
+    own_recipe,
+    recipes_of,
+)
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import DENOISER, VAE_DECODER
 
-NETWORK_RECIPES: Mapping[str, Recipe] = {}
+FIRST_AND_LAST = (
+    Rule(layers="decoder.conv_in", why="first convolution: it reads the latents themselves"),
+    Rule(layers="decoder.conv_out*", why="last convolution: its error goes directly into the picture"),
+)
+DEPTHWISE = (
+    Rule(layers="*.conv_depth", why="depthwise convolution: it is little work, and it is sensitive"),
+    Rule(layers="*.to_qkv_multiscale.*", why="depthwise and grouped convolutions: they are little work"),
+)
+
+
+def _decoder_recipes(name: str, network: str, kept: tuple[Rule, ...]) -> dict[str, Recipe]:
+    """INT8 and FP8 recipes of a VAE's decoder, by name: every layer but those that are kept in high precision."""
+    recipes = {}
+    for kind in Format:
+        rules = (*kept, Rule(layers="decoder.*", kind=kind))
+        full = f"{name}-{kind.value}"
+        recipes[full] = Recipe(name=full, rules=rules, smooth=False, stage=VAE_DECODER, network=network)
+    return recipes
+
+
+NETWORK_RECIPES: Mapping[str, Recipe] = {
+    **_decoder_recipes("dc-ae", "AutoencoderDC", (*FIRST_AND_LAST, *DEPTHWISE)),
+    **_decoder_recipes("autoencoder-kl", "AutoencoderKL", FIRST_AND_LAST),
+}
 
 
 def find_recipes(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Recipe]:

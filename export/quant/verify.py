@@ -45,7 +45,7 @@ def _readers(model: ir.Model) -> dict[str, tuple[ir.Node, ir.Node]]:
     """Parameter -> the GEMM that reads it, and the DequantizeLinear in between."""
     readers = {}
     for node in model.graph:
-        weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+        weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
         maker = weight.producer() if weight is not None else None
         if maker is not None and maker.op_type == "DequantizeLinear" and maker.inputs[0] is not None:
             readers[str(maker.inputs[0].name)] = node, maker
@@ -55,10 +55,10 @@ def _readers(model: ir.Model) -> dict[str, tuple[ir.Node, ir.Node]]:
 def _check_weight(dequantize: ir.Node, planned: LayerPlan, layer: Layer) -> None:
     quantized, scale, zero = (_constant(dequantize, i).astype(np.float32) for i in range(3))
     axis = dequantize.attributes.get_int("axis", 1)
-    wanted_OI = layer.weight()
+    wanted_OI = layer.weight().reshape(len(layer.weight()), -1)
     if planned.input is not None and planned.input.smooth is not None:
         wanted_OI = wanted_OI * planned.input.smooth
-    stored_OI = (quantized if axis == 0 else quantized.T) * scale[:, None]
+    stored_OI = (quantized.reshape(len(quantized), -1) if axis == 0 else quantized.T) * scale[:, None]
     error = np.abs(stored_OI - wanted_OI).max(axis=1)
     bound = np.abs(wanted_OI).max(axis=1) * LARGEST_ERROR[planned.kind]
     bad = np.flatnonzero(~(error <= bound))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditc.export.build.weights import stored_tensor
 from ditc.export.graph.passes.islands import check_islands
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.verify import check_scales
 from ditc.parity import tokens
 from ditc.parity.causes import schedule_causes
@@ -116,7 +116,7 @@ def _check_quantized_values(context: Context, stage: str, model: ir.Model) -> Re
     """Check that dequantized weights are the checkpoint's, and that input scales are those of the recorded plan."""
     plans, problem = context.candidate.plans[stage], ""
     try:
-        check_scales(model, plans, linear_layers(context.reference.load(stage)))
+        check_scales(model, plans, quantizable_layers(context.reference.load(stage)))
     except BuildError as e:
         problem = str(e)
     culprit = None

@@ -86,7 +86,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
         return
     baseline = baseline_psnr(context, case, wanted)
     for metric, value in found.items():
-        bound = context.bound(Level.PICTURE, metric, DENOISER, pytorch=baseline)
+        bound = context.bound(Level.PICTURE, metric, context.pictured_stage, pytorch=baseline)
         if metric is Metric.SSIM and bound is None:
             continue  # SSIM has a bound in fp32 only
         yield judged(Level.PICTURE, VAE_DECODER, what, metric, value, bound, against=against)
@@ -106,7 +106,7 @@ def _lpips(context: Context) -> Iterator[Result]:
     import torch
 
     network = lpips.LPIPS(net="alex", verbose=False)
-    bound = context.bound(Level.PICTURE, Metric.LPIPS, DENOISER)
+    bound = context.bound(Level.PICTURE, Metric.LPIPS, context.pictured_stage)
     for pair in context.evidence.pictures:
         sides = (
             torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() * 2 - 1

@@ -15,7 +15,7 @@ from quant_helpers import ranges_of
 from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.onnx import to_onnx
 from ditc.export.graph.passes.qdq import quantize_graph
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.recipes import Recipe
 from ditc.export.quant.record import read_record, write_record
@@ -42,7 +42,7 @@ def quantize(
 ) -> Callable[[Recipe], tuple[Path, QuantPlan]]:
     """A function that quantizes the denoiser by a recipe, and returns the graph and its plan."""
     folder, stage = tmp_path_factory.mktemp("8-bit"), reference.load(DENOISER)
-    ranges, layers = ranges_of(stage), linear_layers(stage)
+    ranges, layers = ranges_of(stage), quantizable_layers(stage)
     to_onnx(stage, folder / "fp32.onnx", check=False)
 
     def build(recipe: Recipe) -> tuple[Path, QuantPlan]:

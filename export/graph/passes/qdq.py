@@ -1,4 +1,4 @@
-"""Write a quantization plan into a graph: QuantizeLinear and DequantizeLinear in front of the planned GEMMs.
+"""Write a quantization plan into a graph: QuantizeLinear and DequantizeLinear before the planned GEMMs and Convs.
 
     x -> [Mul 1/smooth] -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W (8 bits)
 
@@ -30,6 +30,7 @@ from ditc.runtime.session import Array
 from ditc.runtime.weight_map import Codes, Transform
 
 SCALE = "_scale"
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 # Metadata of a smoothed weight: the name of the initializer that holds the reciprocals of its smoothing factors.
 SMOOTHING = "ditc.smoothing"
 # ONNX Runtime 1.31 makes integer kernels of int8 pairs on x86 only if the quantized tensor has one reader. So every
@@ -45,7 +46,7 @@ def quantize_graph(model: ir.Model, plan: QuantPlan, parameters: Mapping[str, st
         parameters: layer -> name of the initializer that holds its weight.
 
     Raises:
-        BuildError: a layer's weight is not the direct second input of exactly one MatMul or Gemm.
+        BuildError: a layer's weight is not the direct second input of exactly one MatMul, Gemm or Conv.
     """
     writer = _Writer(model.graph)
     readers = {name: _gemm(model, name, parameters[name]) for name in plan.layers}
@@ -74,10 +75,11 @@ def _gemm(model: ir.Model, layer: str, parameter: str) -> ir.Node:
     """The one node that multiplies by the layer's weight."""
     value = model.graph.initializers.get(parameter)
     uses = [] if value is None else list(value.uses())
-    if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in ("MatMul", "Gemm"):
+    if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in PRODUCTS:
         found = ", ".join(use.node.op_type for use in uses) or "nothing"
         raise BuildError(
-            f"{layer}: the weight {parameter} must be the second input of one MatMul or Gemm, but is read by {found}",
+            f"{layer}: the weight {parameter} must be the second input of one MatMul, Gemm or Conv, but is read by "
+            f"{found}",
             hint="run the graph passes first; a layer that is used twice cannot be quantized",
         )
     return uses[0].node
@@ -127,7 +129,8 @@ class _Writer:
         """Store the quantized weight under its own name, and dequantize it where the GEMM reads it."""
         value = gemm.inputs[1]
         assert value is not None and value.const_value is not None
-        axis = 0 if gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1 else 1
+        rows_first = gemm.op_type == "Conv" or gemm.attributes.get_int("transB", 0) == 1
+        axis = 0 if rows_first else 1
         dtype = value.const_value.dtype
         weight: Array = value.const_value.numpy().astype(np.float32)
         if layer.input is not None and layer.input.smooth is not None:

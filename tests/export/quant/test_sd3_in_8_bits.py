@@ -18,7 +18,7 @@ from ditc.export.graph.onnx import to_model
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.formats import Format
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import find_recipe
@@ -43,7 +43,7 @@ class Denoiser:
 
     def quantized(self, kind: Format, path: Path) -> QuantPlan:
         """Write the graph quantized in that format, and return its plan."""
-        layers = linear_layers(self.stage)
+        layers = quantizable_layers(self.stage)
         recipe = find_recipe(None, Precision(kind.value), "sd3")
         plan, model = make_plan(recipe, self.ranges, layers), self.model.clone()
         quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
@@ -74,7 +74,7 @@ def test_the_graph_computes_what_the_simulation_computes(
     plan = step.quantized(kind, tmp_path / "step.onnx")
     feeds, session = feeds_of(step.stage, seed=9), TorchSession(step.stage.module, step.stage.spec)
     exact = session.run(feeds)["x0"]
-    with quantized(linear_layers(step.stage), plan.layers):
+    with quantized(quantizable_layers(step.stage), plan.layers):
         simulated = session.run(feeds)["x0"]
     got = np.asarray(
         OnnxRuntimeSession(
@@ -87,7 +87,7 @@ def test_the_graph_computes_what_the_simulation_computes(
 
 
 def test_all_gemms_of_the_blocks_and_nothing_else_become_8_bits(step: Denoiser) -> None:
-    layers = linear_layers(step.stage)
+    layers = quantizable_layers(step.stage)
     plan = make_plan(find_recipe(None, Precision.INT8, "sd3"), step.ranges, layers)
     blocks, dual = 3, 2
     text_of_the_last = 3  # the last block lacks to_add_out and the two Linears of the text's feed-forward

@@ -20,7 +20,7 @@ from ditc.export.families import find_adapter
 from ditc.export.families.lucidrains.config import MMDiTConfig
 from ditc.export.families.lucidrains.keys import save_mmdit
 from ditc.export.families.lucidrains.network import load_mmdit, unused_tensors
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.recipes import find_recipe
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.bundle.manifest import load_manifest
@@ -267,7 +267,7 @@ def test_the_int8_recipe_names_every_gemm_of_the_blocks_and_nothing_else(
     adapter = find_adapter(checkpoint)
     options = BuildOptions()
     stage = adapter.load(checkpoint, adapter.plan(checkpoint, options), DENOISER, options)
-    layers = linear_layers(stage)
+    layers = quantizable_layers(stage)
     chosen = set(find_recipe(None, Precision.INT8, adapter.family).formats(layers))
     blocks = {name for name in layers if ".joint_attn." in name or ".ff." in name}
     assert (

@@ -17,7 +17,7 @@ from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.formats import QUANTIZED_MAX, Format
-from ditc.export.quant.layers import linear_layers
+from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import load_ranges, save_ranges
 from ditc.export.quant.recipes import recipes_of
@@ -43,7 +43,7 @@ def make(exported):
     ranges = ranges_of(stage)
 
     def build(recipe):
-        layers = linear_layers(stage)
+        layers = quantizable_layers(stage)
         plan = make_plan(recipe, ranges, layers)
         model = graph.clone()
         quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
@@ -55,7 +55,7 @@ def make(exported):
 @pytest.mark.parametrize("name", ALL)
 def test_the_graph_computes_what_the_simulation_computes(make, run, name):
     stage, plan, model = make(ALL[name])
-    feeds, layers = feeds_of(stage, seed=9), linear_layers(stage)
+    feeds, layers = feeds_of(stage, seed=9), quantizable_layers(stage)
     session = TorchSession(stage.module, stage.spec)
     exact = session.run(feeds)["x0"]
     with quantized(layers, plan.layers):
@@ -76,7 +76,7 @@ def test_layers_that_read_one_tensor_share_its_scale(make):
 
 def test_weights_are_stored_in_8_bits_with_one_scale_per_output_channel(make):
     stage, _, model = make(replace(RECIPES["sana-int8"], smooth=False))
-    layer = linear_layers(stage)[f"{BLOCK}.attn1.to_q"]
+    layer = quantizable_layers(stage)[f"{BLOCK}.attn1.to_q"]
     stored = model.graph.initializers[layer.parameter].const_value
     scale = model.graph.initializers[layer.parameter + "_scale"].const_value.numpy()
     weight = layer.weight()
@@ -101,7 +101,7 @@ def test_layers_with_per_token_scales_share_one_division(make):
 
 def test_a_graph_without_its_per_token_scales_is_refused(make):
     stage, plan, model = make(PER_TOKEN)
-    layers = linear_layers(stage)
+    layers = quantizable_layers(stage)
     check_scales(model, plan.layers, layers)
     scaled = next(n for n in model.graph if n.name == f"network.{BLOCK}.ff.conv_point.output.multiply")
     scaled.outputs[0].replace_all_uses_with(scaled.inputs[0])
@@ -164,7 +164,7 @@ def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path, name):
 
 def test_saved_ranges_give_the_same_graph_byte_for_byte(exported, tmp_path):
     stage, graph = exported(Precision.FP32)
-    ranges, layers = ranges_of(stage), linear_layers(stage)
+    ranges, layers = ranges_of(stage), quantizable_layers(stage)
     loaded = load_ranges(save_ranges(ranges, tmp_path / "ranges.safetensors"))
     written = []
     for source in (ranges, loaded):
@@ -202,7 +202,7 @@ def _one_channel(scale):
 )
 def test_a_planted_bad_scale_is_caught_by_name(make, tmp_path, what, change):
     stage, plan, model = make(replace(RECIPES["sana-int8"], smooth=False))
-    layers = linear_layers(stage)
+    layers = quantizable_layers(stage)
     check_scales(ir.load(_save(model, tmp_path / "good.onnx")), plan.layers, layers)
     parameter = f"network.{BLOCK}.ff.conv_point.weight"
     name = (
@@ -215,7 +215,7 @@ def test_a_planted_bad_scale_is_caught_by_name(make, tmp_path, what, change):
 
 def test_a_weight_that_the_graph_does_not_use_is_refused(exported):
     stage, graph = exported(Precision.FP32)
-    plan = make_plan(RECIPES["sana-int8"], ranges_of(stage), linear_layers(stage))
+    plan = make_plan(RECIPES["sana-int8"], ranges_of(stage), quantizable_layers(stage))
     names = dict.fromkeys(plan.layers, "network.nothing.weight")
     with pytest.raises(BuildError, match="second input of one MatMul"):
         quantize_graph(graph.clone(), plan, names)
@@ -224,7 +224,7 @@ def test_a_weight_that_the_graph_does_not_use_is_refused(exported):
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
 def test_scales_have_the_type_of_the_graph(exported, precision):
     stage, graph = exported(precision)
-    layers, model = linear_layers(stage), graph.clone()
+    layers, model = quantizable_layers(stage), graph.clone()
     plan: QuantPlan = make_plan(RECIPES["sana-fp8"], ranges_of(stage), layers)
     quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
     scale = model.graph.initializers[f"network.{BLOCK}.ff.conv_point.input_scale"].const_value
@@ -245,7 +245,7 @@ def test_tensorrt_rtx_builds_the_graph_ahead_of_time(exported, tmp_path, name, t
     from ditc.runtime.spec import Backend
 
     stage, graph = exported(Precision.FP16)
-    layers, model = linear_layers(stage), graph.clone()
+    layers, model = quantizable_layers(stage), graph.clone()
     plan = make_plan(ALL[name], ranges_of(stage), layers)
     quantize_graph(model, plan, {n: layer.parameter for n, layer in layers.items()})
     ops.add_functions(model)
@@ -276,7 +276,7 @@ def test_weights_can_be_rebuilt_from_their_quantized_values(make, tmp_path, name
     path = _save(model, tmp_path / "step.onnx")
     rebuilt = dict(rebuild(weights_of(stage.weights, model), {stage.spec.name: path}))
     for layer in plan.layers:
-        original = linear_layers(stage)[layer].weight()
+        original = quantizable_layers(stage)[layer].weight()
         got = rebuilt[f"{layer}.weight"].reshape(original.shape).numpy()
         # Rounding alone: an INT8 error is 40 dB below the channel's largest value, an E4M3 error 30 dB below a value.
         assert signal_to_noise_db(got, original) > 25
