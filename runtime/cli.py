@@ -63,6 +63,10 @@ VERBS = {
     ),
     "run": Verb("ditc.runtime.commands.run", "Draw pictures with a bundle."),
     "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve", stays=True),
+    "bench": Verb(
+        "ditc.runtime.commands.bench",
+        "Measure how fast a bundle is on this machine, its backends and precisions side by side.",
+    ),
     "inspect": Verb("ditc.runtime.commands.inspect", "Show what a bundle holds, without loading it."),
     "verify": Verb(
         "ditc.runtime.commands.verify",

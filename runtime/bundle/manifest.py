@@ -3,6 +3,7 @@
 bundle/
   manifest.json       described here; does not change after a build, and contains its own digest
   certificate.json    results of parity and self-tests, one entry per artifact set and machine
+  benchmark.json      times that ditc bench --record measured, one entry per machine and number of threads
   onnx/ engines/      the files of the artifacts, one folder per kind
   tokenizer/          tokenizer.json files
   golden/             inputs and fp32 outputs of each stage, for a self-test on the target machine

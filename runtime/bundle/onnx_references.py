@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ditc.runtime.bundle.protobuf import fields
 from ditc.runtime.bundle.references import Reference
 from ditc.runtime.errors import BundleError
 
@@ -35,9 +36,8 @@ NODE_OP_TYPE, TENSOR_NAME, TENSOR_EXTERNAL_DATA, ENTRY_KEY, ENTRY_VALUE = 4, 8, 
 # A node with this type holds what an execution provider compiled, or the name of a file with it (ONNX Runtime, "EP
 # context design"). The provider opens that file, so no other check would see it.
 COMPILED = b"EPContext"
-# Protobuf's own limits (C++ runtime): a message of less than 2 GiB, and tags that fit into 32 bits.
-MAX_BYTES, MAX_TAG = 2**31 - 1, 2**32 - 1
-VARINT, BITS_64, BYTES, BITS_32 = 0, 1, 2, 5
+# Protobuf's own limit (C++ runtime): a message of less than 2 GiB.
+MAX_BYTES = 2**31 - 1
 
 
 def onnx_references(model: Path) -> list[Reference]:
@@ -103,36 +103,6 @@ def _number(entries: dict[str, str], key: str) -> int | None:
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The fields of a message that hold bytes: the number, and where the bytes begin and end. Others are skipped."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at, end)
-        number, wire = tag >> 3, tag & 7
-        if tag > MAX_TAG or number == 0:
-            raise ValueError(f"it has a field with the tag {tag}")
-        if wire == VARINT:
-            at = _varint(data, at, end)[1]
-        elif wire == BYTES:
-            length, at = _varint(data, at, end)
-            if length > end - at:
-                raise ValueError(f"a field of {length} bytes goes beyond its message")
-            yield number, at, at + length
-            at += length
-        elif wire in (BITS_64, BITS_32):
-            at += 8 if wire == BITS_64 else 4
-        else:  # groups, which onnx.proto does not have
-            raise ValueError(f"it has a field of the wire type {wire}")
-    if at != end:
-        raise ValueError("a field goes beyond its message")
-
-
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number that begins at a place, and the place after it."""
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise ValueError("a number goes beyond its message")
+    for number, value in fields(data, start, end):
+        if not isinstance(value, int):
+            yield number, *value

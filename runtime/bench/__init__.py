@@ -1,0 +1,1 @@
+"""Measures how fast a bundle is on this machine: `ditc bench`."""

@@ -1,0 +1,125 @@
+"""The process that runs one candidate: it loads the bundle, draws on request and tells the times.
+
+    python -m ditc.runtime.bench.worker        reads one JSON request per line, and writes one JSON answer per line
+
+Every candidate has a process of its own, because the libraries' threads slow each other down in one process, and
+because memory can only be told apart that way. The answer to a request is {"result": ...}, or {"error": the class of a
+DitcError, "message": ..., "hint": ...}. The process ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import IO, Any
+
+from ditc.runtime.bench.memory import peak_bytes
+from ditc.runtime.bench.timed_sessions import TimedSession, timed
+from ditc.runtime.errors import DitcError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+
+
+def main() -> int:
+    """Answer requests until there are no more."""
+    answers, worker = _own_stdout(), Worker()
+    with answers:
+        for line in sys.stdin:
+            try:
+                answer = {"result": worker.do(json.loads(line))}
+            except DitcError as error:
+                answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    worker.close()
+    return 0
+
+
+class Worker:
+    """What the process holds between two requests: the pipeline, and the clocks of its stages."""
+
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
+        self._clocked: Pipeline | None = None
+        self._clocks: dict[str, TimedSession] = {}
+
+    def do(self, asked: Mapping[str, Any]) -> Any:
+        """Do what a request asks for by its "do"; its other entries are the arguments."""
+        known: dict[str, Callable[..., Any]] = {"load": self.load, "draw": self.draw}
+        return known[asked["do"]](**{name: value for name, value in asked.items() if name != "do"})
+
+    def load(self, bundle: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the bundle. Seconds, and the largest memory so far."""
+        begin = perf_counter()
+        self._pipeline = Pipeline.load(bundle, options=LoadOptions(**options))
+        seconds = perf_counter() - begin
+        self._clocks = {name: timed(session) for name, session in self._pipeline.sessions.items()}
+        self._clocked = self._pipeline.with_sessions(self._clocks)
+        return {"seconds": seconds, "peak_bytes": peak_bytes(), "chosen": self._pipeline.chosen}
+
+    def draw(self, case: Mapping[str, int], prompts: list[str], seed: int) -> dict[str, Any]:
+        """Draw pictures from texts to pixels.
+
+        Returns:
+            the seconds of the whole, the runs of every stage as [seconds, shapes of its inputs], and the largest memory
+            so far, in the process and on the GPU.
+        """
+        assert self._clocked is not None and self._pipeline is not None
+        for clock in self._clocks.values():
+            clock.runs.clear()
+        request = Request(
+            prompt=prompts,
+            seed=seed,
+            height=case["height"],
+            width=case["width"],
+            num_inference_steps=case["steps"],
+            use_resolution_binning=False,  # the size that was asked for is what is measured
+            allow_uniform=True,
+            strict=True,
+        )
+        begin = perf_counter()
+        self._clocked.draw(request)
+        seconds = perf_counter() - begin
+        device = self._pipeline.device
+        return {
+            "seconds": seconds,
+            "stages": {
+                name: [[run.seconds, run.shapes] for run in clock.runs]
+                for name, clock in self._clocks.items()
+            },
+            "kinds": {name: clock.device.kind for name, clock in self._clocks.items()},
+            "peak_bytes": peak_bytes(),
+            "gpu_peak_bytes": None if device is None else device.peak_bytes,
+        }
+
+    def close(self) -> None:
+        """Close the sessions."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+
+def as_arguments(options: LoadOptions) -> dict[str, Any]:
+    """The options as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
+def _own_stdout() -> IO[str]:
+    """The stream of the answers. What libraries write to stdout goes to stderr instead."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except KeyboardInterrupt:  # ctrl-C reaches all processes of the terminal
+        code = 130
+    sys.exit(code)
