@@ -86,8 +86,9 @@ types:
 	@mkdir -p .types/ditc
 	@for part in runtime export parity calib; do ln -sfn ../../$$part .types/ditc/$$part; done
 
-bench: $(READY)  ## measure fidelity, host time and denoiser step time; writes benchmarks/results/
+bench: $(READY)  ## measure the bundle, fidelity, host time and denoiser step time; writes benchmarks/results/
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
+	$(BIN)/ditc bench $(OUT) --record
 	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.pipeline --model $(MODEL) --bundle $(OUT)
 	$(BIN)/python -m benchmarks.denoiser_step --model $(MODEL)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ditc.runtime.bundle.bench_record import BenchEntry, find_entry
 from ditc.runtime.bundle.certification import Certification, check_certified, find_certification
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, FileRef, Manifest, load_manifest
 from ditc.runtime.bundle.private_copy import check_possible, private_copy
 from ditc.runtime.bundle.signature import check_signature
 from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.cores import default_threads
 from ditc.runtime.errors import BundleError, SessionError, UsageError
 from ditc.runtime.expected_gpu import check_cpu_is_meant
 from ditc.runtime.gpu import select_gpu
@@ -71,7 +73,7 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
         check_signature(bundle, manifest, Path(options.require_signature))
     _check_golden_table(manifest)
     select_gpu(options.gpu)
-    chosen, reason = choose(manifest, options)
+    chosen, reason = choose_here(bundle, manifest, options)
     log.info("%s", reason)
     certification = find_certification(bundle, manifest, chosen, options.require_signature)
     if options.require_certificate:
@@ -89,13 +91,25 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     return Parts(manifest, sessions, conditioning, reason, chosen, certification, device)
 
 
-def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[str, Artifact], str]:
+def choose_here(bundle: Path, manifest: Manifest, options: LoadOptions) -> tuple[dict[str, Artifact], str]:
+    """`choose`, with what the bundle's record says about machines of this kind."""
+    automatic = options.named_backend == AUTO
+    entry = find_entry(bundle, manifest, options.threads or default_threads()) if automatic else None
+    return choose(manifest, options, entry)
+
+
+def choose(
+    manifest: Manifest, options: LoadOptions = DEFAULTS, entry: BenchEntry | None = None
+) -> tuple[dict[str, Artifact], str]:
     """Choose one artifact for each stage that a picture needs; the second result says in one line which and why.
 
     The denoiser decides. The backend is the first one, in order of preference (preference.py), that can run on this
     machine and for which the bundle has a denoiser in the requested precision. The other stages take the same backend
     if they can, else another one that can run; in 8 bits only where the options name the stage. Artifacts of backends
     that this version of ditc does not know are skipped.
+
+    Args:
+        entry: times that were measured on a machine of this kind.
 
     Raises:
         UsageError: the bundle has no denoiser that can run on this machine and fits the options, or lacks another stage
@@ -113,7 +127,7 @@ def choose(manifest: Manifest, options: LoadOptions = DEFAULTS) -> tuple[dict[st
     if unknown:
         log.info("skipped: this version of ditc does not know the backend %s", ", ".join(unknown))
     asked = [a for a in denoisers if precision is None or a.precision == precision]
-    wanted, later = in_order(runnable, asked) if backend == AUTO else ([Backend(backend)], {})
+    wanted, later = in_order(runnable, asked, entry) if backend == AUTO else ([Backend(backend)], {})
     for candidate in wanted:
         fitting = [
             a for a in asked if a.backend is candidate and (backend != AUTO or _is_for_this_machine(a))

@@ -13,6 +13,7 @@ from ditc.runtime.bench.ceilings import Ceilings
 from ditc.runtime.bench.choices import Candidate, Case
 from ditc.runtime.bench.measure import MODES, CandidateResult, Effort
 from ditc.runtime.bench.summary import Work, spread, stage_rows
+from ditc.runtime.bench.text_table import aligned
 from ditc.runtime.bundle.bench_record import BenchEntry
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import Manifest
@@ -97,9 +98,9 @@ def as_text(report: Json) -> Iterator[str]:
     for number, case in enumerate(candidates[0]["cases"]):
         yield ""
         yield f"{Case(**{name: case[name] for name in ('height', 'width', 'batch', 'steps')})}"
-        yield from _aligned(_case_rows(candidates, number))
+        yield from aligned(_case_rows(candidates, number))
     yield ""
-    yield from _aligned(_process_rows(candidates))
+    yield from aligned(_process_rows(candidates))
     yield ""
     yield "ceilings: " + ", ".join(
         [
@@ -164,15 +165,3 @@ def _shares(row: Json) -> str:
 
 def _middle(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _aligned(rows: Iterator[list[str]]) -> Iterator[str]:
-    """The rows as lines with columns of equal width, the first one on the left."""
-    table = list(rows)
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        first, *others = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join((first, *others)).rstrip()

@@ -19,9 +19,11 @@ from time import perf_counter
 from typing import IO, Any
 
 from ditc.runtime.bench.memory import peak_bytes
+from ditc.runtime.bench.profile_run import FirstInputs, profile_stage
 from ditc.runtime.bench.timed_sessions import TimedSession, timed
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.loader import choose_here
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 
@@ -45,19 +47,22 @@ class Worker:
     """What the process holds between two requests: the pipeline, and the clocks of its stages."""
 
     def __init__(self) -> None:
+        self._bundle = Path()
+        self._options = LoadOptions()
         self._pipeline: Pipeline | None = None
         self._clocked: Pipeline | None = None
         self._clocks: dict[str, TimedSession] = {}
 
     def do(self, asked: Mapping[str, Any]) -> Any:
         """Do what a request asks for by its "do"; its other entries are the arguments."""
-        known: dict[str, Callable[..., Any]] = {"load": self.load, "draw": self.draw}
+        known: dict[str, Callable[..., Any]] = {"load": self.load, "draw": self.draw, "profile": self.profile}
         return known[asked["do"]](**{name: value for name, value in asked.items() if name != "do"})
 
     def load(self, bundle: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Load the bundle. Seconds, and the largest memory so far."""
+        self._bundle, self._options = Path(bundle), LoadOptions(**options)
         begin = perf_counter()
-        self._pipeline = Pipeline.load(bundle, options=LoadOptions(**options))
+        self._pipeline = Pipeline.load(bundle, options=self._options)
         seconds = perf_counter() - begin
         self._clocks = {name: timed(session) for name, session in self._pipeline.sessions.items()}
         self._clocked = self._pipeline.with_sessions(self._clocks)
@@ -73,16 +78,7 @@ class Worker:
         assert self._clocked is not None and self._pipeline is not None
         for clock in self._clocks.values():
             clock.runs.clear()
-        request = Request(
-            prompt=prompts,
-            seed=seed,
-            height=case["height"],
-            width=case["width"],
-            num_inference_steps=case["steps"],
-            use_resolution_binning=False,  # the size that was asked for is what is measured
-            allow_uniform=True,
-            strict=True,
-        )
+        request = _request(case, prompts, seed)
         begin = perf_counter()
         self._clocked.draw(request)
         seconds = perf_counter() - begin
@@ -98,10 +94,41 @@ class Worker:
             "gpu_peak_bytes": None if device is None else device.peak_bytes,
         }
 
+    def profile(self, case: Mapping[str, int], prompts: list[str]) -> dict[str, Any]:
+        """Run every stage alone, with its library's profiler on, on the first inputs that it gets in a drawing.
+
+        Returns:
+            by stage, the seconds of a run, and the executed nodes in order, as the fields of `ExecutedNode`.
+        """
+        assert self._pipeline is not None
+        catchers = {name: FirstInputs(session) for name, session in self._pipeline.sessions.items()}
+        self._pipeline.with_sessions(catchers).draw(_request(case, prompts, 0))
+        artifacts, _ = choose_here(self._bundle, self._pipeline.manifest, self._options)
+        return {
+            name: profile_stage(
+                self._bundle, artifacts[name], self._options, catcher.feeds, self._pipeline.device
+            )
+            for name, catcher in catchers.items()
+            if catcher.feeds is not None
+        }
+
     def close(self) -> None:
         """Close the sessions."""
         if self._pipeline is not None:
             self._pipeline.close()
+
+
+def _request(case: Mapping[str, int], prompts: list[str], seed: int) -> Request:
+    return Request(
+        prompt=prompts,
+        seed=seed,
+        height=case["height"],
+        width=case["width"],
+        num_inference_steps=case["steps"],
+        use_resolution_binning=False,  # the size that was asked for is what is measured
+        allow_uniform=True,
+        strict=True,
+    )
 
 
 def as_arguments(options: LoadOptions) -> dict[str, Any]:

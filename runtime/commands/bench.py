@@ -75,20 +75,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Take the prompts from this file, one per line; every picture needs a new one (default: texts that are "
         "made up).",
     )
-    for name, times, text in (
-        ("repeats", 10, "Drawings of every case that count, with new and with cached prompts each"),
-        ("warmup", 2, "Drawings before those, which do not count"),
-        ("loads", 3, "New processes that load the bundle, for the time to load it and the first picture"),
+    for name, times, metavar, text in (
+        (
+            "repeats",
+            10,
+            "DRAWINGS",
+            "Drawings of every case that count, with new and with cached prompts each",
+        ),
+        ("warmup", 2, "DRAWINGS", "Drawings before those, which do not count"),
+        (
+            "loads",
+            3,
+            "PROCESSES",
+            "New processes that load the bundle, for the time to load it and the first picture",
+        ),
     ):
         parser.add_argument(
-            f"--{name}", type=int, default=times, metavar="TIMES", help=f"{text} (default: %(default)s)."
+            f"--{name}", type=int, default=times, metavar=metavar, help=f"{text} (default: %(default)s)."
         )
     parser.add_argument(
         "--order-seed",
         type=int,
         default=0,
         metavar="SEED",
-        help="Seed of the random order in which the candidates take turns (default: %(default)s).",
+        help="Seed of the random order in which the candidates take turns, a whole number (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="Then run every stage of the first case with its library's profiler on, and show the time by PyTorch "
+        "module (default: do not).",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="Only with --profile. Also write the profiles as a page to look at in a browser (default: none).",
     )
     add_load_arguments(parser, *LOAD)
     parser.add_argument(
@@ -108,9 +130,13 @@ def run(arguments: argparse.Namespace) -> int:
             measured then.
         DitcError: a candidate cannot load the bundle or draw a picture.
     """
+    from ditc.runtime.atomic import write_atomic
     from ditc.runtime.bench.ceilings import measure_ceilings
     from ditc.runtime.bench.choices import select_candidates, select_cases
     from ditc.runtime.bench.measure import measure
+    from ditc.runtime.bench.profile_page import page
+    from ditc.runtime.bench.profile_report import as_text as profiles_as_text
+    from ditc.runtime.bench.profile_report import profile_candidate
     from ditc.runtime.bench.prompts import Prompts
     from ditc.runtime.bench.report import as_json, as_text
     from ditc.runtime.bench.summary import entry
@@ -119,6 +145,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.cores import default_threads
 
     effort, options = _effort(arguments), load_options(arguments)
+    if arguments.html is not None:
+        if not arguments.profile:
+            raise UsageError("--html shows profiles, and none is made", hint="add --profile")
+        check_writable(arguments.html, "--html")
     texts = [] if arguments.prompts is None else read_prompts(arguments.prompts)
     bundle = read_bundle_argument(arguments)
     manifest = load_manifest(bundle)
@@ -126,10 +156,11 @@ def run(arguments: argparse.Namespace) -> int:
     cases = select_cases(
         manifest, candidates, _all(arguments.size), _all(arguments.batch), _all(arguments.steps)
     )
-    prompts = Prompts(texts, effort.prompts(cases))
+    profiled = candidates if arguments.profile else []
+    prompts = Prompts(texts, effort.prompts(cases) + len(profiled) * cases[0].batch)
     if arguments.record:
         check_writable(bundle / BENCHMARK, "BUNDLE")
-    with _progress(effort.drawings(len(candidates), len(cases))) as progress:
+    with _progress(effort.drawings(len(candidates), len(cases)) + len(profiled)) as progress:
         progress("measuring this machine", 0)
         ceilings = measure_ceilings(options.threads)
         results = measure(
@@ -141,14 +172,26 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.order_seed,
             progress=progress,
         )
+        profiles = []
+        for candidate in profiled:
+            progress(f"profiling {candidate.name}", 0)
+            texts = prompts.take(cases[0].batch)
+            profiles.append(profile_candidate(bundle, manifest, candidate, cases[0], texts))
+            progress("", 1)
     made = entry(candidates, results, options.threads or default_threads())
     report = as_json(bundle, manifest, candidates, results, ceilings, made, effort)
     if arguments.record:
         report["recorded"] = str(save_entry(bundle, manifest, made))
+    if profiles:
+        report["profiles"] = profiles
+    if arguments.html is not None:
+        write_atomic(arguments.html, page(report))
     if arguments.json:
         sys.stdout.write(json.dumps(report) + "\n")
         return 0
-    sys.stdout.write("\n".join(as_text(report)) + "\n")
+    sys.stdout.write("\n".join([*as_text(report), *profiles_as_text(profiles)]) + "\n")
+    if arguments.html is not None:
+        sys.stdout.write(f"{arguments.html}\n")
     if arguments.record:
         sys.stdout.write(f"recorded in {report['recorded']}\n")
     return 0

@@ -116,7 +116,7 @@ def _models(
     """The models, none of which is opened yet. What is wrong with a bundle's manifest is found here."""
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.gpu import find_gpus, select_gpu
-    from ditc.runtime.loader import choose
+    from ditc.runtime.loader import choose_here
     from ditc.runtime.serving.memory import default_budget, parse_bytes
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.scheduling.admission import Admission
@@ -128,7 +128,7 @@ def _models(
     select_gpu(load.gpu)
     on_gpu = False
     for path in bundles.values():
-        artifacts, _ = choose(load_manifest(path), load)
+        artifacts, _ = choose_here(path, load_manifest(path), load)
         on_gpu |= row_of(artifacts[DENOISER].backend).same_gpu
     if budget is None:
         budget = default_budget(find_gpus()[0].memory_bytes if on_gpu else None)

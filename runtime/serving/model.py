@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from ditc.runtime.bundle.bench_record import Measured, find_entry
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.bundle.selftest import describe, run_self_test
+from ditc.runtime.cores import default_threads
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.loader import choose
+from ditc.runtime.loader import choose_here
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
@@ -21,8 +23,9 @@ from ditc.runtime.serving.scheduling.admission import Admission
 from ditc.runtime.serving.scheduling.job import Event, Job
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.scheduler import Scheduler
-from ditc.runtime.serving.scheduling.warm_up import warm_up
+from ditc.runtime.serving.scheduling.warm_up import begin_with, warm_up
 from ditc.runtime.serving.settings import SchedulerOptions
+from ditc.runtime.spec import Precision
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ def open_model(
         observer=observer,
     )
     try:
+        begin_with(scheduler.pipeline, scheduler.times, recorded_times(bundle, scheduler.pipeline, load))
         warm_up(scheduler.pipeline, scheduler.times, seconds=warm_up_seconds)
         scheduler.start()
     except BaseException:
@@ -130,7 +134,7 @@ def open_pipeline(bundle: Path, load: LoadOptions) -> Pipeline:
     if not load.self_test:
         return pipeline
     try:
-        artifacts, _ = choose(pipeline.manifest, load)
+        artifacts, _ = choose_here(bundle, pipeline.manifest, load)
         tested = run_self_test(bundle, pipeline.manifest, pipeline.sessions, artifacts)
         if broken := next((line for line in tested.lines if line.passed is False), None):
             raise NumericsError(
@@ -143,11 +147,17 @@ def open_pipeline(bundle: Path, load: LoadOptions) -> Pipeline:
     return pipeline
 
 
+def recorded_times(bundle: Path, pipeline: Pipeline, load: LoadOptions) -> Measured | None:
+    """What `ditc bench --record` measured of what was loaded, on a machine of this kind; None without that."""
+    entry = find_entry(bundle, pipeline.manifest, load.threads or default_threads())
+    return None if entry is None else entry.candidate(pipeline.backend, Precision(pipeline.precision))
+
+
 def expected_bytes(bundle: Path, load: LoadOptions) -> int:
     """The memory that a bundle takes at least, from its manifest: the files that are opened.
 
     Raises:
         DitcError: the manifest cannot be read, or no artifact fits the machine and the options.
     """
-    artifacts, _ = choose(load_manifest(bundle), load)
+    artifacts, _ = choose_here(bundle, load_manifest(bundle), load)
     return sum(file.size_bytes for artifact in artifacts.values() for file in artifact.files)

@@ -42,6 +42,7 @@ class OnnxRuntimeSession:
         provider: the name of an execution provider. None takes CUDA if it works here, else the CPU.
         threads: the number of intra-op threads; 0 takes one per core that this process may use.
         cuda_graph: let the CUDA provider capture CUDA graphs. It must then support every node of the graph.
+        profile: the beginning of the path of a file into which ONNX Runtime's profiler writes.
 
     Raises:
         SessionError: ONNX Runtime cannot load the graph with this provider, or the graph does not fit the spec.
@@ -56,6 +57,7 @@ class OnnxRuntimeSession:
         provider: str | None = None,
         threads: int = 0,
         cuda_graph: bool = False,
+        profile: Path | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -74,6 +76,8 @@ class OnnxRuntimeSession:
         # new prompt, the demo's picture then takes a tenth to a half longer (docs/backends.md).
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Without this, the end of the file's name decides, and ORT's own format was never checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         if precision is Precision.INT8:

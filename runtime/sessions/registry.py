@@ -18,6 +18,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import Backend, Precision
 
 if TYPE_CHECKING:
+    from ditc.runtime.bench.profile import ProfiledSession
     from ditc.runtime.bundle.manifest import Artifact
     from ditc.runtime.bundle.references import Reference
     from ditc.runtime.load_options import LoadOptions
@@ -40,6 +41,8 @@ class BackendRow:
         extra: the extra in pyproject.toml that installs these packages; None if ditc itself requires them.
         lack: says in one line what this machine lacks to run it, with the command that helps; "" if it can run.
         open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
+        profile: opens a stage with the library's profiler on, as a `ProfiledSession` (bench/profile.py). None if it has
+            none.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
         builds_engines: whether it runs what a build makes from the stage's ONNX graph: engines, or another form of the
@@ -70,6 +73,7 @@ class BackendRow:
     lack: Callable[[BackendRow], str]
     open: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], Session]
     references: Callable[[Path], Sequence[Reference]] | None
+    profile: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], ProfiledSession] | None = None
     builds_engines: bool = False
     same_library: bool = False
     same_gpu: bool = False
@@ -103,6 +107,7 @@ def _imported_later(module: str, function: str) -> Callable[..., Any]:
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 _TENSORRT, _ONNXRUNTIME = "ditc.runtime.sessions.tensorrt_backend", "ditc.runtime.sessions.onnxruntime"
+_PROFILERS = "ditc.runtime.bench.profilers"
 _OPENVINO, _OPENVINO_LIBRARY = "ditc.runtime.sessions.openvino", "ditc.runtime.sessions.openvino_library"
 
 # Engines come first, because they make the best use of a GPU. TensorRT comes before TensorRT-RTX: if a bundle has
@@ -118,6 +123,7 @@ _table: list[BackendRow] = [
         lack=_imported_later(_TENSORRT, "lack"),
         open=_imported_later(_TENSORRT, "open_stage"),
         references=None,  # an engine holds its weights
+        profile=_imported_later(f"{_PROFILERS}.tensorrt", "open_profiled"),
         builds_engines=True,
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
@@ -134,6 +140,7 @@ _table: list[BackendRow] = [
         lack=_imported_later(_TENSORRT, "lack"),
         open=_imported_later(_TENSORRT, "open_stage"),
         references=None,  # an engine holds its weights
+        profile=_imported_later(f"{_PROFILERS}.tensorrt", "open_profiled"),
         builds_engines=True,
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,
@@ -149,6 +156,7 @@ _table: list[BackendRow] = [
         lack=_imported_later(_OPENVINO_LIBRARY, "lack"),
         open=_imported_later(_OPENVINO, "open_stage"),
         references=_imported_later("ditc.runtime.bundle.ir_references", "ir_references"),
+        profile=_imported_later(f"{_PROFILERS}.openvino", "open_profiled"),
         builds_engines=True,
         devices=("CPU", "GPU", "NPU"),
         precisions=(Precision.FP32, Precision.BF16, Precision.INT8),
@@ -162,6 +170,7 @@ _table: list[BackendRow] = [
         lack=_imported_later(_ONNXRUNTIME, "lack"),
         open=_imported_later(_ONNXRUNTIME, "open_stage"),
         references=_imported_later("ditc.runtime.bundle.onnx_references", "onnx_references"),
+        profile=_imported_later(f"{_PROFILERS}.onnxruntime", "open_profiled"),
         providers=("cpu", "cuda"),
         cannot=_imported_later(_ONNXRUNTIME, "cannot"),
         polygraphy="polygraphy run {model} --onnxrt",

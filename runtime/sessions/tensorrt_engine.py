@@ -264,6 +264,10 @@ class TensorRTContext:
     def enqueue(self, stream: int) -> bool:
         return bool(self._context.execute_async_v3(stream))
 
+    def report_to(self, profiler: Any) -> None:
+        """Let every run report the time of its layers to the library's IProfiler, and wait for that."""
+        self._context.profiler = profiler
+
     def capturable(self, stream: int) -> bool:
         """Ask TensorRT-RTX. TensorRT cannot be asked, so the answer is True, and its capture may still fail."""
         ask = getattr(self._context, "is_stream_capturable", None)

@@ -44,6 +44,8 @@ UNITS = {
     "PX": "pixels",
     "STEPS": "steps",
     "PICTURES": "pictures",
+    "DRAWINGS": "drawings",
+    "PROCESSES": "processes",
     "PROMPTS": "prompts",
     "THREADS": "threads",
     "CHANNELS": "channels",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import monotonic
 
 from ditc.runtime.batch import STEADY_RUN, Batch
+from ditc.runtime.bundle.bench_record import Measured
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.scheduling.job import batch_key
@@ -15,6 +16,34 @@ from ditc.runtime.spec import DENOISER, VAE_DECODER
 from ditc.runtime.step_contract import ROWS
 
 log = logging.getLogger(__name__)
+
+
+def begin_with(pipeline: Pipeline, times: StepTimes, recorded: Measured | None) -> None:
+    """Take the times of sizes and batches that were measured earlier. What is measured from now on corrects them.
+
+    Args:
+        times: gets the times.
+        recorded: of this bundle's artifacts, on a machine of this kind.
+    """
+    for case in () if recorded is None else recorded.cases:
+        step, decoding = case.stages.get(DENOISER), case.stages.get(VAE_DECODER)
+        texts = [
+            spread.median_s for name, spread in case.stages.items() if name not in (DENOISER, VAE_DECODER)
+        ]
+        request = Request(
+            prompt="warm-up",
+            seed=0,
+            height=case.height,
+            width=case.width,
+            num_inference_steps=case.steps,
+            use_resolution_binning=False,
+        )
+        (state,) = pipeline.states(replace(pipeline.plan(request), at_once=1))
+        if step is not None and case.batch <= times.max_batch:
+            times.record(batch_key(state), case.batch, step.median_s)
+        times.record_stage(TEXT, case.batch, sum(texts))
+        if decoding is not None:
+            times.record_stage(VAE_DECODER, case.batch * case.height * case.width, decoding.median_s)
 
 
 def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:

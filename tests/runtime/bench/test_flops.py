@@ -34,7 +34,8 @@ def save(text: str, path: Path) -> Path:
     model = onnx.parser.parse_model(text)
     for value in (*model.graph.input, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            dim.dim_param = "2*half" if dim.dim_param == "twice" else dim.dim_param
+            if dim.dim_param == "twice":
+                dim.dim_param = "2*half"
     onnx.save(model, path)
     return path
 
