@@ -95,7 +95,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=GRAPH_BACKEND,
         choices=build_backends(),
         help="Library to build for. Every build makes ONNX graphs for ONNX Runtime; the other backends add what is "
-        "built from them: engines for NVIDIA's GPUs, or OpenVINO's form of the graphs (default: %(default)s).",
+        "built from them: engines for NVIDIA's GPUs, or OpenVINO's form of the graphs, for CPUs, and Intel's GPUs and "
+        "NPUs (default: %(default)s).",
     )
     parser.add_argument(
         "--targets",

@@ -12,6 +12,8 @@ from ditc.runtime.bench.flops import CONVOLUTIONS, LINEAR_ATTENTION, PRODUCTS
 from ditc.runtime.bench.graph import Graph
 from ditc.runtime.session import Session
 
+# Words in the kinds of executed nodes that multiply matrices.
+_PRODUCT_KINDS = ("MatMul", "FullyConnected", "Conv", "Gemm")
 _HEAVY = PRODUCTS | CONVOLUTIONS.keys() | {LINEAR_ATTENTION}
 
 
@@ -72,7 +74,11 @@ def modules_of(nodes: Sequence[ExecutedNode], graph: Graph) -> list[str]:
     made of others, to the innermost module that holds them all. Nodes that the graph does not have, because a library
     or a function brought them in, belong to the innermost module that holds the nodes before and after them.
     """
-    known = {node.name: (node.op, node.scopes[-1]) for node in graph.nodes if node.scopes}
+    known: dict[str, tuple[str, str]] = {}
+    for each in graph.nodes:
+        if each.scopes:
+            for name in (each.name, *each.outputs):  # a library may name a node after its result
+                known.setdefault(name, (each.op, each.scopes[-1]))
     found = [_own_module(node, known) for node in nodes]
     before: list[str | None] = []
     last = None
@@ -122,13 +128,20 @@ def by_kind(modules: Iterable[ModuleTime]) -> dict[str, float]:
 
 
 def _own_module(node: ExecutedNode, known: Mapping[str, tuple[str, str]]) -> str | None:
-    found = [known[name] for name in map(_name_in, (node.name, *node.origins)) if name in known]
-    for op, module in found:
-        if op in _HEAVY:
-            return module
-    return common_module([module for _, module in found]) if found else None
+    names = map(_name_in, (*node.origins, node.name))
+    found = list(dict.fromkeys(known[name] for name in names if name in known))
+    if not found:
+        return None
+    # What libraries fuse into a product follows it. The first of its nodes may be the addition of its bias.
+    first = found[0][1] if any(word in node.kind for word in _PRODUCT_KINDS) else None
+    product = next((module for op, module in found if op in _HEAVY), first)
+    return product if product is not None else common_module([module for _, module in found])
 
 
 def _name_in(name: str) -> str:
-    """The graph's name in a library's: OpenVINO and ONNX Runtime add parts such as "/WithoutBiases"."""
-    return name.split("/", 1)[0]
+    """The graph's name in a library's.
+
+    OpenVINO and ONNX Runtime add parts such as "/WithoutBiases". ONNX Runtime 1.32 adds "_token_7" to names that would
+    come twice, and "_nchwc" to those of the results of convolutions in its own layout.
+    """
+    return re.sub(r"_token_[0-9]+$", "", name.split("/", 1)[0]).removesuffix("_nchwc")

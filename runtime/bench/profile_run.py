@@ -57,7 +57,7 @@ def profile_stage(
     """Open the stage once more with the profiler, and run it.
 
     Returns:
-        the median of a run in seconds, profiler included, and the executed nodes; None if the backend has no profiler.
+        the mean time of a run in seconds, profiler included, and the executed nodes; None if the backend has no profiler.
     """
     row = row_of(artifact.backend)
     if row.profile is None:
@@ -74,4 +74,4 @@ def profile_stage(
         nodes = [asdict(node) for node in session.executed_nodes()]
     finally:
         session.close()
-    return {"run_s": sorted(times)[len(times) // 2], "runs": len(times), "nodes": nodes}
+    return {"run_s": sum(times) / len(times), "runs": len(times), "nodes": nodes}

@@ -10,6 +10,7 @@ from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.gpu import RTX_LIBRARY, Gpu, driver_version, find_gpu, find_gpus, no_gpu, rtx_library_folder
 from ditc.runtime.sessions.onnxruntime_cuda import INSTALL, cuda_lack
 from ditc.runtime.sessions.registry import library_version, missing, rows
+from ditc.runtime.spec import Backend
 
 # Package, prefix of the version, its defect, and the hint. Sources: NVIDIA's release notes of these versions.
 KNOWN_BAD = (
@@ -38,6 +39,7 @@ def engine_findings() -> list[Finding]:
         *_targets(),
         *_runs(),
         *_onnxruntime(gpu),
+        *_openvino(),
         *_plugin(),
         *known_bad(),
         *missing_link(rtx_library_folder()),
@@ -94,6 +96,22 @@ def _onnxruntime(gpu: Gpu | None) -> list[Finding]:
     if lack:
         return [Finding("cannot run", f"onnxruntime on a GPU: {lack}", None, INSTALL if gpu else None)]
     return [Finding("runs", "onnxruntime on the GPU, with its CUDA provider")]
+
+
+def _openvino() -> list[Finding]:
+    """What OpenVINO can compute on, for --device; nothing if it is not installed."""
+    if missing(Backend.OPENVINO):
+        return []
+    from ditc.runtime.sessions.openvino_library import core
+
+    found = ", ".join(core().available_devices)
+    if not found:
+        return [
+            Finding(
+                "cannot run", "openvino: it finds no device, not even a CPU", False, "pip install openvino"
+            )
+        ]
+    return [Finding("runs", f"openvino on {found}, which --device chooses; ditc was tried on the CPU only")]
 
 
 def _plugin() -> list[Finding]:

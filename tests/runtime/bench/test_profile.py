@@ -11,7 +11,7 @@ from ditc.runtime.bench.profilers.tensorrt import Layers, layer_kind
 
 
 def node(name: str, op: str, module: str) -> Node:
-    return Node(name=name, op=op, inputs=(), outputs=(), scopes=("", module))
+    return Node(name=name, op=op, inputs=(), outputs=(f"{name}_result",), scopes=("", module))
 
 
 GRAPH = Graph(
@@ -27,14 +27,26 @@ GRAPH = Graph(
 )
 
 
-def executed(name: str, *origins: str) -> ExecutedNode:
-    return ExecutedNode(name=name, kind="K", type="f32", seconds=1.0, origins=origins)
+def executed(name: str, *origins: str, kind: str = "K") -> ExecutedNode:
+    return ExecutedNode(name=name, kind=kind, type="f32", seconds=1.0, origins=origins)
 
 
 def test_a_fused_node_belongs_to_its_product() -> None:
     """A residual that is added by the product's kernel counts with the product."""
     assert modules_of([executed("add", "out", "add")], GRAPH) == ["net.blocks.0.attn.to_out"]
     assert modules_of([executed("q/WithoutBiases")], GRAPH) == ["net.blocks.0.attn.to_q"]
+
+
+def test_a_product_whose_bias_alone_is_known_belongs_to_that() -> None:
+    (module,) = modules_of([executed("norm", "relu", "norm", kind="FullyConnected")], GRAPH)
+    assert module == "net.blocks.0.attn"
+
+
+@pytest.mark.parametrize("name", ["q_result_nchwc", "q_token_12", "q/MatmulTransposeFusion/", "q_result"])
+def test_names_that_libraries_change_are_recognised(name: str) -> None:
+    assert (
+        modules_of([executed("out"), executed(name), executed("norm")], GRAPH)[1] == "net.blocks.0.attn.to_q"
+    )
 
 
 def test_a_fusion_of_others_belongs_to_the_module_that_holds_them_all() -> None:
