@@ -110,6 +110,11 @@ def pattern(module: str) -> str:
     return re.sub(r"(^|\.)[0-9]+(?=\.|$)", r"\1*", module)
 
 
+def graph_names(node: ExecutedNode) -> list[str]:
+    """Names of the graph's nodes or results that an executed node may be made of, in order."""
+    return [_name_in(name) for name in (*node.origins, node.name)]
+
+
 def by_pattern(modules: Iterable[ModuleTime]) -> dict[str, float]:
     """Seconds by pattern of the path."""
     seconds: dict[str, float] = defaultdict(float)
@@ -128,8 +133,7 @@ def by_kind(modules: Iterable[ModuleTime]) -> dict[str, float]:
 
 
 def _own_module(node: ExecutedNode, known: Mapping[str, tuple[str, str]]) -> str | None:
-    names = map(_name_in, (*node.origins, node.name))
-    found = list(dict.fromkeys(known[name] for name in names if name in known))
+    found = list(dict.fromkeys(known[name] for name in graph_names(node) if name in known))
     if not found:
         return None
     # What libraries fuse into a product follows it. The first of its nodes may be the addition of its bias.

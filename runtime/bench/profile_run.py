@@ -57,7 +57,8 @@ def profile_stage(
     """Open the stage once more with the profiler, and run it.
 
     Returns:
-        the mean time of a run in seconds, profiler included, and the executed nodes; None if the backend has no profiler.
+        the mean time of a run in seconds, profiler included, and the executed nodes; None if the backend has no
+        profiler.
     """
     row = row_of(artifact.backend)
     if row.profile is None:

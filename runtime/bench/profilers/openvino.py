@@ -22,9 +22,7 @@ class ProfiledOpenvinoSession(OpenvinoSession):
 
     def executed_nodes(self) -> list[ExecutedNode]:
         """The nodes of the shapes that ran last. OpenVINO gives whole microseconds, as the mean of all runs."""
-        ops = self.last_compiled().get_runtime_model().get_ordered_ops()
-        executed = [_node(op.get_friendly_name(), op.get_rt_info()) for op in ops]
-        return [node for _, node in sorted(executed, key=lambda pair: pair[0])]
+        return executed_nodes(self)
 
 
 def open_profiled(
@@ -32,6 +30,13 @@ def open_profiled(
 ) -> ProfiledOpenvinoSession:
     """Open a stage with the counters on."""
     return ProfiledOpenvinoSession(model, artifact, options)
+
+
+def executed_nodes(session: OpenvinoSession) -> list[ExecutedNode]:
+    """What OpenVINO executes for the shapes that ran last, in order. Without the counters, all times are 0."""
+    ops = session.last_compiled().get_runtime_model().get_ordered_ops()
+    executed = [_node(op.get_friendly_name(), op.get_rt_info()) for op in ops]
+    return [node for _, node in sorted(executed, key=lambda pair: pair[0])]
 
 
 def _node(name: str, info: Any) -> tuple[int, ExecutedNode]:

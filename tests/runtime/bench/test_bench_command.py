@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ditc.runtime.bench.profile_page import page
-from ditc.runtime.bundle.bench_record import BENCHMARK, find_entry, read_record
+from ditc.runtime.bundle.bench_record import BENCHMARK, Measured, find_entry, read_record, save_entry
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.loader import choose_here
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.serving.model import recorded_times
+from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
+from ditc.runtime.serving.scheduling.warm_up import begin_with
 from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 
 
@@ -109,8 +117,6 @@ def test_a_record_that_was_changed_is_ignored(measured, tmp_path: Path, caplog) 
 
 
 def test_a_second_run_replaces_the_entry(measured, tmp_path: Path) -> None:
-    from ditc.runtime.bundle.bench_record import save_entry
-
     bundle, _ = measured
     manifest = load_manifest(bundle)
     entry = find_entry(bundle, manifest, threads=1)
@@ -119,6 +125,55 @@ def test_a_second_run_replaces_the_entry(measured, tmp_path: Path) -> None:
         save_entry(tmp_path, manifest, entry)
     record = read_record(tmp_path)
     assert record is not None and record.entries == (entry,)
+
+
+@pytest.mark.parametrize("fastest", ["onnxruntime", "openvino"])
+def test_auto_takes_what_was_faster_here(measured, tmp_path: Path, fastest: str) -> None:
+    bundle, _ = measured
+    manifest, options = load_manifest(bundle), LoadOptions(threads=1)
+    entry = find_entry(bundle, manifest, threads=1)
+    assert entry is not None
+    save_entry(tmp_path, manifest, replace(entry, candidates=tuple(slowed(entry.candidates, fastest))))
+    chosen, reason = choose_here(tmp_path, manifest, options)
+    assert chosen[DENOISER].backend == fastest
+    assert "by the bundle's record of 20" in reason
+    named, _ = choose_here(tmp_path, manifest, replace(options, backend="openvino"))
+    assert named[DENOISER].backend == "openvino"
+
+
+def slowed(candidates: tuple[Measured, ...], fastest: str) -> Iterator[Measured]:
+    """The candidates, as if all but one took an hour longer."""
+    for measured in candidates:
+        more = 0.0 if measured.backend == fastest else 3600.0
+        cases = [
+            replace(
+                case,
+                new_prompt=replace(
+                    case.new_prompt,
+                    median_s=case.new_prompt.median_s + more,
+                    p90_s=case.new_prompt.p90_s + more,
+                ),
+            )
+            for case in measured.cases
+        ]
+        yield replace(measured, cases=tuple(cases))
+
+
+def test_a_server_begins_with_the_recorded_times(measured) -> None:
+    bundle, _ = measured
+    load = LoadOptions(threads=1, backend="onnxruntime")
+    with Pipeline.load(bundle, options=load) as pipeline:
+        recorded = recorded_times(bundle, pipeline, load)
+        assert recorded is not None and recorded.backend == "onnxruntime"
+        times = StepTimes(max_batch=1)
+        begin_with(pipeline, times, recorded)
+        one = recorded.cases[0]
+        (sizes,) = times.measured().values()
+        assert sizes == {1: one.stages[DENOISER].median_s}  # a batch of 2 is more than this server runs
+        assert times.stage_seconds(VAE_DECODER, one.height * one.width) > 0
+        assert times.stage_seconds(TEXT, 1) > 0
+        begin_with(pipeline, untouched := StepTimes(max_batch=1), None)
+        assert untouched.measured() == {}
 
 
 WRONG = [
@@ -163,7 +218,6 @@ def test_a_process_that_dies_is_an_error_with_its_last_words(tiny_bundle: Path, 
     from ditc.runtime.bench import process
     from ditc.runtime.bench.choices import select_candidates
     from ditc.runtime.errors import SessionError
-    from ditc.runtime.load_options import LoadOptions
 
     code = "import sys; sys.stdin.readline(); sys.exit('out of luck')"
     monkeypatch.setattr(process, "COMMAND", (process.sys.executable, "-c", code))
@@ -178,7 +232,6 @@ def test_an_error_in_the_process_keeps_its_class_and_hint(tiny_bundle: Path, tmp
     from ditc.runtime.bench.choices import select_candidates
     from ditc.runtime.bench.process import Process
     from ditc.runtime.errors import BundleError
-    from ditc.runtime.load_options import LoadOptions
 
     (candidate,) = select_candidates(load_manifest(tiny_bundle), [], [], LoadOptions())
     with pytest.raises(BundleError, match=r"onnxruntime fp32: .* is not a bundle") as error:
