@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -11,7 +10,7 @@ STATUS = Path("/proc/self/status")
 def peak_bytes() -> int | None:
     """The largest resident size of this process so far; None where the system does not say.
 
-    On Linux from /proc: what getrusage says there also counts the process that started this one (getrusage(2), "the
+    From Linux's /proc. What getrusage says there also counts the process that started this one (getrusage(2): "the
     resource usage metrics are preserved across an execve(2)").
     """
     try:
@@ -20,9 +19,4 @@ def peak_bytes() -> int | None:
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None

@@ -12,10 +12,9 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
-import ditc.runtime.errors as errors
 from ditc.runtime.bench.choices import Candidate
 from ditc.runtime.bench.worker import as_arguments
-from ditc.runtime.errors import DitcError, MissingExtra, SessionError
+from ditc.runtime.errors import BundleError, DitcError, NumericsError, OutputError, SessionError, UsageError
 
 COMMAND = (
     sys.executable,
@@ -23,6 +22,10 @@ COMMAND = (
     "-m",
     "ditc.runtime.bench.worker",
 )  # -P: import nothing from the current folder
+# What an answer may say was raised. All else counts as an error of the session.
+KINDS: dict[str, type[DitcError]] = {
+    kind.__name__: kind for kind in (UsageError, OutputError, BundleError, SessionError, NumericsError)
+}
 # How long an idle process may take to end before it is killed.
 END_S = 10.0
 
@@ -107,9 +110,7 @@ class Process:
         )
 
     def _error(self, answer: dict[str, Any]) -> DitcError:
-        kind = getattr(errors, answer["error"], SessionError)
-        if not issubclass(kind, DitcError) or issubclass(kind, MissingExtra):
-            kind = SessionError
+        kind = KINDS.get(answer["error"], SessionError)
         return kind(f"{self.candidate.name}: {answer['message']}", hint=answer["hint"])
 
     def __enter__(self) -> Self:
