@@ -94,7 +94,7 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
     native: dict[str, Session] = {}
     traced: dict[str, ir.Model] = {}
     for name, artifact in chosen.items():
-        graph = _graph_of(parts.manifest, name, artifact)
+        graph = graph_of(parts.manifest, name, artifact)
         if graph is not None and sessions[name].device.widens(artifact.precision):
             native[name] = sessions[name]
             sessions[name], traced[name] = open_rounded(
@@ -118,7 +118,7 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
     )
 
 
-def _graph_of(manifest: Manifest, stage: str, artifact: Artifact) -> Artifact | None:
+def graph_of(manifest: Manifest, stage: str, artifact: Artifact) -> Artifact | None:
     """The graph that an artifact was made from, which may be the artifact itself; None if the bundle has none."""
     of_stage = (artifact, *manifest.stages[stage].artifacts)
     return next((a for a in of_stage if is_graph(a) and a.precision is artifact.precision), None)

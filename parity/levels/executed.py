@@ -6,15 +6,52 @@ shows that it does not happen, node for node, whatever the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
+from ditc.export.example_inputs import example_feeds, example_sizes
+from ditc.parity.candidate import graph_of
+from ditc.parity.context import Context
+from ditc.parity.results import Result, judged, not_checked
 from ditc.runtime.bench.profile import ExecutedNode, graph_names
 from ditc.runtime.bench.profilers.openvino import executed_nodes
 from ditc.runtime.sessions.openvino import OpenvinoSession
+from ditc.runtime.spec import Precision
+from ditc.runtime.tolerances import Level, Metric, limit
 
 NARROW = ("bf16", "f16")
+SMALL = 4  # multiples of each dimension's step: types do not depend on the size
+SHOWN = 3  # wrong nodes that are named in a result
+WHAT = "executed types"
+
+
+def check(context: Context) -> Iterator[Result]:
+    """Run every stage that OpenVINO runs on small inputs, and compare what it executed with the stage's ONNX graph."""
+    candidate = context.candidate
+    for stage, artifact in candidate.artifacts.items():
+        session = candidate.native.get(stage, candidate.sessions[stage])
+        if not isinstance(session, OpenvinoSession):
+            continue
+        context.tick(f"graph, {stage}")
+        graph = graph_of(candidate.manifest, stage, artifact)
+        if graph is None or candidate.bundle is None:
+            why = f"the bundle has no graph of {stage} in {artifact.precision.value}"
+            yield not_checked(Level.GRAPH, stage, WHAT, why, metric=Metric.COUNT)
+            continue
+        session.run(example_feeds(session.spec, example_sizes(session.spec, max_multiple=SMALL)))
+        wrong = narrowed_nodes(session, ir.load(candidate.bundle / graph.file.path))
+        yield judged(
+            Level.GRAPH,
+            stage,
+            WHAT,
+            Metric.COUNT,
+            float(len(wrong)),
+            limit(Level.GRAPH, Metric.COUNT, Precision.FP32),
+            detail="; ".join(wrong[:SHOWN]),
+            causes=("OpenVINO narrowed a part of the graph to 16 bits",) if wrong else (),
+            against="the types in the graph",
+        )
 
 
 def narrowed_nodes(session: OpenvinoSession, model: ir.Model) -> list[str]:

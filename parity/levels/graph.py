@@ -15,25 +15,22 @@ import torch
 from torch import Tensor
 
 from ditc.export.build.weights import stored_tensor
-from ditc.export.example_inputs import example_feeds, example_sizes
 from ditc.export.graph.passes.islands import check_islands
 from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.verify import check_scales
 from ditc.parity import tokens
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
-from ditc.parity.levels.executed import narrowed_nodes
+from ditc.parity.levels import executed
 from ditc.parity.results import Culprit, Result, judged, not_checked
 from ditc.runtime.errors import BuildError
 from ditc.runtime.schedulers import SchedulerKind, SchedulerParams, coefficient_table, dynamic_mu
 from ditc.runtime.session import Array
-from ditc.runtime.sessions.openvino import OpenvinoSession
 from ditc.runtime.spec import Precision, StageSpec
 from ditc.runtime.tolerances import Level, Metric, limit
 from ditc.runtime.weight_map import Weight, apply, is_lossless, read_weight_map
 
 EXACT = limit(Level.GRAPH, Metric.COUNT, Precision.FP32)
-SMALL = 4  # multiples of each dimension's step: types do not depend on the size
 SHOWN = 3  # wrong weights that are named in a result
 
 
@@ -44,10 +41,10 @@ def check(context: Context) -> Iterator[Result]:
         assert model is not None
         context.tick(f"graph, {stage}")
         yield _check_islands(stage, model, context.reference.plan.stages[stage].spec)
-        yield from _check_executed_types(context, stage, model)
         yield from _check_weights(context, stage, model)
         if stage in context.candidate.plans:
             yield _check_quantized_values(context, stage, model)
+    yield from executed.check(context)
     yield _check_schedule(context)
     yield from tokens.check(context)
 
@@ -69,27 +66,6 @@ def _check_islands(stage: str, model: ir.Model, spec: StageSpec) -> Result:
         detail=problem,
         causes=causes,
         against="the precision policy",
-    )
-
-
-def _check_executed_types(context: Context, stage: str, model: ir.Model) -> Iterator[Result]:
-    """Whether OpenVINO, if it runs the stage, computes in fp32 what the graph has in fp32."""
-    candidate = context.candidate
-    session = candidate.native.get(stage, candidate.pipeline.sessions.get(stage))
-    if not isinstance(session, OpenvinoSession):
-        return
-    session.run(example_feeds(session.spec, example_sizes(session.spec, max_multiple=SMALL)))
-    wrong = narrowed_nodes(session, model)
-    yield judged(
-        Level.GRAPH,
-        stage,
-        "executed types",
-        Metric.COUNT,
-        float(len(wrong)),
-        EXACT,
-        detail="; ".join(wrong[:SHOWN]),
-        causes=("OpenVINO narrowed a part of the graph to 16 bits",) if wrong else (),
-        against="the types in the graph",
     )
 
 
