@@ -21,7 +21,7 @@ from PIL import Image
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.callback import FIXED, OF_ONE_RUN, StepCallback, check_callback
 from ditc.runtime.conditioning import Conditioning
-from ditc.runtime.decode import Decoded, decode_state, join
+from ditc.runtime.decode import Decoded, decode_state, join, prepare_decoder
 from ditc.runtime.drawing import draw_parts
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.failure import Tally, check_failures
@@ -345,6 +345,17 @@ class Pipeline:
         """The pictures of one finished state, and those that failed. `first` is the index of its first picture."""
         decoder, scale = self.sessions[VAE_DECODER], self.manifest.latents.scale_factor
         return decode_state(decoder, state, plan, first=first, scale=scale, tiling=self.tiling)
+
+    def prepare_decoder(self, plan: Plan) -> None:
+        """Let the decoder prepare for the size of the plan's pictures, if that takes it time."""
+        latents = self.manifest.latents
+        prepare_decoder(
+            self.sessions[VAE_DECODER],
+            plan,
+            channels=latents.channels,
+            scale=latents.scale_factor,
+            tiling=self.tiling,
+        )
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build."""

@@ -131,6 +131,19 @@ class DeviceSession(Protocol):
         ...
 
 
+@runtime_checkable
+class CompilingSession(Protocol):
+    """A session that compiles its stage when shapes run for the first time."""
+
+    def compile_ahead(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Begin to compile for these shapes of the inputs while the caller goes on. A run of them waits for the end.
+
+        Nothing is done if they are compiled, if there is no room for them, or if the session has only one thread. What
+        goes wrong is raised by the run.
+        """
+        ...
+
+
 def closed(spec: StageSpec) -> SessionError:
     """The error of a run after `close`, which may come from another thread."""
     return SessionError(f"{spec.name}: the session is closed", hint="load the bundle again")

@@ -59,6 +59,15 @@ class CompiledShapes(Generic[Form]):
         self._fixed[shapes] = self._compile(shapes)
         return self._fixed[shapes]
 
+    def lacks(self, shapes: Shapes) -> bool:
+        """Whether these shapes have no form of their own although there is room for it."""
+        return shapes not in self._fixed and len(self._fixed) < self._most
+
+    def prepare(self, shapes: Shapes) -> None:
+        """Compile the form that `lacks` misses. This does not count as a run."""
+        if self.lacks(shapes):
+            self._fixed[shapes] = self._compile(shapes)
+
     def clear(self) -> None:
         """Forget all forms."""
         self._fixed.clear()

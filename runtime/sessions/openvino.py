@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class OpenvinoSession:
             kind="cpu" if device == CPU else "other", name=f"OpenVINO on the {device}", native_16_bits=bf16
         )
         self._name, self._settings = device, settings(device, threads)
+        self._compiles_ahead = (threads or default_threads()) > 1
         weights = weights_path(model)
         try:
             self._model = core().read_model(str(model), str(weights))
@@ -120,6 +121,18 @@ class OpenvinoSession:
                 f"{self.spec.name}: {reason(e)}; the inputs were {sizes}",
                 hint="if memory ran out, draw fewer or smaller pictures; else check the bundle with ditc verify --run",
             ) from e
+
+    def compile_ahead(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Begin to compile for these shapes of the inputs, in a thread; see `CompilingSession`."""
+        wanted = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
+
+        def prepare() -> None:
+            with self._lock, suppress(SessionError):  # the run meets the same error
+                if not self._closed:
+                    self._compiled.prepare(wanted)
+
+        if self._compiles_ahead and self._compiled.lacks(wanted):
+            threading.Thread(target=prepare, name=f"compile {self.spec.name}").start()
 
     def close(self) -> None:
         """Release the model and all that was compiled. Threads that are running finish their run."""

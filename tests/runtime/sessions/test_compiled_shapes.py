@@ -65,3 +65,15 @@ def test_large_stages_have_few_forms_and_small_ones_a_bounded_number() -> None:
         1,
         1,
     ]
+
+
+def test_what_is_compiled_ahead_is_found_and_takes_nobodys_place(
+    forms: CompiledShapes[Shapes | str], compiled: list[Shapes | None]
+) -> None:
+    assert forms.lacks(A)
+    forms.prepare(A)
+    assert not forms.lacks(A)
+    assert [forms.find(A), forms.find(B)] == [A, B]
+    assert not forms.lacks(C)  # there is no room for a third one
+    forms.prepare(C)
+    assert compiled == [A, B]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from ditc.runtime.sessions import openvino_library
 from ditc.runtime.sessions.compiled_shapes import CompiledShapes
 from ditc.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from ditc.runtime.sessions.opening import open_session
+from ditc.runtime.sessions.openvino import OpenvinoSession
 from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import DENOISER, VAE_DECODER, Backend
 
@@ -103,6 +105,29 @@ def test_shapes_beyond_the_bound_are_drawn_by_a_dynamic_model(openvino_bundle: P
     session.close()
     with pytest.raises(SessionError, match="vae_decoder: the session is closed"):
         session.run({"latents": latents})
+
+
+def test_the_decoder_is_compiled_while_texts_are_encoded(openvino_bundle: Path, ours: Pipeline) -> None:
+    artifact = artifact_of(openvino_bundle, VAE_DECODER)
+    for threads, expected in ((2, ["compile vae_decoder"]), (1, ["MainThread"])):
+        session = OpenvinoSession(openvino_bundle / artifact.file.path, artifact.spec, threads=threads)
+        compiling: list[str] = []
+        compile_it = session._compile
+
+        def noted(shapes: Any, names: list[str] = compiling, compile_it: Any = compile_it) -> Any:
+            names.append(threading.current_thread().name)
+            return compile_it(shapes)
+
+        session._compiled = CompiledShapes(noted, most=2)
+        pipeline = ours.with_sessions({VAE_DECODER: session}, owned=True)
+        (request,) = requests(1)
+        difference = np.abs(pipeline.draw(request).images - ours.draw(request).images).max()
+        assert difference <= SAME_PICTURE
+        pipeline.draw(request)
+        assert compiling == expected  # once in all
+        session.compile_ahead({"latents": (1, 8, 7, 7)})
+        pipeline.close()
+        session.compile_ahead({"latents": (1, 8, 9, 9)})  # nothing to do, and no error
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused_before_anything_is_compiled(ours: Pipeline) -> None:
