@@ -7,7 +7,8 @@
 
 The contestants are diffusers (eager and torch.compile), optimum-intel, and ditc's backends (peer_cases.py). Each is a
 process of its own that loads the same checkpoint once and then answers; one works at a time, in a random order in every
-round. Each answer is compared with that of diffusers in fp32. Without optimum-intel's environment, its rows say so.
+round. A round during which other programs use the CPU is not counted. Each answer is compared with that of diffusers
+in fp32. Without optimum-intel's environment, its rows say so.
 
 A case goes on where it was stopped; --fresh begins again. What is prepared and measured lies in --cache. Every run
 writes benchmarks/results/cpu_peers-DATE.json, with all cases that this code has measured with these options.
@@ -76,6 +77,9 @@ def parse() -> argparse.Namespace:
         "--prepare", action="store_true", help="Make what the cases load, and measure nothing."
     )
     parser.add_argument("--fresh", action="store_true", help="Drop what was measured of these cases.")
+    parser.add_argument(
+        "--noisy", action="store_true", help="Count rounds during which other programs ran, too."
+    )
     parser.add_argument("--peer-python", type=Path, help="Python of optimum-intel's environment.")
     parser.add_argument("--make-peer-env", type=Path, metavar="DIR", help="Make that environment in DIR.")
     parser.add_argument("--cache", type=Path, default=CACHE, help="default: build/cpu_peers")
@@ -118,6 +122,7 @@ def open_race(case: Case, chosen: list[Contestant], arguments: argparse.Namespac
         threads=arguments.threads,
         key=state_key(arguments),
         fresh=arguments.fresh,
+        noisy=arguments.noisy,
     )
 
 

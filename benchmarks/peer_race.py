@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from benchmarks.peer_cases import BASELINE, CONTESTANTS, REFERENCE, Case, Contestant
+from benchmarks.peer_load import MOST_CORES, OtherLoad
 from benchmarks.peer_models import PROMPTS, WORKER, environment, loads
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.metrics import psnr, relative_l2
@@ -53,6 +54,11 @@ class Worker:
             text=True,
             env=dict(env),
         )
+
+    @property
+    def process_id(self) -> int:
+        """The id of the process."""
+        return self._process.pid
 
     def answer(self) -> dict[str, Any]:
         """The next answer.
@@ -106,6 +112,7 @@ class Race:
         peer: the Python of optimum-intel's environment, if there is one.
         key: what the measurements depend on: those of another key are dropped.
         fresh: drop all measurements.
+        noisy: count rounds during which other programs ran, too.
     """
 
     def __init__(
@@ -118,9 +125,10 @@ class Race:
         threads: int,
         key: str,
         fresh: bool = False,
+        noisy: bool = False,
     ) -> None:
         self.case, self.contestants = case, {c.name: c for c in contestants}
-        self._cache, self._peer, self._threads = cache, peer, threads
+        self._cache, self._peer, self._threads, self._noisy = cache, peer, threads, noisy
         self._work = cache / case.model.name / "work" / case.name
         self._work.mkdir(parents=True, exist_ok=True)
         self._file = cache / "state" / f"{case.name}.json"
@@ -139,7 +147,7 @@ class Race:
             at_once: how many contestants are loaded together, beside the baseline.
         """
         stop = monotonic() + seconds
-        self._answer_reference(rounds)
+        self._answer_reference(rounds, stop)
         while (pending := self._pending(rounds)) and monotonic() < stop:
             others = [name for name in pending if name != BASELINE][:at_once]
             heat = [name for name in (BASELINE, *others) if name in self.contestants]
@@ -150,8 +158,9 @@ class Race:
         return not self._pending(rounds)
 
     def done(self, name: str) -> int:
-        """How many rounds the contestant has run."""
-        return sum(name in next(iter(each["operations"].values()), {}) for each in self.state["rounds"])
+        """How many rounds of the contestant count."""
+        rounds = [each["operations"] for each in self.state["rounds"] if each["counts"]]
+        return sum(name in next(iter(operations.values()), {}) for operations in rounds)
 
     def _pending(self, rounds: int) -> list[str]:
         return [n for n in self.contestants if n not in self.state["failed"] and self.done(n) < rounds]
@@ -179,6 +188,7 @@ class Race:
 
     def _round(self, workers: dict[str, Worker]) -> None:
         number = len(self.state["rounds"])
+        others = OtherLoad(worker.process_id for worker in workers.values())
         record: dict[str, Any] = {"operations": {}, "fidelity": {}}
         for operation in self.case.operations:
             command = self._command(operation, number)
@@ -186,7 +196,7 @@ class Race:
             for name in self._order.sample(list(workers), len(workers)):
                 sleep(GAP_S)
                 try:
-                    answer = workers[name].ask({**command, "save": str(self._saved(name))})
+                    answer = workers[name].ask({**command, "save": str(self._saved(operation, name))})
                 except WorkerError as e:
                     self._fail(name, str(e))
                     workers.pop(name).close()
@@ -194,10 +204,14 @@ class Race:
                 seconds[name] = answer["seconds"]
                 self.state["loaded"][name]["peak_mb"] = answer["memory"].get("peak_mb")
             record["operations"][operation] = seconds
+        for operation, seconds in record["operations"].items():
             record["fidelity"][operation] = self._fidelity(operation, number, list(seconds))
+        cores = others.cores()
+        record |= {"other_cores": cores, "counts": self._noisy or (cores or 0.0) <= MOST_CORES}
         self.state["rounds"].append(record)
         self._save()
-        sys.stderr.write(f"{self.case.name}: round {number + 1} of {len(workers)} contestants\n")
+        note = "" if record["counts"] else f", not counted: other programs used {cores:.2f} cores"
+        sys.stderr.write(f"{self.case.name}: round {number + 1} of {len(workers)} contestants{note}\n")
 
     def _start(self, name: str, stack: ExitStack) -> Worker | None:
         """Load a contestant and warm it up, or note why that is not possible."""
@@ -252,8 +266,8 @@ class Race:
             np.save(path, rng.standard_normal(shape).astype(np.float32))
         return path
 
-    def _answer_reference(self, rounds: int) -> None:
-        """Let the reference answer the commands of the rounds that are compared, before the race."""
+    def _answer_reference(self, rounds: int, stop: float) -> None:
+        """Let the reference answer the commands of the rounds that are compared, if there is time."""
         compared = min(rounds, rounds if self.case.compared is None else self.case.compared)
         commands = [self._command(o, number) for o in self.case.operations for number in range(compared)]
         missing = {path: c for c in commands if not (path := self._reference(c)).exists()}
@@ -263,6 +277,8 @@ class Race:
         with self._worker(next(c for c in CONTESTANTS if c.name == REFERENCE)) as worker:
             worker.answer()
             for path, command in missing.items():
+                if monotonic() > stop:
+                    break
                 worker.ask({**command, "save": str(path)})
 
     def _fidelity(self, operation: str, number: int, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -273,7 +289,7 @@ class Race:
         reference, found = np.load(path), {}
         start = np.load(self._latents(number)) if self.case.operations[operation]["do"] == "step" else None
         for name in names:
-            result = np.load(self._saved(name))
+            result = np.load(self._saved(operation, name))
             if start is not None:  # what the step changed, because the noise that both began with is no merit
                 found[name] = {"relative_l2": relative_l2(result - start, reference - start)}
             else:
@@ -281,8 +297,8 @@ class Race:
                 found[name] = {"psnr_db": decibels, "relative_l2": relative_l2(result, reference)}
         return found
 
-    def _saved(self, name: str) -> Path:
-        return self._work / f"{_file_name(name)}.npy"
+    def _saved(self, operation: str, name: str) -> Path:
+        return self._work / f"{_file_name(f'{operation} {name}')}.npy"
 
     def _reference(self, command: Mapping[str, Any]) -> Path:
         """Where the reference's answer to the command lies."""

@@ -15,7 +15,8 @@ COLUMNS = ("contestant", "median ms", "p10..p90", "rounds", "x as fast", "fideli
 def summary(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a case's state says of each contestant, by operation.
 
-    "times_as_fast" is the baseline's time divided by the contestant's within each round: median, p10 and p90.
+    "times_as_fast" is the baseline's time divided by the contestant's within each round: median, p10 and p90. Fidelity
+    is taken from all rounds, and time only from those that count.
     """
     operations: dict[str, dict[str, Any]] = {}
     for record in state["rounds"]:
@@ -23,18 +24,21 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
             rows = operations.setdefault(operation, {})
             for name, value in seconds.items():
                 row = rows.setdefault(name, {"seconds": [], "ratios": [], "fidelity": []})
-                row["seconds"].append(value)
-                if BASELINE in seconds:
-                    row["ratios"].append(seconds[BASELINE] / value)
+                if record["counts"]:
+                    row["seconds"].append(value)
+                    row["ratios"] += [seconds[BASELINE] / value] if BASELINE in seconds else []
                 if name in record["fidelity"].get(operation, {}):
                     row["fidelity"].append(record["fidelity"][operation][name])
+    counted = sum(record["counts"] for record in state["rounds"])
     return {
         "operations": {
-            operation: {name: _row(row) for name, row in rows.items()}
+            operation: {name: _row(row) for name, row in rows.items() if row["seconds"]}
             for operation, rows in operations.items()
         },
         "loaded": state["loaded"],
         "failed": state["failed"],
+        "rounds": counted,
+        "rounds_disturbed_by_other_programs": len(state["rounds"]) - counted,
     }
 
 
@@ -65,6 +69,8 @@ def table(title: str, result: Mapping[str, Any]) -> str:
     for operation, rows in result["operations"].items():
         lines += ["", f"**{title}: {operation}**" if len(result["operations"]) > 1 else f"**{title}**", ""]
         lines += _markdown(COLUMNS, _cells(rows, result["loaded"]))
+    if disturbed := result["rounds_disturbed_by_other_programs"]:
+        lines += ["", f"{disturbed} more rounds are not counted, because other programs ran meanwhile."]
     lines += [f"- not measured: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines).strip() + "\n"
 

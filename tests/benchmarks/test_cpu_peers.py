@@ -36,7 +36,7 @@ def case(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> Case:
 
 def race(case: Case, cache: Path, *names: str, key: str = "") -> Race:
     named = [c for c in CONTESTANTS if c.name in names]
-    return Race(case, named, cache, None, threads=1, key=key)
+    return Race(case, named, cache, None, threads=1, key=key, noisy=True)
 
 
 def test_a_race_compares_with_diffusers_and_goes_on_where_it_was_stopped(case: Case, tmp_path: Path) -> None:
@@ -80,10 +80,13 @@ def test_the_table_forms_ratios_within_rounds() -> None:
         {
             "operations": {"step": {BASELINE: slow, OURS: fast}},
             "fidelity": {"step": {OURS: {"relative_l2": error}}},
+            "counts": True,
         }
         for slow, fast, error in ((0.2, 0.1, 1e-3), (0.9, 0.3, 3e-3), (0.4, 0.1, 2e-3))
     ]
-    rounds.append({"operations": {"step": {PEER: 0.05}}, "fidelity": {}})  # a heat without the baseline
+    # A heat without the baseline, and a round during which other programs ran.
+    rounds.append({"operations": {"step": {PEER: 0.05}}, "fidelity": {}, "counts": True})
+    rounds.append({"operations": {"step": {PEER: 9.0}}, "fidelity": {}, "counts": False})
     state = {"rounds": rounds, "loaded": {OURS: {"peak_mb": 150.2, "starts": []}}, "failed": {"x": "no room"}}
     result = summary(state)
     ours = result["operations"]["step"][OURS]
@@ -94,6 +97,7 @@ def test_the_table_forms_ratios_within_rounds() -> None:
     assert lines[0] == "**A step**"
     assert lines[4].startswith(f"| {PEER} | 50.0 |")  # fastest first
     assert lines[5] == f"| {OURS} | 100.0 | 100.0..260.0 | 3 | 3.00 | 2.0e-03 | 150 |  |"
+    assert lines[-2].startswith("1 more rounds are not counted")
     assert lines[-1] == "- not measured: x: no room"
 
 
