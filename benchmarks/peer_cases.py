@@ -39,8 +39,12 @@ class Contestant:
 
     @property
     def build(self) -> str:
-        """The form of the checkpoint that it loads: a folder of the prepared model, "" for the checkpoint itself."""
-        return {"optimum": f"optimum-{self.settings.get('weights')}", "ditc": "bundle"}.get(self.kind, "")
+        """The form of the checkpoint that it loads: a folder of the prepared model, "" for the checkpoint itself.
+
+        ditc has one bundle per backend: OpenVINO's INT8 graphs are bf16 elsewhere, and ONNX Runtime's fp32.
+        """
+        which = {"optimum": "weights", "ditc": "backend"}.get(self.kind)
+        return f"{self.kind}-{self.settings[which]}" if which else ""
 
 
 def _ditc(backend: str, precision: str) -> Contestant:

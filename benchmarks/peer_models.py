@@ -1,7 +1,7 @@
 """Prepares what the contestants of benchmarks/cpu_peers.py load: checkpoints, bundles, optimum-intel's exports.
 
     CACHE/MODEL/checkpoint    in diffusers layout, with seeded random weights
-    CACHE/MODEL/bundle        ditc's build of it, with all backends and precisions; ranges.safetensors lies beside it
+    CACHE/MODEL/ditc-*        ditc's bundle for a backend, with all precisions; ranges.safetensors lies beside it
     CACHE/MODEL/optimum-*     optimum-intel's exports
 
 Everything is made once, in child processes, so that no memory stays behind.

@@ -19,7 +19,7 @@ OURS, PEER = "ditc onnxruntime fp32", "optimum-intel bf16"
 def case(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> Case:
     """All operations, on the tiny checkpoint. Its bundle lies where the race looks for it."""
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "bundle").symlink_to(tiny_bundle)
+    (tmp_path / "tiny" / "ditc-onnxruntime").symlink_to(tiny_bundle)
     call = {"num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 12}
     return Case(
         name="tiny",
@@ -106,5 +106,7 @@ def test_every_case_names_contestants_of_the_table() -> None:
     assert BASELINE in FASTER and set(FASTER) < set(ALL)
     for case in cases(4, 2).values():
         assert BASELINE in case.contestants and set(case.contestants) <= set(ALL)
-    assert {c.build for c in CONTESTANTS} == {"", "bundle", "optimum-f32", "optimum-int8"}
+    assert {c.build for c in CONTESTANTS} == {
+        *("", "ditc-onnxruntime", "ditc-openvino", "optimum-f32", "optimum-int8")
+    }
     assert isinstance(CONTESTANTS[0], Contestant)
