@@ -49,7 +49,9 @@ $(TESTED): $(READY)
 # Parity comes last, because a certificate is valid for one manifest, and a build that adds artifacts writes a new one.
 demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines, prove parity with diffusers
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
-	$(BIN)/python -m demo.draw $(OUT) --output $(dir $(OUT))
+	$(BIN)/python -m demo.join $(dir $(OUT))sprint/checkpoint
+	$(BIN)/ditc build $(dir $(OUT))sprint/checkpoint -o $(dir $(OUT))sprint/bundle
+	$(BIN)/python -m demo.draw $(OUT) $(dir $(OUT))sprint/bundle
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --seeds 1 --html $(dir $(OUT))parity.html
 

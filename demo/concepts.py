@@ -11,6 +11,7 @@ DEMO_DIR = Path(__file__).resolve().parent
 VOCABULARY_FILE = DEMO_DIR / "vocabulary.txt"
 SPLIT_FILE = DEMO_DIR / "split.json"
 CHECKPOINT_DIR = DEMO_DIR / "checkpoint"
+SPRINT_DIR = DEMO_DIR / "sprint"
 
 STYLES = ("classic", "flat", "3d")
 BACKGROUNDS = {  # soft enough that every picture stands out from it

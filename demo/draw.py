@@ -1,4 +1,7 @@
-"""``python -m demo.draw BUNDLE``: draw pictures with the demo bundle, and print how long they take."""
+"""``python -m demo.draw BUNDLE ...``: draw the same prompts with bundles of the demo, and print how long they take.
+
+The pictures are written beside each bundle, and a sheet of all of them beside the first.
+"""
 
 from __future__ import annotations
 
@@ -33,62 +36,73 @@ PROMPTS = (
     "ghost, 3d style, on a blue background",
 )
 SEED = 1
-_COLUMNS, _CELL, _TEXT = 4, 192, 18
+_COLUMNS, _CELL, _TEXT = 6, 144, 18
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, draw, and print an expected failure as an error and a hint."""
     parser = argparse.ArgumentParser(prog="python -m demo.draw", description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the pictures")
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-
     from ditc.runtime import DitcError
 
     try:
-        _draw(arguments.bundle, arguments.output)
+        _draw(arguments.bundles)
     except DitcError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 2
     return 0
 
 
-def _draw(bundle: Path, output: Path) -> None:
+def _draw(bundles: Sequence[Path]) -> None:
+    sections = [_draw_with(bundle) for bundle in bundles]
+    sheet = bundles[0].parent / "contact_sheet.png"
+    contact_sheet(sections, PROMPTS).save(sheet)
+    print(f"{sheet}: {len(PROMPTS)} prompts with {len(bundles)} bundles")
+
+
+def _draw_with(bundle: Path) -> tuple[str, list[NDArray[np.float32]]]:
+    """A title that names the bundle, its sampler's steps and their time, and one picture of each prompt."""
     from ditc.runtime import Pipeline
 
     before = perf_counter()
     with Pipeline.load(bundle) as pipeline:
         loaded = perf_counter() - before
-        pictures, seconds = _draw_all(pipeline, output)
-    sheet = output / "contact_sheet.png"
-    contact_sheet(pictures, PROMPTS).save(sheet)
-    print(f"{sheet}: {len(pictures)} pictures with {pipeline.chosen}")
+        pictures, seconds = _draw_all(pipeline, bundle)
+        steps = pipeline.manifest.defaults.num_inference_steps
     print(
-        f"load {loaded:.2f} s; first picture {sum(seconds[0].values()):.2f} s; median picture: {_medians(seconds)}"
+        f"{bundle}: load {loaded:.2f} s; first picture {sum(seconds[0].values()):.2f} s; "
+        f"median picture: {_medians(seconds)}; with {pipeline.chosen}"
     )
+    return f"{bundle.parent.name}, {steps} steps", pictures
 
 
-def _draw_all(pipeline: Pipeline, output: Path) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
+def _draw_all(pipeline: Pipeline, bundle: Path) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
     pictures, seconds = [], []
-    for prompt in _track(PROMPTS):
+    for prompt in _track(PROMPTS, f"drawing with {bundle}"):
         result = pipeline(prompt, seed=SEED, output_type="np")
         pictures.append(result.images[0])
         seconds.append(result.seconds)
         name = "".join(c if c.isalnum() else "-" for c in prompt).replace("--", "-")
-        _to_image(result.images[0]).save(output / f"{name}.png")
+        _to_image(result.images[0]).save(bundle.parent / f"{name}.png")
     return pictures, seconds
 
 
-def contact_sheet(pictures: Sequence[NDArray[np.float32]], labels: Sequence[str]) -> Image.Image:
-    """One sheet of all pictures, each with its label below it."""
-    rows = math.ceil(len(pictures) / _COLUMNS)
-    sheet = Image.new("RGB", (_COLUMNS * _CELL, rows * (_CELL + _TEXT)), "white")
+def contact_sheet(
+    sections: Sequence[tuple[str, Sequence[NDArray[np.float32]]]], labels: Sequence[str]
+) -> Image.Image:
+    """One sheet of all sections, each with its title above its pictures, and with a label below each picture."""
+    rows = math.ceil(len(labels) / _COLUMNS)
+    height = _TEXT + rows * (_CELL + _TEXT)
+    sheet = Image.new("RGB", (_COLUMNS * _CELL, len(sections) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        x, y = i % _COLUMNS * _CELL, i // _COLUMNS * (_CELL + _TEXT)
-        sheet.paste(_to_image(picture).resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x + 4, y + _CELL + 2), label, fill="black")
+    for number, (title, pictures) in enumerate(sections):
+        top = number * height
+        draw.text((4, top + 2), title.upper(), fill="black")
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            x, y = i % _COLUMNS * _CELL, top + _TEXT + i // _COLUMNS * (_CELL + _TEXT)
+            sheet.paste(_to_image(picture).resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
+            draw.text((x + 4, y + _CELL + 2), label, fill="black")
     return sheet
 
 
@@ -100,11 +114,11 @@ def _medians(seconds: Sequence[dict[str, float]]) -> str:
     return ", ".join(f"{stage} {np.median([s[stage] for s in seconds]):.2f} s" for stage in seconds[0])
 
 
-def _track(prompts: Sequence[str]) -> Sequence[str]:
+def _track(prompts: Sequence[str], description: str) -> Sequence[str]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(prompts, description="drawing", console=Console(stderr=True), transient=True)  # type: ignore[return-value]
+    return track(prompts, description=description, console=Console(stderr=True), transient=True)  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m demo.evaluate [--quick] [--json]``: does the shipped checkpoint draw what it is asked for?
+"""``python -m demo.evaluate [--quick] [--json]``: does a checkpoint of the demo model draw what it is asked for?
 
 Unmodified diffusers draws everything, with the defaults of ``ditc.json``. A picture counts as right if the nearest
 reference picture, among all concepts in all styles, shows the concept of its prompt.
@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from demo.errors import DemoError
 from demo.references import concept_ranks
 
 if TYPE_CHECKING:
-    from diffusers import SanaPipeline
+    from diffusers import DiffusionPipeline
 
 _QUICK_PAIRS = 32  # trained pairs, and as many held-out ones
 _BATCH = 16
@@ -51,10 +51,11 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The result of the evaluation. ``ae_psnr_db`` is None with ``--quick``, which does not need the art."""
+    """The result of the evaluation. ``ae_psnr_db`` is None with ``--quick`` and ``--no-art``."""
 
     ae_psnr_db: float | None
     concepts: int
+    steps: int
     trained: Retrieval
     held_out: Retrieval
     seconds: float
@@ -67,6 +68,10 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="64 fixed prompts, half of them held out; needs no art"
     )
+    parser.add_argument(
+        "--no-art", action="store_true", help="leave out the autoencoder's PSNR, which needs the art"
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT_DIR, help="default: %(default)s")
     parser.add_argument(
@@ -74,7 +79,13 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        result = evaluate(args.checkpoint, args.cache, quick=args.quick)
+        result = evaluate(
+            args.checkpoint,
+            args.cache,
+            quick=args.quick,
+            art=not (args.quick or args.no_art),
+            steps=args.steps,
+        )
     except DemoError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -82,26 +93,32 @@ def main() -> int:
     return 0
 
 
-def evaluate(checkpoint: Path, cache: Path, *, quick: bool) -> Result:
+def evaluate(checkpoint: Path, cache: Path, *, quick: bool, art: bool, steps: int | None = None) -> Result:
     """Draw and judge one picture per pair, for all pairs or for the 64 of the quick run.
 
+    Args:
+        art: measure the autoencoder's PSNR too, on the art that is rendered if need be.
+        steps: the number of denoising steps; by default the checkpoint's.
+
     Raises:
-        DemoError: the checkpoint or the references are missing, or a full run cannot render the art.
+        DemoError: the checkpoint or the references are missing, or the art cannot be rendered.
     """
     split = load_split()
     trained, held_out = quick_pairs(split) if quick else (split.trained, split.held_out)
-    if not quick:
-        from demo.train import art
+    if art:
+        from demo.train.art import build
 
-        art.build(cache)
+        build(cache)
     started = time.monotonic()
     pipeline = load_pipeline(checkpoint)
     pairs = trained + held_out
-    drawn = draw(pipeline, [caption(p) for p in pairs], defaults(checkpoint))
+    arguments = defaults(checkpoint, steps)
+    drawn = draw(pipeline, [caption(p) for p in pairs], arguments)
     ranks = concept_ranks(drawn, [p.concept for p in pairs], split)
     return Result(
-        ae_psnr_db=None if quick else held_out_psnr_db(pipeline, cache),
+        ae_psnr_db=held_out_psnr_db(pipeline, cache) if art else None,
         concepts=len({p.concept for p in split.trained}),
+        steps=int(arguments["num_inference_steps"]),
         trained=Retrieval.of(ranks[: len(trained)]),
         held_out=Retrieval.of(ranks[len(trained) :]),
         seconds=round(time.monotonic() - started, 1),
@@ -114,14 +131,14 @@ def quick_pairs(split: Split) -> tuple[list[Pair], list[Pair]]:
     return order_by_hash(split.trained)[:_QUICK_PAIRS], order_by_hash(split.held_out)[:_QUICK_PAIRS]
 
 
-def load_pipeline(checkpoint: Path) -> SanaPipeline:
+def load_pipeline(checkpoint: Path) -> DiffusionPipeline:
     """Load the checkpoint in fp32 with diffusers; ditc is not involved.
 
     Raises:
         DemoError: the folder holds no checkpoint.
     """
     import torch
-    from diffusers import SanaPipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -129,18 +146,27 @@ def load_pipeline(checkpoint: Path) -> SanaPipeline:
         raise DemoError(f"{checkpoint} holds no model_index.json.", "run: make demo-checkpoint")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipeline = SanaPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def defaults(checkpoint: Path) -> dict[str, object]:
-    """The checkpoint's inference defaults as arguments of SanaPipeline."""
+def defaults(checkpoint: Path, steps: int | None = None) -> dict[str, Any]:
+    """The checkpoint's inference defaults as arguments of its pipeline, with another number of steps if it is given."""
     stated = json.loads((checkpoint / "ditc.json").read_text(encoding="utf-8"))
-    return {**{k: v for k, v in stated.items() if k != "resolution_bins"}, "use_resolution_binning": False}
+    arguments = {
+        **{k: v for k, v in stated.items() if k != "resolution_bins"},
+        "use_resolution_binning": False,
+    }
+    if steps is not None:
+        arguments["num_inference_steps"] = steps
+    index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8"))
+    if index["_class_name"] == "SanaSprintPipeline" and arguments["num_inference_steps"] != 2:
+        arguments["intermediate_timesteps"] = None  # the default is refused with other numbers of steps
+    return arguments
 
 
-def draw(pipeline: SanaPipeline, prompts: list[str], arguments: dict[str, object]) -> NDArray[np.uint8]:
+def draw(pipeline: DiffusionPipeline, prompts: list[str], arguments: dict[str, Any]) -> NDArray[np.uint8]:
     """Draw pictures (N, H, W, 3). The noise of each depends on its prompt alone, not on the batch."""
     import torch
     from tqdm import tqdm
@@ -159,7 +185,7 @@ def seed_of(prompt: str) -> int:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
 
 
-def held_out_psnr_db(pipeline: SanaPipeline, cache: Path) -> float:
+def held_out_psnr_db(pipeline: DiffusionPipeline, cache: Path) -> float:
     """Mean PSNR of the autoencoder's reconstructions of all held-out pictures on white."""
     from demo.train.autoencoder import Pictures, psnr_db, reconstruct
 
@@ -178,7 +204,8 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 def as_text(result: Result) -> str:
     """The result as lines of text."""
     psnr = "not measured (needs the art)" if result.ae_psnr_db is None else f"{result.ae_psnr_db:.2f} dB"
-    lines = [f"autoencoder PSNR, held-out pictures: {psnr}", f"concepts: {result.concepts}"]
+    lines = [f"autoencoder PSNR, held-out pictures: {psnr}"]
+    lines.append(f"concepts: {result.concepts}; denoising steps: {result.steps}")
     for name, r in (("trained", result.trained), ("held out", result.held_out)):
         (low1, high1), (low5, high5) = r.top1_interval, r.top5_interval
         lines.append(

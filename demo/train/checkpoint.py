@@ -65,8 +65,13 @@ def assemble(cache: Path) -> SanaPipeline:
 def save(pipeline: SanaPipeline, folder: Path) -> None:
     """Save in diffusers' layout with fp16 weights. ``ditc.json`` holds the defaults that this layout lacks."""
     pipeline.save_pretrained(folder)
+    halve(folder)
+    (folder / "ditc.json").write_text(json.dumps(INFERENCE_DEFAULTS, indent=2) + "\n", encoding="utf-8")
+
+
+def halve(folder: Path) -> None:
+    """Store the weights in all files of the folder in fp16."""
     for weights in folder.rglob("*.safetensors"):
         halved = {name: t.to(torch.float16).contiguous() for name, t in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
         weights.chmod(0o644)
-    (folder / "ditc.json").write_text(json.dumps(INFERENCE_DEFAULTS, indent=2) + "\n", encoding="utf-8")

@@ -6,12 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from demo.concepts import CHECKPOINT_DIR
-from demo.train import autoencoder, checkpoint, data, restore, sheet, text, transformer
+from demo.train import (
+    autoencoder,
+    checkpoint,
+    data,
+    restore,
+    sheet,
+    sprint,
+    sprint_checkpoint,
+    text,
+    transformer,
+)
 
-TRAINING = {  # name: (the step, its length in optimizer steps)
+TRAINING = {  # name: (the step, its length in optimizer steps). The last begins from the checkpoint.
     "text": (text.run, 2500),
     "autoencoder": (autoencoder.run, 1050),
     "transformer": (transformer.run, 3450),
+    "sprint": (sprint.run, 450),
 }
 
 
@@ -27,14 +38,18 @@ def run_step(step: str, cache: Path, log: Path, steps: int | None) -> None:
 def _evaluate(cache: Path) -> None:
     from demo.evaluate import as_text, evaluate
 
-    print(as_text(evaluate(CHECKPOINT_DIR, cache, quick=False)))
+    print(as_text(evaluate(CHECKPOINT_DIR, cache, quick=False, art=True)))
 
 
 OTHER: dict[str, Callable[[Path], None]] = {
     "data": data.run,
     "checkpoint": checkpoint.run,
+    "sprint-checkpoint": sprint_checkpoint.run,
     "sheet": sheet.run,
     "evaluate": _evaluate,
     "restore": restore.run,
 }
-STEPS = ("data", *TRAINING, "checkpoint", "sheet", "evaluate")
+STEPS = (
+    *("data", "text", "autoencoder", "transformer", "checkpoint"),
+    *("sprint", "sprint-checkpoint", "sheet", "evaluate"),
+)

@@ -15,7 +15,7 @@ from demo.evaluate import defaults, draw, load_pipeline, quick_pairs
 from demo.train import art
 
 if TYPE_CHECKING:
-    from diffusers import SanaPipeline
+    from diffusers import DiffusionPipeline
 
 SHEET_FILE = DEMO_DIR / "contact_sheet.png"
 MAX_BYTES = 600_000
@@ -92,7 +92,7 @@ def run(cache: Path, checkpoint: Path = CHECKPOINT_DIR) -> None:
         raise DemoError(f"{SHEET_FILE} has {size} bytes, more than {MAX_BYTES}.", "draw smaller cells.")
 
 
-def draw_sample(pipeline: SanaPipeline, checkpoint: Path) -> NDArray[np.uint8]:
+def draw_sample(pipeline: DiffusionPipeline, checkpoint: Path) -> NDArray[np.uint8]:
     """The picture (H, W, 3) that a test draws again to see that the checkpoint was loaded correctly."""
     (picture,) = draw(pipeline, [SAMPLE_PROMPT], defaults(checkpoint))
     return np.asarray(picture)

@@ -14,7 +14,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, Gemma2Model
+from transformers import AutoTokenizer, Gemma2Model, PreTrainedTokenizerBase
 
 from demo.concepts import BACKGROUNDS, WHITE, Pair, caption, load_split, paraphrases
 from demo.train import art, autoencoder, text
@@ -24,9 +24,11 @@ from demo.train.muon import optimizers_for
 NAME = "transformer"
 _BATCH = 32
 _EMPTY_CAPTIONS = 0.1
-_CAPTION_SHARES = (0.70, 0.10, 0.06)  # plain, with an article, concept alone; the rest name a background
+_PLAIN_SHARES = (0.70, 0.10, 0.06)  # plain, with an article, concept alone; the rest name a background
+_GROUND_SHARE = (1 - sum(_PLAIN_SHARES)) / len(BACKGROUNDS)
+CAPTION_SHARES = torch.tensor([*_PLAIN_SHARES, *[_GROUND_SHARE] * len(BACKGROUNDS)])  # as in ``captions_of``
 _EVALUATED_DRAWS = 4
-_NOT_HIDDEN = {
+NOT_HIDDEN = {
     "patch_embed",
     "proj_out",
     "time_embed",
@@ -76,7 +78,7 @@ def run(cache: Path, log: Path, steps: int, lr: float = 1.6e-3) -> nn.Module:
             cache=cache,
             log=log,
             model=model,
-            optimizers=optimizers_for(model, lr, 1e-2, plain=_NOT_HIDDEN),
+            optimizers=optimizers_for(model, lr, 1e-2, plain=NOT_HIDDEN),
             loss=lambda generator: flow_loss(model, known, _BATCH, generator),
             evaluate=evaluate,
             steps=steps,
@@ -98,32 +100,36 @@ class Examples:
 
     def __init__(self, latents: Tensor, states: Tensor, mask: Tensor) -> None:
         self.latents, self.states, self.mask = latents, states, mask
-        self._captions = (len(states) - 1) // len(latents)
-        plain = torch.tensor(_CAPTION_SHARES)
-        grounds = torch.full((len(BACKGROUNDS),), (1 - float(plain.sum())) / len(BACKGROUNDS))
-        self._shares = torch.cat([plain, grounds])
 
     @classmethod
     def of(cls, pairs: list[Pair], vae: nn.Module, encoder: Gemma2Model, cache: Path) -> Examples:
         """Encode the pictures and captions of the pairs."""
         captions = [c for p in pairs for c in captions_of(p)] + [""]
-        ids = text.tokenize(AutoTokenizer.from_pretrained(cache / "tokenizer"), captions)
-        mask = (ids != 0).long()
-        width = int(mask.sum(1).max())  # only padding is cut off, which is masked in any case
-        ids, mask = ids[:, :width], mask[:, :width]
-        with torch.inference_mode():
-            parts = zip(ids.split(256), mask.split(256), strict=True)
-            states = torch.cat([encoder(input_ids=i, attention_mask=m).last_hidden_state for i, m in parts])
-        return cls(latents_of(pairs, vae, cache), states.clone(), mask)
+        states, mask = encode_captions(captions, AutoTokenizer.from_pretrained(cache / "tokenizer"), encoder)
+        return cls(latents_of(pairs, vae, cache), states, mask)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, 32, 8, 8), states (B, L, 256) and mask (B, L) of random pairs and captions."""
         pair = torch.randint(len(self.latents), (size,), generator=generator)
-        variant = torch.multinomial(self._shares, size, replacement=True, generator=generator)
+        variant = torch.multinomial(CAPTION_SHARES, size, replacement=True, generator=generator)
         empty = torch.rand(size, generator=generator) < _EMPTY_CAPTIONS
-        row = torch.where(empty, len(self.states) - 1, pair * self._captions + variant)
-        ground = (variant - len(_CAPTION_SHARES) + 1).clamp(min=0)
+        row = torch.where(empty, len(self.states) - 1, pair * len(CAPTION_SHARES) + variant)
+        ground = (variant - len(_PLAIN_SHARES) + 1).clamp(min=0)
         return self.latents[pair, ground], self.states[row], self.mask[row]
+
+
+def encode_captions(
+    captions: list[str], tokenizer: PreTrainedTokenizerBase, encoder: Gemma2Model
+) -> tuple[Tensor, Tensor]:
+    """Caption states (N, L, 256), and the mask (N, L) that is 1 where there is a token."""
+    ids = text.tokenize(tokenizer, captions)
+    mask = (ids != 0).long()
+    width = int(mask.sum(1).max())  # only padding is cut off, which is masked in any case
+    ids, mask = ids[:, :width], mask[:, :width]
+    with torch.inference_mode():
+        parts = zip(ids.split(256), mask.split(256), strict=True)
+        states = torch.cat([encoder(input_ids=i, attention_mask=m).last_hidden_state for i, m in parts])
+    return states.clone(), mask
 
 
 def captions_of(pair: Pair) -> list[str]:
