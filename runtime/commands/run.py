@@ -120,13 +120,14 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-timesteps",
         type=float,
         metavar="RADIANS",
-        help="The first angle of SCM's schedule, which few-step models have (default: the bundle's).",
+        help="The first angle of SCM's schedule, which few-step models have, in radians (default: the bundle's).",
     )
     parser.add_argument(
         "--intermediate-timesteps",
         type=_number_or_none,
         metavar="RADIANS",
-        help="The second angle of SCM's schedule of two steps, or none to space them evenly (default: the bundle's).",
+        help="The second angle of SCM's schedule of two steps, in radians, or none to space them evenly (default: the "
+        "bundle's).",
     )
     parser.add_argument(
         "--mu",

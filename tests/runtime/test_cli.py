@@ -51,6 +51,7 @@ UNITS = {
     "CHANNELS": "channels",
     "MINUTES": "minutes",
     "FRACTION": "fraction of the steps from 0 to 1",
+    "RADIANS": "radians",
     "SEED": "whole number",
     "PORT": "tcp port",
     "SECONDS": "seconds",
