@@ -12,6 +12,7 @@ from ditc.export.quant.layers import Layer
 from ditc.export.quant.plan import LayerPlan, make_plan, with_token_scales
 from ditc.export.quant.ranges import Ranges
 from ditc.export.quant.recipes import Recipe, Rule, find_recipe
+from ditc.export.quant.stage_recipes import recipe_of_network
 from ditc.runtime.spec import Precision
 
 
@@ -22,7 +23,8 @@ class Effect:
     Attributes:
         share: the layer's share of the FLOPs of all GEMMs with weights.
         step_error: relative L2 error of the x0 of steps that begin at the reference's states.
-        per_token_error: `step_error` if every token has an input scale of its own.
+        per_token_error: `step_error` if every token has an input scale of its own. A convolution cannot have such
+            scales, so its is the same.
         picture_db: PSNR of the final pictures in dB; None if there was no time left to draw them.
     """
 
@@ -48,16 +50,21 @@ def flops_shares(layers: Mapping[str, Layer], ranges: Ranges) -> dict[str, float
     return {name: value / total for name, value in flops.items()}
 
 
-def base_recipe(kind: Format, family: str) -> Recipe:
-    """The recipe that a search begins with: the family's default recipe for the format."""
-    return find_recipe(None, Precision(kind.value), family)
+def base_recipe(kind: Format, family: str, network: str | None = None) -> Recipe:
+    """The recipe that a search begins with: the family's default for the format, or that of a decoder's network."""
+    if network is None:
+        return find_recipe(None, Precision(kind.value), family)
+    return recipe_of_network(network, kind)
 
 
 def candidate_plans(
     trial: Trial, ranges: Ranges, formats: Sequence[Format]
 ) -> dict[Format, Mapping[str, LayerPlan]]:
     """For each format, the plans of all layers that the format's base recipe quantizes."""
-    return {kind: make_plan(base_recipe(kind, trial.family), ranges, trial.layers).layers for kind in formats}
+    return {
+        kind: make_plan(base_recipe(kind, trial.family, trial.network), ranges, trial.layers).layers
+        for kind in formats
+    }
 
 
 def measure_effects(
@@ -84,7 +91,9 @@ def measure_effects(
                 kind=kind,
                 share=shares[plan.name],
                 step_error=trial.step_error(only),
-                per_token_error=trial.step_error({plan.name: with_token_scales(plan)}),
+                per_token_error=trial.step_error(
+                    only if trial.layers[plan.name].is_convolution else {plan.name: with_token_scales(plan)}
+                ),
             )
         )
         on_progress(done + 1, 2 * len(pairs))

@@ -52,9 +52,12 @@ class Trial:
         journal: a file with what an earlier search with the same weights and prompts measured; None for none.
 
     Attributes:
-        layers: the denoiser's linear layers.
+        network: the class of the network, for another stage than the denoiser.
+        layers: the layers that may become 8-bit.
         reference_steps: feeds and x0 of some steps of the reference run.
     """
+
+    network: str | None = None
 
     def __init__(
         self, reference: TorchModel, prompts: Sequence[str], *, seed: int, journal: Path | None = None
@@ -62,9 +65,7 @@ class Trial:
         stage = reference.load(DENOISER)
         self.family = reference.adapter.family
         self.layers: dict[str, Layer] = quantizable_layers(stage)
-        component = reference.plan.stages[DENOISER].components[0]
-        identity = checkpoint_identity(reference.checkpoint, component)
-        self.journal = Journal(journal, digest([identity, list(prompts), seed, graph_source()]))
+        self.journal = open_journal(journal, reference, DENOISER, prompts, seed)
         self._session = TorchSession(stage.module, stage.spec)
         self._reference = reference
         self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
@@ -78,32 +79,27 @@ class Trial:
 
         Every step starts from the reference's state, so that no error accumulates.
         """
-
-        def measure() -> list[float]:
-            squares = []
-            with quantized(self.layers, plans):
-                for feeds, expected in self.reference_steps:
-                    got = to_numpy(self._session.run(feeds)[X0])
-                    squares.append(_squared_error(got, expected))
-            return [float(np.sqrt(np.mean(squares)))]
-
-        return self.journal.get("step", plans, measure)[0]
+        return self.journal.get("step", plans, lambda: self._step_error(plans))[0]
 
     def fidelity(self, plans: Mapping[str, LayerPlan]) -> Fidelity:
         """Draw the pictures with these layers in 8 bits from the same noise, and compare them with the reference's."""
-
-        def measure() -> list[float]:
-            with quantized(self.layers, plans):
-                latents, pictures = self._run(self._session)
-            each = [psnr(a, b) for a, b in zip(pictures, self._pictures, strict=True)]
-            return [
-                float(np.mean(each)),
-                float(np.min(each)),
-                float(np.sqrt(_squared_error(latents, self._latents))),
-            ]
-
-        mean, worst, rel_l2 = self.journal.get("pictures", plans, measure)
+        mean, worst, rel_l2 = self.journal.get("pictures", plans, lambda: self._fidelity(plans))
         return Fidelity(psnr_db=mean, worst_db=worst, rel_l2=rel_l2)
+
+    def _step_error(self, plans: Mapping[str, LayerPlan]) -> list[float]:
+        squares = []
+        with quantized(self.layers, plans):
+            for feeds, expected in self.reference_steps:
+                got = to_numpy(self._session.run(feeds)[X0])
+                squares.append(relative_squares(got, expected))
+        return [float(np.sqrt(np.mean(squares)))]
+
+    def _fidelity(self, plans: Mapping[str, LayerPlan]) -> list[float]:
+        with quantized(self.layers, plans):
+            latents, pictures = self._run(self._session)
+        each = [psnr(a, b) for a, b in zip(pictures, self._pictures, strict=True)]
+        rel_l2 = float(np.sqrt(relative_squares(latents, self._latents)))
+        return [float(np.mean(each)), float(np.min(each)), rel_l2]
 
     def _run(self, session: Session) -> tuple[Array, Array]:
         pipeline = self._reference.pipeline.with_sessions({DENOISER: session})
@@ -145,6 +141,16 @@ class _Recorder:
         return [self._seen[i % batches * length + step] for i, step in enumerate(steps)]
 
 
-def _squared_error(value: Array, reference: Array) -> float:
+def open_journal(
+    path: Path | None, reference: TorchModel, stage: str, prompts: Sequence[str], seed: int
+) -> Journal:
+    """The journal of a trial: its numbers depend on the stage's weights, the prompts, the seed and ditc's source."""
+    component = reference.plan.stages[stage].components[0]
+    identity = checkpoint_identity(reference.checkpoint, component)
+    return Journal(path, digest([identity, stage, list(prompts), seed, graph_source()]))
+
+
+def relative_squares(value: Array, reference: Array) -> float:
+    """The sum of squared differences, relative to the reference's sum of squares."""
     difference = value.astype(np.float64) - reference
     return float((difference**2).sum() / (reference.astype(np.float64) ** 2).sum())

@@ -9,7 +9,7 @@ import numpy as np
 from ditc.parity.context import Context
 from ditc.parity.results import Result, judged
 from ditc.runtime.metrics import psnr, relative_l2
-from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 from ditc.runtime.tolerances import Level, Limit, Metric
 
 REASON = "the budget for which `ditc calibrate --budget` searched this recipe"
@@ -19,10 +19,15 @@ def check_budget(context: Context) -> Iterator[Result]:
     """Compare the run's pictures with the budget in the way the search did.
 
     A budget psnr=DB bounds the mean PSNR of the pictures, worst=DB each of them, rel_l2=SHARE the relative L2 of all
-    final latents together. There is no result for a recipe that was not searched for, or if a run failed.
+    final latents together. There is no result for a recipe that was not searched for, or if a run failed. A decoder's
+    recipe was searched for beside an fp32 denoiser, so its budget counts only there.
     """
     for part in filter(None, (context.candidate.budgets.get(DENOISER) or "").split(",")):
         yield from _check_part(context, *part.split("=", 1))
+    if context.candidate.precision(DENOISER) is Precision.FP32:
+        for part in filter(None, (context.candidate.budgets.get(VAE_DECODER) or "").split(",")):
+            if not part.startswith("rel_l2"):  # of pictures there, of latents here
+                yield from _check_part(context, *part.split("=", 1))
 
 
 def _check_part(context: Context, metric: str, text: str) -> Iterator[Result]:

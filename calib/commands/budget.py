@@ -11,6 +11,7 @@ from time import monotonic
 from rich.console import Console
 
 from ditc.calib.chart import curve_svg
+from ditc.calib.decoder_trial import DecoderTrial
 from ditc.calib.search import Budget, Point, Result, save_result, search
 from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.calib.trial import Trial
@@ -22,6 +23,7 @@ from ditc.export.quant.recipes import save_recipe
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.errors import UsageError
+from ditc.runtime.spec import VAE_DECODER
 
 # How many prompts are drawn by default. With few pictures, chance decides: among four, a single picture whose
 # trajectory departs from the reference's changes the mean PSNR by 5 dB.
@@ -79,7 +81,8 @@ def find_mixed(
     begun = monotonic()
     reference = TorchModel(checkpoint)
     with console.status("drawing the reference pictures") as status:
-        trial = Trial(reference, prompts, seed=ranges.origin.seed, journal=journal)
+        kind_of_trial = DecoderTrial if ranges.origin.stage == VAE_DECODER else Trial
+        trial = kind_of_trial(reference, prompts, seed=ranges.origin.seed, journal=journal)
         plans = candidate_plans(trial, ranges, formats)
         effects = measure_effects(
             trial,
@@ -98,7 +101,7 @@ def find_mixed(
                 f"layers with scales per token: mean {found.psnr_db:.1f} dB, worst {found.worst_db:.1f} dB"
             )
 
-        base = base_recipe(formats[0], trial.family)
+        base = base_recipe(formats[0], trial.family, trial.network)
         result = search(trial, plans, effects, budget, base, on_point=on_point)
         if not result.chosen.layers:
             raise UsageError(

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 # 2.6 s for DC-AE f32c32 at 512 px (Xeon with avx512_vnni and avx512_bf16, 2 cores).
 FUSED_BASE = Precision.FP32
 NOT_FASTER = (
-    "ONNX Runtime's CPU provider computes 8-bit convolutions in fp32, so the decoder will be smaller but not faster "
-    "there; OpenVINO computes them in 8 bits (--backend openvino)"
+    "ONNX Runtime's CPU provider computes 8-bit convolutions in fp32, so there the decoder will be smaller but slower; "
+    "OpenVINO computes them in 8 bits (--backend openvino)"
 )
 
 

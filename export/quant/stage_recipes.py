@@ -51,6 +51,17 @@ NETWORK_RECIPES: Mapping[str, Recipe] = {
 }
 
 
+def recipe_of_network(network: str, kind: Format) -> Recipe:
+    """The recipe of a network of this class in this format. Raises UsageError if there is none."""
+    for recipe in NETWORK_RECIPES.values():
+        if recipe.network == network and recipe.precision.value == kind.value:
+            return recipe
+    networks = dict.fromkeys(recipe.network for recipe in NETWORK_RECIPES.values() if recipe.network)
+    raise UsageError(
+        f"there is no {kind.value} recipe for {network}", hint=f"there are recipes for {', '.join(networks)}"
+    )
+
+
 def find_recipes(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Recipe]:
     """The recipe of every stage that the options put into 8 bits, by the stage's name.
 

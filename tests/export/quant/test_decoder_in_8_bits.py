@@ -14,6 +14,9 @@ from conftest import need_openvino
 from quant_helpers import feeds_of, ranges_of, signal_to_noise_db
 
 from ditc.calib.collect import Settings, collect
+from ditc.calib.decoder_trial import DecoderTrial
+from ditc.calib.search import Budget, search
+from ditc.calib.sensitivity import base_recipe, candidate_plans, flops_shares, measure_effects
 from ditc.export.build.builder import build_bundle
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import StageModule
@@ -27,6 +30,7 @@ from ditc.export.quant.coverage import measure_coverage
 from ditc.export.quant.formats import Format
 from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
+from ditc.export.quant.ranges import load_ranges, merge_ranges
 from ditc.export.quant.recipes import Recipe, Rule
 from ditc.export.quant.record import read_record
 from ditc.export.quant.simulate import quantized
@@ -161,8 +165,6 @@ def ranges(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_ranges_of_the_decoder_merge_and_name_their_stage(
     ranges: Path, tiny_checkpoint: Path, tmp_path
 ) -> None:
-    from ditc.export.quant.ranges import load_ranges, merge_ranges
-
     whole = load_ranges(ranges)
     assert (whole.origin.stage, whole.origin.network, whole.origin.buckets) == (VAE_DECODER, "vae", 1)
     assert CONVOLUTION in whole.site_of
@@ -269,3 +271,19 @@ def test_ranges_of_a_stage_without_a_recipe_are_refused(
     options = BuildOptions(precision=Precision.INT8, ranges=(ranges,))
     with pytest.raises(UsageError, match="holds ranges of vae_decoder, but this build quantizes denoiser"):
         build_bundle(tiny_checkpoint, tmp_path / "bundle", options)
+
+
+def test_the_search_keeps_the_layers_high_that_the_budget_does_not_allow(
+    tiny_checkpoint: Path, ranges: Path
+) -> None:
+    trial = DecoderTrial(TorchModel(tiny_checkpoint), PROMPTS, seed=0)
+    loaded = load_ranges(ranges)
+    plans = candidate_plans(trial, loaded, [Format.INT8])
+    effects = measure_effects(trial, plans, flops_shares(trial.layers, loaded), picture_seconds=0)
+    assert effects[0].step_error >= effects[-1].step_error > 0
+    everything = trial.fidelity(plans[Format.INT8]).psnr_db
+    base = base_recipe(Format.INT8, trial.family, trial.network)
+    result = search(trial, plans, effects, Budget(psnr=everything + 1), base)
+    assert result.chosen.fidelity.psnr_db >= everything + 1
+    assert 0 < result.chosen.layers < len(plans[Format.INT8])
+    assert (result.recipe.stage, result.recipe.network) == (VAE_DECODER, "AutoencoderDC")
