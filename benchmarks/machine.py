@@ -79,5 +79,6 @@ def write(name: str, results: dict[str, Any]) -> Path:
 
 
 def _command() -> str:
-    """The command line, with the benchmark's module name instead of its path on this machine."""
-    return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    """The command line, without the places of files on this machine: the module's name, and the ends of paths."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])

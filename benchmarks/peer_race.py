@@ -130,7 +130,6 @@ class Race:
         self.case, self.contestants = case, {c.name: c for c in contestants}
         self._cache, self._peer, self._threads, self._noisy = cache, peer, threads, noisy
         self._work = cache / case.model.name / "work" / case.name
-        self._work.mkdir(parents=True, exist_ok=True)
         self._file = cache / "state" / f"{case.name}.json"
         self.state: dict[str, Any] = {"key": key, "loaded": {}, "failed": {}, "rounds": []}
         if self._file.exists() and not fresh:
@@ -146,6 +145,7 @@ class Race:
         Args:
             at_once: how many contestants are loaded together, beside the baseline.
         """
+        self._work.mkdir(parents=True, exist_ok=True)
         stop = monotonic() + seconds
         self._answer_reference(rounds, stop)
         while (pending := self._pending(rounds)) and monotonic() < stop:
@@ -211,7 +211,7 @@ class Race:
         self.state["rounds"].append(record)
         self._save()
         note = "" if record["counts"] else f", not counted: other programs used {cores:.2f} cores"
-        sys.stderr.write(f"{self.case.name}: round {number + 1} of {len(workers)} contestants{note}\n")
+        sys.stderr.write(f"{self.case.name}: round {number + 1}, {len(workers)} contestants{note}\n")
 
     def _start(self, name: str, stack: ExitStack) -> Worker | None:
         """Load a contestant and warm it up, or note why that is not possible."""
