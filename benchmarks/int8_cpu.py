@@ -27,7 +27,7 @@ from ditc.calib.observe import Observer, watching
 from ditc.export.contract import StageModule
 from ditc.export.engine.ir import write_ir
 from ditc.export.example_inputs import example_feeds
-from ditc.export.families.sana.adapter import TORCH_DTYPES
+from ditc.export.families.sana.adapter import STAGE_DTYPES, TORCH_DTYPES
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import SanaDenoiser
 from ditc.export.families.sana.recipe import RECIPES
@@ -37,7 +37,7 @@ from ditc.export.graph.step import wrap
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.networks.loading import weight_map
 from ditc.export.quant.layers import quantizable_layers
-from ditc.export.quant.plan import make_plan
+from ditc.export.quant.plan import QuantPlan, make_plan
 from ditc.export.quant.ranges import Origin, Ranges
 from ditc.runtime.machine import library_versions, this_machine
 from ditc.runtime.session import Array
@@ -118,7 +118,7 @@ def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
     step = wrap(network.to(TORCH_DTYPES[precision]), dtype=TORCH_DTYPES[precision], contract=contract)
     step.requires_grad_(False)
     conditioning = (
-        TensorSpec("cross_kv", DType.FLOAT32, (ROWS, layers, 2, TEXT_LENGTH, WIDTH)),
+        TensorSpec("cross_kv", STAGE_DTYPES[precision], (ROWS, layers, 2, TEXT_LENGTH, WIDTH)),
         TensorSpec("text_bias", DType.FLOAT32, (ROWS, TEXT_LENGTH)),
     )
     spec = StageSpec(
@@ -139,7 +139,17 @@ def make_stage(layers: int, cells: int, precision: Precision) -> StageModule:
 
 
 def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) -> None:
-    """Quantize the graph to INT8 in place. The ranges are from one run, because speed does not depend on them."""
+    """Quantize the graph to INT8 in place."""
+    quantize_graph(model, plan_of(stage, feeds), parameters_of(stage))
+
+
+def parameters_of(stage: StageModule) -> dict[str, str]:
+    """The name of the initializer that holds each layer's weight."""
+    return {name: layer.parameter for name, layer in quantizable_layers(stage).items()}
+
+
+def plan_of(stage: StageModule, feeds: Mapping[str, Array]) -> QuantPlan:
+    """The plan of Sana's recipe. The ranges are from one run, because speed does not depend on them."""
     layers, observer = quantizable_layers(stage), Observer(buckets=1)
     with watching(layers, observer.see):
         TorchSession(stage.module, stage.spec).run(feeds)
@@ -155,11 +165,7 @@ def quantize(stage: StageModule, model: ir.Model, feeds: Mapping[str, Array]) ->
         usual_steps=1,
     )
     ranges = Ranges(origin=origin, sites=observer.sites, site_of=observer.site_of, prompts=())
-    quantize_graph(
-        model,
-        make_plan(RECIPES["sana-int8"], ranges, layers),
-        {n: layer.parameter for n, layer in layers.items()},
-    )
+    return make_plan(RECIPES["sana-int8"], ranges, layers)
 
 
 def ort_session(path: Path, threads: int, profile_prefix: str | None = None) -> Any:

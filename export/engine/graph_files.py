@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,18 +37,24 @@ def graph_size_bytes(onnx_path: Path) -> int:
 
 
 @contextmanager
-def inlined(onnx_path: Path) -> Iterator[Path]:
+def inlined(onnx_path: Path, change: Callable[[onnx.ModelProto], int] | None = None) -> Iterator[Path]:
     """A temporary copy of the graph in which every function call is replaced by the function's body.
 
     The copy lies beside the graph, so that it finds the external data. TensorRT-RTX 1.7.1 inlines functions by itself,
     but gives the nodes of all calls the same names: it warns, and their tensors cannot be told apart. A graph without
     functions is used without a copy.
+
+    Args:
+        change: changes the inlined graph in place, and returns how many things it changed.
     """
     model = onnx.load(onnx_path, load_external_data=False)
-    if not model.functions:
+    calls = bool(model.functions)
+    if calls:
+        model = onnx.inliner.inline_local_functions(model)
+    changes = 0 if change is None else change(model)
+    if not calls and not changes:
         yield onnx_path
         return
-    model = onnx.inliner.inline_local_functions(model)
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
     with scratch_file(onnx_path, model.SerializeToString()) as copy:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ditc.export.engine.graph_files import graph_size_bytes, inlined
 from ditc.export.engine.memory import PeakMemory
+from ditc.export.engine.unsigned_inputs import make_inputs_unsigned
 from ditc.runtime.atomic import atomic_files
 from ditc.runtime.errors import BuildError, MissingExtra, SessionError
 from ditc.runtime.sessions.openvino import reason, weights_path
@@ -56,7 +57,9 @@ def estimate_memory_bytes(onnx_path: Path) -> int:
 
 
 def write_ir(onnx_path: Path, out: Path, *, spec: StageSpec) -> IrReport:
-    """Write the graph as `out`, an .xml file, and its weights beside it. Element types stay as they are in the graph.
+    """Write the graph as `out`, an .xml file, and its weights beside it.
+
+    Element types stay as they are in the graph, but for the 8-bit inputs of GEMMs, which become unsigned.
 
     Raises:
         BuildError: OpenVINO cannot convert the graph, or gives it other inputs or outputs than the spec.
@@ -64,7 +67,7 @@ def write_ir(onnx_path: Path, out: Path, *, spec: StageSpec) -> IrReport:
     """
     begin, openvino = time.monotonic(), load_openvino()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with PeakMemory() as memory, inlined(onnx_path) as graph:
+    with PeakMemory() as memory, inlined(onnx_path, make_inputs_unsigned) as graph:
         try:
             model = core().read_model(str(graph))
         except Exception as e:  # its frontends raise classes of their own
