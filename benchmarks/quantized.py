@@ -50,6 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--for-psnr", type=int, default=32, help="number of pictures for PSNR")
     parser.add_argument("--cache", type=Path, help="folder for drawn pictures; a killed run resumes")
+    parser.add_argument(
+        "--backend",
+        default="onnxruntime",
+        help="what draws in 8 bits, for which the bundle must be built; ONNX Runtime draws in fp32",
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the result")
     arguments = parser.parse_args()
     split = load_split()
     pairs = order_by_hash(split.trained + split.held_out)[: arguments.pictures]
@@ -57,7 +63,7 @@ def main() -> None:
     ranks = concept_ranks(to_uint8(reference), [p.concept for p in pairs], split)
     results: dict[str, object] = {"fp32_top1": float((ranks == 0).mean())}
     for precision in arguments.precisions:
-        pictures = draw(arguments.bundle, precision, pairs, arguments.cache)
+        pictures = draw(arguments.bundle, precision, pairs, arguments.cache, arguments.backend)
         found = concept_ranks(to_uint8(pictures), [p.concept for p in pairs], split)
         each = [psnr(a, b) for a, b in zip(pictures, reference, strict=True)][: arguments.for_psnr]
         difference, interval = paired(found == 0, ranks == 0)
@@ -77,17 +83,20 @@ def main() -> None:
         "machine": str(this_machine()),
         "versions": library_versions(),
         "transformer_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "backend": arguments.backend,
         "prompts": len(pairs),
         **results,
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"fp32 top-1 {results['fp32_top1']:.1%} over {len(pairs)} prompts; wrote {RESULTS}")
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"fp32 top-1 {results['fp32_top1']:.1%} over {len(pairs)} prompts; wrote {arguments.results}")
 
 
-def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None) -> Array:
+def draw(
+    bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None, backend: str = "onnxruntime"
+) -> Array:
     """Draw one picture per pair: floats (N,H,W,3) in [0,1]. Pictures in the cache are not drawn again."""
-    with Pipeline.load(bundle, backend="onnxruntime", precision=precision) as pipeline:
+    with Pipeline.load(bundle, backend=backend, precision=precision) as pipeline:
         largest = pipeline.sessions["denoiser"].spec.profile["batch"].max
         artifact = next(
             a
@@ -97,7 +106,7 @@ def draw(bundle: Path, precision: str, pairs: Sequence[Pair], cache: Path | None
         pictures: list[Array] = []
         for start in track(range(0, len(pairs), largest), description=precision):
             prompts = [caption(pair) for pair in pairs[start : start + largest]]
-            known = None if cache is None else cache / f"{artifact.key}-{start}-{len(prompts)}.npy"
+            known = None if cache is None else cache / f"{backend}-{artifact.key}-{start}-{len(prompts)}.npy"
             if known is not None and known.exists():
                 pictures.append(np.load(known))
                 continue
