@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 
 from optimum.intel.openvino import OVSanaPipeline
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 
 def main() -> None:
     """Write the OpenVINO models of the checkpoint, with weights in f32, or in INT8 where they are matrices."""
     checkpoint, folder, weights = sys.argv[1:]
+    # The example that is traced has so many pixels and, for the decoder, latent cells. By default they are 64, which
+    # is two pictures of 2048 px for a DC-AE of released size. 32 pixels are the least that its encoder takes.
+    DEFAULT_DUMMY_SHAPES.update(width=32, height=32)
     # By default, models of more than a billion parameters would become INT8.
     pipe = OVSanaPipeline.from_pretrained(
         checkpoint, export=True, compile=False, load_in_8bit=weights == "int8"
