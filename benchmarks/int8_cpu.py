@@ -179,10 +179,12 @@ def ort_session(path: Path, threads: int, profile_prefix: str | None = None) -> 
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def openvino_session(onnx: Path, spec: StageSpec, threads: int) -> OpenvinoSession:
+def openvino_session(
+    onnx: Path, spec: StageSpec, threads: int, precision: Precision = Precision.FP32
+) -> OpenvinoSession:
     """A session of the graph in OpenVINO's form."""
-    report = write_ir(onnx, onnx.with_suffix(".xml"), spec=spec)
-    return OpenvinoSession(report.model, spec, threads=threads)
+    report = write_ir(onnx, onnx.with_suffix(f".{precision}.xml"), spec=spec, precision=precision)
+    return OpenvinoSession(report.model, spec, threads=threads, precision=precision)
 
 
 def diffusers_steps(arguments: argparse.Namespace, cells: int) -> dict[str, Callable[[], object]]:

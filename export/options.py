@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
-from ditc.runtime.spec import Backend, Precision
+from ditc.runtime.spec import EIGHT_BITS, Backend, Precision
 
 # 20 has Gelu as a single node, and Q/DQ of every type that we write (INT8 since 13, FP8 since 19). 23 adds Attention
 # and RMSNormalization.
@@ -30,7 +30,7 @@ class BuildOptions:
             precision's default; any other stage is in 8 bits only if a recipe says so.
         ranges: files of calibrated ranges, at most one per stage.
         base_precision: precision of the denoiser outside its 8-bit GEMMs, from which that of other stages with a recipe
-            follows; None for fp32 in ONNX Runtime, fp16 in engines and bf16 in OpenVINO.
+            follows; None for fp32 in ONNX Runtime, fp16 in engines and bf16 in OpenVINO. That of int8-dynamic is fp32.
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
@@ -53,13 +53,15 @@ class BuildOptions:
     @property
     def quantized(self) -> bool:
         """Whether the denoiser's GEMMs are quantized to 8 bits."""
-        return self.precision in (Precision.INT8, Precision.FP8)
+        return self.precision in EIGHT_BITS
 
     @property
     def base(self) -> Precision:
         """The precision in which the networks are exported, before quantization."""
         if not self.quantized:
             return self.precision
+        if self.base_precision is None and self.precision is Precision.INT8_DYNAMIC:
+            return Precision.FP32
         return self.base_precision or row_of(self.backend).base_precision
 
     @property

@@ -23,6 +23,8 @@ TELLING = (
 )
 # Any of these computes products of bf16 numbers.
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Any of these adds four products of an unsigned and a signed byte without saturation.
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 INTEL = "GenuineIntel"
 
 

@@ -57,7 +57,7 @@ class Form(StrEnum):
 
 EXACT = (Precision.FP32,)
 SIXTEEN = (Precision.FP16, Precision.BF16, Precision.TF32)
-EIGHT = (Precision.INT8, Precision.FP8)
+EIGHT = (Precision.INT8_DYNAMIC, Precision.INT8, Precision.FP8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,9 @@ _QUANTIZED = (
 )
 _QUANTIZED_MODULE = (
     "the reference is PyTorch with the recorded quantized weights and scales. Results are equal until a differently "
-    "rounded sum moves a value to the neighbouring quantization level; measured up to 0.13 of the quantization error "
-    "there. A scale that is wrong by a factor of 12 costs 0.6 to 12, in one channel alone 0.26 to 3"
+    "rounded sum moves a value to the neighbouring quantization level, from where the difference grows; measured up to "
+    "0.33 of the quantization error (int8) and 0.29 (int8-dynamic) on seven pictures of the demo. A scale that is "
+    "wrong by a factor of 12 costs 0.6 to 12, in one channel alone 0.26 to 3; the graph level finds those exactly"
 )
 
 TABLE: tuple[Tolerance, ...] = (
@@ -192,7 +193,7 @@ TABLE: tuple[Tolerance, ...] = (
         Tolerance(level, Metric.RELATIVE_L2, EIGHT, 1.5, Form.TIMES_PYTORCH, _QUANTIZED)
         for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY)
     ),
-    Tolerance(Level.MODULE, Metric.RELATIVE_L2, EIGHT, 0.25, Form.TIMES_PYTORCH, _QUANTIZED_MODULE),
+    Tolerance(Level.MODULE, Metric.RELATIVE_L2, EIGHT, 0.5, Form.TIMES_PYTORCH, _QUANTIZED_MODULE),
     Tolerance(
         Level.PICTURE,
         Metric.PSNR,

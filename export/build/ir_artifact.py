@@ -44,5 +44,5 @@ def ir_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact:
         stage=f"{name} {build.options.backend}",
         files=(path, weights_path(path)),
         memory_bytes=estimate_memory_bytes,
-        make=lambda onnx: write_ir(onnx, path, spec=graph.spec),
+        make=lambda onnx: write_ir(onnx, path, spec=graph.spec, precision=graph.precision),
     )

@@ -17,6 +17,7 @@ from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
 from ditc.runtime.errors import UsageError
 from ditc.runtime.sessions.registry import build_backends, row_of
+from ditc.runtime.spec import Precision
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,19 @@ def _check_no_engine_options(options: BuildOptions) -> None:
 
 
 def _check_runs_precisions(options: BuildOptions) -> None:
-    known = row_of(options.backend).precisions
+    known, dynamic = row_of(options.backend).precisions, Precision.INT8_DYNAMIC
+    if options.precision is dynamic and dynamic not in known:
+        raise UsageError(
+            f"precision {dynamic.value} is not made for {options.backend}: an engine's scales are part of it",
+            hint=f"measure ranges with ditc calibrate, and build with --precision {Precision.INT8.value}; "
+            f"{dynamic.value} is for CPUs, with --backend "
+            + " or ".join(name for name in build_backends() if dynamic in row_of(name).precisions),
+        )
+    if options.precision is dynamic and options.base is not Precision.FP32:
+        raise UsageError(
+            f"--base-precision {options.base.value} does not fit {dynamic.value}, whose other parts are fp32",
+            hint="leave --base-precision out",
+        )
     for precision in (options.precision, options.base):
         if precision not in known:
             raise UsageError(

@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default=Precision.FP32.value,
         choices=[p.value for p in Precision],
-        help="Precision of the denoiser's weights and matrix products. That of the other stages follows from the model "
-        "(default: %(default)s).",
+        help="Precision of the denoiser's weights and matrix products. For 8 bits on a CPU, int8-dynamic is closer to "
+        "fp32 than int8 and needs no calibration. The precision of the other stages follows from the model (default: "
+        "%(default)s).",
     )
     _add_engine_arguments(parser)
     add_load_arguments(parser, "device", when="For engines that are tuned on a GPU.")
@@ -127,9 +128,8 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="The name of a recipe, or a .json file with one: which layers of a stage are in 8 bits. May be given once "
-        "per stage, such as sana-int8 and dc-ae-int8 (default: for an int8 or fp8 denoiser the "
-        "checkpoint's own file recipe.int8.json or recipe.fp8.json, else FAMILY-int8 or FAMILY-fp8; none for the other "
-        "stages).",
+        "per stage, such as sana-int8 and dc-ae-int8 (default: for an 8-bit denoiser the "
+        "checkpoint's own file recipe.PRECISION.json, else FAMILY-int8 or FAMILY-fp8; none for the other stages).",
     )
     parser.add_argument(
         "--ranges",
@@ -143,7 +143,7 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-precision",
         choices=["fp32", "fp16", "bf16"],
         help="With 8 bits: the precision of everything in the stage that is not in 8 bits (default: fp32 for ONNX "
-        "Runtime, fp16 for engines, bf16 for OpenVINO).",
+        "Runtime and with int8-dynamic, fp16 for engines, bf16 for OpenVINO).",
     )
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ditc.export.engine.graph_files import graph_size_bytes, inlined
 from ditc.export.engine.memory import PeakMemory
+from ditc.export.engine.run_time_scales import leave_tokens_to_library
 from ditc.export.engine.unsigned_inputs import make_inputs_unsigned
 from ditc.runtime.atomic import atomic_files
 from ditc.runtime.errors import BuildError, MissingExtra, SessionError
 from ditc.runtime.sessions.openvino import reason, weights_path
 from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
 from ditc.runtime.sessions.registry import missing, row_of
-from ditc.runtime.spec import Backend, StageSpec
+from ditc.runtime.spec import Backend, Precision, StageSpec
 
 HINT = "run the stage with --backend onnxruntime: if that works, the graph is sound and OpenVINO has a limit"
 
@@ -56,18 +57,24 @@ def estimate_memory_bytes(onnx_path: Path) -> int:
     return 2 * graph_size_bytes(onnx_path)
 
 
-def write_ir(onnx_path: Path, out: Path, *, spec: StageSpec) -> IrReport:
+def write_ir(
+    onnx_path: Path, out: Path, *, spec: StageSpec, precision: Precision = Precision.FP32
+) -> IrReport:
     """Write the graph as `out`, an .xml file, and its weights beside it.
 
     Element types stay as they are in the graph, but for the 8-bit inputs of GEMMs, which become unsigned.
+
+    Args:
+        precision: that of the graph. OpenVINO itself quantizes the tokens of an int8-dynamic one.
 
     Raises:
         BuildError: OpenVINO cannot convert the graph, or gives it other inputs or outputs than the spec.
         OutputError: the files cannot be written.
     """
     begin, openvino = time.monotonic(), load_openvino()
+    change = leave_tokens_to_library if precision is Precision.INT8_DYNAMIC else make_inputs_unsigned
     out.parent.mkdir(parents=True, exist_ok=True)
-    with PeakMemory() as memory, inlined(onnx_path, make_inputs_unsigned) as graph:
+    with PeakMemory() as memory, inlined(onnx_path, change) as graph:
         try:
             model = core().read_model(str(graph))
         except Exception as e:  # its frontends raise classes of their own

@@ -18,7 +18,7 @@ from ditc.export.quant.stage_recipes import find_recipes
 from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.errors import UsageError
-from ditc.runtime.sessions.registry import GRAPH_BACKEND
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
 from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Quantization:
 
     Attributes:
         precision: of the stage's artifacts.
-        ranges: None if the recipe quantizes only weights.
+        ranges: None if the recipe needs none.
         ranges_sha256: hash of the file of ranges; None if there is no such file.
         calibration: what the ranges rest on; None if there are none.
     """
@@ -68,7 +68,7 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> d
             for value in filter(None, values):
                 raise UsageError(
                     f"{name} {value} belongs to an 8-bit build, but this one is {options.precision.value}",
-                    hint="add --precision int8, --precision fp8, or a --recipe",
+                    hint="add --precision int8-dynamic, int8 or fp8, or a --recipe",
                 )
     if VAE_DECODER in recipes and options.backend == GRAPH_BACKEND:
         log.warning("%s: %s", recipes[VAE_DECODER].name, NOT_FASTER)
@@ -76,12 +76,27 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> d
     found = {}
     for stage, recipe in recipes.items():
         precision = options.precision if stage == DENOISER else recipe.precision
-        path, ranges = files.get(stage, (None, None)) if recipe.activations else (None, None)
-        if recipe.activations and ranges is None:
+        path, ranges = files.get(stage, (None, None))
+        if path is not None and not recipe.needs_ranges and recipe.activations:
+            raise UsageError(
+                f"--ranges {path} is given, but with {precision.value} every token of the {stage} has its own scale",
+                hint=f"leave --ranges out, or build with --precision {Precision.INT8.value}",
+            )
+        if not recipe.needs_ranges:
+            path, ranges = None, None
+        if recipe.needs_ranges and ranges is None:
             which = "" if stage == DENOISER else f" --stage {stage}"
+            measure = f"measure them: ditc calibrate {checkpoint.path}{which} -o ranges.safetensors"
+            dynamic = Precision.INT8_DYNAMIC
+            if (
+                precision is Precision.INT8
+                and stage == DENOISER
+                and dynamic in row_of(options.backend).precisions
+            ):
+                measure = f"{dynamic.value} needs none and is closer to fp32: --precision {dynamic.value}; or {measure}"
             raise UsageError(
                 f"recipe {recipe.name} quantizes activations and needs --ranges",
-                hint=f"measure them: ditc calibrate {checkpoint.path}{which} -o ranges.safetensors",
+                hint=measure,
             )
         calibration = None
         if path is not None and ranges is not None:

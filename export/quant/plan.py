@@ -78,14 +78,18 @@ def make_plan(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer]
     """Decide for every layer of a stage whether and how it is quantized.
 
     Args:
-        ranges: needed unless the recipe quantizes only weights.
+        ranges: needed if the recipe takes scales from them.
 
     Raises:
         UsageError: the recipe names no layer of the stage, the ranges are missing, lack a layer or have another
             number of channels, or a layer's input was always zero.
     """
     formats = check_fits(recipe, ranges, layers)
-    inputs = _inputs(recipe, ranges, layers, formats) if recipe.activations and ranges is not None else {}
+    inputs: dict[str, Input] = {}
+    if recipe.needs_ranges and ranges is not None:
+        inputs = _inputs(recipe, ranges, layers, formats)
+    elif recipe.activations:
+        inputs = dict.fromkeys(formats, Input(1.0, per_token=True))
     return QuantPlan(
         recipe=recipe,
         layers={name: LayerPlan(name, kind, inputs.get(name)) for name, kind in formats.items()},
@@ -107,7 +111,7 @@ def check_fits(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer
             f"recipe {recipe.name} names none of this network's {len(layers)} layers",
             hint=f"the recipe's rules name {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
         )
-    if not recipe.activations:
+    if not recipe.needs_ranges:
         return formats
     if ranges is None:
         raise UsageError(

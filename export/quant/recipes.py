@@ -75,7 +75,13 @@ class Recipe:
     def precision(self) -> Precision:
         """The precision of a stage with this recipe: FP8 if any layer is, because fewer targets have it."""
         kinds = {rule.kind for rule in self.rules}
-        return Precision.FP8 if Format.FP8 in kinds else Precision.INT8
+        eight = Precision.INT8_DYNAMIC if self.activations and not self.needs_ranges else Precision.INT8
+        return Precision.FP8 if Format.FP8 in kinds else eight
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether the scale of any input comes from calibrated ranges."""
+        return self.activations and any(rule.kind is not None and not rule.per_token for rule in self.rules)
 
     def decide(self, layer: str) -> Rule:
         """The rule that decides for the layer."""
@@ -138,7 +144,27 @@ def recipes_of(family: str) -> dict[str, Recipe]:
 
 def default_recipe(family: str, precision: Precision) -> str:
     """Name of the recipe that a family's build takes by default in that precision."""
-    return f"{family}-{precision.value}"
+    return f"{family}-{format_of(precision).value}"
+
+
+def format_of(precision: Precision) -> Format:
+    """The format of the layers of an 8-bit precision."""
+    return Format.FP8 if precision is Precision.FP8 else Format.INT8
+
+
+def dynamic(recipe: Recipe) -> Recipe:
+    """The recipe with a scale of its own for every token: the same layers in 8 bits, and no ranges.
+
+    Raises:
+        UsageError: the recipe quantizes only weights.
+    """
+    if not recipe.activations:
+        raise UsageError(
+            f"recipe {recipe.name} leaves activations as they are, but {Precision.INT8_DYNAMIC.value} quantizes them",
+            hint=f"leave --recipe out, or build it with --precision {Precision.INT8.value}",
+        )
+    rules = tuple(replace(rule, per_token=rule.kind is not None) for rule in recipe.rules)
+    return replace(recipe, rules=rules, smooth=False)
 
 
 def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
@@ -154,17 +180,17 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
     default = default_recipe(family, precision)
     recipe = load_named(default if name is None else name, recipes_of(family))
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
-    if precision is Precision.INT8 and Format.FP8.value in kinds:
+    if precision is not Precision.FP8 and Format.FP8.value in kinds:
         raise UsageError(
-            f"recipe {recipe.name} has FP8 layers, but an int8 build also serves targets without FP8",
+            f"recipe {recipe.name} has FP8 layers, but an {precision.value} build also serves targets without FP8",
             hint="build it with --precision fp8",
         )
-    if precision.value not in kinds:
+    if format_of(precision).value not in kinds:
         raise UsageError(
-            f"recipe {recipe.name} has no {precision.value} layer",
+            f"recipe {recipe.name} has no {format_of(precision).value} layer",
             hint=f"the default is {default}",
         )
-    return recipe
+    return dynamic(recipe) if precision is Precision.INT8_DYNAMIC else recipe
 
 
 def load_named(name: str, known: Mapping[str, Recipe]) -> Recipe:

@@ -19,7 +19,7 @@ from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import Precision, StageSpec
+from ditc.runtime.spec import EIGHT_BITS, Precision, StageSpec
 from ditc.runtime.tolerances import Level, Limit, Metric
 
 
@@ -147,7 +147,7 @@ def stage_bound(context: Context, case: StageCase, name: str) -> Limit | None:
 
 def _why_unbounded(context: Context, stage: str) -> str:
     precision = context.candidate.precision(stage)
-    if precision in (Precision.INT8, Precision.FP8):
+    if precision in EIGHT_BITS:
         return f"the bundle records no {precision.value} plan: build it again, or give --budget X"
     return f"PyTorch itself gives NaN or Inf in {precision.value} on these inputs, so there is no bound"
 

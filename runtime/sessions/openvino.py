@@ -27,9 +27,12 @@ from ditc.runtime.sessions.openvino_attention import widen_attention
 from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
 from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.sessions.shapes import check_feeds
-from ditc.runtime.spec import DType, StageSpec
+from ditc.runtime.spec import DType, Precision, StageSpec
 
 CPU = "CPU"
+# With int8-dynamic, OpenVINO gives every token one scale per so many channels. Of 32, 64, 128 and 256, 128 was the
+# fastest (docs/calibration.md). It computes layers with fewer channels in fp32 (2026.4).
+DYNAMIC_GROUP = 128
 
 
 def weights_path(model: Path) -> Path:
@@ -63,13 +66,22 @@ class OpenvinoSession:
         spec: the spec of the stage. The model must have the same inputs and outputs.
         device: OpenVINO's name of the device: CPU, GPU (Intel's) or NPU.
         threads: the number of CPU threads; 0 takes one per core that this process may use.
+        precision: the precision of the artifact.
 
     Raises:
         SessionError: the machine has no such device, or OpenVINO cannot read the model, or it does not fit the spec.
         MissingExtra: OpenVINO is not installed.
     """
 
-    def __init__(self, model: Path, spec: StageSpec, *, device: str = CPU, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        spec: StageSpec,
+        *,
+        device: str = CPU,
+        threads: int = 0,
+        precision: Precision = Precision.FP32,
+    ) -> None:
         self._openvino = load_openvino()
         self.spec = spec
         _check_device(spec, device)
@@ -77,7 +89,7 @@ class OpenvinoSession:
         self.device = ComputeDevice(
             kind="cpu" if device == CPU else "other", name=f"OpenVINO on the {device}", native_16_bits=bf16
         )
-        self._name, self._settings = device, settings(device, threads)
+        self._name, self._settings = device, settings(device, threads, precision)
         self._compiles_ahead = (threads or default_threads()) > 1
         weights = weights_path(model)
         try:
@@ -194,10 +206,12 @@ def executed_types(session: OpenvinoSession) -> dict[str, list[str]]:
     return types
 
 
-def settings(device: str, threads: int) -> dict[str, Any]:
-    """OpenVINO's properties for a device."""
+def settings(device: str, threads: int, precision: Precision = Precision.FP32) -> dict[str, Any]:
+    """OpenVINO's properties for a device and the precision of an artifact."""
     # ACCURACY keeps the types of the graph. One stream, so that all threads work on one run: a step cannot be split.
     common: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
+    # By default, the hints decide whether activations are quantized where weights are in 8 bits.
+    common["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_GROUP if precision is Precision.INT8_DYNAMIC else 0
     if device != CPU:
         return common
     # Pinning would bind threads to cores outside of the process's mask, and several processes to the same cores.
@@ -218,7 +232,11 @@ def open_stage(
         SessionError: there is no such device, or the stage cannot be loaded.
     """
     return OpenvinoSession(
-        model, artifact.spec, device=options.device.upper() or CPU, threads=options.threads
+        model,
+        artifact.spec,
+        device=options.device.upper() or CPU,
+        threads=options.threads,
+        precision=artifact.precision,
     )
 
 

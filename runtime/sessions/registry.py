@@ -106,6 +106,9 @@ def _imported_later(module: str, function: str) -> Callable[..., Any]:
 # "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it".
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
+# Engines have their scales from a build. What a token's own scale costs or gains there was not measured.
+ENGINE_PRECISIONS = tuple(p for p in Precision if p is not Precision.INT8_DYNAMIC)
+
 _TENSORRT, _ONNXRUNTIME = "ditc.runtime.sessions.tensorrt_backend", "ditc.runtime.sessions.onnxruntime"
 _PROFILERS = "ditc.runtime.bench.profilers"
 _OPENVINO, _OPENVINO_LIBRARY = "ditc.runtime.sessions.openvino", "ditc.runtime.sessions.openvino_library"
@@ -128,6 +131,7 @@ _table: list[BackendRow] = [
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
         built_on_gpu=True,
+        precisions=ENGINE_PRECISIONS,
         base_precision=Precision.FP16,
         polygraphy="polygraphy run {model} --trt --model-type engine",
     ),
@@ -145,6 +149,7 @@ _table: list[BackendRow] = [
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,
         targets=RTX_TARGETS,
+        precisions=ENGINE_PRECISIONS,
         base_precision=Precision.FP16,
         polygraphy="POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run {model} --trt --model-type engine",
     ),
@@ -159,7 +164,7 @@ _table: list[BackendRow] = [
         profile=_imported_later(f"{_PROFILERS}.openvino", "open_profiled"),
         builds_engines=True,
         devices=("CPU", "GPU", "NPU"),
-        precisions=(Precision.FP32, Precision.BF16, Precision.INT8),
+        precisions=(Precision.FP32, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8),
         base_precision=Precision.BF16,
         why_later=_imported_later(_OPENVINO_LIBRARY, "why_later"),
     ),

@@ -93,7 +93,7 @@ class _Writer:
         self._sources: dict[tuple[int, int], list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
         self._zeros: dict[Format, ir.Value] = {}
         self._smoothing: dict[int, str] = {}
-        self._amax: dict[int, ir.Value] = {}
+        self._amax: dict[tuple[int, int], ir.Value] = {}
 
     def quantize_input(self, gemm: ir.Node, layer: LayerPlan, together: Sequence[ir.Node]) -> None:
         """Feed the GEMM from a Q/DQ pair, whose scale is shared by all layers that read the same tensor.
@@ -103,12 +103,13 @@ class _Writer:
         """
         x, planned = gemm.inputs[0], layer.input
         assert x is not None and planned is not None
-        readers = self._sources.setdefault((id(x), id(planned)), [])
+        key = id(x), id(planned)
+        readers = self._sources.setdefault(key, [])
         if not readers:
             site = f"{_module(gemm)}.input"
             source = x
             if planned.per_token:
-                source, self._amax[id(planned)] = self._divided_by_amax(x, site, gemm)
+                source, self._amax[key] = self._divided_by_amax(x, site, gemm)
             elif planned.smooth is not None:
                 source = self._smoothed(x, planned, site, gemm, together)
             scale = self._constant(site + SCALE, scale_of(planned.amax, layer.kind, _numpy(x)))
@@ -123,7 +124,7 @@ class _Writer:
         up.type = x.type
         gemm.replace_input_with(0, up)
         if planned.per_token:
-            self._multiply_result(gemm, self._amax[id(planned)])
+            self._multiply_result(gemm, self._amax[key])
 
     def quantize_weight(self, gemm: ir.Node, layer: LayerPlan, parameter: str) -> None:
         """Store the quantized weight under its own name, and dequantize it where the GEMM reads it."""
