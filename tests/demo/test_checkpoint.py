@@ -97,7 +97,9 @@ def test_restored_states_make_the_same_checkpoint_again(tmp_path: Path) -> None:
     cache.mkdir()
     restore.run(cache)
     checkpoint.run(cache, again)
-    assert _contents(again) == _contents(CHECKPOINT_DIR)
+    shipped = _contents(CHECKPOINT_DIR)
+    del shipped["recipe.int8.json"]  # ditc calibrate finds it afterwards, for these weights
+    assert _contents(again) == shipped
     with pytest.raises(DemoError, match=r"already holds text\.pt"):
         restore.run(cache)
 
