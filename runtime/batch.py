@@ -187,10 +187,9 @@ class Batch:
             stop = start + state.latents.shape[0]
             results.append(state.advanced({name: narrow(t, start, stop) for name, t in outputs.items()}))
             start = stop
-        self._last = {
-            LATENTS: ([state.latents for state in results], outputs[NEXT_LATENTS]),
-            HISTORY: ([state.history for state in results], outputs[NEXT_HISTORY]),
-        }
+        self._last = {HISTORY: ([state.history for state in results], outputs[NEXT_HISTORY])}
+        if all(state.kept is None for state in states):  # inpainting replaces the latents that were returned
+            self._last[LATENTS] = ([state.latents for state in results], outputs[NEXT_LATENTS])
         return results
 
 

@@ -43,6 +43,11 @@ def advance(session: Session, state: DenoiseState, count: int) -> DenoiseState:
 
 
 def _steps_with_equal_rows(state: DenoiseState) -> int:
-    """How many steps from the next one on have the same number of rows, because a launch has one shape."""
+    """How many steps from the next one on have the same number of rows, because a launch has one shape.
+
+    It is 1 for inpainting, which changes the latents between two steps.
+    """
+    if state.kept is not None:
+        return 1
     rows = [state.row_count(step) for step in range(state.step_index, len(state.schedule))]
     return next((i for i, count in enumerate(rows) if count != rows[0]), len(rows))

@@ -39,7 +39,6 @@ _ATTENTION = Foreign(
 )
 _PAG = Foreign("perturbed-attention guidance is not implemented", nothing=(0,))
 _IP_ADAPTER = Foreign("image adapters are not implemented")
-_IMAGE = Foreign("bundles draw from texts alone", "leave it out; latents= starts from latents of your own")
 
 FOREIGN = {
     "eta": Foreign("only DDIM has it", ignored=True),
@@ -59,10 +58,9 @@ FOREIGN = {
     "ip_adapter_image_embeds": _IP_ADAPTER,
     "pag_scale": _PAG,
     "pag_adaptive_scale": _PAG,
-    "image": _IMAGE,
-    "mask_image": _IMAGE,
-    "control_image": _IMAGE,
-    "strength": _IMAGE,
+    "control_image": Foreign("bundles take no control picture"),
+    "padding_mask_crop": Foreign("pictures are not cropped", "crop image and mask_image before the call"),
+    "masked_image_latents": Foreign("no network here takes them"),
     "callback": Foreign("diffusers replaced it", "pass callback_on_step_end"),
     "callback_steps": Foreign("diffusers replaced it", "callback_on_step_end is called after every step"),
 }
@@ -81,6 +79,9 @@ SYNONYMS = {
     "slg_scale": "skip_layer_guidance_scale",
     "prompt_mask": "prompt_attention_mask",
     "return_type": "output_type",
+    **dict.fromkeys(("init_image", "images", "input_image"), "image"),
+    **dict.fromkeys(("mask", "mask_images"), "mask_image"),
+    **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
     "text_embeds": "prompt_embeds",
 }
 

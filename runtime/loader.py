@@ -28,7 +28,15 @@ from ditc.runtime.sessions.device import Device, open_device
 from ditc.runtime.sessions.opening import check_artifact, check_runs, open_session
 from ditc.runtime.sessions.registry import AUTO, available_backends, find_row, row_of
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
-from ditc.runtime.spec import CONDITIONER, DENOISER, EIGHT_BITS, VAE_DECODER, Backend, Precision
+from ditc.runtime.spec import (
+    CONDITIONER,
+    DENOISER,
+    EIGHT_BITS,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Backend,
+    Precision,
+)
 from ditc.runtime.text import Tokenizer
 from ditc.runtime.text_encoder import TextEncoder
 
@@ -46,6 +54,8 @@ class Parts:
         artifacts: the artifact that each stage runs.
         certification: what the bundle's certificate says about these artifacts on this machine.
         device: the GPU that the engines share; None if no stage runs an engine.
+        encoder: the VAE's encoder, which is checked and opened when the first image is encoded; None if the bundle has
+            none that can run here. It is no part of what the certification is about.
     """
 
     manifest: Manifest
@@ -55,6 +65,7 @@ class Parts:
     artifacts: dict[str, Artifact]
     certification: Certification
     device: Device | None = None
+    encoder: Session | None = None
 
 
 def load_parts(bundle: Path, options: LoadOptions) -> Parts:
@@ -88,7 +99,8 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
     ]
     key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
     conditioning = Conditioning(encoders, sessions[CONDITIONER], key=key)
-    return Parts(manifest, sessions, conditioning, reason, chosen, certification, device)
+    encoder = _encoder(bundle, manifest, chosen[DENOISER], options, device)
+    return Parts(manifest, sessions, conditioning, reason, chosen, certification, device, encoder)
 
 
 def choose_here(bundle: Path, manifest: Manifest, options: LoadOptions) -> tuple[dict[str, Artifact], str]:
@@ -180,18 +192,9 @@ def _open_all(
     if device is not None:
         device.enter()  # in addition to the sessions: it must stay open while no stage is loaded
 
-    def opener(artifact: Artifact) -> Callable[[], Session]:
-        def open_it() -> Session:
-            if not options.private_copy:
-                return open_session(bundle / artifact.file.path, artifact, options, device)
-            with private_copy(bundle, (artifact.file, *artifact.data)) as folder:
-                return open_session(folder / artifact.file.path, artifact, options, device)
-
-        return open_it
-
     try:
         for name, artifact in chosen.items():
-            open_it, row = opener(artifact), row_of(artifact.backend)
+            open_it, row = _opener(bundle, artifact, options, device), row_of(artifact.backend)
             if options.low_vram and row.same_gpu:
                 where = ComputeDevice(kind="cuda", name=row.name)
                 sessions[name] = OnDemandSession(artifact.spec, open_it, residency, device=where)
@@ -206,6 +209,41 @@ def _open_all(
             device.leave()
         raise
     return sessions
+
+
+def _opener(
+    bundle: Path, artifact: Artifact, options: LoadOptions, device: Device | None
+) -> Callable[[], Session]:
+    def open_it() -> Session:
+        if not options.private_copy:
+            return open_session(bundle / artifact.file.path, artifact, options, device)
+        with private_copy(bundle, (artifact.file, *artifact.data)) as folder:
+            return open_session(folder / artifact.file.path, artifact, options, device)
+
+    return open_it
+
+
+def _encoder(
+    bundle: Path, manifest: Manifest, denoiser: Artifact, options: LoadOptions, device: Device | None
+) -> Session | None:
+    """The VAE's encoder. Most requests have no image, so its files are read when the first one has."""
+    if VAE_ENCODER not in manifest.stages:
+        return None
+    try:
+        artifact = _companion(manifest, VAE_ENCODER, denoiser, options)
+    except BundleError:
+        return None
+    row = row_of(artifact.backend)
+    if row.same_gpu and device is None:
+        return None
+    open_it = _opener(bundle, artifact, options, device)
+
+    def check_and_open() -> Session:
+        check_files(bundle, artifact.files)
+        return open_it()
+
+    where = ComputeDevice(kind="cuda" if row.same_gpu else "cpu", name=row.name)
+    return OnDemandSession(artifact.spec, check_and_open, Residency(), device=where)
 
 
 def _read_tokenizers(bundle: Path, manifest: Manifest, *, private: bool) -> list[Tokenizer]:

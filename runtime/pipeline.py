@@ -32,7 +32,7 @@ from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Session, to_numpy
-from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.spec import DENOISER, VAE_DECODER, VAE_ENCODER
 from ditc.runtime.state import DenoiseState
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Pipeline:
             decoder=self.sessions[VAE_DECODER].spec,
             conditioning=self.conditioning,
             tiling=self.tiling,
+            encoder=self.sessions.get(VAE_ENCODER),
         )
 
     @classmethod
@@ -125,6 +126,8 @@ class Pipeline:
         except BaseException:
             pipeline.close()
             raise
+        if parts.encoder is not None:
+            pipeline.sessions[VAE_ENCODER] = parts.encoder
         return pipeline
 
     def with_sessions(

@@ -31,6 +31,7 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         backend: the library that ran the denoiser, and its precision, in words.
     """
     request, skip = plan.request, plan.skip_layer_guidance
+    image = {} if request.image is None else {"image": True, "mask_image": request.mask_image is not None}
     settings = {
         "num_inference_steps": plan.num_inference_steps,
         **{n: value for n in (*SCHEDULE, *OF_TEXTS) if (value := getattr(request, n)) is not None},
@@ -42,6 +43,8 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         "width": plan.width,
         "backend": backend,
         "index": index,
+        **image,
+        **({"strength": plan.strength} if image else {}),
         "num_prompts": request.num_prompts,
         "num_images_per_prompt": request.num_images_per_prompt,
     }

@@ -20,16 +20,20 @@ from ditc.runtime.conditioning import Conditioning, stack_texts
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
+from ditc.runtime.image_start import ImageLatents, Kept, cell_mask
 from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request, checked
 from ditc.runtime.rng import Generator
 from ditc.runtime.schedulers import CoefficientTable, coefficient_table, number_of_steps
-from ditc.runtime.session import Array
+from ditc.runtime.session import Array, Session
 from ditc.runtime.sizes import check_size, classify
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.step_contract import BATCH, COEFFICIENTS, NOISE, TIMESTEP, StepContract
 from ditc.runtime.vae import check_tiles
+
+# diffusers' default in the pipelines that take an image.
+STRENGTH = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,8 @@ class Drawable:
 
     Attributes:
         denoiser, decoder: the specs of the two stages.
-        tiling: how the decoder works in tiles; None decodes in one piece.
+        tiling: how the VAE works in tiles; None encodes and decodes in one piece.
+        encoder: the VAE's encoder, for requests with an image; None if the bundle has none that can run here.
     """
 
     manifest: Manifest
@@ -46,6 +51,7 @@ class Drawable:
     decoder: StageSpec
     conditioning: Conditioning
     tiling: Tiling | None
+    encoder: Session | None = None
 
     @property
     def contract(self) -> StepContract:
@@ -58,7 +64,7 @@ class Plan:
     """A request with every default filled in.
 
     Attributes:
-        num_inference_steps: the number of steps, as diffusers counts them.
+        num_inference_steps: the number of steps, as diffusers counts them, of which an image leaves out the first.
         table: the schedule, with one row per run of the network.
         height, width: the size of the pictures, in pixels.
         drawn_height, drawn_width: the size that the network draws, in pixels, before it is resized to height and width.
@@ -66,6 +72,8 @@ class Plan:
         seed: None if the caller gave a generator or latents instead of a seed.
         skip_layer_guidance: None if it is off.
         at_once: how many pictures are drawn together, as the denoiser's batch allows.
+        strength: how much of the image is replaced; None without an image.
+        begin_index: the first step that is done. It is 0 without an image.
     """
 
     request: Request
@@ -80,6 +88,8 @@ class Plan:
     seed: int | None
     at_once: int
     skip_layer_guidance: SkipLayerGuidance | None = None
+    strength: float | None = None
+    begin_index: int = 0
 
     @property
     def pictures(self) -> int:
@@ -112,6 +122,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     if request.output_type != "latent":
         cells = (drawn[0] // scale, drawn[1] // scale)
         check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
+    request = _resized(request, *drawn)
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     steps = number_of_steps(
         manifest.scheduler,
@@ -120,9 +131,14 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         timesteps=request.timesteps,
         sigmas=request.sigmas,
     )
+    strength = None
+    if request.image is not None:
+        strength = STRENGTH if request.strength is None else request.strength
+    begin_index = _begin_index(strength, steps, drawable)
     table = coefficient_table(
         manifest.scheduler,
         steps,
+        begin_index,
         columns=contract.columns,
         timesteps=request.timesteps,
         sigmas=request.sigmas,
@@ -147,7 +163,43 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         seed=request.seed if chosen else secrets.randbits(32),
         at_once=drawable.denoiser.profile[BATCH].max,
         skip_layer_guidance=decide_skip_layer_guidance(request, defaults, contract, guidance),
+        strength=strength,
+        begin_index=begin_index,
     )
+
+
+def _resized(request: Request, height: int, width: int) -> Request:
+    """The request with its image and mask at the drawn size."""
+    if request.image is None:
+        return request
+    mask = request.mask_image
+    return replace(
+        request,
+        image=request.image.resized(height, width),
+        mask_image=None if mask is None else mask.resized(height, width, masks=True),
+    )
+
+
+def _begin_index(strength: float | None, steps: int, drawable: Drawable) -> int:
+    """The first step of a request with an image: get_timesteps of diffusers' StableDiffusion3Img2ImgPipeline.
+
+    Raises:
+        UsageError: the bundle cannot encode an image, or the strength leaves no step.
+    """
+    if strength is None:
+        return 0
+    if drawable.encoder is None:
+        raise UsageError(
+            "image is given, but this bundle has no vae_encoder that can run here",
+            hint="build the bundle again, for a backend of this machine: ditc build CHECKPOINT -o BUNDLE",
+        )
+    begin = int(max(steps - min(steps * strength, steps), 0))
+    if begin == steps:
+        raise UsageError(
+            f"strength {strength:g} of {steps} steps leaves no step",
+            hint=f"pass a strength of at least {1 / steps:.3g}, or more steps",
+        )
+    return begin
 
 
 def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
@@ -164,6 +216,7 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
     request, total = plan.request, plan.pictures
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     shape = _latents_shape(plan, drawable.manifest)
+    images = _image_latents(plan, drawable, shape, generator)
     latents = _starting_latents(request, shape, generator)
     fresh = _noise_of_runs(plan, drawable.contract, shape, generator)
     if total > plan.at_once:  # otherwise all texts are encoded before anything is drawn
@@ -183,6 +236,8 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
             negative,
             [{name: parts.take(len(pictures)) for name, parts in feeds.items()} for feeds in fresh],
         )
+        if images is not None:
+            state = _with_image(state, plan, drawable, pictures, images)
         failed = [replace(failure, index=i - first) for i, failure in sorted(failures.items())]
         yield replace(state, failures=tuple(failed))
 
@@ -212,6 +267,46 @@ def _starting_latents(
     return Whole(given)
 
 
+def _image_latents(
+    plan: Plan, drawable: Drawable, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
+) -> ImageLatents | None:
+    request = plan.request
+    if request.image is None:
+        return None
+    assert drawable.encoder is not None  # as the plan has checked
+    return ImageLatents(
+        drawable.encoder,
+        request.image,
+        shape,
+        generator,
+        per_prompt=request.num_images_per_prompt,
+        scale=drawable.manifest.latents.scale_factor,
+        tiling=drawable.tiling,
+    )
+
+
+def _with_image(
+    state: DenoiseState, plan: Plan, drawable: Drawable, pictures: range, images: ImageLatents
+) -> DenoiseState:
+    """The state of pictures that start from images: the state of noise, with the images in it.
+
+    The latents of the given state are the noise, times init_noise_sigma.
+    """
+    request, table = plan.request, plan.table
+    noise = np.asarray(state.latents) / np.float32(table.init_noise_sigma)
+    image_latents = images.take(len(pictures))
+    signal, level = table.levels[0]
+    kept = None
+    if request.mask_image is not None:
+        scale, size = drawable.manifest.latents.scale_factor, (plan.drawn_height, plan.drawn_width)
+        masks, per_prompt = request.mask_image, request.num_images_per_prompt
+        indices = [picture // per_prompt if len(masks) > 1 else 0 for picture in pictures]
+        made = {index: cell_mask(masks, index, size, scale) for index in set(indices)}
+        mask = np.concatenate([made[index] for index in indices])
+        kept = Kept(mask=mask, image_latents=image_latents, noise=noise, levels=table.levels)
+    return replace(state, latents=signal * image_latents + level * noise, kept=kept)
+
+
 def _noise_of_runs(
     plan: Plan, contract: StepContract, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
 ) -> list[dict[str, Parts]]:
@@ -235,7 +330,12 @@ def _first_state(
     rows = [*negative, *positive, *(positive if skip is not None else [])]  # the order of diffusers
     table = plan.table
     guidance = guidance_feeds(
-        contract, batch, plan.guidance_scale, skip, plan.num_inference_steps, len(table)
+        contract,
+        batch,
+        plan.guidance_scale,
+        skip,
+        plan.num_inference_steps - plan.begin_index,
+        len(table),
     )
     return DenoiseState(
         latents=latents * np.float32(table.init_noise_sigma),

@@ -14,6 +14,7 @@ import numpy as np
 from ditc.runtime.arrays import given_array
 from ditc.runtime.diffusers_arguments import without_foreign
 from ditc.runtime.errors import UsageError
+from ditc.runtime.image_input import GivenImages, given_images
 from ditc.runtime.limits import MAX_PICTURES, MAX_SIDE, MAX_STEPS
 from ditc.runtime.rng import Generator, TorchGenerator, is_torch_generator
 from ditc.runtime.session import Array
@@ -27,6 +28,7 @@ INTEGERS = (
 NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu", "max_timesteps"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop", "intermediate_timesteps"),
+    "strength",
 )
 TEXTS = ("prompt", "prompt_2", "prompt_3")
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -52,6 +54,11 @@ class Request:
         seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
             torch.Generator draws with the caller's torch.
         latents: (B,C,H,W) fp32 starting latents, instead of noise.
+        image: the picture to start from, or one per prompt: pictures of Pillow, arrays or tensors (image_input.py says
+            which). It is resized to the drawn size.
+        mask_image: where to draw anew (white) and where the image stays (black), or one mask per prompt.
+        strength: from 0 to 1, how much of the image is replaced: the share of the steps that are done. With 1 the
+            picture starts from noise alone, up to the noise level at which the schedule begins.
         prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, negative_*: (prompts, S, D) fp32, (prompts, S) and
             (prompts, P), instead of texts. Mask and pooled embeddings are given only if the model takes them. Arrays of
             other libraries and other types are converted.
@@ -84,6 +91,9 @@ class Request:
     generator: Generator | Sequence[Generator] | None = None
     num_images_per_prompt: int = 1
     latents: Array | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
     prompt_embeds: Array | None = None
     prompt_attention_mask: Array | None = None
     negative_prompt_embeds: Array | None = None
@@ -206,7 +216,20 @@ def checked(request: Request) -> Request:
             raise UsageError(
                 f"{name} has values other than 0 and 1", hint="pass 1 for tokens and 0 for padding"
             )
+    for name, channels in (("image", 3), ("mask_image", 1)):
+        given = getattr(request, name)
+        if given is not None and not isinstance(given, GivenImages):
+            changes[name] = _one_per_prompt(request, name, given_images(name, given, channels=channels))
     return replace(request, **changes, generator=_own_generator(request.generator))
+
+
+def _one_per_prompt(request: Request, name: str, images: GivenImages) -> GivenImages:
+    if len(images) not in (1, request.num_prompts):
+        raise UsageError(
+            f"{name} holds {len(images)} pictures for {request.num_prompts} prompts",
+            hint="pass one picture for all prompts, or one per prompt",
+        )
+    return images
 
 
 def _given(request: Request, name: str) -> bool:
@@ -242,6 +265,7 @@ def _check(request: Request) -> None:
             )
     _check_embeds(request)
     _check_counts(request)
+    _check_image(request)
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass only one of them")
     if not isinstance(request.output_type, str) or request.output_type not in ("pil", "np", "latent"):
@@ -284,6 +308,21 @@ def _check_counts(request: Request) -> None:
             "pictures",
             hint=f"draw at most {MAX_PICTURES} in one request",
         )
+
+
+def _check_image(request: Request) -> None:
+    if request.image is None:
+        for name in ("mask_image", "strength"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is given without an image", hint="pass the picture as image")
+        return
+    if request.latents is not None:
+        raise UsageError(
+            "image and latents are both given",
+            hint="pass either a picture to start from, or starting latents",
+        )
+    if request.strength is not None and not 0 <= request.strength <= 1:
+        raise UsageError(f"strength is {request.strength:g}", hint="pass a number from 0 to 1")
 
 
 def _check_schedule(request: Request) -> None:

@@ -22,6 +22,15 @@ def classify(height: int, width: int, bins: Sequence[tuple[int, int]]) -> tuple[
     return min(bins, key=lambda size: abs(round(size[0] / size[1], 2) - ratio))
 
 
+def size_like(height: int, width: int, defaults: Defaults) -> tuple[int, int]:
+    """The (height, width) to draw a picture in that replaces one of height x width: the bin of its shape.
+
+    Without bins it is the bundle's default. diffusers' pipelines draw every image at the default size, which squeezes
+    it; so this is for callers that ask nobody for a size, such as the command line.
+    """
+    return classify(height, width, defaults.bins) if defaults.bins else (defaults.height, defaults.width)
+
+
 def check_size(height: int, width: int, latents: LatentSpec, spec: StageSpec, defaults: Defaults) -> None:
     """Refuse a picture size that the denoiser was not built for.
 

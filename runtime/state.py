@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ditc.runtime.failure import Failure
-from ditc.runtime.session import Array, Tensor, narrow
+from ditc.runtime.image_start import Kept
+from ditc.runtime.session import Array, Tensor, narrow, to_numpy
 from ditc.runtime.step_contract import (
     GUIDANCE_WEIGHTS,
     HISTORY,
@@ -63,6 +64,7 @@ class DenoiseState:
         stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
         decodes_x0: whether the picture is the last x0 instead of the last latents.
         failures: at most one per sample. A sample that has failed is stepped along, as it does not affect the others.
+        kept: what inpainting puts back into the latents after every step, on the host; None without a mask.
     """
 
     latents: Tensor
@@ -73,12 +75,17 @@ class DenoiseState:
     x0: Tensor | None = None
     stats: Tensor | None = None
     failures: tuple[Failure, ...] = ()
+    kept: Kept | None = None
     decodes_x0: bool = False
 
     @property
     def result(self) -> Tensor:
         """What is decoded if the state is finished, or if the loop ends here."""
-        return self.x0 if self.decodes_x0 and self.x0 is not None else self.latents
+        if not self.decodes_x0 or self.x0 is None:
+            return self.latents
+        return (
+            self.x0 if self.kept is None else self.kept.put_back(to_numpy(self.x0), len(self.kept.levels) - 1)
+        )
 
     @property
     def lost(self) -> bool:
@@ -114,8 +121,11 @@ class DenoiseState:
 
     def advanced(self, outputs: Mapping[str, Tensor], count: int = 1) -> DenoiseState:
         """The state after `count` steps, whose last one returned `outputs`."""
+        latents = outputs[NEXT_LATENTS]
+        if self.kept is not None:
+            latents = self.kept.put_back(to_numpy(latents), self.step_index + count)
         return DenoiseState(  # not replace(), which is slower, and every step comes through here
-            latents=outputs[NEXT_LATENTS],
+            latents=latents,
             history=outputs[NEXT_HISTORY],
             schedule=self.schedule,
             rows=self.rows,
@@ -124,4 +134,5 @@ class DenoiseState:
             stats=outputs[STATS],
             failures=self.failures,
             decodes_x0=self.decodes_x0,
+            kept=self.kept,
         )

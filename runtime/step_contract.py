@@ -37,6 +37,9 @@ NEXT_HISTORY = "next_history"
 STATS = "stats"  # (B,2): how many values of x0 are not finite, and the largest finite magnitude
 STATS_SIZE = 2
 
+# An output of encoders whose posterior is sampled: its standard deviation, in the scale of the latents.
+LATENTS_STD = "latents_std"
+
 # Outputs of one step, and the inputs that they become in the next step.
 CARRY = {NEXT_LATENTS: LATENTS, NEXT_HISTORY: HISTORY}
 

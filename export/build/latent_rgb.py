@@ -23,15 +23,17 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     It is a least-squares fit.
 
     Args:
-        encoder: maps images (B,3,H,W) in [-1,1] to latents (B,C,H/f,W/f) as the denoiser sees them.
+        encoder: maps images (B,3,H,W) in [-1,1] to latents (B,C,H/f,W/f) as the denoiser sees them. A second output is
+            not used.
     """
     size = _CELLS * latents.scale_factor
     images = torch.from_numpy(_pictures(size))
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            latent: torch.Tensor = encoder(image[None]).float()
-            return latent
+            outputs = encoder(image[None])
+            latent: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+            return latent.float()
 
     workers = min(_TOGETHER, torch.get_num_threads())
     with one_thread(), ThreadPoolExecutor(workers) as pool:

@@ -1,8 +1,8 @@
 """AutoencoderKL, the autoencoder of SD3 and its relatives (arXiv 2112.10752), as export-grade decoder and encoder.
 
 The reference is diffusers 0.42.1's AutoencoderKL. The networks apply the latents' scale and shift themselves, so a
-pipeline does no arithmetic on latents. The encoder returns the mode of the posterior, where diffusers' image-to-image
-draws a sample from it.
+pipeline does no arithmetic on latents. The encoder returns mean and standard deviation of the posterior, from which
+diffusers' image-to-image draws a sample.
 
 These stay fp32 in 16-bit networks: group norms and softmax.
 """
@@ -73,7 +73,7 @@ class KlVaeDecoder(nn.Module):
 
 
 class KlVaeEncoder(nn.Module):
-    """Encodes a picture to latents as the denoiser sees them: the mode of the posterior."""
+    """Encodes a picture to the posterior of its latents, as the denoiser sees them."""
 
     weights_below = ""
 
@@ -84,11 +84,15 @@ class KlVaeEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else nn.Identity()
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B,3,H,W) fp32 in [-1,1] -> (B,C,h,w) fp32."""
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,H,W) fp32 in [-1,1] -> mean and standard deviation, (B,C,h,w) fp32 each.
+
+        The bounds of the logarithm are those of diffusers' DiagonalGaussianDistribution.
+        """
         moments = self.quant_conv(self.encoder(image.to(self.encoder.conv_in.weight.dtype)))
-        mean, _log_variance = moments.chunk(2, dim=1)
-        return (mean.float() - self.shift_factor) * self.scaling_factor
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * torch.clamp(log_variance, -30.0, 20.0))
+        return (mean - self.shift_factor) * self.scaling_factor, std * self.scaling_factor
 
 
 class Decoder(nn.Module):

@@ -34,7 +34,7 @@ RGB_BYTES = 3
 SETTINGS = (
     *("num_inference_steps", *SCHEDULE, "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
-    *("allow_uniform", "strict"),
+    *("strength", "allow_uniform", "strict"),
 )
 
 
@@ -162,8 +162,28 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{side}",
             type=int,
             metavar="PX",
-            help=f"The picture's {side} in pixels (default: the bundle's).",
+            help=f"The picture's {side} in pixels (default: the bundle's; with --image, that of the trained size whose "
+            "shape is nearest to the image's).",
         )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="Start from this picture (PNG, JPEG or WebP) instead of noise alone (default: none).",
+    )
+    parser.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        dest="mask_image",
+        help="Where to draw: white is drawn anew, black keeps the --image (default: everywhere).",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="FRACTION",
+        help="How much of the --image is replaced: the fraction of the steps from 0 to 1 that are done (default: 0.6).",
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -220,15 +240,26 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(path, "-o")
     if arguments.preview is not None:
         check_writable(_preview_path(arguments.preview, 0, 0, 0), "--preview")
+    from ditc.runtime.image_files import read_image
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
+    from ditc.runtime.sizes import size_like
 
+    images = {
+        name: None if path is None else read_image(path, option)
+        for name, option in (("image", "--image"), ("mask_image", "--mask"))
+        for path in (getattr(arguments, name),)
+    }
     with Pipeline.load(read_bundle_argument(arguments), options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("the bundle is not certified: %s", pipeline.uncertified)
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
-        request = Request(prompt=prompts, **{name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)})
+        given = {name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)}
+        image = images["image"]
+        if image is not None and given["height"] is given["width"] is None:
+            given["height"], given["width"] = size_like(image.height, image.width, pipeline.manifest.defaults)
+        request = Request(prompt=prompts, image=image, mask_image=images["mask_image"], **given)
         plan = pipeline.plan(request)
         check_writable(paths[0], "-o", needed_bytes=len(paths) * plan.height * plan.width * RGB_BYTES)
         results = Results(pipeline, plan, paths)

@@ -73,6 +73,7 @@ class CoefficientTable:
         sigmas: (N + 1,) float32, the noise levels before each step and after the last one.
         init_noise_sigma: standard deviation of the starting latents.
         decodes_x0: whether the picture is the last prediction of x0 instead of the last latents.
+        levels: (N + 1, 2) float32, the weights of picture and noise in the latents at each of the sigmas.
     """
 
     columns: tuple[str, ...]
@@ -80,6 +81,7 @@ class CoefficientTable:
     coefficients: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     init_noise_sigma: float
+    levels: NDArray[np.float32]
     decodes_x0: bool = False
 
     def __len__(self) -> int:
@@ -191,6 +193,9 @@ def coefficient_table(
         sigmas=schedule.sigmas,
         init_noise_sigma=schedule.init_noise_sigma,
         decodes_x0=SOLVERS[params.kind].decodes_x0,
+        levels=np.stack([1 - schedule.sigmas, schedule.sigmas], axis=1)
+        if schedule.levels is None
+        else schedule.levels,
     )
 
 

@@ -18,11 +18,13 @@ def solve(params: SchedulerParams, steps: Steps) -> Schedule:
     """The schedule. Timesteps are not truncated, and `shift` is the second of diffusers' two shifts."""
     timesteps, sigmas = _grid(params, steps)
     exact = sigmas.astype(np.float64).tolist()
+    levels = np.stack([sigmas, 1 - sigmas], axis=1)[steps.begin_index :] if params.invert_sigmas else None
     update = _noisy_update if params.stochastic else _inverted_update if params.invert_sigmas else _update
     return Schedule(
         timesteps=timesteps[steps.begin_index :],
         sigmas=sigmas[steps.begin_index :],
         updates=[update(exact[i], exact[i + 1]) for i in range(steps.begin_index, steps.number)],
+        levels=levels,
     )
 
 

@@ -46,6 +46,7 @@ def solve(params: SchedulerParams, steps: Steps) -> Schedule:
         sigmas=angles,
         updates=rows,
         init_noise_sigma=params.sigma_data,
+        levels=np.float32(params.sigma_data) * np.stack([np.cos(angles), np.sin(angles)], axis=1),
     )
 
 

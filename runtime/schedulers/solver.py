@@ -22,12 +22,15 @@ class Schedule:
         sigmas: (N + 1,) float32, the noise levels before each run and after the last one.
         updates: for each run, coefficients by name. Coefficients that are not named are zero.
         init_noise_sigma: standard deviation of the starting latents.
+        levels: (N + 1, 2), the weights of picture and noise in the latents at each of the sigmas; None for those of a
+            flow, 1 - sigma and sigma.
     """
 
     timesteps: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     updates: Sequence[Mapping[str, float]]
     init_noise_sigma: float = 1.0
+    levels: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

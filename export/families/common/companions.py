@@ -61,18 +61,22 @@ def stage_plans(
     options: BuildOptions,
     *,
     tiling: Tiling | None = None,
+    posterior: bool = False,
 ) -> dict[str, StagePlan]:
     """Plan all stages, in the order in which drawing a picture runs them.
 
     Gemma overflows in fp16 (NVlabs/Sana's README: bf16 or fp32), and so does DC-AE. Both therefore have the precision
     of companions, not the denoiser's.
+
+    Args:
+        posterior: whether the VAE's encoder has a posterior that is sampled.
     """
     batch = options.max_batch
     specs = {
         TEXT_ENCODER: _text_encoder(text, caption_channels, batch),
         CONDITIONER: _conditioner(caption_channels, facts, batch),
         DENOISER: denoiser_spec(facts, max_batch=batch),
-        **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling),
+        **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling, posterior=posterior),
     }
     if options.raw:
         specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[options.base], max_batch=batch)

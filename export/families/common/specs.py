@@ -8,7 +8,7 @@ A family supplies what differs: channels, conditioning, extra inputs of its netw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,7 @@ from ditc.runtime.step_contract import (
     IMAGE_HEIGHT,
     IMAGE_WIDTH,
     LATENTS,
+    LATENTS_STD,
     PREDICTION,
     ROWS,
     WIDTH,
@@ -96,12 +97,20 @@ def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> Stage
 
 
 def vae_specs(
-    latents: LatentSpec, sizes: Mapping[str, Range], *, max_batch: int, tiling: Tiling | None = None
+    latents: LatentSpec,
+    sizes: Mapping[str, Range],
+    *,
+    max_batch: int,
+    tiling: Tiling | None = None,
+    posterior: bool = False,
 ) -> dict[str, StageSpec]:
     """Specs of the VAE's decoder and encoder.
 
     Sizes are any whole number of latent cells, because only the denoiser works on patches. With tiling, the largest
     input is one tile, and tiles at the edges are as small as one cell.
+
+    Args:
+        posterior: whether the encoder also returns the standard deviation of a posterior that is sampled.
     """
     scale = latents.scale_factor
     cells = {name: Range(r.min, r.opt, r.max) for name, r in sizes.items()}
@@ -114,9 +123,10 @@ def vae_specs(
     batch = {BATCH: Range(1, 1, max_batch)}
     picture = TensorSpec("image", DType.FLOAT32, (BATCH, 3, IMAGE_HEIGHT, IMAGE_WIDTH))
     latent = TensorSpec(LATENTS, DType.FLOAT32, (BATCH, latents.channels, HEIGHT, WIDTH))
+    encoded = (latent, *((replace(latent, name=LATENTS_STD),) if posterior else ()))
     return {
         VAE_DECODER: StageSpec(VAE_DECODER, (latent,), (picture,), {**batch, **cells}),
-        VAE_ENCODER: StageSpec(VAE_ENCODER, (picture,), (latent,), {**batch, **pixels}),
+        VAE_ENCODER: StageSpec(VAE_ENCODER, (picture,), encoded, {**batch, **pixels}),
     }
 
 

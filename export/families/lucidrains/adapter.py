@@ -116,7 +116,14 @@ class LucidrainsMMDiTAdapter:
         facts = _facts(transformer, text, sizes, step_contract(scheduler), options)
         return ModelPlan(
             family=self.family,
-            stages=stage_plans(text, transformer.caption_channels, facts, latents, options),
+            stages=stage_plans(
+                text,
+                transformer.caption_channels,
+                facts,
+                latents,
+                options,
+                posterior=isinstance(vae, AutoencoderKlConfig),
+            ),
             text=(text,),
             scheduler=scheduler,
             latents=latents,

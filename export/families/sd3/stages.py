@@ -67,7 +67,7 @@ def stage_plans(
     gate: dict[str, JsonValue] = {"skip_layers": list(skip.layers)} if skip else {}
     for stage, spec in specs.items():
         plans[stage] = StagePlan(spec=spec, precision=base, components=("transformer",), facts=gate)
-    for stage, spec in vae_specs(latents, facts.sizes, max_batch=batch).items():
+    for stage, spec in vae_specs(latents, facts.sizes, max_batch=batch, posterior=True).items():
         plans[stage] = StagePlan(spec=spec, precision=others, components=("vae",))
     return plans
 

@@ -48,11 +48,18 @@ class Api:
         log.info("request %s draws %s", request_id, drawing.job.id)
         return Ongoing(drawing, self.encoder)
 
-    def shared(self, http: HttpRequest, asked: Asked, body: BaseModel) -> Shared:
-        """The drawing of a request, which an idempotency key may share with earlier ones. Raises Refusal."""
+    def shared(self, http: HttpRequest, asked: Asked, body: BaseModel, files: str = "") -> Shared:
+        """The drawing of a request, which an idempotency key may share with earlier ones.
+
+        Args:
+            files: what tells the files of a form from others, such as their hash.
+
+        Raises:
+            Refusal: the key was used for another request.
+        """
         # What is kept must not hold the request with its body.
         caller, request_id = caller_of(http), http.state.request_id
-        said = f"{http.url.path}\n{http.headers.get('accept', '')}\n{body.model_dump_json()}"
+        said = f"{http.url.path}\n{http.headers.get('accept', '')}\n{body.model_dump_json()}\n{files}"
         return self.idempotency.shared(
             owner_of(http),
             http.headers.get(KEY_HEADER),

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from time import monotonic
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.image_input import GivenImages
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.api.asked import Asked, argument_of
 from ditc.runtime.serving.api.request_limits import RequestLimits
@@ -29,6 +31,7 @@ from ditc.runtime.serving.scheduling.job import (
     Progress,
     Refused,
 )
+from ditc.runtime.sizes import size_like
 from ditc.runtime.step_contract import GuidanceMode
 
 # Events that wait for a slow reader. A preview has one pixel per latent cell, so it is small.
@@ -187,7 +190,11 @@ class Beginnings:
                 param=given[0],
                 code="unsupported_value",
             )
-        plan = model.plan(asked.request)
+        request = asked.request
+        if isinstance(request.image, GivenImages) and request.height is request.width is None:
+            height, width = size_like(*request.image.size(), model.pipeline.manifest.defaults)
+            request = replace(request, height=height, width=width)
+        plan = model.plan(request)
         self._limits.check_plan(plan)
         if asked.format == "webp" and max(plan.width, plan.height) > WEBP_SIDE:
             raise Invalid(

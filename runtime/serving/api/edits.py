@@ -1,25 +1,29 @@
 """POST /v1/images/edits: pictures drawn from other pictures, in OpenAI's multipart form.
 
-No bundle of this version takes a picture (`Request` has no such argument), so every request is refused in the end. The
-form and its pictures are read as they will be, so that clients learn first what is wrong with their own requests.
+OpenAI's masks, and its pictures without a mask, are transparent where to draw anew. A mask without transparency is read
+as diffusers reads one: white is drawn anew.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from ditc.runtime.image_input import given_images
 from ditc.runtime.serving.api.answers import ImagesAnswer
 from ditc.runtime.serving.api.api import Api, api_of
 from ditc.runtime.serving.api.asked import Asked, asked_by_openai
 from ditc.runtime.serving.api.clients import GONE
+from ditc.runtime.serving.api.generations import drawn
 from ditc.runtime.serving.api.openapi import ERRORS, TimeoutHeader
 from ditc.runtime.serving.api.schemas import EditBody
 from ditc.runtime.serving.api.uploads import Upload, read_upload
@@ -40,7 +44,11 @@ FORM = {
                     "required": ["image", "prompt"],
                     "properties": {
                         "image": {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP."},
-                        "mask": {"type": "string", "format": "binary", "description": "What to draw anew."},
+                        "mask": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "Where to draw anew: where it is transparent or, if it is opaque, white.",
+                        },
                         "prompt": {"type": "string", "description": "What to draw."},
                     },
                     "description": "And the fields of POST /v1/images/generations that are no lists.",
@@ -53,11 +61,15 @@ FORM = {
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A checked request to draw from a picture, in which the mask is transparent where to draw."""
+    """A checked request to draw from a picture.
+
+    Attributes:
+        files: the hash of the pictures.
+    """
 
     asked: Asked
-    image: Upload
-    mask: Upload | None
+    body: EditBody
+    files: str
 
 
 @router.post(
@@ -67,7 +79,7 @@ class Edit:
     responses=ERRORS,
 )
 async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
-    """Draw from a picture. Refused in this version, in which every bundle draws from texts only."""
+    """Draw from a picture, everywhere or where the mask says."""
     try:
         form = await http.form(
             max_files=MOST_FILES, max_fields=len(EditBody.model_fields), max_part_size=MOST_FIELD_BYTES
@@ -78,20 +90,13 @@ async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
         return Response(status_code=GONE)
     except (ValueError, LookupError) as e:  # the parser's own errors, and unknown character sets
         raise _unreadable() from e
+    api = api_of(http)
     try:
-        return _drawn(await _read(api_of(http), form, timeout))
+        edit = await _read(api, form, timeout)
     finally:
         await form.close()
-
-
-def _drawn(edit: Edit) -> Response:
-    """The last step. When `Request` has an image, this hands it to the same drawing as `generations`."""
-    raise Invalid(
-        f"the image of {edit.image.image.width}x{edit.image.image.height} pixels cannot be used: "
-        "every model of this server draws from texts only",
-        hint="POST /v1/images/generations draws from a text",
-        param="image",
-        code="unsupported_operation",
+    return await drawn(
+        http, api.shared(http, edit.asked, edit.body, edit.files), stream=bool(edit.body.stream)
     )
 
 
@@ -116,13 +121,29 @@ async def _read(api: Api, form: FormData, timeout: str) -> Edit:
         raise Invalid(
             "image is required", hint="send a file", param="image", code="missing_required_parameter"
         )
-    pictures = {
-        name: await api.encoder.run(
-            read_upload, await file.read(), param=name, most_pixels=api.limits.max_pixels
+    pictures: dict[str, Upload] = {}
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        content = await file.read()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+        pictures[name] = await api.encoder.run(
+            read_upload, content, param=name, most_pixels=api.limits.max_pixels
         )
-        for name, file in files.items()
-    }
-    return Edit(asked, pictures["image"], pictures.get("mask"))
+    request = replace(
+        asked.request,
+        image=given_images("image", pictures["image"].image, channels=3),
+        mask_image=_to_draw(pictures["image"], pictures.get("mask")),
+        strength=body.strength,
+    )
+    return Edit(replace(asked, request=request), body, digest.hexdigest())
+
+
+def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
+    """Where to draw, as white in a picture of grey; None for everywhere."""
+    if mask is not None and mask.alpha is None:
+        return mask.image.convert("L")
+    alpha = image.alpha if mask is None else mask.alpha
+    return None if alpha is None else ImageOps.invert(alpha)
 
 
 def _add_file(files: dict[str, UploadFile], name: str, file: UploadFile) -> None:

@@ -47,10 +47,12 @@ async def generate(
     """
     api = api_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
-    shared = api.shared(http, asked, body)
-    if not body.stream:
-        return await answer(http, _plain(http, shared))
-    return await answer(http, _streamed(http, shared))
+    return await drawn(http, api.shared(http, asked, body), stream=bool(body.stream))
+
+
+async def drawn(http: Request, shared: Shared, *, stream: bool) -> Response:
+    """The answer with the pictures: one JSON document, or a stream of events."""
+    return await answer(http, _streamed(http, shared) if stream else _plain(http, shared))
 
 
 async def _plain(http: Request, shared: Shared) -> Response:

@@ -169,6 +169,12 @@ class EditBody(StreamedBody):
     """The fields of POST /v1/images/edits that are not files."""
 
     input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
+    strength: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="How much of the picture is replaced: the share of the steps that are done.",
+    )
 
 
 class JobBody(ImageBody):

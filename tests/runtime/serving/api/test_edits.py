@@ -46,12 +46,11 @@ PROMPT = field("prompt", "cat")
 @pytest.mark.parametrize(
     ("parts", "param", "code"),
     [
-        ([PROMPT, file("image", png())], "image", "unsupported_operation"),
-        ([PROMPT, file("image[]", png()), file("mask", png())], "image", "unsupported_operation"),
         ([PROMPT], "image", "missing_required_parameter"),
         ([file("image", png())], "prompt", "missing_required_parameter"),
         ([PROMPT, field("image", "http://localhost/cat.png")], "image", "unknown_parameter"),
-        ([PROMPT, field("strength", "1")], "strength", "unknown_parameter"),
+        ([PROMPT, field("strength", "1.5")], "strength", "invalid_value"),
+        ([PROMPT, field("fidelity", "1")], "fidelity", "unknown_parameter"),
         ([PROMPT, field("n", "11"), file("image", png())], "n", "invalid_value"),
         ([PROMPT, field("n", "9" * 5000), file("image", png())], "n", "invalid_value"),
         ([PROMPT, field("quality", "hd"), file("image", png())], "quality", "unsupported_value"),
@@ -72,8 +71,6 @@ def test_what_is_wrong_with_a_form_is_named(
     assert (error["param"], error["code"]) == (param, code)
 
 
-@pytest.mark.parametrize(
-    "media_type", ["multipart/form-data", "multipart/form-data; boundary=", f"{FORM}; charset=utf-99"]
-)
+@pytest.mark.parametrize("media_type", ["multipart/form-data", "multipart/form-data; boundary="])
 def test_a_form_without_what_it_takes_to_read_it_is_refused(server: ServerThread, media_type: str) -> None:
     assert sent(server, PROMPT, file("image", png()), media_type=media_type).error["code"]

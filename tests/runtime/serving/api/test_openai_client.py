@@ -17,7 +17,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Video
-from PIL import Image
+from PIL import Image, ImageOps
 from serving_process import ServerProcess, server_process
 
 from ditc.runtime.pipeline import Pipeline
@@ -183,17 +183,45 @@ def test_models_are_listed_with_what_they_draw_by_default(client: OpenAI, pipeli
         client.models.retrieve("another")
 
 
-def test_edits_are_refused_because_no_bundle_takes_pictures(client: OpenAI, tmp_path: Path) -> None:
-    file = tmp_path / "cat.png"
-    Image.new("RGB", (8, 8)).save(file)
-    with pytest.raises(openai.BadRequestError, match="draws from texts only") as found:
-        client.images.edit(image=file, prompt="a red cat", size="64x64", n=1)
-    assert (found.value.param, found.value.code) == ("image", "unsupported_operation")
+def test_edits_draw_from_a_picture_and_where_the_mask_is_transparent(
+    client: OpenAI, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    picture = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).convert("RGB")
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, 45, 70))  # the left half is drawn anew
+    clear = picture.copy()
+    clear.putalpha(alpha)
+    for name, image in (("picture", picture), ("clear", clear), ("white", ImageOps.invert(alpha))):
+        image.save(tmp_path / f"{name}.png")
+    settings: dict[str, Any] = {**EXTRA, "strength": 0.9}
+
+    def edited(image: str, mask: str | None = None) -> np.ndarray[Any, Any]:
+        files = {} if mask is None else {"mask": tmp_path / f"{mask}.png"}
+        answer = client.images.edit(
+            image=tmp_path / f"{image}.png", prompt="red cat", size="64x64", extra_body=settings, **files
+        )
+        return np.asarray(opened(answer.data[0].b64_json))
+
+    def drawn(**images: Any) -> np.ndarray[Any, Any]:
+        found = pipeline("red cat", image=picture, height=64, width=64, **settings, **images).images[0]
+        return np.asarray(found)
+
+    mask = ImageOps.invert(alpha)
+    np.testing.assert_array_equal(edited("picture"), drawn())
+    for image, with_mask in (("picture", "clear"), ("picture", "white"), ("clear", None)):
+        np.testing.assert_array_equal(edited(image, with_mask), drawn(mask_image=mask))
+    assert (edited("picture") != drawn(mask_image=mask)).any()
+
+
+def test_pictures_that_cannot_be_edited_are_refused(client: OpenAI, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"<svg/>")
     with pytest.raises(openai.BadRequestError, match="not a picture"):
         client.images.edit(image=tmp_path / "no.png", prompt="a red cat")
-    with pytest.raises(openai.BadRequestError) as found:
-        client.images.edit(image=file, prompt="a red cat", extra_body={"strength": 0.5})
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    with pytest.raises(openai.BadRequestError, match="leaves no step") as found:
+        client.images.edit(
+            image=tmp_path / "black.png", prompt="a red cat", size="64x64", extra_body={"strength": 0.0}
+        )
     assert found.value.param == "strength"
 
 
