@@ -1,6 +1,6 @@
 """Image-to-image and inpainting: where a request with a picture starts, and what stays of the picture in every step.
 
-The semantics are those of diffusers' StableDiffusion3Img2ImgPipeline and StableDiffusion3InpaintPipeline (0.42.1), for
+The semantics are those of diffusers' image-to-image and inpainting pipelines of flow models (0.42.1), for
 every sampler: latents at a noise level are  signal * image + noise_level * noise.
 """
 

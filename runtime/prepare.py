@@ -181,7 +181,7 @@ def _resized(request: Request, height: int, width: int) -> Request:
 
 
 def _begin_index(strength: float | None, steps: int, drawable: Drawable) -> int:
-    """The first step of a request with an image: get_timesteps of diffusers' StableDiffusion3Img2ImgPipeline.
+    """The first step of a request with an image: get_timesteps of diffusers' image-to-image pipelines.
 
     Raises:
         UsageError: the bundle cannot encode an image, or the strength leaves no step.

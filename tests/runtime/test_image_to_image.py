@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    SanaSprintImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
@@ -222,6 +223,53 @@ def test_sana_equals_the_same_loop_in_diffusers(
     found = ours(pipeline, prompts, image=PICTURE, mask_image=mask, seed=3, guidance_scale=3.0, **settings)
     assert_equal_steps(found[0], theirs[0])
     assert psnr(found[1], theirs[1]) >= PICTURE_DB
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings"),
+    [
+        (["cat"], {"num_inference_steps": 2, "strength": 0.6, "height": 64, "width": 64}),
+        (["cat", "dog"], {"num_inference_steps": 4, "strength": 0.8, "height": 32, "width": 64}),
+    ],
+    ids=["one-of-2-steps", "3-of-4-steps"],
+)
+def test_sprint_image_to_image_equals_diffusers(
+    sprint_checkpoint: Path, sprint_bundle: Path, prompts: list[str], settings: dict[str, Any]
+) -> None:
+    pipe = SanaSprintImg2ImgPipeline.from_pretrained(sprint_checkpoint, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    latents: list[Array] = []
+
+    def keep(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents.append(tensors["latents"].numpy().copy())
+        return tensors
+
+    two = settings["num_inference_steps"] == 2
+    images = pipe(
+        prompts,
+        image=PICTURE,
+        generator=torch.Generator().manual_seed(5),
+        guidance_scale=3.0,
+        intermediate_timesteps=1.3 if two else None,
+        callback_on_step_end=keep,
+        output_type="np",
+        use_resolution_binning=False,
+        max_sequence_length=12,
+        complex_human_instruction=None,
+        **settings,
+    ).images
+    with Pipeline.load(sprint_bundle, threads=1) as pipeline:
+        found = ours(pipeline, prompts, image=PICTURE, seed=5, guidance_scale=3.0, **settings)
+    assert_equal_steps(found[0], latents)
+    assert psnr(found[1], images) >= PICTURE_DB
+
+
+def test_sprint_inpainting_keeps_the_image_outside_of_the_mask(sprint_bundle: Path) -> None:
+    with Pipeline.load(sprint_bundle, threads=1) as pipeline:
+        found = pipeline("cat", image=PICTURE, mask_image=MASK, strength=1.0, **SETTINGS).images
+        encoded = pipeline.sessions[VAE_ENCODER].run({"image": _pixels(PICTURE)})["latents"]
+    outside = np.asarray(MASK.resize((64, 64), Image.Resampling.LANCZOS))[::2, ::2] < 128
+    np.testing.assert_allclose(found[0][:, outside], np.asarray(encoded)[0][:, outside], atol=1e-6)
 
 
 SETTINGS = {"seed": 3, "height": 64, "width": 64, "num_inference_steps": 4, "output_type": "latent"}
