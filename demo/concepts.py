@@ -12,6 +12,7 @@ VOCABULARY_FILE = DEMO_DIR / "vocabulary.txt"
 SPLIT_FILE = DEMO_DIR / "split.json"
 CHECKPOINT_DIR = DEMO_DIR / "checkpoint"
 SPRINT_DIR = DEMO_DIR / "sprint"
+LORA_FILE = DEMO_DIR / "lora" / "sepia.safetensors"
 
 STYLES = ("classic", "flat", "3d")
 BACKGROUNDS = {  # soft enough that every picture stands out from it

@@ -10,19 +10,22 @@ from demo.train import (
     autoencoder,
     checkpoint,
     data,
+    lora,
     restore,
     sheet,
     sprint,
     sprint_checkpoint,
     text,
     transformer,
+    variants,
 )
 
-TRAINING = {  # name: (the step, its length in optimizer steps). The last begins from the checkpoint.
+TRAINING = {  # name: (the step, its length in optimizer steps). The last two begin from the checkpoint.
     "text": (text.run, 2500),
     "autoencoder": (autoencoder.run, 1050),
     "transformer": (transformer.run, 3450),
-    "sprint": (sprint.run, 450),
+    "sprint": (sprint.run, 330),
+    "lora": (lora.run, 120),
 }
 
 
@@ -45,11 +48,13 @@ OTHER: dict[str, Callable[[Path], None]] = {
     "data": data.run,
     "checkpoint": checkpoint.run,
     "sprint-checkpoint": sprint_checkpoint.run,
+    "lora-file": lora.write,
     "sheet": sheet.run,
+    "variants": variants.run,
     "evaluate": _evaluate,
     "restore": restore.run,
 }
 STEPS = (
     *("data", "text", "autoencoder", "transformer", "checkpoint"),
-    *("sprint", "sprint-checkpoint", "sheet", "evaluate"),
+    *("sprint", "sprint-checkpoint", "lora", "lora-file", "sheet", "variants", "evaluate"),
 )
