@@ -84,7 +84,7 @@ _QUANTIZED = (
 _QUANTIZED_MODULE = (
     "the reference is PyTorch with the recorded quantized weights and scales. Results are equal until a differently "
     "rounded sum moves a value to the neighbouring quantization level, from where the difference grows; measured up to "
-    "0.33 of the quantization error (int8) and 0.29 (int8-dynamic) on seven pictures of the demo. A scale that is "
+    "0.33 of the quantization error on three pictures of the demo. A scale that is "
     "wrong by a factor of 12 costs 0.6 to 12, in one channel alone 0.26 to 3; the graph level finds those exactly"
 )
 
@@ -193,7 +193,23 @@ TABLE: tuple[Tolerance, ...] = (
         Tolerance(level, Metric.RELATIVE_L2, EIGHT, 1.5, Form.TIMES_PYTORCH, _QUANTIZED)
         for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY)
     ),
-    Tolerance(Level.MODULE, Metric.RELATIVE_L2, EIGHT, 0.5, Form.TIMES_PYTORCH, _QUANTIZED_MODULE),
+    Tolerance(
+        Level.MODULE,
+        Metric.RELATIVE_L2,
+        (Precision.INT8, Precision.FP8),
+        0.5,
+        Form.TIMES_PYTORCH,
+        _QUANTIZED_MODULE,
+    ),
+    Tolerance(
+        Level.MODULE,
+        Metric.RELATIVE_L2,
+        (Precision.INT8_DYNAMIC,),
+        1.0,
+        Form.TIMES_PYTORCH,
+        "as for int8, but a moved value also moves the scale of its token in the next layer; measured up to 0.53 of "
+        "the quantization error on five pictures of the demo. The graph level finds wrong scales exactly",
+    ),
     Tolerance(
         Level.PICTURE,
         Metric.PSNR,
