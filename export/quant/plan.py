@@ -111,6 +111,12 @@ def check_fits(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer
             f"recipe {recipe.name} names none of this network's {len(layers)} layers",
             hint=f"the recipe's rules name {', '.join(rule.layers for rule in recipe.rules if rule.kind)}",
         )
+    for name in formats:
+        if recipe.decide(name).per_token and layers[name].is_convolution:
+            raise UsageError(
+                f"recipe {recipe.name} gives every token of {name} a scale, but it is a convolution",
+                hint="leave per_token out of the rule for it",
+            )
     if not recipe.needs_ranges:
         return formats
     if ranges is None:
@@ -119,11 +125,6 @@ def check_fits(recipe: Recipe, ranges: Ranges | None, layers: Mapping[str, Layer
             hint="measure them: ditc calibrate CHECKPOINT -o ranges.safetensors; then build with --ranges",
         )
     for name in formats:
-        if recipe.decide(name).per_token and layers[name].is_convolution:
-            raise UsageError(
-                f"recipe {recipe.name} gives every token of {name} a scale, but it is a convolution",
-                hint="leave per_token out of the rule for it",
-            )
         statistics = ranges.of(name)
         if not statistics.amax.max() > 0:
             raise UsageError(
