@@ -1,7 +1,7 @@
 """Image-to-image and inpainting: where a request with a picture starts, and what stays of the picture in every step.
 
-The semantics are those of diffusers' image-to-image and inpainting pipelines of flow models (0.42.1), for every sampler:
-latents at a noise level are  signal * image + noise_level * noise.
+The semantics are those of diffusers' image-to-image and inpainting pipelines of flow models (0.42.1), for every
+sampler: latents at a noise level are  signal * image + noise_level * noise.
 """
 
 # B pictures of a request, I images, C latent channels, H/W pixels, h/w latent cells

@@ -252,8 +252,11 @@ class FakeContext:
         )
 
     def _derived(self, dim: str, sizes: Mapping[Any, int]) -> int:
-        """A dimension of a picture: the number of latent cells times the VAE's scale."""
-        return sizes[{"image_height": "height", "image_width": "width"}[dim]] * self.engine.scale
+        """A side of a picture from the number of latent cells and the VAE's scale, or the other way round."""
+        pixels = {"image_height": "height", "image_width": "width"}
+        if dim in pixels:
+            return sizes[pixels[dim]] * self.engine.scale
+        return sizes[next(side for side, cells in pixels.items() if cells == dim)] // self.engine.scale
 
     def set_address(self, name: str, pointer: int) -> None:
         assert pointer % ALIGNMENT == 0, f"{name} is not aligned"

@@ -18,7 +18,7 @@ from ditc.export.quant.stage_recipes import find_recipes
 from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.errors import UsageError
-from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
+from ditc.runtime.sessions.registry import row_of
 from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> d
                     f"{name} {value} belongs to an 8-bit build, but this one is {options.precision.value}",
                     hint="add --precision int8-dynamic, int8 or fp8, or a --recipe",
                 )
-    if VAE_DECODER in recipes and options.backend == GRAPH_BACKEND:
+    if VAE_DECODER in recipes and not (options.builds_engines or options.converts_graphs):
         log.warning("%s: %s", recipes[VAE_DECODER].name, NOT_FASTER)
     files = _read(options.ranges, recipes)
     found = {}

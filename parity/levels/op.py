@@ -131,7 +131,7 @@ def _causes(node: ir.Node, case: OpCase, error: float) -> tuple[str, ...]:
     if case.name == "an all-zero query" and error != error:
         return ("the eps of the denominator gets lost: is the denominator computed in fp16?",)
     return (
-        "the op's body differs from its definition: is the row of ones, which gives the denominator, missing?",
+        "the op's body differs from its definition: is the sum of the keys, which gives the denominator, missing?",
     )
 
 

@@ -65,16 +65,15 @@ def test_linear_attention_without_eps_is_caught_by_a_query_of_zeros(patched, tin
     assert "eps of the denominator is 0" in found[0].causes[0]
 
 
-def test_linear_attention_without_the_row_of_ones_is_caught(patched, tiny_checkpoint) -> None:
-    def lose_ones(model: ir.Model) -> None:
+def test_linear_attention_with_a_wrong_denominator_is_caught(patched, tiny_checkpoint) -> None:
+    def average_keys(model: ir.Model) -> None:
         (function,) = (f for f in model.functions.values() if f.name == "ReluLinearAttention")
-        constant = next(n for n in function if n.outputs[0].name == "one")
-        constant.attributes["value_float"] = ir.AttrFloat32("value_float", 0.0)
+        next(node for node in function if node.op_type == "ReduceSum").op_type = "ReduceMean"
 
-    context = context_of(tiny_checkpoint, patched(lose_ones))
+    context = context_of(tiny_checkpoint, patched(average_keys))
     found = failures(context, Level.OP)
     assert {r.stage for r in found} == {DENOISER}
-    assert "row of ones" in found[0].causes[0]
+    assert "sum of the keys" in found[0].causes[0]
     in_stage = failures(context, Level.STAGE)
     assert in_stage[0].culprit.module == "network.transformer_blocks.0.attn1"
 

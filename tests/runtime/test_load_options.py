@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[list[str], Any]] = {
     "provider": (["--provider", "cuda"], "cuda"),
     "device": (["--device", "1"], "1"),
     "low_vram": (["--low-vram"], True),
+    "stage_precision": (["--stage-precision", "vae_decoder=int8"], "vae_decoder=int8"),
     "require_signature": (["--require-signature", "key.pem"], Path("key.pem")),
     "require_certificate": (["--require-certificate"], True),
     "private_copy": (["--private-copy"], True),

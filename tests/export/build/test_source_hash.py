@@ -34,6 +34,7 @@ REVIEWED = {
     "runtime/sessions/tensorrt_engine.py": "finds the library, whose version is in an engine's key",
     "runtime/atomic.py": "how files are written",
     "export/families/__init__.py": "which family there is, not what it computes",
+    "export/families/sana/recipe.py": "which layers are in 8 bits: it is recorded in the key of a quantized graph",
     "export/options.py": "what decides a graph is in its key by value: precision, opset, shapes",
     "export/quant/evidence.py": "what ranges rest on: it is recorded beside a graph",
     "runtime/bundle/calibration.py": "what ranges rest on: it is recorded beside a graph",

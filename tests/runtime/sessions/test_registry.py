@@ -42,7 +42,7 @@ from ditc.runtime.sessions.registry import (
     row_of,
     rows,
 )
-from ditc.runtime.spec import Backend, StageSpec
+from ditc.runtime.spec import VAE_ENCODER, Backend, StageSpec
 
 ROOT = Path(__file__).parents[3]
 
@@ -118,7 +118,8 @@ def test_a_backend_of_one_file_and_one_row_draws_a_picture(toy_bundle: Path, pip
     assert {artifact.backend for artifact in chosen.values()} == {"toy"}
     assert reason == "toy fp32: Toy is installed"
     with Pipeline.load(toy_bundle, backend="toy", threads=1) as ours:
-        assert all(isinstance(session, ToySession) for session in ours.sessions.values())
+        opened = [session for name, session in ours.sessions.items() if name != VAE_ENCODER]
+        assert all(isinstance(session, ToySession) for session in opened)
         np.testing.assert_allclose(ours.draw(REQUEST).images, pipeline.draw(REQUEST).images, atol=1e-5)
     (entry,) = load_certificate(toy_bundle, load_manifest(toy_bundle)).entries
     assert entry.self_test is not None and entry.self_test.passed, "no build has tried the toy's kernels"

@@ -129,7 +129,7 @@ def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
 
 def test_every_argument_of_a_request_is_offered_but_those_that_are_not_for_strangers() -> None:
     renamed = {"prompt", "num_images_per_prompt"}
-    kept_back = {"generator", "latents", "output_type"}
+    kept_back = {"generator", "latents", "output_type"} | {"image", "mask_image", "strength"}  # of edits
     tensors = {name for name in REQUEST_FIELDS if "embeds" in name or name.endswith("attention_mask")}
     offered = BundleArguments.model_fields.keys() - {"timeout"}
     assert offered | renamed | kept_back | tensors == REQUEST_FIELDS
