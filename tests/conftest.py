@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -26,6 +27,12 @@ DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 
 
 Make = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def unchanged_log_level() -> None:
+    """Undo the level that the command line sets for ditc's log when an earlier test of this process has called it."""
+    logging.getLogger("ditc").setLevel(logging.NOTSET)
 
 
 def need_openvino() -> None:
