@@ -197,7 +197,7 @@ def _begin_index(strength: float | None, steps: int, drawable: Drawable) -> int:
     if begin == steps:
         raise UsageError(
             f"strength {strength:g} of {steps} steps leaves no step",
-            hint=f"pass a strength of at least {1 / steps:.3g}, or more steps",
+            hint="pass a strength above 0: the smallest one still does the last step",
         )
     return begin
 
