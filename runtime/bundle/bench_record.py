@@ -13,14 +13,20 @@ lose its entry. Times are no proof of anything, so they are not signed: who can 
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import check_numbers, digest_of, from_json, serialize, to_json
+from ditc.runtime.bundle.jsondata import (
+    check_numbers,
+    digest_fits,
+    from_json,
+    read_bounded,
+    serialize_with_digest,
+    to_json,
+)
 from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.cpu_features import cpu_features
 from ditc.runtime.errors import BundleError
@@ -182,13 +188,10 @@ def read_record(bundle: Path) -> BenchRecord | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
-        content = path.read_bytes()
-        data = json.loads(content)
+        data, content = read_bounded(path, MAX_BYTES)
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError("it is of another version of ditc")
-        if data.get("digest") != digest_of({**data, "digest": ""}) or serialize(data) != content:
+        if not digest_fits(data, content):
             raise ValueError("it was changed after ditc wrote it: its digest does not fit")
         check_numbers(data)
         return from_json(BenchRecord, data)
@@ -209,8 +212,7 @@ def save_entry(bundle: Path, manifest: Manifest, entry: BenchEntry) -> Path:
         record = None
     if record is None or record.manifest != manifest.digest:
         record = BenchRecord(manifest=manifest.digest)
-    data = to_json(replace(record.with_entry(entry), digest=""))
-    text = serialize({**data, "digest": digest_of(data)})
+    text = serialize_with_digest(to_json(record.with_entry(entry)))
     return write_atomic(bundle / BENCHMARK, text, hint="make the bundle's folder writable")
 
 

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Literal
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import digest_of, from_json, serialize, to_json
+from ditc.runtime.bundle.jsondata import (
+    digest_fits,
+    digest_of,
+    from_json,
+    read_bounded,
+    serialize_with_digest,
+    to_json,
+)
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import BundleError, OutputError
 from ditc.runtime.machine import Machine, library_versions, this_machine
@@ -207,10 +214,7 @@ def read_certificate(bundle: Path) -> Certificate | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
-        content = path.read_bytes()
-        data = json.loads(content)
+        data, content = read_bounded(path, MAX_BYTES)
         if isinstance(data, dict) and data.keys() == {"manifest", "entries"}:
             return Certificate(schema_version=1, manifest=str(data["manifest"]))
         _check_unchanged(path, data, content)
@@ -230,7 +234,7 @@ def _check_unchanged(path: Path, data: object, content: bytes) -> None:
             f"{path} has schema version {version}, but this version of ditc reads {SCHEMA_VERSION}",
             hint="update ditc",
         )
-    if data.get("digest") != digest_of({**data, "digest": ""}) or serialize(data) != content:
+    if not digest_fits(data, content):
         raise BundleError(f"{path} was changed after ditc wrote it: its digest does not fit", hint=RENEW)
 
 
@@ -240,8 +244,7 @@ def save_certificate(bundle: Path, certificate: Certificate) -> Path:
     Raises:
         OutputError: the bundle cannot be written to.
     """
-    data = to_json(replace(certificate, schema_version=SCHEMA_VERSION, digest=""))
-    text = serialize({**data, "digest": digest_of(data)})
+    text = serialize_with_digest(to_json(replace(certificate, schema_version=SCHEMA_VERSION)))
     return write_atomic(bundle / CERTIFICATE, text, hint="make the bundle's folder writable")
 
 

@@ -12,6 +12,7 @@ import math
 import types
 import typing
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
@@ -52,6 +53,30 @@ def serialize(data: object) -> bytes:
 def digest_of(data: object) -> str:
     """The hash of parsed JSON, whatever its spaces and the order of its fields."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def serialize_with_digest(data: dict[str, Any]) -> bytes:
+    """The bytes of a file that carries the digest of its own content, which reveals damage and careless edits."""
+    return serialize({**data, "digest": digest_of({**data, "digest": ""})})
+
+
+def digest_fits(data: Any, content: bytes) -> bool:
+    """Whether the data are those that `serialize_with_digest` wrote, and the bytes too."""
+    digest = digest_of({**data, "digest": ""})
+    return bool(data.get("digest") == digest and serialize(data) == content)
+
+
+def read_bounded(path: Path, most_bytes: int) -> tuple[Any, bytes]:
+    """The JSON in a file, and its bytes.
+
+    Raises:
+        ValueError: the file is larger, or is no JSON.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
+    content = path.read_bytes()
+    return json.loads(content), content
 
 
 def check_numbers(data: Any, path: str = "$") -> None:
