@@ -93,7 +93,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--at-once", type=int, default=16, help="Contestants in memory at a time (default: %(default)s)."
     )
-    parser.add_argument("--threads", type=int, default=2, help="of every contestant (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="Threads of every contestant (default: %(default)s).",
+    )
     parser.add_argument(
         "--layers", type=int, default=4, help="Layers where one step is timed (default: %(default)s)."
     )

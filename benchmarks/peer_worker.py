@@ -9,6 +9,7 @@ runs in the environment of its library, which may have neither ditc nor this pac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from time import perf_counter
 
 STARTED = perf_counter()
@@ -100,18 +101,18 @@ def obey(contestant: Contestant, command: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "memory": memory()}
 
 
-class Contestant:
+class Contestant(ABC):
     """What each library does in its own way. `imported` is when its imports were done."""
 
     imported: float
 
+    @abstractmethod
     def draw(self, *, latents: Any, output_type: str, **arguments: Any) -> Any:
         """A picture (1,H,W,3) in [0,1], or latents, for arguments of diffusers' pipelines."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Any) -> Any:
         """A picture (1,H,W,3) in [0,1] from finished latents."""
-        raise NotImplementedError
 
 
 class Diffusers(Contestant):
