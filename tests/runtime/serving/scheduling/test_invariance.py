@@ -36,7 +36,8 @@ def run_mixes(
     scheduler = mixer.scheduler
     assert scheduler.idle and not scheduler._queue.pictures and not scheduler._queue.tasks
     assert (scheduler.admission.requests, scheduler.admission.pixel_steps) == (0, 0)
-    assert {1, 2} < set(mixer.sizes), "requests shared runs"
+    # How many pictures a run takes also depends on measured times, so only many mixes are sure to have larger runs.
+    assert {1, 2} <= set(mixer.sizes), "no two requests shared a run"
     return mixer, drawn
 
 
