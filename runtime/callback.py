@@ -20,9 +20,9 @@ import numpy as np
 
 from ditc.runtime.arrays import given_array
 from ditc.runtime.errors import UsageError
-from ditc.runtime.guidance import guidance_feeds, is_guided
+from ditc.runtime.guidance import is_guided
 from ditc.runtime.schedulers import SchedulerParams, reads_earlier_latents
-from ditc.runtime.session import Array, narrow, to_numpy
+from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.step_contract import LATENTS, GuidanceMode, StepContract
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 StepCallback = Callable[[Any, int, float, dict[str, Array]], Mapping[str, Any] | None]
 
 # Attributes that a callback may set for the steps that follow.
-SCALES = ("_guidance_scale", "_skip_layer_guidance_scale")
+SCALES = ("_guidance_scale", "_skip_layer_guidance_scale", "_pag_scale", "_pag_adaptive_scale")
 OF_ONE_RUN = (*SCALES, "_interrupt")
 READ_ONLY = ("guidance_scale", "do_classifier_free_guidance", "num_timesteps", "interrupt")
 # Attributes of diffusers' pipelines whose counterparts are compiled into a bundle.
@@ -50,11 +50,13 @@ class RunningPipeline:
     """
 
     def __init__(self, pipeline: Pipeline, plan: Plan) -> None:
-        skip = plan.skip_layer_guidance
+        skip, pag = plan.skip_layer_guidance, plan.perturbed_attention_guidance
         self.__dict__.update(
             _pipeline=pipeline,
             _guidance_scale=plan.guidance_scale,
             _skip_layer_guidance_scale=skip.scale if skip else 0.0,
+            _pag_scale=pag.scale if pag else 0.0,
+            _pag_adaptive_scale=pag.adaptive_scale if pag else 0.0,
             _interrupt=False,
             _num_timesteps=len(plan.table),
         )
@@ -124,12 +126,19 @@ class Callback:
             return self._rescaled(state, *self._scales)
         return state
 
-    def _read_scales(self) -> tuple[float, float]:
-        return float(self._view._guidance_scale), float(self._view._skip_layer_guidance_scale)
+    def _read_scales(self) -> tuple[float, ...]:
+        return tuple(float(getattr(self._view, name)) for name in SCALES)
 
-    def _rescaled(self, state: DenoiseState, guidance_scale: float, skip_scale: float) -> DenoiseState:
+    def _rescaled(
+        self,
+        state: DenoiseState,
+        guidance_scale: float,
+        skip_scale: float,
+        pag_scale: float,
+        pag_adaptive_scale: float,
+    ) -> DenoiseState:
         """The state with other weights for the remaining steps, and with the rows that these need."""
-        plan, skip = self._plan, self._plan.skip_layer_guidance
+        plan, skip, pag = self._plan, self._plan.skip_layer_guidance, self._plan.perturbed_attention_guidance
         guided, batch = is_guided(self._contract, guidance_scale), state.latents.shape[0]
         if self._contract.guidance is not GuidanceMode.CFG or (guided and not plan.guided):
             raise UsageError(
@@ -142,17 +151,25 @@ class Callback:
                 f"callback_on_step_end sets _skip_layer_guidance_scale to {skip_scale:g}, but this run skips no layers",
                 hint="begin with skip_layer_guidance_scale, if the bundle takes it",
             )
-        skip = None if skip is None else replace(skip, scale=skip_scale)
-        steps, runs = plan.num_inference_steps, len(state.schedule)
-        feeds = guidance_feeds(self._contract, batch, guidance_scale, skip, steps, runs)
+        if pag is None and (pag_scale or pag_adaptive_scale):
+            raise UsageError(
+                f"callback_on_step_end sets _pag_scale to {pag_scale:g} and _pag_adaptive_scale to "
+                f"{pag_adaptive_scale:g}, but this run perturbs no attention",
+                hint="begin with pag_scale, if the bundle takes it",
+            )
+        changed = replace(
+            plan,
+            guidance_scale=guidance_scale,
+            skip_layer_guidance=skip and replace(skip, scale=skip_scale),
+            perturbed_attention_guidance=pag
+            and replace(pag, scale=max(pag_scale, 0.0), adaptive_scale=pag_adaptive_scale),
+        )
+        feeds = changed.guidance_feeds(self._contract, batch)
         schedule = [{**old, **new} for old, new in zip(state.schedule, feeds, strict=True)]
         self._all_rows = self._all_rows or state.rows
         rows = self._all_rows
-        if plan.guided and not guided:  # the unconditional rows come first
-            conditioning = {
-                name: narrow(tensor, batch, 2 * batch) for name, tensor in rows.conditioning.items()
-            }
-            rows = Rows(rows.row_of[batch : 2 * batch], conditioning)
+        if not guided:
+            rows = rows.part(rows.conditional, len(rows.row_of))
         return replace(
             state, schedule=(*state.schedule[: state.step_index], *schedule[state.step_index :]), rows=rows
         )

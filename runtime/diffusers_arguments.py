@@ -37,7 +37,6 @@ _ATTENTION = Foreign(
     "save_pretrained() of diffusers",
     ({}, {"scale": 1}),
 )
-_PAG = Foreign("perturbed-attention guidance is not implemented", nothing=(0,))
 _IP_ADAPTER = Foreign("image adapters are not implemented")
 
 FOREIGN = {
@@ -56,8 +55,6 @@ FOREIGN = {
     ),
     "ip_adapter_image": _IP_ADAPTER,
     "ip_adapter_image_embeds": _IP_ADAPTER,
-    "pag_scale": _PAG,
-    "pag_adaptive_scale": _PAG,
     "control_image": Foreign("bundles take no control picture"),
     "padding_mask_crop": Foreign("pictures are not cropped", "crop image and mask_image before the call"),
     "masked_image_latents": Foreign("no network here takes them"),
@@ -77,6 +74,10 @@ SYNONYMS = {
     **dict.fromkeys(("size", "resolution", "image_size"), "height and width"),
     **dict.fromkeys(("skip_layers", "slg_layers"), "skip_guidance_layers"),
     "slg_scale": "skip_layer_guidance_scale",
+    **dict.fromkeys(("pag", "pag_guidance_scale", "perturbed_attention_scale"), "pag_scale"),
+    **dict.fromkeys(
+        ("interval_guidance", "cfg_interval", "guidance_start", "guidance_end"), "guidance_interval"
+    ),
     "prompt_mask": "prompt_attention_mask",
     "return_type": "output_type",
     **dict.fromkeys(("init_image", "images", "input_image"), "image"),

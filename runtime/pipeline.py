@@ -199,7 +199,7 @@ class Pipeline:
         Args:
             positional: refused. diffusers' pipelines differ in their order, so arguments are given by name.
             callback_on_step_end: called as (pipeline, index, timestep, {"latents": ...}) after each step. Latents that
-                it returns replace those of the loop. It may set `_guidance_scale` and `_skip_layer_guidance_scale` of
+                it returns replace those of the loop. It may set `_guidance_scale` and the scales of other guidance of
                 its pipeline for the next steps, or `_interrupt` to end the loop and decode what there is. To get no
                 picture, raise an exception.
             callback_on_step_end_tensor_inputs: only ["latents"].

@@ -30,7 +30,7 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
             this one again.
         backend: the library that ran the denoiser, and its precision, in words.
     """
-    request, skip = plan.request, plan.skip_layer_guidance
+    request, skip, pag = plan.request, plan.skip_layer_guidance, plan.perturbed_attention_guidance
     image = {} if request.image is None else {"image": True, "mask_image": request.mask_image is not None}
     settings = {
         "num_inference_steps": plan.num_inference_steps,
@@ -39,6 +39,8 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         "guidance_scale": plan.guidance_scale,
         "skip_layer_guidance_scale": skip.scale if skip else 0,
         **({"skip_layer_guidance_start": skip.start, "skip_layer_guidance_stop": skip.stop} if skip else {}),
+        **({"pag_scale": pag.scale, "pag_adaptive_scale": pag.adaptive_scale} if pag else {}),
+        **({} if request.guidance_interval is None else {"guidance_interval": plan.guidance_interval}),
         "height": plan.height,
         "width": plan.width,
         "backend": backend,

@@ -15,11 +15,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ditc.runtime.arrays import given_array
-from ditc.runtime.bundle.manifest import Manifest, SkipLayerGuidance, Tiling
+from ditc.runtime.bundle.manifest import Manifest, PerturbedAttentionGuidance, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
-from ditc.runtime.guidance import check_guidance, decide_skip_layer_guidance, guidance_feeds, is_guided
+from ditc.runtime.guidance import (
+    ALL_STEPS,
+    check_guidance,
+    decide_guidance_interval,
+    decide_perturbed_attention_guidance,
+    decide_skip_layer_guidance,
+    guidance_feeds,
+    is_guided,
+    perturbed_attention_scales,
+    skip_layer_scales,
+)
 from ditc.runtime.image_start import ImageLatents, Kept, cell_mask
 from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request, checked
@@ -70,7 +80,8 @@ class Plan:
         drawn_height, drawn_width: the size that the network draws, in pixels, before it is resized to height and width.
         guided: whether there are unconditional rows, which use the negative prompt.
         seed: None if the caller gave a generator or latents instead of a seed.
-        skip_layer_guidance: None if it is off.
+        skip_layer_guidance, perturbed_attention_guidance: None if it is off. At most one of them is on.
+        guidance_interval: the fractions of the steps between which guidance acts.
         at_once: how many pictures are drawn together, as the denoiser's batch allows.
         strength: how much of the image is replaced; None without an image.
         begin_index: the first step that is done. It is 0 without an image.
@@ -88,6 +99,8 @@ class Plan:
     seed: int | None
     at_once: int
     skip_layer_guidance: SkipLayerGuidance | None = None
+    perturbed_attention_guidance: PerturbedAttentionGuidance | None = None
+    guidance_interval: tuple[float, float] = ALL_STEPS
     strength: float | None = None
     begin_index: int = 0
 
@@ -100,6 +113,22 @@ class Plan:
     def runs(self) -> int:
         """How often the network runs for all pictures together."""
         return -(-self.pictures // self.at_once) * len(self.table)
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are gated rows."""
+        return self.skip_layer_guidance is not None or self.perturbed_attention_guidance is not None
+
+    def guidance_feeds(self, contract: StepContract, batch: int) -> list[dict[str, Array]]:
+        """The denoiser's inputs for guidance of `batch` pictures, for each run of the network."""
+        runs, scales = len(self.table), [0.0] * len(self.table)
+        if self.skip_layer_guidance is not None and is_guided(contract, self.guidance_scale):
+            steps = self.num_inference_steps - self.begin_index
+            scales = skip_layer_scales(self.skip_layer_guidance, steps, runs)
+        if self.perturbed_attention_guidance is not None:
+            timesteps = self.table.scheduler_timesteps.tolist()
+            scales = perturbed_attention_scales(self.perturbed_attention_guidance, timesteps)
+        return guidance_feeds(contract, batch, self.guidance_scale, scales, self.guidance_interval)
 
 
 def make_plan(request: Request, drawable: Drawable) -> Plan:
@@ -150,12 +179,14 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     # Given latents leave nothing to draw, unless the sampler adds noise.
     drawn_nothing = request.latents is not None and not contract.noise
     chosen = request.seed is not None or request.generator is not None or drawn_nothing
+    guided = is_guided(contract, guidance)
+    pag = decide_perturbed_attention_guidance(request, defaults, contract)
     return Plan(
         request=request,
         num_inference_steps=steps,
         table=table,
         guidance_scale=guidance,
-        guided=is_guided(contract, guidance),
+        guided=guided,
         height=height,
         width=width,
         drawn_height=drawn[0],
@@ -163,6 +194,8 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         seed=request.seed if chosen else secrets.randbits(32),
         at_once=drawable.denoiser.profile[BATCH].max,
         skip_layer_guidance=decide_skip_layer_guidance(request, defaults, contract, guidance),
+        perturbed_attention_guidance=pag,
+        guidance_interval=decide_guidance_interval(request, contract, has_rows=guided or pag is not None),
         strength=strength,
         begin_index=begin_index,
     )
@@ -326,17 +359,9 @@ def _first_state(
     noise: Sequence[Mapping[str, Array]],
 ) -> DenoiseState:
     """The state of B pictures, from one row of conditioning per picture and the noise of each run."""
-    batch, contract, skip = latents.shape[0], drawable.contract, plan.skip_layer_guidance
-    rows = [*negative, *positive, *(positive if skip is not None else [])]  # the order of diffusers
-    table = plan.table
-    guidance = guidance_feeds(
-        contract,
-        batch,
-        plan.guidance_scale,
-        skip,
-        plan.num_inference_steps - plan.begin_index,
-        len(table),
-    )
+    batch, contract, table = latents.shape[0], drawable.contract, plan.table
+    rows = [*negative, *positive, *(positive if plan.gated else [])]  # the order of diffusers
+    guidance = plan.guidance_feeds(contract, batch)
     return DenoiseState(
         latents=latents * np.float32(table.init_noise_sigma),
         history=np.zeros((batch, contract.history_length, *latents.shape[1:]), np.float32),
@@ -354,6 +379,7 @@ def _first_state(
         rows=Rows(
             row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
             conditioning=stack_texts(rows),
+            conditional=len(negative),
         ),
         decodes_x0=table.decodes_x0,
     )

@@ -28,7 +28,7 @@ INTEGERS = (
 NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu", "max_timesteps"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop", "intermediate_timesteps"),
-    "strength",
+    *("pag_scale", "pag_adaptive_scale", "strength"),
 )
 TEXTS = ("prompt", "prompt_2", "prompt_3")
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -67,6 +67,10 @@ class Request:
         skip_guidance_layers: the layers that the bundle's denoiser skips; an empty list turns skip-layer guidance off.
         skip_layer_guidance_scale, _start, _stop: strength of the guidance away from the network with skipped layers (0
             turns it off), and the fractions of all steps between which it acts.
+        pag_scale, pag_adaptive_scale: strength of perturbed-attention guidance (0 turns it off), and how much it falls
+            per timestep below 1000.
+        guidance_interval: the fractions of all steps from which on, and up to which, guidance acts, such as (0.2, 0.8).
+            Other steps run the conditional rows alone, which is faster.
         use_resolution_binning: draw at the nearest trained size, then resize and crop to height and width.
         allow_uniform: keep a picture of one colour, with a warning, instead of counting it as failed.
         strict: raise an error for the first picture that fails, instead of drawing the others.
@@ -106,6 +110,9 @@ class Request:
     skip_layer_guidance_scale: float | None = None
     skip_layer_guidance_start: float | None = None
     skip_layer_guidance_stop: float | None = None
+    pag_scale: float | None = None
+    pag_adaptive_scale: float | None = None
+    guidance_interval: Sequence[float] | None = None
     use_resolution_binning: bool = True
     output_type: OutputType = "pil"
     allow_uniform: bool = False
@@ -220,6 +227,8 @@ def checked(request: Request) -> Request:
         given = getattr(request, name)
         if given is not None and not isinstance(given, GivenImages):
             changes[name] = _one_per_prompt(request, name, given_images(name, given, channels=channels))
+    if request.guidance_interval is not None:
+        changes["guidance_interval"] = tuple(map(float, request.guidance_interval))
     return replace(request, **changes, generator=_own_generator(request.generator))
 
 
@@ -242,6 +251,7 @@ def _check(request: Request) -> None:
         raise UsageError("give exactly one of prompt and prompt_embeds", hint="pass a text as prompt")
     _check_numbers(request)
     _check_schedule(request)
+    _check_interval(request)
     _check_arrays(request)
     _check_texts("prompt", request.prompt)
     _check_texts("negative_prompt", request.negative_prompt)
@@ -339,6 +349,22 @@ def _check_schedule(request: Request) -> None:
                 f"{name} is {values!r:.80}",
                 hint=f"pass a list of 1 to {MAX_STEPS} finite numbers, one per step",
             )
+
+
+def _check_interval(request: Request) -> None:
+    interval = request.guidance_interval
+    if interval is None:
+        return
+    try:
+        fits = len(interval) == 2 and all(math.isfinite(end) for end in interval)
+        fits = fits and 0 <= float(interval[0]) < float(interval[1]) <= 1
+    except (TypeError, ValueError, LookupError):
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"guidance_interval is {interval!r:.80}",
+            hint="pass two numbers from 0 to 1, the first one smaller, such as (0.2, 0.8)",
+        )
 
 
 def _check_arrays(request: Request) -> None:

@@ -33,20 +33,26 @@ class Rows:
     Attributes:
         row_of: (R,) int64, the sample to which each row belongs.
         conditioning: named tensors with R rows.
+        conditional: how many unconditional rows come before the conditional ones.
     """
 
     row_of: Array
     conditioning: Mapping[str, Tensor]
-    _first: dict[int, Rows] = field(default_factory=dict, repr=False)
+    conditional: int = 0
+    _parts: dict[tuple[int, int], Rows] = field(default_factory=dict, init=False, repr=False)
 
-    def first(self, count: int) -> Rows:
-        """The first `count` rows. The object is the same every time, so that its tensors are sent to a device once."""
-        if count == len(self.row_of):
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from start up to stop, in which the conditional ones come first if start is not 0.
+
+        The object is the same every time, so that its tensors are sent to a device once.
+        """
+        if (start, stop) == (0, len(self.row_of)):
             return self
-        if count not in self._first:
-            tensors = {name: narrow(tensor, 0, count) for name, tensor in self.conditioning.items()}
-            self._first[count] = Rows(self.row_of[:count], tensors)
-        return self._first[count]
+        if (start, stop) not in self._parts:
+            tensors = {name: narrow(tensor, start, stop) for name, tensor in self.conditioning.items()}
+            conditional = max(self.conditional - start, 0)
+            self._parts[start, stop] = Rows(self.row_of[start:stop], tensors, conditional)
+        return self._parts[start, stop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ class DenoiseState:
         history: (B,P,C,H,W) fp32, newest x0 first, zeros at the start.
         schedule: the inputs that differ from step to step, on the host: timestep (B,), guidance_weights (B,R),
             coefficients (B,K) and whatever else the step contract requires, such as noise. R may differ between steps.
-        rows: the conditioning for the step with the most rows. A step with R rows takes the first R of them.
+        rows: the conditioning for the step with the most rows. A step with R rows takes the first R of them, or the
+            conditional ones if it has one row per sample.
         step_index: how many steps are done.
         x0: (B,C,H,W) fp32, what the last step predicted.
         stats: (B,2), the statistics of x0, or (S,B,2) when the last launch ran S steps.
@@ -103,8 +110,10 @@ class DenoiseState:
 
     @property
     def active_rows(self) -> Rows:
-        """The rows of the next step: the first ones, one for each of its guidance weights."""
-        return self.rows.first(self.row_count(self.step_index))
+        """The rows of the next step, one for each of its guidance weights."""
+        count = self.row_count(self.step_index)
+        start = self.rows.conditional if count == self.latents.shape[0] else 0
+        return self.rows.part(start, start + count)
 
     def row_count(self, step: int) -> int:
         """The number of rows of a step."""

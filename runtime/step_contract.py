@@ -28,7 +28,9 @@ COEFFICIENTS = "coefficients"  # (B,K) fp32
 HISTORY = "history"  # (B,P,C,H,W) fp32, newest x0 first, zeros at the start
 NOISE = "noise"  # (B,C,H,W) fp32, new in every step
 GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that embed it
-SKIP_GATE = "skip_gate"  # (R,) fp32: 1 for rows that skip some of the network's layers
+# (R,) fp32: 1 for gated rows, which skip a part of the network: whole layers (skip-layer guidance), or the
+# self-attention of layers (perturbed-attention guidance). Which part it is, is fixed in the graph.
+SKIP_GATE = "skip_gate"
 
 # Outputs, all fp32.
 NEXT_LATENTS = "next_latents"
@@ -97,7 +99,7 @@ class StepContract:
         history_length: P, how many earlier x0 the update reads.
         noise: whether the update adds fresh noise, as stochastic samplers do.
         guidance: how guidance_scale reaches the network.
-        skip_gate: whether rows may skip layers, as skip-layer guidance needs.
+        skip_gate: whether rows may be gated, as skip-layer and perturbed-attention guidance need.
     """
 
     history_length: int = 1
@@ -162,7 +164,7 @@ class StepContract:
 
     @property
     def rows_per_sample(self) -> int:
-        """The largest number of rows per sample: unconditional, conditional, and conditional with skipped layers."""
+        """The largest number of rows per sample: unconditional, conditional, and conditional and gated."""
         return (2 if self.guidance is GuidanceMode.CFG else 1) + self.skip_gate
 
     @property

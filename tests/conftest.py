@@ -63,6 +63,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pag_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded Sana checkpoint whose model_index.json names SanaPAGPipeline, with perturbed attention in block 1."""
+    from tiny_sana import make_pag_checkpoint
+
+    return made_once(tmp_path_factory, "pag-checkpoint", make_pag_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def pag_bundle(pag_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of pag_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
+    return made_once(tmp_path_factory, "pag-bundle", lambda path: _build(pag_checkpoint, path))
+
+
+@pytest.fixture(scope="session")
 def sprint_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded SANA-Sprint checkpoint with two layers."""
     from tiny_sana import make_sprint_checkpoint

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
+    SanaPAGPipeline,
     SanaPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
@@ -15,6 +16,9 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+# The block of make_pag_checkpoint whose self-attention is perturbed.
+PAG_LAYER = "transformer_blocks.1"
 
 
 def make_pipeline(
@@ -102,6 +106,21 @@ def make_checkpoint(directory: Path, seed: int = 0, *, qk_norm: str | None = "rm
     (directory / "ditc.json").write_text(
         '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
         '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
+    )
+    return directory
+
+
+def make_pag_checkpoint(directory: Path, seed: int = 0, *, qk_norm: str | None = None) -> Path:
+    """A checkpoint that names SanaPAGPipeline, whose second block has perturbed attention.
+
+    It has no qk-norm unless asked for: diffusers leaves it out in perturbed blocks.
+    """
+    parts = make_pipeline(seed, qk_norm=qk_norm).components
+    SanaPAGPipeline(**parts, pag_applied_layers=PAG_LAYER).save_pretrained(directory)
+    (directory / "ditc.json").write_text(
+        '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
+        '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0, '
+        f'"pag_applied_layers": "{PAG_LAYER}"}}\n'
     )
     return directory
 

@@ -26,6 +26,12 @@ def _is_layers(value: object) -> bool:
     return isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value)
 
 
+def _is_layer_names(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) or _is_layers([name]) for name in value)
+    )
+
+
 def _is_bins(value: object) -> bool:
     return value is None or (
         isinstance(value, list)
@@ -53,6 +59,9 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "skip_layer_guidance_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
     "skip_layer_guidance_start": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
     "skip_layer_guidance_stop": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
+    "pag_applied_layers": (_is_layer_names, "the name or number of a layer, or a list of them"),
+    "pag_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
+    "pag_adaptive_scale": (_is_number, f"a number from 0 to {LARGEST_NUMBER}"),
 }
 
 

@@ -21,6 +21,11 @@ T = TypeVar("T")
 MAX_INTEGER = 2**53
 
 
+# The metadata of a field that is not written while it is None. So files that do not need the field stay as they were,
+# byte for byte, and versions of ditc that do not know it can read them.
+LEFT_OUT_IF_NONE = {"left_out_if_none": True}
+
+
 class Mismatch(ValueError):
     """The data does not have the form of the class. The message starts with the path of the field, such as $.name."""
 
@@ -28,7 +33,12 @@ class Mismatch(ValueError):
 def to_json(value: Any) -> Any:
     """Convert a dataclass to plain dicts, lists, strings and numbers. Fields keep their order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        items = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {
+            f.name: to_json(item)
+            for f, item in items
+            if item is not None or not f.metadata.get("left_out_if_none", False)
+        }
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):

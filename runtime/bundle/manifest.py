@@ -14,11 +14,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from ditc.runtime.atomic import write_atomic
-from ditc.runtime.bundle.jsondata import Mismatch, check_numbers, digest_of, from_json, serialize, to_json
+from ditc.runtime.bundle.jsondata import (
+    LEFT_OUT_IF_NONE,
+    Mismatch,
+    check_numbers,
+    digest_of,
+    from_json,
+    serialize,
+    to_json,
+)
 from ditc.runtime.bundle.manifest_check import check_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
@@ -132,6 +140,23 @@ class SkipLayerGuidance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PerturbedAttentionGuidance:
+    """Guidance away from what the network draws with its attention perturbed (PAG, arXiv 2403.17377).
+
+    Attributes:
+        layers: the layers in which the denoiser's gate turns self-attention into the identity. They are fixed in the
+            graph.
+        scale: the strength of the guidance, pag_scale in diffusers; 0 turns it off.
+        adaptive_scale: how much the strength falls per timestep below 1000, pag_adaptive_scale in diffusers; 0 keeps it
+            constant.
+    """
+
+    layers: tuple[int, ...]
+    scale: float
+    adaptive_scale: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
     """What a request gets if it does not ask for something else.
 
@@ -140,6 +165,7 @@ class Defaults:
         bins: the (height, width) pairs in pixels that the model was trained with; empty if it has no such list.
         tiling: how large pictures are decoded; None to decode every picture in one piece.
         skip_layer_guidance: None if the denoiser cannot skip layers.
+        perturbed_attention_guidance: None if the denoiser cannot perturb its attention.
     """
 
     height: int
@@ -149,6 +175,9 @@ class Defaults:
     bins: tuple[tuple[int, int], ...] = ()
     tiling: Tiling | None = None
     skip_layer_guidance: SkipLayerGuidance | None = None
+    perturbed_attention_guidance: PerturbedAttentionGuidance | None = field(
+        default=None, metadata=LEFT_OUT_IF_NONE
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,6 +174,12 @@ def _check_defaults(defaults: Defaults, latents: LatentSpec, path: str) -> None:
         _between(skip.start, 0, LARGEST_NUMBER, f"{where}.start")
         _between(skip.stop, 0, LARGEST_NUMBER, f"{where}.stop")
         _require(bool(skip.layers) and min(skip.layers) >= 0, f"{where}.layers", f"{list(skip.layers)}")
+    if (pag := defaults.perturbed_attention_guidance) is not None:
+        where = f"{path}.perturbed_attention_guidance"
+        _between(pag.scale, 0, LARGEST_NUMBER, f"{where}.scale")
+        _between(pag.adaptive_scale, 0, LARGEST_NUMBER, f"{where}.adaptive_scale")
+        _require(bool(pag.layers) and min(pag.layers) >= 0, f"{where}.layers", f"{list(pag.layers)}")
+        _require(skip is None, where, "it stands beside skip_layer_guidance, but a denoiser has one gate")
 
 
 def _check_text(manifest: Manifest) -> None:

@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         layers, window = ", ".join(map(str, skip.layers)), f"from {skip.start} to {skip.stop} of the steps"
         scale = f"scale {skip.scale}, {window}" if skip.scale else "off unless a request asks for it"
         console.print(f"skip-layer guidance: layers {layers}, {scale}")
+    if pag := defaults.perturbed_attention_guidance:
+        layers, adaptive = ", ".join(map(str, pag.layers)), pag.adaptive_scale
+        scale = f"pag_scale {pag.scale}" if pag.scale else "off unless a request asks for it"
+        scale += f", pag_adaptive_scale {adaptive}" if adaptive else ""
+        console.print(f"perturbed-attention guidance: layers {layers}, {scale}")
     # The table fits 80 columns. The stages' inputs are longer and follow on lines of their own.
     columns = ("stage", "precision", "backend", "targets", "MB", "build time", "peak memory")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))

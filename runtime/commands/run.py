@@ -34,6 +34,7 @@ RGB_BYTES = 3
 SETTINGS = (
     *("num_inference_steps", *SCHEDULE, "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
+    *("pag_scale", "pag_adaptive_scale", "guidance_interval"),
     *("strength", "allow_uniform", "strict"),
 )
 
@@ -157,6 +158,28 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FRACTION",
             help=f"Where skip-layer guidance {verb}, as a fraction of the steps from 0 to 1 (default: the bundle's).",
         )
+    parser.add_argument(
+        "--pag-scale",
+        type=float,
+        metavar="SCALE",
+        help="Scale of the perturbed-attention guidance, without a unit: how strongly to guide the picture away from "
+        "what the network draws if patches do not see each other in some of its layers. 0 turns it off; not every "
+        "bundle has it (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--pag-adaptive-scale",
+        type=float,
+        metavar="SCALE",
+        help="How much the scale of the perturbed-attention guidance falls per timestep below 1000; 0 keeps it "
+        "constant (default: the bundle's).",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=_numbers,
+        metavar="START,STOP",
+        help="Where all guidance begins and ends, as fractions of the steps from 0 to 1. Other steps take less time "
+        "(default: 0,1).",
+    )
     for side in ("height", "width"):
         parser.add_argument(
             f"--{side}",

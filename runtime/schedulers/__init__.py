@@ -74,6 +74,7 @@ class CoefficientTable:
         init_noise_sigma: standard deviation of the starting latents.
         decodes_x0: whether the picture is the last prediction of x0 instead of the last latents.
         levels: (N + 1, 2) float32, the weights of picture and noise in the latents at each of the sigmas.
+        timestep_scale: factor from the scheduler's timesteps to those that the network sees.
     """
 
     columns: tuple[str, ...]
@@ -83,9 +84,15 @@ class CoefficientTable:
     init_noise_sigma: float
     levels: NDArray[np.float32]
     decodes_x0: bool = False
+    timestep_scale: float = 1.0
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def scheduler_timesteps(self) -> NDArray[np.float32]:
+        """(N,) float32, before timestep_scale."""
+        return self.timesteps / np.float32(self.timestep_scale)
 
 
 def history_length(params: SchedulerParams) -> int:
@@ -196,6 +203,7 @@ def coefficient_table(
         levels=np.stack([1 - schedule.sigmas, schedule.sigmas], axis=1)
         if schedule.levels is None
         else schedule.levels,
+        timestep_scale=params.timestep_scale,
     )
 
 

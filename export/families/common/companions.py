@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ditc.export.checkpoint.open import Component
-from ditc.export.contract import StageModule, StagePlan
+from ditc.export.contract import JsonValue, StageModule, StagePlan
 from ditc.export.families.common.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
@@ -26,7 +26,7 @@ from ditc.export.networks.dc_ae import DcAeConfig, load_decoder, load_encoder
 from ditc.export.networks.gemma2 import load_gemma2
 from ditc.export.networks.loading import weight_map
 from ditc.export.options import BuildOptions
-from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.bundle.manifest import Defaults, LatentSpec, PerturbedAttentionGuidance, Tiling
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
@@ -62,6 +62,7 @@ def stage_plans(
     *,
     tiling: Tiling | None = None,
     posterior: bool = False,
+    gate: Mapping[str, JsonValue] | None = None,
 ) -> dict[str, StagePlan]:
     """Plan all stages, in the order in which drawing a picture runs them.
 
@@ -70,6 +71,7 @@ def stage_plans(
 
     Args:
         posterior: whether the VAE's encoder has a posterior that is sampled.
+        gate: what the denoiser's gate does; None if it has none.
     """
     batch = options.max_batch
     specs = {
@@ -86,6 +88,7 @@ def stage_plans(
             spec=spec,
             precision=options.base if COMPONENTS[name] == "transformer" else others,
             components=(COMPONENTS[name],),
+            facts=gate if gate and name in (DENOISER, NETWORK) else {},
         )
         for name, spec in specs.items()
     }
@@ -159,6 +162,7 @@ def defaults_of(
     guidance_scale: float,
     bins: Sequence[Sequence[int]] = (),
     tiling: Tiling | None = None,
+    perturbed_attention_guidance: PerturbedAttentionGuidance | None = None,
 ) -> Defaults:
     """Choose the inference defaults: from the build's options first, then from ditc.json, then the family's.
 
@@ -175,6 +179,7 @@ def defaults_of(
         guidance_scale=float(given.get("guidance_scale", guidance_scale)),
         bins=tuple((height, width) for height, width in bins),
         tiling=tiling,
+        perturbed_attention_guidance=perturbed_attention_guidance,
     )
 
 

@@ -40,6 +40,7 @@ class ServedPipeline:
     Attributes:
         components: the classes that each component may have, as "library.class". () leaves it to those who read the
             component.
+        also: classes with the same components whose pictures the family computes, too.
         optional: components that may be [null, null].
         others: the other pipelines with the same transformer, by class.
         unused: components that the class takes and that do nothing for a text prompt, with what they are for.
@@ -47,6 +48,7 @@ class ServedPipeline:
 
     class_name: str
     components: Mapping[str, tuple[str, ...]]
+    also: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     others: Mapping[str, OtherPipeline] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def check_pipeline(checkpoint: Checkpoint, served: ServedPipeline) -> None:
 
 def _check_class(checkpoint: Checkpoint, served: ServedPipeline) -> None:
     name = pipeline_class(checkpoint.path, checkpoint.model_index)
-    if name == served.class_name:
+    if name in (served.class_name, *served.also):
         return
     other = served.others.get(name, UNKNOWN)
     raise CheckpointError(

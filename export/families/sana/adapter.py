@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ditc.export.checkpoint.model_index import pipeline_class
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
@@ -38,7 +39,8 @@ from ditc.export.families.common.specs import (
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.network import load_sana
-from ditc.export.families.sana.pipeline import PIPELINE, SPRINT
+from ditc.export.families.sana.perturbed_attention import read_perturbed_attention
+from ditc.export.families.sana.pipeline import PAG_CLASS, PIPELINE, SPRINT
 from ditc.export.families.sana.recipe import SPRINT as SPRINT_RECIPES
 from ditc.export.families.sana.resolution_bins import resolution_bins
 from ditc.export.graph.step import wrap
@@ -112,7 +114,9 @@ class SanaAdapter:
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         sizes = latent_ranges(defaults, latents)
         guidance = GuidanceMode.EMBEDDED if transformer.guidance_embeds else GuidanceMode.CFG
-        facts = _facts(transformer, text, sizes, step_contract(scheduler, guidance=guidance), options)
+        pag = defaults.perturbed_attention_guidance
+        step = step_contract(scheduler, guidance=guidance, skip_gate=pag is not None)
+        facts = _facts(transformer, text, sizes, step, options)
         return ModelPlan(
             family=self.family,
             stages=stage_plans(
@@ -122,6 +126,7 @@ class SanaAdapter:
                 latents,
                 options,
                 tiling=defaults.tiling,
+                gate={"pag_layers": list(pag.layers)} if pag else None,
             ),
             text=(text,),
             scheduler=scheduler,
@@ -149,7 +154,10 @@ def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
     if COMPONENTS[stage] != "transformer":
         return load_companion(component, stage_plan)
     dtype = TORCH_DTYPES[stage_plan.precision]
-    conditioner, denoiser = load_sana(SanaConfig.from_json(component.config), component.tensors, dtype)
+    pag = plan.defaults.perturbed_attention_guidance
+    conditioner, denoiser = load_sana(
+        SanaConfig.from_json(component.config), component.tensors, dtype, pag_layers=pag.layers if pag else ()
+    )
     if stage == DENOISER:
         return wrap(denoiser, dtype=dtype, contract=plan.step)
     return conditioner if stage == CONDITIONER else denoiser
@@ -247,4 +255,9 @@ def _defaults(
         bins=bins,
         # The defaults of AutoencoderDC.enable_tiling, diffusers 0.42.1. Upstream's README asks for tiling at 4K.
         tiling=Tiling(tile=512, stride=448) if side >= 4096 else None,
+        perturbed_attention_guidance=read_perturbed_attention(
+            given,
+            transformer,
+            is_pag_pipeline=pipeline_class(checkpoint.path, checkpoint.model_index) == PAG_CLASS,
+        ),
     )

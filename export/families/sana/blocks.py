@@ -16,10 +16,15 @@ FP16_MAX = 65504.0
 
 
 class DenoiserBlock(nn.Module):
-    """Linear self-attention, cross-attention without a norm or a gate, Mix-FFN."""
+    """Linear self-attention, cross-attention without a norm or a gate, Mix-FFN.
 
-    def __init__(self, config: SanaConfig) -> None:
+    Args:
+        perturbed: whether self-attention is the identity in rows whose skip_gate is 1 (perturbed-attention guidance).
+    """
+
+    def __init__(self, config: SanaConfig, *, perturbed: bool = False) -> None:
         super().__init__()
+        self.perturbed = perturbed
         self.scale_shift_table = nn.Parameter(torch.zeros(6, config.width))
         self.norm1 = LayerNorm(config.width, config.norm_eps)
         self.attn1 = LinearSelfAttention(config)
@@ -36,10 +41,12 @@ class DenoiserBlock(nn.Module):
         mask_R11S: Tensor,
         height: int,
         width: int,
+        skip_gate_R: Tensor | None = None,
     ) -> Tensor:
         modulation = (self.scale_shift_table + modulation_R6D).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x_RND = x_RND + gate_msa * self.attn1(self.norm1(x_RND) * (1 + scale_msa) + shift_msa)
+        attended = self.attn1(self.norm1(x_RND) * (1 + scale_msa) + shift_msa, skip_gate_R)
+        x_RND = x_RND + gate_msa * attended
         x_RND = x_RND + self.attn2(x_RND, key_RSD, value_RSD, mask_R11S)
         return x_RND + gate_mlp * self.ff(self.norm2(x_RND) * (1 + scale_mlp) + shift_mlp, height, width)
 
@@ -58,10 +65,18 @@ class LinearSelfAttention(nn.Module):
         self.norm_k = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x_RND: Tensor) -> Tensor:
+    def forward(self, x_RND: Tensor, skip_gate_R: Tensor | None = None) -> Tensor:
+        """(R,N,D) -> (R,N,D). In rows whose gate is 1, every token keeps its own value instead of a mean of values.
+
+        diffusers' PAGCFGSanaLinearAttnProcessor2_0 computes the same, but leaves out the norms of q and k in all rows,
+        which is another function for networks with qk-norm (SANA-1.5).
+        """
         q, k, v = self.norm_q(self.to_q(x_RND)), self.norm_k(self.to_k(x_RND)), self.to_v(x_RND)
         q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
-        out: Tensor = self.to_out[0](relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2))
+        mixed = relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2)
+        if skip_gate_R is not None:
+            mixed = torch.where((skip_gate_R > 0.5)[:, None, None], v.flatten(2), mixed)
+        out: Tensor = self.to_out[0](mixed)
         # diffusers and the native code clamp here too, because the projection can exceed fp16's range.
         return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 

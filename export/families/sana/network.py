@@ -12,7 +12,7 @@ These stay fp32 in 16-bit networks: norm statistics, linear attention, softmax, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +37,24 @@ FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
 
 
 def load_sana(
-    config: SanaConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    config: SanaConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    pag_layers: Collection[int] = (),
 ) -> tuple[SanaConditioner, SanaDenoiser]:
     """Load both networks with the weights of a diffusers transformer/ directory, in dtype.
+
+    Args:
+        pag_layers: blocks whose self-attention a row's skip_gate turns into the identity. If there are any, the
+            denoiser has the input skip_gate.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     check_layers("num_layers", config.num_layers, tensors, "transformer_blocks")
     conditioner = build_empty(lambda: SanaConditioner(config))
-    denoiser = build_empty(lambda: SanaDenoiser(config))
+    denoiser = build_empty(lambda: SanaDenoiser(config, pag_layers))
     load_strict({"conditioner": conditioner, "denoiser": denoiser}, tensors, dtype)
     return conditioner, denoiser
 
@@ -77,11 +85,15 @@ class SanaConditioner(nn.Module):
 
 
 class SanaDenoiser(nn.Module):
-    """Predicts the velocity of the latents from the timestep and a conditioner's outputs."""
+    """Predicts the velocity of the latents from the timestep and a conditioner's outputs.
+
+    Args:
+        pag_layers: blocks with perturbed-attention guidance.
+    """
 
     weights_below = ""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig, pag_layers: Collection[int] = ()) -> None:
         super().__init__()
         width, patch = config.width, config.patch_size
         self.patch_size = patch
@@ -92,7 +104,10 @@ class SanaDenoiser(nn.Module):
         self.time_embed: nn.Module = TimeEmbed(width)
         if config.guidance_embeds:
             self.time_embed = GuidedTimeEmbed(width, config.guidance_embeds_scale)
-        self.transformer_blocks = nn.ModuleList(DenoiserBlock(config) for _ in range(config.num_layers))
+        self.gated = bool(pag_layers)
+        self.transformer_blocks = nn.ModuleList(
+            DenoiserBlock(config, perturbed=index in pag_layers) for index in range(config.num_layers)
+        )
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
         self.norm_out = LayerNorm(width, FINAL_NORM_EPS)
         self.proj_out = nn.Linear(width, patch * patch * config.out_channels)
@@ -104,11 +119,12 @@ class SanaDenoiser(nn.Module):
             latents: (R,C,H,W) in the network's dtype.
             t: (R,) fp32, already multiplied by the config's timestep_scale.
             rest: the guidance scale (R,) fp32, only if the network embeds it, then cross_kv and text_bias as
-                SanaConditioner returns them.
+                SanaConditioner returns them, then with pag_layers the gate (R,) fp32, which is 1 for perturbed rows.
 
         Returns:
             (R,out_channels,H,W) in the network's dtype.
         """
+        *rest, skip_gate_R = rest if self.gated else (*rest, None)
         *embedded, cross_kv, text_bias = rest
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
         x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
@@ -121,7 +137,8 @@ class SanaDenoiser(nn.Module):
         for block, key_RSD, value_RSD in zip(
             self.transformer_blocks, keys_values[::2], keys_values[1::2], strict=True
         ):
-            x_RND = block(x_RND, modulation_R6D, key_RSD, value_RSD, mask_R11S, height, width)
+            gate = (skip_gate_R,) if block.perturbed else ()
+            x_RND = block(x_RND, modulation_R6D, key_RSD, value_RSD, mask_R11S, height, width, *gate)
         shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
         x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
         return from_patches(x_RND, self.patch_size, height, width)

@@ -1,4 +1,4 @@
-"""The pipelines of diffusers 0.42.1 that the Sana family draws: SanaPipeline, SanaSprintPipeline, and their relatives.
+"""The pipelines of diffusers 0.42.1 that the Sana family draws: SanaPipeline, SanaPAGPipeline and SanaSprintPipeline.
 
 A transformer fits only one of them: SANA-Sprint's (arXiv 2503.09641) embeds the guidance scale.
 """
@@ -18,12 +18,14 @@ _NOT_SPRINT = OtherPipeline(
     "it gives its transformer an embedded guidance, but this one takes none (guidance_embeds is false)",
     "use the transformer and the model_index.json of one release",
 )
+# SanaPipeline with perturbed-attention guidance.
+PAG_CLASS = "SanaPAGPipeline"
 
 PIPELINE = ServedPipeline(
     class_name="SanaPipeline",
+    also=(PAG_CLASS,),
     components=_COMPONENTS,
     others={
-        "SanaPAGPipeline": OtherPipeline("its perturbed-attention guidance is not computed"),
         "SanaControlNetPipeline": OtherPipeline("its control network is not computed"),
         "SanaSprintPipeline": _NOT_SPRINT,
         "SanaSprintImg2ImgPipeline": _NOT_SPRINT,
@@ -37,6 +39,10 @@ SPRINT = ServedPipeline(
             "the transformer is SANA-Sprint's (guidance_embeds is true), and was distilled for its own sampler, SCM",
             "take model_index.json and scheduler/ of the Sprint release too: with any other sampler, this transformer "
             "draws noise",
+        ),
+        PAG_CLASS: OtherPipeline(
+            "the transformer is SANA-Sprint's, whose guidance is a part of the network (guidance_embeds is true)",
+            "take model_index.json and scheduler/ of the Sprint release: it draws without perturbed-attention guidance",
         ),
         "SanaSprintImg2ImgPipeline": OtherPipeline("it starts from a picture"),
     },

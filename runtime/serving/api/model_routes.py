@@ -80,6 +80,7 @@ def _capabilities(manifest: Manifest) -> list[str]:
         "partial_images": bool(manifest.latents.rgb),
         "negative_prompt": manifest.guidance is GuidanceMode.CFG,
         "skip_layer_guidance": manifest.defaults.skip_layer_guidance is not None,
+        "perturbed_attention_guidance": manifest.defaults.perturbed_attention_guidance is not None,
         "resolution_binning": bool(manifest.defaults.bins),
     }
     return [name for name, has in found.items() if has]

@@ -94,6 +94,16 @@ class BundleArguments(Body):
     skip_layer_guidance_stop: Fraction | None = Field(
         default=None, description="The fraction of steps where it ends."
     )
+    pag_scale: Number | None = Field(
+        default=None, description="The scale of perturbed-attention guidance; 0 turns it off."
+    )
+    pag_adaptive_scale: Number | None = Field(
+        default=None, description="How much that scale falls per timestep below 1000."
+    )
+    guidance_interval: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = Field(
+        default=None,
+        description="The fractions of steps where all guidance begins and ends (default: [0, 1]).",
+    )
     use_resolution_binning: bool | None = Field(
         default=None,
         description="Whether to draw at the nearest trained size, then resize and crop (default: true).",

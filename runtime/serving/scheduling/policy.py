@@ -26,7 +26,7 @@ class BatchKey:
 
     Attributes:
         latents: (C, H, W), the size of one picture's latents.
-        rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with skip-layer guidance.
+        rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with a gated row as well.
         texts: names and sizes of the conditioning of one row, in which lengths of texts may differ.
     """
 

@@ -27,7 +27,7 @@ class Predictions:
         """How long a request takes if nothing else runs."""
         latents, times = self._latents, self._times
         cells = (plan.drawn_height // latents.scale_factor, plan.drawn_width // latents.scale_factor)
-        rows = 1 + plan.guided + (plan.skip_layer_guidance is not None)
+        rows = 1 + plan.guided + plan.gated
         steps = times.seconds(BatchKey(latents=(latents.channels, *cells), rows=rows)) * len(plan.table)
         decoding = times.stage_seconds(VAE_DECODER, plan.drawn_height * plan.drawn_width)
         return plan.pictures * (times.stage_seconds(TEXT, 1) + steps + decoding)
