@@ -261,7 +261,8 @@ def _config_scheduler(config: dict[str, Any]) -> None:
 
 
 PAIRED_PIPELINES = {
-    "SanaPipeline": "SanaPAGPipeline",
+    "SanaPipeline": "SanaControlNetPipeline",
+    "SanaPAGPipeline": "SanaControlNetPipeline",
     "StableDiffusion3Pipeline": "StableDiffusion3PAGPipeline",
     "LucidrainsMMDiTPipeline": "SanaPipeline",
 }

@@ -124,8 +124,8 @@ class SanaDenoiser(nn.Module):
         Returns:
             (R,out_channels,H,W) in the network's dtype.
         """
-        *rest, skip_gate_R = rest if self.gated else (*rest, None)
-        *embedded, cross_kv, text_bias = rest
+        inputs, skip_gate_R = (rest[:-1], rest[-1]) if self.gated else (rest, None)
+        *embedded, cross_kv, text_bias = inputs
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
         x_RND = self.patch_embed["proj"](to_patches(latents, self.patch_size))
         if self.position is not None:

@@ -32,7 +32,7 @@ def refusal(source: Path, tmp_path: Path, **index: Any) -> CheckpointError:
 
 @pytest.mark.parametrize(
     "name",
-    ["SanaPAGPipeline", "SanaControlNetPipeline", SPRINT, "SanaSprintImg2ImgPipeline", "MySanaPipeline"],
+    ["SanaControlNetPipeline", SPRINT, "SanaSprintImg2ImgPipeline", "MySanaPipeline"],
 )
 def test_a_relative_of_sana_pipeline_is_named(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     error = refusal(tiny_checkpoint, tmp_path, _class_name=name)
