@@ -21,9 +21,12 @@ TESTED := $(VENV)/.ready-to-test
 UI_VENV   ?= .venv-ui
 UI     := $(UI_VENV)/bin
 PAGED  := $(UI_VENV)/.ready
+SCALE_VENV ?= .venv-scale
+SCALE  := $(SCALE_VENV)/bin
+SCALED := $(SCALE_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve test-ui demo-checkpoint clean
+.PHONY: help setup demo test test-isa test-slow test-gpu check types export calibrate engines parity bench bench-gpu run serve test-ui test-scale demo-checkpoint clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -125,6 +128,18 @@ serve: $(PAGED)  ## serve bundle OUT, with a page for browsers; builds it from M
 
 test-ui: $(PAGED)  ## run the tests of the page; those that need Chromium are skipped where it is not installed
 	OMP_NUM_THREADS=1 $(UI)/python -m pytest tests/runtime/serving/ui -q -rs --durations=5
+
+# Ray takes about 490 MB, which only these tests need.
+$(SCALED): $(READY) constraints-scale.txt
+	$(PYTHON) -m venv --without-pip $(SCALE_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(SCALE)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(BIN)/pip --python $(SCALE)/python install --quiet --constraint constraints.txt \
+	  --constraint constraints-scale.txt --editable ".[ray]"
+	@touch $@
+
+test-scale: $(SCALED)  ## run the tests that need Ray
+	OMP_NUM_THREADS=1 $(SCALE)/python -m pytest $(TESTS) -q -rs --durations=5 -m scale
 
 demo-checkpoint: $(READY)  ## train demo/checkpoint from scratch (hours on a CPU; resumes)
 	$(BIN)/python -m demo.train all

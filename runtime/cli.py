@@ -62,6 +62,9 @@ VERBS = {
         "parity",
     ),
     "run": Verb("ditc.runtime.commands.run", "Draw pictures with a bundle."),
+    "batch": Verb(
+        "ditc.runtime.commands.batch", "Draw many requests from a file, with several processes or with Ray."
+    ),
     "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve", stays=True),
     "bench": Verb(
         "ditc.runtime.commands.bench",

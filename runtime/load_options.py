@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -174,6 +174,11 @@ def add_load_arguments(parser: argparse.ArgumentParser, *names: str, when: str =
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
     """The options that were parsed. Raises UsageError as LoadOptions does."""
     return LoadOptions(**{name: vars(arguments)[name] for name in given_names(arguments)})
+
+
+def as_json(options: LoadOptions) -> dict[str, Any]:
+    """The options as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def given_names(arguments: argparse.Namespace) -> list[str]:

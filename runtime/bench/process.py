@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from ditc.runtime.bench.choices import Candidate
-from ditc.runtime.bench.worker import as_arguments
-from ditc.runtime.errors import BundleError, DitcError, NumericsError, OutputError, SessionError, UsageError
+from ditc.runtime.child_process import Child, raised
+from ditc.runtime.errors import SessionError
+from ditc.runtime.load_options import as_json
 
-COMMAND = (
-    sys.executable,
-    "-P",
-    "-m",
-    "ditc.runtime.bench.worker",
-)  # -P: import nothing from the current folder
-# What an answer may say was raised. All else counts as an error of the session.
-KINDS: dict[str, type[DitcError]] = {
-    kind.__name__: kind for kind in (UsageError, OutputError, BundleError, SessionError, NumericsError)
-}
-# How long an idle process may take to end before it is killed.
-END_S = 10.0
+WORKER = "ditc.runtime.bench.worker"
 
 
 class Process:
@@ -44,18 +30,10 @@ class Process:
 
     def __init__(self, candidate: Candidate, bundle: Path) -> None:
         self.candidate = candidate
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         begin = perf_counter()
-        self._process = subprocess.Popen(
-            COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-            text=True,
-            encoding="utf-8",
-        )
+        self._child = Child(WORKER)
         try:
-            loaded = self.ask("load", bundle=str(bundle), options=as_arguments(candidate.options))
+            loaded = self.ask("load", bundle=str(bundle), options=as_json(candidate.options))
         except BaseException:
             self.close()
             raise
@@ -70,48 +48,24 @@ class Process:
         Raises:
             DitcError: what the process answered, with the candidate's name; or it has ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._child.send(json.dumps({"do": do, **arguments}))
+            line = self._child.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise self._ended()
+            raise SessionError(
+                f"{self.candidate.name}: its process {self._child.how_it_ended()}",
+                hint="if memory ran out, compare fewer candidates, or smaller pictures or batches",
+            )
         answer = json.loads(line)
         if "error" in answer:
-            raise self._error(answer)
+            raise raised(answer, f"{self.candidate.name}: ")
         return answer["result"]
 
     def close(self) -> None:
         """End the process."""
-        process = self._process
-        try:
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait(END_S)
-        except (OSError, subprocess.TimeoutExpired):
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-        self._messages.close()
-
-    def _ended(self) -> SessionError:
-        code = self._process.wait()
-        self._messages.seek(max(0, self._messages.seek(0, os.SEEK_END) - 4096))
-        said = self._messages.read().decode(errors="replace").strip().splitlines()
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        last = f": {said[-1]:.300}" if said else ""
-        return SessionError(
-            f"{self.candidate.name}: its process {how}{last}",
-            hint="if memory ran out, compare fewer candidates, or smaller pictures or batches",
-        )
-
-    def _error(self, answer: dict[str, Any]) -> DitcError:
-        kind = KINDS.get(answer["error"], SessionError)
-        return kind(f"{self.candidate.name}: {answer['message']}", hint=answer["hint"])
+        self._child.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,17 +10,16 @@ DitcError, "message": ..., "hint": ...}. The process ends when its input does.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 from ditc.runtime.bench.memory import peak_bytes
 from ditc.runtime.bench.profile_run import FirstInputs, profile_stage
 from ditc.runtime.bench.timed_sessions import TimedSession, timed
+from ditc.runtime.child_process import error_answer, own_stdout
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose_here
@@ -30,13 +29,13 @@ from ditc.runtime.request import Request
 
 def main() -> int:
     """Answer requests until there are no more."""
-    answers, worker = _own_stdout(), Worker()
+    answers, worker = own_stdout(), Worker()
     with answers:
         for line in sys.stdin:
             try:
                 answer = {"result": worker.do(json.loads(line))}
             except DitcError as error:
-                answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+                answer = error_answer(error)
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
     worker.close()
@@ -129,19 +128,6 @@ def _request(case: Mapping[str, int], prompts: list[str], seed: int) -> Request:
         allow_uniform=True,
         strict=True,
     )
-
-
-def as_arguments(options: LoadOptions) -> dict[str, Any]:
-    """The options as JSON can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-
-
-def _own_stdout() -> IO[str]:
-    """The stream of the answers. What libraries write to stdout goes to stderr instead."""
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
 
 
 if __name__ == "__main__":

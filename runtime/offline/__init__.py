@@ -1,0 +1,1 @@
+"""Offline batches: many requests from a file, drawn by processes of this machine or by Ray."""
