@@ -3,7 +3,7 @@
 Both libraries must have a name unless it is in RTX_ONLY or TENSORRT_ONLY. The list was compared once by hand with the
 bindings of tensorrt 11.4.0.106, imported over empty libraries, and there was no difference. The names are used by
 runtime/sessions/tensorrt_engine.py, tensorrt_log.py, runtime/plugins/, export/engine/tensorrt.py and
-export/graph/ops/relu_linear_attention/qdp.py.
+export/graph/ops/*_linear_attention/qdp.py.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ TENSORRT_ONLY: dict[str, tuple[str, ...]] = {
     "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY": (),
     "IBuilderConfig.hardware_compatibility_level": (),
     "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": (),
-    # export/graph/ops/relu_linear_attention/qdp.py; functions of the module tensorrt.plugin
+    # export/graph/ops/*_linear_attention/qdp.py; functions of the module tensorrt.plugin
     "plugin.KernelLaunchParams": (),
     "plugin.SymInt32": (),
     "plugin.SymIntExprs": (),

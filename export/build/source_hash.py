@@ -45,7 +45,7 @@ NOT_IN_GRAPHS = (
     "export/quant/measure.py",
 )
 # The code that decides an engine's bytes besides its graph: the engine builder, and what the plugin stores in it.
-ENGINE_SOURCES = ("export/engine", "runtime/plugins/relu_linear_attention.py")
+ENGINE_SOURCES = ("export/engine", "runtime/plugins/linear_attention.py")
 # The command line only prints, so it does not shape a bundle.
 NOT_IN_BUNDLES = ("export/commands/*.py",)
 

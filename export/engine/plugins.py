@@ -16,14 +16,15 @@ from typing import Any
 import onnx
 
 from ditc.export.engine.tensorrt import load_library
-from ditc.export.graph.ops.relu_linear_attention.onnx_function import DOMAIN, OP_TYPE
-from ditc.export.graph.ops.relu_linear_attention.ptx import pair_as_json
-from ditc.export.graph.ops.relu_linear_attention.qdp import register_qdp
+from ditc.export.graph.ops.relu_linear_attention import onnx_function, ptx, qdp
+from ditc.export.graph.ops.rotary_linear_attention import onnx_function as rotary_function
+from ditc.export.graph.ops.rotary_linear_attention import ptx as rotary_ptx
+from ditc.export.graph.ops.rotary_linear_attention import qdp as rotary_qdp
 from ditc.runtime.atomic import scratch_file
 from ditc.runtime.errors import BuildError
 from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 from ditc.runtime.plugins import register
-from ditc.runtime.plugins.relu_linear_attention import NAMESPACE, VERSION
+from ditc.runtime.plugins.linear_attention import NAMESPACE, VERSION
 from ditc.runtime.spec import Backend, DType
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ _TYPES = {
     onnx.TensorProto.FLOAT16: DType.FLOAT16,
     onnx.TensorProto.BFLOAT16: DType.BFLOAT16,
 }
+# The ops that plugins compute, and what compiles their kernels.
+_KERNELS = {
+    (onnx_function.DOMAIN, onnx_function.OP_TYPE): ptx.pair_as_json,
+    (onnx_function.DOMAIN, rotary_function.OP_TYPE): rotary_ptx.pair_as_json,
+}
 
 
 @contextmanager
@@ -40,8 +46,8 @@ def with_plugin(onnx_path: Path, backend: Backend) -> Iterator[Path]:
     """A temporary copy of the graph in which the backend's plugin computes the linear attention.
 
     The copy lies beside the graph, so that it finds the weights. TensorRT-RTX uses the IPluginV3 of runtime/plugins,
-    with its kernels in the graph. TensorRT uses the QDP plugin of export/graph/ops/relu_linear_attention/qdp.py, which
-    stores its kernel in the engine, so that running the engine needs no plugin.
+    with its kernels in the graph. TensorRT uses the QDP plugins of export/graph/ops/*/qdp.py, which
+    store their kernel in the engine, so that running the engine needs no plugin.
 
     Raises:
         BuildError: the graph has no linear attention.
@@ -81,9 +87,9 @@ def use_plugin(model: onnx.ModelProto, *, kernels: bool) -> int:
     for node in nodes:
         facts = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         if kernels:
-            facts["kernels"] = pair_as_json(*_facts(node, values))
+            facts["kernels"] = _KERNELS[node.domain, node.op_type](*_facts(node, values))
         node.attribute.extend(onnx.helper.make_attribute(name, text) for name, text in facts.items())
-    kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
+    kept = [f for f in model.functions if (f.domain, f.name) not in _KERNELS]
     del model.functions[:]
     model.functions.extend(kept)
     return len(nodes)
@@ -117,7 +123,8 @@ def _register(backend: Backend) -> None:
     if backend is Backend.TENSORRT_RTX:
         register(library)
     else:
-        register_qdp(library)
+        qdp.register_qdp(library)
+        rotary_qdp.register_qdp(library)
 
 
 def _reachable(folder: Path) -> bool:
@@ -126,12 +133,12 @@ def _reachable(folder: Path) -> bool:
 
 
 def _is_ours(node: onnx.NodeProto) -> bool:
-    return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+    return (node.domain, node.op_type) in _KERNELS
 
 
 def _facts(node: onnx.NodeProto, values: dict[str, Any]) -> tuple[DType, int]:
     """The element type and head dimension, taken from any of the node's tensors that the graph describes."""
-    for name in (*node.input, *node.output):
+    for name in (*node.input[:3], *node.output):  # q, k, v, out
         known = values.get(name)
         if known is None or known.elem_type not in _TYPES or len(known.shape.dim) != 4:
             continue

@@ -26,7 +26,15 @@ class ConvAsLinear(nn.Linear):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True) -> None:
         super().__init__(in_channels * kernel_size**2, out_channels, bias=bias)
-        self.conv_shape = (out_channels, in_channels, kernel_size, kernel_size)
+        self.conv_shape: tuple[int, ...] = (out_channels, in_channels, kernel_size, kernel_size)
+
+
+class FrameConvAsLinear(ConvAsLinear):
+    """The same for a 3-D convolution over patches of single frames, whose kernel is (1,p,p)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias)
+        self.conv_shape = (out_channels, in_channels, 1, kernel_size, kernel_size)
 
 
 class LayerNorm(nn.Module):

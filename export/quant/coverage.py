@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ditc.export.graph.ops.relu_linear_attention.onnx_function import OP_TYPE as LINEAR_ATTENTION
 from ditc.export.quant.plan import QuantPlan
+from ditc.runtime.plugins.linear_attention import NAMES as LINEAR_ATTENTION
 from ditc.runtime.spec import StageSpec
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
@@ -96,7 +96,7 @@ def _products(model: ir.Model, sizes: Mapping[str, int]) -> Iterator[_Product]:
             kernel = math.prod(_dims(node.inputs[1], sizes)[1:])
             flops = 2 * math.prod(_dims(node.outputs[0], sizes)) * kernel
             yield _Product(flops, *_weight_of(node.inputs[1]), convolution=True)
-        elif node.op_type == LINEAR_ATTENTION:
+        elif node.op_type in LINEAR_ATTENTION:
             rows, tokens, heads, width = _dims(node.inputs[0], sizes)
             yield _Product(4 * rows * tokens * heads * width * (width + 1), None, False)  # KV, then KV x Q
 

@@ -8,13 +8,14 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from ditc.runtime.bench.graph import Dim, Graph, Node
+from ditc.runtime.plugins.linear_attention import NAMES
 
 # Products of two matrices, by the place of their first factor among the node's inputs.
 PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"})
 # Convolutions, by the place of their weight among the node's inputs.
 CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1}
+LINEAR_ATTENTION = frozenset(NAMES)
 SAME_SHAPE = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})
-LINEAR_ATTENTION = "ReluLinearAttention"
 
 _OPERATORS = {
     ast.Add: operator.add,
@@ -50,7 +51,7 @@ def _of_node(node: Node, graph: Graph, shapes: _Shapes) -> int:
         weight = shapes[node.inputs[CONVOLUTIONS[node.op]]]
         over = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
         return 2 * math.prod(shapes[over]) * math.prod(weight[1:])
-    if node.op == LINEAR_ATTENTION:
+    if node.op in LINEAR_ATTENTION:
         rows, tokens, heads, width = shapes[node.inputs[0]]
         return (
             4 * rows * tokens * heads * width * (width + 1)

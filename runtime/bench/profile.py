@@ -14,7 +14,7 @@ from ditc.runtime.session import Session
 
 # Words in the kinds of executed nodes that multiply matrices.
 _PRODUCT_KINDS = ("MatMul", "FullyConnected", "Conv", "Gemm")
-_HEAVY = PRODUCTS | CONVOLUTIONS.keys() | {LINEAR_ATTENTION}
+_HEAVY = PRODUCTS | CONVOLUTIONS.keys() | LINEAR_ATTENTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

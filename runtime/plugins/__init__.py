@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-_registered: dict[str, Any] = {}  # module name -> creator; the library does not keep creators alive
+_registered: dict[str, list[Any]] = {}  # module name -> creators; the library does not keep creators alive
 
 
 def register(trt: Any) -> None:
     """Register all plugins of ditc with `tensorrt_rtx`, once per process."""
     if trt.__name__ in _registered:
         return
-    from ditc.runtime.plugins.relu_linear_attention import make_creator
+    from ditc.runtime.plugins.linear_attention import NAMES, make_creator
 
-    creator = make_creator(trt)
-    trt.get_plugin_registry().register_creator(creator, creator.plugin_namespace)
-    _registered[trt.__name__] = creator
+    creators = [make_creator(trt, op) for op in NAMES]
+    for creator in creators:
+        trt.get_plugin_registry().register_creator(creator, creator.plugin_namespace)
+    _registered[trt.__name__] = creators

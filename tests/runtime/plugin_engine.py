@@ -13,17 +13,24 @@ from ditc.runtime.plugins import register
 from ditc.runtime.spec import Backend
 
 GRAPH = """<ir_version: 10, opset_import: ["": 20, "ditc": 1]>
-    net (float[2, 64, 4, 32] x) => (float[2, 64, 4, 32] y)
+    net (float[2, 64, 4, 32] x, float[64, 16] angles) => (float[2, 64, 4, 32] y)
     {
+        cos = Cos (angles)
+        sin = Sin (angles)
         q = Relu (x)
         a = ditc.ReluLinearAttention <eps = 1e-15, plugin_namespace = "ditc", plugin_version = "1"> (q, x, x)
-        y = Relu (a)
+        b = ditc.RotaryLinearAttention <eps = 1e-15, plugin_namespace = "ditc", plugin_version = "1">
+            (a, x, x, cos, sin)
+        y = Relu (b)
     }"""
 
 
 def main(kernels: Path) -> None:
     model = parser.parse_model(GRAPH)
-    model.graph.node[1].attribute.append(onnx.helper.make_attribute("kernels", kernels.read_text()))
+    for node in model.graph.node:
+        if node.domain == "ditc":
+            text = kernels.read_text().replace("kv_kernel", node.op_type)
+            node.attribute.append(onnx.helper.make_attribute("kernels", text))
     onnx.save(model, kernels.with_suffix(".onnx"))
     compiler = Compiler(Backend.TENSORRT_RTX, plugins=True)
     complaint = compiler.parse(kernels.with_suffix(".onnx"))

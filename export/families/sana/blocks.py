@@ -1,4 +1,7 @@
-"""One block of Sana's denoiser: linear self-attention, cross-attention to text, Mix-FFN."""
+"""One block of Sana's denoiser: linear self-attention, cross-attention to text, Mix-FFN.
+
+SANA-Video has the same attentions, and its block is in video_blocks.py.
+"""
 
 # R rows, h/w tokens per side, N = h*w tokens, S text tokens, D width
 
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ditc.export.families.sana.config import SanaConfig
+from ditc.export.families.sana.video_config import SanaVideoConfig
 from ditc.export.graph.ops.relu_linear_attention.torch_op import DIFFUSERS_EPS, relu_linear_attention
+from ditc.export.graph.ops.rotary_linear_attention.torch_op import rotary_linear_attention
 from ditc.export.networks.layers import GLUMBConv, LayerNorm, RMSNorm
 
 QK_NORM_EPS = 1e-5  # diffusers' Attention default, for both attentions; the native code has 1e-6
@@ -54,7 +59,7 @@ class DenoiserBlock(nn.Module):
 class LinearSelfAttention(nn.Module):
     """ReLU linear attention with its projections. qk-norm covers the full width, before the split into heads."""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig | SanaVideoConfig) -> None:
         super().__init__()
         width = config.width
         self.heads = config.num_attention_heads
@@ -65,15 +70,21 @@ class LinearSelfAttention(nn.Module):
         self.norm_k = RMSNorm(width, QK_NORM_EPS) if config.qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x_RND: Tensor, skip_gate_R: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_RND: Tensor, skip_gate_R: Tensor | None = None, tables: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """(R,N,D) -> (R,N,D). In rows whose gate is 1, every token keeps its own value instead of a mean of values.
 
         diffusers' PAGCFGSanaLinearAttnProcessor2_0 computes the same, but leaves out the norms of q and k in all rows,
         which is another function for networks with qk-norm (SANA-1.5).
+
+        Args:
+            tables: cosines and sines (N,D/2 of a head) of rotary positions, where there are any.
         """
         q, k, v = self.norm_q(self.to_q(x_RND)), self.norm_k(self.to_k(x_RND)), self.to_v(x_RND)
         q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
-        mixed = relu_linear_attention(q, k, v, DIFFUSERS_EPS).flatten(2)
+        attend = rotary_linear_attention if tables else relu_linear_attention
+        mixed = attend(q, k, v, *tables, DIFFUSERS_EPS).flatten(2)
         if skip_gate_R is not None:
             mixed = torch.where((skip_gate_R > 0.5)[:, None, None], v.flatten(2), mixed)
         out: Tensor = self.to_out[0](mixed)
@@ -84,7 +95,7 @@ class LinearSelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Softmax attention over the text, whose K and V are inputs. Mask and softmax are fp32."""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig | SanaVideoConfig) -> None:
         super().__init__()
         self.heads = config.num_cross_attention_heads
         self.scale = config.cross_attention_head_dim**-0.5

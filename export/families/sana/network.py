@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditc.export.families.sana.blocks import QK_NORM_EPS, DenoiserBlock
 from ditc.export.families.sana.config import SanaConfig as SanaConfig
+from ditc.export.families.sana.video_config import SanaVideoConfig
 from ditc.export.networks.layers import (
     ConvAsLinear,
     LayerNorm,
@@ -64,7 +65,7 @@ class SanaConditioner(nn.Module):
 
     weights_below = ""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig | SanaVideoConfig) -> None:
         super().__init__()
         self.caption_projection = CaptionProjection(config.caption_channels, config.width)
         self.caption_norm = RMSNorm(config.width, CAPTION_NORM_EPS)
@@ -160,7 +161,7 @@ class CaptionProjection(nn.Module):
 class ConditionerBlock(nn.Module):
     """The part of one transformer block that belongs to the conditioner."""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig | SanaVideoConfig) -> None:
         super().__init__()
         self.attn2 = CrossKeyValue(config)
 
@@ -168,7 +169,7 @@ class ConditionerBlock(nn.Module):
 class CrossKeyValue(nn.Module):
     """(R,S,D) text -> (R,2,S,D): K, with qk-norm if the model has it, and V."""
 
-    def __init__(self, config: SanaConfig) -> None:
+    def __init__(self, config: SanaConfig | SanaVideoConfig) -> None:
         super().__init__()
         self.to_k = nn.Linear(config.width, config.cross_width)
         self.to_v = nn.Linear(config.width, config.cross_width)

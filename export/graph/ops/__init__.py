@@ -22,12 +22,15 @@ def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callab
     from ditc.export.graph.ops.attention import onnx_nodes
     from ditc.export.graph.ops.attention import torch_op as attention_op  # noqa: F401  registers the op
     from ditc.export.graph.ops.relu_linear_attention import onnx_function, torch_op  # noqa: F401  registers the op
+    from ditc.export.graph.ops.rotary_linear_attention import onnx_function as rotary
+    from ditc.export.graph.ops.rotary_linear_attention import torch_op as rotary_op  # noqa: F401  registers the op
     from ditc.export.graph.ops.sinkhorn import onnx_function as sinkhorn
     from ditc.export.graph.ops.sinkhorn import torch_op as sinkhorn_op  # noqa: F401  registers the op
 
     has_standard = opset >= onnx_nodes.STANDARD_FROM
     return {
         torch.ops.ditc.relu_linear_attention.default: onnx_function.translate,
+        torch.ops.ditc.rotary_linear_attention.default: rotary.translate,
         torch.ops.ditc.attention.default: onnx_nodes.translate_standard
         if has_standard
         else onnx_nodes.translate_plain,
@@ -38,11 +41,12 @@ def onnx_translations(opset: int = OPSETS[0]) -> dict[Callable[..., Any], Callab
 def add_functions(model: ir.Model) -> None:
     """Add the function of every ditc op that the model calls, in place."""
     from ditc.export.graph.ops.relu_linear_attention import onnx_function as linear_attention
+    from ditc.export.graph.ops.rotary_linear_attention import onnx_function as rotary
     from ditc.export.graph.ops.sinkhorn import onnx_function as sinkhorn
 
     used = {node.op_identifier() for node in model.graph.all_nodes()}
-    for proto in (linear_attention.function_proto(), sinkhorn.function_proto()):
-        function = ir.serde.deserialize_function(proto)
+    for module in (linear_attention, rotary, sinkhorn):
+        function = ir.serde.deserialize_function(module.function_proto())
         if function.identifier() in used:
             function.opset_imports[""] = model.opset_imports[""]
             model.functions[function.identifier()] = function

@@ -51,6 +51,11 @@ RULES = (
         function="ReluLinearAttention",
     ),
     IslandRule(
+        name="linear attention",
+        roots=frozenset({"Slice", "Mul", "Sub", "Concat", "ReduceSum", "MatMul", "Add", "Div"}),
+        function="RotaryLinearAttention",
+    ),
+    IslandRule(
         name="softmax", roots=frozenset({"Softmax", "Attention"}), reach=frozenset({"Add", "Sub", "Where"})
     ),
     IslandRule(

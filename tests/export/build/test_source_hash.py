@@ -57,7 +57,7 @@ REVIEWED = {
     "runtime/plugins/kernels.py": "launches kernels when an engine runs",
     "runtime/rng.py": "draws noise between steps",
     "runtime/bundle/golden.py": "reads the self-test",
-    "runtime/plugins/relu_linear_attention.py": "of graphs: imported for the plugin alone, and in the hash of engines",
+    "runtime/plugins/linear_attention.py": "of graphs: imported for the plugin alone, and in the hash of engines",
 }
 
 
@@ -135,7 +135,7 @@ def test_a_changed_constant_changes_the_key(source: Path) -> None:
         ("export/build/golden.py", {"graph_source"}),
         ("runtime/spec.py", {"graph_source"}),
         ("export/engine/profiles.py", {"engine_source"}),
-        ("runtime/plugins/relu_linear_attention.py", {"engine_source"}),
+        ("runtime/plugins/linear_attention.py", {"engine_source"}),
         ("export/families/sana/recipe.py", set()),
         ("export/families/__init__.py", set()),
         ("export/families/sana/convert.py", set()),

@@ -7,6 +7,8 @@
 `total` is the product with the row of ones that torch_op.py appends to v. Sums and products are fp32: 16-bit k and v
 are multiplied exactly and added in fp32, and q is widened, so that kv is never rounded. ReLU keeps NaN, as torch's
 does. This module needs Triton (the extra `plugin`), so it is imported only where the kernels are used.
+
+`sums` and `attend` also compute rotary_linear_attention, where they are given tables of cosines and sines.
 """
 
 # Triton gives annotations a meaning of its own, so the kernels have none.
@@ -24,9 +26,22 @@ def _relu(x):
 
 
 @triton.jit
-def _sums(
+def _rotated(x, x_ND, at, inside, cos, sin, n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rotated ReLU of x in fp32: channels 2i and 2i+1 are a pair. x_ND is the ReLU of x at `at`, unrotated."""
+    d = tl.arange(0, BLOCK_D)
+    other_ND = _relu(tl.load(x + at + (1 - 2 * (d % 2))[None, :], mask=inside, other=0.0)).to(tl.float32)
+    row = n[:, None] * (D // 2) + (d // 2)[None, :]
+    cos_ND = tl.load(cos + row, mask=inside, other=0.0)
+    sin_ND = tl.load(sin + row, mask=inside, other=0.0) * (2 * (d % 2) - 1)[None, :]
+    return x_ND.to(tl.float32) * cos_ND + other_ND * sin_ND
+
+
+@triton.jit
+def sums(
     k,
     v,
+    cos,
+    sin,
     base,
     begin,
     end,
@@ -35,7 +50,10 @@ def _sums(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """kv (BLOCK_D, BLOCK_D) and total (BLOCK_D,) over the tokens begin <= n < end of one head."""
+    """kv (BLOCK_D, BLOCK_D) and total (BLOCK_D,) over the tokens begin <= n < end of one head.
+
+    With tables (cos is not None), kv has rotated keys in fp32, and total unrotated ones.
+    """
     d = tl.arange(0, BLOCK_D)
     kv = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -45,14 +63,19 @@ def _sums(
         inside = (n < end)[:, None] & (d < D)[None, :]
         k_ND = _relu(tl.load(k + at, mask=inside, other=0.0))
         v_NE = tl.load(v + at, mask=inside, other=0.0)
-        kv += tl.dot(tl.trans(k_ND), v_NE, input_precision="ieee")
         total += tl.sum(k_ND.to(tl.float32), axis=0)
+        if cos is not None:
+            k_ND = _rotated(k, k_ND, at, inside, cos, sin, n, D, BLOCK_D)
+            v_NE = v_NE.to(tl.float32)
+        kv += tl.dot(tl.trans(k_ND), v_NE, input_precision="ieee")
     return kv, total
 
 
 @triton.jit
-def _attend(
+def attend(
     q,
+    cos,
+    sin,
     out,
     kv,
     total,
@@ -65,15 +88,38 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the output of one block of tokens of one head."""
+    """Write the output of one block of tokens of one head. With tables, the numerator has rotated queries."""
     d = tl.arange(0, BLOCK_D)
     n = first + tl.arange(0, BLOCK_N)
     at = base + n[:, None] * stride + d[None, :]
     inside = (n < N)[:, None] & (d < D)[None, :]
     q_ND = _relu(tl.load(q + at, mask=inside, other=0.0)).to(tl.float32)
-    numerator = tl.dot(q_ND, kv, input_precision="ieee")
     denominator = tl.sum(q_ND * total[None, :], axis=1) + eps
+    if cos is not None:
+        q_ND = _rotated(q, q_ND, at, inside, cos, sin, n, D, BLOCK_D)
+    numerator = tl.dot(q_ND, kv, input_precision="ieee")
     tl.store(out + at, (numerator / denominator[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_share(kv, total, slot, found, totals, BLOCK_D: tl.constexpr):
+    """Write the sums of one share of the tokens of one head."""
+    d = tl.arange(0, BLOCK_D)
+    tl.store(kv + slot * BLOCK_D * BLOCK_D + d[:, None] * BLOCK_D + d[None, :], found)
+    tl.store(total + slot * BLOCK_D + d, totals)
+
+
+@triton.jit
+def add_shares(kv, total, head, S, BLOCK_D: tl.constexpr):
+    """The sums of one head over all S shares."""
+    d = tl.arange(0, BLOCK_D)
+    found = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    totals = tl.zeros((BLOCK_D,), tl.float32)
+    for s in range(0, S):
+        slot = (head * S + s).to(tl.int64)
+        found += tl.load(kv + slot * BLOCK_D * BLOCK_D + d[:, None] * BLOCK_D + d[None, :])
+        totals += tl.load(total + slot * BLOCK_D + d)
+    return found, totals
 
 
 @triton.jit
@@ -93,11 +139,10 @@ def kv_kernel(
     s, head = tl.program_id(0), tl.program_id(1)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
     begin = s * share
-    sums, totals = _sums(k, v, base, begin, tl.minimum(begin + share, N), H * D, D, BLOCK_N, BLOCK_D)
+    end = tl.minimum(begin + share, N)
+    found, totals = sums(k, v, None, None, base, begin, end, H * D, D, BLOCK_N, BLOCK_D)
     slot = (head * tl.num_programs(0) + s).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(kv + slot * BLOCK_D * BLOCK_D + d[:, None] * BLOCK_D + d[None, :], sums)
-    tl.store(total + slot * BLOCK_D + d, totals)
+    store_share(kv, total, slot, found, totals, BLOCK_D)
 
 
 @triton.jit
@@ -117,15 +162,9 @@ def out_kernel(
     """Grid (blocks of BLOCK_N tokens, B*H). Adds the S shares of kv and total, then writes the output."""
     head = tl.program_id(1)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
-    d = tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    totals = tl.zeros((BLOCK_D,), tl.float32)
-    for s in range(0, S):
-        slot = (head * S + s).to(tl.int64)
-        sums += tl.load(kv + slot * BLOCK_D * BLOCK_D + d[:, None] * BLOCK_D + d[None, :])
-        totals += tl.load(total + slot * BLOCK_D + d)
+    found, totals = add_shares(kv, total, head, S, BLOCK_D)
     first = tl.program_id(0) * BLOCK_N
-    _attend(q, out, sums, totals, base, first, N, H * D, eps, D, BLOCK_N, BLOCK_D)
+    attend(q, None, None, out, found, totals, base, first, N, H * D, eps, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -144,6 +183,6 @@ def fused_kernel(
     """Grid (B*H,). The arguments have the order of a TensorRT QDP kernel: inputs, integers, outputs."""
     head = tl.program_id(0)
     base = (head // H).to(tl.int64) * N * H * D + (head % H) * D
-    sums, totals = _sums(k, v, base, 0, N, H * D, D, BLOCK_N, BLOCK_D)
+    found, totals = sums(k, v, None, None, base, 0, N, H * D, D, BLOCK_N, BLOCK_D)
     for first in range(0, N, BLOCK_N):
-        _attend(q, out, sums, totals, base, first, N, H * D, EPS, D, BLOCK_N, BLOCK_D)
+        attend(q, None, None, out, found, totals, base, first, N, H * D, EPS, D, BLOCK_N, BLOCK_D)

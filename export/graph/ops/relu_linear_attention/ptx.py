@@ -48,12 +48,7 @@ def block_d(head_dim: int) -> int:
 @cache
 def compile_pair(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> tuple[Kernel, Kernel]:
     """Compile kv_kernel and out_kernel. Raises MissingExtra without Triton."""
-    kernels = load_kernels()
-    sizes = {"D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
-    x, f, i = "*" + _TYPES[dtype], "*fp32", "i32"
-    kv = {"k": x, "v": x, "kv": f, "total": f, "N": i, "H": i, "share": i}
-    out = {"q": x, "kv": f, "total": f, "out": x, "N": i, "H": i, "S": i, "eps": "fp32"}
-    return _compile(kernels.kv_kernel, kv, sizes, sm), _compile(kernels.out_kernel, out, sizes, sm)
+    return compiled_pair(load_kernels(), dtype, sizes(head_dim), sm, warps=WARPS)
 
 
 @cache
@@ -63,18 +58,59 @@ def compile_fused(dtype: DType, head_dim: int, eps: float, sm: int = TARGET_SM) 
     Raises:
         MissingExtra: Triton is not installed.
     """
-    sizes = {"EPS": eps, "D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
-    x, i = "*" + _TYPES[dtype], "i32"
-    return _compile(
-        load_kernels().fused_kernel, {"q": x, "k": x, "v": x, "N": i, "H": i, "out": x}, sizes, sm
-    )
+    return compiled_fused(load_kernels(), dtype, {"EPS": eps, **sizes(head_dim)}, sm, warps=WARPS)
 
 
 def pair_as_json(dtype: DType, head_dim: int, sm: int = TARGET_SM) -> str:
     """The pair of kernels as the JSON that the plugin carries into the engine; `runtime.plugins` reads it."""
-    kv, out = compile_pair(dtype, head_dim, sm)
-    sizes = {"block_n": BLOCK_N, "block_d": block_d(head_dim), "head_dim": head_dim}
-    return json.dumps({"dtype": dtype.value, **sizes, "kv": asdict(kv), "out": asdict(out)}, sort_keys=True)
+    return as_json(compile_pair(dtype, head_dim, sm), dtype, sizes(head_dim))
+
+
+def sizes(head_dim: int) -> dict[str, int]:
+    """The constants of the kernels."""
+    return {"D": head_dim, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d(head_dim)}
+
+
+# What follows also compiles the kernels of rotary_linear_attention, which take tables after q, k and v.
+
+
+def compiled_pair(
+    kernels: Any, dtype: DType, sizes: dict[str, int], sm: int, *, warps: int, tables: tuple[str, ...] = ()
+) -> tuple[Kernel, Kernel]:
+    """Compile kv_kernel and out_kernel of a module of Triton kernels.
+
+    Args:
+        tables: names of the kernels' fp32 arguments after q, k and v.
+    """
+    x, f, i = "*" + _TYPES[dtype], "*fp32", "i32"
+    known = dict.fromkeys(tables, f)
+    kv = {"k": x, "v": x, **known, "kv": f, "total": f, "N": i, "H": i, "share": i}
+    out = {"q": x, **known, "kv": f, "total": f, "out": x, "N": i, "H": i, "S": i, "eps": "fp32"}
+    return _compile(kernels.kv_kernel, kv, sizes, sm, warps), _compile(
+        kernels.out_kernel, out, sizes, sm, warps
+    )
+
+
+def compiled_fused(
+    kernels: Any,
+    dtype: DType,
+    constants: dict[str, Any],
+    sm: int,
+    *,
+    warps: int,
+    tables: tuple[str, ...] = (),
+) -> Kernel:
+    """Compile fused_kernel of a module of Triton kernels."""
+    x, i = "*" + _TYPES[dtype], "i32"
+    arguments = {"q": x, "k": x, "v": x, **dict.fromkeys(tables, "*fp32"), "N": i, "H": i, "out": x}
+    return _compile(kernels.fused_kernel, arguments, constants, sm, warps)
+
+
+def as_json(pair: tuple[Kernel, Kernel], dtype: DType, sizes: dict[str, int]) -> str:
+    """A pair of kernels with its sizes, in the form that `runtime.plugins` reads."""
+    kv, out = pair
+    facts = {"block_n": sizes["BLOCK_N"], "block_d": sizes["BLOCK_D"], "head_dim": sizes["D"]}
+    return json.dumps({"dtype": dtype.value, **facts, "kv": asdict(kv), "out": asdict(out)}, sort_keys=True)
 
 
 def load_kernels() -> Any:
@@ -86,7 +122,9 @@ def load_kernels() -> Any:
     return kernels
 
 
-def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], sm: int) -> Kernel:
+def _compile(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], sm: int, warps: int
+) -> Kernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,7 +141,7 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
         },
     )
     # Fused multiply-add is the default of Triton 3.9. It is set explicitly because 3.10 changes the default.
-    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return Kernel(
         name=str(built.metadata.name),

@@ -13,18 +13,18 @@ import pytest
 
 from ditc.runtime.errors import BuildError, MissingExtra, SessionError
 from ditc.runtime.plugins.kernels import Pointer, PtxKernel
-from ditc.runtime.plugins.relu_linear_attention import SHARE, Launcher
+from ditc.runtime.plugins.linear_attention import SHARE, Launcher
 from ditc.runtime.spec import DType
 
 pytest.importorskip("triton", reason='Triton is not installed: pip install "ditc[plugin]"')
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["relu", "rotary"])
+def interpreted(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("interpreted.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), request.param],
         env=environment,
         capture_output=True,
         text=True,
@@ -54,18 +54,29 @@ def test_nan_stays_in_its_row_and_zeros_give_zero(interpreted: list[dict[str, An
     assert facts["zeros"] == 0.0
 
 
+@pytest.mark.parametrize("op", ["relu", "rotary"])
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
-def test_ptx_is_made_without_a_gpu_and_holds_no_path_of_this_machine(dtype: DType) -> None:
-    from ditc.export.graph.ops.relu_linear_attention.ptx import compile_fused, compile_pair
+def test_ptx_is_made_without_a_gpu_and_holds_no_path_of_this_machine(dtype: DType, op: str) -> None:
+    from ditc.export.graph.ops.relu_linear_attention import ptx as relu
+    from ditc.export.graph.ops.rotary_linear_attention import ptx as rotary
 
-    kv, out = compile_pair(dtype, 32)
-    for kernel, parameters in ((kv, 7), (out, 8), (compile_fused(dtype, 32, 1e-15), 6)):
+    ptx, tables = (relu, 0) if op == "relu" else (rotary, 2)
+    kv, out = ptx.compile_pair(dtype, 32)
+    for kernel, parameters in ((kv, 7), (out, 8), (ptx.compile_fused(dtype, 32, 1e-15), 6)):
         assert f".visible .entry {kernel.name}(" in kernel.ptx and ".target sm_80" in kernel.ptx
         header = kernel.ptx.split(".visible .entry", 1)[1].split("{", 1)[0]
-        assert header.count(".param") == parameters  # none for Triton's scratch memory
+        assert header.count(".param") == parameters + tables  # none for Triton's scratch memory
         assert str(Path.home()) not in kernel.ptx and ".file" not in kernel.ptx
-    assert "mma.sync" in kv.ptx  # tensor cores, adding in fp32
-    assert "f32." + {DType.FLOAT16: "f16", DType.BFLOAT16: "bf16"}[dtype] in kv.ptx
+    if op == "relu":  # rotated keys are fp32
+        assert "mma.sync" in kv.ptx  # tensor cores, adding in fp32
+        assert "f32." + {DType.FLOAT16: "f16", DType.BFLOAT16: "bf16"}[dtype] in kv.ptx
+
+
+def test_kernels_of_wide_heads_fit_into_the_shared_memory_of_consumer_gpus() -> None:
+    from ditc.export.graph.ops.rotary_linear_attention.ptx import compile_pair
+
+    # 99 KiB per block from sm86 on (CUDA programming guide, "Technical Specifications per Compute Capability").
+    assert max(kernel.shared_bytes for kernel in compile_pair(DType.FLOAT16, 112)) <= 99 * 1024
 
 
 def test_the_launcher_covers_every_token_once_and_stays_inside_its_workspace(
@@ -79,7 +90,7 @@ def test_the_launcher_covers_every_token_once_and_stays_inside_its_workspace(
     )
     launcher = Launcher(1e-15, pair_as_json(DType.FLOAT16, 32))
     batch, tokens, heads = 2, 1030, 3
-    launcher.launch((batch, tokens, heads, 32), 1 << 20, 2 << 20, 3 << 20, 4 << 20, 5 << 20, 0)
+    launcher.launch((batch, tokens, heads, 32), (1 << 20, 2 << 20, 3 << 20), 4 << 20, 5 << 20, 0)
     (kv, kv_grid, kv_args), (out, out_grid, out_args) = launches
     assert (kv, kv_grid) == ("kv_kernel", (3, 6)) and (out, out_grid) == ("out_kernel", (17, 6))
     assert kv_args[:2] == (2 << 20, 3 << 20) and kv_args[4:] == (tokens, heads, SHARE)
@@ -89,6 +100,12 @@ def test_the_launcher_covers_every_token_once_and_stays_inside_its_workspace(
     needed = batch * heads * 3 * 32 * 33 * 4
     assert totals - sums == batch * heads * 3 * 32 * 32 * 4
     assert launcher.workspace_bytes(batch, tokens, heads) == needed
+
+    launches.clear()
+    launcher.launch((batch, tokens, heads, 32), (1, 2, 3, 11, 12), 4, 5, 0)  # with tables
+    (_, _, kv_args), (_, _, out_args) = launches
+    assert kv_args[:4] == (2, 3, 11, 12) and out_args[:3] == (1, 11, 12)
+    assert all(isinstance(a, Pointer) for a in (*kv_args[:6], *out_args[:6]))
 
 
 def test_a_target_older_than_the_kernels_is_refused_before_the_build(
@@ -113,7 +130,7 @@ def test_a_target_older_than_the_kernels_is_refused_before_the_build(
 
 
 def test_kernels_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(SessionError, match="the plugin's kernels cannot be read"):
+    with pytest.raises(SessionError, match="plugin's kernels cannot be read"):
         Launcher(1e-15, '{"dtype": "float16"}')
 
 

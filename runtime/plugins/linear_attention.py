@@ -1,8 +1,9 @@
-"""The linear-attention plugin for TensorRT-RTX: an IPluginV3 whose kernels are stored in the engine.
+"""The linear-attention plugins for TensorRT-RTX: IPluginV3 objects whose kernels are stored in the engine.
 
-An ONNX node ditc::ReluLinearAttention(q, k, v) with the attributes `eps` and `kernels` (PTX and sizes as JSON, see
-ptx.py of the exporter's op) becomes this plugin. The engine holds both attributes. A machine that runs it needs Python,
-this module and cuda-python, but neither the kernel compiler nor the exporter.
+An ONNX node ditc::ReluLinearAttention(q, k, v) or ditc::RotaryLinearAttention(q, k, v, cos, sin), with the attributes
+`eps` and `kernels` (PTX and sizes as JSON, see ptx.py of the exporter's ops), becomes such a plugin. The engine holds
+both attributes. A machine that runs it needs Python, this module and cuda-python, but neither the kernel compiler nor
+the exporter.
 """
 
 # B batch, N tokens, H heads, D head dim, S shares of the tokens
@@ -10,6 +11,7 @@ this module and cuda-python, but neither the kernel compiler nor the exporter.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import numpy as np
 from ditc.runtime.errors import SessionError
 from ditc.runtime.plugins.kernels import Pointer, PtxKernel
 
-NAME, VERSION, NAMESPACE = "ReluLinearAttention", "1", "ditc"
+NAMES, VERSION, NAMESPACE = ("ReluLinearAttention", "RotaryLinearAttention"), "1", "ditc"
+QKV = 3  # the first inputs of a node have the kernels' type; the tables after them are fp32
 # Tokens per program of the first kernel. At 1024 tokens x 70 heads x batch 2, this gives enough programs to fill a GPU.
 SHARE = 512
 
@@ -42,7 +45,7 @@ class Launcher:
             self.kv, self.out = PtxKernel(**facts["kv"]), PtxKernel(**facts["out"])
         except (ValueError, KeyError, TypeError) as e:
             raise SessionError(
-                f"{NAME}: the plugin's kernels cannot be read: {e}",
+                f"the linear-attention plugin's kernels cannot be read: {e}",
                 hint="build the engine again with this version of ditc",
             ) from e
 
@@ -55,33 +58,35 @@ class Launcher:
         return batch * heads * self.shares(tokens) * (self.block_d + 1) * self.block_d * 4
 
     def launch(
-        self, shape: tuple[int, ...], q: int, k: int, v: int, out: int, workspace: int, stream: int
+        self, shape: tuple[int, ...], inputs: Sequence[int], out: int, workspace: int, stream: int
     ) -> None:
         """Launch both kernels in the stream.
 
         Args:
             shape: (B,N,H,D), the shape of q, k, v and out.
-            q, k, v, out, workspace: addresses on the device.
+            inputs: addresses of q, k and v, and of the tables of a rotary attention.
+            out, workspace: addresses on the device.
         """
+        q, k, v, *tables = map(Pointer, inputs)
         batch, tokens, heads, _ = shape
         shares = self.shares(tokens)
         kv = Pointer(workspace)
         total = Pointer(workspace + batch * heads * shares * self.block_d**2 * 4)
         ints = (tokens, heads, SHARE)
-        self.kv.launch((shares, batch * heads), (Pointer(k), Pointer(v), kv, total, *ints), stream)
+        self.kv.launch((shares, batch * heads), (k, v, *tables, kv, total, *ints), stream)
         blocks = -(-tokens // self.block_n)
         rest = (tokens, heads, shares, float(self.eps))
-        self.out.launch((blocks, batch * heads), (Pointer(q), kv, total, Pointer(out), *rest), stream)
+        self.out.launch((blocks, batch * heads), (q, *tables, kv, total, Pointer(out), *rest), stream)
 
 
-def make_creator(trt: Any) -> Any:
-    """The plugin's creator. Its class is made here, because its base classes come from the imported library."""
-    plugin = _plugin_class(trt)
+def make_creator(trt: Any, op: str) -> Any:
+    """The creator of the plugin of one of the NAMES. Its class is made here, because its bases are the library's."""
+    plugin = _plugin_class(trt, op)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            self.name, self.plugin_version, self.plugin_namespace = op, VERSION, NAMESPACE
             none = np.array([], np.float32)
             self.field_names = trt.PluginFieldCollection(
                 [
@@ -106,7 +111,7 @@ def _text(data: Any) -> str:
     return raw.rstrip(b"\0").decode()
 
 
-def _plugin_class(trt: Any) -> Any:
+def _plugin_class(trt: Any, op: str) -> Any:
     types = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16}
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
@@ -114,7 +119,7 @@ def _plugin_class(trt: Any) -> Any:
         def __init__(self, launcher: Launcher) -> None:
             for base in bases:
                 base.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            self.plugin_name, self.plugin_version, self.plugin_namespace = op, VERSION, NAMESPACE
             self.num_outputs = 1
             self.launcher = launcher
             # PluginField keeps bare pointers, which are read later, so the bytes must live as long as the plugin.
@@ -140,7 +145,8 @@ def _plugin_class(trt: Any) -> Any:
 
         def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
             desc = in_out[pos].desc
-            return bool(desc.format == trt.TensorFormat.LINEAR and desc.type == types[self.launcher.dtype])
+            wanted = trt.float32 if QKV <= pos < num_inputs else types[self.launcher.dtype]
+            return bool(desc.format == trt.TensorFormat.LINEAR and desc.type == wanted)
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             pass
@@ -168,7 +174,6 @@ def _plugin_class(trt: Any) -> Any:
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> None:
             # Unlike in C++, failures are exceptions: the bindings ignore the return value, as their docstring says.
-            q, k, v = inputs
-            self.launcher.launch(tuple(input_desc[0].dims), q, k, v, outputs[0], workspace, stream)
+            self.launcher.launch(tuple(input_desc[0].dims), inputs, outputs[0], workspace, stream)
 
     return Plugin
