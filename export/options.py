@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, row_of
 from ditc.runtime.spec import EIGHT_BITS, Backend, Precision
 
@@ -34,6 +35,7 @@ class BuildOptions:
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
+        loras: files of LoRAs that are added to the weights, with their scales, in this order.
     """
 
     precision: Precision = Precision.FP32
@@ -49,6 +51,7 @@ class BuildOptions:
     opset: int = OPSETS[0]
     linear_attention: Literal["decomposed", "plugin"] = "decomposed"
     weight_streaming: bool = False
+    loras: tuple[LoraChoice, ...] = ()
 
     @property
     def quantized(self) -> bool:

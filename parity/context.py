@@ -85,7 +85,7 @@ class Context:
         """Unmodified upstream, loaded on first use; None if it is not available or was left out."""
         if self._upstream is None and self.saved_reference is None and not self.why_no_upstream:
             self.tick(f"loading {self.upstream_name}")
-            self._upstream = Upstream(self.reference.checkpoint)
+            self._upstream = Upstream(self.reference.original, loras=self.reference.options.loras)
         return self._upstream
 
     def reference_run(self, case: Case) -> CaseRun:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditc.export.options import BuildOptions
 from ditc.parity.candidate import Candidate
 from ditc.parity.cases import Case, Settings
 from ditc.parity.context import Context
@@ -19,6 +20,9 @@ from ditc.parity.levels import LEVELS
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Result, Verdict
 from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.lora import Lora
+from ditc.runtime.lora.lora_file import read_lora
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
@@ -44,11 +48,16 @@ def torch_candidate(
 
 
 def context_of(
-    checkpoint: Path, candidate: Candidate, settings: Settings = SETTINGS, *, with_upstream: bool = False
+    checkpoint: Path,
+    candidate: Candidate,
+    settings: Settings = SETTINGS,
+    *,
+    with_upstream: bool = False,
+    loras: tuple[LoraChoice, ...] = (),
 ) -> Context:
-    """The context of a parity run of the candidate against the checkpoint."""
+    """The context of a parity run of the candidate against the checkpoint, with LoRAs in the checkpoint's weights."""
     return Context(
-        reference_or_none=TorchModel(checkpoint),
+        reference_or_none=TorchModel(checkpoint, options=BuildOptions(loras=loras)),
         candidate=candidate,
         settings=settings,
         with_upstream=with_upstream,
@@ -186,6 +195,18 @@ class NanAt:
 
     def close(self) -> None:
         self.session.close()
+
+
+def alpha_ignored(file: Path) -> Lora:
+    """The LoRA of a file as somebody reads it who forgets its alpha."""
+    lora = read_lora(file)
+    return replace(
+        lora,
+        components={
+            component: {name: replace(layer, scaling=1.0) for name, layer in layers.items()}
+            for component, layers in lora.components.items()
+        },
+    )
 
 
 def without_padding(self: Any, x: Tensor) -> Tensor:

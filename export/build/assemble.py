@@ -50,6 +50,7 @@ def assemble(
         golden_table=golden_table(plan),
         files=tuple(tokenizers),
         tools=tool_versions(),
+        loras=build.checkpoint.loras,
     )
 
 

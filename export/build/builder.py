@@ -19,6 +19,7 @@ from ditc.export.build.ir_artifact import ir_artifact
 from ditc.export.build.journal import Journal, as_ditc_error, check_bundle_or_empty, check_writable, locked
 from ditc.export.build.preflight import check_options, check_weights
 from ditc.export.build.records import StageInputs, StageRecord
+from ditc.export.checkpoint.loras import read_choices, with_loras
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan
 from ditc.export.engine.build import library_version
@@ -52,7 +53,7 @@ def build_bundle(
         on_event: called with each event as it happens, for a progress line.
 
     Raises:
-        UsageError: an option has a value that is not supported.
+        UsageError: an option has a value that is not supported, or a LoRA does not fit the checkpoint.
         CheckpointError: the checkpoint is incomplete or damaged.
         BuildError, BundleError: a stage cannot be built.
         OutputError: `out` cannot be written.
@@ -60,7 +61,8 @@ def build_bundle(
     started = perf_counter()
     check_options(options)
     check_bundle_or_empty(out)
-    checkpoint = open_checkpoint(source, variant=options.variant)
+    loras = read_choices(options.loras)
+    checkpoint = with_loras(open_checkpoint(source, variant=options.variant), loras)
     adapter = find_adapter(checkpoint)
     plan = adapter.plan(checkpoint, options)
     check_default_request(plan)

@@ -47,6 +47,11 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
         else QuantizationInputs(recipe=digest(quantization.recipe), ranges=quantization.ranges_sha256),
         export_source=graph_source(),
         tool_versions=tool_versions(),
+        loras=tuple(
+            f"{lora.sha256}:{lora.scale!r}"
+            for lora in build.checkpoint.loras
+            if not set(stage.components).isdisjoint(lora.components)
+        ),
     )
 
 

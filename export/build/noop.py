@@ -70,7 +70,7 @@ def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: 
 def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> RequestInputs:
     """Collect everything that a build depends on."""
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    named = [*options.ranges, *map(Path, options.recipes)]
+    named = [*options.ranges, *map(Path, options.recipes), *(choice.file for choice in options.loras)]
     options_files = [path for path in named if path.is_file()]
     return RequestInputs(
         checkpoint=checkpoint.resolve().name,

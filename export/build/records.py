@@ -37,6 +37,7 @@ class StageInputs:
         weights: the sha256 of every weight file, by component and file name.
         config: the digest of each component's config, by component.
         facts: StagePlan.facts, each as JSON text.
+        loras: the LoRAs in the weights: the sha256 of each file, and its scale.
         export_source: hash of the exporter's own source.
     """
 
@@ -51,6 +52,7 @@ class StageInputs:
     quantization: QuantizationInputs | None
     export_source: str
     tool_versions: dict[str, str]
+    loras: tuple[str, ...] = ()
 
     @property
     def record_name(self) -> str:

@@ -17,7 +17,8 @@ from ditc.runtime.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 FUSE = (
-    "fuse it into its model first: pipe.load_lora_weights(FILE); pipe.fuse_lora(); pipe.unload_lora_weights(); "
+    "give it beside its checkpoint: ditc build CHECKPOINT -o BUNDLE --lora FILE, or ditc run BUNDLE --lora FILE; or "
+    "fuse it with diffusers: pipe.load_lora_weights(FILE); pipe.fuse_lora(); pipe.unload_lora_weights(); "
     "pipe.save_pretrained(OUT)"
 )
 UNQUANTIZED = (

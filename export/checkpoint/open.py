@@ -34,6 +34,7 @@ from ditc.export.checkpoint.model_index import (
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.checkpoint.weights import has_variant, read_weights
+from ditc.runtime.bundle.manifest import FoldedLora
 from ditc.runtime.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Checkpoint:
         tokenizers: a tokenizer's name -> its folder.
         defaults: the contents of ditc.json.
         variant: the variant whose weight files are read where a component has them; None for the default files.
+        loras: the LoRAs that are in the components' tensors (export/checkpoint/loras.py). Their files have none of it.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class Checkpoint:
     tokenizers: dict[str, Path]
     defaults: dict[str, Any]
     variant: str | None = None
+    loras: tuple[FoldedLora, ...] = ()
 
     def component(self, name: str) -> Component:
         """The network of that name. Raises CheckpointError, which lists the networks, if there is none."""

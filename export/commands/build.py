@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
+from ditc.runtime.lora.choice import add_lora_argument, parse_loras
 from ditc.runtime.printable import one_line
 from ditc.runtime.sessions.registry import GRAPH_BACKEND, build_backends
 from ditc.runtime.spec import Backend, Precision
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Version of ONNX's operator set in the graphs. 23 writes attention and RMS norms as single operations, "
         "for ONNX Runtime; engines and OpenVINO need 20; bf16 stages have at least 22 (default: %(default)s).",
     )
+    add_lora_argument(parser, "Add this LoRA to the weights, with all its changes multiplied by SCALE.")
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -198,6 +200,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         opset=arguments.opset,
         linear_attention=arguments.linear_attention,
         weight_streaming=arguments.weight_streaming,
+        loras=parse_loras(arguments.lora),
     )
 
 

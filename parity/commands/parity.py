@@ -14,6 +14,7 @@ from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bund
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
 from ditc.runtime.load_options import add_load_arguments, load_options
+from ditc.runtime.lora.choice import LoraChoice, add_lora_argument, parse_loras
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Variant of the checkpoint's weight files, such as fp16, as in the build (default: files without one).",
     )
+    add_lora_argument(parser, "Compare with the checkpoint with this LoRA, which the bundle was built with.")
     parser.add_argument(
         "--level",
         action="append",
@@ -147,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from ditc.parity.candidate import check_bundle
     from ditc.parity.certify import certify
+    from ditc.parity.folded_loras import check_same_loras
     from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
     from ditc.parity.reference.saved import read_reference, save_reference
@@ -174,7 +177,14 @@ def run(arguments: argparse.Namespace) -> int:
             check_writable(place, argument)
     arguments.bundle = read_bundle_argument(arguments)
     manifest = check_bundle(arguments.bundle)
+    loras = parse_loras(arguments.lora)
     saved = None if arguments.reference is None else read_reference(arguments.reference, manifest)
+    if saved is None:
+        check_same_loras(manifest, loras)
+    elif loras:
+        raise UsageError(
+            "--lora is given with --reference", hint="the file was made with its LoRAs: leave --lora out"
+        )
     if saved is None:
         settings = _settings(arguments, manifest)
     else:
@@ -182,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_agrees(arguments, settings)
     levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
     with progress_bar(settings, levels) as tick:
-        context = _open(arguments, settings, saved, tick)
+        context = _open(arguments, loras, settings, saved, tick)
         report = run_parity(context, levels)
     # The result of hours is shown first: a file that cannot be written must not take it along.
     if arguments.json:
@@ -258,6 +268,7 @@ def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
 
 def _open(
     arguments: argparse.Namespace,
+    loras: tuple[LoraChoice, ...],
     settings: Settings,
     saved: SavedReference | None,
     tick: Callable[[str], None],
@@ -268,7 +279,7 @@ def _open(
     from ditc.parity.reference.pytorch import TorchModel
 
     candidate = open_candidate(arguments.bundle, load_options(arguments))
-    options = BuildOptions(variant=arguments.variant)
+    options = BuildOptions(variant=arguments.variant, loras=loras)
     return Context(
         reference_or_none=TorchModel(arguments.against, options=options, like=candidate.manifest)
         if saved is None

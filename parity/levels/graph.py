@@ -21,6 +21,7 @@ from ditc.export.quant.verify import check_scales
 from ditc.parity import tokens
 from ditc.parity.causes import schedule_causes
 from ditc.parity.context import Context
+from ditc.parity.folded_loras import change_cause, rounds_alike
 from ditc.parity.levels import executed
 from ditc.parity.results import Culprit, Result, judged, not_checked
 from ditc.runtime.errors import BuildError
@@ -79,7 +80,8 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     components = [
         context.reference.checkpoint.component(c) for c in context.reference.plan.stages[stage].components
     ]
-    wrong, skipped = [], 0
+    changes = lora_changed(context, stage)
+    wrong, causes, skipped = [], [], 0
     for weight in weights:
         value = model.graph.initializers.get(weight.initializer)
         if not is_lossless(weight) or (value is not None and _is_quantized(value)):
@@ -88,9 +90,11 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
         source = next(
             (c.tensors[weight.checkpoint] for c in components if weight.checkpoint in c.tensors), None
         )
-        problem = _difference(weight, value, source)
+        plain = changes.get(weight.checkpoint)
+        problem = _difference(weight, value, source, lora=plain is not None)
         if problem:
             wrong.append((weight, problem))
+            causes += [] if plain is None else _lora_causes(weight, value, source, plain)
     culprit = None
     if wrong:
         first = wrong[0][0].initializer
@@ -98,7 +102,8 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     names = "; ".join(f"{weight.initializer} {problem}" for weight, problem in wrong[:SHOWN])
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     stale = len(wrong) > len(weights) // 2
-    causes = ("most weights differ: a stale artifact, or another model's checkpoint",) if stale else ()
+    if stale and not causes:
+        causes = ["most weights differ: a stale artifact, or another model's checkpoint"]
     note = f" ({skipped} more are quantized)" if skipped else ""
     yield judged(
         Level.GRAPH,
@@ -109,7 +114,7 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
         EXACT,
         detail=names + more,
         culprit=culprit,
-        causes=causes,
+        causes=tuple(dict.fromkeys(causes)),
         against="checkpoint",
     )
 
@@ -149,8 +154,37 @@ def _is_quantized(value: ir.Value) -> bool:
     return dtype is not None and not dtype.is_floating_point()
 
 
-def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -> str:
-    """What is wrong with one weight; "" if it equals the checkpoint's, rounded to the graph's element type."""
+def lora_changed(context: Context, stage: str) -> dict[str, Tensor]:
+    """The tensors of a stage that LoRAs change, by name, as they are without LoRAs."""
+    names = context.reference.plan.stages[stage].components
+    folded, plain = context.reference.checkpoint, context.reference.original
+    return {
+        tensor: plain.component(name).tensors[tensor]
+        for name in names
+        for tensor in folded.component(name).tensors
+        if folded.component(name).tensors.entry(tensor) is not plain.component(name).tensors.entry(tensor)
+    }
+
+
+def _lora_causes(weight: Weight, value: ir.Value | None, source: Tensor | None, plain: Tensor) -> list[str]:
+    """Why a weight with LoRAs differs, if the numbers show it."""
+    if value is None or value.const_value is None or source is None:
+        return []
+    stored = stored_tensor(value)
+    if stored.numel() != source.numel():
+        return []
+    shape = tuple(stored.shape)
+    wanted, own = (apply(weight, tensor, stored_shape=shape) for tensor in (source, plain))
+    cause = change_cause(stored, wanted, own) if stored.shape == wanted.shape else ""
+    return [cause] if cause else []
+
+
+def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None, *, lora: bool = False) -> str:
+    """What is wrong with one weight; "" if it equals the checkpoint's, rounded to the graph's element type.
+
+    Args:
+        lora: whether the checkpoint's tensor is the sum of its own values and a LoRA's, which may round differently.
+    """
     if source is None:
         return "is not in the checkpoint"
     if value is None or value.const_value is None:
@@ -161,7 +195,7 @@ def _difference(weight: Weight, value: ir.Value | None, source: Tensor | None) -
         wanted = apply(weight, wanted, stored_shape=tuple(stored.shape))
     if stored.shape != wanted.shape:
         return f"has shape {tuple(stored.shape)}, but the checkpoint has {tuple(wanted.shape)}"
-    if torch.equal(stored, wanted):
+    if torch.equal(stored, wanted) or (lora and rounds_alike(stored, wanted)):
         return ""
     if not stored.any():
         return "is all zeros"

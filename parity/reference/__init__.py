@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,29 @@ def upstream_name(checkpoint: Checkpoint) -> str:
 def why_no_upstream(checkpoint: Checkpoint) -> str:
     """Why there is no second reference for this checkpoint on this machine; "" if there is one."""
     package = upstream_name(checkpoint)
-    return "" if find_spec(package) else f"the {package} package is not installed"
+    if not find_spec(package):
+        return f"the {package} package is not installed"
+    if checkpoint.loras and package != DIFFUSERS:
+        return f"{package} has no LoRAs"
+    return _why_no_loras(checkpoint)
+
+
+def _why_no_loras(checkpoint: Checkpoint) -> str:
+    """Why diffusers cannot fuse the checkpoint's LoRAs here; "" if it can, or there are none."""
+    if not checkpoint.loras:
+        return ""
+    if not find_spec("peft"):
+        return "the peft package is not installed, without which diffusers reads no LoRA"
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    others = {name for lora in checkpoint.loras for name in lora.components} - {"transformer"}
+    if others and Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        return (
+            f"a LoRA changes the {' and the '.join(sorted(others))}, which transformers does with peft "
+            f"{MIN_PEFT_VERSION} or later, and peft is {version('peft')}"
+        )
+    return ""
 
 
 def find_pipeline(checkpoint: Checkpoint) -> OpenPipeline | None:

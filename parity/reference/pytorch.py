@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from ditc.export.build.default_request import golden_table
+from ditc.export.checkpoint.loras import read_choices, with_loras
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
@@ -68,11 +69,16 @@ class TorchModel:
     """A checkpoint as a pipeline of PyTorch sessions: the reference in fp32, the precision baseline in 16 bits.
 
     Args:
+        source: a checkpoint that is open is taken as it is; one that is opened here gets the options' LoRAs.
         options: as for a build. The precision matters most.
         like: the manifest of the bundle to compare with. Its largest batch and its picture size are used.
 
     Raises:
         CheckpointError: no adapter knows the checkpoint, or its adapter refuses it.
+        UsageError: a LoRA does not fit the checkpoint.
+
+    Attributes:
+        original: the checkpoint without LoRAs.
     """
 
     def __init__(
@@ -82,9 +88,11 @@ class TorchModel:
         options: BuildOptions = FP32,
         like: Manifest | None = None,
     ) -> None:
-        self.checkpoint = (
-            source if isinstance(source, Checkpoint) else open_checkpoint(source, variant=options.variant)
-        )
+        if isinstance(source, Checkpoint):
+            self.original = self.checkpoint = source
+        else:
+            self.original = open_checkpoint(source, variant=options.variant)
+            self.checkpoint = with_loras(self.original, read_choices(options.loras))
         self.adapter = find_adapter(self.checkpoint)
         self.options = options if like is None else _sized(options, like)
         self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)
@@ -99,9 +107,13 @@ class TorchModel:
         return self.adapter.load(self.checkpoint, self.plan, stage, self.options)
 
     def weights_digest(self) -> str:
-        """One SHA-256 over the hashes of all weight files of the checkpoint. The files are read as streams."""
+        """One SHA-256 over the hashes of all weight files of the checkpoint, and its LoRAs with their scales.
+
+        The files are read as streams.
+        """
         files = [path for component in self.checkpoint.components.values() for path in component.files]
-        return hashlib.sha256("".join(map(sha256, sorted(files))).encode()).hexdigest()
+        loras = [f"{lora.sha256}:{lora.scale!r}" for lora in self.checkpoint.loras]
+        return hashlib.sha256("".join([*map(sha256, sorted(files)), *loras]).encode()).hexdigest()
 
     def close(self) -> None:
         """Release the weights of all stages."""

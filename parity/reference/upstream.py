@@ -8,7 +8,7 @@ Upstream is diffusers, or the family's module in this folder if diffusers has no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.parity.reference.rewritten import rewritten_networks
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.session import Array
 
 # The components that a pipeline calls in every step: once, or again for another guidance (skip-layer guidance).
@@ -43,11 +44,20 @@ class Call:
 class Upstream:
     """The checkpoint's upstream pipeline on the CPU, in fp32 unless `dtype` says otherwise.
 
+    Args:
+        checkpoint: without LoRAs.
+        loras: files of LoRAs, which upstream itself reads and fuses into its weights.
+
     Raises:
         CheckpointError: upstream cannot load the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        loras: Sequence[LoraChoice] = (),
+    ) -> None:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
@@ -58,6 +68,7 @@ class Upstream:
         open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
             self.pipeline: Any = open_pipeline(checkpoint, dtype)
+            _fuse(self.pipeline, loras)
         except (OSError, ValueError, TypeError, RuntimeError) as e:
             name = upstream_name(checkpoint)
             raise CheckpointError(
@@ -155,6 +166,18 @@ class Upstream:
         if settings.num_inference_steps != 2:  # diffusers refuses its own default then
             given["intermediate_timesteps"] = None
         return {name: value for name, value in given.items() if name in self._takes}
+
+
+def _fuse(pipeline: Any, loras: Sequence[LoraChoice]) -> None:
+    """Let diffusers, with peft, read the LoRAs and add them to the weights. The modules keep their names."""
+    if not loras:
+        return
+    names = [f"lora{index}" for index in range(len(loras))]
+    for name, choice in zip(names, loras, strict=True):
+        pipeline.load_lora_weights(str(choice.file.parent), weight_name=choice.file.name, adapter_name=name)
+    pipeline.set_adapters(names, [choice.scale for choice in loras])
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
 
 
 def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -190,6 +190,23 @@ class GoldenTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoldedLora:
+    """A LoRA that the build has added to the weights.
+
+    Attributes:
+        file: the name of its file, without folders.
+        sha256: the file's hash.
+        scale: the factor of its changes.
+        components: the components of the checkpoint that it changes, such as "transformer".
+    """
+
+    file: str
+    sha256: str
+    scale: float
+    components: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The content of manifest.json.
 
@@ -198,6 +215,7 @@ class Manifest:
         files: files that belong to no single artifact, such as tokenizers.
         tools: the versions of the libraries that built the bundle.
         guidance: how guidance_scale reaches the denoiser. All bundles that are older than this field use CFG.
+        loras: the LoRAs in the weights, in the order in which they were added.
     """
 
     schema_version: int
@@ -212,6 +230,7 @@ class Manifest:
     files: tuple[FileRef, ...]
     tools: dict[str, str]
     guidance: GuidanceMode = GuidanceMode.CFG
+    loras: tuple[FoldedLora, ...] = ()
     digest: str = ""
 
     def step_contract(self, denoiser: StageSpec) -> StepContract:

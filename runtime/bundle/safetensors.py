@@ -35,15 +35,26 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         BundleError: the file is missing or truncated, or its header does not match its content.
     """
     try:
-        data = path.read_bytes()
+        return parse_safetensors(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise BundleError(f"{path} is not a safetensors file: {e}", hint="rebuild the bundle") from e
+
+
+def parse_safetensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors, which share the memory of the bytes, and the metadata of a file's content.
+
+    Raises:
+        ValueError: the content is truncated, or its header does not match it.
+    """
+    try:
         header, body = _split(data)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are not all text")
         tensors = {name: _tensor(entry, body) for name, entry in header.items()}
         _check_covered(header, len(body))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        raise BundleError(f"{path} is not a safetensors file: {e}", hint="rebuild the bundle") from e
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        raise ValueError(str(e)) from e
     return tensors, metadata
 
 

@@ -65,6 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         scale = f"pag_scale {pag.scale}" if pag.scale else "off unless a request asks for it"
         scale += f", pag_adaptive_scale {adaptive}" if adaptive else ""
         console.print(f"perturbed-attention guidance: layers {layers}, {scale}")
+    for lora in manifest.loras:
+        where = f"in the weights of {', '.join(lora.components)}"
+        console.print(
+            one_line(f"LoRA: {lora.file}, scale {lora.scale:g}, {where}, sha256 {lora.sha256[:12]}")
+        )
     # The table fits 80 columns. The stages' inputs are longer and follow on lines of their own.
     columns = ("stage", "precision", "backend", "targets", "MB", "build time", "peak memory")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))

@@ -1,0 +1,73 @@
+"""LoRAs in a bundle's weights: the reference must have the same, and changed weights are compared by their change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditc.runtime.bundle.integrity import sha256
+from ditc.runtime.bundle.manifest import Manifest
+from ditc.runtime.errors import UsageError
+from ditc.runtime.lora.choice import LoraChoice
+
+# How far two programs may round the sum of a weight and a LoRA's product apart, in units of the last place of the
+# graph's type: each rounds once, and a product that BLAS sums in another order can fall on the other side.
+LAST_PLACES = 2
+# The product's own rounding, as a fraction of the largest value: fp32 sums of up to 4,096 terms.
+PRODUCT = 1e-6
+# A change that is a multiple of another one: what is left after the multiple is taken away, as a fraction.
+EXPLAINED = 1e-2
+
+
+def check_same_loras(manifest: Manifest, loras: Sequence[LoraChoice]) -> None:
+    """Refuse to compare a bundle with a checkpoint that has other LoRAs than those in the bundle's weights.
+
+    Raises:
+        UsageError: the message names files, hashes and scales.
+    """
+    built = [(lora.sha256, lora.scale) for lora in manifest.loras]
+    given = [(sha256(choice.file), float(choice.scale)) for choice in loras if choice.file.is_file()]
+    if built == given and len(given) == len(loras):
+        return
+    has = (
+        ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:12]})" for lora in manifest.loras) or "no LoRA"
+    )
+    asked = ", ".join(f"{choice.file}:{choice.scale:g}" for choice in loras) or "none"
+    if len(given) == len(loras) and given:
+        asked = ", ".join(f"{c.file}:{c.scale:g} ({h[:12]})" for c, (h, _) in zip(loras, given, strict=True))
+    raise UsageError(
+        f"the bundle has {has} in its weights, and --lora gives {asked}",
+        hint="give the files that the bundle was built with, with the same scales and in the same order"
+        if manifest.loras
+        else "leave --lora out, or build the bundle with it: ditc build CHECKPOINT -o BUNDLE --lora FILE",
+    )
+
+
+def rounds_alike(stored: Tensor, wanted: Tensor) -> bool:
+    """Whether a changed weight of a graph is the wanted one, up to the rounding of the change and of the type."""
+    wide = wanted.float()
+    places = LAST_PLACES * torch.finfo(stored.dtype).eps
+    return torch.allclose(stored.float(), wide, rtol=places, atol=PRODUCT * float(wide.abs().max()))
+
+
+def change_cause(stored: Tensor, wanted: Tensor, plain: Tensor) -> str:
+    """Why a changed weight is wrong, if its change is a multiple of the right one; "" if it is not.
+
+    Args:
+        plain: the weight without LoRAs. All have the same shape.
+    """
+    got, right = (tensor.double() - plain.double() for tensor in (stored, wanted))
+    size = float((right * right).sum())
+    if not size:
+        return ""
+    factor = float((got * right).sum()) / size
+    if float((got - factor * right).norm()) > EXPLAINED * float(got.norm() + right.norm()):
+        return ""
+    if abs(factor) < EXPLAINED:
+        return "the LoRA is not in the weights"
+    return (
+        f"the LoRA's change is {factor:.4g} times the reference's: its alpha, its scale, or one of several LoRAs was "
+        "ignored"
+    )

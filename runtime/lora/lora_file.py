@@ -1,0 +1,206 @@
+"""Reads a LoRA from a safetensors file in the form of diffusers: pairs of matrices under the names of their modules.
+
+    transformer.transformer_blocks.0.attn1.to_q.lora_A.weight              A: .lora_A, .lora_down, .lora.down
+    transformer.transformer_blocks.0.attn1.to_q.lora_B.weight              B: .lora_B, .lora_up, .lora.up
+    transformer.transformer_blocks.0.attn1.to_q.alpha                      optional
+    transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector      optional, for DoRA
+
+The first part of a name is the component. Where a file has no alpha, neither under a key nor in its metadata, alpha is
+the rank, as in `get_peft_kwargs` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ditc.runtime.bundle.safetensors import parse_safetensors
+from ditc.runtime.errors import UsageError
+from ditc.runtime.lora.lora import Lora, LoraLayer
+from ditc.runtime.lora.metadata import Scalings, read_scalings
+from ditc.runtime.session import Array
+
+# Rank 256 of every layer of SD3.5 large in fp32 has about 2.5 GB; the largest LoRA files that people share have 1.5.
+MAX_BYTES = 4 * 2**30
+# The largest rank that is applied. A larger one is no small change, and a file could make the products slow.
+MAX_RANK = 4096
+
+DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
+# What a name ends with: peft's, diffusers' older ones, and kohya's endings on diffusers' names.
+ENDINGS = {
+    DOWN: (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"),
+    UP: (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
+    ALPHA: (".alpha",),
+    MAGNITUDE: (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+}
+# Kinds of files and keys that are known and not applied, with the reason.
+REFUSED = (
+    (
+        r"^base_model\.model\.",
+        "peft's own files keep alpha in another file, adapter_config.json: save it with pipe.save_lora_weights()",
+    ),
+    (
+        r"^lora_(unet|transformer|te\d?)_",
+        "kohya's names do not say where a module's name ends: convert the file to diffusers' names",
+    ),
+    (r"\.lora_[AB]\.bias$", "a LoRA's own biases are not applied: train without lora_bias"),
+    (
+        r"\.diff(_b)?$|\.(weight|bias)$",
+        "the key is a whole tensor, not a LoRA's: only pairs of matrices are applied",
+    ),
+    (r"\.lora_embedding_[AB]", "LoRAs of embeddings are not applied"),
+    (r"\.dora_scale$", "this form of DoRA is not peft's, and diffusers does not apply it either"),
+    (
+        r"hada_|lokr_|\.oft_|\.boft_|\.on_input$|\.lora_mid\.",
+        "only plain LoRAs and DoRAs are applied, no LyCORIS",
+    ),
+)
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+AS_DIFFUSERS_SAVES = "give a LoRA as pipe.save_lora_weights() of diffusers writes it"
+
+
+def read_lora(path: Path) -> Lora:
+    """Read the whole file, and check it without a network.
+
+    Raises:
+        UsageError: it is missing, too large or not safetensors; a key belongs to no LoRA; a half of a pair is missing;
+            the ranks of a pair differ, or are 0; or a value is NaN or Inf. The message names the key.
+    """
+    data = _bytes_of(path)
+    try:
+        tensors, metadata = parse_safetensors(data)
+    except ValueError as e:
+        hint = (
+            "only safetensors are read: pickles can run code"
+            if path.suffix in PICKLES
+            else AS_DIFFUSERS_SAVES
+        )
+        raise UsageError(f"{path} is not a safetensors file: {e}", hint=hint) from e
+    if not tensors:
+        raise UsageError(f"{path} holds no tensors", hint=AS_DIFFUSERS_SAVES)
+    scalings = read_scalings(path, metadata)
+    components: dict[str, dict[str, LoraLayer]] = defaultdict(dict)
+    for module, parts in _modules(path, tensors).items():
+        component, _, inner = module.partition(".")
+        components[component][f"{inner}.weight"] = _layer(path, module, parts, scalings)
+    return Lora(name=path.name, sha256=hashlib.sha256(data).hexdigest(), components=dict(components))
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UsageError(
+                f"the LoRA {path} has {size} bytes, and at most {MAX_BYTES} are read",
+                hint="is it a whole checkpoint? A LoRA holds only small matrices",
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UsageError(
+            f"the LoRA {path} cannot be read: {why}", hint="give the path of a .safetensors file"
+        ) from e
+
+
+def _modules(path: Path, tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """The parts of each module's change, by the module's name."""
+    modules: dict[str, dict[str, Array]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        module, kind = _parsed(path, key)
+        if kind in modules[module]:
+            raise UsageError(
+                f"{path.name} has the part {kind} of {module} twice, as {key} too",
+                hint="two files are mixed in it",
+            )
+        modules[module][kind] = tensor
+    return modules
+
+
+def _parsed(path: Path, key: str) -> tuple[str, str]:
+    """The module that a key belongs to, and which part of its change the tensor is."""
+    for pattern, why in REFUSED[:2]:
+        if re.search(pattern, key):
+            raise UsageError(f"{path.name} holds {key:.200}, which is not applied", hint=why)
+    for kind, endings in ENDINGS.items():
+        for ending in endings:
+            module = key.removesuffix(ending)
+            if module != key and "." in module:
+                return module, kind
+    why = next((why for pattern, why in REFUSED if re.search(pattern, key)), AS_DIFFUSERS_SAVES)
+    raise UsageError(f"{path.name} holds {key:.200}, which is not applied", hint=why)
+
+
+def _layer(path: Path, module: str, parts: Mapping[str, Array], scalings: Scalings) -> LoraLayer:
+    for kind in (DOWN, UP):
+        if kind not in parts:
+            matrix = "lora_A" if kind == DOWN else "lora_B"
+            raise UsageError(
+                f"{path.name} has no {matrix} for {module}, only {', '.join(sorted(parts))}",
+                hint="the file is incomplete: save or fetch it again",
+            )
+    down, up = parts[DOWN], parts[UP]
+    shapes = f"{module} has lora_A of shape {down.shape} and lora_B of shape {up.shape}"
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or (up.ndim == 4 and up.shape[2:] != (1, 1)):
+        raise UsageError(f"{path.name}: {shapes}", hint="only linear layers and 2D convolutions have LoRAs")
+    rank = down.shape[0]
+    if not 0 < rank <= MAX_RANK or min(down.size, up.size) == 0:
+        raise UsageError(
+            f"{path.name}: {shapes}: the rank is {rank}", hint=f"a rank is between 1 and {MAX_RANK}"
+        )
+    if up.shape[1] != rank:
+        grouped = (
+            " LoRAs of convolutions in groups (depthwise) cannot be merged in peft either."
+            if up.ndim == 4
+            else ""
+        )
+        raise UsageError(
+            f"{path.name}: {shapes}, so their ranks differ", hint=f"the two are not a pair.{grouped}"
+        )
+    values = {kind: _floats(path, module, kind, tensor) for kind, tensor in parts.items()}
+    magnitude = values.get(MAGNITUDE)
+    if magnitude is not None and magnitude.size != up.shape[0]:
+        raise UsageError(
+            f"{path.name}: {module} has a magnitude of shape {magnitude.shape} for {up.shape[0]} output channels",
+            hint="the file is damaged, or of another network",
+        )
+    return LoraLayer(
+        key=module,
+        down=values[DOWN],
+        up=values[UP],
+        scaling=scalings.of(module, rank, _alpha(path, module, values)),
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+    )
+
+
+def _alpha(path: Path, module: str, values: Mapping[str, Array]) -> float | None:
+    if ALPHA not in values:
+        return None
+    if values[ALPHA].size != 1:
+        raise UsageError(
+            f"{path.name}: the alpha of {module} has shape {values[ALPHA].shape}", hint="alpha is one number"
+        )
+    return float(values[ALPHA].reshape(()))
+
+
+def _floats(path: Path, module: str, kind: str, tensor: Array) -> Array:
+    """The values in fp32. The reader gives bf16 as the bits of its numbers."""
+    if tensor.dtype == np.uint16:
+        tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+    elif tensor.dtype.kind != "f" and not (kind == ALPHA and tensor.dtype == np.int64):
+        raise UsageError(
+            f"{path.name}: the part {kind} of {module} has the element type {tensor.dtype}",
+            hint="LoRAs are read in fp32, fp16 and bf16",
+        )
+    floats: Array = np.ascontiguousarray(tensor, np.float32)
+    bad = floats.size - int(np.isfinite(floats).sum())
+    if bad:
+        raise UsageError(
+            f"{path.name}: the part {kind} of {module} has {bad} of {floats.size} values that are NaN or Inf",
+            hint="the file is damaged or its training diverged",
+        )
+    return floats

@@ -1,0 +1,85 @@
+"""A LoRA that was added wrongly to a bundle's weights: parity finds it and says by which factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from lora_files import make_lora
+from planted import alpha_ignored, context_of, failures
+from tiny_sana import make_pipeline
+
+from ditc.export.checkpoint.loras import with_loras
+from ditc.export.checkpoint.open import open_checkpoint
+from ditc.parity.candidate import Candidate, open_candidate
+from ditc.parity.reference.pytorch import TorchModel
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.lora import ScaledLora, changed, changes_of
+from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.spec import DENOISER
+from ditc.runtime.tolerances import Level
+from ditc.runtime.weight_map import apply, read_weight_map
+
+pytest.importorskip("peft", reason="the LoRA is made with peft")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA whose alpha is half its rank."""
+    return make_lora(make_pipeline(), tmp_path_factory.mktemp("lora"), lora_alpha=2, strength=0.2)
+
+
+def with_weights(bundle: Path, checkpoint: Path, loras: Sequence[ScaledLora]) -> Candidate:
+    """The bundle with these LoRAs in its denoiser's graph."""
+    candidate = open_candidate(bundle, LoadOptions(threads=1))
+    model = candidate.graph(DENOISER)
+    assert model is not None
+    ir.external_data.load_to_model(model)
+    weights = candidate.artifacts[DENOISER].weights
+    assert weights is not None
+    tensors = open_checkpoint(checkpoint).component("transformer").tensors
+    changes = changes_of(loras, "transformer")
+    for weight in read_weight_map(bundle / weights.path):
+        if weight.checkpoint in changes:
+            values = apply(weight, changed(tensors[weight.checkpoint].numpy(), changes[weight.checkpoint]))
+            value = model.graph.initializers[weight.initializer]
+            value.const_value = ir.tensor(np.ascontiguousarray(values), name=weight.initializer)
+    candidate.graphs = {DENOISER: model}
+    return candidate
+
+
+def test_an_alpha_that_was_ignored_is_named_by_its_factor(lora, tiny_bundle, tiny_checkpoint) -> None:
+    choice = (LoraChoice(lora),)
+    right = with_weights(tiny_bundle, tiny_checkpoint, [ScaledLora(read_lora(lora))])
+    assert not failures(context_of(tiny_checkpoint, right, loras=choice), Level.GRAPH)
+    wrong = with_weights(tiny_bundle, tiny_checkpoint, [ScaledLora(alpha_ignored(lora))])
+    (found,) = failures(context_of(tiny_checkpoint, wrong, loras=choice), Level.GRAPH)
+    assert found.stage == DENOISER and found.culprit is not None
+    assert "the LoRA's change is 2 times the reference's: its alpha" in found.causes[0]
+
+
+def test_a_lora_that_was_left_out_is_named(lora, tiny_bundle, tiny_checkpoint) -> None:
+    context = context_of(
+        tiny_checkpoint, with_weights(tiny_bundle, tiny_checkpoint, []), loras=(LoraChoice(lora),)
+    )
+    (found,) = failures(context, Level.GRAPH)
+    assert found.causes == ("the LoRA is not in the weights",)
+
+
+def test_an_alpha_that_was_ignored_is_caught_by_the_stages_and_upstream(lora, tiny_checkpoint) -> None:
+    wrong = with_loras(open_checkpoint(tiny_checkpoint), [ScaledLora(alpha_ignored(lora))])
+    candidate = Candidate(pipeline=TorchModel(wrong).pipeline)
+    context = context_of(tiny_checkpoint, candidate, loras=(LoraChoice(lora),), with_upstream=True)
+    found = {result.stage: result for result in failures(context, Level.STAGE)}
+    assert found[DENOISER].culprit is not None
+    assert found[DENOISER].culprit.module == "network.patch_embed.proj"
+    shared = context_of(tiny_checkpoint, candidate, with_upstream=True)
+    shared.reference_or_none = TorchModel(wrong)
+    shared.reference.original = open_checkpoint(tiny_checkpoint)
+    shared.reference.options = context.reference.options
+    upstream = [result for result in failures(shared, Level.MODULE) if result.against == "diffusers"]
+    assert upstream and upstream[0].culprit is not None, "diffusers shows what both sides share"
