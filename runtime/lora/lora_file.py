@@ -25,7 +25,7 @@ from ditc.runtime.lora.lora import Lora, LoraLayer
 from ditc.runtime.lora.metadata import Scalings, read_scalings
 from ditc.runtime.session import Array
 
-# Rank 256 of every layer of SD3.5 large in fp32 has about 2.5 GB; the largest LoRA files that people share have 1.5.
+# Rank 256 of every layer of a network with 8 billion weights has about 2.5 GB in fp32.
 MAX_BYTES = 4 * 2**30
 # The largest rank that is applied. A larger one is no small change, and a file could make the products slow.
 MAX_RANK = 4096
