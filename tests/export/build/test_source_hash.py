@@ -46,6 +46,8 @@ REVIEWED = {
     "runtime/conditioning.py": "names that are in the specs",
     "runtime/schedulers/__init__.py": "parameters, of which a graph has the length of the history: in its shapes",
     "runtime/text.py": "the text's data, of which a graph has the lengths: in its shapes",
+    "runtime/lora/choice.py": "names and scales of files, which are in the key",
+    "runtime/bundle/safetensors.py": "reads a LoRA's file, whose hash is in the key",
     "runtime/session.py": "types",
     "runtime/metrics.py": "compares a finished graph",
     "runtime/sessions/onnxruntime.py": "runs a finished graph",
