@@ -161,9 +161,15 @@ class Context:
         )
 
     @property
+    def drawing_stage(self) -> str:
+        """The stage whose precision decides how far finished latents may be from the reference's."""
+        encoders = [spec.stage for spec in self.candidate.manifest.text]
+        return next((s for s in (DENOISER, *encoders) if self.candidate.precision(s) in EIGHT), DENOISER)
+
+    @property
     def pictured_stage(self) -> str:
         """The stage whose precision decides how far pictures may be from the reference's."""
-        return VAE_DECODER if self.candidate.precision(VAE_DECODER) in EIGHT else DENOISER
+        return VAE_DECODER if self.candidate.precision(VAE_DECODER) in EIGHT else self.drawing_stage
 
     def bound(
         self, level: Level, metric: Metric, stage: str, *, pytorch: float | None = None

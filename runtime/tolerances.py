@@ -81,6 +81,10 @@ _QUANTIZED = (
     "on the same input, PyTorch with the recorded quantized weights and scales has the same error as a correct graph, "
     "for any prompt; measured 0.95 to 1.05 of it. Small defects are found at the module level"
 )
+_DYNAMIC = (
+    "as for int8, but the scales themselves are not recorded: a library may take one for every 128 channels of a token, "
+    "so its rounding is another sample of the same error; measured 0.6 to 1.53 of it on a text encoder with one prompt"
+)
 _QUANTIZED_MODULE = (
     "the reference is PyTorch with the recorded quantized weights and scales. Results are equal until a differently "
     "rounded sum moves a value to the neighbouring quantization level, from where the difference grows; measured up to "
@@ -190,8 +194,12 @@ TABLE: tuple[Tolerance, ...] = (
         "1.5 times the error is 20*log10(1.5) = 3.5 dB",
     ),
     *(
-        Tolerance(level, Metric.RELATIVE_L2, EIGHT, 1.5, Form.TIMES_PYTORCH, _QUANTIZED)
+        Tolerance(level, Metric.RELATIVE_L2, precisions, number, Form.TIMES_PYTORCH, reason)
         for level in (Level.STAGE, Level.STEP, Level.TRAJECTORY)
+        for precisions, number, reason in (
+            ((Precision.INT8, Precision.FP8), 1.5, _QUANTIZED),
+            ((Precision.INT8_DYNAMIC,), 2.0, _DYNAMIC),
+        )
     ),
     Tolerance(
         Level.MODULE,

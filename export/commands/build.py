@@ -130,7 +130,7 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="The name of a recipe, or a .json file with one: which layers of a stage are in 8 bits. May be given once "
-        "per stage, such as FAMILY-int8 and dc-ae-int8 (default: for an 8-bit denoiser the "
+        "per stage, such as FAMILY-int8, dc-ae-int8 and gemma2-int8-weights (default: for an 8-bit denoiser the "
         "checkpoint's own file recipe.PRECISION.json, else FAMILY-int8 or FAMILY-fp8; none for the other stages).",
     )
     parser.add_argument(

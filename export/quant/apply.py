@@ -76,6 +76,11 @@ def prepare(options: BuildOptions, checkpoint: Checkpoint, plan: ModelPlan) -> d
     found = {}
     for stage, recipe in recipes.items():
         precision = options.precision if stage == DENOISER else recipe.precision
+        if stage != DENOISER and precision not in row_of(options.backend).precisions:
+            raise UsageError(
+                f"recipe {recipe.name} makes an {precision.value} {stage}, which is not made for {options.backend}",
+                hint="leave it out, or build for another --backend",
+            )
         path, ranges = files.get(stage, (None, None))
         if path is not None and not recipe.needs_ranges and recipe.activations:
             raise UsageError(

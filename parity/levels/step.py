@@ -55,7 +55,7 @@ def _check_step(
         comparison, _ = _compared_step(context, run, start, step)
     except (SessionError, IndexError) as e:
         return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
-    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=baseline)
+    bound = context.bound(Level.STEP, Metric.RELATIVE_L2, context.drawing_stage, pytorch=baseline)
     timestep = float(start.schedule[step][step_contract.TIMESTEP][0])
     context.evidence.steps.append(
         StepError(

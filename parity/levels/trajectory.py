@@ -44,7 +44,7 @@ def _compared(
     context: Context, run: CaseRun, reference: CaseRun, against: str, baseline: float | None
 ) -> Result:
     case = run.case
-    bound = context.bound(Level.TRAJECTORY, Metric.RELATIVE_L2, DENOISER, pytorch=baseline)
+    bound = context.bound(Level.TRAJECTORY, Metric.RELATIVE_L2, context.drawing_stage, pytorch=baseline)
     errors = _errors(run, reference)
     _keep(context, run, errors, against, bound)
     if run.problem:
