@@ -77,6 +77,9 @@ def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool, before: 
         return "stale history: x0 of an earlier request is fed to the first step, whose history must be zeros"
     if name == step_contract.GUIDANCE_WEIGHTS:
         return _guidance_cause(got, wanted)
+    if name == step_contract.SKIP_GATE:
+        found, right = np.flatnonzero(got > 0.5).tolist(), np.flatnonzero(wanted > 0.5).tolist()
+        return f"wrong gate: rows {found} skip a part of the network, but it should be rows {right}"
     if name == step_contract.GUIDANCE:
         return f"the embedded guidance scale is {got[0]:.4g}, but {wanted[0]:.4g} was requested"
     if name == step_contract.NOISE:
@@ -98,7 +101,14 @@ def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool, before: 
 
 
 def _guidance_cause(got: Array, wanted: Array) -> str:
-    half = wanted.shape[1] // 2
+    """Which scale explains other weights (B,R) than wanted, of the forms that runtime/guidance.py lists."""
+    batch, rows = wanted.shape
+    if rows == 3 * batch or (rows == 2 * batch and wanted[0, 0] > 1):  # the last rows are gated
+        ours, theirs = -got[0, -batch], -wanted[0, -batch]
+        if abs(ours - theirs) > SAME * max(abs(theirs), 1):
+            return f"the scale of the gated rows is {ours:.4g}, but {theirs:.4g} was requested"
+        return f"the guidance scale is {1 - got[0, 0]:.4g}, but {1 - wanted[0, 0]:.4g} was requested"
+    half = rows // 2
     if half and relative_l2(np.concatenate([got[:, half:], got[:, :half]], axis=1), wanted) <= SAME:
         return "swapped CFG order: the guidance weights of conditional and unconditional rows are exchanged"
     if half:

@@ -28,6 +28,7 @@ from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
+from ditc.runtime.step_contract import SKIP_GATE
 from ditc.runtime.text import Tokenizer
 from ditc.runtime.tolerances import Level
 
@@ -144,6 +145,24 @@ class StrongerGuidance(Pipeline):
     def plan(self, request: Any) -> Any:
         plan = super().plan(request)
         return replace(plan, guidance_scale=plan.guidance_scale + 1)
+
+
+class InvertedGate(Pipeline):
+    """A pipeline whose gate marks all rows but the gated ones."""
+
+    def states(self, plan: Any) -> Iterator[DenoiseState]:
+        for state in super().states(plan):
+            inverted = ({**step, SKIP_GATE: 1 - step[SKIP_GATE]} for step in state.schedule)
+            yield replace(state, schedule=tuple(inverted))
+
+
+class StrongerPerturbation(Pipeline):
+    """A pipeline whose pag_scale is one more than was requested."""
+
+    def plan(self, request: Any) -> Any:
+        plan = super().plan(request)
+        pag = plan.perturbed_attention_guidance
+        return replace(plan, perturbed_attention_guidance=replace(pag, scale=pag.scale + 1))
 
 
 class LateTable(Pipeline):

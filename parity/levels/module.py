@@ -37,7 +37,9 @@ def check(context: Context) -> Iterator[Result]:
     case = context.settings.cases[0]
     upstream = context.upstream()
     run = context.reference_run(case)
-    step = _plain_step(run)
+    step = _comparable_step(
+        run, same_call=context.reference.plan.defaults.perturbed_attention_guidance is not None
+    )
     calls: dict[str, Call] = {}
     if upstream is not None:
         upstream_run = context.upstream_run(case)
@@ -73,15 +75,18 @@ def bisect(context: Context, stage: str, feeds: Feeds, output_error: float) -> C
     return find_culprit(stage, errors, _limits(context, stage, feeds), output_error)
 
 
-def _plain_step(run: CaseRun) -> int:
-    """The middle one of the steps with the fewest rows.
+def _comparable_step(run: CaseRun, *, same_call: bool) -> int:
+    """The middle one of the steps in which upstream's first call has the same rows.
 
-    Upstream runs the additional rows of another guidance in a second call, which could not be compared.
+    Args:
+        same_call: whether upstream runs the gated rows in the same call as the others, in every step, as it does for
+            perturbed-attention guidance. For skip-layer guidance it makes a second call, which could not be compared.
     """
     assert run.start is not None
     rows = [step[step_contract.GUIDANCE_WEIGHTS].shape[1] for step in run.start.schedule]
-    plain = [index for index, count in enumerate(rows) if count == min(rows)]
-    return min(plain, key=lambda index: abs(index - len(rows) // 2))
+    wanted = max(rows) if same_call else min(rows)
+    comparable = [index for index, count in enumerate(rows) if count == wanted]
+    return min(comparable, key=lambda index: abs(index - len(rows) // 2))
 
 
 def _against_pytorch(context: Context, stage: str, feeds: Feeds) -> Result:

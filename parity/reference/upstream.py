@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.reference import find_pipeline, upstream_name
+from ditc.parity.reference.perturbed_attention import with_perturbed_attention
 from ditc.parity.reference.rewritten import rewritten_networks
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.lora.choice import LoraChoice
@@ -30,15 +31,28 @@ DENOISERS = ("transformer", "unet")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a component with its arguments, so that it can be repeated."""
+    """One call of a component with its arguments, so that it can be repeated.
 
-    module: nn.Module
+    Attributes:
+        processors: the attention processors that the component had, by module; a pipeline may set others only while it
+            draws, as for perturbed-attention guidance. Empty for a component that has none.
+    """
+
+    module: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    processors: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> object:
         """Repeat the call."""
-        return self.module(*self.args, **self.kwargs)
+        if not self.processors:
+            return self.module(*self.args, **self.kwargs)
+        before = self.module.attn_processors
+        self.module.set_attn_processor({**self.processors})  # it empties the dict that it is given
+        try:
+            return self.module(*self.args, **self.kwargs)
+        finally:
+            self.module.set_attn_processor(before)
 
 
 class Upstream:
@@ -125,7 +139,8 @@ class Upstream:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if name not in found and done >= after:
                     copies = {key: _copied(value) for key, value in kwargs.items()}
-                    found[name] = Call(module, tuple(map(_copied, args)), copies)
+                    processors = dict(getattr(module, "attn_processors", {}))
+                    found[name] = Call(module, tuple(map(_copied, args)), copies, processors)
 
             return hook
 
@@ -185,7 +200,7 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     # Components that a checkpoint leaves out are null in model_index.json; from_pretrained still needs them as None.
     left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
-    return DiffusionPipeline.from_pretrained(
+    pipeline = DiffusionPipeline.from_pretrained(
         str(checkpoint.path),
         dtype=dtype,
         variant=checkpoint.variant,
@@ -194,6 +209,7 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         **left_out,
         **rewritten_networks(checkpoint, dtype),
     )
+    return with_perturbed_attention(pipeline, checkpoint)
 
 
 def _copied(value: Any) -> Any:

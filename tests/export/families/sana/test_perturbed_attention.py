@@ -26,6 +26,8 @@ from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions
 from ditc.export.families.sana.adapter import ADAPTER
 from ditc.export.families.sana.network import SanaConfig, load_sana
+from ditc.runtime import denoise
+from ditc.runtime.batch import Batch
 from ditc.runtime.bundle.manifest import PerturbedAttentionGuidance
 from ditc.runtime.errors import CheckpointError, UsageError
 from ditc.runtime.metrics import psnr, relative_l2
@@ -128,6 +130,29 @@ def test_outside_the_guidance_interval_the_picture_follows_the_conditional_rows_
     assert relative_l2(late.latents[2], without.latents[2]) > 1e-2
     whole = draw(pipeline, "a red cat", guidance_interval=(0, 1), **settings)
     np.testing.assert_array_equal(whole.pictures, draw(pipeline, "a red cat", **settings).pictures)
+
+
+def test_requests_with_and_without_share_runs(pipeline) -> None:
+    """Mixed in one batch, where rows come and go between steps, each is drawn as alone."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"pag_scale": 0.0},
+        {"guidance_scale": 1.0, "pag_scale": 2.0},
+        {"guidance_interval": (0.3, 0.8), "pag_adaptive_scale": 0.002},
+    ]
+    starts = [
+        next(iter(pipeline.start(pipeline.plan(Request(prompt="cat", seed=seed, **given)))))
+        for seed, given in enumerate(settings)
+    ]
+    session = pipeline.sessions[DENOISER]
+    mixed, alone = list(starts), list(starts)
+    batch = Batch(session)
+    for _ in range(4):
+        mixed = batch.step(mixed)
+        alone = [denoise.step(session, [state])[0] for state in alone]
+    for ours, theirs in zip(mixed, alone, strict=True):
+        # Only the order of the sum over three rows may differ.
+        assert relative_l2(np.asarray(ours.latents), np.asarray(theirs.latents)) <= 1e-5
 
 
 def test_a_callback_changes_the_scale_of_the_next_steps(pipeline, reference) -> None:
