@@ -170,8 +170,8 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--pag-adaptive-scale",
         type=float,
         metavar="SCALE",
-        help="How much the scale of the perturbed-attention guidance falls per timestep below 1000; 0 keeps it "
-        "constant (default: the bundle's).",
+        help="How much the scale of the perturbed-attention guidance falls per timestep below 1000, without a unit; 0 "
+        "keeps it constant (default: the bundle's).",
     )
     parser.add_argument(
         "--guidance-interval",
