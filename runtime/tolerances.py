@@ -82,8 +82,9 @@ _QUANTIZED = (
     "for any prompt; measured 0.95 to 1.05 of it. Small defects are found at the module level"
 )
 _DYNAMIC = (
-    "as for int8, but the scales themselves are not recorded: a library may take one for every 128 channels of a token, "
-    "so its rounding is another sample of the same error; measured 0.6 to 1.53 of it on a text encoder with one prompt"
+    "as for int8, but the scales themselves are not recorded: a library may take one for every 128 channels of a "
+    "token, so its rounding is another sample of the same error; measured 0.6 to 1.53 of it on a text encoder with one "
+    "prompt"
 )
 _QUANTIZED_MODULE = (
     "the reference is PyTorch with the recorded quantized weights and scales. Results are equal until a differently "

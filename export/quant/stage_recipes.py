@@ -29,7 +29,7 @@ from ditc.export.quant.recipes import (
     recipes_of,
 )
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, Precision
+from ditc.runtime.spec import DENOISER, TEXT_ENCODER, VAE_DECODER
 
 FIRST_AND_LAST = (
     Rule(layers="decoder.conv_in", why="first convolution: it reads the latents themselves"),

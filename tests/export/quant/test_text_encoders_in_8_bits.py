@@ -57,7 +57,7 @@ def test_gemma_has_a_recipe_for_weights_and_one_for_inputs_too(tiny_checkpoint: 
 
 
 def test_another_network_is_refused_and_the_fitting_recipes_are_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="is for T5EncoderModel, but .* text_encoder is Gemma2Model") as e:
+    with pytest.raises(UsageError, match=r"is for T5EncoderModel, but .* text_encoder is Gemma2Model") as e:
         recipes(tiny_checkpoint, "t5-int8-weights")
     assert e.value.hint == "use gemma2-int8-weights or gemma2-int8-dynamic"
 
