@@ -66,6 +66,10 @@ VERBS = {
         "ditc.runtime.commands.batch", "Draw many requests from a file, with several processes or with Ray."
     ),
     "serve": Verb("ditc.runtime.commands.serve", "Serve bundles to clients over HTTP.", "serve", stays=True),
+    "export-triton": Verb(
+        "ditc.runtime.commands.export_triton",
+        "Write a bundle as a model repository of Triton Inference Server.",
+    ),
     "bench": Verb(
         "ditc.runtime.commands.bench",
         "Measure how fast a bundle is on this machine, its backends and precisions side by side.",
