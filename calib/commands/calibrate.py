@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ditc.export.quant.formats import Format
     from ditc.export.quant.ranges import Ranges
 
+MOST_WORKERS = 1024
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the measurement, and of the search that may follow it."""
@@ -98,6 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Measure only every N-th prompt, beginning with the I-th, counted from 0; --merge adds up the shards "
         "(default: %(default)s, all prompts).",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="PROCESSES",
+        help="Measure with so many processes, each of which holds the model, and add up what they find. The ranges are "
+        "those of one process (default: %(default)s).",
+    )
     _add_search_arguments(parser)
 
 
@@ -161,10 +171,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
     formats, settings = _formats(arguments.formats), _settings(arguments)
+    workers = _workers(arguments)
     prompts = read_prompts(arguments.prompts or GENERAL)[: arguments.num_prompts]
     checkpoint = open_checkpoint(arguments.checkpoint, variant=arguments.variant)
     if arguments.merge:
         ranges = _merge(arguments, checkpoint)
+    elif workers > 1:
+        ranges = _measure_in_processes(arguments, min(workers, len(prompts)))
     else:
         ranges = _measure(arguments.output, checkpoint, prompts, settings)
     if budget is not None:
@@ -199,6 +212,32 @@ def _measure(output: Path, checkpoint: Checkpoint, prompts: list[str], settings:
     if settings.shard == (0, 1):  # a shard is only a part of the prompts: --merge judges them all
         _judge(ranges)
     return ranges
+
+
+def _measure_in_processes(arguments: argparse.Namespace, workers: int) -> Ranges:
+    from ditc.calib.commands.shards import measure_in_processes
+    from ditc.runtime.console import SafeConsole
+
+    with SafeConsole().status(f"calibrating with {workers} processes"):
+        ranges = measure_in_processes(arguments, workers)
+    sys.stdout.write(
+        f"{arguments.output}: {len(ranges.site_of)} layers, {len(ranges.prompts)} prompts x "
+        f"{ranges.origin.num_inference_steps} steps of {workers} processes\n"
+    )
+    _judge(ranges)
+    return ranges
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    workers: int = arguments.workers
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers is {workers}", hint=f"use 1 to {MOST_WORKERS}")
+    if workers > 1 and (arguments.merge or arguments.shard != "0/1"):
+        given = "--merge" if arguments.merge else "--shard"
+        raise UsageError(f"--workers and {given} are both given", hint="give only one of them")
+    if workers > 1 and str(arguments.prompts) == "-":
+        raise UsageError("--workers cannot read prompts from stdin", hint="write them to a file")
+    return workers
 
 
 def _merge(arguments: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Ranges:

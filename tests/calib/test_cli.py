@@ -35,6 +35,29 @@ def test_shards_are_merged_without_the_checkpoint(shards, tmp_path, capsys, capl
     assert len(load_ranges(tmp_path / "r.safetensors").prompts) == 2
 
 
+def test_processes_measure_what_one_process_measures(shards, tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red heart\nblue cat\n")
+    out, merged = tmp_path / "r.safetensors", tmp_path / "merged.safetensors"
+    options = ["--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--workers", "2"]
+    assert main(["calibrate", str(tiny_checkpoint), "-o", str(out), *options]) == 0
+    assert "2 prompts x 1 steps of 2 processes" in capsys.readouterr().out
+    assert main(["calibrate", "-o", str(merged), "--merge", *shards]) == 0
+    assert out.read_bytes() == merged.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", out.name, merged.name}
+
+
+def test_a_process_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    import argparse
+
+    from ditc.calib.commands.shards import _OPTIONS, measure_in_processes
+    from ditc.runtime.errors import SessionError
+
+    nothing = dict.fromkeys(_OPTIONS)
+    arguments = argparse.Namespace(checkpoint=tmp_path / "none", output=tmp_path / "r.safetensors", **nothing)
+    with pytest.raises(SessionError, match="shard 0/2 ended with exit code 2: error: "):
+        measure_in_processes(arguments, 2)
+
+
 def test_a_budget_is_searched_for_in_merged_ranges_too(shards, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a red heart\n")
     out = tmp_path / "r.safetensors"
@@ -64,6 +87,8 @@ def test_measuring_and_searching_need_a_checkpoint(tmp_path, capsys, arguments):
         (["-o", "ranges.bin"], "not a .safetensors"),
         (["-o", "r.safetensors", "--shard", "2/2"], "no such part"),
         (["-o", "r.safetensors", "--shard", "half"], "not I/N"),
+        (["-o", "r.safetensors", "--workers", "0"], "--workers is 0"),
+        (["-o", "r.safetensors", "--workers", "2", "--shard", "0/2"], "--workers and --shard are both given"),
         (["-o", "r.safetensors", "--steps", "0"], "steps is 0"),
         (["-o", "r.safetensors", "--num-prompts", "0"], "num-prompts is 0"),
         (["-o", "r.safetensors", "--budget", "ssim=1"], "is not made of psnr=DB"),
