@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.files import check_writable
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, rows
 from ditc.runtime.spec import Backend, Precision
-
-BACKENDS = (Backend.ONNXRUNTIME, Backend.OPENVINO, Backend.TENSORRT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        default=Backend.ONNXRUNTIME.value,
-        choices=[backend.value for backend in BACKENDS],
+        default=str(GRAPH_BACKEND),
+        choices=[str(row.name) for row in rows() if row.triton is not None],
         help="Library that runs the stages. The bundle must have been built for it (default: %(default)s).",
     )
     parser.add_argument(

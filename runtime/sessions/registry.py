@@ -29,6 +29,27 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TritonForm:
+    """How Triton Inference Server opens an artifact.
+
+    Attributes:
+        backend: Triton's name of the library.
+        file: the name under which it looks for the model.
+        data: the name of the model's data file; "" if the model refers to its data files by their own names.
+        kind: where instances must run, CPU or GPU; "" leaves the choice.
+        threads: the parameter with the number of threads per instance; "" if there is none.
+        foreign: lists the operators of a model that the library does not know; None if it holds none.
+    """
+
+    backend: str
+    file: str
+    data: str = ""
+    kind: str = ""
+    threads: str = ""
+    foreign: Callable[[Path], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackendRow:
     """Everything that ditc has to know about a backend.
 
@@ -63,6 +84,7 @@ class BackendRow:
             can. None if it runs all.
         polygraphy: the command of NVIDIA's Polygraphy that runs an artifact. `{model}` stands for the artifact's file.
             "" if Polygraphy cannot run it.
+        triton: how Triton Inference Server opens an artifact; None if it cannot.
     """
 
     name: Backend
@@ -86,6 +108,7 @@ class BackendRow:
     why_later: Callable[[BackendRow], str] | None = None
     cannot: Callable[[Artifact], str] | None = None
     polygraphy: str = ""
+    triton: TritonForm | None = None
 
     @property
     def install(self) -> str:
@@ -134,6 +157,7 @@ _table: list[BackendRow] = [
         precisions=ENGINE_PRECISIONS,
         base_precision=Precision.FP16,
         polygraphy="polygraphy run {model} --trt --model-type engine",
+        triton=TritonForm(backend="tensorrt", file="model.plan", kind="GPU"),
     ),
     BackendRow(
         name=Backend.TENSORRT_RTX,
@@ -167,6 +191,7 @@ _table: list[BackendRow] = [
         precisions=(Precision.FP32, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8),
         base_precision=Precision.BF16,
         why_later=_imported_later(_OPENVINO_LIBRARY, "why_later"),
+        triton=TritonForm(backend="openvino", file="model.xml", data="model.bin", kind="CPU"),
     ),
     BackendRow(
         name=Backend.ONNXRUNTIME,
@@ -179,6 +204,12 @@ _table: list[BackendRow] = [
         providers=("cpu", "cuda"),
         cannot=_imported_later(_ONNXRUNTIME, "cannot"),
         polygraphy="polygraphy run {model} --onnxrt",
+        triton=TritonForm(
+            backend="onnxruntime",
+            file="model.onnx",
+            threads="intra_op_thread_count",
+            foreign=_imported_later("ditc.runtime.bundle.onnx_domains", "foreign_operators"),
+        ),
     ),
 ]
 

@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import Backend, DType, StageSpec, TensorSpec
+from ditc.runtime.sessions.registry import TritonForm
+from ditc.runtime.spec import DType, StageSpec, TensorSpec
 
-# Triton's backend, and the name under which it looks for the model's file.
-BACKENDS = {
-    Backend.ONNXRUNTIME: ("onnxruntime", "model.onnx"),
-    Backend.OPENVINO: ("openvino", "model.xml"),
-    Backend.TENSORRT: ("tensorrt", "model.plan"),
-}
 TYPES = {
     DType.FLOAT32: "TYPE_FP32",
     DType.FLOAT16: "TYPE_FP16",
@@ -47,7 +42,7 @@ Value = str | int | Word | Noted | Mapping[str, "Value"] | Sequence["Value"]
 
 
 def stage_config(
-    name: str, spec: StageSpec, backend: Backend, version: int, *, instances: int, kind: str, threads: int
+    name: str, spec: StageSpec, form: TritonForm, version: int, *, instances: int, kind: str, threads: int
 ) -> str:
     """The configuration of a stage.
 
@@ -55,9 +50,10 @@ def stage_config(
     are counted apart, is batched by the pipeline.
 
     Args:
+        form: how Triton opens the stage.
         version: the only version that Triton serves.
-        kind: where the instances run: AUTO, CPU or GPU.
-        threads: of ONNX Runtime, per instance; 0 leaves it to the library.
+        kind: where the instances run, if the form leaves the choice: AUTO, CPU or GPU.
+        threads: per instance, if the form has a parameter for it; 0 leaves it to the library.
 
     Raises:
         UsageError: Triton, or its Python backend, cannot hold one of the tensors.
@@ -65,14 +61,14 @@ def stage_config(
     batch = _batch_dimension(spec)
     content: dict[str, Value] = {
         "name": name,
-        "backend": BACKENDS[backend][0],
+        "backend": form.backend,
         "max_batch_size": spec.profile[batch].max if batch else 0,
         "input": [_tensor(tensor, spec, batch) for tensor in spec.inputs],
         "output": [_tensor(tensor, spec, batch) for tensor in spec.outputs],
-        **serving(version, instances=instances, kind=kind, batched=bool(batch)),
+        **serving(version, instances=instances, kind=form.kind or kind, batched=bool(batch)),
     }
-    if threads and backend is Backend.ONNXRUNTIME:
-        content["parameters"] = parameters({"intra_op_thread_count": str(threads)})
+    if threads and form.threads:
+        content["parameters"] = parameters({form.threads: str(threads)})
     return as_text(content)
 
 

@@ -25,12 +25,12 @@ from pathlib import Path, PurePosixPath
 from ditc.runtime.atomic import atomic_folder
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import MANIFEST, Artifact, Manifest, load_manifest
-from ditc.runtime.bundle.onnx_domains import foreign_operators
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import UsageError
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, TritonForm, row_of, rows
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.step_contract import BATCH
-from ditc.runtime.triton_server.config import BACKENDS, as_text, parameters, serving, stage_config
+from ditc.runtime.triton_server.config import as_text, parameters, serving, stage_config
 from ditc.runtime.triton_server.fields import tensors
 
 ENTRY = '''"""The entry point for Triton's Python backend. Its environment needs the package ditc, without extras."""
@@ -60,7 +60,7 @@ class Choices:
     """
 
     name: str
-    backend: Backend = Backend.ONNXRUNTIME
+    backend: Backend = GRAPH_BACKEND
     precision: Precision | None = None
     instances: int = 1
     kind: str = "AUTO"
@@ -72,16 +72,21 @@ class Choices:
                 f"{self.name!r:.80} cannot be the name of a model",
                 hint="choose another --name, of letters, digits, '_', '.' and '-'",
             )
-        if self.backend not in BACKENDS:
-            raise UsageError(
-                f"Triton has no backend for {self.backend}",
-                hint=f"choose --backend {' or '.join(BACKENDS)}; for a plan, build with --backend tensorrt",
-            )
+        form_of(self.backend)
         if not 1 <= self.instances <= 1024 or not 0 <= self.threads <= 1024:
             raise UsageError(
                 f"{self.instances} instances with {self.threads} threads are not possible",
                 hint="choose 1 to 1024 --instances, and 0 to 1024 --threads",
             )
+
+
+def form_of(backend: Backend) -> TritonForm:
+    """How Triton opens artifacts of a backend. Raises UsageError if it cannot."""
+    form = row_of(backend).triton
+    if form is None:
+        names = " or ".join(row.name for row in rows() if row.triton is not None)
+        raise UsageError(f"Triton has no backend for {backend}", hint=f"build the bundle for {names}")
+    return form
 
 
 def version_of(manifest: Manifest) -> int:
@@ -173,9 +178,8 @@ def _best(
 
 def _check_operators(bundle: Path, stage: str, artifact: Artifact) -> None:
     """Refuse a graph with operators that only a library of ditc's own would know."""
-    if artifact.backend is not Backend.ONNXRUNTIME:
-        return
-    if foreign := foreign_operators(bundle / artifact.file.path):
+    find = form_of(artifact.backend).foreign
+    if find is not None and (foreign := find(bundle / artifact.file.path)):
         raise UsageError(
             f"{stage} has operators that Triton's backend does not know: {', '.join(foreign)}",
             hint="build the bundle without them: ditc build CHECKPOINT -o BUNDLE --linear-attention decomposed",
@@ -183,14 +187,13 @@ def _check_operators(bundle: Path, stage: str, artifact: Artifact) -> None:
 
 
 def _stage_config(stage: str, artifact: Artifact, version: int, choices: Choices) -> str:
-    kind = {Backend.TENSORRT: "GPU", Backend.OPENVINO: "CPU"}.get(artifact.backend, choices.kind)
     return stage_config(
         f"{choices.name}_{stage}",
         artifact.spec,
-        artifact.backend,
+        form_of(artifact.backend),
         version,
         instances=choices.instances,
-        kind=kind,
+        kind=choices.kind,
         threads=choices.threads,
     )
 
@@ -218,11 +221,11 @@ def _pipeline_config(
 def _copy_stage(bundle: Path, artifact: Artifact, place: Path) -> None:
     """Copy a model and what it refers to, by the names that it refers to."""
     place.mkdir(parents=True)
-    own = BACKENDS[artifact.backend][1]
-    shutil.copyfile(bundle / artifact.file.path, place / own)
+    form = form_of(artifact.backend)
+    shutil.copyfile(bundle / artifact.file.path, place / form.file)
     folder = PurePosixPath(artifact.file.path).parent
     for ref in artifact.data:
         relative = PurePosixPath(ref.path).relative_to(folder)
-        target = place / (relative if artifact.backend is not Backend.OPENVINO else "model.bin")
+        target = place / (form.data or relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle / ref.path, target)

@@ -18,6 +18,7 @@ from ditc.runtime.triton_server.config import stage_config
 from ditc.runtime.triton_server.repository import (
     Choices,
     choose_artifacts,
+    form_of,
     version_of,
     write_repository,
 )
@@ -119,7 +120,13 @@ def test_other_backends_have_their_own_files_and_devices(
     changed = replace(manifest, stages=stages)
     config = parsed(
         stage_config(
-            "x", changed.stages[DENOISER].artifacts[0].spec, backend, 1, instances=1, kind="GPU", threads=1
+            "x",
+            changed.stages[DENOISER].artifacts[0].spec,
+            form_of(backend),
+            1,
+            instances=1,
+            kind="GPU",
+            threads=1,
         )
     )
     assert config.backend == backend.value and not config.parameters
@@ -134,7 +141,7 @@ def test_tensors_that_the_python_backend_cannot_hold_are_refused() -> None:
     tensor = TensorSpec("latents", DType.BFLOAT16, ("batch", 4))
     spec = StageSpec(DENOISER, (tensor,), (tensor,), {"batch": Range(1, 1, 2)})
     with pytest.raises(UsageError, match="latents is bfloat16, which Triton's Python backend cannot hold"):
-        stage_config("x", spec, Backend.ONNXRUNTIME, 1, instances=1, kind="CPU", threads=0)
+        stage_config("x", spec, form_of(Backend.ONNXRUNTIME), 1, instances=1, kind="CPU", threads=0)
 
 
 def test_operators_that_only_ditc_knows_are_refused(
