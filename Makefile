@@ -11,6 +11,7 @@ NAME      ?= $(notdir $(patsubst %/checkpoint,%,$(MODEL:/=)))
 RANGES    ?= $(dir $(OUT))ranges.safetensors
 PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,general).txt
 TESTS     ?= tests
+STYLED     = $(if $(filter demo/checkpoint,$(MODEL:/=)),--lora demo/lora/sepia.safetensors)
 RANGED     = $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
 
 export PROMPT  # recipes read it from the environment, because it may hold quotes
@@ -54,7 +55,7 @@ demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines
 	$(BIN)/ditc build $(MODEL) -o $(OUT)
 	$(BIN)/python -m demo.join $(dir $(OUT))sprint/checkpoint
 	$(BIN)/ditc build $(dir $(OUT))sprint/checkpoint -o $(dir $(OUT))sprint/bundle
-	$(BIN)/python -m demo.draw $(OUT) $(dir $(OUT))sprint/bundle
+	$(BIN)/python -m demo.draw $(OUT) $(dir $(OUT))sprint/bundle $(STYLED)
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --backend tensorrt-rtx
 	$(BIN)/ditc parity $(OUT) --against $(MODEL) --seeds 1 --html $(dir $(OUT))parity.html
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ditc.runtime import Pipeline
+    from ditc.runtime.lora.choice import LoraChoice
 
 PROMPTS = (
     "red heart, 3d style",
@@ -43,47 +44,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, draw, and print an expected failure as an error and a hint."""
     parser = argparse.ArgumentParser(prog="python -m demo.draw", description=__doc__)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
-    arguments = parser.parse_args(argv)
     from ditc.runtime import DitcError
+    from ditc.runtime.lora.choice import add_lora_argument, parse_loras
 
+    add_lora_argument(parser, "Draw with the first bundle and this LoRA too.")
+    arguments = parser.parse_args(argv)
     try:
-        _draw(arguments.bundles)
+        _draw(arguments.bundles, parse_loras(arguments.lora))
     except DitcError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 2
     return 0
 
 
-def _draw(bundles: Sequence[Path]) -> None:
+def _draw(bundles: Sequence[Path], loras: Sequence[LoraChoice]) -> None:
     sections = [_draw_with(bundle) for bundle in bundles]
+    sections += [_draw_with(bundles[0], lora) for lora in loras]
     sheet = bundles[0].parent / "contact_sheet.png"
     contact_sheet(sections, PROMPTS).save(sheet)
-    print(f"{sheet}: {len(PROMPTS)} prompts with {len(bundles)} bundles")
+    print(f"{sheet}: {len(PROMPTS)} prompts with {len(bundles)} bundles and {len(loras)} LoRAs")
 
 
-def _draw_with(bundle: Path) -> tuple[str, list[NDArray[np.float32]]]:
+def _draw_with(bundle: Path, lora: LoraChoice | None = None) -> tuple[str, list[NDArray[np.float32]]]:
     """A title that names the bundle, its sampler's steps and their time, and one picture of each prompt."""
     from ditc.runtime import Pipeline
 
     before = perf_counter()
     with Pipeline.load(bundle) as pipeline:
         loaded = perf_counter() - before
-        pictures, seconds = _draw_all(pipeline, bundle)
+        style = ""
+        if lora is not None:
+            before = perf_counter()
+            pipeline.load_loras([lora])
+            style = lora.file.stem
+            print(f"{lora.file}: added to the weights in {perf_counter() - before:.2f} s")
+        pictures, seconds = _draw_all(pipeline, bundle, style)
         steps = pipeline.manifest.defaults.num_inference_steps
     print(
         f"{bundle}: load {loaded:.2f} s; first picture {sum(seconds[0].values()):.2f} s; "
         f"median picture: {_medians(seconds)}; with {pipeline.chosen}"
     )
-    return f"{bundle.parent.name}, {steps} steps", pictures
+    return f"{bundle.parent.name}{f' with {style}' if style else ''}, {steps} steps", pictures
 
 
-def _draw_all(pipeline: Pipeline, bundle: Path) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
+def _draw_all(
+    pipeline: Pipeline, bundle: Path, style: str
+) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
     pictures, seconds = [], []
     for prompt in _track(PROMPTS, f"drawing with {bundle}"):
         result = pipeline(prompt, seed=SEED, output_type="np")
         pictures.append(result.images[0])
         seconds.append(result.seconds)
-        name = "".join(c if c.isalnum() else "-" for c in prompt).replace("--", "-")
+        words = f"{prompt}, {style}" if style else prompt
+        name = "".join(c if c.isalnum() else "-" for c in words).replace("--", "-")
         _to_image(result.images[0]).save(bundle.parent / f"{name}.png")
     return pictures, seconds
 

@@ -54,13 +54,31 @@ class Conditioning:
 
     def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
         """A copy with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
-        if sessions.keys().isdisjoint({CONDITIONER, *(encoder.spec.stage for encoder in self.encoders)}):
+        if sessions.keys().isdisjoint(self.stages):
             return self
         return Conditioning(
             [replace(e, session=sessions.get(e.spec.stage, e.session)) for e in self.encoders],
             sessions.get(CONDITIONER, self.conditioner),
             key=self._key,
             cache=RowCache(self.cache.max_bytes),
+        )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that compute the rows."""
+        return (CONDITIONER, *(encoder.spec.stage for encoder in self.encoders))
+
+    def with_weights(self, sessions: Mapping[str, Session], key: str) -> Conditioning:
+        """A copy whose sessions have other weights. It shares the cache, in which its rows have another key.
+
+        Args:
+            key: identifies what was done to the weights of the artifacts; "" for nothing.
+        """
+        return Conditioning(
+            [replace(e, session=sessions.get(e.spec.stage, e.session)) for e in self.encoders],
+            sessions.get(CONDITIONER, self.conditioner),
+            key=f"{self._key};{key}" if key else self._key,
+            cache=self.cache,
         )
 
     def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array] | NumericsError]:

@@ -33,8 +33,7 @@ class Foreign:
 
 _ATTENTION = Foreign(
     "attention layers are compiled and take no options",
-    "leave it out; merge a LoRA before the build, with its scale: fuse_lora(lora_scale=...), unload_lora_weights() and "
-    "save_pretrained() of diffusers",
+    "leave it out; a LoRA's scale is set by pipe.set_adapters(NAME, SCALE) before the call",
     ({}, {"scale": 1}),
 )
 _IP_ADAPTER = Foreign("image adapters are not implemented")
@@ -47,7 +46,7 @@ FOREIGN = {
     "attention_kwargs": _ATTENTION,
     "joint_attention_kwargs": _ATTENTION,
     "cross_attention_kwargs": _ATTENTION,
-    "lora_scale": Foreign("a bundle holds no separate LoRA", _ATTENTION.hint, (1,)),
+    "lora_scale": Foreign("the scale of a LoRA belongs to no request", _ATTENTION.hint, (1,)),
     "clip_skip": Foreign(
         "the text encoders' graphs return the state before the last layer, as without clip_skip",
         "leave it out, which draws the picture of clip_skip=0",

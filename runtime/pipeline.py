@@ -28,6 +28,9 @@ from ditc.runtime.failure import Tally, check_failures
 from ditc.runtime.images import preview
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
 from ditc.runtime.loop import Step, run_states
+from ditc.runtime.lora.adapters import Adapters
+from ditc.runtime.lora.pipeline_methods import LoraMethods
+from ditc.runtime.lora.reopener import Reopener
 from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
@@ -43,7 +46,7 @@ __all__ = ["Pipeline", "Step"]
 log = logging.getLogger(__name__)
 
 
-class Pipeline:
+class Pipeline(LoraMethods):
     """Runs one bundle. It holds sessions and the text cache, but no request, so requests can be interleaved."""
 
     def __init__(
@@ -67,6 +70,7 @@ class Pipeline:
         self.steps_per_launch: int | None = None
         # May be set to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
+        self._adapters = None
         self._closed = False
         self._borrowed: frozenset[str] = frozenset()  # stages whose sessions another pipeline closes
 
@@ -128,6 +132,10 @@ class Pipeline:
             raise
         if parts.encoder is not None:
             pipeline.sessions[VAE_ENCODER] = parts.encoder
+        reopener = Reopener(Path(bundle), parts.manifest, parts.artifacts, options)
+        pipeline._adapters = Adapters(
+            reopener, pipeline.sessions, parts.conditioning, uncertified=pipeline.uncertified
+        )
         return pipeline
 
     def with_sessions(

@@ -43,6 +43,7 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         **({} if request.guidance_interval is None else {"guidance_interval": plan.guidance_interval}),
         "height": plan.height,
         "width": plan.width,
+        **({"loras": loras} if (loras := pipeline.loras_in_weights()) else {}),
         "backend": backend,
         "index": index,
         **image,

@@ -73,7 +73,12 @@ def _not_onnx(model: Path, why: str) -> BundleError:
     return BundleError(f"{model} is not a graph that ditc opens: {why}", hint="do not use this bundle")
 
 
-def _of_tensor(data: bytes, start: int, end: int) -> Iterator[Reference]:
+def external_entries(data: bytes, start: int, end: int) -> tuple[str, dict[str, str]]:
+    """The name of a tensor, and its entries of external data; there are none if it holds its values itself.
+
+    Raises:
+        ValueError: the bytes are no tensor.
+    """
     entries: dict[str, str] = {}
     name = ""
     for number, first, last in _fields(data, start, end):
@@ -85,6 +90,11 @@ def _of_tensor(data: bytes, start: int, end: int) -> Iterator[Reference]:
             if key in entries:
                 raise ValueError(f"the tensor {name!r} gives {key!r} twice")
             entries[key] = entry.get(ENTRY_VALUE, "")
+    return name, entries
+
+
+def _of_tensor(data: bytes, start: int, end: int) -> Iterator[Reference]:
+    name, entries = external_entries(data, start, end)
     if entries:
         yield Reference(
             owner=f"the tensor {name!r}",

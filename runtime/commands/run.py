@@ -17,6 +17,7 @@ from ditc.runtime.errors import OutputError, UsageError
 from ditc.runtime.files import check_name, check_writable
 from ditc.runtime.limits import MAX_PICTURES
 from ditc.runtime.load_options import add_load_arguments, load_options
+from ditc.runtime.lora.choice import add_lora_argument, parse_loras
 from ditc.runtime.png import SCHEDULE, TEXTS, save_png
 from ditc.runtime.prompts import read_prompts
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PNG file to write; several pictures get -0, -1 and so on before the .png (default: %(default)s).",
     )
     _add_request_arguments(parser)
+    add_lora_argument(parser, "Draw with this LoRA, with all its changes multiplied by SCALE.")
     add_load_arguments(parser)
     parser.add_argument(
         "--preview",
@@ -244,7 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 if every picture was drawn, else 1. It is an error if none was.
     """
-    prompts, options = _prompts(arguments), load_options(arguments)
+    prompts, options, loras = _prompts(arguments), load_options(arguments), parse_loras(arguments.lora)
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(
             f"output {arguments.output} is not a .png",
@@ -276,6 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Pipeline.load(read_bundle_argument(arguments), options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("the bundle is not certified: %s", pipeline.uncertified)
+        pipeline.load_loras(loras)
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
         given = {name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)}

@@ -11,7 +11,7 @@ arithmetic is that of peft 0.21.2, `get_delta_weight` and `merge` in tuners/lora
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
 
+ROWS = 256  # of a product at a time: some MB for the widest layers
 OTHER_NETWORK = "the LoRA was made for another network: use the checkpoint that it was trained on"
 
 
@@ -119,32 +120,50 @@ def check_fits(lora: Lora, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
                 )
 
 
-def changed(weight: Array, changes: Iterable[Change]) -> Array:
+def changed(weight: Array, changes: Sequence[Change]) -> Array:
     """The weight in fp32, with the changes applied one after the other.
 
-    Besides the result, one matrix of its size is in memory.
+    A matrix that is the transposed view of another keeps that order in memory.
 
     Args:
         weight: of the shape in the checkpoint, (O, I) or (O, I, height, width), as floats that numpy can widen.
     """
-    result: Array = np.array(weight, np.float32, order="C")
-    flat_OI = result.reshape(result.shape[0], -1)
-    changes = tuple(changes)
-    # peft takes DoRA's norm of the network's own weight, whatever other LoRAs have added before.
-    own_OI = (
-        flat_OI.copy()
-        if len(changes) > 1 and any(layer.magnitude is not None for layer, _ in changes)
-        else None
-    )
+    if any(layer.magnitude is not None for layer, _ in changes):
+        return _with_dora(weight, changes)
+    result: Array = np.array(weight, np.float32, order="K" if weight.ndim == 2 else "C")
     for layer, scale in changes:
-        rank = layer.down.shape[0]
-        delta_OI = layer.up.reshape(-1, rank) @ layer.down.reshape(rank, -1)
-        delta_OI *= np.float32(layer.scaling * scale)
-        flat_OI += delta_OI
-        if layer.magnitude is not None:
-            if own_OI is not None:
-                delta_OI += own_OI
-            trained_OI = flat_OI if own_OI is None else delta_OI
-            norm_O = np.sqrt(np.einsum("oi,oi->o", trained_OI, trained_OI))
-            flat_OI *= (layer.magnitude / norm_O)[:, None]
+        _add_product(result.reshape(result.shape[0], -1), layer, scale)
     return result
+
+
+def _add_product(weight_OI: Array, layer: LoraLayer, scale: float) -> None:
+    """Add the scaled B @ A, a block of rows at a time, which stays in the CPU's cache."""
+    left, right = _matrices(layer, scale)
+    if not weight_OI.flags.c_contiguous:
+        weight_OI, left, right = weight_OI.T, right.T, left.T
+    for start in range(0, weight_OI.shape[0], ROWS):
+        weight_OI[start : start + ROWS] += left[start : start + ROWS] @ right
+
+
+def _with_dora(weight: Array, changes: Sequence[Change]) -> Array:
+    result: Array = np.array(weight, np.float32, order="C")
+    result_OI = result.reshape(result.shape[0], -1)
+    # peft takes the norm of the network's own weight, whatever other LoRAs have added before.
+    own_OI = result_OI.copy() if len(changes) > 1 else result_OI
+    for layer, scale in changes:
+        up, down = _matrices(layer, scale)
+        delta_OI = up @ down
+        if layer.magnitude is None:
+            result_OI += delta_OI
+            continue
+        trained_OI = own_OI + delta_OI
+        result_OI += delta_OI
+        norm_O = np.sqrt(np.einsum("oi,oi->o", trained_OI, trained_OI))
+        result_OI *= (layer.magnitude / norm_O)[:, None]
+    return result
+
+
+def _matrices(layer: LoraLayer, scale: float) -> tuple[Array, Array]:
+    """B with all factors, (O, r), and A, (r, I), where a convolution's I has its kernel's places too."""
+    rank = layer.down.shape[0]
+    return layer.up.reshape(-1, rank) * np.float32(layer.scaling * scale), layer.down.reshape(rank, -1)

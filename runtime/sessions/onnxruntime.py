@@ -13,9 +13,10 @@ from ditc.runtime.cores import default_threads
 from ditc.runtime.cpu_features import VNNI, cpu_features
 from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.session import ComputeDevice, Session, Tensor, closed, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, to_numpy
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
+from ditc.runtime.sessions.onnxruntime_weights import replace_weights
 from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.spec import DENOISER, DType, Precision, StageSpec
 
@@ -44,6 +45,7 @@ class OnnxRuntimeSession:
         threads: the number of intra-op threads; 0 takes one per core that this process may use.
         cuda_graph: let the CUDA provider capture CUDA graphs. It must then support every node of the graph.
         profile: the beginning of the path of a file into which ONNX Runtime's profiler writes.
+        weights: other values of some of the graph's initializers, by name.
 
     Raises:
         SessionError: ONNX Runtime cannot load the graph with this provider, or the graph does not fit the spec.
@@ -59,6 +61,7 @@ class OnnxRuntimeSession:
         threads: int = 0,
         cuda_graph: bool = False,
         profile: Path | None = None,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -95,9 +98,12 @@ class OnnxRuntimeSession:
         providers: list[Any] = [provider]
         if provider == CUDA:
             providers = [(CUDA, {"use_tf32": tf32, "enable_cuda_graph": str(int(cuda_graph))}), CPU]
+        source: str | bytes = str(model)
+        if weights:
+            source = replace_weights(options, model, weights)
         try:
             # With its fallback, ONNX Runtime would continue with other providers, and say so only on stdout.
-            self._session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
+            self._session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime raises classes of its C API that share no base but Exception
             # bf16 decoders need an engine: the CUDA provider has no bf16 Resize or DepthToSpace (1.31.1).
             hint = "ONNX Runtime has no bf16 kernels for some operations: add fp32 stages with ditc build CHECKPOINT "
@@ -180,6 +186,26 @@ def open_stage(
     # CUDA graphs pay off for the denoiser, which runs many times with the same shapes. The other stages run once per
     # request.
     return open_on_device(model, spec, precision=precision, graphs=spec.name == DENOISER)
+
+
+def open_changed(
+    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, weights: Mapping[str, Array]
+) -> Session:
+    """Open a session with other values of some initializers, with the provider that the options name.
+
+    Raises:
+        SessionError: as `open_stage`.
+    """
+    spec, precision = artifact.spec, artifact.precision
+    provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
+    if provider == "cpu":
+        return OnnxRuntimeSession(
+            model, spec, precision=precision, provider=CPU, threads=options.threads, weights=weights
+        )
+    from ditc.runtime.sessions.onnxruntime_device import open_on_device
+
+    graphs = spec.name == DENOISER
+    return open_on_device(model, spec, precision=precision, graphs=graphs, weights=weights)
 
 
 def first_line(error: Exception) -> str:

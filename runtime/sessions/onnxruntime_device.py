@@ -122,6 +122,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         device: str = "cuda",
         threads: int = 0,
         graphs: bool = False,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -130,6 +131,7 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
             provider=CUDA if device == "cuda" else CPU,
             threads=threads,
             cuda_graph=graphs and device == "cuda",
+            weights=weights,
         )
         self._device, self._use_graphs = device, graphs
         self._bf16 = {tensor.name for tensor in spec.inputs if tensor.dtype is DType.BFLOAT16}
@@ -253,11 +255,18 @@ class _Part:
 
 
 def open_on_device(
-    model: Path, spec: StageSpec, *, precision: Precision, graphs: bool, device: str = "cuda"
+    model: Path,
+    spec: StageSpec,
+    *,
+    precision: Precision,
+    graphs: bool,
+    device: str = "cuda",
+    weights: Mapping[str, Array] | None = None,
 ) -> OnnxRuntimeDeviceSession:
     """Open a session on the first GPU.
 
     Args:
+        weights: other values of some of the graph's initializers, by name.
         graphs: use CUDA graphs if the provider supports every node of the stage, which ONNX Runtime requires for them.
 
     Raises:
@@ -267,10 +276,12 @@ def open_on_device(
         raise SessionError(f"{spec.name}: {lack}", hint=f"{INSTALL}, or --provider cpu")
     if graphs:
         try:
-            return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device, graphs=True)
+            return OnnxRuntimeDeviceSession(
+                model, spec, precision=precision, device=device, graphs=True, weights=weights
+            )
         except SessionError as e:
             log.info("%s: no CUDA graph in ONNX Runtime: %s", spec.name, e)
-    return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device)
+    return OnnxRuntimeDeviceSession(model, spec, precision=precision, device=device, weights=weights)
 
 
 def _options(graph: str) -> Any:

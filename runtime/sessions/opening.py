@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +14,25 @@ from ditc.runtime.sessions.registry import GRAPH_BACKEND, find_row, library_vers
 if TYPE_CHECKING:
     from ditc.runtime.bundle.manifest import Artifact
     from ditc.runtime.load_options import LoadOptions
-    from ditc.runtime.session import Session
+    from ditc.runtime.session import Array, Session
     from ditc.runtime.sessions.device import Device
 
 RUN_THE_GRAPH = f"run the {row_of(GRAPH_BACKEND).title} artifact: --backend {GRAPH_BACKEND}"
 
 
 def open_session(
-    model: Path, artifact: Artifact, options: LoadOptions, device: Device | None = None
+    model: Path,
+    artifact: Artifact,
+    options: LoadOptions,
+    device: Device | None = None,
+    *,
+    weights: Mapping[str, Array] | None = None,
 ) -> Session:
     """Open a session of the artifact's backend.
 
     Args:
         model: the artifact's file.
+        weights: other values of initializers of the stage's graph, by name; only for backends with `open_changed`.
         device: the device that the engines of a bundle share (see `open_device`). With None, an engine opens one for
             itself.
 
@@ -37,6 +44,10 @@ def open_session(
     check_runs(artifact)
     check_references(model, artifact)
     row = row_of(artifact.backend)
+    if weights:
+        if row.open_changed is None:
+            raise SessionError(f"{artifact.spec.name}: {row.title} cannot change weights", hint=RUN_THE_GRAPH)
+        return row.open_changed(row, model, artifact, options, weights)
     return row.open(row, model, artifact, options, device)
 
 

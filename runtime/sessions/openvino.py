@@ -67,6 +67,7 @@ class OpenvinoSession:
         device: OpenVINO's name of the device: CPU, GPU (Intel's) or NPU.
         threads: the number of CPU threads; 0 takes one per core that this process may use.
         precision: the precision of the artifact.
+        changed: other values of some of the graph's initializers, by name; bf16 values as uint16 arrays of their bits.
 
     Raises:
         SessionError: the machine has no such device, or OpenVINO cannot read the model, or it does not fit the spec.
@@ -81,6 +82,7 @@ class OpenvinoSession:
         device: str = CPU,
         threads: int = 0,
         precision: Precision = Precision.FP32,
+        changed: Mapping[str, Array] | None = None,
     ) -> None:
         self._openvino = load_openvino()
         self.spec = spec
@@ -100,6 +102,8 @@ class OpenvinoSession:
                 hint='if it is too old: pip install --upgrade "ditc[openvino]"; else build the bundle again',
             ) from e
         self._check_model()
+        if changed:
+            self._replace_constants(changed)
         if device == CPU and not multiplies_bf16_faster():
             widen_attention(self._model)
         self._compiled = CompiledShapes(self._compile, most_forms(weights.stat().st_size))
@@ -180,6 +184,25 @@ class OpenvinoSession:
         """
         return self._openvino.Tensor(array, list(array.shape), getattr(self._openvino.Type, TYPES[dtype]))
 
+    def _replace_constants(self, changed: Mapping[str, Array]) -> None:
+        """Put other values in the place of constants, which have the names of the graph's initializers."""
+        constants = {
+            op.get_friendly_name(): op for op in self._model.get_ops() if op.get_type_name() == "Constant"
+        }
+        for name, array in changed.items():
+            old = constants.get(name)
+            if old is None or list(old.get_output_shape(0)) != list(array.shape):
+                raise SessionError(
+                    f"{self.spec.name}: the model has no constant {name} of shape {array.shape}",
+                    hint="build the bundle again",
+                )
+            kind = old.get_output_element_type(0)
+            tensor = self._openvino.Tensor(array, list(array.shape), kind)
+            new = self._openvino.op.Constant(tensor, shared_memory=True)
+            new.set_friendly_name(name)
+            self._openvino.utils.replace_node(old, new)
+        self._kept = dict(changed)  # the constants use their memory
+
     def _check_model(self) -> None:
         def names(ports: Any) -> list[str]:
             return sorted(port.get_any_name() for port in ports)
@@ -237,6 +260,24 @@ def open_stage(
         device=options.device.upper() or CPU,
         threads=options.threads,
         precision=artifact.precision,
+    )
+
+
+def open_changed(
+    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, weights: Mapping[str, Array]
+) -> Session:
+    """Open a session with other values of some initializers of the stage's graph.
+
+    Raises:
+        SessionError: as `open_stage`.
+    """
+    return OpenvinoSession(
+        model,
+        artifact.spec,
+        device=options.device.upper() or CPU,
+        threads=options.threads,
+        precision=artifact.precision,
+        changed=weights,
     )
 
 

@@ -8,7 +8,7 @@ NumPy is not imported here: the options of the command line are made from this t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ditc.runtime.bundle.manifest import Artifact
     from ditc.runtime.bundle.references import Reference
     from ditc.runtime.load_options import LoadOptions
-    from ditc.runtime.session import Session
+    from ditc.runtime.session import Array, Session
     from ditc.runtime.sessions.device import Device
 
 AUTO = "auto"
@@ -64,6 +64,8 @@ class BackendRow:
         open: opens a stage. It is called after `lack` and after the check that the artifact is for this machine.
         profile: opens a stage with the library's profiler on, as a `ProfiledSession` (bench/profile.py). None if it has
             none.
+        open_changed: opens a stage with other values of some initializers of its graph, given by name; bf16 values as
+            uint16 arrays of their bits. None if it cannot, as with engines, which keep their weights.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
         builds_engines: whether it runs what a build makes from the stage's ONNX graph: engines, or another form of the
@@ -96,6 +98,9 @@ class BackendRow:
     open: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], Session]
     references: Callable[[Path], Sequence[Reference]] | None
     profile: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], ProfiledSession] | None = None
+    open_changed: Callable[[BackendRow, Path, Artifact, LoadOptions, Mapping[str, Array]], Session] | None = (
+        None
+    )
     builds_engines: bool = False
     same_library: bool = False
     same_gpu: bool = False
@@ -186,6 +191,7 @@ _table: list[BackendRow] = [
         open=_imported_later(_OPENVINO, "open_stage"),
         references=_imported_later("ditc.runtime.bundle.ir_references", "ir_references"),
         profile=_imported_later(f"{_PROFILERS}.openvino", "open_profiled"),
+        open_changed=_imported_later(_OPENVINO, "open_changed"),
         builds_engines=True,
         devices=("CPU", "GPU", "NPU"),
         precisions=(Precision.FP32, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8),
@@ -201,6 +207,7 @@ _table: list[BackendRow] = [
         open=_imported_later(_ONNXRUNTIME, "open_stage"),
         references=_imported_later("ditc.runtime.bundle.onnx_references", "onnx_references"),
         profile=_imported_later(f"{_PROFILERS}.onnxruntime", "open_profiled"),
+        open_changed=_imported_later(_ONNXRUNTIME, "open_changed"),
         providers=("cpu", "cuda"),
         cannot=_imported_later(_ONNXRUNTIME, "cannot"),
         polygraphy="polygraphy run {model} --onnxrt",

@@ -1,0 +1,125 @@
+"""Opens the stages of a bundle again, with LoRAs in their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditc.runtime.bundle.manifest import Artifact, Manifest
+from ditc.runtime.bundle.private_copy import private_copy
+from ditc.runtime.bundle.references import check_references
+from ditc.runtime.errors import BundleError, UsageError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.lora.lora import Change, ScaledLora, changes_of, check_fits
+from ditc.runtime.lora.stage_weights import changed_initializers, check_replaceable
+from ditc.runtime.session import Session
+from ditc.runtime.sessions.opening import open_session
+from ditc.runtime.sessions.registry import is_graph, row_of
+from ditc.runtime.spec import CONDITIONER, DENOISER
+from ditc.runtime.weight_map import Weight, read_weight_map
+
+FOLD = "build the bundle with the LoRA: ditc build CHECKPOINT -o BUNDLE --lora FILE"
+# The component of both stages that are made of the denoising network.
+TRANSFORMER = "transformer"
+
+
+@dataclass(frozen=True, slots=True)
+class Reopener:
+    """Opens stages of a bundle again, with LoRAs in their weights. It holds no session.
+
+    Attributes:
+        artifacts: the artifact that each stage runs.
+        options: how the bundle was loaded.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    artifacts: Mapping[str, Artifact]
+    options: LoadOptions
+
+    def stages_of(self, loras: Iterable[ScaledLora]) -> dict[str, dict[str, list[Change]]]:
+        """The changes of every stage whose weights change, by the checkpoint's names.
+
+        Raises:
+            UsageError: a LoRA does not fit the bundle, or a stage's weights cannot be changed.
+            BundleError: a weight map is missing or damaged.
+        """
+        loras, found = tuple(loras), {}
+        maps = self._weight_maps()
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for stage, weights in maps.items():
+            shapes.setdefault(self.component(stage), {}).update({w.checkpoint: w.shape for w in weights})
+        for scaled in loras:
+            check_fits(scaled.lora, shapes)
+        for stage, weights in maps.items():
+            all_changes = changes_of(loras, self.component(stage))
+            changes = {
+                w.checkpoint: all_changes[w.checkpoint] for w in weights if w.checkpoint in all_changes
+            }
+            if changes:
+                self._check_changeable(stage)
+                check_replaceable(weights, changes)
+                found[stage] = changes
+        return found
+
+    def open(self, stage: str, changes: Mapping[str, Sequence[Change]]) -> Session:
+        """A session of the stage with the changes; without any, it is the bundle's.
+
+        Raises:
+            SessionError: the library cannot open it. BundleError: a file is damaged.
+        """
+        artifact = self.artifacts[stage]
+        if not self.options.private_copy:
+            return self._open(self.bundle, artifact, stage, changes)
+        graph = self._graph(stage)
+        files = {ref.path: ref for ref in (artifact.file, *artifact.data, graph.file, *graph.data)}
+        with private_copy(self.bundle, tuple(files.values())) as folder:
+            return self._open(folder, artifact, stage, changes)
+
+    def _open(
+        self, folder: Path, artifact: Artifact, stage: str, changes: Mapping[str, Sequence[Change]]
+    ) -> Session:
+        if not changes:
+            return open_session(folder / artifact.file.path, artifact, self.options)
+        made_from = self._graph(stage)
+        graph = folder / made_from.file.path
+        check_references(graph, made_from)
+        weights = dict(changed_initializers(graph, self._weights(stage), changes))
+        return open_session(folder / artifact.file.path, artifact, self.options, weights=weights)
+
+    def _check_changeable(self, stage: str) -> None:
+        artifact = self.artifacts[stage]
+        row = row_of(artifact.backend)
+        if row.open_changed is None:
+            raise UsageError(
+                f"the {stage} runs in {row.title}, whose engines keep their weights",
+                hint=f"{FOLD}; or run another --backend",
+            )
+
+    def component(self, stage: str) -> str:
+        """The component of the checkpoint that a stage was made from."""
+        return TRANSFORMER if stage in (CONDITIONER, DENOISER) else stage
+
+    def _weight_maps(self) -> dict[str, tuple[Weight, ...]]:
+        """The weights of the stages that LoRAs may change: text encoders, the conditioner and the denoiser."""
+        stages = (*(spec.stage for spec in self.manifest.text), CONDITIONER, DENOISER)
+        return {stage: self._weights(stage) for stage in stages}
+
+    def _weights(self, stage: str) -> tuple[Weight, ...]:
+        ref = self._graph(stage).weights
+        if ref is None:
+            raise BundleError(f"the bundle has no weight map of the {stage}", hint="build the bundle again")
+        return read_weight_map(self.bundle / ref.path)
+
+    def _graph(self, stage: str) -> Artifact:
+        """The graph that the stage's artifact is or was made from."""
+        artifact = self.artifacts[stage]
+        graphs = [a for a in (artifact, *self.manifest.stages[stage].artifacts) if is_graph(a)]
+        found = next((a for a in graphs if a.precision is artifact.precision), None)
+        if found is None:
+            raise BundleError(
+                f"the bundle has no {artifact.precision.value} graph of the {stage}, from which its weights are read",
+                hint="build it again",
+            )
+        return found
