@@ -10,9 +10,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditc.runtime.commands.serve_arguments import add_serve_arguments, named_bundles
+from ditc.runtime.commands.serve_arguments import add_serve_arguments, named_bundles, named_loras
 from ditc.runtime.errors import DitcError, MissingExtra
 from ditc.runtime.load_options import LoadOptions, load_options
+from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.serving.api.request_limits import request_limits
 from ditc.runtime.serving.http.transport_limits import transport_limits
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     transport = with_open_files(transport_limits(arguments))
     bundles = named_bundles(arguments)
     metrics, traffic = Metrics(), Traffic()
-    models = _models(arguments, load, bundles, metrics)
+    models = _models(arguments, load, bundles, named_loras(arguments), metrics)
     with listen(options) as listener:
         metrics.watch(models)
         app = create_app(
@@ -111,12 +112,17 @@ class _Opening(threading.Thread):
 
 
 def _models(
-    arguments: argparse.Namespace, load: LoadOptions, bundles: dict[str, Path], metrics: Metrics
+    arguments: argparse.Namespace,
+    load: LoadOptions,
+    bundles: dict[str, Path],
+    loras: dict[str, LoraChoice],
+    metrics: Metrics,
 ) -> Models:
     """The models, none of which is opened yet. What is wrong with a bundle's manifest is found here."""
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.gpu import find_gpus, select_gpu
     from ditc.runtime.loader import choose_here
+    from ditc.runtime.serving.lora_variants import lora_variants
     from ditc.runtime.serving.memory import default_budget, parse_bytes
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.scheduling.admission import Admission
@@ -132,9 +138,12 @@ def _models(
         on_gpu |= row_of(artifacts[DENOISER].backend).same_gpu
     if budget is None:
         budget = default_budget(find_gpus()[0].memory_bytes if on_gpu else None)
+    variants = lora_variants(bundles, loras, load)
+    bundles = bundles | {name: bundles[of] for name, (of, _) in variants.items()}
     names = list(bundles)
     return Models(
         bundles,
+        loras={name: lora for name, (_, lora) in variants.items()},
         admission=Admission(Bounds(requests=arguments.max_queue, pixel_steps=arguments.max_pixel_steps)),
         load=load,
         scheduled=SchedulerOptions(max_batch=arguments.max_batch, window=arguments.batch_window_ms / 1000),

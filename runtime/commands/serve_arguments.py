@@ -9,6 +9,7 @@ from pathlib import Path
 from ditc.runtime.commands.bundle_argument import announce
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import add_load_arguments
+from ditc.runtime.lora.choice import LoraChoice, parse_lora
 from ditc.runtime.serving.api.request_limits import add_limit_arguments
 from ditc.runtime.serving.http.transport_limits import add_transport_arguments
 from ditc.runtime.serving.settings import Bounds, SchedulerOptions, ServerOptions
@@ -37,6 +38,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         dest="named",
         help="Serve a bundle under this name; may be given several times (default: the name of its directory, or of "
         "the one around it if it is only called bundle or build).",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="NAME=FILE[:SCALE]",
+        help="Also serve every bundle that this LoRA fits with it in its weights, as MODEL@NAME; may be given several "
+        "times. Clients can name no files (default: none).",
     )
     _add_models(parser)
     _add_bounds(parser)
@@ -178,6 +186,25 @@ def named_bundles(arguments: argparse.Namespace) -> dict[str, Path]:
             )
         names[name] = path
     return {name: local_bundle(path, announce=announce) for name, path in names.items()}
+
+
+def named_loras(arguments: argparse.Namespace) -> dict[str, LoraChoice]:
+    """The file and the scale of each LoRA by its name.
+
+    Raises:
+        UsageError: a name is wrong or given twice, or a scale is not finite.
+    """
+    found: dict[str, LoraChoice] = {}
+    for text in arguments.lora or ():
+        name, separator, choice = text.partition("=")
+        if not separator or not choice or not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--lora {text!r:.80} names no LoRA", hint="write --lora NAME=FILE or NAME=FILE:SCALE"
+            )
+        if name in found:
+            raise UsageError(f"two LoRAs are named {name}", hint="give one of them another name")
+        found[name] = parse_lora(choice)
+    return found
 
 
 def default_name(path: Path) -> str:

@@ -15,6 +15,7 @@ from ditc.runtime.cores import default_threads
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose_here
+from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
@@ -89,17 +90,21 @@ def open_model(
     scheduled: SchedulerOptions,
     observer: Observer,
     warm_up_seconds: float,
+    lora: LoraChoice | None = None,
 ) -> Model:
     """Open a bundle, test it and warm it up. It takes seconds to minutes.
+
+    Args:
+        lora: is added to the weights, after the test of the bundle's own.
 
     Raises:
         DitcError: as `Pipeline.load`; or the self-test failed.
     """
     began, before = monotonic(), resident_bytes()
     scheduler = Scheduler(
-        open_pipeline(bundle, load),
+        open_pipeline(bundle, load, lora),
         admission=admission,
-        reopen=lambda: open_pipeline(bundle, load),
+        reopen=lambda: open_pipeline(bundle, load, lora),
         options=scheduled,
         observer=observer,
     )
@@ -123,28 +128,35 @@ def open_model(
     )
 
 
-def open_pipeline(bundle: Path, load: LoadOptions) -> Pipeline:
+def open_pipeline(bundle: Path, load: LoadOptions, lora: LoraChoice | None = None) -> Pipeline:
     """Load a bundle and run every stage on its golden inputs, at every load, unless the options say not to.
+
+    A LoRA is added to the weights after that.
 
     Raises:
         DitcError: as `Pipeline.load`.
         NumericsError: a stage does not compute what it computed in PyTorch.
     """
     pipeline = Pipeline.load(bundle, options=load)
-    if not load.self_test:
-        return pipeline
     try:
-        artifacts, _ = choose_here(bundle, pipeline.manifest, load)
-        tested = run_self_test(bundle, pipeline.manifest, pipeline.sessions, artifacts)
-        if broken := next((line for line in tested.lines if line.passed is False), None):
-            raise NumericsError(
-                f"the self-test failed: {describe(broken)}",
-                hint="build the bundle again, or serve it anyway with --no-self-test",
-            )
+        if load.self_test:
+            _test(bundle, pipeline, load)
+        pipeline.load_loras([] if lora is None else [lora])
     except BaseException:
         pipeline.close()
         raise
     return pipeline
+
+
+def _test(bundle: Path, pipeline: Pipeline, load: LoadOptions) -> None:
+    """Raise NumericsError if a stage does not compute what it computed in PyTorch."""
+    artifacts, _ = choose_here(bundle, pipeline.manifest, load)
+    tested = run_self_test(bundle, pipeline.manifest, pipeline.sessions, artifacts)
+    if broken := next((line for line in tested.lines if line.passed is False), None):
+        raise NumericsError(
+            f"the self-test failed: {describe(broken)}",
+            hint="build the bundle again, or serve it anyway with --no-self-test",
+        )
 
 
 def recorded_times(bundle: Path, pipeline: Pipeline, load: LoadOptions) -> Measured | None:

@@ -18,6 +18,7 @@ from time import monotonic
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
+from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.serving.model import Model, expected_bytes, open_model
 from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
 from ditc.runtime.serving.room import Room
@@ -41,6 +42,7 @@ class Models:
         observe: makes the observer of a model, by its name.
         budget: bytes that all models may take together; None sets no bound.
         awaited: names of the models without which the server is not ready.
+        loras: by the names of models, the LoRA that each gets into its weights.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Models:
         warm_up_seconds: float = 30.0,
         budget: int | None = None,
         awaited: Sequence[str] | None = None,
+        loras: Mapping[str, LoraChoice] | None = None,
     ) -> None:
         self.bundles = dict(bundles)
         self.admission = admission
         self.budget = budget
         self._load_options, self._scheduled, self._observe = load, scheduled, observe
         self._warm_up_seconds = warm_up_seconds
+        self._loras = dict(loras or {})
         self._slots = {name: Slot(name, path) for name, path in self.bundles.items()}
         self.awaited = tuple(self.names[:1] if awaited is None else awaited)
         self._missing = set(self.awaited)  # those of the awaited that have not been opened yet
@@ -291,6 +295,7 @@ class Models:
                     scheduled=self._scheduled,
                     observer=self._observe(slot.name),
                     warm_up_seconds=self._warm_up_seconds,
+                    lora=self._loras.get(slot.name),
                 )
         except DitcError as e:
             error = e
