@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.machine import spread, write
 from ditc.runtime.bench.memory import peak_bytes
+from ditc.runtime.bundle.manifest import MANIFEST
 from ditc.runtime.lora.adapters import Adapters
 from ditc.runtime.lora.stage_weights import changed_initializers
 from ditc.runtime.pipeline import Pipeline
@@ -53,7 +54,7 @@ def main() -> None:
 def make_bundle(folder: Path, layers: int) -> Path:
     """A bundle for ONNX Runtime and OpenVINO in fp32."""
     bundle = folder / "bundle"
-    if (bundle / "manifest.json").exists():
+    if (bundle / MANIFEST).exists():
         return bundle
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from diffusers import SanaTransformer2DModel
