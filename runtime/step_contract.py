@@ -56,10 +56,15 @@ BATCH = "batch"
 ROWS = "rows"
 HEIGHT = "height"  # in latent cells
 WIDTH = "width"
+FRAMES = "frames"  # of the latents of a video
 IMAGE_HEIGHT = "image_height"  # in pixels
 IMAGE_WIDTH = "image_width"
 SIDES = (HEIGHT, WIDTH, IMAGE_HEIGHT, IMAGE_WIDTH)
 TEXT_LENGTH = "text_length"  # tokens that reach the denoiser
+
+# The axes of latents after batch and channels. Where this file says (H,W), a video has (F,H,W).
+PICTURE_AXES: tuple[str, ...] = (HEIGHT, WIDTH)
+VIDEO_AXES: tuple[str, ...] = (FRAMES, HEIGHT, WIDTH)
 
 # Names of coefficient columns.
 C_IN, A, B, CX, C0, CN = "c_in", "a", "b", "cx", "c0", "cn"
@@ -122,14 +127,17 @@ class StepContract:
         """The names of the coefficient columns, in order."""
         return coefficient_columns(self.history_length, self.noise)
 
-    def inputs(self, channels: int, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    def inputs(
+        self, channels: int, conditioning: tuple[TensorSpec, ...], axes: tuple[str, ...] = PICTURE_AXES
+    ) -> tuple[TensorSpec, ...]:
         """The inputs of the whole step, in the order in which the exported module takes them.
 
         Args:
             channels: C.
             conditioning: the outputs of the conditioner, each of shape (R, ...).
+            axes: those of the latents, as LatentSpec.axes says.
         """
-        image = (BATCH, channels, HEIGHT, WIDTH)
+        image: tuple[int | str, ...] = (BATCH, channels, *axes)
         return (
             TensorSpec(LATENTS, DType.FLOAT32, image),
             TensorSpec(ROW_OF, DType.INT64, (ROWS,)),
@@ -152,9 +160,9 @@ class StepContract:
             *((TensorSpec(SKIP_GATE, DType.FLOAT32, (ROWS,)),) if self.skip_gate else ()),
         )
 
-    def outputs(self, channels: int) -> tuple[TensorSpec, ...]:
+    def outputs(self, channels: int, axes: tuple[str, ...] = PICTURE_AXES) -> tuple[TensorSpec, ...]:
         """The outputs of the whole step, in the order in which the exported module returns them."""
-        image = (BATCH, channels, HEIGHT, WIDTH)
+        image: tuple[int | str, ...] = (BATCH, channels, *axes)
         return (
             TensorSpec(NEXT_LATENTS, DType.FLOAT32, image),
             TensorSpec(X0, DType.FLOAT32, image),

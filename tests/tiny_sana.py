@@ -58,7 +58,25 @@ def make_pipeline(
         scaling_factor=0.7,
     )
     # This VAE halves the picture only once, but SanaPipeline still requires sizes that are multiples of 32.
-    text_encoder = Gemma2Model(
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        algorithm_type="dpmsolver++",
+    )
+    pipeline = SanaSprintPipeline if sprint else SanaPipeline
+    return pipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=make_text_encoder().eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=SCMScheduler() if sprint else scheduler,
+    )
+
+
+def make_text_encoder() -> Gemma2Model:
+    """A Gemma-2 with two layers, whose states have 24 channels."""
+    return Gemma2Model(
         Gemma2Config(
             vocab_size=512,
             hidden_size=24,
@@ -70,20 +88,6 @@ def make_pipeline(
             query_pre_attn_scalar=12,
             sliding_window=16,
         )
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=3.0,
-        algorithm_type="dpmsolver++",
-    )
-    pipeline = SanaSprintPipeline if sprint else SanaPipeline
-    return pipeline(
-        tokenizer=make_tokenizer(),
-        text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=SCMScheduler() if sprint else scheduler,
     )
 
 

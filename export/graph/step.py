@@ -4,7 +4,8 @@
 batch requests that differ in prompt, guidance, step and schedule.
 """
 
-# B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
+# B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length. The latents of
+# a video are (B,C,F,H,W) wherever (B,C,H,W) is written.
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ class DenoiserStep(nn.Module):
 
         def column(name: str) -> Tensor:
             index = contract.columns.index(name)
-            return coefficients[:, index].reshape(-1, 1, 1, 1)
+            return coefficients[:, index].reshape(-1, *(1 for _ in latents.shape[1:]))
 
         scaled = column(step_contract.C_IN) * latents
         rows = self.network(scaled[row_of].to(self.dtype), timestep[row_of], *embedded, *remaining)
@@ -88,7 +89,7 @@ def guide(weights_BR: Tensor, rows_RCHW: Tensor) -> Tensor:
     The sum is not a matrix product, for two reasons. 0 * NaN is NaN, and one request that overflows must not spoil
     the others in its batch. And guidance must not be computed by TF32 or 16-bit GEMMs.
     """
-    weights = weights_BR[:, :, None, None, None]
+    weights = weights_BR[(..., *(None for _ in rows_RCHW.shape[1:]))]
     terms = torch.where(weights == 0, torch.zeros((), dtype=rows_RCHW.dtype), weights * rows_RCHW[None])
     return terms.sum(dim=1)
 

@@ -31,7 +31,7 @@ from ditc.runtime.bundle.manifest_check import check_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Backend, Precision, StageSpec
-from ditc.runtime.step_contract import GuidanceMode, StepContract
+from ditc.runtime.step_contract import PICTURE_AXES, VIDEO_AXES, GuidanceMode, StepContract
 from ditc.runtime.text import TextSpec
 
 SCHEMA_VERSION = 1
@@ -102,12 +102,19 @@ class LatentSpec:
         patch_size: latent cells per patch of the network, on each side.
         rgb: a (3, C+1) matrix, whose last column is the bias. It maps a latent cell to a colour in [-1, 1] for previews
             and is fitted by the build.
+        frames_per_cell: frames per latent frame after the first, which is one frame; None for pictures.
     """
 
     channels: int
     scale_factor: int
     patch_size: int = 1
     rgb: tuple[tuple[float, ...], ...] = ()
+    frames_per_cell: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the latents after batch and channels."""
+        return PICTURE_AXES if self.frames_per_cell is None else VIDEO_AXES
 
     def num_patches(self, height: int, width: int) -> int:
         """How many patches the network makes of a picture, whose sides are in pixels."""

@@ -145,6 +145,8 @@ def _check_latents(latents: LatentSpec, path: str) -> None:
     _between(latents.channels, 1, 4096, f"{path}.channels")
     _between(latents.scale_factor, 1, 1024, f"{path}.scale_factor")
     _between(latents.patch_size, 1, 1024, f"{path}.patch_size")
+    if latents.frames_per_cell is not None:
+        _between(latents.frames_per_cell, 1, 1024, f"{path}.frames_per_cell")
     widths = [len(row) for row in latents.rgb]
     _require(
         widths in ([], [latents.channels + 1] * 3),
@@ -240,12 +242,18 @@ def _check_known(spec: StageSpec, tensors: Iterable[TensorSpec], known: Iterable
 def _check_step(spec: StageSpec, manifest: Manifest, conditioning: set[str]) -> None:
     """Check a denoiser against the contract of a step."""
     path, channels = f"$.stages.{spec.name}", manifest.latents.channels
+    axes = manifest.latents.axes
+    rank = 3 + len(axes)
     history = [tensor.shape for tensor in spec.inputs if tensor.name == HISTORY]
-    _require(len(history) == 1 and len(history[0]) == 5, path, f"there is no input {HISTORY} of 5 dimensions")
+    _require(
+        len(history) == 1 and len(history[0]) == rank,
+        path,
+        f"there is no input {HISTORY} of {rank} dimensions",
+    )
     length = history[0][1]
     _require(isinstance(length, int) and length <= MAX_RANK, path, f"{HISTORY} holds {length!r:.60} states")
     contract = manifest.step_contract(spec)
-    inputs, outputs = contract.inputs(channels, ()), contract.outputs(channels)
+    inputs, outputs = contract.inputs(channels, (), axes), contract.outputs(channels, axes)
     for wanted, found in ((inputs, spec.inputs), (outputs, spec.outputs)):
         by_name = {tensor.name: tensor for tensor in found}
         for tensor in wanted:

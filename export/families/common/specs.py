@@ -34,6 +34,7 @@ from ditc.runtime.step_contract import (
     IMAGE_WIDTH,
     LATENTS,
     LATENTS_STD,
+    PICTURE_AXES,
     PREDICTION,
     ROWS,
     WIDTH,
@@ -57,6 +58,7 @@ class DenoiserFacts:
         sizes: ranges of "height" and "width" in latent cells.
         text: ranges of the other named dimensions of the conditioning.
         step: the step's contract, which states what the solver needs and how guidance reaches the network.
+        axes: those of the latents, as LatentSpec.axes says. `sizes` has a range for each.
     """
 
     channels: int
@@ -65,14 +67,15 @@ class DenoiserFacts:
     sizes: Mapping[str, Range]
     text: Mapping[str, Range]
     step: StepContract
+    axes: tuple[str, ...] = PICTURE_AXES
 
 
 def denoiser_spec(facts: DenoiserFacts, *, max_batch: int) -> StageSpec:
     """Spec of the denoiser as a whole step (export/graph/step.py)."""
     return StageSpec(
         DENOISER,
-        inputs=facts.step.inputs(facts.channels, facts.conditioning),
-        outputs=facts.step.outputs(facts.channels),
+        inputs=facts.step.inputs(facts.channels, facts.conditioning, facts.axes),
+        outputs=facts.step.outputs(facts.channels, facts.axes),
         profile={
             BATCH: Range(1, 1, max_batch),
             ROWS: _rows(facts, max_batch),
@@ -87,11 +90,11 @@ def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> Stage
 
     Parity uses it, and so can callers whose guidance is not a weighted sum of predictions.
     """
-    latents = TensorSpec(LATENTS, dtype, (ROWS, facts.channels, HEIGHT, WIDTH))
+    latents = TensorSpec(LATENTS, dtype, (ROWS, facts.channels, *facts.axes))
     return StageSpec(
         NETWORK,
         inputs=(latents, *facts.step.network_inputs(facts.conditioning)),
-        outputs=(TensorSpec(PREDICTION, dtype, (ROWS, facts.out_channels, HEIGHT, WIDTH)),),
+        outputs=(TensorSpec(PREDICTION, dtype, (ROWS, facts.out_channels, *facts.axes)),),
         profile={ROWS: _rows(facts, max_batch), **facts.sizes, **facts.text},
     )
 

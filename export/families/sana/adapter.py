@@ -47,6 +47,7 @@ from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
 from ditc.export.networks.gemma2 import gemma2_config
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec, Tiling
+from ditc.runtime.errors import CheckpointError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
@@ -59,6 +60,7 @@ from ditc.runtime.spec import (
 from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, GuidanceMode, StepContract
 from ditc.runtime.text import Select, TextSpec
 
+VIDEO = "SanaVideoTransformer3DModel"
 # The defaults of SanaPipeline.__call__ and SanaSprintPipeline.__call__, diffusers 0.42.1.
 MAX_SEQUENCE_LENGTH = 300
 NUM_INFERENCE_STEPS = 20
@@ -90,9 +92,9 @@ class SanaAdapter:
     family = "sana"
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
-        """Whether the transformer is diffusers' SanaTransformer2DModel."""
+        """Whether the transformer is diffusers' SanaTransformer2DModel or SanaVideoTransformer3DModel."""
         transformer = checkpoint.components.get("transformer")
-        return transformer is not None and transformer.class_name == "SanaTransformer2DModel"
+        return transformer is not None and transformer.class_name in ("SanaTransformer2DModel", VIDEO)
 
     def plan(self, checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         """Plan the bundle from the checkpoint's configs.
@@ -102,6 +104,11 @@ class SanaAdapter:
                 here do not implement a config.
             UsageError: the precision or the resolution is not available.
         """
+        if checkpoint.component("transformer").class_name == VIDEO:
+            raise CheckpointError(
+                f"{checkpoint.path} is a SANA-Video checkpoint, and no bundle can be built from one yet",
+                hint="`ditc convert` converts its transformer to NVlabs' layout and back",
+            )
         transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
         check_pipeline(checkpoint, SPRINT if transformer.guidance_embeds else PIPELINE)
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)

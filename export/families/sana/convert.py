@@ -16,16 +16,17 @@ from ditc.export.convert.new_directory import copy_others, write_json
 from ditc.export.convert.writer import write_weights
 from ditc.export.families.sana.keys import SanaKeys, to_diffusers, to_native
 from ditc.export.families.sana.native import detect_keys, is_native, transformer_config
+from ditc.export.families.sana.video_native import video_transformer_config
 from ditc.runtime.errors import CheckpointError
 
 
 class SanaLayout:
-    """The layout of NVlabs/Sana's files, which hold only the transformer (of Sana, SANA-1.5 or SANA-Sprint)."""
+    """The layout of NVlabs/Sana's files, which hold only the transformer (of Sana, SANA-1.5, -Sprint or -Video)."""
 
     needed: Collection[str] = ("text_encoder", "tokenizer", "vae")
 
     def recognises(self, names: Collection[str]) -> bool:
-        """Whether the names are those of a Sana network. SANA-Video is one too, and is refused later by name."""
+        """Whether the names are those of a Sana network."""
         return is_native(names)
 
     def write_directory(
@@ -39,7 +40,8 @@ class SanaLayout:
     ) -> None:
         """Write the transformer and its scheduler, and copy the other components from base."""
         keys = detect_keys(native)
-        config = transformer_config(native, keys, options)
+        config_of = video_transformer_config if keys.video else transformer_config
+        config = config_of(native, keys, options)
         tensors = to_diffusers(native, keys)
         _check_shapes(config, tensors, keys)
         assert options.dtype is not None  # transformer_config asked for it
@@ -49,10 +51,10 @@ class SanaLayout:
         write_json(directory / "transformer" / "config.json", config)
         scheduler = _write_scheduler(directory / "scheduler", keys, options)
         index = {
-            "_class_name": "SanaSprintPipeline" if keys.guidance_embeds else "SanaPipeline",
+            "_class_name": _pipeline(keys),
             **copy_others(base, directory, ("transformer",)),
             "scheduler": ["diffusers", scheduler],
-            "transformer": ["diffusers", "SanaTransformer2DModel"],
+            "transformer": ["diffusers", config["_class_name"]],
         }
         write_json(directory / "model_index.json", index)
 
@@ -64,6 +66,7 @@ class SanaLayout:
             num_layers=sum(name.endswith(".attn1.to_q.weight") for name in tensors),
             qk_norm=any(name.endswith(".norm_q.weight") for name in tensors),
             guidance_embeds=any(".guidance_embedder." in name for name in tensors),
+            video=any(name.endswith(".ff.conv_temp.weight") for name in tensors),
         )
         with naming(transformer.place):
             return to_native(tensors, keys)
@@ -74,10 +77,11 @@ LAYOUT: NativeLayout = SanaLayout()
 
 def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys) -> None:
     """Compare every tensor's shape with diffusers' own network, which is built without allocating its weights."""
-    from diffusers import SanaTransformer2DModel
+    import diffusers
 
+    network_class = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
-        network = SanaTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+        network = network_class(**{k: v for k, v in config.items() if not k.startswith("_")})
     native_names = {part: name for name, parts in keys.rows().items() for part in parts}
     for name, parameter in network.state_dict().items():
         if tensors.shape(name) != tuple(parameter.shape):
@@ -86,6 +90,12 @@ def _check_shapes(config: dict[str, Any], tensors: TensorSource, keys: SanaKeys)
                 f"but the network needs {list(parameter.shape)}",
                 hint="the file is damaged, or --attention-head-dim is of another network",
             )
+
+
+def _pipeline(keys: SanaKeys) -> str:
+    if keys.video:
+        return "SanaVideoPipeline"
+    return "SanaSprintPipeline" if keys.guidance_embeds else "SanaPipeline"
 
 
 def _write_scheduler(directory: Path, keys: SanaKeys, options: NativeOptions) -> str:

@@ -17,7 +17,6 @@ DROPPED = frozenset({"y_embedder.y_embedding", "pos_embed", "logvar_linear.weigh
 
 # Native -> diffusers; each name stands for its .weight and .bias.
 _LAYERS = {
-    "x_embedder.proj": "patch_embed.proj",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
     "t_block.1": "time_embed.linear",
@@ -48,6 +47,7 @@ _BLOCK_TENSORS: dict[str, tuple[str, ...]] = {
     "mlp.depth_conv.conv.bias": ("ff.conv_depth.bias",),
     "mlp.point_conv.conv.weight": ("ff.conv_point.weight",),
 }
+_BLOCK_VIDEO = {"mlp.t_conv.weight": ("ff.conv_temp.weight",)}
 _BLOCK_QK_NORM = {
     "attn.q_norm.weight": ("attn1.norm_q.weight",),
     "attn.k_norm.weight": ("attn1.norm_k.weight",),
@@ -55,7 +55,7 @@ _BLOCK_QK_NORM = {
     "cross_attn.k_norm.weight": ("attn2.norm_k.weight",),
 }
 
-FOREIGN = "the file is damaged, or its network is not an image network of Sana, SANA-1.5 or SANA-Sprint"
+FOREIGN = "the file is damaged, or its network is not one of Sana, SANA-1.5, SANA-Sprint or SANA-Video"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +65,13 @@ class SanaKeys:
     num_layers: int
     qk_norm: bool
     guidance_embeds: bool
+    video: bool = False
 
     def rows(self) -> dict[str, tuple[str, ...]]:
         """For the native name of every tensor, the names of the diffusers tensors that it holds."""
         embedder = "time_embed" if self.guidance_embeds else "time_embed.emb"
         layers = _LAYERS | {
+            "x_embedder.proj": "patch_embedding" if self.video else "patch_embed.proj",
             "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
             "t_embedder.mlp.2": f"{embedder}.timestep_embedder.linear_2",
         }
@@ -80,6 +82,7 @@ class SanaKeys:
             for kind in ("weight", "bias"):
                 rows[f"{native}.{kind}"] = (f"{diffusers}.{kind}",)
         block = _BLOCK_TENSORS | (_BLOCK_QK_NORM if self.qk_norm else {})
+        block |= _BLOCK_VIDEO if self.video else {}
         for index in range(self.num_layers):
             for native, parts in block.items():
                 rows[f"blocks.{index}.{native}"] = tuple(

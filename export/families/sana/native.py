@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ditc.export.checkpoint.tensors import TensorSource
@@ -28,15 +28,11 @@ def is_native(names: Collection[str]) -> bool:
 
 
 def detect_keys(tensors: TensorSource) -> SanaKeys:
-    """Detect depth, qk-norm and guidance embedding from the names alone.
+    """Detect depth, qk-norm, guidance embedding and temporal convolutions from the names alone.
 
     Raises:
-        CheckpointError: it is a video network, or its blocks are not numbered from 0 on.
+        CheckpointError: the blocks are not numbered from 0 on.
     """
-    if any(name.endswith(VIDEO) for name in tensors):
-        raise CheckpointError(
-            "this is a SANA-Video network (it has t_conv)", hint="only image networks are supported"
-        )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     if blocks != {str(index) for index in range(len(blocks))}:
         raise CheckpointError(
@@ -47,32 +43,33 @@ def detect_keys(tensors: TensorSource) -> SanaKeys:
         num_layers=len(blocks),
         qk_norm=any(name.endswith(".q_norm.weight") for name in tensors),
         guidance_embeds=any(name.startswith("cfg_embedder.") for name in tensors),
+        video=any(name.endswith(VIDEO) for name in tensors),
     )
 
 
 def transformer_config(tensors: TensorSource, keys: SanaKeys, options: NativeOptions) -> dict[str, Any]:
-    """Make diffusers' config.json of the network.
+    """Make diffusers' config.json of an image network. That of a video network is made in video_native.py.
 
     Raises:
         UsageError: a required option is missing, or an option has an impossible value.
         CheckpointError: the shapes are not those of a Sana network.
     """
     _check_options(keys, options)
-    hidden, in_channels, patch_size = _shape(tensors, "x_embedder.proj.weight", 4)[:3]
-    head_dim, cross_head_dim = _head_dims(hidden, options)
-    ff_channels = _shape(tensors, "blocks.0.mlp.inverted_conv.conv.weight", 4)[0] // 2  # value and gate
+    hidden, in_channels, patch_size = shape_of(tensors, "x_embedder.proj.weight", 4)[:3]
+    head_dim, cross_head_dim = head_dims(hidden, options, HEAD_DIMS)
+    ff_channels = shape_of(tensors, "blocks.0.mlp.inverted_conv.conv.weight", 4)[0] // 2  # value and gate
     resolution = options.resolution or 0
     return {
         "_class_name": "SanaTransformer2DModel",
         "in_channels": in_channels,
-        "out_channels": _shape(tensors, "final_layer.linear.weight", 2)[0] // patch_size**2,
+        "out_channels": shape_of(tensors, "final_layer.linear.weight", 2)[0] // patch_size**2,
         "num_attention_heads": hidden // head_dim,
         "attention_head_dim": head_dim,
         "num_layers": keys.num_layers,
         "num_cross_attention_heads": hidden // cross_head_dim,
         "cross_attention_head_dim": cross_head_dim,
         "cross_attention_dim": hidden,
-        "caption_channels": _shape(tensors, "y_embedder.y_proj.fc1.weight", 2)[1],
+        "caption_channels": shape_of(tensors, "y_embedder.y_proj.fc1.weight", 2)[1],
         "mlp_ratio": ff_channels / hidden,
         "attention_bias": False,
         "sample_size": resolution // PIXELS_PER_LATENT,
@@ -108,20 +105,18 @@ def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
             "--position-embedding sincos --interpolation-scale 2; --dtype follows the release's name: "
             "bf16 for BF16, SANA-1.5 and Sprint, else fp16",
         )
-    for name, value, known in (
-        ("position-embedding", options.position_embedding, POSITION_EMBEDDINGS),
-        ("dtype", options.dtype, tuple(DTYPES)),
-    ):
-        if value not in known:
-            raise UsageError(
-                f"--{name} {value} is not one of {', '.join(known)}",
-                hint=f"give one of them, or leave --{name} out",
-            )
+    _check_choice("position-embedding", options.position_embedding, POSITION_EMBEDDINGS)
     if options.resolution is not None and (options.resolution <= 0 or options.resolution % PIXELS_PER_LATENT):
         raise UsageError(
             f"--resolution {options.resolution} is not a positive multiple of {PIXELS_PER_LATENT}",
             hint="give the resolution that the network was trained for, such as 1024",
         )
+    check_values(options)
+
+
+def check_values(options: NativeOptions) -> None:
+    """Refuse impossible values of the options that all networks need. Raises UsageError."""
+    _check_choice("dtype", options.dtype, tuple(DTYPES))
     if options.flow_shift is not None and not 0 < options.flow_shift < float("inf"):
         raise UsageError(
             f"--flow-shift {options.flow_shift} is not a positive number",
@@ -129,15 +124,30 @@ def _check_options(keys: SanaKeys, options: NativeOptions) -> None:
         )
 
 
-def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
-    known = HEAD_DIMS.get(hidden, (None, None))
+def _check_choice(name: str, value: str | None, known: Collection[str]) -> None:
+    if value not in known:
+        raise UsageError(
+            f"--{name} {value} is not one of {', '.join(known)}",
+            hint=f"give one of them, or leave --{name} out",
+        )
+
+
+def head_dims(
+    hidden: int, options: NativeOptions, releases: Mapping[int, tuple[int, int]]
+) -> tuple[int, int]:
+    """The head dimensions of self- and cross-attention: those of the options, or of a release with this hidden size.
+
+    Raises:
+        UsageError: neither says them, or one does not divide the hidden size.
+    """
+    known = releases.get(hidden, (None, None))
     head_dim = options.attention_head_dim or known[0]
     cross_head_dim = options.cross_attention_head_dim or known[1]
     if head_dim is None or cross_head_dim is None:
         raise UsageError(
             f"the file's tensors do not show the head sizes of a network with hidden size {hidden}",
             hint="give --attention-head-dim and --cross-attention-head-dim; they are known for the hidden sizes "
-            + ", ".join(map(str, HEAD_DIMS)),
+            + ", ".join(map(str, releases)),
         )
     for name, size in (("attention", head_dim), ("cross-attention", cross_head_dim)):
         if size <= 0 or hidden % size:
@@ -148,7 +158,8 @@ def _head_dims(hidden: int, options: NativeOptions) -> tuple[int, int]:
     return head_dim, cross_head_dim
 
 
-def _shape(tensors: TensorSource, name: str, rank: int) -> tuple[int, ...]:
+def shape_of(tensors: TensorSource, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of the named tensor. Raises CheckpointError if it is missing or of another rank."""
     if name not in tensors or len(tensors.shape(name)) != rank:
         found = list(tensors.shape(name)) if name in tensors else "missing"
         raise CheckpointError(f"{name} is {found}, but must be a tensor of {rank} dimensions", hint=FOREIGN)

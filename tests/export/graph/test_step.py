@@ -73,6 +73,29 @@ def test_a_step_is_rows_guidance_and_update(history: int, noise: bool) -> None:
     assert stats.shape == (2, 2)
 
 
+def test_the_latents_of_a_video_are_stepped_like_a_tall_picture() -> None:
+    """The network here treats every pixel alone, so frames below each other give the same values."""
+    step = wrap(Network(), dtype=torch.float32, contract=StepContract(history_length=2, noise=True))
+    network = step.network.mix
+    video = inputs(2, noise=True)
+    for name in ("latents", "history", "noise"):
+        video[name] = torch.stack([video[name], video[name].flip(-1)], dim=-3)  # two frames of 4x4
+    tall = {
+        name: value.flatten(-3, -2) if name in ("latents", "history", "noise") else value
+        for name, value in video.items()
+    }
+    pictures = step(*tall.values())
+
+    def mix(latents: Tensor) -> Tensor:
+        return torch.nn.functional.conv3d(latents, network.weight[..., None], network.bias)
+
+    step.network.forward = lambda x, t, c: mix(x) * (t / 1000 + c)[:, None, None, None, None]
+    frames = step(*video.values())
+    for got, expected in zip(frames[:3], pictures[:3], strict=True):
+        torch.testing.assert_close(got.flatten(-3, -2), expected)
+    torch.testing.assert_close(frames[3], pictures[3])
+
+
 def test_only_the_network_sees_the_deployment_type() -> None:
     network = Network()
     step = wrap(network, dtype=torch.float16, contract=StepContract())

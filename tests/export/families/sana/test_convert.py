@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import SanaTransformer2DModel, SanaVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.convert.layout import DTYPES, NativeOptions
@@ -45,8 +46,8 @@ OPTIONS = NativeOptions(
 TRAINING_ONLY = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias")
 
 
-@pytest.fixture(params=["sana", "sana-1.5", "sprint"])
-def network(request: pytest.FixtureRequest) -> SanaTransformer2DModel:
+@pytest.fixture(params=["sana", "sana-1.5", "sprint", "video"])
+def network(request: pytest.FixtureRequest) -> SanaTransformer2DModel | SanaVideoTransformer3DModel:
     """A seeded network of each variant. Biases and norms are random too, so no two tensors are equal."""
     return _network(request.param)
 
@@ -56,10 +57,10 @@ def test_a_native_checkpoint_becomes_the_same_network_in_diffusers(
     tmp_path: Path, network: SanaTransformer2DModel, suffix: str
 ) -> None:
     native = _native_names(network) | {name: torch.randn(3, 3) for name in TRAINING_ONLY}
-    out = convert(_save(native, tmp_path / f"net{suffix}"), tmp_path / "out", options=OPTIONS)
+    out = convert(_save(native, tmp_path / f"net{suffix}"), tmp_path / "out", options=_options_of(network))
     expected = network.state_dict()
     _assert_same(open_checkpoint(out).component("transformer").tensors, expected)
-    loaded, report = SanaTransformer2DModel.from_pretrained(out / "transformer", output_loading_info=True)
+    loaded, report = type(network).from_pretrained(out / "transformer", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     # Not bit for bit: the weights are at other addresses, and a GEMM's last bits depend on the alignment.
     torch.testing.assert_close(_run(loaded), _run(network))
@@ -76,10 +77,11 @@ def test_an_outer_name_that_all_tensors_share_is_removed(tmp_path: Path, outer: 
 def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
     tmp_path: Path, network: SanaTransformer2DModel
 ) -> None:
-    first = convert(_save(_native_names(network), tmp_path / "net.pth"), tmp_path / "first", options=OPTIONS)
+    options = _options_of(network)
+    first = convert(_save(_native_names(network), tmp_path / "net.pth"), tmp_path / "first", options=options)
     native = convert_to_native(first, tmp_path / "native.safetensors")
     _assert_same(load_file(native), _native_names(network))
-    second = convert(native, tmp_path / "second", options=OPTIONS)
+    second = convert(native, tmp_path / "second", options=options)
     for path in sorted(first.rglob("*.*")):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
     # safetensors makes its files private, but these have the permissions that the umask allows.
@@ -90,7 +92,7 @@ def test_a_round_trip_from_diffusers_to_native_and_back_is_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("family", "qk_norm", "guidance"),
-    [("sana", False, False), ("sana-1.5", True, False), ("sprint", True, True)],
+    [("sana", False, False), ("sana-1.5", True, False), ("sprint", True, True), ("video", True, False)],
 )
 def test_the_variant_is_detected_from_keys_not_from_the_path(
     tmp_path: Path, family: str, qk_norm: bool, guidance: bool
@@ -98,6 +100,7 @@ def test_the_variant_is_detected_from_keys_not_from_the_path(
     misleading = tmp_path / "SANA1.5_Sprint_4.8B_video.pth"
     keys = detect_keys(read_native(_save(_native_names(_network(family)), misleading)))
     assert (keys.num_layers, keys.qk_norm, keys.guidance_embeds) == (LAYERS, qk_norm, guidance)
+    assert keys.video == (family == "video")
 
 
 def test_the_scheduler_and_the_pipeline_class_follow_the_variant(tmp_path: Path) -> None:
@@ -115,6 +118,12 @@ def test_the_scheduler_and_the_pipeline_class_follow_the_variant(tmp_path: Path)
     sprint = open_checkpoint(convert(native, tmp_path / "b", options=_options(flow_shift=None)))
     assert sprint.model_index["_class_name"] == "SanaSprintPipeline"
     assert sprint.scheduler_config["_class_name"] == "SCMScheduler"
+    network = _network("video")
+    native = _save(_native_names(network), tmp_path / "c.pth")
+    video = open_checkpoint(convert(native, tmp_path / "c", options=_options_of(network)))
+    assert video.model_index["_class_name"] == "SanaVideoPipeline"
+    assert video.scheduler_config["flow_shift"] == 8.0
+    assert video.component("transformer").config["sample_size"] == 30
 
 
 def test_one_error_names_every_setting_that_the_tensors_do_not_show(tmp_path: Path) -> None:
@@ -131,6 +140,23 @@ def test_one_error_names_every_setting_that_the_tensors_do_not_show(tmp_path: Pa
         with pytest.raises(UsageError, match="--"):
             convert(path, tmp_path / "out", options=_options(**bad))
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.pth"]
+
+
+def test_the_options_of_a_video_network_are_other_ones(tmp_path: Path) -> None:
+    path = _save(_native_names(_network("video")), tmp_path / "net.pth")
+    with pytest.raises(UsageError, match=r"also give --resolution, --flow-shift, --dtype$"):
+        convert(path, tmp_path / "out", options=NativeOptions())
+    for bad, message in (
+        ({"resolution": 512}, "--resolution 512 is not one of 480, 720"),
+        (
+            {"resolution": 480, "position_embedding": "sincos"},
+            "--position-embedding sincos is of image networks",
+        ),
+        ({"resolution": 480, "dtype": "int4"}, "--dtype int4"),
+        ({"resolution": 480, "attention_head_dim": None}, "head sizes of a network with hidden size 16"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert(path, tmp_path / "out", options=_options(**bad))
 
 
 def test_a_position_embedding_is_written_as_its_interpolation_scale(tmp_path: Path) -> None:
@@ -264,7 +290,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
 
 def test_other_networks_are_refused_and_the_error_says_what_they_are(tmp_path: Path) -> None:
     for tensors, message in (
-        ({"blocks.0.mlp.t_conv.weight": torch.ones(1)}, "SANA-Video"),
+        ({"blocks.0.mlp.t_conv.weight": torch.ones(1)}, "x_embedder.proj.weight is missing"),
         (
             {"double_blocks.0.img_mod.lin.weight": torch.ones(1)},
             "no family has tensors of these names.*double_blocks",
@@ -325,28 +351,36 @@ def test_the_command_line_passes_every_option(tmp_path: Path, capsys: pytest.Cap
     _assert_same(load_file(tmp_path / "back.safetensors"), _native_names(_network("sana")))
 
 
-def _network(family: str) -> SanaTransformer2DModel:
+def _network(family: str) -> SanaTransformer2DModel | SanaVideoTransformer3DModel:
     torch.manual_seed(0)
+    if family == "video":
+        network = SanaVideoTransformer3DModel(**CONFIG | {"sample_size": 30, "mlp_ratio": 3.0}).eval()
+        return _random(network)
     extra: dict[str, Any] = {} if family == "sana" else {"qk_norm": "rms_norm_across_heads"}
     if family == "sprint":
         extra["guidance_embeds"] = True
-    network = SanaTransformer2DModel(**CONFIG, **extra).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.2)
+    return _random(SanaTransformer2DModel(**CONFIG, **extra).eval())
+
+
+@torch.no_grad()
+def _random(network: nn.Module) -> nn.Module:
+    for parameter in network.parameters():
+        parameter.normal_(std=0.2)
     return network
 
 
 def _native_names(network: SanaTransformer2DModel) -> dict[str, torch.Tensor]:
     """The network's weights with NVlabs/Sana's names, written out here independently of the table under test."""
     w = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    video = isinstance(network, SanaVideoTransformer3DModel)
+    patches = "patch_embedding" if video else "patch_embed.proj"
     time = "time_embed" if network.config.guidance_embeds else "time_embed.emb"
     native = {
         "attention_y_norm.weight": w["caption_norm.weight"],
         "final_layer.scale_shift_table": w["scale_shift_table"],
     }
     for kind in ("weight", "bias"):
-        native[f"x_embedder.proj.{kind}"] = w[f"patch_embed.proj.{kind}"]
+        native[f"x_embedder.proj.{kind}"] = w[f"{patches}.{kind}"]
         native[f"y_embedder.y_proj.fc1.{kind}"] = w[f"caption_projection.linear_1.{kind}"]
         native[f"y_embedder.y_proj.fc2.{kind}"] = w[f"caption_projection.linear_2.{kind}"]
         native[f"t_embedder.mlp.0.{kind}"] = w[f"{time}.timestep_embedder.linear_1.{kind}"]
@@ -370,6 +404,8 @@ def _native_names(network: SanaTransformer2DModel) -> dict[str, torch.Tensor]:
             native[f"{theirs}.mlp.inverted_conv.conv.{kind}"] = w[f"{ours}.ff.conv_inverted.{kind}"]
             native[f"{theirs}.mlp.depth_conv.conv.{kind}"] = w[f"{ours}.ff.conv_depth.{kind}"]
         native[f"{theirs}.mlp.point_conv.conv.weight"] = w[f"{ours}.ff.conv_point.weight"]
+        if video:
+            native[f"{theirs}.mlp.t_conv.weight"] = w[f"{ours}.ff.conv_temp.weight"]
         if network.config.qk_norm:
             for x in "qk":
                 native[f"{theirs}.attn.{x}_norm.weight"] = w[f"{ours}.attn1.norm_{x}.weight"]
@@ -379,6 +415,12 @@ def _native_names(network: SanaTransformer2DModel) -> dict[str, torch.Tensor]:
 
 def _options(**changes: Any) -> NativeOptions:
     return NativeOptions(**({name: getattr(OPTIONS, name) for name in OPTIONS.__slots__} | changes))
+
+
+def _options_of(network: nn.Module) -> NativeOptions:
+    if isinstance(network, SanaVideoTransformer3DModel):
+        return _options(resolution=480, flow_shift=8.0, position_embedding=None)
+    return OPTIONS
 
 
 def _save(native: dict[str, torch.Tensor], path: Path) -> Path:
@@ -392,7 +434,8 @@ def _save(native: dict[str, torch.Tensor], path: Path) -> Path:
 @torch.no_grad()
 def _run(network: SanaTransformer2DModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, CHANNELS, 2, 3, generator=generator)
+    video = isinstance(network, SanaVideoTransformer3DModel)
+    latents = torch.randn(1, CHANNELS, *((3, 4, 6) if video else (2, 3)), generator=generator)
     text = torch.randn(1, 5, CAPTION, generator=generator)
     guidance = torch.tensor([4.5]) if network.config.guidance_embeds else None
     return network(latents, text, timestep=torch.tensor([500]), guidance=guidance, return_dict=False)[0]

@@ -159,14 +159,9 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(setting, message) 
         SanaVideoConfig.from_json(TINY | setting)
 
 
-EXPORTS = [
-    pytest.param(name, per_frame, marks=[] if (name, per_frame) == ("wan", False) else pytest.mark.slow)
-    for name in CONFIGS
-    for per_frame in (False, True)
-]
-
-
-@pytest.mark.parametrize(("name", "per_frame"), EXPORTS)
+@pytest.mark.slow  # test_video_step.py exports one of these in every run
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_exported_graphs_run_at_another_shape_and_batch(
     name, per_frame, seed_weights, relative_l2
 ) -> None:

@@ -1,0 +1,59 @@
+"""A seeded SANA-Video checkpoint of a few hundred kilobytes, made with diffusers' classes as a user would save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+)
+from transformers import Gemma2Model
+
+from tests.tiny_sana import make_text_encoder, make_tokenizer
+
+
+def make_pipeline(seed: int = 0) -> SanaVideoPipeline:
+    """The pipeline in fp32 and eval mode; every call with one seed gives the same weights.
+
+    The scheduler is the one that SanaVideoPipeline names, with the shift of NVlabs/Sana's command lines for videos.
+    """
+    torch.manual_seed(seed)
+    transformer = SanaVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        mlp_ratio=3.0,
+    )
+    vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
+    text_encoder: Gemma2Model = make_text_encoder()
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=8.0,
+        algorithm_type="dpmsolver++",
+    )
+    return SanaVideoPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=scheduler,
+    )
+
+
+def make_checkpoint(directory: Path, seed: int = 0) -> Path:
+    """Save the pipeline in diffusers layout with a ditc.json, and return the directory."""
+    make_pipeline(seed).save_pretrained(directory, safe_serialization=True)
+    (directory / "ditc.json").write_text(
+        '{"height": 32, "width": 48, "resolution_bins": null, "max_sequence_length": 12, '
+        '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
+    )
+    return directory
