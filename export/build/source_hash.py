@@ -42,7 +42,7 @@ NOT_IN_GRAPHS = (
     "export/families/__init__.py",
     "export/families/*/convert.py",
     "export/families/*/keys.py",
-    "export/families/*/native.py",
+    "export/families/*/*native.py",
     "export/families/*/recipe.py",
     "export/quant/evidence.py",
     "export/quant/measure.py",

@@ -41,7 +41,7 @@ class Stream:
             x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, frames, 0))
         else:
             x_BCTHW = torch.cat([next(self._kept), x_BCTHW], dim=2)
-        self.left.append(x_BCTHW[:, :, -frames:])
+        self.left.append(x_BCTHW[:, :, -frames:].clone())  # a view would keep the whole chunk in memory
         return x_BCTHW
 
     def skip(self, left: Tensor) -> None:
