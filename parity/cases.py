@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ditc.runtime import denoise
+from ditc.runtime.control import example_picture
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.rng import Generator, randn_latents
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.step_contract import C0, COEFFICIENTS, coefficient_columns
 
@@ -128,9 +128,16 @@ def step_noise_seed(case: Case) -> int:
     return case.seed + 1
 
 
-def request_of(case: Case, settings: Settings, latents: Array | None = None) -> Request:
-    """The request for a case. With `latents`, both sides start from that noise instead of the case's seed."""
+def request_of(
+    case: Case, settings: Settings, latents: Array | None = None, *, control: bool = False
+) -> Request:
+    """The request for a case. With `latents`, both sides start from that noise instead of the case's seed.
+
+    Args:
+        control: whether a ControlNet reads the example picture.
+    """
     return Request(
+        control_image=example_picture() if control else None,
         prompt=case.prompt,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -153,7 +160,8 @@ def starting_noise(pipeline: Pipeline, case: Case, settings: Settings) -> Array:
 
 def start_case(pipeline: Pipeline, case: Case, settings: Settings, noise: Array) -> tuple[Plan, DenoiseState]:
     """The plan of one case, and its state before the first step."""
-    plan = pipeline.plan(request_of(case, settings, noise))
+    control = pipeline.drawable.has_controlnet
+    plan = pipeline.plan(request_of(case, settings, noise, control=control))
     (state,) = pipeline.start(plan)
     return plan, state
 
@@ -172,7 +180,7 @@ def run_case(
     start, latents, x0 = state, [to_numpy(state.latents)], []
     problem = ""
     while not state.done and not problem:
-        (state,) = denoise.step(pipeline.sessions[DENOISER], [state])
+        (state,) = denoise.step(pipeline.stepper, [state])
         assert state.x0 is not None
         latents.append(to_numpy(state.latents))
         x0.append(to_numpy(state.x0))

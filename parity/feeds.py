@@ -9,7 +9,7 @@ from ditc.parity.cases import Case, CaseRun, Settings, finished_state, forced_st
 from ditc.runtime import denoise
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
-from ditc.runtime.spec import DENOISER, StageSpec
+from ditc.runtime.spec import StageSpec
 
 
 class Recorder:
@@ -36,8 +36,8 @@ def record_feeds(
 ) -> dict[str, dict[str, Array]]:
     """The feeds of every stage that runs for one case, by stage.
 
-    The text stages get the case's prompt, the denoiser the latents of `run` before `step`, and the decoder the last
-    latents of `run`.
+    The text stages get the case's prompt, the denoiser and a ControlNet the latents of `run` before `step`, and the
+    decoder the last latents of `run`.
     """
     recorders = {name: Recorder(session) for name, session in pipeline.sessions.items()}
     recording = pipeline.with_sessions(recorders)
@@ -48,6 +48,6 @@ def record_feeds(
         forced = forced_state(run, start, step)
     elif step:
         forced = replace(start, latents=run.latents[step], step_index=step)
-    denoise.step(recording.sessions[DENOISER], [forced])
+    denoise.step(recording.stepper, [forced])
     recording.decode([finished_state(run, start)], plan)
     return {name: recorder.feeds for name, recorder in recorders.items() if recorder.feeds is not None}

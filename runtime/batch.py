@@ -31,6 +31,7 @@ from ditc.runtime.step_contract import (
     BATCH,
     CARRY,
     COEFFICIENTS,
+    CONTROL_SCALE,
     GUIDANCE_WEIGHTS,
     HISTORY,
     LATENTS,
@@ -45,7 +46,7 @@ from ditc.runtime.step_contract import (
 
 # The inputs that are 0 for a sample that pads, so that its latents stay 0. Other inputs get the value of the last
 # sample, because the network may not be made for 0.
-_ZERO = frozenset({COEFFICIENTS, NOISE})
+_ZERO = frozenset({COEFFICIENTS, NOISE, CONTROL_SCALE})
 
 
 # The run of a padded size from which on all take as long: the first runs plainly, and the second captures the graph.

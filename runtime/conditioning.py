@@ -14,7 +14,7 @@ from ditc.runtime.cache import RowCache
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
-from ditc.runtime.spec import CONDITIONER, StageSpec, TensorSpec
+from ditc.runtime.spec import CONDITIONER, CONTROL_CONDITIONER, StageSpec, TensorSpec
 from ditc.runtime.text import TokenBatch
 from ditc.runtime.text_encoder import TextEncoder, encoders_for
 
@@ -37,6 +37,8 @@ class Conditioning:
 
     Args:
         key: identifies the artifacts that compute the rows.
+        control_conditioner: computes what a ControlNet needs of the text, from the conditioner's inputs; None if there
+            is no ControlNet, or if it takes the conditioner's outputs.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class Conditioning:
         *,
         key: str,
         cache: RowCache | None = None,
+        control_conditioner: Session | None = None,
     ) -> None:
         self.encoders = tuple(encoders)
         self.conditioner = conditioner
+        self.control_conditioner = control_conditioner
         self.cache = cache if cache is not None else RowCache()
         self._key = key
 
@@ -61,12 +65,13 @@ class Conditioning:
             sessions.get(CONDITIONER, self.conditioner),
             key=self._key,
             cache=RowCache(self.cache.max_bytes),
+            control_conditioner=sessions.get(CONTROL_CONDITIONER, self.control_conditioner),
         )
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that compute the rows."""
-        return (CONDITIONER, *(encoder.spec.stage for encoder in self.encoders))
+        return (CONDITIONER, CONTROL_CONDITIONER, *(encoder.spec.stage for encoder in self.encoders))
 
     def with_weights(self, sessions: Mapping[str, Session], key: str) -> Conditioning:
         """A copy whose sessions have other weights. It shares the cache, in which its rows have another key.
@@ -79,6 +84,7 @@ class Conditioning:
             sessions.get(CONDITIONER, self.conditioner),
             key=f"{self._key};{key}" if key else self._key,
             cache=self.cache,
+            control_conditioner=sessions.get(CONTROL_CONDITIONER, self.control_conditioner),
         )
 
     def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array] | NumericsError]:
@@ -223,12 +229,15 @@ class Conditioning:
         return self._merge(named)
 
     def _merge(self, named: Mapping[str, Array]) -> Mapping[str, Array]:
-        spec = self.conditioner.spec
-        outputs = self.conditioner.run({tensor.name: named[tensor.name] for tensor in spec.inputs})
-        row = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-        for name, tensor in row.items():
-            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-                raise NumericsError(f"{CONDITIONER}: {name} has NaN or Inf", hint="rebuild in bf16 or fp32")
+        row: dict[str, Array] = {}
+        for session in filter(None, (self.conditioner, self.control_conditioner)):
+            outputs = session.run({tensor.name: named[tensor.name] for tensor in session.spec.inputs})
+            for name, output in outputs.items():
+                row[name] = to_numpy(output)
+                if row[name].dtype.kind == "f" and not np.isfinite(row[name]).all():
+                    raise NumericsError(
+                        f"{session.spec.name}: {name} has NaN or Inf", hint="rebuild in bf16 or fp32"
+                    )
         return row
 
 

@@ -54,7 +54,7 @@ FOREIGN = {
     ),
     "ip_adapter_image": _IP_ADAPTER,
     "ip_adapter_image_embeds": _IP_ADAPTER,
-    "control_image": Foreign("bundles take no control picture"),
+    "controlnet_pooled_projections": Foreign("a ControlNet reads the prompt's own pooled embeddings"),
     "padding_mask_crop": Foreign("pictures are not cropped", "crop image and mask_image before the call"),
     "masked_image_latents": Foreign("no network here takes them"),
     "callback": Foreign("diffusers replaced it", "pass callback_on_step_end"),
@@ -82,6 +82,8 @@ SYNONYMS = {
     **dict.fromkeys(("init_image", "images", "input_image"), "image"),
     **dict.fromkeys(("mask", "mask_images"), "mask_image"),
     **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
+    **dict.fromkeys(("conditioning_image", "controlnet_image", "hint"), "control_image"),
+    **dict.fromkeys(("controlnet_scale", "conditioning_scale"), "controlnet_conditioning_scale"),
     "text_embeds": "prompt_embeds",
 }
 

@@ -10,7 +10,6 @@ from ditc.runtime.callback import Callback, StepCallback
 from ditc.runtime.failure import Tally
 from ditc.runtime.loop import Step, run_state
 from ditc.runtime.output import Drawn
-from ditc.runtime.spec import DENOISER
 
 if TYPE_CHECKING:
     from ditc.runtime.pipeline import Pipeline
@@ -33,7 +32,7 @@ def draw_parts(
         clock.lap("text")
         callback = Callback(function, pipeline, plan, pipeline.drawable.contract) if function else None
         for step in run_state(
-            pipeline.sessions[DENOISER],
+            pipeline.stepper,
             state,
             tally,
             chunk=chunk,

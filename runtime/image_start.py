@@ -57,6 +57,7 @@ class ImageLatents:
     Args:
         encoder: the vae_encoder. If it also returns `latents_std`, a sample of the posterior is drawn, as in diffusers:
             mean + std * noise, with noise that is drawn before all other noise of the request.
+        generator: of that noise; None takes the mean.
         images: one for all pictures, or one per prompt.
         shape: (B,C,h,w) of all pictures of the request.
         per_prompt: num_images_per_prompt.
@@ -67,7 +68,7 @@ class ImageLatents:
         encoder: Session,
         images: GivenImages,
         shape: Sequence[int],
-        generator: Generator | Sequence[Generator],
+        generator: Generator | Sequence[Generator] | None,
         *,
         per_prompt: int,
         scale: int,
@@ -81,7 +82,7 @@ class ImageLatents:
         self._sampled: tuple[int, Array] | None = None
         self._noise: Parts | None = None
         self._for_each_picture = not isinstance(generator, Generator)
-        if any(output.name == LATENTS_STD for output in encoder.spec.outputs):
+        if generator is not None and any(out.name == LATENTS_STD for out in encoder.spec.outputs):
             count = shape[0] if self._for_each_picture else len(images)
             self._noise = noise_parts((count, *shape[1:]), generator)
 

@@ -30,6 +30,8 @@ from ditc.runtime.sessions.registry import AUTO, available_backends, find_row, r
 from ditc.runtime.sessions.residency import OnDemandSession, Residency
 from ditc.runtime.spec import (
     CONDITIONER,
+    CONTROL_CONDITIONER,
+    CONTROLNET,
     DENOISER,
     EIGHT_BITS,
     VAE_DECODER,
@@ -97,9 +99,17 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
         TextEncoder(spec, tokenizer, sessions[spec.stage])
         for spec, tokenizer in zip(manifest.text, tokenizers, strict=True)
     ]
-    key = "+".join(chosen[name].key for name in (CONDITIONER, *(spec.stage for spec in manifest.text)))
-    conditioning = Conditioning(encoders, sessions[CONDITIONER], key=key)
-    encoder = _encoder(bundle, manifest, chosen[DENOISER], options, device)
+    texts = (CONDITIONER, CONTROL_CONDITIONER, *(spec.stage for spec in manifest.text))
+    key = "+".join(chosen[name].key for name in texts if name in chosen)
+    conditioning = Conditioning(
+        encoders,
+        sessions[CONDITIONER],
+        key=key,
+        control_conditioner=sessions.get(CONTROL_CONDITIONER),
+    )
+    encoder = None
+    if VAE_ENCODER not in chosen:
+        encoder = _encoder(bundle, manifest, chosen[DENOISER], options, device)
     return Parts(manifest, sessions, conditioning, reason, chosen, certification, device, encoder)
 
 
@@ -132,7 +142,11 @@ def choose(
     runnable, backend, precision = available_backends(), options.named_backend, options.precision
     if DENOISER not in manifest.stages:
         raise BundleError(f"the bundle has no {DENOISER}", hint="build it again")
-    stages = (*(spec.stage for spec in manifest.text), CONDITIONER, DENOISER, VAE_DECODER)
+    control: tuple[str, ...] = ()
+    if CONTROLNET in manifest.stages:  # what a ControlNet reads is encoded by the VAE
+        names = (CONTROL_CONDITIONER, CONTROLNET, VAE_ENCODER)
+        control = tuple(name for name in names if name in manifest.stages)
+    stages = (*(spec.stage for spec in manifest.text), CONDITIONER, *control, DENOISER, VAE_DECODER)
     _check_named_stages(options, stages)
     denoisers = manifest.stages[DENOISER].artifacts
     unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
@@ -150,6 +164,10 @@ def choose(
                 name: best if name == DENOISER else _companion(manifest, name, best, options)
                 for name in stages
             }
+            if CONTROL_CONDITIONER in chosen:  # its outputs are inputs of the ControlNet
+                chosen[CONTROL_CONDITIONER] = _companion(
+                    manifest, CONTROL_CONDITIONER, chosen[CONTROLNET], options
+                )
             eight = [f"{n} {a.precision.value}" for n, a in chosen.items() if a.recipe and n != DENOISER]
             reason = f"{candidate} {', '.join((best.precision.value, *eight))}: {runnable[candidate]}"
             passed = [f"not {name}: {why}" for name, why in later.items() if name is not candidate]

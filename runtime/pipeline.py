@@ -21,6 +21,7 @@ from PIL import Image
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.callback import FIXED, OF_ONE_RUN, StepCallback, check_callback
 from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.control import step_session
 from ditc.runtime.decode import Decoded, decode_state, join, prepare_decoder
 from ditc.runtime.drawing import draw_parts
 from ditc.runtime.errors import SessionError, UsageError
@@ -75,11 +76,16 @@ class Pipeline(LoraMethods):
         self._borrowed: frozenset[str] = frozenset()  # stages whose sessions another pipeline closes
 
     @property
+    def stepper(self) -> Session:
+        """What computes a step: the denoiser, with the ControlNet before it if the bundle has one."""
+        return step_session(self.sessions)
+
+    @property
     def drawable(self) -> Drawable:
         """What decides which requests can be drawn."""
         return Drawable(
             manifest=self.manifest,
-            denoiser=self.sessions[DENOISER].spec,
+            denoiser=self.stepper.spec,
             decoder=self.sessions[VAE_DECODER].spec,
             conditioning=self.conditioning,
             tiling=self.tiling,
@@ -282,9 +288,7 @@ class Pipeline(LoraMethods):
                 step's state names those that have failed.
         """
         plan = self.plan(request)
-        return run_states(
-            self.sessions[DENOISER], self.states(plan), Tally(plan.pictures, request), total=plan.runs
-        )
+        return run_states(self.stepper, self.states(plan), Tally(plan.pictures, request), total=plan.runs)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the defaults, and refuse requests that this pipeline cannot draw.
@@ -336,8 +340,7 @@ class Pipeline(LoraMethods):
         """
         tally = Tally(sum(state.latents.shape[0] for state in states), request)
         total = sum(len(state.schedule) - state.step_index for state in states)
-        denoiser = self.sessions[DENOISER]
-        return run_states(denoiser, states, tally, total=total, steps_per_launch=steps_per_launch)
+        return run_states(self.stepper, states, tally, total=total, steps_per_launch=steps_per_launch)
 
     def decode(self, states: Sequence[DenoiseState], plan: Plan) -> Any:
         """The pictures of the finished states, in the form that the request asked for.

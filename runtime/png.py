@@ -48,6 +48,7 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         "index": index,
         **image,
         **({"strength": plan.strength} if image else {}),
+        **_control_settings(plan),
         "num_prompts": request.num_prompts,
         "num_images_per_prompt": request.num_images_per_prompt,
     }
@@ -60,6 +61,17 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         "bundle": pipeline.manifest.digest,
         "certified": "no" if pipeline.uncertified else "yes",
         "software": _software(),
+    }
+
+
+def _control_settings(plan: Plan) -> dict[str, bool | float]:
+    if plan.control is None:
+        return {}
+    return {
+        "control_image": True,
+        "controlnet_conditioning_scale": plan.control.scale,
+        "control_guidance_start": plan.control.start,
+        "control_guidance_end": plan.control.end,
     }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from ditc.runtime.arrays import given_array
 from ditc.runtime.bundle.manifest import Manifest, PerturbedAttentionGuidance, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
+from ditc.runtime.control import Control, control_feeds, decide_control, has_control
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import (
@@ -30,6 +31,7 @@ from ditc.runtime.guidance import (
     perturbed_attention_scales,
     skip_layer_scales,
 )
+from ditc.runtime.image_input import GivenImages
 from ditc.runtime.image_start import ImageLatents, Kept, cell_mask
 from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request, checked
@@ -51,7 +53,8 @@ class Drawable:
     """What decides which requests a pipeline can draw: its manifest, and the specs of the sessions that it runs.
 
     Attributes:
-        denoiser, decoder: the specs of the two stages.
+        denoiser: the spec of what computes a step, which is the denoiser with the ControlNet, if there is one.
+        decoder: the spec of the VAE's decoder.
         tiling: how the VAE works in tiles; None encodes and decodes in one piece.
         encoder: the VAE's encoder, for requests with an image; None if the bundle has none that can run here.
     """
@@ -67,6 +70,10 @@ class Drawable:
     def contract(self) -> StepContract:
         """The contract of the denoiser's step."""
         return self.manifest.step_contract(self.denoiser)
+
+    @property
+    def has_controlnet(self) -> bool:
+        return has_control(self.denoiser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,7 @@ class Plan:
         at_once: how many pictures are drawn together, as the denoiser's batch allows.
         strength: how much of the image is replaced; None without an image.
         begin_index: the first step that is done. It is 0 without an image.
+        control: how the control picture acts; None without one.
     """
 
     request: Request
@@ -103,6 +111,7 @@ class Plan:
     guidance_interval: tuple[float, float] = ALL_STEPS
     strength: float | None = None
     begin_index: int = 0
+    control: Control | None = None
 
     @property
     def pictures(self) -> int:
@@ -160,10 +169,13 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         timesteps=request.timesteps,
         sigmas=request.sigmas,
     )
+    control = decide_control(request, has_controlnet=drawable.has_controlnet)
+    for name in ("image", "control_image"):
+        _check_can_encode(request, name, drawable)
     strength = None
     if request.image is not None:
         strength = STRENGTH if request.strength is None else request.strength
-    begin_index = _begin_index(strength, steps, drawable)
+    begin_index = _begin_index(strength, steps)
     table = coefficient_table(
         manifest.scheduler,
         steps,
@@ -198,34 +210,40 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         guidance_interval=decide_guidance_interval(request, contract, has_rows=guided or pag is not None),
         strength=strength,
         begin_index=begin_index,
+        control=control,
     )
 
 
 def _resized(request: Request, height: int, width: int) -> Request:
-    """The request with its image and mask at the drawn size."""
-    if request.image is None:
-        return request
-    mask = request.mask_image
+    """The request with its pictures at the drawn size."""
+    given = {name: getattr(request, name) for name in ("image", "mask_image", "control_image")}
     return replace(
         request,
-        image=request.image.resized(height, width),
-        mask_image=None if mask is None else mask.resized(height, width, masks=True),
+        **{
+            name: pictures.resized(height, width, masks=name == "mask_image")
+            for name, pictures in given.items()
+            if pictures is not None
+        },
     )
 
 
-def _begin_index(strength: float | None, steps: int, drawable: Drawable) -> int:
+def _check_can_encode(request: Request, name: str, drawable: Drawable) -> None:
+    """Raise UsageError if the request has such a picture and the bundle has no encoder for it."""
+    if getattr(request, name) is not None and drawable.encoder is None:
+        raise UsageError(
+            f"{name} is given, but this bundle has no vae_encoder that can run here",
+            hint="build the bundle again, for a backend of this machine: ditc build CHECKPOINT -o BUNDLE",
+        )
+
+
+def _begin_index(strength: float | None, steps: int) -> int:
     """The first step of a request with an image: get_timesteps of diffusers' image-to-image pipelines.
 
     Raises:
-        UsageError: the bundle cannot encode an image, or the strength leaves no step.
+        UsageError: the strength leaves no step.
     """
     if strength is None:
         return 0
-    if drawable.encoder is None:
-        raise UsageError(
-            "image is given, but this bundle has no vae_encoder that can run here",
-            hint="build the bundle again, for a backend of this machine: ditc build CHECKPOINT -o BUNDLE",
-        )
     begin = int(max(steps - min(steps * strength, steps), 0))
     if begin == steps:
         raise UsageError(
@@ -249,7 +267,8 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
     request, total = plan.request, plan.pictures
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     shape = _latents_shape(plan, drawable.manifest)
-    images = _image_latents(plan, drawable, shape, generator)
+    images = _image_latents(plan, drawable, shape, request.image, generator)
+    controls = _image_latents(plan, drawable, shape, request.control_image, None)
     latents = _starting_latents(request, shape, generator)
     fresh = _noise_of_runs(plan, drawable.contract, shape, generator)
     if total > plan.at_once:  # otherwise all texts are encoded before anything is drawn
@@ -269,6 +288,8 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
             negative,
             [{name: parts.take(len(pictures)) for name, parts in feeds.items()} for feeds in fresh],
         )
+        if drawable.has_controlnet:
+            state = _with_control(state, plan, controls)
         if images is not None:
             state = _with_image(state, plan, drawable, pictures, images)
         failed = [replace(failure, index=i - first) for i, failure in sorted(failures.items())]
@@ -301,18 +322,21 @@ def _starting_latents(
 
 
 def _image_latents(
-    plan: Plan, drawable: Drawable, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
+    plan: Plan,
+    drawable: Drawable,
+    shape: tuple[int, ...],
+    images: GivenImages | None,
+    generator: Generator | Sequence[Generator] | None,
 ) -> ImageLatents | None:
-    request = plan.request
-    if request.image is None:
+    if images is None:
         return None
     assert drawable.encoder is not None  # as the plan has checked
     return ImageLatents(
         drawable.encoder,
-        request.image,
+        images,
         shape,
         generator,
-        per_prompt=request.num_images_per_prompt,
+        per_prompt=plan.request.num_images_per_prompt,
         scale=drawable.manifest.latents.scale_factor,
         tiling=drawable.tiling,
     )
@@ -338,6 +362,15 @@ def _with_image(
         mask = np.concatenate([made[index] for index in indices])
         kept = Kept(mask=mask, image_latents=image_latents, noise=noise, levels=table.levels)
     return replace(state, latents=signal * image_latents + level * noise, kept=kept)
+
+
+def _with_control(state: DenoiseState, plan: Plan, controls: ImageLatents | None) -> DenoiseState:
+    """The state with the inputs that a ControlNet takes besides those of the denoiser."""
+    shape = tuple(state.latents.shape)
+    latents = np.zeros(shape, np.float32) if controls is None else controls.take(shape[0])
+    feeds = control_feeds(plan.control, latents, len(state.schedule))
+    schedule = tuple({**step, **more} for step, more in zip(state.schedule, feeds, strict=True))
+    return replace(state, schedule=schedule)
 
 
 def _noise_of_runs(

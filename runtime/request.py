@@ -29,6 +29,7 @@ NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu", "max_timesteps"),
     *("skip_layer_guidance_start", "skip_layer_guidance_stop", "intermediate_timesteps"),
     *("pag_scale", "pag_adaptive_scale", "strength"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
 )
 TEXTS = ("prompt", "prompt_2", "prompt_3")
 EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -59,6 +60,10 @@ class Request:
         mask_image: where to draw anew (white) and where the image stays (black), or one mask per prompt.
         strength: from 0 to 1, how much of the image is replaced: the share of the steps that are done. With 1 the
             picture starts from noise alone, up to the noise level at which the schedule begins.
+        control_image: the picture that a ControlNet reads, such as edges or a depth map, or one per prompt, in the
+            forms of `image`. Without one, a bundle with a ControlNet draws as if it had none.
+        controlnet_conditioning_scale: how strongly the control picture acts; 0 turns it off.
+        control_guidance_start, control_guidance_end: the fractions of all steps between which it acts.
         prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, negative_*: (prompts, S, D) fp32, (prompts, S) and
             (prompts, P), instead of texts. Mask and pooled embeddings are given only if the model takes them. Arrays of
             other libraries and other types are converted.
@@ -98,6 +103,10 @@ class Request:
     image: Any = None
     mask_image: Any = None
     strength: float | None = None
+    control_image: Any = None
+    controlnet_conditioning_scale: float | None = None
+    control_guidance_start: float | None = None
+    control_guidance_end: float | None = None
     prompt_embeds: Array | None = None
     prompt_attention_mask: Array | None = None
     negative_prompt_embeds: Array | None = None
@@ -223,7 +232,7 @@ def checked(request: Request) -> Request:
             raise UsageError(
                 f"{name} has values other than 0 and 1", hint="pass 1 for tokens and 0 for padding"
             )
-    for name, channels in (("image", 3), ("mask_image", 1)):
+    for name, channels in (("image", 3), ("mask_image", 1), ("control_image", 3)):
         given = getattr(request, name)
         if given is not None and not isinstance(given, GivenImages):
             changes[name] = _one_per_prompt(request, name, given_images(name, given, channels=channels))
@@ -276,6 +285,7 @@ def _check(request: Request) -> None:
     _check_embeds(request)
     _check_counts(request)
     _check_image(request)
+    _check_control(request)
     if request.seed is not None and request.generator is not None:
         raise UsageError("seed and generator are both given", hint="pass only one of them")
     if not isinstance(request.output_type, str) or request.output_type not in ("pil", "np", "latent"):
@@ -333,6 +343,22 @@ def _check_image(request: Request) -> None:
         )
     if request.strength is not None and not 0 <= request.strength <= 1:
         raise UsageError(f"strength is {request.strength:g}", hint="pass a number from 0 to 1")
+
+
+def _check_control(request: Request) -> None:
+    settings = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    given = {name: getattr(request, name) for name in settings if getattr(request, name) is not None}
+    if request.control_image is None:
+        for name in given:
+            raise UsageError(
+                f"{name} is given without a control_image", hint="pass the control picture as control_image"
+            )
+    start, end = given.get(settings[1], 0.0), given.get(settings[2], 1.0)
+    if not 0 <= start < end <= 1:
+        raise UsageError(
+            f"control_guidance_start is {start:g} and control_guidance_end is {end:g}",
+            hint="pass fractions of the steps, 0 to 1, with the start before the end",
+        )
 
 
 def _check_schedule(request: Request) -> None:

@@ -86,6 +86,8 @@ DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
 NETWORK = "network"  # optional: the denoiser without the step around it
+CONTROLNET = "controlnet"  # optional: runs before the denoiser in every step that a control picture guides
+CONTROL_CONDITIONER = "control_conditioner"  # optional: what a ControlNet computes from the text alone
 
 Dim = int | str
 

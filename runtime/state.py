@@ -15,6 +15,7 @@ from ditc.runtime.failure import Failure
 from ditc.runtime.image_start import Kept
 from ditc.runtime.session import Array, Tensor, narrow, to_numpy
 from ditc.runtime.step_contract import (
+    CONTROL_SCALE,
     GUIDANCE_WEIGHTS,
     HISTORY,
     LATENTS,
@@ -114,6 +115,12 @@ class DenoiseState:
         count = self.row_count(self.step_index)
         start = self.rows.conditional if count == self.latents.shape[0] else 0
         return self.rows.part(start, start + count)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a control picture acts in the next step."""
+        scale = self.step_feeds.get(CONTROL_SCALE)
+        return scale is not None and bool(scale.any())
 
     def row_count(self, step: int) -> int:
         """The number of rows of a step."""

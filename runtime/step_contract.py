@@ -32,6 +32,13 @@ GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that embed it
 # self-attention of layers (perturbed-attention guidance). Which part it is, is fixed in the graph.
 SKIP_GATE = "skip_gate"
 
+# Inputs of a ControlNet, besides some of those above and the conditioning (Zhang et al., arXiv 2302.05543).
+CONTROL_LATENTS = "control_latents"  # (B,C,H,W) fp32: the control picture, as the VAE encodes it
+CONTROL_SCALE = "control_scale"  # (B,) fp32: controlnet_conditioning_scale; 0 turns control off
+# Outputs of a ControlNet and inputs of its denoiser, "control_residual_0" and so on: what is added to the tokens
+# between two blocks. The tokens (R,N,D) are written as (R,H,W,D/p^2), which are the same values in the same order.
+CONTROL_RESIDUAL = "control_residual_"
+
 # Outputs, all fp32.
 NEXT_LATENTS = "next_latents"
 X0 = "x0"

@@ -91,6 +91,28 @@ def sprint_bundle(sprint_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def control_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded Sana transformer of three layers with a ControlNet of two. All else is tiny_checkpoint's."""
+    from tiny_sana import make_control_checkpoint
+
+    return made_once(
+        tmp_path_factory, "control-checkpoint", lambda path: make_control_checkpoint(tiny_checkpoint, path)
+    )
+
+
+@pytest.fixture(scope="session")
+def control_bundle(
+    control_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Built over a copy of tiny_bundle, whose text encoder and VAE are reused."""
+
+    def make(path: Path) -> BuildReport:
+        return _build(control_checkpoint, Path(shutil.copytree(tiny_bundle, path)))
+
+    return made_once(tmp_path_factory, "control-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of tiny_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
     return made_once(tmp_path_factory, "tiny-bundle", lambda path: _build(tiny_checkpoint, path))
@@ -176,6 +198,47 @@ def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd3_bundle(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of sd3_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
     return made_once(tmp_path_factory, "sd3-bundle", lambda path: _build(sd3_checkpoint, path))
+
+
+def _sd3_control(factory: pytest.TempPathFactory, plain: Path, form: str) -> Path:
+    from tiny_sd3 import make_control_checkpoint
+
+    return made_once(
+        factory,
+        f"sd3-control-checkpoint-{form}",
+        lambda path: make_control_checkpoint(plain, path, text=form == "with-text"),
+    )
+
+
+@pytest.fixture(scope="session", params=["with-text", "image-only"])
+def sd3_control_checkpoint(
+    request: pytest.FixtureRequest, sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """sd3_checkpoint with a ControlNet of either form. Its posterior has no deviation."""
+    return _sd3_control(tmp_path_factory, sd3_checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def sd3_control_bundle(
+    sd3_control_checkpoint: Path,
+    sd3_checkpoint: Path,
+    sd3_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Built over a copy of sd3_bundle, and the second form over the first, whose other stages are reused."""
+
+    def make(path: Path) -> BuildReport:
+        return _build(sd3_control_checkpoint, Path(shutil.copytree(base, path)))
+
+    base = sd3_bundle
+    if sd3_control_checkpoint.name.endswith("image-only"):
+        first = _sd3_control(tmp_path_factory, sd3_checkpoint, "with-text")
+        base = made_once(
+            tmp_path_factory,
+            "sd3-control-bundle-with-text",
+            lambda path: _build(first, Path(shutil.copytree(sd3_bundle, path))),
+        )
+    return made_once(tmp_path_factory, sd3_control_checkpoint.name.replace("checkpoint", "bundle"), make)
 
 
 @pytest.fixture(scope="session")

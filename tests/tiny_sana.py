@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
+    SanaControlNetModel,
     SanaPAGPipeline,
     SanaPipeline,
     SanaSprintPipeline,
@@ -19,10 +22,18 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 # The block of make_pag_checkpoint whose self-attention is perturbed.
 PAG_LAYER = "transformer_blocks.1"
+DEFAULTS = (
+    '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
+    '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
+)
 
 
 def make_pipeline(
-    seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads", sprint: bool = False
+    seed: int = 0,
+    *,
+    qk_norm: str | None = "rms_norm_across_heads",
+    sprint: bool = False,
+    layers: int = 2,
 ) -> SanaPipeline | SanaSprintPipeline:
     """The pipeline in fp32 and eval mode; every call with one seed gives the same weights."""
     torch.manual_seed(seed)
@@ -31,7 +42,7 @@ def make_pipeline(
         out_channels=8,
         num_attention_heads=2,
         attention_head_dim=16,
-        num_layers=2,
+        num_layers=layers,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
         cross_attention_dim=32,
@@ -107,10 +118,41 @@ def make_tokenizer() -> GemmaTokenizer:
 def make_checkpoint(directory: Path, seed: int = 0, *, qk_norm: str | None = "rms_norm_across_heads") -> Path:
     """Save the pipeline in diffusers layout with a ditc.json, and return the directory."""
     make_pipeline(seed, qk_norm=qk_norm).save_pretrained(directory, safe_serialization=True)
-    (directory / "ditc.json").write_text(
-        '{"height": 64, "width": 64, "resolution_bins": null, "max_sequence_length": 12, '
-        '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
-    )
+    (directory / "ditc.json").write_text(DEFAULTS)
+    return directory
+
+
+def make_controlnet(seed: int = 1) -> SanaControlNetModel:
+    """A ControlNet for the transformer of make_pipeline, with residuals as large as the tokens."""
+    torch.manual_seed(seed)
+    model = SanaControlNetModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=4,
+    ).eval()
+    with torch.no_grad():  # diffusers makes these layers with zeros, and so would change nothing
+        for layer in (model.input_block, *model.controlnet_blocks):
+            layer.weight.copy_(0.3 * torch.randn_like(layer.weight))
+            layer.bias.copy_(0.1 * torch.randn_like(layer.bias))
+    return model
+
+
+def make_control_checkpoint(plain: Path, directory: Path) -> Path:
+    """A SanaControlNetPipeline: a plain checkpoint with another transformer, of 3 layers, and a ControlNet of 2."""
+    shutil.copytree(plain, directory)
+    make_pipeline(layers=3).transformer.save_pretrained(directory / "transformer")
+    make_controlnet().save_pretrained(directory / "controlnet")
+    index = json.loads((directory / "model_index.json").read_text())
+    index["_class_name"] = "SanaControlNetPipeline"
+    index["controlnet"] = ["diffusers", "SanaControlNetModel"]
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2))
     return directory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -53,7 +55,7 @@ VARIANTS = {
 }
 
 
-def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
+def make_transformer(variant: str = "sd3-medium", layers: int = LAYERS) -> SD3Transformer2DModel:
     """The variant's network. The caller seeds torch."""
     facts = VARIANTS[variant]
     model = SD3Transformer2DModel(
@@ -61,7 +63,7 @@ def make_transformer(variant: str = "sd3-medium") -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=LAYERS,
+        num_layers=layers,
         num_attention_heads=2,
         attention_head_dim=16,
         joint_attention_dim=JOINT,
@@ -171,6 +173,62 @@ def make_t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(word, -1.0) for word in words] + [(letter, -3.0) for letter in letters]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def make_controlnet(*, text: bool, seed: int = 1) -> SD3ControlNetModel:
+    """A ControlNet for make_transformer's networks, with residuals as large as the tokens.
+
+    Args:
+        text: the form of InstantX's for SD3-medium; without text, that of Stability's for SD3.5-large.
+    """
+    torch.manual_seed(seed)
+    model = SD3ControlNetModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=JOINT if text else None,
+        caption_projection_dim=32 if text else 64,  # Stability's is not the width either
+        pooled_projection_dim=20,
+        pos_embed_max_size=12 if text else None,
+        qk_norm="rms_norm" if text else None,
+        pos_embed_type="sincos" if text else None,
+        use_pos_embed=text,
+        force_zeros_for_pooled_projection=text,
+    ).eval()
+    with torch.no_grad():  # diffusers makes these layers with zeros, and so would change nothing
+        for layer in (model.pos_embed_input.proj, *model.controlnet_blocks):
+            layer.weight.copy_(0.2 * torch.randn_like(layer.weight))
+            layer.bias.copy_(0.1 * torch.randn_like(layer.bias))
+        for name, parameter in model.named_parameters():
+            if "norm1" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_control_checkpoint(plain: Path, directory: Path, *, text: bool) -> Path:
+    """A StableDiffusion3ControlNetPipeline: a plain checkpoint with another transformer, of 4 layers, and a ControlNet.
+
+    The encoder's posterior gets a standard deviation of e^-15, because diffusers draws the sample for a control picture
+    from torch's global generator, and ditc takes the mean.
+    """
+    shutil.copytree(plain, directory)
+    torch.manual_seed(2)
+    make_transformer("sd3.5-large", layers=4).save_pretrained(directory / "transformer")
+    make_controlnet(text=text).save_pretrained(directory / "controlnet")
+    vae = AutoencoderKL.from_pretrained(directory / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[16:] = 0
+        vae.encoder.conv_out.bias[16:] = -30
+    vae.save_pretrained(directory / "vae")
+    index = json.loads((directory / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusion3ControlNetPipeline"
+    index["controlnet"] = ["diffusers", "SD3ControlNetModel"]
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2))
+    return directory
 
 
 def make_checkpoint(directory: Path, variant: str = "sd3-medium", *, t5: bool = True, seed: int = 0) -> Path:

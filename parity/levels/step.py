@@ -14,6 +14,7 @@ from ditc.parity.context import Context
 from ditc.parity.levels.module import bisect
 from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
 from ditc.runtime import denoise, step_contract
+from ditc.runtime.control import step_session
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.session import Array, to_numpy
@@ -95,7 +96,7 @@ def _compared_step(
     """Run the candidate's step from the reference's latents. Return the worse comparison, of next latents or of x0."""
     assert run.x0 is not None
     state = forced_state(run, start, step)
-    (after,) = denoise.step(context.candidate.sessions[DENOISER], [state])
+    (after,) = denoise.step(step_session(context.candidate.sessions), [state])
     assert after.x0 is not None
     pairs = (
         compare("next_latents", to_numpy(after.latents), run.latents[step + 1]),
@@ -141,7 +142,7 @@ def baseline_step_errors(context: Context, case: Case, run: CaseRun) -> list[flo
     _, start = start_case(baseline.pipeline, case, context.settings, run.noise)
     errors = []
     for step in range(len(start.schedule)):
-        (after,) = denoise.step(baseline.sessions[DENOISER], [forced_state(run, start, step)])
+        (after,) = denoise.step(step_session(baseline.sessions), [forced_state(run, start, step)])
         assert after.x0 is not None and run.x0 is not None
         pairs = ((after.latents, run.latents[step + 1]), (after.x0, run.x0[step]))
         errors.append(max(relative_l2(to_numpy(got), wanted) for got, wanted in pairs))

@@ -27,7 +27,7 @@ from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, Stage
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import ComputeDevice, Session, Tensor
-from ditc.runtime.spec import CONDITIONER, DENOISER, StageSpec
+from ditc.runtime.spec import CONDITIONER, CONTROL_CONDITIONER, DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH
 from ditc.runtime.text import Tokenizer
 from ditc.runtime.text_encoder import TextEncoder
@@ -129,7 +129,12 @@ class TorchModel:
                 path.write_text(tokenizer.json, encoding="utf-8")
                 encoders.append(TextEncoder(spec, Tokenizer(path), self.sessions[spec.stage]))
         sessions: dict[str, Session] = dict(self.sessions)
-        conditioning = Conditioning(encoders, sessions[CONDITIONER], key="reference")
+        conditioning = Conditioning(
+            encoders,
+            sessions[CONDITIONER],
+            key="reference",
+            control_conditioner=sessions.get(CONTROL_CONDITIONER),
+        )
         return Pipeline(self._manifest(), sessions, conditioning, chosen=f"PyTorch {self.precision.value}")
 
     def _manifest(self) -> Manifest:

@@ -8,7 +8,8 @@ Upstream is diffusers, or the family's module in this folder if diffusers has no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +22,13 @@ from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.parity.reference.perturbed_attention import with_perturbed_attention
 from ditc.parity.reference.rewritten import rewritten_networks
+from ditc.runtime.control import example_picture
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.session import Array
 
 # The components that a pipeline calls in every step: once, or again for another guidance (skip-layer guidance).
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "controlnet", "unet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Upstream:
             on_step()
             return {}
 
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), _mean_of_posteriors():
             # The noise of samplers that add some in each step: not every pipeline hands its generator to the scheduler.
             torch.manual_seed(step_noise_seed(case))
             images = self.pipeline(
@@ -178,6 +180,8 @@ class Upstream:
             "height": settings.height,
             "width": settings.width,
         }
+        if "control_image" in self._takes:
+            given["control_image"] = example_picture()
         if settings.num_inference_steps != 2:  # diffusers refuses its own default then
             given["intermediate_timesteps"] = None
         return {name: value for name, value in given.items() if name in self._takes}
@@ -193,6 +197,22 @@ def _fuse(pipeline: Any, loras: Sequence[LoraChoice]) -> None:
     pipeline.set_adapters(names, [choice.scale for choice in loras])
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _mean_of_posteriors() -> Iterator[None]:
+    """Let diffusers take the mean where it draws a sample of a VAE's posterior, as ditc does for control pictures.
+
+    diffusers draws it from torch's global generator, so two of its own runs from one seed differ.
+    """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+
+    sample = Posterior.sample
+    Posterior.sample = lambda self, generator=None: self.mode()
+    try:
+        yield
+    finally:
+        Posterior.sample = sample
 
 
 def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

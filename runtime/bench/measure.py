@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ditc.runtime.bench.choices import Candidate, Case
 from ditc.runtime.bench.process import Process
 from ditc.runtime.bench.prompts import Prompts
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import CONTROLNET, DENOISER
 
 Mode = Literal["new prompt", "cached prompt"]
 MODES: tuple[Mode, ...] = ("new prompt", "cached prompt")
@@ -51,7 +51,8 @@ class CaseResult:
     Attributes:
         first_s: the first drawing at these shapes in the process, with a new prompt.
         seconds: of all drawings that count, by mode.
-        stages: by stage, the seconds of every step of the denoiser, or of every drawing's runs of another stage.
+        stages: by stage, the seconds of every step of the denoiser and of a ControlNet, or of every drawing's runs of
+            another stage.
         shapes: by stage, the shapes of the inputs of the runs that one entry of `stages` adds up.
         kinds: by stage, the kind of processor that computed it.
     """
@@ -70,8 +71,9 @@ class CaseResult:
             if not runs:
                 continue  # a text encoder whose rows are cached
             times = [seconds for seconds, _ in runs]
-            one = runs[:1] if name == DENOISER else runs
-            self.stages.setdefault(name, []).extend(times if name == DENOISER else [sum(times)])
+            in_steps = name in (DENOISER, CONTROLNET)
+            one = runs[:1] if in_steps else runs
+            self.stages.setdefault(name, []).extend(times if in_steps else [sum(times)])
             self.shapes[name] = [shapes for _, shapes in one]
 
 

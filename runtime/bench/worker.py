@@ -20,6 +20,7 @@ from ditc.runtime.bench.memory import peak_bytes
 from ditc.runtime.bench.profile_run import FirstInputs, profile_stage
 from ditc.runtime.bench.timed_sessions import TimedSession, timed
 from ditc.runtime.child_process import error_answer, own_stdout
+from ditc.runtime.control import example_picture
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose_here
@@ -77,7 +78,7 @@ class Worker:
         assert self._clocked is not None and self._pipeline is not None
         for clock in self._clocks.values():
             clock.runs.clear()
-        request = _request(case, prompts, seed)
+        request = _request(self._clocked, case, prompts, seed)
         begin = perf_counter()
         self._clocked.draw(request)
         seconds = perf_counter() - begin
@@ -101,7 +102,7 @@ class Worker:
         """
         assert self._pipeline is not None
         catchers = {name: FirstInputs(session) for name, session in self._pipeline.sessions.items()}
-        self._pipeline.with_sessions(catchers).draw(_request(case, prompts, 0))
+        self._pipeline.with_sessions(catchers).draw(_request(self._pipeline, case, prompts, 0))
         artifacts, _ = choose_here(self._bundle, self._pipeline.manifest, self._options)
         return {
             name: profile_stage(
@@ -117,8 +118,10 @@ class Worker:
             self._pipeline.close()
 
 
-def _request(case: Mapping[str, int], prompts: list[str], seed: int) -> Request:
+def _request(pipeline: Pipeline, case: Mapping[str, int], prompts: list[str], seed: int) -> Request:
+    """The request of a drawing, with a control picture where the bundle has a ControlNet."""
     return Request(
+        control_image=example_picture() if pipeline.drawable.has_controlnet else None,
         prompt=prompts,
         seed=seed,
         height=case["height"],

@@ -15,8 +15,30 @@ from typing import TYPE_CHECKING
 from ditc.runtime.bundle.jsondata import Mismatch
 from ditc.runtime.limits import LARGEST_NUMBER, MAX_BATCH, MAX_SIDE, MAX_STEPS, MAX_TOKENS, MAX_VALUES
 from ditc.runtime.schedulers import SchedulerParams, Spacing, draws_noise, history_length
-from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Range, StageSpec, TensorSpec
-from ditc.runtime.step_contract import BATCH, HEIGHT, HISTORY, WIDTH, coefficient_columns
+from ditc.runtime.spec import (
+    CONDITIONER,
+    CONTROL_CONDITIONER,
+    CONTROLNET,
+    DENOISER,
+    VAE_DECODER,
+    Range,
+    StageSpec,
+    TensorSpec,
+)
+from ditc.runtime.step_contract import (
+    BATCH,
+    COEFFICIENTS,
+    CONTROL_LATENTS,
+    CONTROL_RESIDUAL,
+    CONTROL_SCALE,
+    HEIGHT,
+    HISTORY,
+    LATENTS,
+    ROW_OF,
+    TIMESTEP,
+    WIDTH,
+    coefficient_columns,
+)
 from ditc.runtime.text import TextSpec, TokenBatch
 
 if TYPE_CHECKING:
@@ -217,8 +239,9 @@ def _check_links(manifest: Manifest) -> None:
     for spec in _specs(manifest, CONDITIONER):
         _check_known(spec, spec.inputs, encoded)
         merged |= {tensor.name for tensor in spec.outputs}
+    residuals = _check_control(manifest, encoded, merged)
     for spec in _specs(manifest, DENOISER):
-        _check_step(spec, manifest, merged)
+        _check_step(spec, manifest, merged | residuals)
     for spec in _specs(manifest, VAE_DECODER):
         shapes = [tensor.shape for tensor in (*spec.inputs, *spec.outputs)]
         pictures = [len(shape) == 4 and shape[1] for shape in shapes]
@@ -227,6 +250,24 @@ def _check_links(manifest: Manifest) -> None:
             f"$.stages.{spec.name}",
             f"it does not turn latents of {manifest.latents.channels} channels into pictures of 3",
         )
+
+
+def _check_control(manifest: Manifest, encoded: set[str], merged: set[str]) -> set[str]:
+    """Check the ControlNet, if there is one. Returns the names of its outputs."""
+    texts, residuals = set(merged), set[str]()
+    if CONTROL_CONDITIONER in manifest.stages:
+        for spec in (*_specs(manifest, CONTROLNET), *_specs(manifest, CONTROL_CONDITIONER)):
+            if spec.name == CONTROL_CONDITIONER:
+                _check_known(spec, spec.inputs, encoded)
+                texts |= {tensor.name for tensor in spec.outputs}
+    if CONTROLNET in manifest.stages:
+        step = {LATENTS, ROW_OF, TIMESTEP, COEFFICIENTS, CONTROL_LATENTS, CONTROL_SCALE}
+        for spec in _specs(manifest, CONTROLNET):
+            _check_known(spec, spec.inputs, texts | step)
+            names = {tensor.name for tensor in spec.inputs}
+            _require(step <= names, f"$.stages.{spec.name}", f"it lacks {sorted(step - names)}")
+            residuals |= {tensor.name for tensor in spec.outputs}
+    return {name for name in residuals if name.startswith(CONTROL_RESIDUAL)}
 
 
 def _specs(manifest: Manifest, stage: str, path: str = "$.stages") -> Iterable[StageSpec]:

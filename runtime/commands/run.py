@@ -36,7 +36,8 @@ SETTINGS = (
     *("num_inference_steps", *SCHEDULE, "guidance_scale", "height", "width", "seed", "num_images_per_prompt"),
     *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
     *("pag_scale", "pag_adaptive_scale", "guidance_interval"),
-    *("strength", "allow_uniform", "strict"),
+    *("strength", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("allow_uniform", "strict"),
 )
 
 
@@ -187,8 +188,8 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{side}",
             type=int,
             metavar="PX",
-            help=f"The picture's {side} in pixels (default: the bundle's; with --image, that of the trained size whose "
-            "shape is nearest to the image's).",
+            help=f"The picture's {side} in pixels (default: the bundle's; with --image or --control-image, that of the "
+            "trained size whose shape is nearest to the image's).",
         )
     parser.add_argument(
         "--image",
@@ -209,6 +210,26 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="How much of the --image is replaced: the fraction of the steps from 0 to 1 that are done (default: 0.6).",
     )
+    parser.add_argument(
+        "--control-image",
+        type=Path,
+        metavar="FILE",
+        help="The picture that the bundle's ControlNet reads, such as edges (PNG, JPEG or WebP; default: none, and the "
+        "bundle draws as if it had no ControlNet).",
+    )
+    parser.add_argument(
+        "--controlnet-conditioning-scale",
+        type=float,
+        metavar="SCALE",
+        help="How strongly the --control-image acts, without a unit; 0 turns it off (default: 1).",
+    )
+    for end, verb, default in (("start", "begins", 0), ("end", "ceases", 1)):
+        parser.add_argument(
+            f"--control-guidance-{end}",
+            type=float,
+            metavar="FRACTION",
+            help=f"Where the --control-image {verb} to act, as a fraction of the steps, 0 to 1 (default: {default}).",
+        )
     parser.add_argument(
         "--seed",
         type=int,
@@ -272,7 +293,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     images = {
         name: None if path is None else read_image(path, option)
-        for name, option in (("image", "--image"), ("mask_image", "--mask"))
+        for name, option in (
+            ("image", "--image"),
+            ("mask_image", "--mask"),
+            ("control_image", "--control-image"),
+        )
         for path in (getattr(arguments, name),)
     }
     with Pipeline.load(read_bundle_argument(arguments), options=options) as pipeline:
@@ -282,10 +307,11 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
         given = {name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)}
-        image = images["image"]
+        image = images["image"] or images["control_image"]
         if image is not None and given["height"] is given["width"] is None:
             given["height"], given["width"] = size_like(image.height, image.width, pipeline.manifest.defaults)
-        request = Request(prompt=prompts, image=image, mask_image=images["mask_image"], **given)
+        given |= images
+        request = Request(prompt=prompts, **given)
         plan = pipeline.plan(request)
         check_writable(paths[0], "-o", needed_bytes=len(paths) * plan.height * plan.width * RGB_BYTES)
         results = Results(pipeline, plan, paths)

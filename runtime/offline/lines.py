@@ -32,7 +32,11 @@ _NEGATIVE_ARRAYS = (
     "negative_prompt_attention_mask",
     "negative_pooled_prompt_embeds",
 )
-_OBJECTS = ("generator", "image", "mask_image", "strength", *_ARRAYS, *_NEGATIVE_ARRAYS)
+_PICTURES = (
+    *("image", "mask_image", "strength"),
+    *("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+)
+_OBJECTS = ("generator", *_PICTURES, *_ARRAYS, *_NEGATIVE_ARRAYS)
 # How pictures are returned, and what happens to the other pictures of a request, is decided by the batch.
 _OF_THE_BATCH = ("output_type", "strict")
 FIELDS = tuple(f.name for f in fields(Request) if f.name not in (*_OBJECTS, *_OF_THE_BATCH))

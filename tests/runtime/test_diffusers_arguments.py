@@ -153,7 +153,7 @@ def test_results_are_taken_apart_like_those_of_diffusers(pipeline: Pipeline) -> 
         ({"pag_scale": 3.0}, "leave it out"),
         ({"clip_skip": 1}, "the picture of clip_skip=0"),
         ({"callback": print}, "pass callback_on_step_end"),
-        ({"control_image": np.zeros((8, 8, 3))}, "leave it out"),
+        ({"control_image": np.zeros((8, 8, 3))}, "leave control_image out"),
         ({"generator": 3}, "pass seed"),
         ({"skip_guidance_layers": [7]}, "skip_guidance_layers"),
         ({"prompt": np.array(["a", "b"])}, r"list\(prompt\)"),

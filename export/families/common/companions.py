@@ -30,6 +30,8 @@ from ditc.runtime.bundle.manifest import Defaults, LatentSpec, PerturbedAttentio
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.spec import (
     CONDITIONER,
+    CONTROL_CONDITIONER,
+    CONTROLNET,
     DENOISER,
     NETWORK,
     TEXT_ENCODER,
@@ -50,6 +52,8 @@ COMPONENTS = {
     NETWORK: "transformer",
     VAE_DECODER: "vae",
     VAE_ENCODER: "vae",
+    CONTROL_CONDITIONER: "controlnet",
+    CONTROLNET: "controlnet",
 }
 
 

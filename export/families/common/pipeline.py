@@ -54,6 +54,12 @@ class ServedPipeline:
     unused: Mapping[str, str] = field(default_factory=dict)
 
 
+def choose_pipeline(checkpoint: Checkpoint, *served: ServedPipeline) -> ServedPipeline:
+    """The one of the pipelines that model_index.json names, or else the first."""
+    name = pipeline_class(checkpoint.path, checkpoint.model_index)
+    return next((one for one in served if one.class_name == name), served[0])
+
+
 def check_pipeline(checkpoint: Checkpoint, served: ServedPipeline) -> None:
     """Refuse a checkpoint that model_index.json does not describe as the served pipeline with all its components.
 

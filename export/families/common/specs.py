@@ -59,6 +59,7 @@ class DenoiserFacts:
         text: ranges of the other named dimensions of the conditioning.
         step: the step's contract, which states what the solver needs and how guidance reaches the network.
         axes: those of the latents, as LatentSpec.axes says. `sizes` has a range for each.
+        residuals: what a ControlNet adds to the tokens, in the order in which the network takes them; () without one.
     """
 
     channels: int
@@ -68,13 +69,14 @@ class DenoiserFacts:
     text: Mapping[str, Range]
     step: StepContract
     axes: tuple[str, ...] = PICTURE_AXES
+    residuals: tuple[TensorSpec, ...] = ()
 
 
 def denoiser_spec(facts: DenoiserFacts, *, max_batch: int) -> StageSpec:
     """Spec of the denoiser as a whole step (export/graph/step.py)."""
     return StageSpec(
         DENOISER,
-        inputs=facts.step.inputs(facts.channels, facts.conditioning, facts.axes),
+        inputs=(*facts.step.inputs(facts.channels, facts.conditioning, facts.axes), *facts.residuals),
         outputs=facts.step.outputs(facts.channels, facts.axes),
         profile={
             BATCH: Range(1, 1, max_batch),
@@ -93,7 +95,7 @@ def network_spec(facts: DenoiserFacts, *, dtype: DType, max_batch: int) -> Stage
     latents = TensorSpec(LATENTS, dtype, (ROWS, facts.channels, *facts.axes))
     return StageSpec(
         NETWORK,
-        inputs=(latents, *facts.step.network_inputs(facts.conditioning)),
+        inputs=(latents, *facts.step.network_inputs(facts.conditioning), *facts.residuals),
         outputs=(TensorSpec(PREDICTION, dtype, (ROWS, facts.out_channels, *facts.axes)),),
         profile={ROWS: _rows(facts, max_batch), **facts.sizes, **facts.text},
     )

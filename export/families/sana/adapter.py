@@ -18,7 +18,7 @@ from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.checkpoint.tokenizer_fit import check_fits
-from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule
+from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
     check_widths,
@@ -28,7 +28,14 @@ from ditc.export.families.common.companions import (
     stage_plans,
     text_range,
 )
-from ditc.export.families.common.pipeline import check_pipeline
+from ditc.export.families.common.control import (
+    COMPONENT,
+    before_denoiser,
+    check_made_for,
+    controlnet_spec,
+    residual_specs,
+)
+from ditc.export.families.common.pipeline import check_pipeline, choose_pipeline
 from ditc.export.families.common.specs import (
     STAGE_DTYPES,
     TORCH_DTYPES,
@@ -38,11 +45,13 @@ from ditc.export.families.common.specs import (
     step_contract,
 )
 from ditc.export.families.sana.config import SanaConfig
+from ditc.export.families.sana.controlnet import control_config, load_control
 from ditc.export.families.sana.network import load_sana
 from ditc.export.families.sana.perturbed_attention import read_perturbed_attention
-from ditc.export.families.sana.pipeline import PAG_CLASS, PIPELINE, SPRINT
+from ditc.export.families.sana.pipeline import CONTROLNET, PAG_CLASS, PIPELINE, SPRINT
 from ditc.export.families.sana.recipe import SPRINT as SPRINT_RECIPES
 from ditc.export.families.sana.resolution_bins import resolution_bins
+from ditc.export.graph.control import wrap_control
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
 from ditc.export.networks.gemma2 import gemma2_config
@@ -51,13 +60,15 @@ from ditc.runtime.errors import CheckpointError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import (
     CONDITIONER,
+    CONTROL_CONDITIONER,
     DENOISER,
     TEXT_ENCODER,
     DType,
     Range,
+    StageSpec,
     TensorSpec,
 )
-from ditc.runtime.step_contract import ROWS, TEXT_LENGTH, GuidanceMode, StepContract
+from ditc.runtime.step_contract import CONTROL_RESIDUAL, ROWS, TEXT_LENGTH, GuidanceMode, StepContract
 from ditc.runtime.text import Select, TextSpec
 
 VIDEO = "SanaVideoTransformer3DModel"
@@ -87,7 +98,7 @@ BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 
 
 class SanaAdapter:
-    """Plans and loads the five stages of a Sana checkpoint in diffusers layout."""
+    """Plans and loads the stages of a Sana checkpoint in diffusers layout: five, and two more of a ControlNet."""
 
     family = "sana"
 
@@ -110,31 +121,36 @@ class SanaAdapter:
                 hint="`ditc convert` converts its transformer to NVlabs' layout and back",
             )
         transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
-        check_pipeline(checkpoint, SPRINT if transformer.guidance_embeds else PIPELINE)
+        served = SPRINT if transformer.guidance_embeds else choose_pipeline(checkpoint, PIPELINE, CONTROLNET)
+        check_pipeline(checkpoint, served)
+        control = _control_config(checkpoint, transformer) if served is CONTROLNET else None
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
         _check_components(checkpoint, transformer, vae)
         check_precision(options, "Sana")
         text = _text_spec(checkpoint)
         with naming(checkpoint.path / SCHEDULER_FILE):
-            scheduler = _scheduler(checkpoint, transformer)
+            scheduler = _scheduler(checkpoint, transformer, controlled=control is not None)
         defaults = _defaults(checkpoint, transformer, vae, options)
         latents = LatentSpec(transformer.in_channels, vae.scale_factor, transformer.patch_size)
         sizes = latent_ranges(defaults, latents)
         guidance = GuidanceMode.EMBEDDED if transformer.guidance_embeds else GuidanceMode.CFG
         pag = defaults.perturbed_attention_guidance
         step = step_contract(scheduler, guidance=guidance, skip_gate=pag is not None)
-        facts = _facts(transformer, text, sizes, step, options)
+        facts = _facts(transformer, text, sizes, step, options, control)
+        stages = stage_plans(
+            text,
+            transformer.caption_channels,
+            facts,
+            latents,
+            options,
+            tiling=defaults.tiling,
+            gate={"pag_layers": list(pag.layers)} if pag else None,
+        )
+        if control is not None:
+            stages = before_denoiser(_control_plans(control, facts, stages, options), stages)
         return ModelPlan(
             family=self.family,
-            stages=stage_plans(
-                text,
-                transformer.caption_channels,
-                facts,
-                latents,
-                options,
-                tiling=defaults.tiling,
-                gate={"pag_layers": list(pag.layers)} if pag else None,
-            ),
+            stages=stages,
             text=(text,),
             scheduler=scheduler,
             latents=latents,
@@ -158,16 +174,60 @@ ADAPTER: Adapter = SanaAdapter()
 def _load(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
     """Load the stage's module with the component's weights."""
     stage_plan = plan.stages[stage]
+    if COMPONENTS[stage] == COMPONENT:
+        return _load_control(component, plan, stage)
     if COMPONENTS[stage] != "transformer":
         return load_companion(component, stage_plan)
     dtype = TORCH_DTYPES[stage_plan.precision]
     pag = plan.defaults.perturbed_attention_guidance
     conditioner, denoiser = load_sana(
-        SanaConfig.from_json(component.config), component.tensors, dtype, pag_layers=pag.layers if pag else ()
+        SanaConfig.from_json(component.config),
+        component.tensors,
+        dtype,
+        pag_layers=pag.layers if pag else (),
+        residuals=sum(tensor.name.startswith(CONTROL_RESIDUAL) for tensor in stage_plan.spec.inputs),
     )
     if stage == DENOISER:
         return wrap(denoiser, dtype=dtype, contract=plan.step)
     return conditioner if stage == CONDITIONER else denoiser
+
+
+def _load_control(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
+    """Load the ControlNet, or the part of it that depends on the text alone, with the component's weights."""
+    dtype = TORCH_DTYPES[plan.stages[stage].precision]
+    conditioner, controlnet = load_control(control_config(component.config), component.tensors, dtype)
+    if stage == CONTROL_CONDITIONER:
+        return conditioner
+    return wrap_control(controlnet, dtype=dtype, contract=plan.step)
+
+
+def _control_config(checkpoint: Checkpoint, transformer: SanaConfig) -> SanaConfig:
+    """The ControlNet's settings. Raises CheckpointError if it belongs to another transformer."""
+    control = checkpoint.component(COMPONENT).read_config(control_config)
+    with naming(checkpoint.path):
+        check_made_for(transformer, control, ("in_channels", "patch_size", "width", "caption_channels"))
+        most = transformer.num_layers - 1
+        if control.num_layers > most:
+            raise CheckpointError(
+                f"the ControlNet has {control.num_layers} layers, but the transformer adds at most {most} residuals",
+                hint="use a ControlNet that was trained for this transformer",
+            )
+    return control
+
+
+def _control_plans(
+    control: SanaConfig, facts: DenoiserFacts, stages: Mapping[str, StagePlan], options: BuildOptions
+) -> dict[str, StagePlan]:
+    """Plans of the ControlNet's two stages, made from those of the transformer."""
+    texts, step = stages[CONDITIONER].spec, stages[DENOISER].spec
+    shape = (ROWS, control.num_layers, 2, TEXT_LENGTH, control.cross_width)
+    control_kv = TensorSpec("control_kv", STAGE_DTYPES[options.base], shape)
+    conditioner = StageSpec(CONTROL_CONDITIONER, (texts.input("text_embeds"),), (control_kv,), texts.profile)
+    controlnet = controlnet_spec(facts, (control_kv, step.input("text_bias")), step.profile)
+    return {
+        spec.name: StagePlan(spec=spec, precision=options.base, components=(COMPONENT,))
+        for spec in (conditioner, controlnet)
+    }
 
 
 def _check_components(checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAeConfig) -> None:
@@ -181,10 +241,11 @@ def _check_components(checkpoint: Checkpoint, transformer: SanaConfig, vae: DcAe
         )
 
 
-def _scheduler(checkpoint: Checkpoint, transformer: SanaConfig) -> SchedulerParams:
-    """The scheduler's parameters. SanaSprintPipeline does not apply timestep_scale."""
+def _scheduler(checkpoint: Checkpoint, transformer: SanaConfig, *, controlled: bool) -> SchedulerParams:
+    """The scheduler's parameters. SanaSprintPipeline and SanaControlNetPipeline do not apply timestep_scale."""
     if not transformer.guidance_embeds:
-        return scheduler_params(checkpoint.scheduler_config, timestep_scale=transformer.timestep_scale)
+        scale = 1.0 if controlled else transformer.timestep_scale
+        return scheduler_params(checkpoint.scheduler_config, timestep_scale=scale)
     given = {
         name: checkpoint.defaults[name]
         for name in ("max_timesteps", "intermediate_timesteps")
@@ -199,6 +260,7 @@ def _facts(
     sizes: Mapping[str, Range],
     step: StepContract,
     options: BuildOptions,
+    control: SanaConfig | None = None,
 ) -> DenoiserFacts:
     kv = (ROWS, transformer.num_layers, 2, TEXT_LENGTH, transformer.cross_width)
     return DenoiserFacts(
@@ -211,6 +273,14 @@ def _facts(
         sizes=sizes,
         text=text_range(text),
         step=step,
+        residuals=residual_specs(
+            control.num_layers,
+            width=transformer.width,
+            patch=transformer.patch_size,
+            dtype=STAGE_DTYPES[options.base],
+        )
+        if control is not None
+        else (),
     )
 
 

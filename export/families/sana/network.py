@@ -43,19 +43,21 @@ def load_sana(
     dtype: torch.dtype,
     *,
     pag_layers: Collection[int] = (),
+    residuals: int = 0,
 ) -> tuple[SanaConditioner, SanaDenoiser]:
     """Load both networks with the weights of a diffusers transformer/ directory, in dtype.
 
     Args:
         pag_layers: blocks whose self-attention a row's skip_gate turns into the identity. If there are any, the
             denoiser has the input skip_gate.
+        residuals: how many residuals of a ControlNet the denoiser takes.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     check_layers("num_layers", config.num_layers, tensors, "transformer_blocks")
     conditioner = build_empty(lambda: SanaConditioner(config))
-    denoiser = build_empty(lambda: SanaDenoiser(config, pag_layers))
+    denoiser = build_empty(lambda: SanaDenoiser(config, pag_layers, residuals))
     load_strict({"conditioner": conditioner, "denoiser": denoiser}, tensors, dtype)
     return conditioner, denoiser
 
@@ -80,9 +82,12 @@ class SanaConditioner(nn.Module):
         Returns:
             cross_kv (R,L,2,S,D) in the network's dtype; text_bias (R,S) fp32, 0 or -10000.
         """
+        return self.keys_values(text_embeds), (1.0 - text_mask.float()) * MASK_BIAS
+
+    def keys_values(self, text_embeds: Tensor) -> Tensor:
+        """(R,S,caption_channels) -> (R,L,2,S,D)."""
         text = self.caption_norm(self.caption_projection(text_embeds.to(self.caption_norm.weight.dtype)))
-        cross_kv = torch.stack([block.attn2(text) for block in self.transformer_blocks], dim=1)
-        return cross_kv, (1.0 - text_mask.float()) * MASK_BIAS
+        return torch.stack([block.attn2(text) for block in self.transformer_blocks], dim=1)
 
 
 class SanaDenoiser(nn.Module):
@@ -90,12 +95,15 @@ class SanaDenoiser(nn.Module):
 
     Args:
         pag_layers: blocks with perturbed-attention guidance.
+        residuals: how many residuals of a ControlNet it takes, which are added after its second block and those that
+            follow.
     """
 
     weights_below = ""
 
-    def __init__(self, config: SanaConfig, pag_layers: Collection[int] = ()) -> None:
+    def __init__(self, config: SanaConfig, pag_layers: Collection[int] = (), residuals: int = 0) -> None:
         super().__init__()
+        self.residuals = residuals
         width, patch = config.width, config.patch_size
         self.patch_size = patch
         self.position = None
@@ -120,11 +128,14 @@ class SanaDenoiser(nn.Module):
             latents: (R,C,H,W) in the network's dtype.
             t: (R,) fp32, already multiplied by the config's timestep_scale.
             rest: the guidance scale (R,) fp32, only if the network embeds it, then cross_kv and text_bias as
-                SanaConditioner returns them, then with pag_layers the gate (R,) fp32, which is 1 for perturbed rows.
+                SanaConditioner returns them, then with pag_layers the gate (R,) fp32, which is 1 for perturbed rows,
+                then the residuals (R,H,W,D/p^2) as export/graph/control.py returns them.
 
         Returns:
             (R,out_channels,H,W) in the network's dtype.
         """
+        first = len(rest) - self.residuals
+        rest, residuals = rest[:first], rest[first:]
         inputs, skip_gate_R = (rest[:-1], rest[-1]) if self.gated else (rest, None)
         *embedded, cross_kv, text_bias = inputs
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
@@ -135,11 +146,13 @@ class SanaDenoiser(nn.Module):
         mask_R11S = text_bias[:, None, None, :]
         # One Split in the graph. Indices would be two Gathers per block, the first of which copies K and V together.
         keys_values = cross_kv.flatten(1, 2).unbind(1)
-        for block, key_RSD, value_RSD in zip(
-            self.transformer_blocks, keys_values[::2], keys_values[1::2], strict=True
+        for index, (block, key_RSD, value_RSD) in enumerate(
+            zip(self.transformer_blocks, keys_values[::2], keys_values[1::2], strict=True)
         ):
             gate = (skip_gate_R,) if block.perturbed else ()
             x_RND = block(x_RND, modulation_R6D, key_RSD, value_RSD, mask_R11S, height, width, *gate)
+            if 0 < index <= self.residuals:
+                x_RND = x_RND + residuals[index - 1].reshape(x_RND.shape)
         shift, scale = (self.scale_shift_table + embedded_RD[:, None]).chunk(2, dim=1)
         x_RND = self.proj_out(self.norm_out(x_RND) * (1 + scale) + shift)
         return from_patches(x_RND, self.patch_size, height, width)

@@ -26,10 +26,13 @@ PIPELINE = ServedPipeline(
     also=(PAG_CLASS,),
     components=_COMPONENTS,
     others={
-        "SanaControlNetPipeline": OtherPipeline("its control network is not computed"),
         "SanaSprintPipeline": _NOT_SPRINT,
         "SanaSprintImg2ImgPipeline": _NOT_SPRINT,
     },
+)
+CONTROLNET = ServedPipeline(
+    class_name="SanaControlNetPipeline",
+    components={**_COMPONENTS, "controlnet": ("diffusers.SanaControlNetModel",)},
 )
 SPRINT = ServedPipeline(
     class_name="SanaSprintPipeline",

@@ -56,8 +56,11 @@ class Sd3Config:
         return FP32_BLOCKS.get((self.num_layers, self.num_attention_heads), ())
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Sd3Config:
+    def from_json(cls, values: Mapping[str, Any], *, has_text: bool = True) -> Sd3Config:
         """Parse transformer/config.json.
+
+        Args:
+            has_text: whether the network reads text. The caption's settings of one that does not are not checked.
 
         Raises:
             CheckpointError: a setting is unknown, or the network here does not implement it.
@@ -75,7 +78,7 @@ class Sd3Config:
                 f"qk_norm is {config.qk_norm!r}, but only None and {QK_NORM!r} are implemented",
                 hint=FETCH,
             )
-        if config.caption_projection_dim != config.width:
+        if has_text and config.caption_projection_dim != config.width:
             raise CheckpointError(
                 f"caption_projection_dim is {config.caption_projection_dim}, but must be {config.width}: both streams "
                 f"have {config.num_attention_heads} heads of {config.attention_head_dim} channels",

@@ -33,6 +33,7 @@ def load_sd3(
     dtype: torch.dtype,
     *,
     skip_layers: Sequence[int] = (),
+    residuals: int = 0,
     stage: str = "denoiser",
 ) -> Sd3Transformer:
     """Load the network with the weights of a diffusers transformer/ directory.
@@ -40,6 +41,7 @@ def load_sd3(
     Args:
         dtype: dtype of everything but the config's fp32_blocks, which stay fp32 in an fp16 network.
         skip_layers: blocks that a row's skip_gate switches off. If there are any, the network has the input skip_gate.
+        residuals: how many residuals of a ControlNet the network takes.
         stage: name of the stage, for error messages.
 
     Raises:
@@ -48,7 +50,7 @@ def load_sd3(
     """
     config.check_skip_layers(tuple(skip_layers))
     check_layers("num_layers", config.num_layers, tensors, "transformer_blocks")
-    network = build_empty(lambda: Sd3Transformer(config, skip_layers))
+    network = build_empty(lambda: Sd3Transformer(config, skip_layers, residuals))
     fp32_blocks = config.fp32_blocks if dtype == torch.float16 else ()
     load_strict(
         {stage: network},
@@ -64,12 +66,14 @@ class Sd3Transformer(nn.Module):
 
     Args:
         skip_layers: blocks that a row skips where its gate is 1 (skip-layer guidance).
+        residuals: how many residuals of a ControlNet it takes, which are spread evenly over its blocks.
     """
 
     weights_below = ""
 
-    def __init__(self, config: Sd3Config, skip_layers: Sequence[int] = ()) -> None:
+    def __init__(self, config: Sd3Config, skip_layers: Sequence[int] = (), residuals: int = 0) -> None:
         super().__init__()
+        self.residual_of = residual_of_blocks(config.num_layers, residuals)
         width, patch = config.width, config.patch_size
         self.patch_size = patch
         self.skip_layers = frozenset(skip_layers)
@@ -90,7 +94,7 @@ class Sd3Transformer(nn.Module):
         timestep: Tensor,
         text_embeds: Tensor,
         pooled_projections: Tensor,
-        skip_gate: Tensor | None = None,
+        *rest: Tensor,
     ) -> Tensor:
         """Predict from one step's inputs.
 
@@ -99,11 +103,13 @@ class Sd3Transformer(nn.Module):
             timestep: (R,) fp32, 0 to 1000.
             text_embeds: (R,S,joint_attention_dim). There is no mask: padding is attended to.
             pooled_projections: (R,pooled_projection_dim).
-            skip_gate: (R,) fp32; 1 for a row that skips the network's skip_layers, 0 for one that does not.
+            rest: if the network has skip_layers, skip_gate (R,) fp32: 1 for a row that skips them, 0 for one that does
+                not. Then the residuals (R,H,W,D/p^2), as export/graph/control.py returns them.
 
         Returns:
             (R,out_channels,H,W) in the network's dtype.
         """
+        gates, residuals = (rest[:1], rest[1:]) if self.skip_layers else ((), rest)
         height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
         image_RND = self.pos_embed(latents, height, width)
         dtype = image_RND.dtype
@@ -111,11 +117,24 @@ class Sd3Transformer(nn.Module):
         text_RSD = self.context_embedder(text_embeds.to(dtype))
         for index, block in enumerate(self.transformer_blocks):
             streams = block(image_RND, text_RSD, time_RD)
-            if skip_gate is not None and index in self.skip_layers:
-                streams = _skip_block(skip_gate, streams, (image_RND, text_RSD))
+            if index in self.skip_layers:
+                streams = _skip_block(gates[0], streams, (image_RND, text_RSD))
             image_RND, text_RSD = streams
+            if index < len(self.residual_of):
+                image_RND = image_RND + residuals[self.residual_of[index]].reshape(image_RND.shape)
         modulated, _ = self.norm_out(image_RND, time_RD)
         return from_patches(self.proj_out(modulated), self.patch_size, height, width)
+
+
+def residual_of_blocks(blocks: int, residuals: int) -> list[int]:
+    """For each block, the residual that is added after it. None is added after the last block.
+
+    The rule is that of SD3Transformer2DModel's block_controlnet_hidden_states, with its float division.
+    """
+    if not residuals:
+        return []
+    interval = blocks / residuals
+    return [int(index / interval) for index in range(blocks - 1)]
 
 
 def _skip_block(

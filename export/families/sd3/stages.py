@@ -26,9 +26,13 @@ ZERO_TOKENS = "zero_tokens"
 
 
 def denoiser_facts(
-    transformer: Sd3Config, encoders: TextEncoders, sizes: Mapping[str, Range], step: StepContract
+    transformer: Sd3Config,
+    encoders: TextEncoders,
+    sizes: Mapping[str, Range],
+    step: StepContract,
+    residuals: tuple[TensorSpec, ...] = (),
 ) -> DenoiserFacts:
-    """The facts of SD3's denoiser: its channels, its conditioning, and the ranges of its dimensions."""
+    """The facts of SD3's denoiser: its channels, its conditioning, the ranges of its dimensions, and residuals."""
     return DenoiserFacts(
         channels=transformer.in_channels,
         out_channels=transformer.out_channels,
@@ -39,6 +43,7 @@ def denoiser_facts(
         sizes=sizes,
         text=encoders.text_range(),
         step=step,
+        residuals=residuals,
     )
 
 

@@ -191,8 +191,9 @@ class Beginnings:
                 code="unsupported_value",
             )
         request = asked.request
-        if isinstance(request.image, GivenImages) and request.height is request.width is None:
-            height, width = size_like(*request.image.size(), model.pipeline.manifest.defaults)
+        image = request.control_image if request.image is None else request.image
+        if isinstance(image, GivenImages) and request.height is request.width is None:
+            height, width = size_like(*image.size(), model.pipeline.manifest.defaults)
             request = replace(request, height=height, width=width)
         plan = model.plan(request)
         self._limits.check_plan(plan)

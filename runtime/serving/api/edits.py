@@ -1,7 +1,8 @@
 """POST /v1/images/edits: pictures drawn from other pictures, in OpenAI's multipart form.
 
 OpenAI's masks, and its pictures without a mask, are transparent where to draw anew. A mask without transparency is read
-as diffusers reads one: white is drawn anew.
+as diffusers reads one: white is drawn anew. The control picture of a ControlNet, which OpenAI does not have, is a third
+file of the form.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from ditc.runtime.serving.refusals import Invalid
 
 router = APIRouter()
 
-# The picture and its mask.
-MOST_FILES = 2
+# The picture, its mask and the picture that a ControlNet reads.
+FILES = ("image", "mask", "control_image")
+MOST_FILES = len(FILES)
 MOST_FIELD_BYTES = 2**20
 FORM = {
     "requestBody": {
@@ -41,9 +43,18 @@ FORM = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["image", "prompt"],
+                    "required": ["prompt"],
                     "properties": {
-                        "image": {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP."},
+                        "image": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "PNG, JPEG or WebP. Only a control_image can stand without it.",
+                        },
+                        "control_image": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "What the bundle's ControlNet reads, such as edges.",
+                        },
                         "mask": {
                             "type": "string",
                             "format": "binary",
@@ -79,7 +90,7 @@ class Edit:
     responses=ERRORS,
 )
 async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
-    """Draw from a picture, everywhere or where the mask says."""
+    """Draw from a picture, everywhere or where the mask says, or after a control picture."""
     try:
         form = await http.form(
             max_files=MOST_FILES, max_fields=len(EditBody.model_fields), max_part_size=MOST_FIELD_BYTES
@@ -117,9 +128,10 @@ async def _read(api: Api, form: FormData, timeout: str) -> Edit:
     for name, file in form.multi_items():
         if isinstance(file, UploadFile):
             _add_file(files, name.removesuffix("[]"), file)  # the official client's form of a list
-    if "image" not in files:
+    required = "image" if "mask" in files or "control_image" not in files else "control_image"
+    if required not in files:
         raise Invalid(
-            "image is required", hint="send a file", param="image", code="missing_required_parameter"
+            f"{required} is required", hint="send a file", param=required, code="missing_required_parameter"
         )
     pictures: dict[str, Upload] = {}
     digest = hashlib.sha256()
@@ -129,11 +141,16 @@ async def _read(api: Api, form: FormData, timeout: str) -> Edit:
         pictures[name] = await api.encoder.run(
             read_upload, content, param=name, most_pixels=api.limits.max_pixels
         )
+    image, control = pictures.get("image"), pictures.get("control_image")
     request = replace(
         asked.request,
-        image=given_images("image", pictures["image"].image, channels=3),
-        mask_image=_to_draw(pictures["image"], pictures.get("mask")),
+        image=image and given_images("image", image.image, channels=3),
+        mask_image=image and _to_draw(image, pictures.get("mask")),
         strength=body.strength,
+        control_image=control and given_images("control_image", control.image, channels=3),
+        controlnet_conditioning_scale=body.controlnet_conditioning_scale,
+        control_guidance_start=body.control_guidance_start,
+        control_guidance_end=body.control_guidance_end,
     )
     return Edit(replace(asked, request=request), body, digest.hexdigest())
 
@@ -147,10 +164,10 @@ def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
 
 
 def _add_file(files: dict[str, UploadFile], name: str, file: UploadFile) -> None:
-    if name not in ("image", "mask"):
+    if name not in FILES:
         raise Invalid(
             f"{name!r:.80} is not a file of this path",
-            hint="send image, and mask if there is one",
+            hint=f"send {', '.join(FILES)}",
             param=name[:80],
             code="unknown_parameter",
         )

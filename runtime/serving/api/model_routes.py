@@ -12,7 +12,7 @@ from ditc.runtime.serving.api.openapi import ERRORS
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import CONTROLNET, DENOISER
 from ditc.runtime.step_contract import GuidanceMode
 
 router = APIRouter(prefix="/v1/models")
@@ -74,13 +74,14 @@ def _details(manifest: Manifest, model: Model | None) -> ModelDetails:
 
 
 def _capabilities(manifest: Manifest) -> list[str]:
-    """What requests may ask of a model. No model takes pictures in this version."""
+    """What requests may ask of a model."""
     found = {
         "text-to-image": True,
         "partial_images": bool(manifest.latents.rgb),
         "negative_prompt": manifest.guidance is GuidanceMode.CFG,
         "skip_layer_guidance": manifest.defaults.skip_layer_guidance is not None,
         "perturbed_attention_guidance": manifest.defaults.perturbed_attention_guidance is not None,
+        "control_image": CONTROLNET in manifest.stages,
         "resolution_binning": bool(manifest.defaults.bins),
     }
     return [name for name, has in found.items() if has]

@@ -185,6 +185,19 @@ class EditBody(StreamedBody):
         le=1,
         description="How much of the picture is replaced: the share of the steps that are done.",
     )
+    controlnet_conditioning_scale: float | None = Field(
+        default=None,
+        ge=-10_000,
+        le=10_000,
+        allow_inf_nan=False,
+        description="How strongly the control picture acts; 0 turns it off (default: 1).",
+    )
+    control_guidance_start: float | None = Field(
+        default=None, ge=0, le=1, description="The fraction of steps where it begins to act (default: 0)."
+    )
+    control_guidance_end: float | None = Field(
+        default=None, ge=0, le=1, description="The fraction of steps where it ceases to act (default: 1)."
+    )
 
 
 class JobBody(ImageBody):

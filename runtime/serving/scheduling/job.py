@@ -165,9 +165,11 @@ class Picture:
         return self.state.step_index > 0
 
     def advance(self, state: DenoiseState) -> None:
-        """Take the state after a step. The key changes only where the next step has another number of rows."""
+        """Take the state after a step. The key changes only where the next step has other rows or other control."""
         self.state = state
-        if not state.done and state.row_count(state.step_index) != self.key.rows:
+        if not state.done and (
+            state.row_count(state.step_index) != self.key.rows or state.controlled != self.key.controlled
+        ):
             self.key = batch_key(state)
 
 
@@ -178,6 +180,7 @@ def batch_key(state: DenoiseState) -> BatchKey:
         latents=tuple(state.latents.shape[1:]),
         rows=state.row_count(state.step_index) // state.latents.shape[0],
         texts=texts,
+        controlled=state.controlled,
     )
 
 

@@ -28,11 +28,13 @@ class BatchKey:
         latents: (C, H, W), the size of one picture's latents.
         rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with a gated row as well.
         texts: names and sizes of the conditioning of one row, in which lengths of texts may differ.
+        controlled: whether a ControlNet runs. A batch with one such picture would run it for all of its pictures.
     """
 
     latents: tuple[int, ...]
     rows: int
     texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    controlled: bool = False
 
     @property
     def weight(self) -> int:

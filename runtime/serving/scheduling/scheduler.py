@@ -74,7 +74,7 @@ class Scheduler:
         denoiser = pipeline.sessions[DENOISER]
         most = denoiser.spec.profile[BATCH].max
         self.max_batch = min(options.max_batch or most, most)
-        self.times = StepTimes(self.max_batch, padded_sizes(denoiser))
+        self.times = StepTimes(self.max_batch, padded_sizes(pipeline.stepper))
         # Where only one stage is in memory, two threads would make the stages replace each other all the time.
         self.overlaps = denoiser.device.kind != "cpu" and not isinstance(denoiser, OnDemandSession)
         self._queue = Queue(admission, READY_BATCHES * self.max_batch)

@@ -12,7 +12,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.scheduling.job import batch_key
 from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
-from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.spec import CONTROLNET, DENOISER, VAE_DECODER
 from ditc.runtime.step_contract import ROWS
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,9 @@ def begin_with(pipeline: Pipeline, times: StepTimes, recorded: Measured | None) 
     for case in () if recorded is None else recorded.cases:
         step, decoding = case.stages.get(DENOISER), case.stages.get(VAE_DECODER)
         texts = [
-            spread.median_s for name, spread in case.stages.items() if name not in (DENOISER, VAE_DECODER)
+            spread.median_s
+            for name, spread in case.stages.items()
+            if name not in (DENOISER, CONTROLNET, VAE_DECODER)
         ]
         request = Request(
             prompt="warm-up",
@@ -56,7 +58,7 @@ def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:
     begin = monotonic()
     request = Request(prompt="warm-up", seed=0, allow_uniform=True)
     plan = replace(pipeline.plan(request), at_once=1)
-    denoiser = pipeline.sessions[DENOISER]
+    denoiser = pipeline.stepper
     rows = denoiser.spec.profile[ROWS].max if ROWS in denoiser.spec.profile else None
     before = monotonic()
     (state,) = pipeline.states(plan)

@@ -29,7 +29,7 @@ from ditc.runtime.serving.scheduling.job import (
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.queue import Queue
 from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
-from ditc.runtime.spec import DENOISER, VAE_DECODER
+from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
 
 
@@ -66,7 +66,7 @@ class Work:
 
     def use(self, pipeline: Pipeline) -> None:
         """Work with this pipeline from now on."""
-        self.pipeline, self.batches = pipeline, Batches(pipeline.sessions[DENOISER])
+        self.pipeline, self.batches = pipeline, Batches(pipeline.stepper)
 
     def encode(self, job: Job, begun: _Begun | None = None, index: int = 0) -> None:
         """Make the first state of a picture (text rows, noise, schedule), and leave the next picture for later."""

@@ -32,7 +32,7 @@ def refusal(source: Path, tmp_path: Path, **index: Any) -> CheckpointError:
 
 @pytest.mark.parametrize(
     "name",
-    ["SanaControlNetPipeline", SPRINT, "SanaSprintImg2ImgPipeline", "MySanaPipeline"],
+    ["SanaControlNetPAGPipeline", SPRINT, "SanaSprintImg2ImgPipeline", "MySanaPipeline"],
 )
 def test_a_relative_of_sana_pipeline_is_named(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     error = refusal(tiny_checkpoint, tmp_path, _class_name=name)
@@ -40,14 +40,26 @@ def test_a_relative_of_sana_pipeline_is_named(tiny_checkpoint: Path, tmp_path: P
     assert ("from_pipe" in str(error.hint)) == ("Sprint" not in name)  # a distilled model would draw noise
 
 
-@pytest.mark.parametrize(
-    "kind", ["Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img"]
-)
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNetInpainting", "PAG", "PAGImg2Img"])
 def test_a_relative_of_stable_diffusion_3_pipeline_is_named(
     sd3_checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
     name = f"StableDiffusion3{kind}Pipeline"
     assert f"is a {name}, but" in str(refusal(sd3_checkpoint, tmp_path, _class_name=name))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("tiny_checkpoint", "SanaControlNetPipeline"),
+        ("sd3_checkpoint", "StableDiffusion3ControlNetPipeline"),
+    ],
+)
+def test_a_controlnet_pipeline_needs_its_controlnet(
+    family: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    error = refusal(request.getfixturevalue(family), tmp_path, _class_name=name)
+    assert f"has no controlnet, which a {name} needs" in str(error)
 
 
 @pytest.mark.parametrize("name", [["my_code", "SanaPipeline"], "omitted", 3])

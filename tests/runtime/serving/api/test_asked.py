@@ -12,6 +12,11 @@ from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.api.schemas import BundleArguments, GenerationBody, HuggingFaceBody
 from ditc.runtime.serving.refusals import Invalid
 
+# Fields of a request that POST /v1/images/edits takes.
+EDITS = {"image", "mask_image", "strength", "control_image", "controlnet_conditioning_scale"} | {
+    "control_guidance_start",
+    "control_guidance_end",
+}
 LIMITS = RequestLimits(max_steps=50, max_pixels=64 * 64, max_images=4, max_prompt_bytes=10, max_timeout=60)
 
 
@@ -129,7 +134,7 @@ def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
 
 def test_every_argument_of_a_request_is_offered_but_those_that_are_not_for_strangers() -> None:
     renamed = {"prompt", "num_images_per_prompt"}
-    kept_back = {"generator", "latents", "output_type"} | {"image", "mask_image", "strength"}  # of edits
+    kept_back = {"generator", "latents", "output_type"} | EDITS
     tensors = {name for name in REQUEST_FIELDS if "embeds" in name or name.endswith("attention_mask")}
     offered = BundleArguments.model_fields.keys() - {"timeout"}
     assert offered | renamed | kept_back | tensors == REQUEST_FIELDS

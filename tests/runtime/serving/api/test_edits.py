@@ -59,7 +59,15 @@ PROMPT = field("prompt", "cat")
         ([PROMPT, file("image", png()[:-20])], "image", "invalid_value"),
         ([PROMPT, file("image", png()), file("mask", b"<svg/>")], "mask", "invalid_value"),
         ([PROMPT, file("image", png(2049))], "image", "image_too_large"),
-        ([PROMPT, *(file("image", png()) for _ in range(3))], None, "invalid_form"),
+        ([PROMPT, file("control_image", png()[:-20])], "control_image", "invalid_value"),
+        ([PROMPT, file("control_image", png()), file("mask", png())], "image", "missing_required_parameter"),
+        (
+            [PROMPT, file("control_image", png())],
+            "control_image",
+            "invalid_value",
+        ),  # this bundle has no ControlNet
+        ([PROMPT, field("control_guidance_end", "2")], "control_guidance_end", "invalid_value"),
+        ([PROMPT, *(file("image", png()) for _ in range(4))], None, "invalid_form"),
         ([field(f"x{number}", "1") for number in range(200)], None, "invalid_form"),
         ([PROMPT, b"--X\r\nno header\r\n\r\n\r\n"], None, "invalid_form"),
     ],
