@@ -71,7 +71,8 @@ class Conditioning:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that compute the rows."""
-        return (CONDITIONER, CONTROL_CONDITIONER, *(encoder.spec.stage for encoder in self.encoders))
+        control = (CONTROL_CONDITIONER,) if self.control_conditioner is not None else ()
+        return (CONDITIONER, *control, *(encoder.spec.stage for encoder in self.encoders))
 
     def with_weights(self, sessions: Mapping[str, Session], key: str) -> Conditioning:
         """A copy whose sessions have other weights. It shares the cache, in which its rows have another key.
