@@ -34,7 +34,8 @@ from ditc.runtime.guidance import (
 from ditc.runtime.image_input import GivenImages
 from ditc.runtime.image_start import ImageLatents, Kept, cell_mask
 from ditc.runtime.noise import Parts, Whole, noise_parts
-from ditc.runtime.request import Request, checked
+from ditc.runtime.request import Request
+from ditc.runtime.request_checks import checked
 from ditc.runtime.rng import Generator
 from ditc.runtime.schedulers import CoefficientTable, coefficient_table, number_of_steps
 from ditc.runtime.session import Array, Session

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from ditc.runtime.errors import UsageError
-from ditc.runtime.request import INTEGERS, NUMBERS, Request, checked
+from ditc.runtime.request import INTEGERS, NUMBERS, Request
+from ditc.runtime.request_checks import checked
 
 # Long prompts take some KB. A file that is no list of requests often has no line ends at all.
 MAX_LINE_BYTES = 2**20
