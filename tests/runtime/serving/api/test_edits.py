@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import closing
 from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from serving_thread import Answer, ServerThread, server_thread
+
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 
 FORM = "multipart/form-data; boundary=X"
 
@@ -61,11 +71,6 @@ PROMPT = field("prompt", "cat")
         ([PROMPT, file("image", png(2049))], "image", "image_too_large"),
         ([PROMPT, file("control_image", png()[:-20])], "control_image", "invalid_value"),
         ([PROMPT, file("control_image", png()), file("mask", png())], "image", "missing_required_parameter"),
-        (
-            [PROMPT, file("control_image", png())],
-            "control_image",
-            "invalid_value",
-        ),  # this bundle has no ControlNet
         ([PROMPT, field("control_guidance_end", "2")], "control_guidance_end", "invalid_value"),
         ([PROMPT, *(file("image", png()) for _ in range(4))], None, "invalid_form"),
         ([field(f"x{number}", "1") for number in range(200)], None, "invalid_form"),
@@ -82,3 +87,27 @@ def test_what_is_wrong_with_a_form_is_named(
 @pytest.mark.parametrize("media_type", ["multipart/form-data", "multipart/form-data; boundary="])
 def test_a_form_without_what_it_takes_to_read_it_is_refused(server: ServerThread, media_type: str) -> None:
     assert sent(server, PROMPT, file("image", png()), media_type=media_type).error["code"]
+
+
+def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
+    models = Models(
+        {"control": control_bundle},
+        admission=Admission(Bounds()),
+        load=LoadOptions(threads=1),
+        warm_up_seconds=0.0,
+    )
+    with closing(models), server_thread(models=models) as running:
+        sizes = [field("width", "64"), field("height", "64"), field("num_inference_steps", "2")]
+        fields = [PROMPT, *sizes, field("seed", "3"), field("allow_uniform", "true")]
+        more = [file("control_image", png()), field("controlnet_conditioning_scale", "0.5")]
+        body = b"".join([*fields, *more]) + b"--X--\r\n"
+        answer = running.ask("POST", "/v1/images/edits", body, {"Content-Type": FORM})
+    assert answer.status == 200, answer
+    found = Image.open(BytesIO(b64decode(json.loads(answer.body)["data"][0]["b64_json"])))
+    settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 3, "allow_uniform": True}
+    control = {"control_image": Image.new("RGB", (8, 8)), "controlnet_conditioning_scale": 0.5}
+    with Pipeline.load(control_bundle, threads=1) as pipeline:
+        expected = pipeline("cat", **settings, **control).images[0]
+        without = pipeline("cat", **settings).images[0]
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert (np.asarray(expected) != np.asarray(without)).any()
