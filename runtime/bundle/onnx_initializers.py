@@ -17,8 +17,8 @@ from ditc.runtime.session import Array
 # Numbers of fields in onnx.proto.
 MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
 DIMS, DATA_TYPE, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 8, 9, 13
-# onnx.proto, TensorProto.DataType. bf16 values are read as the bits of their numbers.
-DTYPES: dict[int, Any] = {1: np.float32, 10: np.float16, 16: np.uint16}
+# onnx.proto, TensorProto.DataType. Numbers of bf16 and FP8 (E4M3FN) are read as their bits (number_formats.py).
+DTYPES: dict[int, Any] = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16, 17: np.uint8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +44,12 @@ class Initializer:
         """The values, mapped from the file.
 
         Raises:
-            BundleError: the file is too short, or the type is none of floats.
+            BundleError: the file is too short, or the type is not in DTYPES.
         """
         if self.dtype is None or math.prod(self.shape) * np.dtype(self.dtype).itemsize != self.size_bytes:
             raise BundleError(
-                f"{self.file}: {self.name} of shape {self.shape} has {self.size_bytes} bytes, which are no floats",
+                f"{self.file}: {self.name} of shape {self.shape} has {self.size_bytes} bytes, "
+                "or a type that ditc does not read",
                 hint="build the bundle again",
             )
         try:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.bundle.private_copy import private_copy
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.lora.lora import Change, ScaledLora, changes_of, check_fits
-from ditc.runtime.lora.stage_weights import changed_initializers, check_replaceable
+from ditc.runtime.lora.stage_weights import StoredWeights, changed_initializers
 from ditc.runtime.session import Session
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import is_graph, row_of
-from ditc.runtime.spec import CONDITIONER, DENOISER
+from ditc.runtime.spec import CONDITIONER, DENOISER, EIGHT_BITS, Precision
 from ditc.runtime.weight_map import Weight, read_weight_map
 
 FOLD = "build the bundle with the LoRA: ditc build CHECKPOINT -o BUNDLE --lora FILE"
 # The component of both stages that are made of the denoising network.
 TRANSFORMER = "transformer"
+# Where the values of a weight in 8 bits are read before it was quantized, the most exact first.
+ORIGINALS = tuple(precision for precision in Precision if precision not in EIGHT_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class Reopener:
     manifest: Manifest
     artifacts: Mapping[str, Artifact]
     options: LoadOptions
+    _checked: set[str] = field(
+        default_factory=set, init=False
+    )  # files that were hashed after the bundle was loaded
 
     def stages_of(self, loras: Iterable[ScaledLora]) -> dict[str, dict[str, list[Change]]]:
         """The changes of every stage whose weights change, by the checkpoint's names.
@@ -59,7 +65,6 @@ class Reopener:
             }
             if changes:
                 self._check_changeable(stage)
-                check_replaceable(weights, changes)
                 found[stage] = changes
         return found
 
@@ -72,8 +77,8 @@ class Reopener:
         artifact = self.artifacts[stage]
         if not self.options.private_copy:
             return self._open(self.bundle, artifact, stage, changes)
-        graph = self._graph(stage)
-        files = {ref.path: ref for ref in (artifact.file, *artifact.data, graph.file, *graph.data)}
+        read = (artifact, *self.graphs(stage)) if changes else (artifact,)
+        files = {ref.path: ref for one in read for ref in (one.file, *one.data)}
         with private_copy(self.bundle, tuple(files.values())) as folder:
             return self._open(folder, artifact, stage, changes)
 
@@ -82,11 +87,31 @@ class Reopener:
     ) -> Session:
         if not changes:
             return open_session(folder / artifact.file.path, artifact, self.options)
-        made_from = self._graph(stage)
-        graph = folder / made_from.file.path
-        check_references(graph, made_from)
-        weights = dict(changed_initializers(graph, self._weights(stage), changes))
+        graphs = self.graphs(stage)
+        if folder == self.bundle:
+            self._check(graphs)
+        stored = [self._stored(folder, graph) for graph in graphs]
+        weights = dict(changed_initializers(stored[0], changes, *stored[1:]))
         return open_session(folder / artifact.file.path, artifact, self.options, weights=weights)
+
+    def _check(self, graphs: Iterable[Artifact]) -> None:
+        """Compare files that were not opened with the bundle with the manifest, each once."""
+        new = [graph for graph in graphs if graph not in self.artifacts.values()]
+        refs = [ref for graph in new for ref in graph.files if ref.path not in self._checked]
+        check_files(self.bundle, refs)
+        self._checked.update(ref.path for ref in refs)
+
+    def _stored(self, folder: Path, graph: Artifact) -> StoredWeights:
+        check_references(folder / graph.file.path, graph)
+        return StoredWeights(folder / graph.file.path, self._map_of(graph))
+
+    def graphs(self, stage: str) -> tuple[Artifact, ...]:
+        """The graphs from which the weights of a stage are read: its own, and for one in 8 bits one with more bits."""
+        own = self._graph(stage)
+        others = [a for a in self.manifest.stages[stage].artifacts if is_graph(a) and a.weights is not None]
+        exact = (a for precision in ORIGINALS for a in others if a.precision is precision)
+        original = next(exact, None) if own.precision in EIGHT_BITS else None
+        return (own,) if original is None else (own, original)
 
     def _check_changeable(self, stage: str) -> None:
         artifact = self.artifacts[stage]
@@ -107,10 +132,14 @@ class Reopener:
         return {stage: self._weights(stage) for stage in stages}
 
     def _weights(self, stage: str) -> tuple[Weight, ...]:
-        ref = self._graph(stage).weights
-        if ref is None:
-            raise BundleError(f"the bundle has no weight map of the {stage}", hint="build the bundle again")
-        return read_weight_map(self.bundle / ref.path)
+        return self._map_of(self._graph(stage))
+
+    def _map_of(self, graph: Artifact) -> tuple[Weight, ...]:
+        if graph.weights is None:
+            raise BundleError(
+                f"the bundle has no weight map of {graph.file.path}", hint="build the bundle again"
+            )
+        return read_weight_map(self.bundle / graph.weights.path)
 
     def _graph(self, stage: str) -> Artifact:
         """The graph that the stage's artifact is or was made from."""

@@ -17,7 +17,8 @@ import numpy as np
 from ditc.runtime.bundle.onnx_initializers import read_initializers
 from ditc.runtime.session import Array
 
-BFLOAT16 = 16  # onnx.proto, TensorProto.DataType
+# onnx.proto, TensorProto.DataType, of numbers that are given as their bits: bf16, and FP8 (E4M3FN).
+ONNX_TYPES = {np.dtype(np.uint16): 16, np.dtype(np.uint8): 17}
 
 
 def replace_weights(options: Any, model: Path, weights: Mapping[str, Array]) -> str | bytes:
@@ -25,13 +26,14 @@ def replace_weights(options: Any, model: Path, weights: Mapping[str, Array]) -> 
 
     Args:
         options: an ort.SessionOptions.
-        weights: values of the initializers' shapes and types; bf16 ones as uint16 arrays of their bits.
+        weights: values of the initializers' shapes and types; numbers of bf16 and FP8 as the bits of them, in uint16
+            and uint8 arrays.
     """
     import onnxruntime as ort
 
     def value(array: Array) -> Any:
-        if array.dtype == np.uint16:
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+        if array.dtype in ONNX_TYPES:
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[array.dtype])
         return ort.OrtValue.ortvalue_from_numpy(array)
 
     initializers = read_initializers(model)

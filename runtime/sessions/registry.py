@@ -65,7 +65,8 @@ class BackendRow:
         profile: opens a stage with the library's profiler on, as a `ProfiledSession` (bench/profile.py). None if it has
             none.
         open_changed: opens a stage with other values of some initializers of its graph, given by name; bf16 values as
-            uint16 arrays of their bits. None if it cannot, as with engines, which keep their weights.
+            uint16 arrays of their bits, FP8 ones as uint8 arrays. None if it cannot, as with engines, which keep their
+            weights.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
         builds_engines: whether it runs what a build makes from the stage's ONNX graph: engines, or another form of the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import main
-from ditc.runtime.errors import SessionError, UsageError
+from ditc.runtime.errors import BundleError, SessionError, UsageError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.lora.lora import ScaledLora
+from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.lora.reopener import Reopener
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER
+from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, Precision
 
 REQUEST = Request(prompt="red", seed=1, num_inference_steps=1, height=64, width=64, output_type="latent")
 
@@ -118,6 +125,32 @@ def test_wrong_names_and_weights_are_refused(names, weights, words, pipeline, tm
     assert pipeline.get_active_adapters() == ["a"]
     with pytest.raises(UsageError, match="there is a LoRA 'a' already"):
         pipeline.load_lora_weights(tmp_path / "a.safetensors", "a")
+
+
+def test_weights_in_8_bits_are_read_from_the_most_exact_graph_too(tiny_bundle: Path) -> None:
+    manifest = load_manifest(tiny_bundle)
+    (fp32,) = manifest.stages[DENOISER].artifacts
+    half, eight = (replace(fp32, precision=precision) for precision in (Precision.FP16, Precision.INT8))
+    stage = replace(manifest.stages[DENOISER], artifacts=(half, fp32, eight))
+    manifest = replace(manifest, stages={**manifest.stages, DENOISER: stage})
+    for artifact, read in ((eight, (eight, fp32)), (half, (half,)), (fp32, (fp32,))):
+        reopener = Reopener(tiny_bundle, manifest, {DENOISER: artifact}, LoadOptions())
+        assert reopener.graphs(DENOISER) == read
+
+
+def test_a_graph_that_was_damaged_after_loading_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = load_manifest(bundle)
+    (fp32,) = manifest.stages[DENOISER].artifacts
+    stage = replace(manifest.stages[DENOISER], artifacts=(fp32, replace(fp32, precision=Precision.INT8)))
+    manifest = replace(manifest, stages={**manifest.stages, DENOISER: stage})
+    artifacts = {name: stage.artifacts[-1] for name, stage in manifest.stages.items()}
+    with (bundle / fp32.data[0].path).open("r+b") as file:
+        file.write(b"other")
+    reopener = Reopener(bundle, manifest, artifacts, LoadOptions())
+    loras = [ScaledLora(read_lora(lora(tmp_path / "a.safetensors")))]
+    with pytest.raises(BundleError, match="has been changed"):
+        reopener.open(DENOISER, reopener.stages_of(loras)[DENOISER])
 
 
 def test_a_lora_of_another_network_is_refused(pipeline, tmp_path: Path) -> None:
