@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,16 @@ from ditc.runtime.load_options import LoadOptions, load_options
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.serving.api.request_limits import request_limits
 from ditc.runtime.serving.http.transport_limits import transport_limits
+from ditc.runtime.serving.replicas.place import place
 
 if TYPE_CHECKING:
     from ditc.runtime.serving.http.server import Server
     from ditc.runtime.serving.metrics import Metrics
     from ditc.runtime.serving.models import Models
+    from ditc.runtime.serving.replicas.front import Front
 
 # Modules whose messages are always shown: when models are opened and closed, and how the server ends.
-TOLD = ("models", "model", "server", "access")
+TOLD = ("models", "model", "http.server", "http.access", "replicas")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +40,18 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DitcError: a bundle cannot be served, or the address cannot be used.
     """
+    if arguments.ray and place() is None:
+        from ditc.runtime.serving.replicas.supervisor import supervise
+
+        _tell()
+        return supervise(arguments)
     from ditc.runtime.serving.http.access import doorkeeper_for
     from ditc.runtime.serving.http.app import create_app
     from ditc.runtime.serving.http.open_files import with_open_files
     from ditc.runtime.serving.http.server import Server, end_at_once, listen, url_of
     from ditc.runtime.serving.http.traffic import Traffic
     from ditc.runtime.serving.metrics import Metrics
+    from ditc.runtime.serving.replicas.front import Front
     from ditc.runtime.serving.settings import ServerOptions
 
     if arguments.ui:
@@ -62,8 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     transport = with_open_files(transport_limits(arguments))
     bundles = named_bundles(arguments)
     metrics, traffic = Metrics(), Traffic()
-    models = _models(arguments, load, bundles, named_loras(arguments), metrics)
-    with listen(options) as listener:
+    front = Front(arguments, load, bundles) if arguments.ray else None
+    models = _models(arguments, load, bundles, named_loras(arguments), metrics, front)
+    with (
+        nullcontext() if front is None else front,
+        listen(options) if front is None else front.listener() as listener,
+    ):
         metrics.watch(models)
         app = create_app(
             models,
@@ -103,6 +116,8 @@ class _Opening(threading.Thread):
                 self.error = error
                 self._server.end()
             return
+        if (here := place()) is not None and here.again:
+            return
         names = list(self._models.names)
         if self._arguments.json:
             sys.stdout.write(json.dumps({"url": self._url, "models": names}) + "\n")
@@ -117,27 +132,17 @@ def _models(
     bundles: dict[str, Path],
     loras: dict[str, LoraChoice],
     metrics: Metrics,
+    front: Front | None,
 ) -> Models:
     """The models, none of which is opened yet. What is wrong with a bundle's manifest is found here."""
-    from ditc.runtime.bundle.manifest import load_manifest
-    from ditc.runtime.gpu import find_gpus, select_gpu
-    from ditc.runtime.loader import choose_here
     from ditc.runtime.serving.lora_variants import lora_variants
-    from ditc.runtime.serving.memory import default_budget, parse_bytes
+    from ditc.runtime.serving.memory import default_budget, gpu_bytes, parse_bytes
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.scheduling.admission import Admission
     from ditc.runtime.serving.settings import Bounds, SchedulerOptions
-    from ditc.runtime.sessions.registry import row_of
-    from ditc.runtime.spec import DENOISER
 
     budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
-    select_gpu(load.gpu)
-    on_gpu = False
-    for path in bundles.values():
-        artifacts, _ = choose_here(path, load_manifest(path), load)
-        on_gpu |= row_of(artifacts[DENOISER].backend).same_gpu
-    if budget is None:
-        budget = default_budget(find_gpus()[0].memory_bytes if on_gpu else None)
+    default = default_budget(gpu_bytes(bundles, load)) if front is None else front.default_budget()
     variants = lora_variants(bundles, loras, load)
     bundles = bundles | {name: bundles[of] for name, (of, _) in variants.items()}
     names = list(bundles)
@@ -149,8 +154,9 @@ def _models(
         scheduled=SchedulerOptions(max_batch=arguments.max_batch, window=arguments.batch_window_ms / 1000),
         observe=metrics.observer,
         warm_up_seconds=arguments.warm_up_seconds,
-        budget=budget,
+        budget=default if budget is None else budget,
         awaited={"first": names[:1], "all": names, "none": []}[arguments.preload],
+        opener=None if front is None else front.opener,
     )
 
 

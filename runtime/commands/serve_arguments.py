@@ -12,6 +12,7 @@ from ditc.runtime.load_options import add_load_arguments
 from ditc.runtime.lora.choice import LoraChoice, parse_lora
 from ditc.runtime.serving.api.request_limits import add_limit_arguments
 from ditc.runtime.serving.http.transport_limits import add_transport_arguments
+from ditc.runtime.serving.replicas.options import add_replica_arguments
 from ditc.runtime.serving.settings import Bounds, SchedulerOptions, ServerOptions
 
 # A name stands in JSON, in metrics and on the command line.
@@ -51,6 +52,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_limit_arguments(parser)
     _add_server(parser)
     add_transport_arguments(parser)
+    add_replica_arguments(parser)
     parser.add_argument(
         "--json",
         action="store_true",

@@ -59,7 +59,7 @@ def draw_with_ray(
             )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # importing ray.data sets it to INFO
-    gpus = 1 if _on_gpu(asked[0]["options"]) else 0
+    gpus = 1 if asks_for_gpu(asked[0]["options"]) else 0
     drawn = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
         _Actor,
         fn_constructor_args=(dict(asked[0]),),
@@ -119,7 +119,7 @@ def _spans(lines: Iterator[RawLine], source: Path, length: int) -> Iterator[dict
         yield {"span": json.dumps({"source": str(source), "offset": offset, "numbers": numbers})}
 
 
-def _on_gpu(options: Mapping[str, Any]) -> bool:
+def asks_for_gpu(options: Mapping[str, Any]) -> bool:
     """Whether an actor needs an NVIDIA GPU, of which Ray gives every one its own."""
     backend, provider = options["backend"], options["provider"]
     return (

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import UsageError
+from ditc.runtime.gpu import find_gpus, select_gpu
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.loader import choose_here
+from ditc.runtime.sessions.registry import row_of
+from ditc.runtime.spec import DENOISER
 
 _UNITS = {
     "": 1,
@@ -47,6 +54,20 @@ def default_budget(gpu_bytes: int | None) -> int | None:
         return int(_SHARE * gpu_bytes)
     known = [size for size in (_machine_bytes(), *map(_limit, _LIMITS)) if size is not None]
     return int(_SHARE * min(known)) if known else None
+
+
+def gpu_bytes(bundles: Mapping[str, Path], load: LoadOptions) -> int | None:
+    """The memory of the GPU on which these bundles would run here; None if they run on the CPU.
+
+    Raises:
+        DitcError: a bundle cannot run here.
+    """
+    select_gpu(load.gpu)
+    on_gpu = False
+    for path in bundles.values():
+        artifacts, _ = choose_here(path, load_manifest(path), load)
+        on_gpu |= row_of(artifacts[DENOISER].backend).same_gpu
+    return find_gpus()[0].memory_bytes if on_gpu else None
 
 
 def resident_bytes() -> int:

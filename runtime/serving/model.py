@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 from ditc.runtime.bundle.bench_record import Measured, find_entry
 from ditc.runtime.bundle.manifest import load_manifest
@@ -21,6 +22,7 @@ from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
 from ditc.runtime.serving.memory import resident_bytes
 from ditc.runtime.serving.scheduling.admission import Admission
+from ditc.runtime.serving.scheduling.interface import Schedules
 from ditc.runtime.serving.scheduling.job import Event, Job
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.scheduler import Scheduler
@@ -41,7 +43,7 @@ class Model:
     """
 
     name: str
-    scheduler: Scheduler
+    scheduler: Schedules
     size_bytes: int
     users: int = 0
 
@@ -79,6 +81,26 @@ class Model:
             Refusal: as `Scheduler.submit`.
         """
         return self.scheduler.submit(self.plan(request), listener, id=id, timeout=timeout, previews=previews)
+
+
+class Opener(Protocol):
+    """Opens versions of bundles: in this process, or in replicas."""
+
+    def expected_bytes(self, bundle: Path) -> int:
+        """The memory that a bundle takes at least. Raises DitcError if it cannot be opened."""
+        ...
+
+    def open(
+        self,
+        name: str,
+        bundle: Path,
+        *,
+        admission: Admission,
+        observer: Observer,
+        lora: LoraChoice | None = None,
+    ) -> Model:
+        """Open a bundle. Raises DitcError if it cannot be opened."""
+        ...
 
 
 def open_model(

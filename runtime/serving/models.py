@@ -19,7 +19,7 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.lora.choice import LoraChoice
-from ditc.runtime.serving.model import Model, expected_bytes, open_model
+from ditc.runtime.serving.model import Model, Opener, expected_bytes, open_model
 from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
 from ditc.runtime.serving.room import Room
 from ditc.runtime.serving.scheduling.admission import Admission
@@ -34,6 +34,42 @@ log = logging.getLogger(__name__)
 FAILURE_PAUSES = (5.0, 10.0, 30.0, 60.0)
 
 
+class LocalOpener:
+    """Opens bundles in this process.
+
+    Args:
+        warm_up_seconds: as in `warm_up`.
+    """
+
+    def __init__(self, load: LoadOptions, scheduled: SchedulerOptions, warm_up_seconds: float) -> None:
+        self._load, self._scheduled, self._warm_up_seconds = load, scheduled, warm_up_seconds
+
+    def expected_bytes(self, bundle: Path) -> int:
+        """See Opener."""
+        return expected_bytes(bundle, self._load)
+
+    def open(
+        self,
+        name: str,
+        bundle: Path,
+        *,
+        admission: Admission,
+        observer: Observer,
+        lora: LoraChoice | None = None,
+    ) -> Model:
+        """See Opener."""
+        return open_model(
+            name,
+            bundle,
+            load=self._load,
+            admission=admission,
+            scheduled=self._scheduled,
+            observer=observer,
+            warm_up_seconds=self._warm_up_seconds,
+            lora=lora,
+        )
+
+
 class Models:
     """Opens bundles when they are first asked for. Threads can share it.
 
@@ -43,6 +79,7 @@ class Models:
         budget: bytes that all models may take together; None sets no bound.
         awaited: names of the models without which the server is not ready.
         loras: by the names of models, the LoRA that each gets into its weights.
+        opener: opens bundles; None opens them in this process, with the options that are given here.
     """
 
     def __init__(
@@ -57,12 +94,13 @@ class Models:
         budget: int | None = None,
         awaited: Sequence[str] | None = None,
         loras: Mapping[str, LoraChoice] | None = None,
+        opener: Opener | None = None,
     ) -> None:
         self.bundles = dict(bundles)
         self.admission = admission
         self.budget = budget
-        self._load_options, self._scheduled, self._observe = load, scheduled, observe
-        self._warm_up_seconds = warm_up_seconds
+        self._opener = LocalOpener(load, scheduled, warm_up_seconds) if opener is None else opener
+        self._observe = observe
         self._loras = dict(loras or {})
         self._slots = {name: Slot(name, path) for name, path in self.bundles.items()}
         self.awaited = tuple(self.names[:1] if awaited is None else awaited)
@@ -285,16 +323,13 @@ class Models:
         try:
             with self._turn:
                 log.info("opening %s", slot.name)
-                expected = expected_bytes(slot.bundle, self._load_options)
+                expected = self._opener.expected_bytes(slot.bundle)
                 self._room.make_room(slot, max(expected, min(slot.size_bytes, self.budget or 0)))
-                model = open_model(
+                model = self._opener.open(
                     slot.name,
                     slot.bundle,
-                    load=self._load_options,
                     admission=self.admission,
-                    scheduled=self._scheduled,
                     observer=self._observe(slot.name),
-                    warm_up_seconds=self._warm_up_seconds,
                     lora=self._loras.get(slot.name),
                 )
         except DitcError as e:

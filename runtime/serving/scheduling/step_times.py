@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
+from dataclasses import dataclass
 
 from ditc.runtime.serving.scheduling.policy import BatchKey
 
@@ -17,6 +18,19 @@ GAIN = 1.03
 MAX_KEYS = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """All that a StepTimes has measured.
+
+    Attributes:
+        steps: seconds of a step, by key and number of pictures.
+        stages: seconds per unit of size of the other stages.
+    """
+
+    steps: dict[BatchKey, dict[int, float]]
+    stages: dict[str, float]
+
+
 class StepTimes:
     """Estimates from measurements. Threads can share it.
 
@@ -28,7 +42,7 @@ class StepTimes:
 
     def __init__(self, max_batch: int, buckets: tuple[int, ...] = ()) -> None:
         self.max_batch = max_batch
-        self._buckets = buckets
+        self.buckets = buckets
         self._lock = threading.Lock()
         self._known: dict[BatchKey, dict[int, float]] = {}  # the oldest first
         self._nearest: dict[int, BatchKey] = {}  # for a weight, the known key whose weight is nearest
@@ -86,13 +100,26 @@ class StepTimes:
         with self._lock:
             return {key: dict(sizes) for key, sizes in self._known.items()}
 
+    def snapshot(self) -> Measurements:
+        """All measurements, for `take_over` in another process."""
+        with self._lock:
+            return Measurements({key: dict(sizes) for key, sizes in self._known.items()}, dict(self._stages))
+
+    def take_over(self, measured: Measurements) -> None:
+        """Replace all measurements by those of another process."""
+        with self._lock:
+            self._known = {key: dict(sizes) for key, sizes in measured.steps.items()}
+            self._stages = dict(measured.stages)
+            self._nearest.clear()
+            self._curve = max(self._known, key=lambda key: len(self._known[key]), default=None)
+
     def _make_room(self) -> None:
         self._nearest.clear()
         if len(self._known) >= MAX_KEYS:
             del self._known[next(key for key in self._known if key != self._curve)]
 
     def _run_size(self, size: int) -> int:
-        return next((bucket for bucket in self._buckets if bucket >= size), size)
+        return next((bucket for bucket in self.buckets if bucket >= size), size)
 
     def _estimate(self, key: BatchKey, size: int) -> float:
         if self._curve is None:

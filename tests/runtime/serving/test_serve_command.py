@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -148,3 +149,14 @@ def test_a_bundle_is_named_after_its_folder() -> None:
         ("/build/bundle", "bundle"),
     ):
         assert default_name(Path(path)) == name
+
+
+def test_replicas_need_an_extra_and_possible_numbers(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    error = errors_of(capsys, tiny_bundle, "--ray", "--port=0")
+    assert "ray is not installed" in error and 'hint: pip install "ditc[ray]"' in error
+    impossible = ("--ray", "--min-replicas=3", "--max-replicas=2")
+    assert "3 to 2 replicas are not possible" in errors_of(capsys, tiny_bundle, *impossible)
+    assert "-1 GPUs per replica" in errors_of(capsys, tiny_bundle, "--ray", "--gpus-per-replica=-1")

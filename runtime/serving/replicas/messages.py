@@ -1,0 +1,182 @@
+"""What front and replicas tell each other: requests and events as plain values, without objects of a client.
+
+Pictures are (mode, size, bytes), arrays stay arrays. The front and its replicas must be of one version of ditc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from ditc.runtime.errors import DitcError
+from ditc.runtime.failure import Failure
+from ditc.runtime.image_input import GivenImages
+from ditc.runtime.request import Request
+from ditc.runtime.serving.refusals import Refusal
+from ditc.runtime.serving.scheduling.job import (
+    Cancelled,
+    Event,
+    Finished,
+    Preview,
+    Progress,
+    Refused,
+)
+from ditc.runtime.serving.scheduling.step_times import Measurements
+from ditc.runtime.session import ComputeDevice
+from ditc.runtime.spec import StageSpec
+
+Message = dict[str, Any]
+_FAILURE = ("index", "reason", "hint", "step", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a bundle.
+
+    Attributes:
+        name: under which it is served.
+        digest: of its manifest, which names all its files by their hashes.
+    """
+
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a replica has opened, so that the front can check requests as the replica will.
+
+    Attributes:
+        stages: the spec of every stage, and what it computes on.
+        loras: the LoRAs in the weights, as pictures name them.
+        max_batch: the most pictures of one run.
+        sizes: the batch sizes that the denoiser has graphs for.
+        size_bytes: the memory that it takes.
+        times: measured when it was warmed up.
+    """
+
+    stages: Mapping[str, tuple[StageSpec, ComputeDevice]]
+    backend: str
+    precision: str
+    uncertified: str
+    chosen: str
+    loras: list[dict[str, object]]
+    max_batch: int
+    sizes: tuple[int, ...]
+    size_bytes: int
+    times: Measurements
+
+
+def message_of_request(request: Request) -> Message:
+    """The fields that differ from their defaults."""
+    message: Message = {}
+    for field in fields(Request):
+        value = getattr(request, field.name)
+        if value is field.default:
+            continue
+        message[field.name] = _plain_images(value) if isinstance(value, GivenImages) else value
+    return message
+
+
+def request_of_message(message: Message) -> Request:
+    """The request of `message_of_request`."""
+    images: Message = {
+        name: _given_images(message[name]) for name in ("image", "mask_image") if name in message
+    }
+    return Request(**{**message, **images})
+
+
+def message_of_event(event: Event) -> Message:
+    """An event, by its kind."""
+    if isinstance(event, Progress):
+        return {"kind": "progress", "step": event.step, "total": event.total}
+    if isinstance(event, Preview):
+        picture = plain_picture(event.image)
+        return {
+            "kind": "preview",
+            "index": event.index,
+            "number": event.number,
+            "step": event.step,
+            "image": picture,
+        }
+    if isinstance(event, Finished):
+        return {
+            "kind": "finished",
+            "images": [None if image is None else plain_picture(image) for image in event.images],
+            "failures": [{name: getattr(one, name) for name in _FAILURE} for one in event.failures],
+            "seconds": event.seconds,
+        }
+    if isinstance(event, Refused):
+        return Message(kind="refused", **plain_refusal(event.refusal))
+    return Message(kind="cancelled")
+
+
+def event_of_message(message: Message) -> Event:
+    """The event of `message_of_event`."""
+    kind = message["kind"]
+    if kind == "progress":
+        return Progress(step=message["step"], total=message["total"])
+    if kind == "preview":
+        return Preview(
+            index=message["index"],
+            number=message["number"],
+            step=message["step"],
+            image=picture_of(message["image"]),
+        )
+    if kind == "finished":
+        return Finished(
+            images=tuple(None if image is None else picture_of(image) for image in message["images"]),
+            failures=tuple(Failure(**one) for one in message["failures"]),
+            seconds=message["seconds"],
+        )
+    if kind == "refused":
+        return Refused(refusal_of(message))
+    return Cancelled()
+
+
+def plain_refusal(refusal: Refusal) -> Message:
+    """All that an answer is made of."""
+    return {
+        "message": str(refusal),
+        "hint": refusal.hint,
+        "param": refusal.param,
+        "retry_after": refusal.retry_after,
+        "status": refusal.status,
+        "code": refusal.code,
+    }
+
+
+def refusal_of(message: Message) -> Refusal:
+    """The refusal of `plain_refusal`."""
+    names = ("hint", "param", "retry_after", "status", "code")
+    return Refusal(message["message"], **{name: message[name] for name in names})
+
+
+def plain_error(error: DitcError) -> Message:
+    """An error for the operator, whom its text and its hint tell all."""
+    return {"error": str(error), "hint": error.hint}
+
+
+def plain_picture(image: Image.Image) -> tuple[str, tuple[int, int], bytes]:
+    """Mode, size and pixels."""
+    return image.mode, image.size, image.tobytes()
+
+
+def picture_of(plain: tuple[str, tuple[int, int], bytes]) -> Image.Image:
+    """The picture of `plain_picture`."""
+    mode, size, pixels = plain
+    return Image.frombytes(mode, size, pixels)
+
+
+def _plain_images(images: GivenImages) -> list[Any]:
+    return [plain_picture(one) if isinstance(one, Image.Image) else one for one in images.pictures]
+
+
+def _given_images(plain: list[Any]) -> GivenImages:
+    return GivenImages(tuple(picture_of(one) if isinstance(one, tuple) else one for one in plain))

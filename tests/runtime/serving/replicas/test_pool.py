@@ -1,0 +1,297 @@
+"""Requests over replicas: who gets them, what happens when one is lost or hangs, and how many there are."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cluster import FakeCluster
+from serving_scheduler import PATIENCE, Server
+
+from ditc.runtime.bundle.manifest import load_manifest, save_manifest
+from ditc.runtime.errors import DitcError
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.request import Request
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.refusals import Overloaded, TooLate
+from ditc.runtime.serving.replicas.opener import ReplicaOpener
+from ditc.runtime.serving.replicas.options import ReplicaOptions
+from ditc.runtime.serving.replicas.pool import Pool
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
+from ditc.runtime.serving.scheduling.job import Cancelled, Event, Finished, Preview, Progress, Refused
+from ditc.runtime.serving.settings import SchedulerOptions
+
+LONG = 60  # steps; enough for a test to interfere
+
+
+class Replicas:
+    """A pool over fake replicas, with the models that it serves."""
+
+    def __init__(self, bundle: Path, bounds: Bounds | None = None, **options: Any) -> None:
+        self.cluster = FakeCluster()
+        self.pool = Pool(self.cluster, ReplicaOptions(**options))
+        opener = ReplicaOpener(
+            self.pool, load=LoadOptions(threads=1), scheduled=SchedulerOptions(), warm_up_seconds=0.0
+        )
+        self.models = Models({"tiny": bundle}, admission=Admission(bounds or Bounds()), opener=opener)
+        self.pool.start()
+
+    def server(self) -> Server:
+        with self.models.using() as model:
+            return Server(model.scheduler)  # type: ignore[arg-type]
+
+    def all_ready(self, count: int) -> None:
+        until(lambda: sum(seat.ready for seat in self.pool.seats) == count)
+
+
+@pytest.fixture
+def replicas(tiny_bundle: Path) -> Iterator[Callable[..., Replicas]]:
+    made: list[Replicas] = []
+
+    def make(bundle: Path = tiny_bundle, **options: Any) -> Replicas:
+        made.append(Replicas(bundle, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for handle in one.cluster.handles:
+            handle.frozen = False
+        one.models.close()
+        one.pool.stop()
+        for handle in one.cluster.handles:
+            for model in handle.replica._models.values():
+                model.scheduler.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = monotonic() + PATIENCE
+    while not condition():
+        assert monotonic() < end
+        sleep(0.01)
+
+
+def drawn_alone(bundle: Path, steps: int) -> np.ndarray:
+    with_all = {"num_inference_steps": steps, "height": 64, "width": 64, "seed": 3}
+    pipeline = Pipeline.load(bundle, threads=1)
+    try:
+        return np.asarray(pipeline.draw(Request(prompt="red cat", **with_all)).images[0])  # type: ignore[arg-type]
+    finally:
+        pipeline.close()
+
+
+def at_first_step(action: Callable[[], None]) -> Callable[[Event], None]:
+    """A listener that acts once, when the first progress comes."""
+    done = threading.Event()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress) and not done.is_set():
+            done.set()
+            action()
+
+    return listen
+
+
+def test_pictures_are_those_of_the_pipeline_and_nothing_stays_accepted(
+    replicas: Callable[..., Replicas], tiny_bundle: Path
+) -> None:
+    made = replicas(least=2, most=2)
+    server = made.server()
+    ends = [heard.wait() for _, heard in [server.submit(num_images_per_prompt=2, previews=1)]]
+    job, heard = server.submit(previews=1)
+    end = heard.wait()
+    assert np.array_equal(np.asarray(end.images[0]), drawn_alone(tiny_bundle, 3))
+    assert np.array_equal(np.asarray(ends[0].images[0]), np.asarray(end.images[0]))
+    assert sum(isinstance(event, Preview) for event in heard.events) == 1
+    assert end.seconds.keys() == {"wait", "text", "denoise", "decode", "total"}
+    until(lambda: made.models.admission.requests == made.models.admission.pixel_steps == 0)
+    assert job.end is end
+
+
+def test_requests_go_to_the_replica_with_the_least_work(replicas: Callable[..., Replicas]) -> None:
+    made = replicas(least=2, most=2)
+    server = made.server()
+    made.all_ready(2)
+    heard = [server.submit(num_inference_steps=30)[1] for _ in range(4)]
+    for one in heard:
+        one.wait()
+    assert [len(handle.begun) for handle in made.cluster.handles] == [2, 2]
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen", "stuck"])
+def test_a_request_whose_replica_is_lost_is_drawn_by_another_one(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, fault: str
+) -> None:
+    made = replicas(least=2, most=2, hang_seconds=1.0)
+    server = made.server()
+    made.all_ready(2)
+
+    def break_it() -> None:
+        first = next(handle for handle in made.cluster.handles if handle.begun)
+        if fault == "killed":
+            first.dead = True
+        elif fault == "frozen":
+            first.frozen = True
+        else:
+            first.stuck = 9.0
+
+    end = server.submit(num_inference_steps=LONG, then=at_first_step(break_it))[1].wait()
+    assert np.array_equal(np.asarray(end.images[0]), drawn_alone(tiny_bundle, LONG))
+    begun = [asked for handle in made.cluster.handles for asked in handle.begun]
+    assert len(begun) == 2 and begun[0]["request"] == begun[1]["request"]
+    made.all_ready(2)
+    assert len(made.cluster.living) == 2
+    until(lambda: made.models.admission.requests == 0)
+
+
+def test_a_request_without_a_seed_gets_the_same_one_in_both_replicas(
+    replicas: Callable[..., Replicas],
+) -> None:
+    made = replicas(least=2, most=2)
+    server = made.server()
+    made.all_ready(2)
+
+    def kill() -> None:
+        next(handle for handle in made.cluster.handles if handle.begun).dead = True
+
+    job, heard = server.submit(num_inference_steps=LONG, seed=None, then=at_first_step(kill))
+    heard.wait()
+    seeds = [asked["request"]["seed"] for handle in made.cluster.handles for asked in handle.begun]
+    assert seeds == [job.plan.seed] * 2
+
+
+def test_a_request_that_ends_two_replicas_is_given_up(replicas: Callable[..., Replicas]) -> None:
+    made = replicas(least=2, most=2)
+    server = made.server()
+
+    def kill_who_draws(event: Event) -> None:
+        if isinstance(event, Progress):
+            for handle in made.cluster.living:
+                handle.dead = bool(handle.begun)
+
+    # The second replica reports the steps that are new to the client, so both are killed by this.
+    end = server.submit(num_inference_steps=LONG, then=kill_who_draws)[1].wait()
+    assert isinstance(end, Refused) and (end.refusal.status, end.refusal.code) == (500, "generation_failed")
+    until(lambda: made.models.admission.requests == 0)
+    assert isinstance(server.submit()[1].wait(), Finished)
+
+
+def test_cancelling_stops_the_replica(replicas: Callable[..., Replicas]) -> None:
+    made = replicas()
+    server, begun = made.server(), threading.Event()
+    job, heard = server.submit(num_inference_steps=1000, then=at_first_step(begun.set))
+    assert begun.wait(PATIENCE)
+    server.scheduler.cancel(job)
+    assert isinstance(heard.wait(), Cancelled)
+    until(lambda: not made.cluster.handles[0].replica._jobs)
+    assert made.models.admission.requests == 0
+
+
+def test_the_bounds_are_those_of_all_replicas_together(replicas: Callable[..., Replicas]) -> None:
+    made = replicas(bounds=Bounds(requests=3), least=2, most=2)
+    server = made.server()
+    jobs = [server.submit(num_inference_steps=1000)[0] for _ in range(3)]
+    with pytest.raises(Overloaded) as refused:
+        server.submit()
+    assert refused.value.retry_after is not None
+    with pytest.raises(Overloaded, match="takes at most"):
+        made.models.admission.take(2**34, seconds_of_all=1.0)
+    for job in jobs:
+        server.scheduler.cancel(job)
+    until(lambda: made.models.admission.requests == 0)
+
+
+def test_deadlines_hold_while_a_request_waits(replicas: Callable[..., Replicas]) -> None:
+    made = replicas()
+    server = made.server()
+    made.pool.seats[0].ready = False
+    late = server.submit(timeout=1.0)[1].wait()
+    assert isinstance(late, Refused) and isinstance(late.refusal, TooLate)
+    assert made.cluster.handles[0].begun == [] and made.models.admission.requests == 0
+
+
+def test_more_work_brings_replicas_and_idleness_ends_them(replicas: Callable[..., Replicas]) -> None:
+    made = replicas(least=1, most=3, pixel_steps=64 * 64 * 100, idle_seconds=1.0)
+    server = made.server()
+    jobs = [server.submit(num_inference_steps=1000)[0] for _ in range(3)]
+    made.all_ready(3)
+    for job in jobs:
+        server.scheduler.cancel(job)
+    until(lambda: len(made.pool.seats) == 1)
+    assert isinstance(server.submit()[1].wait(), Finished)
+
+
+def test_a_rebuilt_bundle_replaces_the_old_one_and_loses_no_request(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    made = replicas(bundle, least=2, most=2)
+    made.all_ready(2)
+    with made.models.using() as old:
+        running = [Server(old.scheduler).submit(num_inference_steps=LONG)[1] for _ in range(2)]  # type: ignore[arg-type]
+        rebuild(bundle)
+        assert made.models.reload() == {"tiny": "reloaded"}
+        ends = [one.wait() for one in running]
+    assert all(np.array_equal(np.asarray(end.images[0]), drawn_alone(bundle, LONG)) for end in ends)
+    with made.models.using() as new:
+        assert new.digest != old.digest
+        assert isinstance(Server(new.scheduler).submit()[1].wait(), Finished)  # type: ignore[arg-type]
+    until(lambda: all(len(handle.replica._models) == 1 for handle in made.cluster.living))
+
+
+def test_a_replica_whose_node_has_another_version_does_not_open_it(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    made = replicas(bundle, least=2, most=2)
+    server = made.server()
+    made.all_ready(2)
+    rebuild(bundle)
+    made.cluster.handles[0].dead = True
+    until(lambda: len(made.cluster.handles) == 3 and all(seat.ready for seat in made.pool.seats))
+    (version,) = made.pool._bundles
+    assert [version in seat.failed for seat in made.pool.seats] == [False, True]
+    assert isinstance(server.submit()[1].wait(), Finished)
+    assert made.models.reload() == {"tiny": "reloaded"}
+    until(lambda: not any(seat.failed for seat in made.pool.seats))
+
+
+def test_a_bundle_that_no_replica_can_open_says_why(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    for file in (bundle / "onnx").glob("denoiser*.onnx"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(DitcError, match="denoiser"):
+        replicas(bundle).models.open("tiny")
+
+
+def test_another_front_goes_on_with_the_replicas_and_ends_what_was_in_work(
+    replicas: Callable[..., Replicas],
+) -> None:
+    made = replicas()
+    server, begun = made.server(), threading.Event()
+    server.submit(num_inference_steps=1000, then=at_first_step(begun.set))
+    assert begun.wait(PATIENCE)
+    handle = made.cluster.handles[0]
+    other = Pool(made.cluster, ReplicaOptions())
+    other.start()
+    try:
+        until(lambda: not handle.replica._jobs)
+        assert [seat.handle for seat in other.seats] == [handle]
+    finally:
+        other.stop()
+
+
+def rebuild(bundle: Path) -> None:
+    """Give the bundle another manifest, and with it another digest, as a build of other settings would."""
+    manifest = load_manifest(bundle)
+    defaults = replace(manifest.defaults, num_inference_steps=manifest.defaults.num_inference_steps + 1)
+    save_manifest(replace(manifest, defaults=defaults), bundle)
