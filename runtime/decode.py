@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ditc.runtime.bundle.manifest import Tiling
+from ditc.runtime.bundle.manifest import LatentSpec, Tiling
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.failure import Failure, named
 from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, to_unit_range
@@ -20,6 +20,7 @@ from ditc.runtime.session import Array, CompilingSession, Session, Tensor, sampl
 from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.vae import decode_tiled
+from ditc.runtime.video import decode_video
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +57,17 @@ def decode_sample(
     return image
 
 
-def prepare_decoder(
-    session: Session, plan: Plan, *, channels: int, scale: int, tiling: Tiling | None
-) -> None:
+def prepare_decoder(session: Session, plan: Plan, *, latents: LatentSpec, tiling: Tiling | None) -> None:
     """Let a decoder that compiles for sizes begin with that of the plan, while texts are encoded.
 
     Args:
-        session, scale, tiling: as in `decode_sample`.
-        channels: of the latents.
+        session, tiling: as in `decode_sample`.
     """
     sides = (plan.drawn_height, plan.drawn_width)
     whole = tiling is None or max(sides) <= tiling.tile
     if isinstance(session, CompilingSession) and whole and plan.request.output_type != "latent":
-        session.compile_ahead(
-            {session.spec.inputs[0].name: (1, channels, *(side // scale for side in sides))}
-        )
+        first = None if plan.frames is None else 1  # of a video's latent frames
+        session.compile_ahead({session.spec.inputs[0].name: (1, *latents.shape(*sides, first))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,8 @@ class Decoded:
     """Some pictures of a request in the form that it asked for, and why others failed.
 
     Attributes:
-        pictures: PIL images, floats (1,H,W,3) in [0,1] or latents (1,C,h,w). None in the place of one that failed.
+        pictures: PIL images, floats (1,H,W,3) in [0,1] or latents (1,C,h,w). None in the place of one that failed. A
+            video is a list of PIL images, floats (1,F,H,W,3) or latents (1,C,f,h,w).
         failures: in the order of the pictures.
     """
 
@@ -87,13 +85,21 @@ class Decoded:
 
 
 def decode_state(
-    session: Session, state: DenoiseState, plan: Plan, *, first: int, scale: int, tiling: Tiling | None
+    session: Session,
+    state: DenoiseState,
+    plan: Plan,
+    *,
+    first: int,
+    scale: int,
+    tiling: Tiling | None,
+    following: Session | None = None,
 ) -> Decoded:
     """Decode every picture of a state. A picture that fails does not end the others.
 
     Args:
         session, scale, tiling: as in `decode_sample`.
         first: the index of the state's first picture in the request.
+        following: the stage that decodes the later latent frames of a video; None for pictures.
     """
     decoded = Decoded([], [])
     failed = {failure.index: failure for failure in state.failures}
@@ -103,15 +109,27 @@ def decode_state(
             picture = to_numpy(latents)
         elif failure is None:
             try:
-                raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
-                _check_colours(raw, index, plan)
-                picture = _as_requested(raw, plan)
+                if following is not None:
+                    picture = _video(session, following, latents, index, plan)
+                else:
+                    raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
+                    _check_colours(is_uniform(to_uint8(raw)), index, plan)
+                    picture = _as_requested(raw, plan)
             except NumericsError as error:
                 failure = Failure(index=index, reason=str(error), hint=error.hint)
         if failure is not None:
             decoded.failures.append(named(failure, index, plan.request))
         decoded.pictures.append(picture)
     return decoded
+
+
+def _video(first: Session, following: Session, latents: Tensor, index: int, plan: Plan) -> Any:
+    as_pil = plan.request.output_type == "pil"
+    video, uniform = decode_video(
+        first, following, latents, height=plan.height, width=plan.width, as_pil=as_pil
+    )
+    _check_colours(uniform, index, plan)
+    return video
 
 
 def _as_requested(picture: Array, plan: Plan) -> Any:
@@ -130,13 +148,13 @@ def join(pictures: Sequence[Any], plan: Plan) -> Any:
     return np.concatenate([np.full_like(example, np.nan) if one is None else one for one in pictures])
 
 
-def _check_colours(picture: Array, index: int, plan: Plan) -> None:
+def _check_colours(uniform: bool, index: int, plan: Plan) -> None:
     """Raise NumericsError for a picture of one colour, or warn about it if the request allows such pictures."""
-    if not is_uniform(to_uint8(picture)):
-        return
-    if not plan.request.allow_uniform:
+    what = "picture" if plan.frames is None else "video"
+    if uniform and not plan.request.allow_uniform:
         raise NumericsError(
-            f"{VAE_DECODER}: the picture has one colour only",
-            hint="this is almost always a defect; pass allow_uniform=True (--allow-uniform) to keep the picture",
+            f"{VAE_DECODER}: the {what} has one colour only",
+            hint=f"this is almost always a defect; pass allow_uniform=True (--allow-uniform) to keep the {what}",
         )
-    log.warning("picture %d has one colour only", index)
+    if uniform:
+        log.warning("%s %d has one colour only", what, index)

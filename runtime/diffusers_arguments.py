@@ -77,6 +77,7 @@ SYNONYMS = {
     **dict.fromkeys(
         ("interval_guidance", "cfg_interval", "guidance_start", "guidance_end"), "guidance_interval"
     ),
+    **dict.fromkeys(("num_frames", "video_length"), "frames"),
     "prompt_mask": "prompt_attention_mask",
     "return_type": "output_type",
     **dict.fromkeys(("init_image", "images", "input_image"), "image"),

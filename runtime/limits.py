@@ -16,6 +16,9 @@ MAX_BATCH = 4096
 MAX_TOKENS = 2**17
 # Pixels on one side of a picture. A decoded picture with such sides takes 3 GB.
 MAX_SIDE = 2**14
+# Frames of a video, and how many of them are shown in a second.
+MAX_FRAMES = 10_000
+MAX_FPS = 1000
 # Values of one tensor that is made without being asked for: the latents of the default size, and golden inputs. 1 GiB.
 MAX_VALUES = 2**28
 # Scales of guidance, and fractions of the steps.

@@ -35,6 +35,7 @@ from ditc.runtime.spec import (
     DENOISER,
     EIGHT_BITS,
     VAE_DECODER,
+    VAE_DECODER_NEXT,
     VAE_ENCODER,
     Backend,
     Precision,
@@ -146,7 +147,8 @@ def choose(
     if CONTROLNET in manifest.stages:  # what a ControlNet reads is encoded by the VAE
         names = (CONTROL_CONDITIONER, CONTROLNET, VAE_ENCODER)
         control = tuple(name for name in names if name in manifest.stages)
-    stages = (*(spec.stage for spec in manifest.text), CONDITIONER, *control, DENOISER, VAE_DECODER)
+    decoder = (VAE_DECODER, VAE_DECODER_NEXT) if manifest.latents.has_frames else (VAE_DECODER,)
+    stages = (*(spec.stage for spec in manifest.text), CONDITIONER, *control, DENOISER, *decoder)
     _check_named_stages(options, stages)
     denoisers = manifest.stages[DENOISER].artifacts
     unknown = sorted({a.backend for a in denoisers if find_row(a.backend) is None})
@@ -168,6 +170,8 @@ def choose(
                 chosen[CONTROL_CONDITIONER] = _companion(
                     manifest, CONTROL_CONDITIONER, chosen[CONTROLNET], options
                 )
+            if VAE_DECODER_NEXT in chosen:  # it takes what the other one hands on
+                chosen[VAE_DECODER] = _companion(manifest, VAE_DECODER, chosen[VAE_DECODER_NEXT], options)
             eight = [f"{n} {a.precision.value}" for n, a in chosen.items() if a.recipe and n != DENOISER]
             reason = f"{candidate} {', '.join((best.precision.value, *eight))}: {runnable[candidate]}"
             passed = [f"not {name}: {why}" for name, why in later.items() if name is not candidate]

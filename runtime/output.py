@@ -34,13 +34,14 @@ class Output:
 
     Attributes:
         images: a list of PIL images, floats (B,H,W,3) in [0,1], or latents (B,C,h,w), as output_type says. In the place
-            of a picture that failed is None, or an array of NaN.
+            of a picture that failed is None, or an array of NaN. Of a bundle that draws videos, they are the same as
+            `frames`.
         seed: the seed of the starting noise, even if it was chosen at random. None if the caller gave a generator or
             latents instead of a seed.
         seconds: the time for each part of the work: text, denoise, decode.
         failures: the pictures that failed, and why. It is empty if all is well.
 
-    Like diffusers' outputs, it has the images at index 0 and under the key "images".
+    Like diffusers' outputs, it has the images at index 0 and under the key "images", or videos under "frames".
     """
 
     images: Any
@@ -49,12 +50,24 @@ class Output:
     plan: Plan
     failures: tuple[Failure, ...] = ()
 
+    @property
+    def frames(self) -> Any:
+        """The videos: for each one a list of PIL images; or floats (B,F,H,W,3) in [0,1], or latents (B,C,f,h,w).
+
+        Raises:
+            AttributeError: the bundle draws pictures.
+        """
+        if self.plan.frames is None:
+            raise AttributeError("this bundle draws pictures: read `images`")
+        return self.images
+
     def to_tuple(self) -> tuple[Any]:
         """What diffusers returns with return_dict=False."""
         return (self.images,)
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        return {"images": self.images}[key] if isinstance(key, str) else self.to_tuple()[key]
+        name = "images" if self.plan.frames is None else "frames"
+        return {name: self.images}[key] if isinstance(key, str) else self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())

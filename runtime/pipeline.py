@@ -36,7 +36,7 @@ from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Session, to_numpy
-from ditc.runtime.spec import DENOISER, VAE_DECODER, VAE_ENCODER
+from ditc.runtime.spec import DENOISER, VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER
 from ditc.runtime.state import DenoiseState
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Pipeline(LoraMethods):
                 its pipeline for the next steps, or `_interrupt` to end the loop and decode what there is. To get no
                 picture, raise an exception.
             callback_on_step_end_tensor_inputs: only ["latents"].
-            return_dict: False returns the tuple (images,).
+            return_dict: False returns the tuple (images,), or (frames,) of a bundle that draws videos.
 
         Raises:
             UsageError: the request is wrong. It is checked before any work is done.
@@ -358,21 +358,26 @@ class Pipeline(LoraMethods):
     def decode_state(self, state: DenoiseState, plan: Plan, first: int = 0) -> Decoded:
         """The pictures of one finished state, and those that failed. `first` is the index of its first picture."""
         decoder, scale = self.sessions[VAE_DECODER], self.manifest.latents.scale_factor
-        return decode_state(decoder, state, plan, first=first, scale=scale, tiling=self.tiling)
+        return decode_state(
+            decoder,
+            state,
+            plan,
+            first=first,
+            scale=scale,
+            tiling=self.tiling,
+            following=self.sessions.get(VAE_DECODER_NEXT),
+        )
 
     def prepare_decoder(self, plan: Plan) -> None:
         """Let the decoder prepare for the size of the plan's pictures, if that takes it time."""
-        latents = self.manifest.latents
-        prepare_decoder(
-            self.sessions[VAE_DECODER],
-            plan,
-            channels=latents.channels,
-            scale=latents.scale_factor,
-            tiling=self.tiling,
-        )
+        decoder, latents = self.sessions[VAE_DECODER], self.manifest.latents
+        prepare_decoder(decoder, plan, latents=latents, tiling=self.tiling)
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
-        """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build."""
+        """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build.
+
+        A video's is that of its middle latent frame.
+        """
         if not self.manifest.latents.rgb:
             raise UsageError(
                 "this bundle has no latent-to-RGB matrix",
@@ -381,6 +386,8 @@ class Pipeline(LoraMethods):
         matrix = np.asarray(self.manifest.latents.rgb, np.float32)
         # A sample that has failed holds NaN, which no 8-bit picture can show.
         x0 = np.nan_to_num(to_numpy(state.x0 if state.x0 is not None else state.latents))
+        if self.manifest.latents.has_frames:
+            x0 = x0[:, :, x0.shape[2] // 2]
         return [preview(sample[None], matrix[:, :-1], matrix[:, -1]) for sample in x0]
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Fields of Request that a picture's settings name if they are given.
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 SCHEDULE = ("timesteps", "sigmas", "max_timesteps", "intermediate_timesteps", "mu")
-OF_TEXTS = ("max_sequence_length", "complex_human_instruction")
+OF_TEXTS = ("max_sequence_length", "complex_human_instruction", "motion_score")
 
 
 def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str) -> dict[str, str]:
@@ -43,6 +43,7 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         **({} if request.guidance_interval is None else {"guidance_interval": plan.guidance_interval}),
         "height": plan.height,
         "width": plan.width,
+        **({} if plan.frames is None else {"frames": plan.frames}),
         **({"loras": loras} if (loras := pipeline.loras_in_weights()) else {}),
         "backend": backend,
         "index": index,

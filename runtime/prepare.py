@@ -44,6 +44,7 @@ from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
 from ditc.runtime.step_contract import BATCH, COEFFICIENTS, NOISE, TIMESTEP, StepContract
 from ditc.runtime.vae import check_tiles
+from ditc.runtime.video import check_video_request, decide_frames
 
 # diffusers' default in the pipelines that take an image.
 STRENGTH = 0.6
@@ -94,6 +95,7 @@ class Plan:
         strength: how much of the image is replaced; None without an image.
         begin_index: the first step that is done. It is 0 without an image.
         control: how the control picture acts; None without one.
+        frames: the number of frames of each video; None for pictures.
     """
 
     request: Request
@@ -113,6 +115,7 @@ class Plan:
     strength: float | None = None
     begin_index: int = 0
     control: Control | None = None
+    frames: int | None = None
 
     @property
     def pictures(self) -> int:
@@ -158,6 +161,9 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         drawn = classify(height, width, defaults.bins)
     check_guidance(request, contract)
     check_size(*drawn, manifest.latents, drawable.denoiser, defaults)
+    frames = decide_frames(request, manifest, drawable.denoiser)
+    if frames is not None:
+        check_video_request(request)
     if request.output_type != "latent":
         cells = (drawn[0] // scale, drawn[1] // scale)
         check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
@@ -212,6 +218,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
         strength=strength,
         begin_index=begin_index,
         control=control,
+        frames=frames,
     )
 
 
@@ -298,9 +305,7 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
 
 
 def _latents_shape(plan: Plan, manifest: Manifest) -> tuple[int, ...]:
-    latent = manifest.latents
-    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
-    return (plan.pictures, latent.channels, *cells)
+    return (plan.pictures, *manifest.latents.shape(plan.drawn_height, plan.drawn_width, plan.frames))
 
 
 def _starting_latents(
@@ -317,7 +322,7 @@ def _starting_latents(
     if given.shape != shape:
         raise UsageError(
             f"latents have shape {given.shape}, but this request needs {shape}",
-            hint="pass an array (pictures, channels, height, width), with the drawn size in latent cells",
+            hint="pass an array (pictures, channels, [frames,] height, width), with the drawn size in latent cells",
         )
     return Whole(given)
 

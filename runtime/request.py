@@ -14,7 +14,7 @@ OutputType = Literal["pil", "np", "latent"]
 
 INTEGERS = (
     *("num_inference_steps", "height", "width", "seed", "num_images_per_prompt"),
-    "max_sequence_length",
+    *("max_sequence_length", "frames", "motion_score"),
 )
 NUMBERS = (
     *("guidance_scale", "skip_layer_guidance_scale", "mu", "max_timesteps"),
@@ -43,6 +43,10 @@ class Request:
             steps. False spaces two steps evenly, as None does in diffusers.
         mu: the shift, instead of the one that follows from the size, for schedulers with dynamic shifting.
         height, width: the size of the pictures, in pixels.
+        frames: the number of frames of each video, for bundles that draw videos. It is 1 more than a multiple of the
+            frames in a latent frame.
+        motion_score: how much moves in the videos of a model that was trained with such scores: its words are put after
+            every prompt. None puts nothing there, as diffusers does.
         seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
             torch.Generator draws with the caller's torch.
         latents: (B,C,H,W) fp32 starting latents, instead of noise.
@@ -87,6 +91,8 @@ class Request:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
+    motion_score: int | None = None
     seed: int | None = None
     generator: Generator | Sequence[Generator] | None = None
     num_images_per_prompt: int = 1
@@ -194,6 +200,8 @@ def make_request(**arguments: Any) -> Request:
     """
     if any(arguments.get("complex_human_instruction", ()) is nothing for nothing in (None, False)):
         arguments["complex_human_instruction"] = ()
+    if "num_videos_per_prompt" in arguments:  # the name in diffusers' pipelines of videos
+        arguments.setdefault("num_images_per_prompt", arguments.pop("num_videos_per_prompt") or 1)
     if arguments.get("intermediate_timesteps", ()) is None:
         arguments["intermediate_timesteps"] = False
     return Request(**without_foreign(arguments, [field.name for field in fields(Request)]))

@@ -14,7 +14,7 @@ import numpy as np
 from ditc.runtime.arrays import given_array
 from ditc.runtime.errors import UsageError
 from ditc.runtime.image_input import GivenImages, given_images
-from ditc.runtime.limits import MAX_PICTURES, MAX_SIDE, MAX_STEPS
+from ditc.runtime.limits import LARGEST_NUMBER, MAX_FRAMES, MAX_PICTURES, MAX_SIDE, MAX_STEPS
 from ditc.runtime.request import EMBEDS, INTEGERS, NUMBERS, Request
 from ditc.runtime.rng import Generator, TorchGenerator, is_torch_generator
 
@@ -122,10 +122,15 @@ def _check_numbers(request: Request) -> None:
 
 
 def _check_counts(request: Request) -> None:
-    for name, most in (("num_inference_steps", MAX_STEPS), ("num_images_per_prompt", MAX_PICTURES)):
+    for name, least, most in (
+        ("num_inference_steps", 1, MAX_STEPS),
+        ("num_images_per_prompt", 1, MAX_PICTURES),
+        ("frames", 1, MAX_FRAMES),
+        ("motion_score", 0, LARGEST_NUMBER),
+    ):
         count = getattr(request, name)
-        if count is not None and not 1 <= count <= most:
-            raise UsageError(f"{name} is {count}", hint=f"pass 1 to {most}")
+        if count is not None and not least <= count <= most:
+            raise UsageError(f"{name} is {count}", hint=f"pass {least} to {most}")
     for name in ("height", "width"):
         pixels = getattr(request, name)
         if pixels is not None and not 1 <= pixels <= MAX_SIDE:

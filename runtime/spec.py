@@ -84,6 +84,7 @@ TEXT_ENCODER = "text_encoder"
 CONDITIONER = "conditioner"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
+VAE_DECODER_NEXT = "vae_decoder_next"  # of videos: decodes every latent frame after the first
 VAE_ENCODER = "vae_encoder"
 NETWORK = "network"  # optional: the denoiser without the step around it
 CONTROLNET = "controlnet"  # optional: runs before the denoiser in every step that a control picture guides

@@ -55,6 +55,12 @@ CARRY = {NEXT_LATENTS: LATENTS, NEXT_HISTORY: HISTORY}
 # Inputs with one value per row of the network; the other small inputs have one value per sample.
 PER_ROW = frozenset({ROW_OF, SKIP_GATE})
 
+# What a decoder of videos hands on from one latent frame to the next: outputs "kept_0" and so on of the stage that
+# decodes the first one. The stage for all others takes them, and returns "next_kept_0" and so on, which it takes again.
+# A tensor (B,D,T,s*H,s*W) is written as (B,D,T,H,s,W,s), which are the same values in the same order.
+KEPT = "kept_"
+NEXT_KEPT = "next_kept_"
+
 # The output of the network alone, without the step around it.
 PREDICTION = "prediction"
 

@@ -2,7 +2,7 @@
 
 A TextSpec in the manifest describes the prompt handling of a pipeline of diffusers (encode_prompt, 0.42.1):
 
-    lower, strip -> prefix + text -> tokenize, cut on the right at max_length, pad -> text encoder
+    text + suffix -> lower, strip -> prefix + text -> tokenize, cut on the right at max_length, pad -> text encoder
     -> select positions of states and mask -> conditioner
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -20,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from ditc.runtime.bundle.jsondata import LEFT_OUT_IF_NONE
 from ditc.runtime.errors import BundleError, DitcError, UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.tokenizer_json import Unbounded, encode, open_tokenizer, rust_errors
 
 log = logging.getLogger(__name__)
+
+MOTION_SCORE = "{motion_score}"
 
 
 class PaddingSide(StrEnum):
@@ -66,6 +69,9 @@ class TextSpec:
         mask: the conditioner's input for the selected attention mask; None if it has no such input.
         vocab_size: number of rows of the encoder's embedding, which ids must stay below. Bundles that are older than
             this field have None.
+        suffix: text put after every prompt, but not after negative prompts, before anything else is done with it.
+        motion: the suffix for a request's motion_score, in which that number takes the place of MOTION_SCORE; None for
+            models that were not trained with one.
 
     Raises:
         ValueError: the lengths do not fit each other.
@@ -86,6 +92,8 @@ class TextSpec:
     padding_side: PaddingSide = PaddingSide.RIGHT
     mask: str | None = None
     vocab_size: int | None = None
+    suffix: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    motion: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
     def __post_init__(self) -> None:
         for length, select in (
@@ -125,6 +133,20 @@ def with_instruction(spec: TextSpec, lines: Sequence[str], tokenizer: Tokenizer)
         max_length=tokenizer.count(prefix) + spec.length - 2,
         select=Select(first=1, last=spec.length - 1),
     )
+
+
+def with_motion(spec: TextSpec, motion_score: int) -> TextSpec:
+    """The same handling with the motion score after every prompt.
+
+    Raises:
+        UsageError: the model was not trained with one.
+    """
+    if spec.motion is None:
+        raise UsageError(
+            f"motion_score is {motion_score}, but this bundle's model was not trained with one",
+            hint="leave motion_score out",
+        )
+    return replace(spec, suffix=spec.motion.replace(MOTION_SCORE, str(motion_score)))
 
 
 def _lengthened(select: Select | None, change: int) -> Select | None:
@@ -171,7 +193,7 @@ class Tokenizer:
         input_ids = np.full((len(texts), length), spec.pad_token_id, np.int64)
         attention_mask = np.zeros((len(texts), length), np.int64)
         for row, text in enumerate(texts):
-            ids = self._ids(prefix + _prepared(text, spec), length, spec.stage)
+            ids = self._ids(prefix + _prepared(text, spec, negative), length, spec.stage)
             self._check_known(ids, spec)
             start = 0 if spec.padding_side == PaddingSide.RIGHT else length - len(ids)
             input_ids[row, start : start + len(ids)] = ids
@@ -244,7 +266,7 @@ class Tokenizer:
         return {name: select(t) if t.ndim > 2 else t for name, t in states.items()}, select(mask)
 
 
-def _prepared(text: str, spec: TextSpec) -> str:
+def _prepared(text: str, spec: TextSpec, negative: bool) -> str:
     if not isinstance(text, str):
         raise UsageError(f"a prompt is {text!r:.60}, which is not text", hint="pass a str or a list of str")
     try:
@@ -254,5 +276,6 @@ def _prepared(text: str, spec: TextSpec) -> str:
             f"the prompt {text!r:.60} is not valid Unicode: {error.reason} at position {error.start}",
             hint="it was probably cut inside a character: decode its bytes as UTF-8",
         ) from error
+    text = text if negative or spec.suffix is None else text + spec.suffix
     text = text.lower() if spec.lower else text
     return text.strip() if spec.strip else text

@@ -10,7 +10,7 @@ from ditc.runtime.request import Request
 from ditc.runtime.session import Session
 from ditc.runtime.spec import Range, StageSpec
 from ditc.runtime.step_contract import TEXT_LENGTH
-from ditc.runtime.text import TextSpec, Tokenizer, with_instruction, with_length
+from ditc.runtime.text import TextSpec, Tokenizer, with_instruction, with_length, with_motion
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,17 @@ class TextEncoder:
 def encoders_for(
     request: Request, encoders: Sequence[TextEncoder], conditioner: StageSpec
 ) -> tuple[TextEncoder, ...]:
-    """The encoders, with the instruction and the number of tokens that the request asks for.
+    """The encoders, with the instruction, the motion score and the number of tokens that the request asks for.
 
     Raises:
-        UsageError: the bundle's graphs do not take so many tokens, or it has no place for an instruction.
+        UsageError: the bundle's graphs do not take so many tokens, or it has no place for an instruction or a score.
     """
     lines, length = request.complex_human_instruction, request.max_sequence_length
     own = tuple(encoders)
     if lines is not None and (lines or any(encoder.spec.prefix for encoder in own)):
         own = (_instructed(own, lines),)
+    if request.motion_score is not None:
+        own = tuple(replace(each, spec=with_motion(each.spec, request.motion_score)) for each in own)
     if length is not None:
         own = _resized(own, length, conditioner)
     for encoder in own:

@@ -119,6 +119,20 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def video_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded SANA-Video checkpoint with two layers."""
+    from tiny_sana_video import make_checkpoint
+
+    return made_once(tmp_path_factory, "video-checkpoint", make_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def video_bundle(video_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of video_checkpoint: fp32, ONNX Runtime. Tests that change files copy it first."""
+    return made_once(tmp_path_factory, "video-bundle", lambda path: _build(video_checkpoint, path))
+
+
+@pytest.fixture(scope="session")
 def openvino_bundle(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

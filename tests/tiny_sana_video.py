@@ -32,7 +32,13 @@ def make_pipeline(seed: int = 0) -> SanaVideoPipeline:
         caption_channels=24,
         mlp_ratio=3.0,
     )
-    vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
+    vae = AutoencoderKLWan(  # with the frames per latent frame of the released one, and half of its pixels
+        base_dim=4,
+        num_res_blocks=1,
+        dim_mult=[1, 1, 1],
+        temperal_downsample=[True, True],
+        scale_factor_spatial=4,
+    )
     text_encoder: Gemma2Model = make_text_encoder()
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction",
@@ -53,7 +59,7 @@ def make_checkpoint(directory: Path, seed: int = 0) -> Path:
     """Save the pipeline in diffusers layout with a ditc.json, and return the directory."""
     make_pipeline(seed).save_pretrained(directory, safe_serialization=True)
     (directory / "ditc.json").write_text(
-        '{"height": 32, "width": 48, "resolution_bins": null, "max_sequence_length": 12, '
+        '{"height": 32, "width": 64, "frames": 9, "fps": 8, "resolution_bins": null, "max_sequence_length": 12, '
         '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
     )
     return directory

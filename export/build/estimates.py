@@ -101,10 +101,12 @@ def golden_bytes(size: StageSize) -> int:
 
 def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int) -> int:
     """Pixels of all pictures that the stage takes or gives at these sizes; 0 if it has none."""
-    if not any(IMAGE_HEIGHT in tensor.shape for tensor in (*spec.inputs, *spec.outputs)):
+    pictures = [tensor.shape for tensor in (*spec.inputs, *spec.outputs) if IMAGE_HEIGHT in tensor.shape]
+    if not pictures:
         return 0
+    frames = [size for size in pictures[0][2:] if isinstance(size, int)]  # of a video's decoder
     sides = [sizes[name] * (1 if IMAGE_HEIGHT in sizes else scale) for name in SIDES if name in sizes]
-    return sizes[BATCH] * math.prod(sides)
+    return sizes[BATCH] * math.prod((*sides, *frames))
 
 
 def weight_bytes(components: Iterable[Component], precision: Precision) -> int:

@@ -22,8 +22,9 @@ from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import SIXTEEN_BITS, DType, StageSpec
 
 # Most values that are stored per tensor. A bundle's golden files stay below 2 MB: five stages have 16 float tensors,
-# 16 * 24576 * 4 bytes = 1.6 MB.
+# 16 * 24576 * 4 bytes = 1.6 MB. A stage with more tensors than MOST_TENSORS stores less of each.
 MAX_VALUES = 24576
+MOST_TENSORS = 32
 
 
 def write_golden(
@@ -45,25 +46,29 @@ def write_golden(
     feeds = golden_feeds(stage)
     outputs = _run(stage, feeds)
     del stage
-    strides = {name: -(-array.size // MAX_VALUES) for name, array in outputs.items()}
+    most = _most_values(len(feeds) + len(outputs))
+    strides = {name: -(-array.size // most) for name, array in outputs.items()}
     info = GoldenInfo(
         inputs={name: array.shape for name, array in feeds.items()},
         outputs={name: array.shape for name, array in outputs.items()},
         strides=strides,
         losses={**losses, **_losses(deployed, feeds, outputs)},
     )
-    tensors = {f"in.{name}": array.ravel()[:MAX_VALUES].copy() for name, array in feeds.items()}
+    tensors = {f"in.{name}": array.ravel()[:most].copy() for name, array in feeds.items()}
     tensors |= {f"out.{name}": array.ravel()[:: strides[name]].copy() for name, array in outputs.items()}
     return write_atomic(path, save(tensors, metadata={METADATA: json.dumps(to_json(info))}))
 
 
 def golden_feeds(stage: StageModule) -> dict[str, Array]:
-    """Inputs whose values every deployment type holds exactly. They repeat after MAX_VALUES values."""
+    """Inputs whose values every deployment type holds exactly. They repeat after at most MAX_VALUES values."""
     feeds = example_feeds(stage.spec, golden_sizes(stage.spec), seed=7, integers=stage.integers)
-    return {
-        name: np.resize(_exact(name, array).ravel()[:MAX_VALUES], array.shape)
-        for name, array in feeds.items()
-    }
+    most = _most_values(len(stage.spec.inputs) + len(stage.spec.outputs))
+    return {name: np.resize(_exact(name, array).ravel()[:most], array.shape) for name, array in feeds.items()}
+
+
+def _most_values(tensors: int) -> int:
+    """How many values are stored per tensor of a stage with so many inputs and outputs."""
+    return MAX_VALUES * MOST_TENSORS // max(MOST_TENSORS, tensors)
 
 
 def _exact(name: str, array: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ditc.export.checkpoint.json_files import read_json
 from ditc.runtime.errors import CheckpointError
-from ditc.runtime.limits import LARGEST_NUMBER, MAX_SIDE, MAX_STEPS, MAX_TOKENS
+from ditc.runtime.limits import LARGEST_NUMBER, MAX_FPS, MAX_FRAMES, MAX_SIDE, MAX_STEPS, MAX_TOKENS
 
 
 def _up_to(most: int) -> tuple[Callable[[object], bool], str]:
@@ -48,6 +48,8 @@ def _is_lines(value: object) -> bool:
 CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "height": SIZE,
     "width": SIZE,
+    "frames": _up_to(MAX_FRAMES),
+    "fps": _up_to(MAX_FPS),
     "resolution_bins": (_is_bins, "a list of [height, width] or null"),
     "max_sequence_length": _up_to(MAX_TOKENS),
     "complex_human_instruction": (_is_lines, "a list of strings or null"),

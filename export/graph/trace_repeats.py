@@ -3,7 +3,7 @@
 While a network is traced, the first of several equal blocks runs in full, between an Enter and a Leave node. Every
 later one leaves a single Repeat node with its inputs. passes/expand_repeats.py replaces that node by a copy of the
 first block's nodes with the later block's weights. A later block whose call differs from the first block's is traced
-in full.
+in full, and so is one that leaves something in an argument (an object whose `collects` is true).
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ class _RepeatedBlock:
 
         @functools.wraps(forward)
         def marked(*args: Any, **kwargs: Any) -> Any:
-            if self.call is not None:
-                return forward(*args, **kwargs)
             inputs, spec = pytree.tree_flatten((args, kwargs))
+            if self.call is not None or any(map(_collects, inputs)):
+                return forward(*args, **kwargs)
             entered = _node(ENTER, {BLOCK: self.path}, inputs, like=inputs)
             args, kwargs = pytree.tree_unflatten(entered, spec)
             outputs, output_spec = pytree.tree_flatten(forward(*args, **kwargs))
@@ -153,6 +153,10 @@ def _node(operator: str, attributes: dict[str, str], inputs: list[Any], *, like:
         )
     )
     return [next(made) if isinstance(leaf, Tensor) else leaf for leaf in like]
+
+
+def _collects(argument: Any) -> bool:
+    return getattr(argument, "collects", False) is True
 
 
 def _alike(a: Any, b: Any) -> bool:

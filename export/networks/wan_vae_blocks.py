@@ -30,6 +30,8 @@ class Stream:
         left: what this chunk leaves.
     """
 
+    collects = True  # so that the exporter traces every block that gets it (export/graph/trace_repeats.py)
+
     def __init__(self, kept: Sequence[Tensor] | None) -> None:
         self.first = kept is None
         self._kept = iter(kept or ())

@@ -116,6 +116,27 @@ class LatentSpec:
         """The axes of the latents after batch and channels."""
         return PICTURE_AXES if self.frames_per_cell is None else VIDEO_AXES
 
+    @property
+    def has_frames(self) -> bool:
+        """Whether what is drawn is a video."""
+        return self.frames_per_cell is not None
+
+    def shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """The shape (C,H,W) of one picture's latents, or (C,F,H,W) of a video's.
+
+        Args:
+            height, width: in pixels, and a whole number of cells.
+            frames: of a video, one more than a multiple of frames_per_cell; None for pictures.
+        """
+        sides = (height // self.scale_factor, width // self.scale_factor)
+        if self.frames_per_cell is None or frames is None:
+            return (self.channels, *sides)
+        return (self.channels, (frames - 1) // self.frames_per_cell + 1, *sides)
+
+    def frames_of(self, latent_frames: int) -> int:
+        """How many frames a video of so many latent frames has."""
+        return 1 + (latent_frames - 1) * (self.frames_per_cell or 1)
+
     def num_patches(self, height: int, width: int) -> int:
         """How many patches the network makes of a picture, whose sides are in pixels."""
         side = self.scale_factor * self.patch_size
@@ -173,6 +194,8 @@ class Defaults:
         tiling: how large pictures are decoded; None to decode every picture in one piece.
         skip_layer_guidance: None if the denoiser cannot skip layers.
         perturbed_attention_guidance: None if the denoiser cannot perturb its attention.
+        frames: the number of frames of a video; None for pictures.
+        fps: how many of them are shown in a second, for files of videos; None for pictures.
     """
 
     height: int
@@ -185,6 +208,8 @@ class Defaults:
     perturbed_attention_guidance: PerturbedAttentionGuidance | None = field(
         default=None, metadata=LEFT_OUT_IF_NONE
     )
+    frames: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    fps: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

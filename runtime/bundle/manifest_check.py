@@ -8,12 +8,22 @@ uses the numbers and looks up the names without checking them again.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ditc.runtime.bundle.jsondata import Mismatch
-from ditc.runtime.limits import LARGEST_NUMBER, MAX_BATCH, MAX_SIDE, MAX_STEPS, MAX_TOKENS, MAX_VALUES
+from ditc.runtime.limits import (
+    LARGEST_NUMBER,
+    MAX_BATCH,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_TOKENS,
+    MAX_VALUES,
+)
 from ditc.runtime.schedulers import SchedulerParams, Spacing, draws_noise, history_length
 from ditc.runtime.spec import (
     CONDITIONER,
@@ -21,6 +31,7 @@ from ditc.runtime.spec import (
     CONTROLNET,
     DENOISER,
     VAE_DECODER,
+    VAE_DECODER_NEXT,
     Range,
     StageSpec,
     TensorSpec,
@@ -33,7 +44,11 @@ from ditc.runtime.step_contract import (
     CONTROL_SCALE,
     HEIGHT,
     HISTORY,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    KEPT,
     LATENTS,
+    NEXT_KEPT,
     ROW_OF,
     TIMESTEP,
     WIDTH,
@@ -180,7 +195,8 @@ def _check_latents(latents: LatentSpec, path: str) -> None:
 def _check_defaults(defaults: Defaults, latents: LatentSpec, path: str) -> None:
     for side in ("height", "width"):
         _between(getattr(defaults, side), 1, MAX_SIDE, f"{path}.{side}")
-    values = latents.channels * (defaults.height * defaults.width) // latents.scale_factor**2
+    _check_frames(defaults, latents, path)
+    values = math.prod(latents.shape(defaults.height, defaults.width, defaults.frames))
     _require(values <= MAX_VALUES, path, f"{defaults.height}x{defaults.width} takes {values} latent values")
     for size in defaults.bins:
         _between(min(size), 1, MAX_SIDE, f"{path}.bins")
@@ -206,6 +222,19 @@ def _check_defaults(defaults: Defaults, latents: LatentSpec, path: str) -> None:
         _require(skip is None, where, "it stands beside skip_layer_guidance, but a denoiser has one gate")
 
 
+def _check_frames(defaults: Defaults, latents: LatentSpec, path: str) -> None:
+    for name, most in (("frames", MAX_FRAMES), ("fps", MAX_FPS)):
+        value = getattr(defaults, name)
+        given = value is not None
+        _require(given == latents.has_frames, f"{path}.{name}", f"{value} does not fit the latents' axes")
+        if given:
+            _between(value, 1, most, f"{path}.{name}")
+    if defaults.frames is not None and latents.frames_per_cell is not None:
+        rest = (defaults.frames - 1) % latents.frames_per_cell
+        _require(rest == 0, f"{path}.frames", f"{defaults.frames} is not 1 + k * {latents.frames_per_cell}")
+        _require(defaults.tiling is None, f"{path}.tiling", "videos are decoded in one piece")
+
+
 def _check_text(manifest: Manifest) -> None:
     _between(len(manifest.text), 1, MAX_ENCODERS, "$.text")
     for i, spec in enumerate(manifest.text):
@@ -219,8 +248,8 @@ def _check_lengths(spec: TextSpec, path: str) -> None:
         if select is not None:
             _between(select.first, 0, spec.length, f"{path}.{name}.first")
             _between(select.last, 0, spec.length, f"{path}.{name}.last")
-    for name in ("prefix", "negative_prefix"):
-        _between(len(getattr(spec, name)), 0, MAX_PREFIX, f"the number of characters of {path}.{name}")
+    for name in ("prefix", "negative_prefix", "suffix", "motion"):
+        _between(len(getattr(spec, name) or ""), 0, MAX_PREFIX, f"the number of characters of {path}.{name}")
     rows = MAX_DIMENSION if spec.vocab_size is None else spec.vocab_size
     _between(rows, 1, MAX_DIMENSION, f"{path}.vocab_size")
     _between(spec.pad_token_id, 0, rows - 1, f"{path}.pad_token_id")
@@ -242,6 +271,9 @@ def _check_links(manifest: Manifest) -> None:
     residuals = _check_control(manifest, encoded, merged)
     for spec in _specs(manifest, DENOISER):
         _check_step(spec, manifest, merged | residuals)
+    if manifest.latents.has_frames:
+        _check_video_decoder(manifest)
+        return
     for spec in _specs(manifest, VAE_DECODER):
         shapes = [tensor.shape for tensor in (*spec.inputs, *spec.outputs)]
         pictures = [len(shape) == 4 and shape[1] for shape in shapes]
@@ -250,6 +282,31 @@ def _check_links(manifest: Manifest) -> None:
             f"$.stages.{spec.name}",
             f"it does not turn latents of {manifest.latents.channels} channels into pictures of 3",
         )
+
+
+def _check_video_decoder(manifest: Manifest) -> None:
+    """Check the two stages that decode a video: of the first latent frame, and of every other one."""
+    channels, per_cell = manifest.latents.channels, manifest.latents.frames_per_cell
+    kept: set[tuple[tuple[int | str, ...], ...]] = set()
+    for stage, frames in ((VAE_DECODER, 1), (VAE_DECODER_NEXT, per_cell)):
+        for spec in _specs(manifest, stage):
+            path = f"$.stages.{stage}"
+            taken = [x.shape for x in spec.inputs[1:] if x.name.startswith(KEPT)]
+            prefix = KEPT if stage == VAE_DECODER else NEXT_KEPT
+            given = [x.shape for i, x in enumerate(spec.outputs[1:]) if x.name == f"{prefix}{i}"]
+            names = [x.name for x in spec.inputs] == [LATENTS, *(f"{KEPT}{i}" for i in range(len(taken)))]
+            whole = names and len(given) == len(spec.outputs) - 1
+            wanted = given if stage == VAE_DECODER_NEXT else []
+            _require(whole and taken == wanted, path, "it does not hand on what the next frame needs")
+            kept.add(tuple(given))
+            shapes = (spec.inputs[0].shape, spec.outputs[0].shape)
+            right = ((BATCH, channels, 1, HEIGHT, WIDTH), (BATCH, 3, frames, IMAGE_HEIGHT, IMAGE_WIDTH))
+            _require(
+                shapes == right and {HEIGHT, WIDTH} <= spec.profile.keys(),
+                path,
+                f"it turns {shapes[0]} into {shapes[1]}, not a latent frame into {frames} frames",
+            )
+    _require(len(kept) == 1, f"$.stages.{VAE_DECODER_NEXT}", f"it does not take what {VAE_DECODER} hands on")
 
 
 def _check_control(manifest: Manifest, encoded: set[str], merged: set[str]) -> set[str]:

@@ -116,10 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.offline.run import run_batch
     from ditc.runtime.sessions.registry import device_names
     from ditc.runtime.spec import DENOISER
+    from ditc.runtime.video import refuse_videos
 
     check_writable(arguments.output / RESULTS, "-o")
     bundle = read_bundle_argument(arguments)
     manifest = load_manifest(bundle)
+    refuse_videos(manifest, "ditc batch")
     threads = load.threads or max(1, default_threads() // workers)
     chosen, _ = choose_here(bundle, manifest, replace(load, threads=threads))
     denoiser = chosen[DENOISER]

@@ -143,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.bundle.bench_record import BENCHMARK, save_entry
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.cores import default_threads
+    from ditc.runtime.video import refuse_videos
 
     effort, options = _effort(arguments), load_options(arguments)
     if arguments.html is not None:
@@ -152,6 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = [] if arguments.prompts is None else read_prompts(arguments.prompts)
     bundle = read_bundle_argument(arguments)
     manifest = load_manifest(bundle)
+    refuse_videos(manifest, "ditc bench")
     candidates = select_candidates(manifest, _all(arguments.backends), _all(arguments.precisions), options)
     cases = select_cases(
         manifest, candidates, _all(arguments.size), _all(arguments.batch), _all(arguments.steps)

@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.bundle}  {manifest.family}, from {manifest.checkpoint}, digest {manifest.digest[:12]}"
         )
     )
+    video = f", {defaults.frames} frames at {defaults.fps} a second" if defaults.frames else ""
     console.print(
-        f"defaults: {defaults.height}x{defaults.width} ({sizes}), {defaults.num_inference_steps} steps of "
+        f"defaults: {defaults.height}x{defaults.width} ({sizes}){video}, {defaults.num_inference_steps} steps of "
         f"{scheduler.kind}, guidance_scale {defaults.guidance_scale}"
     )
     if skip := defaults.skip_layer_guidance:

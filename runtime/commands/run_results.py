@@ -1,4 +1,4 @@
-"""What `ditc run` has drawn so far: PNG files with their settings, each written as soon as it is there."""
+"""What `ditc run` has drawn so far: files with their settings, each written as soon as it is there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ditc.runtime.errors import OutputError
 from ditc.runtime.png import picture_settings, save_png
+from ditc.runtime.video_files import save_video
 
 if TYPE_CHECKING:
     from ditc.runtime.failure import Failure
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """What was drawn so far: the files that are written, and the pictures that failed."""
+    """What was drawn so far: the files that are written, and the pictures that failed.
 
-    def __init__(self, pipeline: Pipeline, plan: Plan, paths: list[Path]) -> None:
-        self._pipeline, self.plan, self._paths = pipeline, plan, paths
+    Args:
+        fps: frames per second of the files of videos; None for pictures.
+    """
+
+    def __init__(self, pipeline: Pipeline, plan: Plan, paths: list[Path], *, fps: int | None = None) -> None:
+        self._pipeline, self.plan, self._paths, self._fps = pipeline, plan, paths, fps
         self.files: list[Path | None] = []  # None for a picture that failed
         self.failures: list[Failure] = []
         self.seconds: dict[str, float] = {}
@@ -30,7 +35,8 @@ class Results:
     @property
     def written(self) -> str:
         files = sum(file is not None for file in self.files)
-        return f"{files} of {len(self._paths)} pictures are written"
+        what = "pictures" if self._fps is None else "videos"
+        return f"{files} of {len(self._paths)} {what} are written"
 
     def save(self, part: Drawn) -> None:
         """Write every picture that was drawn, and name those that failed on stderr.
@@ -51,7 +57,12 @@ class Results:
                     settings = picture_settings(
                         self._pipeline, self.plan, index, backend=self._pipeline.chosen
                     )
-                    self.files[index] = save_png(picture, self._paths[index], settings)
+                    path = self._paths[index]
+                    self.files[index] = (
+                        save_png(picture, path, settings)
+                        if self._fps is None
+                        else save_video(picture, path, settings, fps=self._fps)
+                    )
                 except OutputError as e:
                     errors.append(e)
         if errors:

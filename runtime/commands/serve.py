@@ -135,12 +135,16 @@ def _models(
     front: Front | None,
 ) -> Models:
     """The models, none of which is opened yet. What is wrong with a bundle's manifest is found here."""
+    from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.serving.lora_variants import lora_variants
     from ditc.runtime.serving.memory import default_budget, gpu_bytes, parse_bytes
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.scheduling.admission import Admission
     from ditc.runtime.serving.settings import Bounds, SchedulerOptions
+    from ditc.runtime.video import refuse_videos
 
+    for path in bundles.values():
+        refuse_videos(load_manifest(path), "ditc serve")
     budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
     default = default_budget(gpu_bytes(bundles, load)) if front is None else front.default_budget()
     variants = lora_variants(bundles, loras, load)

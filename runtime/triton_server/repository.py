@@ -32,6 +32,7 @@ from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Preci
 from ditc.runtime.step_contract import BATCH
 from ditc.runtime.triton_server.config import as_text, parameters, serving, stage_config
 from ditc.runtime.triton_server.fields import tensors
+from ditc.runtime.video import refuse_videos
 
 ENTRY = '''"""The entry point for Triton's Python backend. Its environment needs the package ditc, without extras."""
 
@@ -105,6 +106,7 @@ def write_repository(bundle: Path, out: Path, choices: Choices) -> list[str]:
         BundleError: the bundle is damaged.
     """
     manifest = load_manifest(bundle)
+    refuse_videos(manifest, "ditc export-triton")
     chosen = choose_artifacts(manifest, choices)
     check_files(bundle, [ref for artifact in chosen.values() for ref in artifact.files])
     tokenizers = [ref for ref in manifest.files if ref.path in {spec.tokenizer for spec in manifest.text}]

@@ -36,6 +36,7 @@ from ditc.runtime.spec import (
     NETWORK,
     TEXT_ENCODER,
     VAE_DECODER,
+    VAE_DECODER_NEXT,
     VAE_ENCODER,
     DType,
     Range,
@@ -51,6 +52,7 @@ COMPONENTS = {
     DENOISER: "transformer",
     NETWORK: "transformer",
     VAE_DECODER: "vae",
+    VAE_DECODER_NEXT: "vae",
     VAE_ENCODER: "vae",
     CONTROL_CONDITIONER: "controlnet",
     CONTROLNET: "controlnet",
@@ -67,6 +69,7 @@ def stage_plans(
     tiling: Tiling | None = None,
     posterior: bool = False,
     gate: Mapping[str, JsonValue] | None = None,
+    vae: Mapping[str, StageSpec] | None = None,
 ) -> dict[str, StagePlan]:
     """Plan all stages, in the order in which drawing a picture runs them.
 
@@ -76,13 +79,14 @@ def stage_plans(
     Args:
         posterior: whether the VAE's encoder has a posterior that is sampled.
         gate: what the denoiser's gate does; None if it has none.
+        vae: specs of the VAE's stages; None for those of a VAE of pictures.
     """
     batch = options.max_batch
     specs = {
         TEXT_ENCODER: _text_encoder(text, caption_channels, batch),
         CONDITIONER: _conditioner(caption_channels, facts, batch),
         DENOISER: denoiser_spec(facts, max_batch=batch),
-        **vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling, posterior=posterior),
+        **(vae or vae_specs(latents, facts.sizes, max_batch=batch, tiling=tiling, posterior=posterior)),
     }
     if options.raw:
         specs[NETWORK] = network_spec(facts, dtype=STAGE_DTYPES[options.base], max_batch=batch)

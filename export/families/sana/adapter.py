@@ -1,4 +1,4 @@
-"""The adapter for Sana (NVlabs): a linear DiT with a Gemma-2 text encoder and a DC-AE.
+"""The adapter for Sana (NVlabs): a linear DiT with a Gemma-2 text encoder and a DC-AE, or SANA-Video (video_plan.py).
 
 Sources: arXiv 2410.10629 (Sana), 2501.18427 (SANA-1.5), 2503.09641 (SANA-Sprint); diffusers 0.42.1
 pipelines/sana/pipeline_sana.py and pipeline_sana_sprint.py.
@@ -16,8 +16,6 @@ from ditc.export.checkpoint.model_index import pipeline_class
 from ditc.export.checkpoint.naming import naming
 from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.scheduler_config import SCHEDULER_FILE, scheduler_params
-from ditc.export.checkpoint.tokenizer import read_tokenizer
-from ditc.export.checkpoint.tokenizer_fit import check_fits
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan, StageModule, StagePlan
 from ditc.export.families.common.companions import (
     COMPONENTS,
@@ -51,6 +49,9 @@ from ditc.export.families.sana.perturbed_attention import read_perturbed_attenti
 from ditc.export.families.sana.pipeline import CONTROLNET, PAG_CLASS, PIPELINE, SPRINT
 from ditc.export.families.sana.recipe import SPRINT as SPRINT_RECIPES
 from ditc.export.families.sana.resolution_bins import resolution_bins
+from ditc.export.families.sana.text import COMPLEX_HUMAN_INSTRUCTION, text_spec
+from ditc.export.families.sana.video_plan import TRANSFORMER as VIDEO
+from ditc.export.families.sana.video_plan import load_video, plan_video, without_unused
 from ditc.export.graph.control import wrap_control
 from ditc.export.graph.step import wrap
 from ditc.export.networks.dc_ae import DcAeConfig
@@ -62,37 +63,18 @@ from ditc.runtime.spec import (
     CONDITIONER,
     CONTROL_CONDITIONER,
     DENOISER,
-    TEXT_ENCODER,
     DType,
     Range,
     StageSpec,
     TensorSpec,
 )
 from ditc.runtime.step_contract import CONTROL_RESIDUAL, ROWS, TEXT_LENGTH, GuidanceMode, StepContract
-from ditc.runtime.text import Select, TextSpec
+from ditc.runtime.text import TextSpec
 
-VIDEO = "SanaVideoTransformer3DModel"
 # The defaults of SanaPipeline.__call__ and SanaSprintPipeline.__call__, diffusers 0.42.1.
-MAX_SEQUENCE_LENGTH = 300
 NUM_INFERENCE_STEPS = 20
 SPRINT_STEPS = 2
 GUIDANCE_SCALE = 4.5
-COMPLEX_HUMAN_INSTRUCTION = (
-    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image"
-    " generation. Evaluate the level of detail in the user prompt:",
-    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial"
-    " relationships to create vivid and concrete scenes.",
-    "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
-    "Here are examples of how to transform or refine prompts:",
-    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping"
-    " peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
-    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street"
-    " lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass"
-    " skyscrapers.",
-    "Please generate only the enhanced description for the prompt below and avoid including any additional commentary"
-    " or evaluations:",
-    "User Prompt: ",
-)
 # The side in pixels of the resolution bins that SanaPipeline picks by the transformer's sample_size.
 BINS_BY_SAMPLE_SIZE = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 
@@ -116,10 +98,7 @@ class SanaAdapter:
             UsageError: the precision or the resolution is not available.
         """
         if checkpoint.component("transformer").class_name == VIDEO:
-            raise CheckpointError(
-                f"{checkpoint.path} is a SANA-Video checkpoint, and no bundle can be built from one yet",
-                hint="`ditc convert` converts its transformer to NVlabs' layout and back",
-            )
+            return plan_video(checkpoint, options)
         transformer = checkpoint.component("transformer").read_config(SanaConfig.from_json)
         served = SPRINT if transformer.guidance_embeds else choose_pipeline(checkpoint, PIPELINE, CONTROLNET)
         check_pipeline(checkpoint, served)
@@ -127,7 +106,7 @@ class SanaAdapter:
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
         _check_components(checkpoint, transformer, vae)
         check_precision(options, "Sana")
-        text = _text_spec(checkpoint)
+        text = text_spec(checkpoint, COMPLEX_HUMAN_INSTRUCTION)
         with naming(checkpoint.path / SCHEDULER_FILE):
             scheduler = _scheduler(checkpoint, transformer, controlled=control is not None)
         defaults = _defaults(checkpoint, transformer, vae, options)
@@ -163,8 +142,11 @@ class SanaAdapter:
         """Load one stage with its weights."""
         stage_plan = plan.stages[stage]
         component = checkpoint.component(COMPONENTS[stage])
+        video = checkpoint.component("transformer").class_name == VIDEO
         with naming(component.place):
-            module = _load(component, plan, stage)
+            module = load_video(component, plan, stage) if video else _load(component, plan, stage)
+        if video:
+            return without_unused(stage_module(module, component, stage_plan))
         return stage_module(module, component, stage_plan)
 
 
@@ -281,34 +263,6 @@ def _facts(
         )
         if control is not None
         else (),
-    )
-
-
-def _text_spec(checkpoint: Checkpoint) -> TextSpec:
-    """SanaPipeline.encode_prompt (diffusers 0.42.1) as data.
-
-    With the complex human instruction, the first position (<bos>) and the last `length - 1` positions are kept, which
-    are the prompt without the instruction before it (SANA, arXiv 2410.10629, section 3.1).
-    """
-    tokenizer = read_tokenizer(checkpoint, "tokenizer")
-    length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
-    lines = checkpoint.defaults.get("complex_human_instruction", COMPLEX_HUMAN_INSTRUCTION)
-    prefix = "\n".join(lines) if lines else ""
-    # Upstream subtracts 2: the <bos> that is counted with the instruction, and one token of slack.
-    longest = len(tokenizer.ids(prefix)) + length - 2 if prefix else length
-    return TextSpec(
-        stage=TEXT_ENCODER,
-        tokenizer="tokenizer/tokenizer.json",
-        mask="text_mask",
-        max_length=longest,
-        negative_max_length=length,
-        prefix=prefix,
-        length=length,
-        lower=True,
-        strip=True,
-        pad_token_id=tokenizer.pad_token_id,
-        vocab_size=check_fits(tokenizer, checkpoint.component("text_encoder")),
-        select=Select(first=1, last=length - 1) if prefix else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The pipelines of diffusers 0.42.1 that the Sana family draws: SanaPipeline, SanaPAGPipeline and SanaSprintPipeline.
+"""The pipelines of diffusers 0.42.1 that the Sana family draws: those of pictures, and SanaVideoPipeline.
 
 A transformer fits only one of them: SANA-Sprint's (arXiv 2503.09641) embeds the guidance scale.
 """
@@ -49,4 +49,13 @@ SPRINT = ServedPipeline(
         ),
         "SanaSprintImg2ImgPipeline": OtherPipeline("it starts from a picture"),
     },
+)
+VIDEO = ServedPipeline(
+    class_name="SanaVideoPipeline",
+    components={
+        **_COMPONENTS,
+        "vae": ("diffusers.AutoencoderKLWan",),
+        "transformer": ("diffusers.SanaVideoTransformer3DModel",),
+    },
+    others={"SanaImageToVideoPipeline": OtherPipeline("it starts from a picture")},
 )

@@ -14,11 +14,18 @@ LAYERS = (
 )
 CROSS = Rule(layers="*attn2.to_[kv]", why="cross-attention K and V: they run only once per prompt")
 
+TEMPORAL = Rule(
+    layers="*ff.conv_temp", why="the convolution over frames (SANA-Video, arXiv 2509.24695, section 5)"
+)
+
 # SANA-Sprint's blocks are the same layers. Its recipes have names of their own because their ranges are measured over
 # other steps: one to four, each from new noise, instead of twenty along one path.
 SPRINT = "sana-sprint"
+VIDEO = "sana-video"  # so are SANA-Video's, with one layer more
 RECIPES = {
     name: recipe
-    for family in ("sana", SPRINT)
-    for name, recipe in int8_and_fp8(family, LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS)).items()
+    for family, more in (("sana", ()), (SPRINT, ()), (VIDEO, (TEMPORAL,)))
+    for name, recipe in int8_and_fp8(
+        family, LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS, *more)
+    ).items()
 }

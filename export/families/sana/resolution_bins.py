@@ -1,4 +1,4 @@
-"""The resolution bins of PixArt and Sana, read from diffusers: (height, width) in pixels."""
+"""The resolution bins of PixArt, Sana and SANA-Video, read from diffusers: (height, width) in pixels."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def resolution_bins(size: int) -> tuple[tuple[int, int], ...]:
         4096: ASPECT_RATIO_4096_BIN,
     }
     return tuple((int(height), int(width)) for height, width in tables.get(size, {}).values())
+
+
+def video_bins(sample_size: int) -> tuple[tuple[int, int], ...]:
+    """The bins of SANA-Video, of which SanaVideoPipeline.__call__ (diffusers 0.42.1) picks one table by the
+    transformer's sample_size: 30 for 480p, 22 for 720p. Empty for every other one, which the pipeline refuses.
+    """
+    from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_BIN, ASPECT_RATIO_720_BIN
+
+    tables = {30: ASPECT_RATIO_480_BIN, 22: ASPECT_RATIO_720_BIN}
+    return tuple((int(height), int(width)) for height, width in tables.get(sample_size, {}).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import SanaVideoPipeline
+from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_BIN
 
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions, StageModule
@@ -18,7 +20,7 @@ from ditc.export.families.sana.video_network import SanaVideoConfig, load_sana_v
 from ditc.export.graph.onnx import to_onnx
 from ditc.export.graph.step import wrap
 from ditc.export.networks.loading import weight_map
-from ditc.runtime.errors import CheckpointError
+from ditc.runtime.errors import UsageError
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
 from ditc.runtime.spec import DType, Precision, Range, TensorSpec
 from ditc.runtime.step_contract import (
@@ -38,9 +40,34 @@ FP32_BOUND = 1e-5  # as in test_video_network.py
 TEXT = 12
 
 
-def test_a_checkpoint_of_videos_is_refused_by_name_before_the_build(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "checkpoint"))
-    with pytest.raises(CheckpointError, match="is a SANA-Video checkpoint"):
+def test_a_plan_has_the_defaults_of_the_pipeline_and_the_stages_of_a_video(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "checkpoint")
+    (directory / "ditc.json").unlink()
+    checkpoint = open_checkpoint(directory)
+    plan = find_adapter(checkpoint).plan(checkpoint, BuildOptions())
+    asked = inspect.signature(SanaVideoPipeline.__call__).parameters
+    defaults = plan.defaults
+    for name in ("height", "width", "frames", "num_inference_steps", "guidance_scale"):
+        assert getattr(defaults, name) == asked[name].default, name
+    assert defaults.bins == tuple((int(h), int(w)) for h, w in ASPECT_RATIO_480_BIN.values())
+    assert plan.text[0].prefix == "\n".join(asked["complex_human_instruction"].default)
+    assert plan.latents.shape(480, 832, 81) == (
+        16,
+        21,
+        120,
+        208,
+    )  # four pixels per cell, in the tiny checkpoint
+    assert plan.stages["denoiser"].spec.profile[FRAMES] == Range(1, 21, 42)
+    kept = [tensor for tensor in plan.stages["vae_decoder"].spec.outputs if tensor.name.startswith("kept_")]
+    taken = plan.stages["vae_decoder_next"].spec.inputs[1:]
+    assert tuple(kept) == taken and len(taken) == 20
+
+
+def test_a_number_of_frames_that_no_video_has_is_refused_before_the_build(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "checkpoint")
+    (directory / "ditc.json").write_text('{"frames": 80}')
+    checkpoint = open_checkpoint(directory)
+    with pytest.raises(UsageError, match="frames is 80"):
         find_adapter(checkpoint).plan(checkpoint, BuildOptions())
 
 

@@ -135,6 +135,7 @@ def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
 def test_every_argument_of_a_request_is_offered_but_those_that_are_not_for_strangers() -> None:
     renamed = {"prompt", "num_images_per_prompt"}
     kept_back = {"generator", "latents", "output_type"} | EDITS
+    kept_back |= {"frames", "motion_score"}  # of videos, whose bundles a server refuses
     tensors = {name for name in REQUEST_FIELDS if "embeds" in name or name.endswith("attention_mask")}
     offered = BundleArguments.model_fields.keys() - {"timeout"}
     assert offered | renamed | kept_back | tensors == REQUEST_FIELDS

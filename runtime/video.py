@@ -1,0 +1,133 @@
+"""Videos: how many frames a request may ask for, and decoding them one latent frame at a time.
+
+A decoder of videos is two stages (step_contract.py, KEPT): one decodes the first latent frame to one frame, the other
+one decodes every later one to LatentSpec.frames_per_cell frames. What a convolution over time keeps is an output of one
+run and an input of the next, so memory does not grow with the length of the video.
+"""
+
+# C latent channels, F latent frames, h/w latent size, T frames, H/W pixels
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ditc.runtime.bundle.manifest import LatentSpec, Manifest
+from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, to_unit_range
+from ditc.runtime.request import Request
+from ditc.runtime.session import Array, Session, Tensor, to_numpy
+from ditc.runtime.spec import StageSpec
+from ditc.runtime.step_contract import FRAMES, KEPT, LATENTS
+
+
+def decide_frames(request: Request, manifest: Manifest, denoiser: StageSpec) -> int | None:
+    """The number of frames of each video; None for a bundle that draws pictures.
+
+    Raises:
+        UsageError: the bundle draws pictures but the request asks for frames, or the number is not one that the bundle
+            was built for. The hint names the nearest one that works.
+    """
+    latents, default = manifest.latents, manifest.defaults.frames
+    if latents.frames_per_cell is None or default is None:
+        if request.frames is not None:
+            raise UsageError(
+                f"frames is {request.frames}, but this bundle draws pictures",
+                hint="leave frames out, or use a bundle of a model that draws videos",
+            )
+        return None
+    frames = default if request.frames is None else request.frames
+    check_frames(frames, latents, denoiser, default)
+    return frames
+
+
+def check_frames(frames: int, latents: LatentSpec, denoiser: StageSpec, default: int) -> None:
+    """Refuse a number of frames that the denoiser was not built for. Raises UsageError, as `decide_frames`."""
+    step, cells = latents.frames_per_cell or 1, denoiser.profile[FRAMES]
+    low, high = latents.frames_of(cells.min), latents.frames_of(cells.max)
+    if low <= frames <= high and (frames - 1) % step == 0:
+        return
+    nearest = min(max(1 + round((frames - 1) / step) * step, low), high)
+    raise UsageError(
+        f"frames is {frames}, but this bundle draws {low} to {high} frames, and only 1 more than a multiple of {step}",
+        hint=f"use {nearest} frames; the default is {default}",
+    )
+
+
+def check_video_request(request: Request) -> None:
+    """Refuse what no video is drawn from. Raises UsageError."""
+    for name in ("image", "mask_image", "control_image"):
+        if getattr(request, name) is not None:
+            raise UsageError(
+                f"{name} is given, but this bundle draws videos, and from texts alone",
+                hint=f"leave {name} out",
+            )
+
+
+def decoded_chunks(first: Session, following: Session, latents_1CFhw: Tensor) -> Iterator[Array]:
+    """The frames (T,3,H,W) in [-1,1] of one latent frame after the other: one of the first, then T each.
+
+    Args:
+        first, following: the sessions of the two stages.
+
+    Raises:
+        NumericsError: the decoder returned NaN or Inf.
+    """
+    latents = to_numpy(latents_1CFhw)
+    kept: dict[str, Tensor] = {}
+    for index in range(latents.shape[2]):
+        session = following if index else first
+        outputs = session.run({LATENTS: np.ascontiguousarray(latents[:, :, index : index + 1]), **kept})
+        names = [tensor.name for tensor in session.spec.outputs]
+        frames = to_numpy(outputs[names[0]])
+        if not np.isfinite(frames).all():
+            raise NumericsError(
+                f"{session.spec.name}: the frames of latent frame {index} have NaN or Inf",
+                hint="rebuild this stage in bf16 or fp32",
+            )
+        kept = {f"{KEPT}{i}": outputs[name] for i, name in enumerate(names[1:])}
+        # diffusers' AutoencoderKLWan clamps what it decodes (0.42.1, _decode).
+        yield np.clip(frames[0].transpose(1, 0, 2, 3), -1, 1)
+
+
+def decode_video(
+    first: Session, following: Session, latents_1CFhw: Tensor, *, height: int, width: int, as_pil: bool
+) -> tuple[list[object] | Array, bool]:
+    """One video in the requested size, and whether each of its frames has one colour only.
+
+    Args:
+        first, following: as in `decoded_chunks`.
+        height, width: in pixels, as VideoProcessor.resize_and_crop_tensor of diffusers makes them.
+        as_pil: gives a list of PIL images instead of floats (1,F,H,W,3) in [0,1].
+
+    Raises:
+        NumericsError: as in `decoded_chunks`.
+    """
+    pictures: list[object] = []
+    arrays: list[Array] = []
+    uniform = True
+    for chunk in decoded_chunks(first, following, latents_1CFhw):
+        frames = chunk
+        if frames.shape[2:] != (height, width):
+            frames = resize_and_crop(frames, height, width)
+        in_bytes = to_uint8(frames)
+        uniform = uniform and all(is_uniform(frame) for frame in in_bytes)
+        if as_pil:
+            pictures += to_pil(in_bytes)
+        else:
+            arrays.append(to_unit_range(frames))
+    return (pictures if as_pil else np.concatenate(arrays)[None]), uniform
+
+
+def refuse_videos(manifest: Manifest, verb: str) -> None:
+    """Refuse a bundle that draws videos in a verb that draws pictures alone.
+
+    Raises:
+        UsageError: the bundle draws videos.
+    """
+    if manifest.latents.has_frames:
+        raise UsageError(
+            f"this bundle draws videos, and {verb} takes bundles that draw pictures",
+            hint='draw videos with: ditc run BUNDLE "PROMPT" -o out.mp4, or in Python with Pipeline.load(BUNDLE)',
+        )
