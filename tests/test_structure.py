@@ -49,6 +49,10 @@ NEEDED = {
         "runtime/prepare.py",
         "runtime/decode.py",
         "runtime/vae.py",
+        "runtime/video.py",
+        "runtime/video_files.py",
+        "export/families/sana/video_plan.py",
+        "export/families/common/video_vae.py",
         "export/graph/step.py",
     },
 }
