@@ -35,6 +35,7 @@ class BuildOptions:
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
+        refit: whether LoRAs can be added to an engine's weights when the bundle is loaded.
         loras: files of LoRAs that are added to the weights, with their scales, in this order.
     """
 
@@ -51,6 +52,7 @@ class BuildOptions:
     opset: int = OPSETS[0]
     linear_attention: Literal["decomposed", "plugin"] = "decomposed"
     weight_streaming: bool = False
+    refit: bool = False
     loras: tuple[LoraChoice, ...] = ()
 
     @property

@@ -138,7 +138,7 @@ class Pipeline(LoraMethods):
             raise
         if parts.encoder is not None:
             pipeline.sessions[VAE_ENCODER] = parts.encoder
-        reopener = Reopener(Path(bundle), parts.manifest, parts.artifacts, options)
+        reopener = Reopener(Path(bundle), parts.manifest, parts.artifacts, options, parts.device)
         pipeline._adapters = Adapters(
             reopener, pipeline.sessions, parts.conditioning, uncertified=pipeline.uncertified
         )

@@ -25,6 +25,7 @@ from ditc.runtime.session import numpy_dtype
 from ditc.runtime.sessions.buffers import size_of
 from ditc.runtime.sessions.device import ALIGNMENT
 from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
+from ditc.runtime.sessions.onnxruntime_weights import replace_weights
 from ditc.runtime.spec import DType, StageSpec
 
 POISON = 0xFF  # NaN as fp32, fp16 and bf16; -1 as an integer
@@ -209,6 +210,14 @@ class FakeEngine:
 
     def context(self, profile: int, stream: int) -> FakeContext:
         return FakeContext(self)
+
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        opened_from = replace_weights(options, self.model, weights)
+        self.session = ort.InferenceSession(opened_from, options, providers=["CPUExecutionProvider"])
 
     def last_error(self) -> str:
         return "the fake was told to fail" if self.fail else "no message"

@@ -15,12 +15,13 @@ from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.engine.build import EngineReport, build_engine, estimate_memory_bytes, library_version
 from ditc.export.engine.ir import IrReport
 from ditc.export.engine.profiles import orientation_profiles
+from ditc.export.engine.refittable import refittable_weights
 from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.gpu import find_gpu
 from ditc.runtime.sessions.registry import row_of
-from ditc.runtime.spec import Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, Precision
 
 
 def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInputs:
@@ -36,6 +37,7 @@ def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInpu
         gpu=find_gpu() if row_of(options.backend).built_on_gpu else None,
         linear_attention=options.linear_attention,
         weight_streaming=options.weight_streaming,
+        refit=_can_have_loras(build, name) and options.refit,
         engine_source=engine_source(),
     )
 
@@ -57,12 +59,18 @@ def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact
             tf32=graph.precision is Precision.TF32,
             linear_attention=options.linear_attention,
             weight_streaming=options.weight_streaming,
+            refit=refittable_weights(onnx) if inputs.refit else (),
             progress=lambda phase, step, steps: build.events.working(stage, f"{phase} {step}/{steps}"),
         )
 
     return made_artifact(
         build, name, graph, inputs, stage=stage, files=(path,), memory_bytes=estimate_memory_bytes, make=make
     )
+
+
+def _can_have_loras(build: BuildContext, name: str) -> bool:
+    """Whether LoRAs change weights of the stage: they do not change a VAE's."""
+    return name in (CONDITIONER, DENOISER, *(spec.stage for spec in build.plan.text))
 
 
 def made_artifact(
@@ -108,6 +116,7 @@ def made_artifact(
         quantization=graph.quantization,
         library=inputs.library_version,
         gpu=inputs.gpu.name if inputs.gpu else None,
+        refit=True if inputs.refit else None,
     )
     cost = BuildCost(
         seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes, estimated_memory_bytes=estimate

@@ -27,6 +27,7 @@ def ir_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInputs:
         gpu=None,
         linear_attention=options.linear_attention,
         weight_streaming=options.weight_streaming,
+        refit=False,
         engine_source=engine_source(),
     )
 

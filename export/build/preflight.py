@@ -55,6 +55,11 @@ def check_options(options: BuildOptions) -> None:
         check_openvino()
     if not options.builds_engines:
         _check_no_engine_options(options)
+    elif options.refit and options.quantized:
+        raise UsageError(
+            f"--refit is not made for {options.precision.value}: TensorRT would have to exchange codes and scales",
+            hint="put the LoRA into the weights with --lora, which quantizes the sum; or build in 16 bits",
+        )
     elif options.linear_attention == "plugin":
         load_kernels()
 
@@ -64,6 +69,7 @@ def _check_no_engine_options(options: BuildOptions) -> None:
         (f"--targets {','.join(options.targets)}", options.targets),
         ("--linear-attention plugin", options.linear_attention == "plugin"),
         ("--weight-streaming", options.weight_streaming),
+        ("--refit", options.refit),
     ):
         if given:
             raise UsageError(

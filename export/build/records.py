@@ -78,6 +78,7 @@ class EngineInputs:
     gpu: Gpu | None
     linear_attention: str
     weight_streaming: bool
+    refit: bool
     engine_source: str
 
     @property

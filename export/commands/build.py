@@ -122,6 +122,12 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="For engines: let the weights stay in host memory when the bundle is run with --low-vram (default: all "
         "weights are in GPU memory).",
     )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="For engines: keep the weights replaceable, so that the bundle can be run with a --lora (default: they "
+        "are fixed). TensorRT-RTX then needs a GPU to build.",
+    )
 
 
 def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +206,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         opset=arguments.opset,
         linear_attention=arguments.linear_attention,
         weight_streaming=arguments.weight_streaming,
+        refit=arguments.refit,
         loras=parse_loras(arguments.lora),
     )
 

@@ -87,7 +87,7 @@ def build_engine(
     targets: tuple[str, ...],
     profiles: Sequence[Profile] | None = None,
     timing_cache: Path | None = None,
-    refit: bool = False,
+    refit: Sequence[str] = (),
     tf32: bool = False,
     linear_attention: LinearAttention = "decomposed",
     weight_streaming: bool = False,
@@ -103,7 +103,8 @@ def build_engine(
         profiles: optimisation profiles, each with the ranges that differ from spec.profile. None means one profile
             with the ranges of spec.profile.
         timing_cache: a file that builders which time kernels on the GPU read before the build and write after it.
-        refit: allow the weights to be replaced later (REFIT_IDENTICAL). Needs a GPU.
+        refit: the initializers whose values may be replaced later (REFIT_INDIVIDUAL). Without a GPU, TensorRT-RTX
+            1.7.1 cannot build such engines of whole stages.
         tf32: allow TF32 in fp32 matrix products, which are exact fp32 otherwise.
         linear_attention: "decomposed" inlines the op's function; "plugin" leaves the op to ditc's plugin, if the graph
             has the op (docs/backends.md).
@@ -129,7 +130,8 @@ def build_engine(
         for profile in used:
             _add_profile(compiler, spec, profile)
         compiler.set_targets(targets)
-        _set_flags(compiler, refit=refit, tf32=tf32, weight_streaming=weight_streaming)
+        _allow_refit(compiler, spec, refit)
+        _set_flags(compiler, tf32=tf32, weight_streaming=weight_streaming)
         _compile(compiler, spec, out, timing_cache)
     return _report(compiler, out, targets, used, time.monotonic() - begin, memory.peak_bytes)
 
@@ -155,15 +157,23 @@ def _uses_plugin(
     return plugin
 
 
-def _set_flags(compiler: Compiler, *, refit: bool, tf32: bool, weight_streaming: bool) -> None:
+def _allow_refit(compiler: Compiler, spec: StageSpec, names: Sequence[str]) -> None:
+    lacking = compiler.allow_refit(names) if names else []
+    if lacking:
+        raise BuildError(
+            f"{spec.name}: {compiler.backend} cannot keep {lacking[0]} replaceable, because its network has no "
+            f"weight of this name ({len(lacking)} of {len(names)} are missing)",
+            hint="build without --refit, and put LoRAs into the weights with --lora",
+        )
+
+
+def _set_flags(compiler: Compiler, *, tf32: bool, weight_streaming: bool) -> None:
     """Set the builder's flags.
 
     REQUIRE_USER_ALLOCATION, which TensorRT-RTX's notes ask for under stream capture, stays unset: with a profile of
     more than one size, an engine that has it ends the process at its first run (1.4 to 1.7.1).
     """
     compiler.allow_tf32(tf32)
-    if refit:
-        compiler.allow_refit()
     if weight_streaming:
         compiler.allow_weight_streaming()
 
@@ -270,7 +280,10 @@ HINTS = (
     ("for Turing (SM75)", SM75_HINT),
     ("HW-specific datatypes", "a target lacks an element type of the graph: build for fewer targets"),
     # TensorRT-RTX 1.7.1 compiles kernels at build time if weights stay refittable, so it needs a device.
-    ("graph_jit.cpp", "refit needs a GPU at build time: leave refit out, or build on a machine with a GPU"),
+    (
+        "graph_jit.cpp",
+        "weights that can be replaced need a GPU at build time: leave --refit out, or build on a machine with a GPU",
+    ),
     ("CUDA driver version is insufficient", "build on a machine with a GPU and its driver"),
     ("out of memory", "make the largest sizes of the profile smaller, or decode in tiles"),
     ("OutOfMemory", "make the largest sizes of the profile smaller, or decode in tiles"),

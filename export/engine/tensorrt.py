@@ -99,9 +99,13 @@ class Compiler:
         """The TF32 flag, as read back from the library."""
         return bool(self._config.get_flag(self._trt.BuilderFlag.TF32))
 
-    def allow_refit(self) -> None:
-        """Allow the weights to be replaced later. In 11.3.0 plain REFIT can drop a GEMM's bias."""
-        self._config.set_flag(self._trt.BuilderFlag.REFIT_IDENTICAL)
+    def allow_refit(self, names: Sequence[str]) -> list[str]:
+        """Allow these weights to be replaced later, and return the names of those that the network does not have.
+
+        Plain REFIT is for all weights, and in 11.3.0 can drop a GEMM's bias; REFIT_IDENTICAL is for equal values.
+        """
+        self._config.set_flag(self._trt.BuilderFlag.REFIT_INDIVIDUAL)
+        return [name for name in names if not self._network.mark_weights_refittable(name)]
 
     def allow_weight_streaming(self) -> None:
         """Allow the runtime to keep weights on the host."""

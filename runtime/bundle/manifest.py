@@ -64,6 +64,7 @@ class Artifact:
         quantization: the record of the quantization, as JSON, for int8 and fp8.
         library: the version of the library that built an engine.
         gpu: the name of the GPU that an engine was built on, if it was built on one.
+        refit: True for an engine whose weights can be replaced, so that LoRAs can be added when it is opened.
     """
 
     spec: StageSpec
@@ -78,6 +79,7 @@ class Artifact:
     quantization: FileRef | None = None
     library: str | None = None
     gpu: str | None = None
+    refit: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
     @property
     def files(self) -> tuple[FileRef, ...]:

@@ -15,6 +15,7 @@ from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.lora.lora import Change, ScaledLora, changes_of, check_fits
 from ditc.runtime.lora.stage_weights import StoredWeights, changed_initializers
 from ditc.runtime.session import Session
+from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import is_graph, row_of
 from ditc.runtime.spec import CONDITIONER, DENOISER, EIGHT_BITS, Precision
@@ -34,12 +35,14 @@ class Reopener:
     Attributes:
         artifacts: the artifact that each stage runs.
         options: how the bundle was loaded.
+        device: the GPU that the bundle's engines share; None without engines.
     """
 
     bundle: Path
     manifest: Manifest
     artifacts: Mapping[str, Artifact]
     options: LoadOptions
+    device: Device | None = None
     _checked: set[str] = field(
         default_factory=set, init=False
     )  # files that were hashed after the bundle was loaded
@@ -86,13 +89,13 @@ class Reopener:
         self, folder: Path, artifact: Artifact, stage: str, changes: Mapping[str, Sequence[Change]]
     ) -> Session:
         if not changes:
-            return open_session(folder / artifact.file.path, artifact, self.options)
+            return open_session(folder / artifact.file.path, artifact, self.options, self.device)
         graphs = self.graphs(stage)
         if folder == self.bundle:
             self._check(graphs)
         stored = [self._stored(folder, graph) for graph in graphs]
         weights = dict(changed_initializers(stored[0], changes, *stored[1:]))
-        return open_session(folder / artifact.file.path, artifact, self.options, weights=weights)
+        return open_session(folder / artifact.file.path, artifact, self.options, self.device, weights=weights)
 
     def _check(self, graphs: Iterable[Artifact]) -> None:
         """Compare files that were not opened with the bundle with the manifest, each once."""
@@ -118,8 +121,13 @@ class Reopener:
         row = row_of(artifact.backend)
         if row.open_changed is None:
             raise UsageError(
-                f"the {stage} runs in {row.title}, whose engines keep their weights",
+                f"the {stage} runs in {row.title}, which keeps its weights",
                 hint=f"{FOLD}; or run another --backend",
+            )
+        if row.needs_refit and not artifact.refit:
+            raise UsageError(
+                f"the {stage} runs in {row.title}, and its engine was built to keep its weights",
+                hint=f"build with --refit, or {FOLD}; or run another --backend",
             )
 
     def component(self, stage: str) -> str:

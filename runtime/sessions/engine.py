@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from ditc.runtime.session import Array
 from ditc.runtime.spec import DType
 
 Shape = tuple[int, ...]
@@ -77,6 +78,13 @@ class Engine(Protocol):
 
     def context(self, profile: int, stream: int) -> Context:
         """Make a context for a profile, given by its index. `stream` is the stream that will run it."""
+        ...
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Replace weights by name, before the first context is made; bf16 numbers as uint16 arrays of their bits.
+
+        Raises SessionError if the engine was not built for that, or lacks one of them.
+        """
         ...
 
     def last_error(self) -> str:

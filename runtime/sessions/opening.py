@@ -47,7 +47,7 @@ def open_session(
     if weights:
         if row.open_changed is None:
             raise SessionError(f"{artifact.spec.name}: {row.title} cannot change weights", hint=RUN_THE_GRAPH)
-        return row.open_changed(row, model, artifact, options, weights)
+        return row.open_changed(row, model, artifact, options, device, weights)
     return row.open(row, model, artifact, options, device)
 
 

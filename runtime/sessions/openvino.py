@@ -264,7 +264,12 @@ def open_stage(
 
 
 def open_changed(
-    row: BackendRow, model: Path, artifact: Artifact, options: LoadOptions, weights: Mapping[str, Array]
+    row: BackendRow,
+    model: Path,
+    artifact: Artifact,
+    options: LoadOptions,
+    device: Device | None,
+    weights: Mapping[str, Array],
 ) -> Session:
     """Open a session with other values of some initializers of the stage's graph.
 

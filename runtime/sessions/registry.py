@@ -65,8 +65,8 @@ class BackendRow:
         profile: opens a stage with the library's profiler on, as a `ProfiledSession` (bench/profile.py). None if it has
             none.
         open_changed: opens a stage with other values of some initializers of its graph, given by name; bf16 values as
-            uint16 arrays of their bits, FP8 ones as uint8 arrays. None if it cannot, as with engines, which keep their
-            weights.
+            uint16 arrays of their bits, FP8 ones as uint8 arrays. None if it cannot.
+        needs_refit: whether `open_changed` opens only engines that were built with `--refit`.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
         builds_engines: whether it runs what a build makes from the stage's ONNX graph: engines, or another form of the
@@ -99,9 +99,11 @@ class BackendRow:
     open: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], Session]
     references: Callable[[Path], Sequence[Reference]] | None
     profile: Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None], ProfiledSession] | None = None
-    open_changed: Callable[[BackendRow, Path, Artifact, LoadOptions, Mapping[str, Array]], Session] | None = (
-        None
-    )
+    open_changed: (
+        Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None, Mapping[str, Array]], Session]
+        | None
+    ) = None
+    needs_refit: bool = False
     builds_engines: bool = False
     same_library: bool = False
     same_gpu: bool = False
@@ -156,6 +158,8 @@ _table: list[BackendRow] = [
         open=_imported_later(_TENSORRT, "open_stage"),
         references=None,  # an engine holds its weights
         profile=_imported_later(f"{_PROFILERS}.tensorrt", "open_profiled"),
+        open_changed=_imported_later(_TENSORRT, "open_changed"),
+        needs_refit=True,
         builds_engines=True,
         same_library=True,  # version compatibility is an option of TensorRT's builder, which ditc does not set
         same_gpu=True,
@@ -175,6 +179,8 @@ _table: list[BackendRow] = [
         open=_imported_later(_TENSORRT, "open_stage"),
         references=None,  # an engine holds its weights
         profile=_imported_later(f"{_PROFILERS}.tensorrt", "open_profiled"),
+        open_changed=_imported_later(_TENSORRT, "open_changed"),
+        needs_refit=True,
         builds_engines=True,
         same_library=True,  # TensorRT-RTX 1.7.1 has no version compatibility
         same_gpu=True,

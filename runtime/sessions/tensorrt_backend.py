@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.gpu import driver_version, find_gpu, no_gpu
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.session import Session
+from ditc.runtime.session import Array, Session
 from ditc.runtime.sessions.device import Device, open_device
 from ditc.runtime.sessions.kernel_cache import cache_folder, kernel_cache
 from ditc.runtime.sessions.registry import BackendRow, library_version
@@ -37,6 +38,33 @@ def open_stage(
     Raises:
         SessionError: the engine is not for this GPU, library or driver, or the file is damaged.
     """
+    return _open(row, model, artifact, options, device, {})
+
+
+def open_changed(
+    row: BackendRow,
+    model: Path,
+    artifact: Artifact,
+    options: LoadOptions,
+    device: Device | None,
+    weights: Mapping[str, Array],
+) -> Session:
+    """Open an engine that was built with `--refit`, with other values of some weights.
+
+    Raises:
+        SessionError: as `open_stage`, or the library refuses the values.
+    """
+    return _open(row, model, artifact, options, device, weights)
+
+
+def _open(
+    row: BackendRow,
+    model: Path,
+    artifact: Artifact,
+    options: LoadOptions,
+    device: Device | None,
+    weights: Mapping[str, Array],
+) -> Session:
     gpu, shared = find_gpu(), device if device is not None else open_device()
     folder = cache_folder()
     kernels = (
@@ -58,4 +86,6 @@ def open_stage(
         kernels=kernels,
         stream_weights=options.low_vram,
     )
+    if weights:
+        engine.refit(weights)
     return TensorRTSession(engine, artifact.spec, shared, name=row.name)

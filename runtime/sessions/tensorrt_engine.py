@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ditc.runtime.errors import MissingExtra, SessionError
 from ditc.runtime.gpu import Gpu
 from ditc.runtime.plugins import register
+from ditc.runtime.session import Array
 from ditc.runtime.sessions.engine import Binding, Shape, ShapeRange
 from ditc.runtime.sessions.kernel_cache import KernelCache
 from ditc.runtime.sessions.registry import row_of
@@ -137,6 +140,30 @@ class TensorRTEngine:
                 f"{self._stage}: profile {profile} is refused: {self.last_error()}", hint=REBUILD
             )
         return TensorRTContext(context, int(self._engine.get_device_memory_size_for_profile_v2(profile)))
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Replace weights by name. Their arrays are read before this returns, and must be contiguous.
+
+        Raises:
+            SessionError: the library refuses a weight, or the whole. The engine must then not be used.
+        """
+        trt = self._trt
+        refitter = trt.Refitter(self._engine, self._messages.logger)
+        for name, array in weights.items():
+            kind = getattr(trt.DataType, _WEIGHT_TYPES[array.dtype])
+            if not refitter.set_named_weights(name, trt.Weights(kind, array.ctypes.data, array.size)):
+                raise self._refit_error(f"does not take {name} with {array.size} {kind.name} values")
+        missing = refitter.get_missing_weights()
+        if missing:
+            raise self._refit_error(f"needs values of {missing[0]} too")
+        if not refitter.refit_cuda_engine():
+            raise self._refit_error("fails")
+
+    def _refit_error(self, what: str) -> SessionError:
+        return SessionError(
+            f"{self._stage}: {self.backend.value}'s exchange of weights {what}: {self.last_error()}",
+            hint="build the bundle with the LoRA in its weights (ditc build --lora), or run with --backend onnxruntime",
+        )
 
     def last_error(self) -> str:
         errors = self._messages.errors(self._opened_at)
@@ -274,6 +301,8 @@ class TensorRTContext:
         return True if ask is None else bool(ask(stream))
 
 
+# The types of weights by those of arrays; bf16 numbers are given as their bits.
+_WEIGHT_TYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.float16): "HALF", np.dtype(np.uint16): "BF16"}
 _DTYPES = {
     "FLOAT": DType.FLOAT32,
     "HALF": DType.FLOAT16,

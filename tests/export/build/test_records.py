@@ -30,6 +30,7 @@ ENGINE = EngineInputs(
     gpu=None,
     linear_attention="decomposed",
     weight_streaming=False,
+    refit=False,
     engine_source="e",
 )
 

@@ -308,11 +308,18 @@ def test_ranges_that_are_missing_or_upside_down_are_refused(tmp_path: Path) -> N
 
 
 def test_refit_without_a_gpu_says_that_it_needs_one(tmp_path: Path) -> None:
+    graph, names = _mlp(tmp_path), ("w0", "w1")
     try:
-        build_engine(_mlp(tmp_path), tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86",), refit=True)
+        build_engine(graph, tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86",), refit=names)
     except BuildError as error:
-        assert "needs a GPU" in str(error.hint)
+        assert "need a GPU" in str(error.hint)
         assert not (tmp_path / "e").exists()
+
+
+def test_a_weight_that_the_network_does_not_have_cannot_stay_replaceable(tmp_path: Path) -> None:
+    graph, names = _mlp(tmp_path), ("w0", "other")
+    with pytest.raises(BuildError, match=r"cannot keep other replaceable.*1 of 2 are missing"):
+        build_engine(graph, tmp_path / "e", spec=_spec(), backend=RTX, targets=("sm86",), refit=names)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ditc.runtime.lora.lora_file import read_lora
 from ditc.runtime.lora.reopener import Reopener
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, TEXT_ENCODER, Backend, Precision
 
 REQUEST = Request(prompt="red", seed=1, num_inference_steps=1, height=64, width=64, output_type="latent")
 
@@ -136,6 +136,23 @@ def test_weights_in_8_bits_are_read_from_the_most_exact_graph_too(tiny_bundle: P
     for artifact, read in ((eight, (eight, fp32)), (half, (half,)), (fp32, (fp32,))):
         reopener = Reopener(tiny_bundle, manifest, {DENOISER: artifact}, LoadOptions())
         assert reopener.graphs(DENOISER) == read
+
+
+def test_engines_take_loras_if_they_were_built_for_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(tiny_bundle)
+    loras = [ScaledLora(read_lora(lora(tmp_path / "a.safetensors")))]
+    for refit in (None, True):
+        engines = {
+            name: replace(stage.artifacts[0], backend=Backend.TENSORRT, refit=refit)
+            for name, stage in manifest.stages.items()
+        }
+        reopener = Reopener(tiny_bundle, manifest, engines, LoadOptions())
+        if refit:
+            assert list(reopener.stages_of(loras)) == [DENOISER]
+            continue
+        with pytest.raises(UsageError, match="the denoiser runs in TensorRT, and its engine") as refused:
+            reopener.stages_of(loras)
+        assert "build with --refit" in str(refused.value.hint)
 
 
 def test_a_graph_that_was_damaged_after_loading_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:

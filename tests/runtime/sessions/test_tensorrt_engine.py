@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditc.export.engine.tensorrt import Compiler
@@ -188,6 +189,37 @@ def test_an_address_that_the_library_refuses_is_an_error(library: Library, tmp_p
         _engine(tmp_path).context(0, STREAM).set_address("latents", 0x100)
 
 
+def test_weights_are_exchanged_in_their_own_type(
+    library: Library, refitter: Refitter, tmp_path: Path
+) -> None:
+    given = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.ones(4, np.float16),
+        "c": np.ones(5, np.uint16),
+    }
+    _engine(tmp_path).refit(given)
+    assert refitter.given == {"a": ("FLOAT", 6), "b": ("HALF", 4), "c": ("BF16", 5)}
+    assert refitter.done
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"unknown": "a"}, "does not take a with 6 FLOAT values"),
+        ({"missing": ["d"]}, "needs values of d too"),
+        ({"fails": True}, "exchange of weights fails"),
+    ],
+)
+def test_an_exchange_that_the_library_refuses_is_an_error(
+    wrong: dict[str, Any], words: str, library: Library, refitter: Refitter, tmp_path: Path
+) -> None:
+    vars(refitter).update(wrong)
+    with pytest.raises(SessionError, match=words) as caught:
+        _engine(tmp_path).refit({"a": np.zeros((2, 3), np.float32)})
+    assert "--lora" in str(caught.value.hint)
+    assert not refitter.done
+
+
 def test_a_cache_of_kernels_that_the_library_refuses_is_reported(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -274,6 +306,34 @@ class Library:
             return self if name.startswith(("create_", "deserialize_cuda_engine")) else name != self.refused
 
         return call
+
+
+class Refitter:
+    """Stands for the library's Refitter. The values that it gets are the library's own Weights."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, tuple[str, int]] = {}
+        self.unknown, self.missing, self.fails, self.done = "", [], False, False
+
+    def set_named_weights(self, name: str, weights: Any) -> bool:
+        self.given[name] = (weights.dtype.name, weights.size)
+        return name != self.unknown
+
+    def get_missing_weights(self) -> list[str]:
+        return self.missing
+
+    def refit_cuda_engine(self) -> bool:
+        self.done = not self.fails
+        return self.done
+
+
+@pytest.fixture
+def refitter(monkeypatch: pytest.MonkeyPatch) -> Refitter:
+    """A Refitter in place of TensorRT-RTX's."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    refitter = Refitter()
+    monkeypatch.setattr(trt, "Refitter", lambda engine, logger: refitter)
+    return refitter
 
 
 @pytest.fixture
