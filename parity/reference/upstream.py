@@ -191,12 +191,28 @@ def _fuse(pipeline: Any, loras: Sequence[LoraChoice]) -> None:
     """Let diffusers, with peft, read the LoRAs and add them to the weights. The modules keep their names."""
     if not loras:
         return
+    if not hasattr(pipeline, "load_lora_weights"):  # SanaPAGPipeline of diffusers 0.42.1
+        pipeline = _loader_of(pipeline)
     names = [f"lora{index}" for index in range(len(loras))]
     for name, choice in zip(names, loras, strict=True):
         pipeline.load_lora_weights(str(choice.file.parent), weight_name=choice.file.name, adapter_name=name)
     pipeline.set_adapters(names, [choice.scale for choice in loras])
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()
+
+
+def _loader_of(pipeline: Any) -> Any:
+    """Upstream's pipeline without perturbed attention, over the same networks, which can read LoRAs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from diffusers import AutoPipelineForText2Image
+
+    plain = AutoPipelineForText2Image.from_pipe(pipeline, enable_pag=False)
+    if not hasattr(plain, "load_lora_weights"):
+        raise ValueError(f"neither {type(pipeline).__name__} nor {type(plain).__name__} reads LoRAs")
+    return plain
 
 
 @contextmanager

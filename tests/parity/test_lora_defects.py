@@ -16,6 +16,7 @@ from ditc.export.checkpoint.loras import with_loras
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.parity.candidate import Candidate, open_candidate
 from ditc.parity.reference.pytorch import TorchModel
+from ditc.parity.reference.upstream import Upstream
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.lora.lora import ScaledLora, changed, changes_of
@@ -68,6 +69,21 @@ def test_a_lora_that_was_left_out_is_named(lora, tiny_bundle, tiny_checkpoint) -
     )
     (found,) = failures(context, Level.GRAPH)
     assert found.causes == ("the LoRA is not in the weights",)
+
+
+def test_a_pipeline_that_reads_no_loras_gets_them_through_one_that_does(lora, pag_checkpoint) -> None:
+    """diffusers' SanaPAGPipeline has no load_lora_weights."""
+    checkpoint = open_checkpoint(pag_checkpoint)
+    upstream = Upstream(checkpoint, loras=(LoraChoice(lora, 0.5),))
+    assert type(upstream.pipeline).__name__ == "SanaPAGPipeline"
+    changes = changes_of([ScaledLora(read_lora(lora), 0.5)], "transformer")
+    own = checkpoint.component("transformer").tensors
+    fused = upstream.pipeline.transformer.state_dict()
+    assert changes and set(fused) == set(own)
+    for name, change in changes.items():
+        wanted = changed(own[name].numpy(), change)
+        assert np.abs(wanted - own[name].numpy()).max() > 1e-3
+        np.testing.assert_allclose(fused[name].numpy(), wanted, atol=1e-6)
 
 
 def test_an_alpha_that_was_ignored_is_caught_by_the_stages_and_upstream(lora, tiny_checkpoint) -> None:
