@@ -51,6 +51,7 @@ def draw_with_ray(
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         else:
             ray.init(
+                address="local",  # else Ray joins another one that it finds on this machine
                 num_cpus=threads * len(asked),
                 include_dashboard=False,
                 log_to_driver=False,

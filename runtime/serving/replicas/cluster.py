@@ -48,6 +48,7 @@ def start_ray(options: ReplicaOptions) -> str:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             ray.init(
+                address="local",  # else Ray joins another one that it finds on this machine
                 num_cpus=options.cpus * options.most,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
