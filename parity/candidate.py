@@ -20,11 +20,11 @@ from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
-from ditc.runtime.loader import load_parts
+from ditc.runtime.loader import find_encoder, load_parts, open_checked
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
-from ditc.runtime.sessions.registry import is_graph
-from ditc.runtime.spec import DENOISER, DType, Precision, StageSpec
+from ditc.runtime.sessions.registry import is_graph, row_of
+from ditc.runtime.spec import DENOISER, VAE_ENCODER, DType, Precision, StageSpec
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class Candidate:
         calibrations: of 8-bit stages, what their ranges rest on, where the bundle records it.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
+        certified: those that a certificate is about: what every picture needs, so often not the encoder of the VAE.
         bundle: the bundle's directory; None for a candidate made in memory.
     """
 
@@ -57,6 +58,7 @@ class Candidate:
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     budgets: dict[str, str | None] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    certified: dict[str, Artifact] = field(default_factory=dict)
     bundle: Path | None = None
 
     @property
@@ -90,7 +92,15 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         UsageError: the bundle has no such backend or precision.
     """
     parts = load_parts(bundle, options)
-    sessions, chosen = dict(parts.sessions), parts.artifacts
+    sessions, chosen = dict(parts.sessions), dict(parts.artifacts)
+    encoder = find_encoder(parts.manifest, chosen[DENOISER], options)
+    if parts.encoder is not None and encoder is not None:
+        on_gpu = row_of(encoder.backend).same_gpu
+        chosen[VAE_ENCODER] = encoder
+        # On a CPU it is opened at once, because only an open session tells whether it computes in a wider type.
+        sessions[VAE_ENCODER] = (
+            parts.encoder if on_gpu else open_checked(bundle, encoder, options, parts.device)
+        )
     native: dict[str, Session] = {}
     traced: dict[str, ir.Model] = {}
     for name, artifact in chosen.items():
@@ -114,6 +124,7 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         calibrations={stage: r.calibration for stage, r in records.items() if r.calibration is not None},
         budgets={stage: record.recipe.budget for stage, record in records.items()},
         artifacts=chosen,
+        certified=parts.artifacts,
         bundle=bundle,
     )
 

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ditc.parity.edits import STEPS, STRENGTH, Edit, example_mask
 from ditc.runtime import denoise
+from ditc.runtime.bundle.jsondata import LEFT_OUT_IF_NONE
 from ditc.runtime.control import example_picture
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan
@@ -27,19 +29,27 @@ DEFAULT_SEEDS = (0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One picture to draw: a prompt and a seed."""
+    """One picture to draw: a prompt and a seed.
+
+    Attributes:
+        edit: what is done with the example picture; None draws from noise alone.
+    """
 
     prompt: str
     seed: int
+    edit: Edit | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
     def __str__(self) -> str:
         prompt = self.prompt if len(self.prompt) <= 32 else f"{self.prompt[:31]}\u2026"
-        return f"{prompt!r} seed {self.seed}"
+        return f"{prompt!r} seed {self.seed}" + (f", {self.edit}" if self.edit else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The cases and the settings that both sides draw them with. Sizes are in pixels."""
+    """The cases and the settings that both sides draw them with. Sizes are in pixels.
+
+    Cases that edit a picture come last, and have a number of steps of their own (`edits.STEPS`).
+    """
 
     cases: tuple[Case, ...]
     num_inference_steps: int
@@ -58,6 +68,7 @@ class CaseRun:
         x0: (N,B,C,H,W), the prediction of x0 in every step; None for upstream, which does not expose it.
         start: the state before the first step; None for upstream, which has no such state.
         picture: (H,W,3) floats in [0,1], of the first sample; None if no picture was decoded.
+        mask: (B,1,H,W), 1 where inpainting draws anew; None without inpainting.
         problem: why the run ended early; "" if it did not.
     """
 
@@ -67,6 +78,7 @@ class CaseRun:
     x0: Array | None = None
     start: DenoiseState | None = None
     picture: Array | None = None
+    mask: Array | None = None
     problem: str = ""
 
 
@@ -123,6 +135,11 @@ class SavedReference:
     precision: str
 
 
+def edit_cases(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """One case for each edit, with the prompt and the seed of the first case."""
+    return tuple(replace(cases[0], edit=edit) for edit in Edit)
+
+
 def step_noise_seed(case: Case) -> int:
     """The seed of the noise that a sampler adds in each step, which is not the noise that the case starts from."""
     return case.seed + 1
@@ -133,9 +150,27 @@ def request_of(
 ) -> Request:
     """The request for a case. With `latents`, both sides start from that noise instead of the case's seed.
 
+    A case that edits a picture starts from the case's seed in any case, and without control: a picture leaves no place
+    for given latents, and diffusers has no pipelines for edits with a ControlNet or with skip-layer guidance.
+
     Args:
         control: whether a ControlNet reads the example picture.
     """
+    if case.edit is not None:
+        return Request(
+            image=example_picture(),
+            mask_image=example_mask() if case.edit is Edit.INPAINTING else None,
+            strength=STRENGTH,
+            skip_layer_guidance_scale=0.0,
+            prompt=case.prompt,
+            num_inference_steps=STEPS,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
+            seed=case.seed,
+            output_type="np",
+            allow_uniform=True,
+        )
     return Request(
         control_image=example_picture() if control else None,
         prompt=case.prompt,
@@ -197,6 +232,7 @@ def run_case(
         x0=np.stack(x0),
         start=start,
         picture=image,
+        mask=None if start.kept is None else start.kept.mask,
         problem=problem,
     )
 

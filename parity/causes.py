@@ -59,6 +59,48 @@ def feed_causes(
     return tuple(found)
 
 
+def edit_causes(
+    steps: int, reference_steps: int, mask: Array | None = None, reference_mask: Array | None = None
+) -> tuple[str, ...]:
+    """Why two sides edit a picture differently: where their loops begin, and which cells inpainting draws anew.
+
+    Args:
+        steps, reference_steps: how many steps each side does.
+        mask, reference_mask: (B,1,h,w), 1 where inpainting draws anew; None without inpainting.
+    """
+    found = []
+    if steps != reference_steps:
+        off = abs(steps - reference_steps)
+        found.append(
+            f"strength is off by {'one step' if off == 1 else f'{off} steps'}: the loop does {steps} steps, but the "
+            f"reference's does {reference_steps}"
+        )
+    if mask is None or reference_mask is None or np.array_equal(mask, reference_mask):
+        return tuple(found)
+    if np.array_equal(1 - mask, reference_mask):
+        found.append("mask inverted: the picture is kept where it should be drawn anew, and the reverse")
+    elif mask.shape != reference_mask.shape:
+        found.append(f"the mask has shape {mask.shape}, but the reference's has {reference_mask.shape}")
+    else:
+        wrong = int((mask != reference_mask).sum())
+        found.append(f"the mask differs in {wrong} of {mask.size} latent cells")
+    return tuple(found)
+
+
+def kept_causes(latents: Array, picture: Array, reference_mask: Array) -> tuple[str, ...]:
+    """Whether latents (B,C,h,w) after a step of inpainting hold the picture inside of the mask instead of outside.
+
+    Args:
+        picture: (B,C,h,w), the encoded picture, with the noise that is left after the step.
+    """
+    inside = np.broadcast_to(reference_mask > 0.5, latents.shape)
+    kept, found = picture[inside], latents[inside]
+    scale = float(kept @ found) / max(float(kept @ kept), 1e-12)  # the units of the sampler's latents
+    if not relative_l2(found, scale * kept) <= SAME:
+        return ()
+    return ("mask inverted: the picture is kept where it should be drawn anew",)
+
+
 def range_causes(candidate_finite: bool, reference_amax: float) -> tuple[str, ...]:
     """Why the candidate has NaN or Inf, judged by the largest magnitude in the reference; empty if it is finite."""
     if candidate_finite:

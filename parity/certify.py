@@ -27,7 +27,7 @@ def certify(bundle: Path, context: Context, report: Report, private_key: Any = N
     Args:
         private_key: signs the result; None for no signature.
     """
-    manifest, artifacts = context.candidate.manifest, context.candidate.artifacts
+    manifest, artifacts = context.candidate.manifest, context.candidate.certified
     subject = report.subject
     source = "a checkpoint" if context.saved_reference is None else "a reference file"
     names = {"checkpoint", "weights"} & subject.keys()

@@ -30,6 +30,7 @@ class Context:
         eight_bit_budget: relative L2 error allowed for int8 and fp8 at the levels stage, step and trajectory; None
             judges them by the precision baseline.
         with_upstream: whether unmodified upstream, diffusers for most families, is a second reference.
+        why_no_edits: why cases that edit a picture are left out, although the bundle has the VAE's encoder.
         loosened: whether the budget has allowed more somewhere than the tolerance table does.
         tick: called with a short description whenever a unit of work is done.
     """
@@ -40,6 +41,7 @@ class Context:
     with_upstream: bool = True
     saved_reference: SavedReference | None = None
     eight_bit_budget: float | None = None
+    why_no_edits: str = ""
     loosened: bool = False
     tick: Progress = lambda text: None
     evidence: Evidence = field(default_factory=Evidence)
@@ -73,6 +75,13 @@ class Context:
         if self.saved_reference is not None:
             return self.saved_reference.origin.get("upstream", "diffusers")
         return upstream_name(self.reference.checkpoint)
+
+    def name_of_upstream(self, case: Case) -> str:
+        """The second reference's name for one case: not every edit of a picture has a pipeline upstream."""
+        if self.saved_reference is not None:
+            return self.saved_reference.origin.get(f"upstream, {case.edit}", self.upstream_name)
+        upstream = self.upstream() if case.edit else None
+        return self.upstream_name if upstream is None else upstream.name_of(case.edit)
 
     @property
     def why_no_upstream(self) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditc.parity.cases import Settings
+from ditc.parity.edits import STEPS
 from ditc.runtime.console import SafeConsole
 from ditc.runtime.tolerances import Level
 
@@ -19,7 +20,7 @@ SIDES = {Level.STEP: 2, Level.TRAJECTORY: 2, Level.PICTURE: 2, Level.STAGE: 1, L
 @contextmanager
 def progress_bar(settings: Settings, levels: Sequence[Level]) -> Iterator[Callable[[str], None]]:
     """Show a bar. Each call of the yielded function counts one unit of work as done; its text describes the work."""
-    steps = len(settings.cases) * settings.num_inference_steps
+    steps = sum(STEPS if case.edit else settings.num_inference_steps for case in settings.cases)
     total = OTHER_UNITS + steps * max((SIDES.get(level, 0) for level in levels), default=0) * 2
     columns = (TextColumn("{task.description:<48.48}", markup=False), BarColumn(), TimeElapsedColumn())
     console = SafeConsole()

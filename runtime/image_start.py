@@ -43,10 +43,16 @@ class Kept:
     def put_back(self, latents: Array, runs_done: int) -> Array:
         """The latents after `runs_done` runs, with the image outside of the mask: without noise after the last run."""
         signal, level = self.levels[runs_done]
-        kept = self.image_latents
-        if runs_done < len(self.levels) - 1:
-            kept = signal * kept + level * self.noise
-        return np.asarray((1 - self.mask) * kept + self.mask * latents, np.float32)
+        if runs_done == len(self.levels) - 1:  # the image alone, in the units of the sampler's latents
+            signal, level = signal + level, np.float32(0)
+        return self._outside(signal * self.image_latents + level * self.noise, latents)
+
+    def put_back_x0(self, x0: Array) -> Array:
+        """The last x0, which a decoder takes, with the image outside of the mask."""
+        return self._outside(self.image_latents, x0)
+
+    def _outside(self, kept: Array, drawn: Array) -> Array:
+        return np.asarray((1 - self.mask) * kept + self.mask * drawn, np.float32)
 
 
 class ImageLatents:

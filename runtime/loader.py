@@ -249,23 +249,39 @@ def _encoder(
     bundle: Path, manifest: Manifest, denoiser: Artifact, options: LoadOptions, device: Device | None
 ) -> Session | None:
     """The VAE's encoder. Most requests have no image, so its files are read when the first one has."""
-    if VAE_ENCODER not in manifest.stages:
-        return None
-    try:
-        artifact = _companion(manifest, VAE_ENCODER, denoiser, options)
-    except BundleError:
+    artifact = find_encoder(manifest, denoiser, options)
+    if artifact is None:
         return None
     row = row_of(artifact.backend)
     if row.same_gpu and device is None:
         return None
-    open_it = _opener(bundle, artifact, options, device)
 
     def check_and_open() -> Session:
-        check_files(bundle, artifact.files)
-        return open_it()
+        return open_checked(bundle, artifact, options, device)
 
     where = ComputeDevice(kind="cuda" if row.same_gpu else "cpu", name=row.name)
     return OnDemandSession(artifact.spec, check_and_open, Residency(), device=where)
+
+
+def open_checked(bundle: Path, artifact: Artifact, options: LoadOptions, device: Device | None) -> Session:
+    """Check the artifact's files and open it.
+
+    Raises:
+        BundleError: a file is damaged.
+        SessionError: the artifact cannot be opened on this machine.
+    """
+    check_files(bundle, artifact.files)
+    return _opener(bundle, artifact, options, device)()
+
+
+def find_encoder(manifest: Manifest, denoiser: Artifact, options: LoadOptions) -> Artifact | None:
+    """The artifact of the VAE's encoder beside this denoiser; None if the bundle has none that can run here."""
+    if VAE_ENCODER not in manifest.stages:
+        return None
+    try:
+        return _companion(manifest, VAE_ENCODER, denoiser, options)
+    except BundleError:
+        return None
 
 
 def _read_tokenizers(bundle: Path, manifest: Manifest, *, private: bool) -> list[Tokenizer]:

@@ -91,9 +91,7 @@ class DenoiseState:
         """What is decoded if the state is finished, or if the loop ends here."""
         if not self.decodes_x0 or self.x0 is None:
             return self.latents
-        return (
-            self.x0 if self.kept is None else self.kept.put_back(to_numpy(self.x0), len(self.kept.levels) - 1)
-        )
+        return self.x0 if self.kept is None else self.kept.put_back_x0(to_numpy(self.x0))
 
     @property
     def lost(self) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from ditc.runtime.lora.choice import LoraChoice, add_lora_argument, parse_loras
 from ditc.runtime.tolerances import Level
 
 if TYPE_CHECKING:
+    from ditc.parity.candidate import Candidate
     from ditc.parity.cases import SavedReference, Settings
     from ditc.parity.context import Context
     from ditc.runtime.bundle.manifest import Manifest
@@ -124,6 +126,12 @@ def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
         "compare with it too).",
     )
     parser.add_argument(
+        "--no-edits",
+        action="store_true",
+        help="Leave out the cases that start from a picture, image-to-image and inpainting (default: draw one of each "
+        "if the bundle has the VAE's encoder).",
+    )
+    parser.add_argument(
         "--save-reference",
         type=Path,
         metavar="FILE",
@@ -202,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         write_page(arguments.html, report)
     # A run without some levels does not prove the bundle.
-    if not arguments.level and context.candidate.artifacts:
+    if not arguments.level and context.candidate.certified:
         certify(arguments.bundle, context, report, private_key)
     if arguments.save_reference is not None:
         save_reference(arguments.save_reference, context)
@@ -225,8 +233,9 @@ def _check_judging(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
-    from ditc.parity.cases import DEFAULT_PROMPTS, DEFAULT_SEEDS, Case, Settings
+    from ditc.parity.cases import DEFAULT_PROMPTS, DEFAULT_SEEDS, Case, Settings, edit_cases
     from ditc.runtime.prompts import read_prompts
+    from ditc.runtime.spec import VAE_ENCODER
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else list(DEFAULT_PROMPTS)
     seeds = arguments.seeds if arguments.seeds is not None else list(DEFAULT_SEEDS)
@@ -234,8 +243,11 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     guidance = defaults.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
         raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
+    cases = tuple(Case(prompt, seed) for prompt in prompts for seed in seeds)
+    if VAE_ENCODER in manifest.stages and cases:
+        cases += edit_cases(cases)
     return Settings(
-        cases=tuple(Case(prompt, seed) for prompt in prompts for seed in seeds),
+        cases=cases,
         num_inference_steps=arguments.num_inference_steps or defaults.num_inference_steps,
         guidance_scale=guidance,
         height=arguments.height or defaults.height,
@@ -279,6 +291,10 @@ def _open(
     from ditc.parity.reference.pytorch import TorchModel
 
     candidate = open_candidate(arguments.bundle, load_options(arguments))
+    why_no_edits = _why_no_edits(arguments, candidate)
+    if why_no_edits:
+        cases = tuple(case for case in settings.cases if case.edit is None)
+        settings = replace(settings, cases=cases)
     options = BuildOptions(variant=arguments.variant, loras=loras)
     return Context(
         reference_or_none=TorchModel(arguments.against, options=options, like=candidate.manifest)
@@ -289,5 +305,17 @@ def _open(
         with_upstream=not arguments.no_diffusers,
         saved_reference=saved,
         eight_bit_budget=arguments.budget,
+        why_no_edits=why_no_edits,
         tick=tick,
     )
+
+
+def _why_no_edits(arguments: argparse.Namespace, candidate: Candidate) -> str:
+    """Why cases that start from a picture are not drawn, although the bundle has the VAE's encoder; "" if they are."""
+    from ditc.runtime.spec import VAE_ENCODER
+
+    if VAE_ENCODER not in candidate.manifest.stages:
+        return ""
+    if arguments.no_edits:
+        return "they were left out (--no-edits)"
+    return "" if VAE_ENCODER in candidate.sessions else "the bundle's vae_encoder cannot run here"

@@ -41,7 +41,7 @@ def check(context: Context) -> Iterator[Result]:
 def _reference(context: Context, case: Case) -> tuple[CaseRun, str]:
     upstream = context.upstream_run(case)
     run, against = (
-        (upstream, context.upstream_name)
+        (upstream, context.name_of_upstream(case))
         if upstream is not None
         else (context.reference_run(case), "PyTorch fp32")
     )
@@ -67,7 +67,7 @@ def _compared(context: Context, run: CaseRun, reference: CaseRun, against: str) 
     found = {Metric.PSNR: psnr(run.picture, wanted), Metric.SSIM: ssim(run.picture, wanted)}
     context.evidence.pictures.append(
         PicturePair(
-            case=f"{case.prompt!r} seed {case.seed}",
+            case=f"{case.prompt!r} seed {case.seed}" + (f", {case.edit}" if case.edit else ""),
             reference=wanted,
             candidate=run.picture,
             psnr=found[Metric.PSNR],

@@ -19,7 +19,7 @@ from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2, widened
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import EIGHT_BITS, Precision, StageSpec
+from ditc.runtime.spec import EIGHT_BITS, VAE_ENCODER, Precision, StageSpec
 from ditc.runtime.tolerances import Level, Limit, Metric
 
 
@@ -54,11 +54,14 @@ def stage_cases(context: Context, stage: str) -> Iterator[StageCase]:
         what = " ".join(f"{name} {size}" for name, size in sizes.items())
         feeds = example_feeds(session.spec, sizes, seed=index, integers=integers)
         yield _case(context, stage, what, feeds)
-    run = context.reference_run(context.settings.cases[0])
-    step = context.settings.num_inference_steps // 2
+    cases, step = context.settings.cases, context.settings.num_inference_steps // 2
+    what, drawn = f"real inputs of step {step}", cases[0]
+    if stage == VAE_ENCODER:  # most cases draw from noise and do not run it
+        what, step, drawn = "the example picture", 0, next((case for case in cases if case.edit), drawn)
+    run = context.reference_run(drawn)
     real = record_feeds(context.reference.pipeline, context.settings, run, step)
     if stage in real:
-        yield _case(context, stage, f"real inputs of step {step}", real[stage])
+        yield _case(context, stage, what, real[stage])
 
 
 def check_case(context: Context, case: StageCase) -> Result:

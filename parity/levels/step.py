@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ditc.parity.cases import Case, CaseRun, forced_state, start_case
-from ditc.parity.causes import feed_causes, range_causes
+from ditc.parity.causes import SAME, edit_causes, feed_causes, kept_causes, range_causes
 from ditc.parity.compare import Comparison, compare
 from ditc.parity.context import Context
 from ditc.parity.levels.module import bisect
@@ -35,6 +35,20 @@ def _check_case(context: Context, case: Case) -> Result:
     run = context.reference_run(case)
     assert run.start is not None
     _, start = start_case(context.candidate.pipeline, case, context.settings, run.noise)
+    if case.edit is not None:
+        mask = None if start.kept is None else start.kept.mask
+        causes = edit_causes(len(start.schedule), len(run.start.schedule), mask, run.mask)
+        if causes:
+            culprit = Culprit(stage="pipeline", module="what the loop starts from", error=np.inf, before=0.0)
+            return failed(
+                Level.STEP,
+                "pipeline",
+                str(case),
+                causes[0],
+                against=AGAINST,
+                culprit=culprit,
+                causes=causes,
+            )
     baseline = baseline_step_errors(context, case, run)
     worst: Result | None = None
     for step in range(len(run.start.schedule)):
@@ -53,7 +67,7 @@ def _check_step(
 ) -> Result:
     what = f"step {step + 1} of {len(start.schedule)}, {case}"
     try:
-        comparison, _ = _compared_step(context, run, start, step)
+        comparison, after = _compared_step(context, run, start, step)
     except (SessionError, IndexError) as e:
         return failed(Level.STEP, DENOISER, what, str(e), against=AGAINST)
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, context.drawing_stage, pytorch=baseline)
@@ -84,7 +98,7 @@ def _check_step(
             against=AGAINST,
         )
     return (
-        _explained(context, run, start, step, result, comparison)
+        _explained(context, run, start, after, result, comparison)
         if result.verdict is Verdict.FAIL
         else result
     )
@@ -106,14 +120,23 @@ def _compared_step(
 
 
 def _explained(
-    context: Context, run: CaseRun, start: DenoiseState, step: int, result: Result, comparison: Comparison
+    context: Context,
+    run: CaseRun,
+    start: DenoiseState,
+    after: DenoiseState,
+    result: Result,
+    comparison: Comparison,
 ) -> Result:
     """The failed result with its culprit and causes.
 
-    If the two pipelines feed the denoiser different values, the candidate's pipeline is wrong. If not,
-    the denoiser itself is wrong, and its modules are compared on the reference's feeds.
+    If the two pipelines feed the denoiser different values, or put back other latents after it, the candidate's
+    pipeline is wrong. If not, the denoiser itself is wrong, and its modules are compared on the reference's feeds.
+
+    Args:
+        start, after: the candidate's states before the first step and after this one.
     """
-    assert run.start is not None
+    assert run.start is not None and run.x0 is not None and after.x0 is not None
+    step = after.step_index - 1
     fed = _feeds(forced_state(run, start, step))
     wanted = _feeds(forced_state(run, run.start, step))
     before = start.schedule[step - 1] if step else None
@@ -121,6 +144,15 @@ def _explained(
     error = comparison.error
     if causes:
         culprit = Culprit(stage="pipeline", module="what the denoiser is fed", error=error, before=0.0)
+        return replace(result, stage="pipeline", culprit=culprit, causes=causes)
+    if start.kept is not None and relative_l2(to_numpy(after.x0), run.x0[step]) <= SAME:
+        culprit = Culprit(
+            stage="pipeline", module="what inpainting puts back after the step", error=error, before=0.0
+        )
+        kept, last = start.kept, step == len(start.schedule) - 1
+        signal, level = (1.0, 0.0) if last else kept.levels[step + 1]
+        picture = signal * kept.image_latents + level * kept.noise
+        causes = kept_causes(to_numpy(after.latents), picture, kept.mask)
         return replace(result, stage="pipeline", culprit=culprit, causes=causes)
     inside = bisect(context, DENOISER, wanted, error)
     amax = float(np.abs(run.latents).max())

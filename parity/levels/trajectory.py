@@ -12,16 +12,20 @@ from dataclasses import replace
 import numpy as np
 
 from ditc.parity.cases import Case, CaseRun
-from ditc.parity.causes import feed_causes
+from ditc.parity.causes import SAME, edit_causes, feed_causes, kept_causes
 from ditc.parity.compare import compare
 from ditc.parity.context import Context
 from ditc.parity.levels.step import _feeds
-from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
+from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged, not_checked
 from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import DENOISER, VAE_ENCODER
 from ditc.runtime.tolerances import Level, Limit, Metric
+
+OTHER_START = (
+    "the loop starts from other latents: the picture is encoded otherwise, or has the noise of another step"
+)
 
 
 def check(context: Context) -> Iterator[Result]:
@@ -34,10 +38,15 @@ def check(context: Context) -> Iterator[Result]:
             continue
         baseline = baseline_trajectory_error(context, case)
         upstream = context.upstream_run(case)
-        references = ((upstream, context.upstream_name), (context.reference_run(case), "PyTorch fp32"))
+        references = (
+            (upstream, context.name_of_upstream(case)),
+            (context.reference_run(case), "PyTorch fp32"),
+        )
         for reference, against in references:
             if reference is not None:
                 yield _compared(context, run, reference, against, baseline)
+    if context.why_no_edits:
+        yield not_checked(Level.TRAJECTORY, VAE_ENCODER, "edits of a picture", context.why_no_edits)
 
 
 def _compared(
@@ -64,10 +73,25 @@ def _compared(
             worst=comparison.worst,
             against=against,
         )
-    return _explained(context, run, errors, result) if result.verdict is Verdict.FAIL else result
+    if result.verdict is not Verdict.FAIL:
+        return result
+    return _explained(context, run, errors, result, _causes_of_edit(run, reference))
 
 
-def _explained(context: Context, run: CaseRun, errors: list[float], result: Result) -> Result:
+def _causes_of_edit(run: CaseRun, reference: CaseRun) -> tuple[str, ...]:
+    """Why a picture was edited differently than by this reference; () if the case edits none."""
+    if run.case.edit is None:
+        return ()
+    causes = edit_causes(len(run.latents) - 1, len(reference.latents) - 1, run.mask, reference.mask)
+    kept = None if run.start is None else run.start.kept
+    if not causes and kept is not None and reference.mask is not None:
+        causes = kept_causes(run.latents[-1], kept.image_latents, reference.mask)
+    return causes
+
+
+def _explained(
+    context: Context, run: CaseRun, errors: list[float], result: Result, causes: tuple[str, ...]
+) -> Result:
     """The failed result with the first step that is wrong, and the causes if it or the first step got wrong inputs."""
     bound = context.bound(Level.STEP, Metric.RELATIVE_L2, DENOISER, pytorch=0.0)
     allowed = bound.bound if bound else 0.0
@@ -75,9 +99,10 @@ def _explained(context: Context, run: CaseRun, errors: list[float], result: Resu
     before = errors[first - 1] if first else 0.0
     at = errors[first] if first < len(errors) else float("nan")
     reference = context.reference_run(run.case)
-    causes: tuple[str, ...] = ()
-    if run.start is not None and reference.start is not None:
+    if not causes and run.start is not None and reference.start is not None:
         causes = feed_causes(_feeds(run.start), _feeds(reference.start), first_step=True)
+        if run.case.edit is not None and not relative_l2(run.latents[0], reference.latents[0]) <= SAME:
+            causes = (OTHER_START, *causes)
         if not causes and 0 < first < len(run.start.schedule):
             ours, theirs = run.start.schedule, reference.start.schedule
             causes = feed_causes(ours[first], theirs[first], first_step=False, before=ours[first - 1])

@@ -157,7 +157,8 @@ class Pipeline:
                 velocity = negative + guidance_scale * (positive - negative)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                callback_on_step_end(self, index, timestep, {"latents": latents})
+                changed = callback_on_step_end(self, index, timestep, {"latents": latents})
+                latents = changed.get("latents", latents)
         if output_type == "latent":
             return Output(latents)
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0

@@ -1,7 +1,7 @@
 """Reference results as one safetensors file: save it where the checkpoint is, compare with it on another machine.
 
 stage.I.in.NAME, stage.I.out.NAME            one case of the stage level
-case.I.latents, .x0, .picture, .upstream.*   one case of the loop
+case.I.latents, .x0, .picture, .upstream.*   one case of the loop; .mask of inpainting
 case.I.schedule.STEP.NAME, case.I.rows.NAME  what the denoiser was fed: in each step, and in all steps
 metadata "ditc.reference"                    JSON: settings, stages, origin, errors of the precision baseline ("losses")
 """
@@ -66,6 +66,11 @@ def save_reference(path: Path, context: Context) -> Path:
             "weights": context.reference.weights_digest(),
             "saved_on": str(this_machine()),
             "upstream": context.upstream_name,
+            **{
+                f"upstream, {case.edit}": context.name_of_upstream(case)
+                for case in context.settings.cases
+                if case.edit
+            },
         },
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -105,6 +110,7 @@ def _parse(described: Mapping[str, Any], tensors: Mapping[str, Array]) -> SavedR
             noise=_noise(group),
             latents=group["upstream.latents"],
             picture=group.get("upstream.picture"),
+            mask=group.get("upstream.mask"),
         )
         for case, group in zip(settings.cases, groups, strict=True)
         if "upstream.latents" in group
@@ -146,6 +152,7 @@ def _run(case: Case, group: Mapping[str, Array]) -> CaseRun:
         x0=group["x0"],
         start=start,
         picture=group.get("picture"),
+        mask=group.get("mask"),
     )
 
 
@@ -168,10 +175,14 @@ def _case_tensors(context: Context, case: Case) -> Iterator[tuple[str, Array]]:
         yield f"rows.{name}", to_numpy(tensor)
     if run.picture is not None:
         yield "picture", run.picture
+    if run.mask is not None:
+        yield "mask", run.mask
     if upstream is not None:
         yield "upstream.latents", upstream.latents
         if upstream.picture is not None:
             yield "upstream.picture", upstream.picture
+        if upstream.mask is not None:
+            yield "upstream.mask", upstream.mask
 
 
 def _baseline_errors(context: Context, case: Case) -> dict[str, Any] | None:

@@ -19,7 +19,9 @@ from torch import nn
 
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
+from ditc.parity.edits import Edit
 from ditc.parity.reference import find_pipeline, upstream_name
+from ditc.parity.reference.edits import described, draw_edit
 from ditc.parity.reference.perturbed_attention import with_perturbed_attention
 from ditc.parity.reference.rewritten import rewritten_networks
 from ditc.runtime.control import example_picture
@@ -104,6 +106,9 @@ class Upstream:
         on_step: Callable[[], None] = lambda: None,
     ) -> CaseRun:
         """Draw one case from noise (B,C,H,W), and keep the latents after every step."""
+        if case.edit is not None:
+            with torch.random.fork_rng(devices=[]):
+                return draw_edit(self.pipeline, case, self._given(settings), noise, on_step=on_step)
         latents = [noise]
 
         def keep(_: Any, index: int, timestep: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -123,6 +128,11 @@ class Upstream:
             ).images
         picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
         return CaseRun(case=case, noise=noise, latents=np.stack(latents), picture=picture)
+
+    def name_of(self, edit: Edit | None) -> str:
+        """What draws a case with this edit, for reports."""
+        name = upstream_name(self.checkpoint)
+        return name if edit is None else described(self.pipeline, edit, name)
 
     def calls(self, case: Case, settings: Settings, noise: Array, step: int) -> dict[str, Call]:
         """The calls that one drawn case makes, by component name.
@@ -170,6 +180,10 @@ class Upstream:
 
     def _arguments(self, settings: Settings) -> dict[str, Any]:
         """The settings and the checkpoint's own defaults, as far as this pipeline has such arguments."""
+        return {name: value for name, value in self._given(settings).items() if name in self._takes}
+
+    def _given(self, settings: Settings) -> dict[str, Any]:
+        """The settings and the checkpoint's own defaults, as arguments of diffusers."""
         given = dict(self.checkpoint.defaults)
         given["use_resolution_binning"] = bool(given.get("resolution_bins", True))
         if given.get("resolution_bins") is None and "resolution_bins" in given:
@@ -184,7 +198,7 @@ class Upstream:
             given["control_image"] = example_picture()
         if settings.num_inference_steps != 2:  # diffusers refuses its own default then
             given["intermediate_timesteps"] = None
-        return {name: value for name, value in given.items() if name in self._takes}
+        return given
 
 
 def _fuse(pipeline: Any, loras: Sequence[LoraChoice]) -> None:
