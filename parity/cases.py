@@ -1,6 +1,6 @@
 """The cases that both sides draw, and the results of one side."""
 
-# N steps, B samples, C latent channels, H/W size of the latents or, in pixels, of a picture
+# N steps, B samples, C latent channels, H/W size of the latents or, in pixels, of a picture; those of videos have F too
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class CaseRun:
         latents: (N+1,B,C,H,W), before the first step and after every step. Upstream's first ones are the noise.
         x0: (N,B,C,H,W), the prediction of x0 in every step; None for upstream, which does not expose it.
         start: the state before the first step; None for upstream, which has no such state.
-        picture: (H,W,3) floats in [0,1], of the first sample; None if no picture was decoded.
+        picture: (H,W,3) floats in [0,1], of the first sample, or (F,H,W,3) of a video; None if nothing was decoded.
         mask: (B,1,H,W), 1 where inpainting draws anew; None without inpainting.
         problem: why the run ended early; "" if it did not.
     """
@@ -188,9 +188,8 @@ def request_of(
 def starting_noise(pipeline: Pipeline, case: Case, settings: Settings) -> Array:
     """The noise (1,C,H,W) that the case's seed gives, at the size that the network draws at."""
     plan = pipeline.plan(request_of(case, settings))
-    latent = pipeline.manifest.latents
-    cells = (plan.drawn_height // latent.scale_factor, plan.drawn_width // latent.scale_factor)
-    return randn_latents((1, latent.channels, *cells), Generator(case.seed))
+    shape = pipeline.manifest.latents.shape(plan.drawn_height, plan.drawn_width, plan.frames)
+    return randn_latents((1, *shape), Generator(case.seed))
 
 
 def start_case(pipeline: Pipeline, case: Case, settings: Settings, noise: Array) -> tuple[Plan, DenoiseState]:
@@ -256,5 +255,5 @@ def finished_state(run: CaseRun, start: DenoiseState) -> DenoiseState:
     if x0 is None and start.decodes_x0:
         # Upstream shows no x0. A last step that adds no noise leaves a multiple of it.
         column = coefficient_columns(0, noise=False).index(C0)
-        x0 = latents / start.schedule[-1][COEFFICIENTS][:, column].reshape(-1, 1, 1, 1)
+        x0 = latents / start.schedule[-1][COEFFICIENTS][:, column].reshape(-1, *(1,) * (latents.ndim - 1))
     return replace(start, latents=latents, x0=x0, step_index=len(start.schedule))

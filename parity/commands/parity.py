@@ -244,7 +244,7 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
         raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
     cases = tuple(Case(prompt, seed) for prompt in prompts for seed in seeds)
-    if VAE_ENCODER in manifest.stages and cases:
+    if VAE_ENCODER in manifest.stages and not manifest.latents.has_frames and cases:  # no video starts from a picture
         cases += edit_cases(cases)
     return Settings(
         cases=cases,
@@ -314,7 +314,7 @@ def _why_no_edits(arguments: argparse.Namespace, candidate: Candidate) -> str:
     """Why cases that start from a picture are not drawn, although the bundle has the VAE's encoder; "" if they are."""
     from ditc.runtime.spec import VAE_ENCODER
 
-    if VAE_ENCODER not in candidate.manifest.stages:
+    if VAE_ENCODER not in candidate.manifest.stages or candidate.manifest.latents.has_frames:
         return ""
     if arguments.no_edits:
         return "they were left out (--no-edits)"

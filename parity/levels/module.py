@@ -22,7 +22,7 @@ from ditc.parity.results import Culprit, ModuleError, Result, judged, not_checke
 from ditc.parity.trace import Place, TorchTracer, Tracer, tracer_of
 from ditc.runtime import step_contract
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import VAE_ENCODER, Precision
+from ditc.runtime.spec import VAE_DECODER_NEXT, VAE_ENCODER, Precision
 from ditc.runtime.tolerances import EIGHT, Level, Metric, limit
 
 # The error of one rounding to 16 bits: half an ulp. It is the least that a bound allows, because PyTorch may round a
@@ -235,7 +235,7 @@ def _evidence(
 
 def _call_of(reference: TorchModel, stage: str, calls: Mapping[str, Call]) -> Call | None:
     components = reference.plan.stages[stage].components
-    if stage == VAE_ENCODER:  # the call of the VAE is its decoder's
+    if stage in (VAE_ENCODER, VAE_DECODER_NEXT):  # the call of the VAE is its decoder's, of the first frame
         return None
     return calls.get(components[0]) if components else None
 

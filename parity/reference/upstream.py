@@ -49,12 +49,14 @@ class Call:
 
     def __call__(self) -> object:
         """Repeat the call."""
+        # A list may be what a decoder of videos keeps between its calls. It changes in each of them.
+        kwargs = {name: [*value] if isinstance(value, list) else value for name, value in self.kwargs.items()}
         if not self.processors:
-            return self.module(*self.args, **self.kwargs)
+            return self.module(*self.args, **kwargs)
         before = self.module.attn_processors
         self.module.set_attn_processor({**self.processors})  # it empties the dict that it is given
         try:
-            return self.module(*self.args, **self.kwargs)
+            return self.module(*self.args, **kwargs)
         finally:
             self.module.set_attn_processor(before)
 
@@ -119,13 +121,14 @@ class Upstream:
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), _mean_of_posteriors():
             # The noise of samplers that add some in each step: not every pipeline hands its generator to the scheduler.
             torch.manual_seed(step_noise_seed(case))
-            images = self.pipeline(
+            drawn = self.pipeline(
                 **self._arguments(settings),
                 prompt=case.prompt,
                 latents=torch.from_numpy(noise.copy()),
                 output_type=output_type,
                 callback_on_step_end=keep,
-            ).images
+            )
+        images = drawn.images if hasattr(drawn, "images") else drawn.frames
         picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
         return CaseRun(case=case, noise=noise, latents=np.stack(latents), picture=picture)
 
@@ -263,4 +266,6 @@ def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [*value]
     return value.clone() if isinstance(value, torch.Tensor) else value
