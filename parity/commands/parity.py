@@ -244,7 +244,9 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
         raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
     cases = tuple(Case(prompt, seed) for prompt in prompts for seed in seeds)
-    if VAE_ENCODER in manifest.stages and not manifest.latents.has_frames and cases:  # no video starts from a picture
+    if (
+        VAE_ENCODER in manifest.stages and not manifest.latents.has_frames and cases
+    ):  # no video starts from a picture
         cases += edit_cases(cases)
     return Settings(
         cases=cases,

@@ -16,6 +16,7 @@ from diffusers import (
     SanaPAGPipeline,
     SanaPipeline,
     SanaSprintPipeline,
+    SanaVideoPipeline,
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
 )
@@ -36,12 +37,13 @@ OF_THE_CALL = {"self", "callback_on_step_end", "callback_on_step_end_tensor_inpu
         SanaPipeline,
         SanaPAGPipeline,
         SanaSprintPipeline,
+        SanaVideoPipeline,
         StableDiffusion3Pipeline,
         StableDiffusion3PAGPipeline,
     ],
 )
 def test_every_argument_of_diffusers_pipelines_is_known(theirs: type) -> None:
-    own = {field.name for field in fields(Request)}
+    own = {field.name for field in fields(Request)} | {"num_videos_per_prompt"}  # of make_request
     assert not inspect.signature(theirs.__call__).parameters.keys() - own - FOREIGN.keys() - OF_THE_CALL
 
 

@@ -88,6 +88,33 @@ def test_values_without_a_meaning_are_refused_by_name(
     assert "rebuild" in str(caught.value.hint)
 
 
+NEXT = ("stages", "vae_decoder_next", "artifacts", 0, "spec")
+
+
+@pytest.mark.parametrize(
+    ("keys", "change", "message"),
+    [
+        (("defaults", "frames"), 10, r"defaults.frames: 10 is not 1 \+ k \* 4"),
+        (("defaults", "frames"), 10**6, "defaults.frames: 1000000 is not between 1 and"),
+        (("defaults", "fps"), 0, "defaults.fps: 0 is not between 1 and"),
+        (("defaults", "tiling"), {"tile": 64, "stride": 32}, "videos are decoded in one piece"),
+        (("latents", "frames_per_cell"), 2, "not a latent frame into 2 frames"),
+        (("latents", "frames_per_cell"), 0, "frames_per_cell: 0 is not between"),
+        (("latents",), lambda old: {k: v for k, v in old.items() if k != "frames_per_cell"}, "does not fit"),
+        (("stages",), lambda old: {k: v for k, v in old.items() if k != "vae_decoder_next"}, "no stage"),
+        ((*NEXT, "inputs", 1, "shape", 1), 7, "does not hand on what the next frame needs"),
+        ((*NEXT, "inputs"), lambda old: [*old[:2], *old[3:]], "does not hand on"),
+        ((*NEXT, "outputs", 0, "shape", 2), 8, "not a latent frame into 4 frames"),
+        (("text", 0, "motion"), "x" * 100_000, "motion: 100000 is not between"),
+    ],
+)
+def test_values_of_videos_without_a_meaning_are_refused_by_name(
+    video_bundle: Path, tmp_path: Path, keys: Keys, change: Any, message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        load_manifest(sealed_with(video_bundle, tmp_path, keys, change))
+
+
 def test_text_lengths_beyond_all_models_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     def longer(spec: dict[str, Any]) -> dict[str, Any]:
         return {**spec, **dict.fromkeys(("length", "max_length", "negative_max_length"), 2**40)}
