@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instances",
         type=int,
         default=1,
-        metavar="N",
+        metavar="INSTANCES",
         help="Number of instances of every stage, each of which holds its weights (default: %(default)s).",
     )
     parser.add_argument(

@@ -206,8 +206,8 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--control-image",
         type=Path,
         metavar="FILE",
-        help="The picture that the bundle's ControlNet reads, such as edges (PNG, JPEG or WebP; default: none, and the "
-        "bundle draws as if it had no ControlNet).",
+        help="The picture that the bundle's ControlNet reads, such as edges, as PNG, JPEG or WebP (default: none, and "
+        "the bundle draws as if it had no ControlNet).",
     )
     parser.add_argument(
         "--controlnet-conditioning-scale",

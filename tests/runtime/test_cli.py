@@ -64,6 +64,11 @@ UNITS = {
     "PIXEL_STEPS": "pixel-steps",
     "SCALE": "without a unit",
     "SHIFT": "without a unit",
+    "SCORE": "without a unit",
+    "FRAMES": "frames",
+    "INSTANCES": "instances",
+    "REPLICAS": "replicas",
+    "GPUS": "gpus",
     "REL_L2": "without a unit",
 }
 

@@ -69,13 +69,13 @@ def add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-replicas",
         type=int,
-        metavar="N",
+        metavar="REPLICAS",
         help=f"With --ray: least number of replicas (default: {defaults.least}).",
     )
     parser.add_argument(
         "--max-replicas",
         type=int,
-        metavar="N",
+        metavar="REPLICAS",
         help="With --ray: most replicas, which are started when there is more work (default: --min-replicas).",
     )
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -214,13 +215,16 @@ def test_too_few_prompts_are_refused(tiny_bundle: Path, tmp_path: Path, capsys) 
     assert "2 different prompts are too few: 16 pictures" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_is_an_error_with_its_last_words(tiny_bundle: Path, monkeypatch) -> None:
+def test_a_process_that_dies_is_an_error_with_its_last_words(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch
+) -> None:
     from ditc.runtime.bench import process
     from ditc.runtime.bench.choices import select_candidates
     from ditc.runtime.errors import SessionError
 
-    code = "import sys; sys.stdin.readline(); sys.exit('out of luck')"
-    monkeypatch.setattr(process, "COMMAND", (process.sys.executable, "-c", code))
+    (tmp_path / "unlucky.py").write_text("import sys; sys.stdin.readline(); sys.exit('out of luck')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(process, "WORKER", "unlucky")
     (candidate,) = select_candidates(load_manifest(tiny_bundle), [], [], LoadOptions())
     with pytest.raises(
         SessionError, match="onnxruntime fp32: its process ended with exit code 1: out of luck"
