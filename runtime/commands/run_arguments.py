@@ -220,7 +220,8 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             f"--control-guidance-{end}",
             type=float,
             metavar="FRACTION",
-            help=f"Where the --control-image {verb} to act, as a fraction of the steps, 0 to 1 (default: {default}).",
+            help=f"Where the --control-image {verb} to act, as a fraction of the steps from 0 to 1 "
+            f"(default: {default}).",
         )
     parser.add_argument(
         "--seed",
