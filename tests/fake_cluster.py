@@ -61,6 +61,9 @@ class FakeHandle:
         await self._reach()
         async for message in self.replica.draw(asked):
             await self._reach()
+            while self.stuck:  # what makes no progress has nothing to say either
+                await asyncio.sleep(0.01)
+                await self._reach()
             yield message
 
 

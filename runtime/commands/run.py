@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,23 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(prompts)} prompts x {arguments.num_images_per_prompt} pictures are {count} pictures",
             hint=f"draw at most {MAX_PICTURES} in one run",
         )
-    from ditc.runtime.bundle.manifest import load_manifest
-
-    bundle = read_bundle_argument(arguments)
-    defaults = load_manifest(bundle).defaults
-    output = arguments.output or Path("out.png" if defaults.frames is None else "out.mp4")
-    _check_kind(output, videos=defaults.frames is not None)
-    if defaults.fps is None and arguments.fps is not None:
-        raise UsageError(
-            f"--fps {arguments.fps} is given, but this bundle draws pictures", hint="leave it out"
-        )
-    paths = _paths(output, count)
-    for path in paths:
-        check_name(path, "-o")
-    for path in paths[:1]:
-        check_writable(path, "-o")
+    if arguments.output is not None:
+        _check_places(_paths(arguments.output, count))
     if arguments.preview is not None:
         check_writable(_preview_path(arguments.preview, 0, 0, 0), "--preview")
+    from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.image_files import read_image
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
@@ -90,6 +78,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for path in (getattr(arguments, name),)
     }
+    bundle = read_bundle_argument(arguments)
+    defaults = load_manifest(bundle).defaults
+    output = arguments.output or Path("out.png" if defaults.frames is None else "out.mp4")
+    _check_kind(output, videos=defaults.frames is not None)
+    if defaults.fps is None and arguments.fps is not None:
+        raise UsageError(
+            f"--fps {arguments.fps} is given, but this bundle draws pictures", hint="leave it out"
+        )
+    paths = _paths(output, count)
+    if arguments.output is None:
+        _check_places(paths)
     with Pipeline.load(bundle, options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("the bundle is not certified: %s", pipeline.uncertified)
@@ -130,6 +129,13 @@ def _check_kind(output: Path | None, *, videos: bool | None) -> None:
             f"output {output} is not a .png",
             hint="name a .png file: pictures carry their settings as PNG text",
         )
+
+
+def _check_places(paths: Sequence[Path]) -> None:
+    """Check every name, and that the first file can be written."""
+    for path in paths:
+        check_name(path, "-o")
+    check_writable(paths[0], "-o")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

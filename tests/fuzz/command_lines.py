@@ -116,7 +116,7 @@ def check_done(verb: str, options: argparse.Namespace) -> None:
 
 def _check_pictures(options: argparse.Namespace) -> None:
     count = options.num_images_per_prompt * (1 if options.prompts is None else 2)
-    output = Path(options.output)
+    output = Path(options.output or "out.png")
     paths = [output.with_name(f"{output.stem}-{i}.png") for i in range(count)] if count > 1 else [output]
     for path in paths:
         with Image.open(path) as image:

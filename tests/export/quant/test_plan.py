@@ -119,6 +119,8 @@ def test_a_recipe_of_another_family_is_unknown_and_the_hint_lists_the_familys_ow
         "sana-fp8",
         "sana-sprint-int8",
         "sana-sprint-fp8",
+        "sana-video-int8",
+        "sana-video-fp8",
         "int8-weight-only",
         "fp8-weight-only",
     )

@@ -256,5 +256,5 @@ def test_parity_does_not_take_a_wider_type_for_16_bits(
     monkeypatch.setattr(ComputeDevice, "widens", lambda device, precision: device.name.startswith("OpenVINO"))
     monkeypatch.setattr(candidate, "open_rounded", open_rounded)
     found = candidate.open_candidate(openvino_bundle, LoadOptions(backend="openvino", threads=1))
-    assert rounded == [".onnx"] * 4 and found.native.keys() == found.sessions.keys()
+    assert rounded == [".onnx"] * 5 and found.native.keys() == found.sessions.keys()
     found.pipeline.close()
