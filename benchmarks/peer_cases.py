@@ -71,9 +71,11 @@ CONTESTANTS = (
     _optimum("int8 + bf16", "int8", "bf16"),
     _ditc("onnxruntime", "fp32"),
     _ditc("onnxruntime", "int8"),
+    _ditc("onnxruntime", "int8-dynamic"),
     _ditc("openvino", "fp32"),
     _ditc("openvino", "bf16"),
     _ditc("openvino", "int8"),
+    _ditc("openvino", "int8-dynamic"),
 )
 ALL = tuple(c.name for c in CONTESTANTS)
 # For cases that take long: those with a chance.
