@@ -414,21 +414,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
+    busy = "Share of the replicas' time that the requests need."
     for name in ("measure", "check"):
         verbs.add_parser(name).add_argument("--bundle", type=Path, default=Path("build/demo/bundle"))
-    verbs.choices["check"].add_argument("--load", type=float, default=0.6, help="share of the replicas' time")
+    verbs.choices["check"].add_argument("--load", type=float, default=0.6, help=busy)
     verbs.choices["check"].add_argument("--seconds", type=float, default=60.0)
     sim = verbs.add_parser("simulate")
     sim.add_argument("--times", type=Path, default=TIMES)
     sim.add_argument("--trace", choices=["poisson", "bursts", "diurnal"], default="poisson")
-    sim.add_argument("--rate", type=float, help="requests per second (default: by --load, for each row)")
-    sim.add_argument(
-        "--load", type=float, default=0.7, help="share of the replicas' time that the requests need"
-    )
+    sim.add_argument("--rate", type=float, help="Requests per second (default: by --load, for each row).")
+    sim.add_argument("--load", type=float, default=0.7, help=busy)
     sim.add_argument("--seconds", type=float, default=600.0)
-    sim.add_argument("--most-requests", type=int, default=20_000, help="shortens the trace of large fleets")
+    sim.add_argument(
+        "--most-requests", type=int, default=20_000, help="Ends the trace after so many requests."
+    )
     sim.add_argument("--replicas", type=int, nargs="+", default=REPLICAS)
-    sim.add_argument("--price", type=float, default=1.0, help="of a replica-hour, in any currency")
+    sim.add_argument(
+        "--price", type=float, default=1.0, help="Price of an hour of one replica, in any currency."
+    )
     sim.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.verb == "measure":

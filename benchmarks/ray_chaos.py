@@ -186,7 +186,7 @@ class Chaos:
         for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split():
             if "ditc.runtime.cli" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8"):
                 return int(pid)
-        raise SystemExit("there is no front")
+        raise SystemExit("the server has no front that could be killed: it has ended, or is starting")
 
     def _wait(self, condition: Any) -> None:
         end = time.monotonic() + self._asked.patience

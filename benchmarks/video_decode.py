@@ -66,8 +66,8 @@ def measure(form: str, base_dim: int, side: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base-dim", type=int, default=96, help="width of the first stage; Wan 2.1 has 96")
-    parser.add_argument("--side", type=int, default=256, help="of the video, in pixels")
+    parser.add_argument("--base-dim", type=int, default=96, help="Width of the first stage; Wan 2.1 has 96.")
+    parser.add_argument("--side", type=int, default=256, help="Side of the square frames, in pixels.")
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

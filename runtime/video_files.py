@@ -27,15 +27,15 @@ Save = Callable[[Sequence["Image"], Path, Mapping[str, str], int], None]
 
 
 def check_video_path(path: Path) -> None:
-    """Refuse a path that is none of the kinds of files, before any work.
+    """Refuse a path whose suffix names no kind of video file that can be written, before any work.
 
     Raises:
-        UsageError: the suffix is another one.
+        UsageError: the suffix is not one of WRITERS.
         MissingExtra: PyAV is not installed, and an MP4 file needs it.
     """
     if path.suffix.lower() not in WRITERS:
         raise UsageError(
-            f"output {path} is no file of a video",
+            f"output {path} is not a kind of file that holds a video",
             hint="name an .mp4 or .webp file, or a folder without a dot in its name for one PNG file per frame",
         )
     if path.suffix.lower() == ".mp4" and find_spec("av") is None:

@@ -57,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_texts(parser)
+    _add_schedule(parser)
+    _add_guidance(parser)
+    _add_sizes(parser)
+    _add_pictures(parser)
+    _add_noise(parser)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negative-prompt",
         default="",
@@ -75,6 +84,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="TEXT",
             help=f"Another negative text for the {nth} text encoder (default: that of --negative-prompt).",
         )
+
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         "--num-inference-steps",
@@ -111,6 +123,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="The shift of the noise schedule, without a unit, for a scheduler with dynamic shifting (default: that of "
         "the picture's size).",
     )
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -154,6 +169,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="Where all guidance begins and ends, as fractions of the steps from 0 to 1. Other steps take less time "
         "(default: 0,1).",
     )
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
     for side in ("height", "width"):
         parser.add_argument(
             f"--{side}",
@@ -183,6 +201,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="How much moves in a video, a whole number without a unit, such as 30: words that the model was trained "
         "with are put after the prompt (default: none).",
     )
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         type=Path,
@@ -223,6 +244,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"Where the --control-image {verb} to act, as a fraction of the steps from 0 to 1 "
             f"(default: {default}).",
         )
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,

@@ -44,7 +44,7 @@ class Scalings:
             alpha: that of the module's own key; None without such a key.
 
         Raises:
-            UsageError: an alpha is no finite number.
+            UsageError: an alpha is not a finite number.
         """
         component, _, inner = module.partition(".")
         settings = self.settings.get(component, {})

@@ -218,6 +218,6 @@ def _parse_result(content: bytes, path: Path, number: int, lines: int) -> dict[s
         return result
     except (ValueError, TypeError, KeyError, RecursionError, AssertionError) as e:
         raise UsageError(
-            f"{path}, line {number}: it is no result: {e}",
+            f"{path}, line {number}: this is not a result of a batch: {e}",
             hint="somebody has changed the file; choose another -o, or remove this line and those after it",
         ) from e

@@ -74,7 +74,7 @@ def parse_line(raw: bytes, number: int) -> Line:
     """Read a line.
 
     Raises:
-        UsageError: it is no such request. The message begins with the line's number.
+        UsageError: the line does not hold a request. The message begins with the line's number.
     """
     try:
         given = _parsed(raw)

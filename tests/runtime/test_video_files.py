@@ -86,7 +86,7 @@ def test_without_pyav_the_error_says_how_to_install_it(video_bundle, tmp_path, m
     [
         (["--frames", "6", "-o", "x.webp"], "frames is 6"),
         (["--frames", "4001", "-o", "x.webp"], "frames is 4001"),
-        (["-o", "x.png"], "x.png is no file of a video"),
+        (["-o", "x.png"], "x.png is not a kind of file that holds a video"),
         (["--fps", "0", "-o", "x.webp"], "--fps is 0"),
     ],
 )

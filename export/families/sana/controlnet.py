@@ -36,7 +36,7 @@ def control_config(values: Mapping[str, Any]) -> SanaConfig:
     foreign = [name for name in _NOT_HERE if name in values]
     if foreign:
         raise CheckpointError(
-            f"{foreign[0]} = {values[foreign[0]]!r:.60} is no setting of a SanaControlNetModel", hint=FETCH
+            f"{foreign[0]} = {values[foreign[0]]!r:.60} is not a setting of a SanaControlNetModel", hint=FETCH
         )
     return SanaConfig.from_json({"num_layers": DEFAULT_LAYERS, **values})
 

@@ -138,7 +138,7 @@ class Beginnings:
         """Accept a request, when its model is open.
 
         Raises:
-            Refusal: it is wrong, or there is no place for it.
+            Refusal: the request cannot be drawn, or the queue is full.
         """
         loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
         async with self._models.using_async(asked.model, timeout=asked.timeout):

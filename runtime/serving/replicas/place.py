@@ -31,5 +31,5 @@ class Place:
 
 
 def place() -> Place | None:
-    """The place of this process; None if it is no front."""
+    """The place of this process; None if this process is not a front."""
     return Place(**json.loads(os.environ[VARIABLE])) if VARIABLE in os.environ else None

@@ -115,7 +115,10 @@ def test_results_that_somebody_has_changed_are_refused_by_line(tmp_path: Path, c
         folder.add(failed(1, None, "broken", None))
     with (tmp_path / RESULTS).open("a") as file:
         file.write(content + "\n")
-    with pytest.raises(UsageError, match="line 2: it is no result"), open_folder(tmp_path, IDENTITY, 5):
+    with (
+        pytest.raises(UsageError, match="line 2: this is not a result of a batch"),
+        open_folder(tmp_path, IDENTITY, 5),
+    ):
         pass
 
 
