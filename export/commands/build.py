@@ -174,10 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         report = _build(arguments.checkpoint, arguments.output, options, key)
     if options.quantized or options.recipes:
-        from ditc.export.commands import quantization
-
-        for line in quantization.report(report.bundle, report.manifest, options):
-            sys.stderr.write(one_line(line) + "\n")
+        _report_quantization(report, options)
     _print(report, as_json=arguments.json)
     if arguments.sign is not None:
         from ditc.runtime.bundle.integrity import check_bundle
@@ -231,6 +228,21 @@ def _build(checkpoint: str, output: Path, options: BuildOptions, key: Any) -> Bu
                 console.print(one_line(_line(event)))
 
         return build_bundle(checkpoint, output, options, key=key, on_event=on_event)
+
+
+def _report_quantization(report: BuildReport, options: BuildOptions) -> None:
+    """Print what 8 bits cost and gain. Pictures are drawn for it, which takes minutes for a large network on a CPU."""
+    from rich.text import Text
+
+    from ditc.export.commands import quantization
+    from ditc.runtime.console import SafeConsole
+
+    with SafeConsole(soft_wrap=True).status("comparing pictures") as status:
+        lines = quantization.report(
+            report.bundle, report.manifest, options, lambda text: status.update(Text(text))
+        )
+    for line in lines:
+        sys.stderr.write(one_line(line) + "\n")
 
 
 def _line(event: BuildEvent) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ditc.export.options import BuildOptions
@@ -16,9 +17,18 @@ NUMBERS_ONLY = (
 )
 
 
-def report(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[str]:
-    """Lines about the 8-bit stages that were just built. The denoiser's measurement is saved in the bundle."""
-    lines = _denoiser(bundle, manifest, options.precision) if options.quantized else []
+def report(
+    bundle: Path,
+    manifest: Manifest,
+    options: BuildOptions,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> list[str]:
+    """Lines about the 8-bit stages that were just built. The denoiser's measurement is saved in the bundle.
+
+    Args:
+        on_progress: is told what is being done while the denoiser is measured.
+    """
+    lines = _denoiser(bundle, manifest, options.precision, on_progress) if options.quantized else []
     for name, stage in manifest.stages.items():
         graphs = [a for a in stage.artifacts if is_graph(a) and a.recipe is not None]
         if name != DENOISER and options.recipes:
@@ -28,7 +38,9 @@ def report(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[str]
     return lines
 
 
-def _denoiser(bundle: Path, manifest: Manifest, precision: Precision) -> list[str]:
+def _denoiser(
+    bundle: Path, manifest: Manifest, precision: Precision, on_progress: Callable[[str], None]
+) -> list[str]:
     artifact = next(
         a for a in manifest.stages[DENOISER].artifacts if a.precision is precision and is_graph(a)
     )
@@ -38,7 +50,7 @@ def _denoiser(bundle: Path, manifest: Manifest, precision: Precision) -> list[st
     known = known_measurement(bundle, manifest, artifact.key)
     if known is not None:
         return [*lines, *measured_lines(known, precision)]
-    measurement = measure(bundle, manifest, precision)
+    measurement = measure(bundle, manifest, precision, on_progress=on_progress)
     if measurement is None:
         hint = "build it into this bundle without --precision, then build again"
         why = "the bundle has no unquantized denoiser"

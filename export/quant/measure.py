@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -77,13 +77,19 @@ def unquantized(manifest: Manifest, quantized: Artifact) -> Artifact | None:
 
 
 def measure(
-    bundle: Path, manifest: Manifest, precision: Precision, *, threads: int = 0
+    bundle: Path,
+    manifest: Manifest,
+    precision: Precision,
+    *,
+    threads: int = 0,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> Measurement | None:
     """Draw with both denoisers from the same noise and time their steps.
 
     Args:
         precision: of the quantized denoiser.
         threads: CPU threads per session; 0 leaves the number to ONNX Runtime.
+        on_progress: is told what is being done, because steps of a large network take seconds on a CPU.
 
     Returns:
         None if the bundle has no unquantized denoiser.
@@ -107,9 +113,12 @@ def measure(
         states = list(pipeline.start(plan))
         for step in pipeline.run(states):
             states[step.chunk] = step.state
+            on_progress(f"comparing pictures: {name} denoiser, step {step.index + 1} of {step.total}")
         latents[name] = np.concatenate([np.asarray(state.latents) for state in states])
+        on_progress(f"comparing pictures: decoding those of the {name} denoiser")
         pictures[name] = pipeline.decode(states, plan)
     each = [psnr(a, b) for a, b in zip(pictures["quantized"], pictures["unquantized"], strict=True)]
+    on_progress(f"timing {TIMED_STEPS} steps of both denoisers")
     times = _time_alternately(pair)
     ratios = np.array(times["unquantized"]) / np.array(times["quantized"])
     for opened in (*parts.sessions.values(), other):

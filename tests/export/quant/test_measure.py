@@ -87,7 +87,7 @@ def test_a_build_that_changed_nothing_measures_nothing_again(
     with_int8 = replace(manifest, stages={**manifest.stages, DENOISER: Stage(artifacts=(graph, int8))})
     save_measurement(measured(manifest), tmp_path)
 
-    def measure(*_: object) -> None:
+    def measure(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(quantization, "measure", measure)
