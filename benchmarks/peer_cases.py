@@ -141,8 +141,9 @@ def cases(layers: int, text_layers: int) -> dict[str, Case]:
         )
 
     sana_600m = transformer(FULL_DEPTH, 36, 16, qk_norm=False)
-    small = wide("sana-0.6b", sana_600m, layers, DECODER, 1)
+    small = wide("sana-0.6b", sana_600m, layers, NARROW_VAE, 1)
     large = wide("sana-1.6b", SANA_1600M, layers, NARROW_VAE, 1)
+    decoder = wide("dc-ae", sana_600m, 1, DECODER, 1)
     whole = wide("sana-0.6b", sana_600m, FULL_DEPTH, DECODER, text_layers)
     demo = {"num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 32}
     wide_call = {"guidance_scale": 4.5, "max_sequence_length": 300}
@@ -175,7 +176,7 @@ def cases(layers: int, text_layers: int) -> dict[str, Case]:
         Case(
             name=f"decoder-{pixels}",
             title=f"DC-AE f32c32 decoder, one picture of {pixels} px",
-            model=small,
+            model=decoder,
             pixels=pixels,
             operations={"decode": {"do": "decode"}},
             contestants=ALL if pixels == 512 else FASTER,
