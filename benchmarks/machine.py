@@ -73,9 +73,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def write(name: str, results: dict[str, Any]) -> Path:
     """Write the results to benchmarks/results/NAME-DATE.json, with the command and the machine beside them."""
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    content = {"command": _command(), "date": today, "machine": facts(), "results": results}
-    return write_atomic(RESULTS / f"{name}-{today}.json", json.dumps(content, indent=1) + "\n")
+    content = {"command": _command(), "date": _today(), "machine": facts(), "results": results}
+    return write_atomic(_path(name), json.dumps(content, indent=1) + "\n")
+
+
+def earlier(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The results that `write` has written today for the same question, so that a run that was ended goes on.
+
+    Args:
+        asked: what decides the results. They hold it under "asked".
+
+    Returns:
+        {} if there are none, or another question was asked.
+    """
+    if not _path(name).is_file():
+        return {}
+    results: dict[str, Any] = json.loads(_path(name).read_text(encoding="utf-8"))["results"]
+    return results if results.get("asked") == asked else {}
+
+
+def _path(name: str) -> Path:
+    return RESULTS / f"{name}-{_today()}.json"
+
+
+def _today() -> str:
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
 
 
 def _command() -> str:

@@ -7,7 +7,8 @@ random replica or, one time in three, the front is killed with SIGKILL. A client
 front was killed, or who is told to come back (429, 503, or a 500 with Retry-After), sends the same request again, as a
 real one does. The run has failed if an answer is wrong, or a request is not answered within `--patience`.
 
-It needs the extras serve and ray. The result is written as JSON.
+The result is written to benchmarks/results/ after every kill. The same command on the same day goes on with what is
+left of the time, if bundle and options are the same, and adds to it. It needs the extras serve and ray.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import earlier, write
+from ditc.runtime.bundle.manifest import load_manifest
+
+NAME = "ray_chaos"
 SEEDS = range(6)
+PATIENCE_S = 120.0
 
 
 def main() -> int:
-    """Run it. Returns 1 if a picture was lost or wrong."""
+    """Run what is left of the time. Returns 1 if a picture was lost or wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,65 +51,128 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=120.0)
-    parser.add_argument("--port", type=int, default=8137)
-    parser.add_argument("-o", "--output", type=Path, default=Path("ray_chaos.json"))
+    parser.add_argument("--patience", type=float, default=PATIENCE_S)
     arguments = parser.parse_args()
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("bundle", "seconds")}
+    asked["bundle"] = load_manifest(arguments.bundle).digest
+    before = earlier(NAME, asked)
+    parts: list[dict[str, Any]] = before.get("parts", [])
+
+    def note(right: dict[str, str], part: dict[str, Any]) -> None:
+        if right != before.setdefault("right", right):
+            raise SystemExit("the quiet run has drawn other pictures than the one before")
+        results = {"asked": asked, "right": right, "parts": [*parts, part]}
+        print(write(NAME, {**results, "summary": summary(results["parts"])}), file=sys.stderr)
+
+    left = arguments.seconds - sum(part["seconds"] for part in parts)
+    if left > arguments.every:
+        part = run(arguments, left, random.Random(len(parts)), note)
+        note(before["right"], part)
+        parts.append(part)
+    found = summary(parts)
+    print(json.dumps(found, indent=1))
+    return 0 if found["wrong"] == found["unanswered"] == found["failed_exits"] == 0 else 1
+
+
+def run(
+    arguments: argparse.Namespace,
+    seconds: float,
+    chance: random.Random,
+    note: Callable[[dict[str, str], dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Start a server, and kill its processes for so long. Returns what has happened."""
     with tempfile.NamedTemporaryFile() as log:
         command = [sys.executable, "-m", "ditc.runtime.cli", "serve", str(arguments.bundle), "--ray"]
-        command += [
-            "--threads",
-            "1",
-            "--min-replicas",
-            str(arguments.replicas),
-            "--port",
-            str(arguments.port),
-        ]
+        command += ["--threads", "1", "--min-replicas", str(arguments.replicas), "--port", "0"]
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            result = Chaos(arguments, server, Path(log.name)).run()
+            part = Chaos(arguments, seconds, server, Path(log.name), note).run(chance)
         finally:
             sys.stderr.write(Path(log.name).read_text(encoding="utf-8", errors="replace"))
             server.send_signal(signal.SIGTERM)
-            result_code = server.wait(60)
-    result["exit_code"] = result_code
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
-    return 0 if result["wrong"] == result["unanswered"] == result_code == 0 else 1
+            code = server.wait(60)
+    return {**part, "exit_code": code}
+
+
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of the parts, and the largest of what cannot be added."""
+
+    def total(name: str) -> Any:
+        return sum(part[name] for part in parts)
+
+    again: Counter[str] = Counter()
+    for part in parts:
+        again.update(part["sent_again"])
+    back = [seconds for part in parts for seconds in part["seconds_until_whole_again"]]
+    return {
+        "seconds": round(total("seconds"), 1),
+        "answered": total("answered"),
+        "wrong": total("wrong"),
+        "unanswered": total("unanswered"),
+        "sent_again": dict(again),
+        "kills_of_replicas": total("kills_of_replicas"),
+        "kills_of_the_front": total("kills_of_the_front"),
+        "largest_seconds_until_whole_again": max(back, default=None),
+        "largest_p50_s": max((part["p50_s"] for part in parts), default=None),
+        "largest_p99_s": max((part["p99_s"] for part in parts), default=None),
+        "failed_exits": sum(part.get("exit_code", 0) != 0 for part in parts),
+    }
 
 
 class Chaos:
-    """The clients, and who kills."""
+    """The clients, and who kills.
 
-    def __init__(self, arguments: argparse.Namespace, server: subprocess.Popen[bytes], log: Path) -> None:
-        self._asked, self._server, self._log = arguments, server, log
-        self._url = f"http://127.0.0.1:{arguments.port}"
+    Args:
+        note: gets the right pictures' hashes and the counts after every kill.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        seconds: float,
+        server: subprocess.Popen[bytes],
+        log: Path,
+        note: Callable[[dict[str, str], dict[str, Any]], None],
+    ) -> None:
+        self._asked, self._length, self._server, self._log = arguments, seconds, server, log
+        self._note, self._url = note, ""
         self._right: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
         self._seconds: list[float] = []
         self._lock = threading.Lock()
         self._end = 0.0
 
-    def run(self) -> dict[str, Any]:
-        """The counts of the run."""
-        self._wait(lambda: len(self._replicas()) == self._asked.replicas and self._ready())
+    def run(self, chance: random.Random) -> dict[str, Any]:
+        """The counts of the run. `chance` chooses who is killed."""
+        self._wait(lambda: len(self._replicas()) == self._asked.replicas and self._served())
         for seed in SEEDS:
             self._right[seed] = self._pixels(self._post(seed))
-        self._end = time.monotonic() + self._asked.seconds
+        right = {str(seed): pixels for seed, pixels in self._right.items()}
+        began = time.monotonic()
+        self._end = began + self._length
         clients = [threading.Thread(target=self._client, args=(n,)) for n in range(self._asked.clients)]
         for client in clients:
             client.start()
-        chance, back = random.Random(0), []
-        while time.monotonic() + self._asked.every < self._end:
-            time.sleep(self._asked.every)
-            back.append(self._kill(chance))
+        back = list[float]()
+        try:
+            while time.monotonic() + self._asked.every < self._end:
+                time.sleep(self._asked.every)
+                back.append(self._kill(chance))
+                self._note(right, self._counted(time.monotonic() - began, back))
+        except BaseException:
+            self._end = 0.0  # so that the clients end, too
+            raise
         for client in clients:
             client.join()
-        seconds = sorted(self._seconds)
+        return self._counted(time.monotonic() - began, back)
+
+    def _counted(self, passed: float, back: list[float]) -> dict[str, Any]:
+        with self._lock:
+            seconds = sorted(self._seconds) or [0.0]
+            answered = len(self._seconds)
         return {
-            "seconds": self._asked.seconds,
-            "clients": self._asked.clients,
-            "answered": len(seconds),
+            "seconds": round(passed, 1),
+            "answered": answered,
             "wrong": self._counts["wrong"],
             "unanswered": self._counts["unanswered"],
             "sent_again": {name: n for name, n in self._counts.items() if name.startswith("again")},
@@ -166,6 +236,13 @@ class Chaos:
 
     def _pixels(self, answer: Any) -> str:
         return hashlib.sha256(answer["data"][0]["b64_json"].encode()).hexdigest()
+
+    def _served(self) -> bool:
+        """Whether the server has said where it is."""
+        told = self._log.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^serving .* at (http://127\.0\.0\.1:\d+)", told, re.M)
+        self._url = found[1] if found else ""
+        return bool(found)
 
     def _ready(self) -> bool:
         try:

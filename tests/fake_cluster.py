@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ditc.runtime.errors import DitcError
 from ditc.runtime.serving.replicas.handle import Bundle, ReplicaLost
 from ditc.runtime.serving.replicas.messages import Message, Opened, Version
+from ditc.runtime.serving.replicas.node_bundles import read_part
 from ditc.runtime.serving.replicas.replica import Replica
 
 
 class FakeHandle:
-    """A replica that shares the pool's event loop."""
+    """A replica that shares the pool's event loop.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.replica = name, Replica(0)
+    Args:
+        path: where its node looks for bundles; None where the front has them.
+    """
+
+    def __init__(self, name: str, path: str | None = None) -> None:
+        self.name, self.replica, self.path = name, Replica(0), path
         self.dead = self.frozen = False
         self.begun: list[Message] = []
         self.stuck = 0.0
@@ -37,7 +43,8 @@ class FakeHandle:
 
     async def open(self, version: Version, bundle: Bundle) -> Opened:
         await self._reach()
-        opened = await self.replica.open(version, bundle)
+        path = bundle.path if self.path is None else self.path
+        opened = await self.replica.open(version, replace(bundle, path=path), LocalSource(bundle.path))
         await self._reach()
         if isinstance(opened, dict):
             raise DitcError(opened["error"], hint=opened["hint"])
@@ -67,10 +74,25 @@ class FakeHandle:
             yield message
 
 
-class FakeCluster:
-    """Keeps all the handles that it has made."""
+@dataclass(frozen=True)
+class LocalSource:
+    """Reads a bundle as a task on the front's node would."""
 
-    def __init__(self) -> None:
+    bundle: str
+
+    def read(self, path: str, offset: int) -> bytes | None:
+        return read_part(self.bundle, path, offset)
+
+
+class FakeCluster:
+    """Keeps all the handles that it has made.
+
+    Args:
+        path: as of FakeHandle, for all of them.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
         self.handles: list[FakeHandle] = []
         self._numbers = itertools.count()
 
@@ -79,7 +101,7 @@ class FakeCluster:
         return [one for one in self.handles if not one.dead]
 
     def spawn(self) -> FakeHandle:
-        self.handles.append(FakeHandle(f"replica-{next(self._numbers)}"))
+        self.handles.append(FakeHandle(f"replica-{next(self._numbers)}", self.path))
         return self.handles[-1]
 
     def existing(self) -> list[FakeHandle]:

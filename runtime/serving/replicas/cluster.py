@@ -10,16 +10,20 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from time import sleep
+from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import Any
 
-from ditc.runtime.errors import DitcError, MissingExtra, UsageError
+from ditc.runtime.errors import BundleError, DitcError, MissingExtra, UsageError
 from ditc.runtime.serving.replicas.handle import Bundle, Handle, ReplicaLost
 from ditc.runtime.serving.replicas.messages import Message, Opened, Version
+from ditc.runtime.serving.replicas.node_bundles import read_part
 from ditc.runtime.serving.replicas.options import ReplicaOptions
 from ditc.runtime.serving.replicas.replica import Replica
+
+log = logging.getLogger(__name__)
 
 # Shared memory for pictures on their way to the front; Ray's default is 30 % of the machine's.
 OBJECT_STORE_BYTES = 256 * 1024**2
@@ -28,6 +32,8 @@ _CALLS = 4096
 # How long a replica has to end when Ray tells it to.
 _OWN_END_SECONDS = 1.0
 _STOP_SECONDS = 15.0
+# How long a part of a bundle's file may take from the front's node.
+_READ_SECONDS = 60.0
 
 
 def start_ray(options: ReplicaOptions) -> str:
@@ -102,16 +108,25 @@ class RayCluster:
         self._namespace, self._options, self._gpus = namespace, options, gpus
         self._here = self._ray.get_runtime_context().get_node_id()
 
-    def check_room(self) -> None:
-        """Raise UsageError if no node could ever hold a replica."""
+    def check_room(self, *, patience: float = 0.0) -> None:
+        """Raise UsageError if no node could hold a replica.
+
+        Args:
+            patience: for how many seconds to wait for one, because the nodes of a cluster start one after the other.
+        """
         wanted = {"CPU": self._options.cpus, "GPU": self._gpus}
-        for node in self._ray.nodes():
-            if node["Alive"] and all(node["Resources"].get(n, 0) >= value for n, value in wanted.items()):
-                return
-        raise UsageError(
-            f"no node has the {self._options.cpus} CPUs and {self._gpus:g} GPUs of a replica",
-            hint="choose fewer --threads or --gpus-per-replica, or add a node",
-        )
+        missing = f"no node has the {self._options.cpus} CPUs and {self._gpus:g} GPUs of a replica"
+        end, told = monotonic() + patience, False
+        while not any(
+            node["Alive"] and all(node["Resources"].get(n, 0) >= value for n, value in wanted.items())
+            for node in self._ray.nodes()
+        ):
+            if monotonic() >= end:
+                raise UsageError(missing, hint="choose fewer --threads or --gpus-per-replica, or add a node")
+            if not told:
+                log.info("%s yet: waiting for one for up to %.0f s", missing, patience)
+            told = True
+            sleep(0.5)
 
     def spawn(self) -> RayHandle:
         """See Cluster."""
@@ -130,7 +145,7 @@ class RayCluster:
             )
             .remote()
         )
-        return RayHandle(name, actor)
+        return RayHandle(name, actor, self._here)
 
     def existing(self) -> list[RayHandle]:
         """See Cluster."""
@@ -138,9 +153,8 @@ class RayCluster:
         for one in self._ray.util.list_named_actors(all_namespaces=True):
             if one["namespace"] == self._namespace:
                 with suppress(ValueError):  # it has ended
-                    found.append(
-                        RayHandle(one["name"], self._ray.get_actor(one["name"], namespace=self._namespace))
-                    )
+                    actor = self._ray.get_actor(one["name"], namespace=self._namespace)
+                    found.append(RayHandle(one["name"], actor, self._here))
         return found
 
     def kill(self, handle: Handle, told: Message) -> None:
@@ -153,20 +167,42 @@ class RayCluster:
         if told["node"] == self._here:
             _kill_process(told["pid"])
             return
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         with suppress(Exception):
-            there = NodeAffinitySchedulingStrategy(told["node"], soft=False)
-            self._ray.remote(_kill_process).options(
-                num_cpus=0, scheduling_strategy=there, max_retries=0
-            ).remote(told["pid"])
+            _on_node(told["node"], _kill_process).remote(told["pid"])
+
+
+@dataclass(frozen=True)
+class NodeSource:
+    """A bundle on another node, in whose tasks its files are read; see `Source`."""
+
+    node: str
+    bundle: str
+
+    def read(self, path: str, offset: int) -> bytes | None:
+        """See Source."""
+        from ray.exceptions import RayError
+
+        try:
+            part: bytes | None = _ray().get(
+                _on_node(self.node, read_part).remote(self.bundle, path, offset), timeout=_READ_SECONDS
+            )
+        except RayError as e:
+            raise BundleError(
+                f"{path} of {self.bundle} cannot be read on the front's node: {str(e).splitlines()[0]:.200}",
+                hint="copy the bundle to all nodes, under the same path",
+            ) from e
+        return part
 
 
 class RayHandle:
-    """A replica that is an actor. Errors of Ray become ReplicaLost."""
+    """A replica that is an actor. Errors of Ray become ReplicaLost.
 
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name, self.actor = name, actor
+    Args:
+        front: the node of this process, which has the bundles.
+    """
+
+    def __init__(self, name: str, actor: Any, front: str) -> None:
+        self.name, self.actor, self._front = name, actor, front
 
     async def begin(self) -> Message:
         """See Handle."""
@@ -179,7 +215,8 @@ class RayHandle:
 
     async def open(self, version: Version, bundle: Bundle) -> Opened:
         """See Handle."""
-        opened = await _answer(self.actor.open.remote(version, bundle))
+        source = NodeSource(self._front, bundle.path)
+        opened = await _answer(self.actor.open.remote(version, bundle, source))
         if isinstance(opened, dict):
             raise DitcError(opened["error"], hint=opened["hint"])
         result: Opened = opened
@@ -221,6 +258,14 @@ def _lost_if_gone() -> Iterator[None]:
         raise
     except RayError as e:
         raise ReplicaLost(f"{type(e).__name__}: {str(e).splitlines()[0]:.200}") from e
+
+
+def _on_node(node: str, function: Callable[..., Any]) -> Any:
+    """A task of Ray that runs on this node and takes no CPUs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _ray().remote(function).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
 
 
 def _node_of(replica: object) -> str:

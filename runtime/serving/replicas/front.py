@@ -25,6 +25,9 @@ from ditc.runtime.serving.replicas.options import ReplicaOptions, replica_option
 from ditc.runtime.serving.replicas.place import place
 from ditc.runtime.serving.settings import SchedulerOptions
 
+# How long a front waits for the first node of an existing cluster that can hold a replica.
+NODE_SECONDS = 60.0
+
 
 def options_of(arguments: argparse.Namespace, load: LoadOptions) -> ReplicaOptions:
     """The operator's choices. Without --threads, the replicas share the cores of this machine."""
@@ -57,7 +60,7 @@ class Front:
             self._options = replace(self._options, gpus=0.0 if self._gpu_bytes is None else 1.0)
         gpus = self._options.gpus or 0.0
         cluster = RayCluster(here.namespace, self._options, gpus=gpus, address=here.address)
-        cluster.check_room()
+        cluster.check_room(patience=NODE_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0)
         self._socket = here.socket
         self._pool = Pool(cluster, self._options)
         self.opener = ReplicaOpener(

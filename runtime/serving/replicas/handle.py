@@ -21,7 +21,7 @@ class Bundle:
     """What a replica needs to open a version of a bundle.
 
     Attributes:
-        path: of the bundle on every node.
+        path: of the bundle on the front's machine. A node that does not have it there gets it from the front.
         lora: is added to its weights; its file has the same path on every node.
     """
 

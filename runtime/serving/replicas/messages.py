@@ -53,6 +53,7 @@ class Opened:
     """What a replica has opened, so that the front can check requests as the replica will.
 
     Attributes:
+        place: the bundle's folder on the replica's node.
         stages: the spec of every stage, and what it computes on.
         loras: the LoRAs in the weights, as pictures name them.
         max_batch: the most pictures of one run.
@@ -61,6 +62,7 @@ class Opened:
         times: measured when it was warmed up.
     """
 
+    place: str
     stages: Mapping[str, tuple[StageSpec, ComputeDevice]]
     backend: str
     precision: str

@@ -298,8 +298,9 @@ class Pool:
 
     async def _open_in(self, seat: Seat, version: Version) -> None:
         """Open a version in one replica. Raises DitcError if it cannot be; a replica that is lost is replaced."""
+        bundle = self._bundles[version]
         try:
-            opened = await seat.handle.open(version, self._bundles[version])
+            opened = await seat.handle.open(version, bundle)
             if opened.loras != self._opened.get(version, opened).loras:
                 await seat.handle.close(version)
                 raise DitcError(
@@ -313,6 +314,8 @@ class Pool:
             seat.failed[version] = e
             log.error("%s cannot open %s: %s", seat.name, version, e)
             raise
+        if opened.place != bundle.path:
+            log.info("%s has %s from the front, in %s", seat.name, version, opened.place)
         seat.versions.add(version)
         self._opened[version] = opened
         self._changed.set()

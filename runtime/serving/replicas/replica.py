@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
-from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cores import allowed_cpus
 from ditc.runtime.errors import BundleError, DitcError, UsageError
 from ditc.runtime.serving.model import Model, open_model
@@ -28,6 +27,7 @@ from ditc.runtime.serving.replicas.messages import (
     plain_error,
     request_of_message,
 )
+from ditc.runtime.serving.replicas.node_bundles import Source, check_version, place_of
 from ditc.runtime.serving.scheduling.admission import Admission
 from ditc.runtime.serving.scheduling.job import End, Event, Job, Progress, Refused
 from ditc.runtime.serving.scheduling.observer import Observer
@@ -81,10 +81,14 @@ class Replica:
                 with suppress(OSError):  # it has ended
                     os.sched_setaffinity(int(thread.name), cpus)
 
-    async def open(self, version: Version, bundle: Bundle) -> Opened | Message:
-        """Open a version of a bundle beside those that are open. Returns the error as a message if it cannot be."""
+    async def open(self, version: Version, bundle: Bundle, source: Source) -> Opened | Message:
+        """Open a version of a bundle beside those that are open. Returns the error as a message if it cannot be.
+
+        Args:
+            source: where this node gets the bundle from if it has none.
+        """
         try:
-            return await asyncio.to_thread(self._open, version, bundle)
+            return await asyncio.to_thread(self._open, version, bundle, source)
         except DitcError as error:
             return plain_error(error)
 
@@ -160,28 +164,33 @@ class Replica:
             "times": {version: model.scheduler.times.snapshot() for version, model in self._models.items()},
         }
 
-    def _open(self, version: Version, bundle: Bundle) -> Opened:
-        path = Path(bundle.path)
+    def _open(self, version: Version, bundle: Bundle, source: Source) -> Opened:
         with self._opening:  # so that each sees the memory that is left
             if version in self._opened:
                 return self._opened[version]
-            _check(path, version, load_manifest(path).digest)
-            model = open_model(
-                version.name,
-                path,
-                load=bundle.load,
-                admission=Admission(_UNBOUNDED),
-                scheduled=bundle.scheduled,
-                observer=_Watched(self._watch, version),
-                warm_up_seconds=bundle.warm_up_seconds,
-                lora=bundle.lora,
-            )
+            path = place_of(Path(bundle.path), version, source)
             try:
-                _check(path, version, model.digest)
+                model = open_model(
+                    version.name,
+                    path,
+                    load=bundle.load,
+                    admission=Admission(_UNBOUNDED),
+                    scheduled=bundle.scheduled,
+                    observer=_Watched(self._watch, version),
+                    warm_up_seconds=bundle.warm_up_seconds,
+                    lora=bundle.lora,
+                )
+            except BundleError as e:
+                if path == Path(bundle.path):
+                    raise
+                hint = f"if it is damaged, remove {path.parent} on that node, and it is fetched again"
+                raise BundleError(str(e), hint=hint) from e
+            try:
+                check_version(path, version, model.digest)
             except BaseException:
                 model.scheduler.close()
                 raise
-            self._models[version], self._opened[version] = model, _opened(model)
+            self._models[version], self._opened[version] = model, _opened(model, path)
             return self._opened[version]
 
     def _end_alone(self, seconds: float) -> None:
@@ -236,17 +245,10 @@ class _Watched(Observer):
         self._watch.note(self._version, "crashed")
 
 
-def _check(bundle: Path, version: Version, digest: str) -> None:
-    if digest != version.digest:
-        raise BundleError(
-            f"{bundle} is at version {digest[:12]} on this node, and {version} is served",
-            hint="copy the bundle to all nodes, then reload: POST /admin/reload, or SIGHUP",
-        )
-
-
-def _opened(model: Model) -> Opened:
+def _opened(model: Model, place: Path) -> Opened:
     pipeline, scheduler = model.pipeline, model.scheduler
     return Opened(
+        place=str(place),
         stages={name: (session.spec, session.device) for name, session in pipeline.sessions.items()},
         backend=pipeline.backend,
         precision=pipeline.precision,

@@ -6,16 +6,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
+from ray_server import DRAW, LONG, SMALL, alive, picture, replicas, running, until
 from serving_process import ServerProcess, server_process
 
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
@@ -23,11 +22,6 @@ from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 pytestmark = pytest.mark.scale
 pytest.importorskip("ray", reason="needs the extra: pip install ditc[ray]")
 
-ROOT = Path(__file__).parents[4]
-DRAW = "/v1/images/generations"
-SMALL = {"prompt": "red cat", "seed": 3, "size": "64x64", "num_inference_steps": 2}
-# Some seconds of work: long enough to be in the middle of it.
-LONG = {**SMALL, "num_inference_steps": 100}
 OPTIONS = ("--ray", "--min-replicas", "2", "--hang-seconds", "4", "--max-queue", "8", "--preload", "first")
 
 
@@ -44,27 +38,6 @@ def server(bundle: Path) -> Iterator[ServerProcess]:
         yield process
         assert process.stop(seconds=60) == 0, process.output
         assert not any(alive(pid) for pid in replicas(process))
-
-
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    end = monotonic() + seconds
-    while not condition():
-        assert monotonic() < end
-        sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def replicas(server: ServerProcess) -> list[int]:
-    """The processes of the replicas that have not been lost, in the order of their starts."""
-    ready = re.findall(r"(replica-\w+) is ready: process (\d+)", server.output)
-    lost = set(re.findall(r"(replica-\w+) is lost", server.output))
-    return [int(pid) for name, pid in dict(ready).items() if name not in lost]
 
 
 def front(server: ServerProcess) -> int:
@@ -84,19 +57,6 @@ def busy(server: ServerProcess) -> int:
     before = {pid: ticks(pid) for pid in replicas(server)}
     sleep(0.3)
     return max(before, key=lambda pid: ticks(pid) - before[pid])
-
-
-def picture(answer: tuple[int, Any, Any]) -> str:
-    assert answer[0] == 200, answer
-    found: str = answer[2]["data"][0]["b64_json"]
-    return found
-
-
-def running(server: ServerProcess) -> bool:
-    return (
-        re.search(r'^ditc_running\{model="tiny"\} [1-9]', server.get("/metrics")[2].decode(), re.M)
-        is not None
-    )
 
 
 def accepted(server: ServerProcess) -> float:
@@ -202,24 +162,3 @@ def test_a_rebuilt_bundle_replaces_the_old_one_under_load(server: ServerProcess,
     assert pictures[newest] != pictures[manifest.digest]
     assert all(picture(answer) == pictures[answer[2]["ditc"]["bundle"]] for answer in done)
     assert done[-1][2]["ditc"]["bundle"] == newest
-
-
-def test_the_tests_of_the_scheduler_pass_in_a_worker_of_ray() -> None:
-    """Replicas run the very scheduler of the single server, so its own tests are run where replicas run."""
-    script = (
-        "import os, ray, subprocess, sys\n"
-        "ray.init(num_cpus=1, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)\n"
-        "tests = ['tests/runtime/serving/scheduling/test_scheduler.py']\n"
-        "def run():\n"
-        "    import pytest\n"
-        f"    os.chdir({str(ROOT)!r})\n"
-        "    return int(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *tests]))\n"
-        "code = ray.get(ray.remote(run).remote())\n"
-        "ray.shutdown()\n"
-        "sys.exit(code)\n"
-    )
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

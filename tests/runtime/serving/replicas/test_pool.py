@@ -35,8 +35,10 @@ LONG = 60  # steps; enough for a test to interfere
 class Replicas:
     """A pool over fake replicas, with the models that it serves."""
 
-    def __init__(self, bundle: Path, bounds: Bounds | None = None, **options: Any) -> None:
-        self.cluster = FakeCluster()
+    def __init__(
+        self, bundle: Path, bounds: Bounds | None = None, there: str | None = None, **options: Any
+    ) -> None:
+        self.cluster = FakeCluster(there)
         self.pool = Pool(self.cluster, ReplicaOptions(**options))
         opener = ReplicaOpener(
             self.pool, load=LoadOptions(threads=1), scheduled=SchedulerOptions(), warm_up_seconds=0.0
@@ -53,7 +55,10 @@ class Replicas:
 
 
 @pytest.fixture
-def replicas(tiny_bundle: Path) -> Iterator[Callable[..., Replicas]]:
+def replicas(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Replicas]]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where bundles are fetched to
     made: list[Replicas] = []
 
     def make(bundle: Path = tiny_bundle, **options: Any) -> Replicas:
@@ -261,6 +266,31 @@ def test_a_replica_whose_node_has_another_version_does_not_open_it(
     assert isinstance(server.submit()[1].wait(), Finished)
     assert made.models.reload() == {"tiny": "reloaded"}
     until(lambda: not any(seat.failed for seat in made.pool.seats))
+
+
+def test_nodes_without_the_bundle_get_it_from_the_front(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ditc.runtime.serving.replicas")
+    made = replicas(there=str(tmp_path / "nowhere"), least=2, most=2)
+    server = made.server()
+    made.all_ready(2)
+    assert np.array_equal(np.asarray(server.draw().images[0]), drawn_alone(tiny_bundle, 3))
+    place = tmp_path / "cache" / "ditc" / "bundles" / load_manifest(tiny_bundle).digest
+    told = [record.getMessage() for record in caplog.records if "from the front" in record.getMessage()]
+    assert len(told) == 2 and all(str(place) in line for line in told)
+
+
+def test_a_fetched_bundle_that_is_damaged_later_says_how_to_mend_it(
+    replicas: Callable[..., Replicas], tmp_path: Path
+) -> None:
+    replicas(there=str(tmp_path / "nowhere")).models.open("tiny")
+    stored = tmp_path / "cache" / "ditc" / "bundles"
+    for file in stored.glob("*/onnx/denoiser*.onnx"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(DitcError, match="denoiser") as raised:
+        replicas(there=str(tmp_path / "nowhere")).models.open("tiny")
+    assert f"remove {stored}" in raised.value.hint
 
 
 def test_a_bundle_that_no_replica_can_open_says_why(
