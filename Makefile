@@ -139,8 +139,10 @@ $(SCALED): $(READY) constraints-scale.txt
 	  --constraint constraints-scale.txt --editable ".[ray]"
 	@touch $@
 
+# Importing all tests takes longer than some of these, so only the files with such tests are named.
 test-scale: $(SCALED)  ## run the tests that need Ray
-	OMP_NUM_THREADS=1 $(SCALE)/python -m pytest $(TESTS) -q -rs --durations=5 -m scale
+	OMP_NUM_THREADS=1 $(SCALE)/python -m pytest $$(grep -rl --include='test_*.py' 'mark\.scale$$' $(TESTS)) \
+	  -q -rs --durations=5 -m scale
 
 demo-checkpoint: $(READY)  ## train demo/checkpoint from scratch (hours on a CPU; resumes)
 	$(BIN)/python -m demo.train all
