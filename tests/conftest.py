@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny_sana and other helpers
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when a test imports it
+
 ROOT = Path(__file__).parents[1]
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 

@@ -50,8 +50,6 @@ test_closing = _SAME.test_closing_ends_every_request_once_and_refuses_new_ones
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[None]:
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(
         address="local",
         num_cpus=2,
@@ -62,7 +60,6 @@ def started() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-    os.environ.pop("RAY_AUTH_MODE") if before is None else os.environ.update(RAY_AUTH_MODE=before)
 
 
 @pytest.fixture(scope="module")
