@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from benchmarks.capacity import Arrival, Times, arrivals, simulate
+from benchmarks.capacity_simulation import Arrival, Times, arrivals, simulate
 
 # One second of work per request of 8 steps, and nothing else.
 CONSTANT = Times(text=[0.1], step=[0.1], decode=[0.1], around=[0.0])
