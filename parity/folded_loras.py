@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from ditc.runtime.bundle.integrity import sha256
+from ditc.export.checkpoint.loras import read_choices
+from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.safetensors_file import safetensors_path
+from ditc.export.families import find_family
 from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.lora_file import read_lora
 
 # How far two programs may round the sum of a weight and a LoRA's product apart, in units of the last place of the
 # graph's type: each rounds once, and a product that BLAS sums in another order can fall on the other side.
@@ -25,10 +32,11 @@ def check_same_loras(manifest: Manifest, loras: Sequence[LoraChoice]) -> None:
     """Refuse to compare a bundle with a checkpoint that has other LoRAs than those in the bundle's weights.
 
     Raises:
-        UsageError: the message names files, hashes and scales.
+        UsageError: the message names files, hashes and scales; or a file is no LoRA.
     """
     built = [(lora.sha256, lora.scale) for lora in manifest.loras]
-    given = [(sha256(choice.file), float(choice.scale)) for choice in loras if choice.file.is_file()]
+    there = [choice for choice in loras if choice.file.is_file()]
+    given = [(read_lora(choice.file).sha256, float(choice.scale)) for choice in there]
     if built == given and len(given) == len(loras):
         return
     has = (
@@ -43,6 +51,32 @@ def check_same_loras(manifest: Manifest, loras: Sequence[LoraChoice]) -> None:
         if manifest.loras
         else "leave --lora out, or build the bundle with it: ditc build CHECKPOINT -o BUNDLE --lora FILE",
     )
+
+
+def in_diffusers_form(choice: LoraChoice, checkpoint: Checkpoint, folder: Path) -> Path:
+    """The file, or if diffusers does not read its names, the same LoRA under diffusers' names, written into the folder.
+
+    B is then written with all factors, so that alpha is the rank. The names are ours, and the arithmetic is diffusers'.
+
+    Raises:
+        UsageError: the file is no LoRA, or does not fit the checkpoint.
+    """
+    if all(key.partition(".")[0] in checkpoint.components for key in read_lora(choice.file).layers):
+        return choice.file
+    native = find_family(checkpoint).native_names(checkpoint)
+    lora = read_choices([choice], checkpoint, native)[0].lora
+    tensors = {}
+    for component, layers in lora.components.items():
+        for name, layer in layers.items():
+            module = f"{component}.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = layer.down
+            tensors[f"{module}.lora_B.weight"] = layer.up * np.float32(layer.scaling)
+            if layer.magnitude is not None:
+                tensors[f"{module}.lora_magnitude_vector"] = layer.magnitude
+    file = folder / f"{lora.sha256[:12]}.safetensors"
+    with safetensors_path(file, hint="make room in the folder for temporary files") as partial:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial)
+    return file
 
 
 def rounds_alike(stored: Tensor, wanted: Tensor) -> bool:

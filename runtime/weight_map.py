@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -56,6 +56,23 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NativeName:
+    """Where the family's own files hold a tensor of the checkpoint.
+
+    Attributes:
+        name: the tensor's name there.
+        part: which one of the equal parts of that tensor's first dimension it is, from 0 on.
+        parts: how many parts there are: 3 where q, k and v are one tensor.
+        swapped: whether the two halves of that tensor's first dimension are exchanged before it is divided.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
     """One tensor of the checkpoint inside an ONNX file.
 
@@ -67,6 +84,7 @@ class Weight:
         stored_shape: the initializer's shape. None in maps of earlier versions.
         codes: how a quantized matrix is turned back into floats. None for all other tensors, and in maps of earlier
             versions.
+        native: where the family's own files hold it. None if they do not, and in maps of earlier versions.
     """
 
     checkpoint: str
@@ -77,6 +95,7 @@ class Weight:
     dtype: str
     stored_shape: tuple[int, ...] | None = None
     codes: Codes | None = None
+    native: NativeName | None = field(default=None, metadata={"left_out_if_none": True})
 
 
 def weight_map_path(graph: Path) -> Path:
@@ -111,6 +130,9 @@ def _check_shapes(weight: Weight) -> None:
         raise ValueError(f"{weight.initializer} has the axis {weight.codes.axis}, but a matrix has 0 and 1")
     if len(weight.transforms) > len(Transform):
         raise ValueError(f"{weight.initializer} has {len(weight.transforms)} transforms")
+    native = weight.native
+    if native is not None and not 0 <= native.part < native.parts:
+        raise ValueError(f"{weight.initializer} is part {native.part} of {native.parts} of {native.name}")
 
 
 def write_weight_map(path: Path, weights: Iterable[Weight]) -> Path:

@@ -21,8 +21,7 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Result, Verdict
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.lora.choice import LoraChoice
-from ditc.runtime.lora.lora import Lora
-from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.lora.lora import ScaledLora
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Session, to_numpy
 from ditc.runtime.session import Tensor as StageTensor
@@ -216,16 +215,13 @@ class NanAt:
         self.session.close()
 
 
-def alpha_ignored(file: Path) -> Lora:
-    """The LoRA of a file as somebody reads it who forgets its alpha."""
-    lora = read_lora(file)
-    return replace(
-        lora,
-        components={
-            component: {name: replace(layer, scaling=1.0) for name, layer in layers.items()}
-            for component, layers in lora.components.items()
-        },
-    )
+def alpha_ignored(scaled: ScaledLora) -> ScaledLora:
+    """A LoRA as somebody reads it who forgets its alpha."""
+    components = {
+        component: {name: replace(layer, scaling=1.0) for name, layer in layers.items()}
+        for component, layers in scaled.lora.components.items()
+    }
+    return replace(scaled, lora=replace(scaled.lora, components=components))
 
 
 def without_padding(self: Any, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan
 from ditc.export.engine.build import library_version
 from ditc.export.engine.targets import check_targets, default_targets
-from ditc.export.families import find_adapter
+from ditc.export.families import find_family
 from ditc.export.quant.apply import Quantization, check_layers, prepare, with_base_precisions
 from ditc.runtime.bundle.manifest import MANIFEST, Artifact, Manifest, load_manifest, save_manifest, sealed
 from ditc.runtime.errors import BuildError
@@ -61,9 +61,10 @@ def build_bundle(
     started = perf_counter()
     check_options(options)
     check_bundle_or_empty(out)
-    loras = read_choices(options.loras)
-    checkpoint = with_loras(open_checkpoint(source, variant=options.variant), loras)
-    adapter = find_adapter(checkpoint)
+    plain = open_checkpoint(source, variant=options.variant)
+    family = find_family(plain)
+    adapter, native_names = family.adapter, family.native_names(plain)
+    checkpoint = with_loras(plain, read_choices(options.loras, plain, native_names))
     plan = adapter.plan(checkpoint, options)
     check_default_request(plan)
     quantizations = prepare(options, checkpoint, plan)
@@ -78,6 +79,7 @@ def build_bundle(
         build = BuildContext(
             checkpoint=checkpoint,
             adapter=adapter,
+            native_names=native_names,
             plan=plan,
             options=options,
             out=out,

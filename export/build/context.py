@@ -12,6 +12,7 @@ from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import Adapter, BuildOptions, ModelPlan
 from ditc.export.quant.apply import Quantization
 from ditc.runtime.bundle.manifest import Manifest
+from ditc.runtime.weight_map import NativeName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +23,13 @@ class BuildContext:
         out: the bundle's folder.
         old: the bundle's manifest before this build; None for a new bundle.
         targets: the GPUs that engines are built for; empty where no engines are built.
+        native_names: where the family's own files hold the transformer's tensors, by their names in the checkpoint.
         quantizations: how each stage in 8 bits is quantized, by the stage's name.
     """
 
     checkpoint: Checkpoint
     adapter: Adapter
+    native_names: Mapping[str, NativeName]
     plan: ModelPlan
     options: BuildOptions
     out: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -13,6 +14,7 @@ from ditc.export.build.latent_rgb import fit_latent_rgb
 from ditc.export.build.layout import graph_path
 from ditc.export.build.records import QuantizationInputs, StageInputs, StageRecord
 from ditc.export.build.source_hash import graph_source
+from ditc.export.build.weights import with_native_names
 from ditc.export.checkpoint.release_memory import free_copies, release_memory
 from ditc.export.contract import StageModule
 from ditc.export.engine.memory import PeakMemory
@@ -24,7 +26,7 @@ from ditc.runtime.bundle.build_cost import BuildCost
 from ditc.runtime.bundle.integrity import file_ref
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.sessions.registry import GRAPH_BACKEND
-from ditc.runtime.spec import VAE_ENCODER, Precision
+from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_ENCODER, Precision
 from ditc.runtime.weight_map import weight_map_path, write_weight_map
 
 
@@ -74,6 +76,8 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
         estimate = estimates.export_bytes(estimates.stage_size(module, build.plan.latents.scale_factor))
         plan = None if quantization is None else quantization.plan(module)
         files = to_onnx(module, path, quantize=plan, opset=build.options.opset)
+    if name in (CONDITIONER, DENOISER):
+        files = replace(files, weight_map=with_native_names(files.weight_map, build.native_names))
     artifact = _written(build.out, module, files, precision, key, quantization, plan)
     cost = BuildCost(
         seconds=perf_counter() - started,

@@ -21,6 +21,7 @@ from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
 from ditc.runtime.gpu import find_gpu
+from ditc.runtime.lora.lora_file import files_of
 from ditc.runtime.sessions.registry import library_version, row_of
 
 # The files of a checkpoint that a build may read: weights, configs, and tokenizers (SentencePiece models,
@@ -70,7 +71,8 @@ def remember(journal: Journal, checkpoint: Path, options: BuildOptions, report: 
 def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> RequestInputs:
     """Collect everything that a build depends on."""
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    named = [*options.ranges, *map(Path, options.recipes), *(choice.file for choice in options.loras)]
+    loras = [path for choice in options.loras for path in files_of(choice.file)]
+    named = [*options.ranges, *map(Path, options.recipes), *loras]
     options_files = [path for path in named if path.is_file()]
     return RequestInputs(
         checkpoint=checkpoint.resolve().name,

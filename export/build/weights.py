@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ditc.export.graph.passes.qdq import codes_of
 from ditc.export.networks.loading import WeightSource
 from ditc.runtime.errors import BuildError
 from ditc.runtime.session import Array
-from ditc.runtime.weight_map import Transform, Weight, invert, is_lossless
+from ditc.runtime.weight_map import NativeName, Transform, Weight, invert, is_lossless
 
 
 def weights_of(sources: Iterable[WeightSource], model: ir.Model) -> tuple[Weight, ...]:
@@ -26,6 +27,11 @@ def weights_of(sources: Iterable[WeightSource], model: ir.Model) -> tuple[Weight
         BuildError: a parameter is not in the graph, so that the graph would ignore a tensor of the checkpoint.
     """
     return tuple(_weight(source, model) for source in sources)
+
+
+def with_native_names(weights: Iterable[Weight], names: Mapping[str, NativeName]) -> tuple[Weight, ...]:
+    """The weight map of a stage of the transformer, with the names of the family's own files."""
+    return tuple(replace(weight, native=names.get(weight.checkpoint)) for weight in weights)
 
 
 def rebuild(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:

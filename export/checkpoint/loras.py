@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,34 +12,37 @@ from ditc.export.checkpoint.open import Checkpoint, Component
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
 from ditc.runtime.bundle.manifest import FoldedLora
 from ditc.runtime.lora.choice import LoraChoice
-from ditc.runtime.lora.lora import Change, ScaledLora, changed, changes_of, check_fits
+from ditc.runtime.lora.lora import Change, ScaledLora, changed, changes_of
 from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.lora.names import KnownWeights, resolved
+from ditc.runtime.weight_map import NativeName
 
 
-def read_choices(choices: Sequence[LoraChoice]) -> tuple[ScaledLora, ...]:
-    """The LoRAs of the files.
+def read_choices(
+    choices: Sequence[LoraChoice], checkpoint: Checkpoint, native: Mapping[str, NativeName]
+) -> tuple[ScaledLora, ...]:
+    """The LoRAs of the files, under the names of the checkpoint's tensors.
+
+    Args:
+        native: where the family's own files hold the transformer's tensors (`Family.native_names`).
 
     Raises:
-        UsageError: a file is no LoRA.
+        UsageError: a file is no LoRA, or does not fit the checkpoint; the message names the key.
     """
-    return tuple(ScaledLora(read_lora(choice.file), choice.scale) for choice in choices)
+    files = [(read_lora(choice.file), choice.scale) for choice in choices]
+    shapes = {
+        name: {tensor: component.tensors.shape(tensor) for tensor in component.tensors}
+        for name, component in (checkpoint.components.items() if files else ())
+    }
+    known = KnownWeights(shapes, native)
+    return tuple(ScaledLora(resolved(file, known), scale) for file, scale in files)
 
 
 def with_loras(checkpoint: Checkpoint, loras: Sequence[ScaledLora]) -> Checkpoint:
-    """The checkpoint with the changes of the LoRAs added to its weights, in fp32, in their order.
-
-    Raises:
-        UsageError: a LoRA does not fit the checkpoint; the message names the key.
-    """
+    """The checkpoint with the changes of the LoRAs, which fit it, added to its weights, in fp32, in their order."""
     if not loras:
         return checkpoint
     components = checkpoint.components
-    shapes = {
-        name: {tensor: component.tensors.shape(tensor) for tensor in component.tensors}
-        for name, component in components.items()
-    }
-    for scaled in loras:
-        check_fits(scaled.lora, shapes)
     folded = tuple(
         FoldedLora(
             file=scaled.lora.name,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from ditc.export.checkpoint.tensors import TensorEntry
 from ditc.runtime.errors import CheckpointError
+from ditc.runtime.weight_map import NativeName
 
 SHOWN = 4
 
@@ -46,6 +47,22 @@ def swapped(name: str, whole: TensorEntry) -> TensorEntry:
 def reshaped(whole: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     """The same values in another shape, in row-major order."""
     return TensorEntry(shape, whole.dtype, lambda: whole.load().reshape(shape))
+
+
+def native_names_of(
+    rows: Mapping[str, Sequence[str]], swapped: Collection[str] = ()
+) -> dict[str, NativeName]:
+    """Where the family's own files hold each tensor of diffusers, by its name there.
+
+    Args:
+        rows: for the native name of every tensor, the names of the diffusers tensors that it holds, in their order.
+        swapped: native names of tensors whose halves are exchanged.
+    """
+    return {
+        name: NativeName(name=native, part=part, parts=len(names), swapped=native in swapped)
+        for native, names in rows.items()
+        for part, name in enumerate(names)
+    }
 
 
 def check_names(found: Collection[str], wanted: Collection[str], *, hint: str) -> None:

@@ -5,6 +5,7 @@ Every folder has the same file names, so a row only names the folder:
     adapter.py   ADAPTER plans and loads the stages (contract.Adapter)
     recipe.py    RECIPES, by name, say which layers become 8-bit (quant.recipes.Recipe)
     convert.py   LAYOUT converts the family's native files; only where it has any (convert.layout.NativeLayout)
+    keys.py      native_names says where these files hold the transformer's tensors; only where it has any
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ditc.export.contract import Adapter
     from ditc.export.convert.layout import NativeLayout
     from ditc.export.quant.recipes import Recipe
+    from ditc.runtime.weight_map import NativeName
 
 DIFFUSERS = "diffusers"
 
@@ -66,6 +68,15 @@ class Family:
             return None
         layout: NativeLayout = self._module("convert").LAYOUT
         return layout
+
+    def native_names(self, checkpoint: Checkpoint) -> dict[str, NativeName]:
+        """Where the family's own files hold each tensor of the transformer; {} where it has none."""
+        if not self.has_native_layout:
+            return {}
+        names: dict[str, NativeName] = self._module("keys").native_names(
+            checkpoint.component("transformer").tensors
+        )
+        return names
 
     def _module(self, name: str) -> Any:
         return import_module(f"{self.package}.{name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from ditc.export.checkpoint.loras import read_choices, with_loras
 from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
-from ditc.export.families import find_adapter
+from ditc.export.families import find_adapter, find_family
 from ditc.export.graph.torch_session import TorchSession, compute_device
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.bundle.manifest import SCHEMA_VERSION, Manifest, Stage
 from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.lora import ScaledLora
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import ComputeDevice, Session, Tensor
 from ditc.runtime.spec import CONDITIONER, CONTROL_CONDITIONER, DENOISER, StageSpec
@@ -92,7 +94,7 @@ class TorchModel:
             self.original = self.checkpoint = source
         else:
             self.original = open_checkpoint(source, variant=options.variant)
-            self.checkpoint = with_loras(self.original, read_choices(options.loras))
+            self.checkpoint = with_loras(self.original, scaled_loras(self.original, options.loras))
         self.adapter = find_adapter(self.checkpoint)
         self.options = options if like is None else _sized(options, like)
         self.plan: ModelPlan = self.adapter.plan(self.checkpoint, self.options)
@@ -153,6 +155,15 @@ class TorchModel:
             files=(),
             tools={},
         )
+
+
+def scaled_loras(checkpoint: Checkpoint, choices: Sequence[LoraChoice]) -> tuple[ScaledLora, ...]:
+    """The LoRAs of the files, under the names of the checkpoint's tensors.
+
+    Raises:
+        UsageError: a file is no LoRA, or does not fit the checkpoint.
+    """
+    return read_choices(choices, checkpoint, find_family(checkpoint).native_names(checkpoint))
 
 
 def _sized(options: BuildOptions, like: Manifest) -> BuildOptions:

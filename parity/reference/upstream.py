@@ -8,9 +8,11 @@ Upstream is diffusers, or the family's module in this folder if diffusers has no
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import nn
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.edits import Edit
+from ditc.parity.folded_loras import in_diffusers_form
 from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.parity.reference.edits import described, draw_edit
 from ditc.parity.reference.perturbed_attention import with_perturbed_attention
@@ -88,7 +91,7 @@ class Upstream:
         open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
             self.pipeline: Any = open_pipeline(checkpoint, dtype)
-            _fuse(self.pipeline, loras)
+            _fuse(self.pipeline, loras, checkpoint)
         except (OSError, ValueError, TypeError, RuntimeError) as e:
             name = upstream_name(checkpoint)
             raise CheckpointError(
@@ -204,15 +207,17 @@ class Upstream:
         return given
 
 
-def _fuse(pipeline: Any, loras: Sequence[LoraChoice]) -> None:
+def _fuse(pipeline: Any, loras: Sequence[LoraChoice], checkpoint: Checkpoint) -> None:
     """Let diffusers, with peft, read the LoRAs and add them to the weights. The modules keep their names."""
     if not loras:
         return
     if not hasattr(pipeline, "load_lora_weights"):  # SanaPAGPipeline of diffusers 0.42.1
         pipeline = _loader_of(pipeline)
     names = [f"lora{index}" for index in range(len(loras))]
-    for name, choice in zip(names, loras, strict=True):
-        pipeline.load_lora_weights(str(choice.file.parent), weight_name=choice.file.name, adapter_name=name)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, choice in zip(names, loras, strict=True):
+            file = in_diffusers_form(choice, checkpoint, Path(folder))
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     pipeline.set_adapters(names, [choice.scale for choice in loras])
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()

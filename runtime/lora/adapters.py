@@ -60,7 +60,7 @@ class Adapters:
                 "a certificate is required, and none is about weights with a LoRA in them",
                 hint="build the bundle with the LoRA, and run ditc parity on it",
             )
-        lora = read_lora(file)
+        lora = self._reopener.resolved(read_lora(file))
         self._reopener.stages_of([ScaledLora(lora)])
         self._loaded[name] = lora
         return name

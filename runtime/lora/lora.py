@@ -115,7 +115,7 @@ def check_fits(lora: Lora, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
                     f"{lora.name} changes {layer.key} by a weight of shape {layer.shape}, but {name} of the "
                     f"{component} has {tuple(shape)}",
                     hint=OTHER_NETWORK
-                    if len(shape) == 2 or shape[1] == layer.shape[1]
+                    if len(shape) != 4 or shape[1] == layer.shape[1]
                     else f"{OTHER_NETWORK}. The LoRA of a convolution in groups cannot be merged (peft)",
                 )
 

@@ -1,12 +1,13 @@
-"""Reads a LoRA from a safetensors file in the form of diffusers: pairs of matrices under the names of their modules.
+"""Reads a LoRA from a safetensors file: pairs of matrices under the names of their modules.
 
     transformer.transformer_blocks.0.attn1.to_q.lora_A.weight              A: .lora_A, .lora_down, .lora.down
     transformer.transformer_blocks.0.attn1.to_q.lora_B.weight              B: .lora_B, .lora_up, .lora.up
     transformer.transformer_blocks.0.attn1.to_q.alpha                      optional
     transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector      optional, for DoRA
 
-The first part of a name is the component. Where a file has no alpha, neither under a key nor in its metadata, alpha is
-the rank, as in `get_peft_kwargs` of diffusers 0.42.1.
+names.py says which weights the modules' names mean. Where a file has no alpha, neither under a key nor in its metadata,
+alpha is the rank, as in `get_peft_kwargs` of diffusers 0.42.1. Names that begin with PEFT_PREFIX are peft's own, and
+their settings are in CONFIG beside the file.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ditc.runtime.bundle.safetensors import parse_safetensors
 from ditc.runtime.errors import UsageError
-from ditc.runtime.lora.lora import Lora, LoraLayer
-from ditc.runtime.lora.metadata import Scalings, read_scalings
+from ditc.runtime.lora.lora import LoraLayer
+from ditc.runtime.lora.metadata import Scalings, read_config, read_scalings
 from ditc.runtime.session import Array
 
 # Rank 256 of every layer of a network with 8 billion weights has about 2.5 GB in fp32.
@@ -38,16 +40,13 @@ ENDINGS = {
     ALPHA: (".alpha",),
     MAGNITUDE: (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
 }
-# Kinds of files and keys that are known and not applied, with the reason.
+# What names begin with where peft has saved the file, and the file beside it that then holds alpha (`save_pretrained`,
+# peft 0.21.2).
+PEFT_PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+MAX_CONFIG_BYTES = 2**20
+# Kinds of keys that are known and not applied, with the reason.
 REFUSED = (
-    (
-        r"^base_model\.model\.",
-        "peft's own files keep alpha in another file, adapter_config.json: save it with pipe.save_lora_weights()",
-    ),
-    (
-        r"^lora_(unet|transformer|te\d?)_",
-        "kohya's names do not say where a module's name ends: convert the file to diffusers' names",
-    ),
     (r"\.lora_[AB]\.bias$", "a LoRA's own biases are not applied: train without lora_bias"),
     (
         r"\.diff(_b)?$|\.(weight|bias)$",
@@ -64,14 +63,36 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 AS_DIFFUSERS_SAVES = "give a LoRA as pipe.save_lora_weights() of diffusers writes it"
 
 
-def read_lora(path: Path) -> Lora:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """What a file holds, before it is known which weights its names mean.
+
+    Attributes:
+        name: the file's name.
+        sha256: the hash of the file, and of the settings beside it where they count.
+        layers: the changes, by the module's name in the file.
+    """
+
+    name: str
+    sha256: str
+    layers: Mapping[str, LoraLayer]
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that decide what `read_lora` reads: the LoRA, and peft's settings if they lie beside it."""
+    config = path.with_name(CONFIG)
+    return (path, config) if config.is_file() else (path,)
+
+
+def read_lora(path: Path) -> LoraFile:
     """Read the whole file, and check it without a network.
 
     Raises:
         UsageError: it is missing, too large or not safetensors; a key belongs to no LoRA; a half of a pair is missing;
-            the ranks of a pair differ, or are 0; or a value is NaN or Inf. The message names the key.
+            the ranks of a pair differ, or are 0; a value is NaN or Inf; or peft's settings are missing or say that
+            something else than a LoRA was trained. The message names the key.
     """
-    data = _bytes_of(path)
+    data = _bytes_of(path, MAX_BYTES)
     try:
         tensors, metadata = parse_safetensors(data)
     except ValueError as e:
@@ -83,20 +104,31 @@ def read_lora(path: Path) -> Lora:
         raise UsageError(f"{path} is not a safetensors file: {e}", hint=hint) from e
     if not tensors:
         raise UsageError(f"{path} holds no tensors", hint=AS_DIFFUSERS_SAVES)
-    scalings = read_scalings(path, metadata)
-    components: dict[str, dict[str, LoraLayer]] = defaultdict(dict)
-    for module, parts in _modules(path, tensors).items():
-        component, _, inner = module.partition(".")
-        components[component][f"{inner}.weight"] = _layer(path, module, parts, scalings)
-    return Lora(name=path.name, sha256=hashlib.sha256(data).hexdigest(), components=dict(components))
+    modules = _modules(path, tensors)
+    own = [module for module in modules if module.startswith(PEFT_PREFIX)]
+    if own and len(own) < len(modules):
+        other = next(module for module in modules if module not in own)
+        raise UsageError(
+            f"{path.name} holds {own[0]} and {other}: only one of the names begins with {PEFT_PREFIX}",
+            hint="two files are mixed in it",
+        )
+    digest = hashlib.sha256(data)
+    if own:
+        content = _config_of(path, own[0])
+        digest.update(content)
+        scalings = read_config(f"{path.name}, {CONFIG}", PEFT_PREFIX, content)
+    else:
+        scalings = read_scalings(path.name, metadata, modules)
+    layers = {module: _layer(path, module, parts, scalings) for module, parts in modules.items()}
+    return LoraFile(name=path.name, sha256=digest.hexdigest(), layers=layers)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: Path, most: int) -> bytes:
     try:
         size = path.stat().st_size
-        if size > MAX_BYTES:
+        if size > most:
             raise UsageError(
-                f"the LoRA {path} has {size} bytes, and at most {MAX_BYTES} are read",
+                f"the LoRA {path} has {size} bytes, and at most {most} are read",
                 hint="is it a whole checkpoint? A LoRA holds only small matrices",
             )
         return path.read_bytes()
@@ -105,6 +137,17 @@ def _bytes_of(path: Path) -> bytes:
         raise UsageError(
             f"the LoRA {path} cannot be read: {why}", hint="give the path of a .safetensors file"
         ) from e
+
+
+def _config_of(path: Path, module: str) -> bytes:
+    """The content of peft's settings beside the file, without which alpha is not known."""
+    config = path.with_name(CONFIG)
+    if not config.is_file():
+        raise UsageError(
+            f"{path.name} holds {module}, whose alpha is in {CONFIG}, and there is no such file beside it",
+            hint="peft's save_pretrained() writes both: put them into one folder",
+        )
+    return _bytes_of(config, MAX_CONFIG_BYTES)
 
 
 def _modules(path: Path, tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
@@ -123,13 +166,10 @@ def _modules(path: Path, tensors: Mapping[str, Array]) -> dict[str, dict[str, Ar
 
 def _parsed(path: Path, key: str) -> tuple[str, str]:
     """The module that a key belongs to, and which part of its change the tensor is."""
-    for pattern, why in REFUSED[:2]:
-        if re.search(pattern, key):
-            raise UsageError(f"{path.name} holds {key:.200}, which is not applied", hint=why)
     for kind, endings in ENDINGS.items():
         for ending in endings:
             module = key.removesuffix(ending)
-            if module != key and "." in module:
+            if module and module != key:
                 return module, kind
     why = next((why for pattern, why in REFUSED if re.search(pattern, key)), AS_DIFFUSERS_SAVES)
     raise UsageError(f"{path.name} holds {key:.200}, which is not applied", hint=why)

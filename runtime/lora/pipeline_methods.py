@@ -25,7 +25,7 @@ class LoraMethods:
         """Add a LoRA to the weights, alone and with the scale 1, and return its name. `set_adapters` changes that.
 
         Args:
-            file: a safetensors file as diffusers saves it, or its folder; docs/lora.md says what is read.
+            file: a safetensors file, or its folder; docs/lora.md says what is read.
             adapter_name: under which it is known; None for default_0, default_1 and so on.
             weight_name: the name of the file, if `file` is its folder.
 

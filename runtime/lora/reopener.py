@@ -12,18 +12,18 @@ from ditc.runtime.bundle.private_copy import private_copy
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.lora.lora import Change, ScaledLora, changes_of, check_fits
+from ditc.runtime.lora.lora import Change, Lora, ScaledLora, changes_of
+from ditc.runtime.lora.lora_file import LoraFile
+from ditc.runtime.lora.names import TRANSFORMER, KnownWeights, resolved
 from ditc.runtime.lora.stage_weights import StoredWeights, changed_initializers
 from ditc.runtime.session import Session
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import is_graph, row_of
 from ditc.runtime.spec import CONDITIONER, DENOISER, EIGHT_BITS, Precision
-from ditc.runtime.weight_map import Weight, read_weight_map
+from ditc.runtime.weight_map import NativeName, Weight, read_weight_map
 
 FOLD = "build the bundle with the LoRA: ditc build CHECKPOINT -o BUNDLE --lora FILE"
-# The component of both stages that are made of the denoising network.
-TRANSFORMER = "transformer"
 # Where the values of a weight in 8 bits are read before it was quantized, the most exact first.
 ORIGINALS = tuple(precision for precision in Precision if precision not in EIGHT_BITS)
 
@@ -47,21 +47,29 @@ class Reopener:
         default_factory=set, init=False
     )  # files that were hashed after the bundle was loaded
 
+    def resolved(self, file: LoraFile) -> Lora:
+        """The LoRA under the names of the checkpoint's tensors.
+
+        Raises:
+            UsageError: it does not fit the bundle.
+            BundleError: a weight map is missing or damaged.
+        """
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        native: dict[str, NativeName] = {}
+        for stage, weights in self._weight_maps().items():
+            shapes.setdefault(self.component(stage), {}).update({w.checkpoint: w.shape for w in weights})
+            native.update({w.checkpoint: w.native for w in weights if w.native is not None})
+        return resolved(file, KnownWeights(shapes, native))
+
     def stages_of(self, loras: Iterable[ScaledLora]) -> dict[str, dict[str, list[Change]]]:
         """The changes of every stage whose weights change, by the checkpoint's names.
 
         Raises:
-            UsageError: a LoRA does not fit the bundle, or a stage's weights cannot be changed.
+            UsageError: a stage's weights cannot be changed.
             BundleError: a weight map is missing or damaged.
         """
         loras, found = tuple(loras), {}
-        maps = self._weight_maps()
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for stage, weights in maps.items():
-            shapes.setdefault(self.component(stage), {}).update({w.checkpoint: w.shape for w in weights})
-        for scaled in loras:
-            check_fits(scaled.lora, shapes)
-        for stage, weights in maps.items():
+        for stage, weights in self._weight_maps().items():
             all_changes = changes_of(loras, self.component(stage))
             changes = {
                 w.checkpoint: all_changes[w.checkpoint] for w in weights if w.checkpoint in all_changes

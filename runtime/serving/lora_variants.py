@@ -33,13 +33,14 @@ def lora_variants(
     """
     found: dict[str, tuple[str, LoraChoice]] = {}
     for name, choice in loras.items():
-        scaled = ScaledLora(read_lora(choice.file), choice.scale)
+        file = read_lora(choice.file)
         refusal: UsageError | None = None
         for bundle, path in bundles.items():
             manifest = load_manifest(path)
             artifacts, _ = choose_here(path, manifest, load)
             try:
-                Reopener(path, manifest, artifacts, load).stages_of([scaled])
+                reopener = Reopener(path, manifest, artifacts, load)
+                reopener.stages_of([ScaledLora(reopener.resolved(file), choice.scale)])
             except UsageError as e:
                 refusal = e
                 continue

@@ -15,12 +15,11 @@ from tiny_sana import make_pipeline
 from ditc.export.checkpoint.loras import with_loras
 from ditc.export.checkpoint.open import open_checkpoint
 from ditc.parity.candidate import Candidate, open_candidate
-from ditc.parity.reference.pytorch import TorchModel
+from ditc.parity.reference.pytorch import TorchModel, scaled_loras
 from ditc.parity.reference.upstream import Upstream
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.lora.lora import ScaledLora, changed, changes_of
-from ditc.runtime.lora.lora_file import read_lora
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.tolerances import Level
 from ditc.runtime.weight_map import apply, read_weight_map
@@ -55,9 +54,10 @@ def with_weights(bundle: Path, checkpoint: Path, loras: Sequence[ScaledLora]) ->
 
 def test_an_alpha_that_was_ignored_is_named_by_its_factor(lora, tiny_bundle, tiny_checkpoint) -> None:
     choice = (LoraChoice(lora),)
-    right = with_weights(tiny_bundle, tiny_checkpoint, [ScaledLora(read_lora(lora))])
+    loras = scaled_loras(open_checkpoint(tiny_checkpoint), choice)
+    right = with_weights(tiny_bundle, tiny_checkpoint, loras)
     assert not failures(context_of(tiny_checkpoint, right, loras=choice), Level.GRAPH)
-    wrong = with_weights(tiny_bundle, tiny_checkpoint, [ScaledLora(alpha_ignored(lora))])
+    wrong = with_weights(tiny_bundle, tiny_checkpoint, [alpha_ignored(loras[0])])
     (found,) = failures(context_of(tiny_checkpoint, wrong, loras=choice), Level.GRAPH)
     assert found.stage == DENOISER and found.culprit is not None
     assert "the LoRA's change is 2 times the reference's: its alpha" in found.causes[0]
@@ -76,7 +76,7 @@ def test_a_pipeline_that_reads_no_loras_gets_them_through_one_that_does(lora, pa
     checkpoint = open_checkpoint(pag_checkpoint)
     upstream = Upstream(checkpoint, loras=(LoraChoice(lora, 0.5),))
     assert type(upstream.pipeline).__name__ == "SanaPAGPipeline"
-    changes = changes_of([ScaledLora(read_lora(lora), 0.5)], "transformer")
+    changes = changes_of(scaled_loras(checkpoint, [LoraChoice(lora, 0.5)]), "transformer")
     own = checkpoint.component("transformer").tensors
     fused = upstream.pipeline.transformer.state_dict()
     assert changes and set(fused) == set(own)
@@ -87,7 +87,8 @@ def test_a_pipeline_that_reads_no_loras_gets_them_through_one_that_does(lora, pa
 
 
 def test_an_alpha_that_was_ignored_is_caught_by_the_stages_and_upstream(lora, tiny_checkpoint) -> None:
-    wrong = with_loras(open_checkpoint(tiny_checkpoint), [ScaledLora(alpha_ignored(lora))])
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    wrong = with_loras(checkpoint, [alpha_ignored(scaled_loras(checkpoint, [LoraChoice(lora)])[0])])
     candidate = Candidate(pipeline=TorchModel(wrong).pipeline)
     context = context_of(tiny_checkpoint, candidate, loras=(LoraChoice(lora),), with_upstream=True)
     found = {result.stage: result for result in failures(context, Level.STAGE)}

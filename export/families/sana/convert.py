@@ -14,7 +14,7 @@ from ditc.export.checkpoint.tensors import TensorSource
 from ditc.export.convert.layout import DTYPES, NativeLayout, NativeOptions
 from ditc.export.convert.new_directory import copy_others, write_json
 from ditc.export.convert.writer import write_weights
-from ditc.export.families.sana.keys import SanaKeys, to_diffusers, to_native
+from ditc.export.families.sana.keys import SanaKeys, keys_of, to_diffusers, to_native
 from ditc.export.families.sana.native import detect_keys, is_native, transformer_config
 from ditc.export.families.sana.video_native import video_transformer_config
 from ditc.runtime.errors import CheckpointError
@@ -62,14 +62,8 @@ class SanaLayout:
         """The transformer's tensors under NVlabs' names. Training-only tensors cannot be restored."""
         transformer = checkpoint.component("transformer")
         tensors = transformer.tensors
-        keys = SanaKeys(
-            num_layers=sum(name.endswith(".attn1.to_q.weight") for name in tensors),
-            qk_norm=any(name.endswith(".norm_q.weight") for name in tensors),
-            guidance_embeds=any(".guidance_embedder." in name for name in tensors),
-            video=any(name.endswith(".ff.conv_temp.weight") for name in tensors),
-        )
         with naming(transformer.place):
-            return to_native(tensors, keys)
+            return to_native(tensors, keys_of(tensors))
 
 
 LAYOUT: NativeLayout = SanaLayout()

@@ -7,10 +7,12 @@ tensor is the concatenation (dim 0) of several diffusers tensors, in the order g
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
-from ditc.export.convert.key_map import check_names, joined, split
+from ditc.export.convert.key_map import check_names, joined, native_names_of, split
+from ditc.runtime.weight_map import NativeName
 
 # Training-only tensors (CFG dropout, loss weighting) and a table that inference recomputes.
 DROPPED = frozenset({"y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias"})
@@ -89,6 +91,21 @@ class SanaKeys:
                     f"transformer_blocks.{index}.{part}" for part in parts
                 )
         return rows
+
+
+def keys_of(diffusers: Collection[str]) -> SanaKeys:
+    """What the names of a transformer's tensors in diffusers show."""
+    return SanaKeys(
+        num_layers=sum(name.endswith(".attn1.to_q.weight") for name in diffusers),
+        qk_norm=any(name.endswith(".norm_q.weight") for name in diffusers),
+        guidance_embeds=any(".guidance_embedder." in name for name in diffusers),
+        video=any(name.endswith(".ff.conv_temp.weight") for name in diffusers),
+    )
+
+
+def native_names(diffusers: Collection[str]) -> dict[str, NativeName]:
+    """Where NVlabs' files hold each tensor of a transformer, by its name in diffusers."""
+    return native_names_of(keys_of(diffusers).rows())
 
 
 def to_diffusers(native: TensorSource, keys: SanaKeys) -> TensorSource:

@@ -17,7 +17,6 @@ from ditc.export.convert.new_directory import copy_others, write_json
 from ditc.export.convert.writer import write_weights
 from ditc.export.families.sd3 import keys as sd3_keys
 from ditc.export.families.sd3 import native as stability
-from ditc.export.families.sd3.keys import Sd3Keys
 from ditc.export.families.sd3.pipeline import PIPELINE
 from ditc.runtime.errors import CheckpointError, UsageError
 
@@ -77,15 +76,8 @@ class StabilityLayout:
         """The transformer, and the VAE if there is one, under Stability's names and prefixes."""
         transformer = checkpoint.component("transformer")
         tensors = transformer.tensors
-        keys = Sd3Keys(
-            num_layers=sum(name.endswith(".attn.to_q.weight") for name in tensors),
-            qk_norm=any(name.endswith(".attn.norm_q.weight") for name in tensors),
-            dual_attention_layers=tuple(
-                sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".attn2.to_q.weight"))
-            ),
-        )
         with naming(transformer.place):
-            parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, keys)}
+            parts = {stability.TRANSFORMER: sd3_keys.to_native(tensors, sd3_keys.keys_of(tensors))}
         if "vae" in checkpoint.components:
             vae = checkpoint.component("vae")
             with naming(vae.place):

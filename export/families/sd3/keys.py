@@ -7,10 +7,12 @@ layer and that of the text in the last block, Stability has shift before scale a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ditc.export.checkpoint.tensors import TensorEntry, TensorSource
-from ditc.export.convert.key_map import check_names, joined, split, swapped
+from ditc.export.convert.key_map import check_names, joined, native_names_of, split, swapped
+from ditc.runtime.weight_map import NativeName
 
 # Native -> diffusers; each name stands for its .weight and .bias.
 _LAYERS = {
@@ -89,6 +91,23 @@ class Sd3Keys:
         for native, parts in layers.items():
             block.update(_both(native, parts))
         return block
+
+
+def keys_of(diffusers: Collection[str]) -> Sd3Keys:
+    """What the names of a transformer's tensors in diffusers show."""
+    return Sd3Keys(
+        num_layers=sum(name.endswith(".attn.to_q.weight") for name in diffusers),
+        qk_norm=any(name.endswith(".attn.norm_q.weight") for name in diffusers),
+        dual_attention_layers=tuple(
+            sorted(int(name.split(".")[1]) for name in diffusers if name.endswith(".attn2.to_q.weight"))
+        ),
+    )
+
+
+def native_names(diffusers: Collection[str]) -> dict[str, NativeName]:
+    """Where Stability's files hold each tensor of a transformer, by its name in diffusers."""
+    keys = keys_of(diffusers)
+    return native_names_of(keys.rows(), keys.swapped())
 
 
 def to_diffusers(native: TensorSource, keys: Sd3Keys) -> TensorSource:

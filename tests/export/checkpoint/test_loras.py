@@ -12,9 +12,12 @@ from lora_files import fused, fused_text_encoder, make_lora
 from safetensors.torch import load_file
 
 from ditc.export.checkpoint.loras import read_choices, with_loras
-from ditc.export.checkpoint.open import Component, open_checkpoint
+from ditc.export.checkpoint.open import Checkpoint, Component, open_checkpoint
+from ditc.export.families import find_family
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.lora import ScaledLora
+from ditc.runtime.lora.lora_file import read_lora
 
 pytest.importorskip("peft", reason="diffusers reads LoRAs with peft")
 
@@ -22,6 +25,10 @@ pytest.importorskip("peft", reason="diffusers reads LoRAs with peft")
 SAME = 1e-6
 CLIP_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 SD3_LAYERS = ("attn.to_q", "attn.add_k_proj", "attn.to_add_out", "ff.net.0.proj", "norm1.linear", "proj_out")
+
+
+def chosen(checkpoint: Checkpoint, *choices: LoraChoice) -> tuple[ScaledLora, ...]:
+    return read_choices(choices, checkpoint, find_family(checkpoint).native_names(checkpoint))
 
 
 def sana() -> Any:
@@ -61,8 +68,8 @@ def test_the_weights_are_those_of_diffusers_with_the_same_loras_fused(name, tmp_
     make().save_pretrained(tmp_path / "checkpoint")
     theirs = fused(make(), files)
     plain = open_checkpoint(tmp_path / "checkpoint")
-    folded = with_loras(plain, read_choices([LoraChoice(*file) for file in files]))
-    changed = read_choices([LoraChoice(*files[0])])[0].lora.components["transformer"]
+    folded = with_loras(plain, chosen(plain, *(LoraChoice(*file) for file in files)))
+    changed = chosen(plain, LoraChoice(*files[0]))[0].lora.components["transformer"]
     check(
         plain.component("transformer"),
         folded.component("transformer"),
@@ -78,9 +85,9 @@ def test_a_text_encoder_has_the_weights_that_peft_makes(tmp_path: Path) -> None:
     theirs = fused_text_encoder(sd3().text_encoder, file, 0.7, **settings)
     theirs.save_pretrained(tmp_path / "fused")
     plain = open_checkpoint(tmp_path / "checkpoint")
-    folded = with_loras(plain, read_choices([LoraChoice(file, 0.7)]))
+    folded = with_loras(plain, chosen(plain, LoraChoice(file, 0.7)))
     assert folded.loras[0].components == ("text_encoder", "transformer")
-    changed = read_choices([LoraChoice(file)])[0].lora.components["text_encoder"]
+    changed = chosen(plain, LoraChoice(file))[0].lora.components["text_encoder"]
     expected = load_file(tmp_path / "fused" / "model.safetensors")
     check(plain.component("text_encoder"), folded.component("text_encoder"), expected, changed)
 
@@ -103,7 +110,7 @@ def test_a_lora_of_another_network_is_refused_before_any_weight_is_read(
 ) -> None:
     file = make_lora(sd3(), tmp_path, layers=SD3_LAYERS)
     with pytest.raises(UsageError, match=r"changes transformer\.\S+"):
-        with_loras(open_checkpoint(tiny_checkpoint), read_choices([LoraChoice(file)]))
+        chosen(open_checkpoint(tiny_checkpoint), LoraChoice(file))
 
 
 def test_a_lora_of_a_depthwise_convolution_is_refused(tmp_path: Path) -> None:
@@ -113,4 +120,4 @@ def test_a_lora_of_a_depthwise_convolution_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"conv_depth has lora_A of shape .* and lora_B of shape .* ranks differ"
     ):
-        read_choices([LoraChoice(file)])
+        read_lora(file)

@@ -140,13 +140,14 @@ def test_weights_in_8_bits_are_read_from_the_most_exact_graph_too(tiny_bundle: P
 
 def test_engines_take_loras_if_they_were_built_for_it(tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = load_manifest(tiny_bundle)
-    loras = [ScaledLora(read_lora(lora(tmp_path / "a.safetensors")))]
+    file = read_lora(lora(tmp_path / "a.safetensors"))
     for refit in (None, True):
         engines = {
             name: replace(stage.artifacts[0], backend=Backend.TENSORRT, refit=refit)
             for name, stage in manifest.stages.items()
         }
         reopener = Reopener(tiny_bundle, manifest, engines, LoadOptions())
+        loras = [ScaledLora(reopener.resolved(file))]
         if refit:
             assert list(reopener.stages_of(loras)) == [DENOISER]
             continue
@@ -165,7 +166,7 @@ def test_a_graph_that_was_damaged_after_loading_is_not_read(tiny_bundle: Path, t
     with (bundle / fp32.data[0].path).open("r+b") as file:
         file.write(b"other")
     reopener = Reopener(bundle, manifest, artifacts, LoadOptions())
-    loras = [ScaledLora(read_lora(lora(tmp_path / "a.safetensors")))]
+    loras = [ScaledLora(reopener.resolved(read_lora(lora(tmp_path / "a.safetensors"))))]
     with pytest.raises(BundleError, match="has been changed"):
         reopener.open(DENOISER, reopener.stages_of(loras)[DENOISER])
 

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import LoraChoice, parse_lora, parse_loras
-from ditc.runtime.lora.lora import ScaledLora, changed, check_fits
-from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.lora.lora import Lora, ScaledLora, changed
+from ditc.runtime.lora.lora_file import LoraFile, read_lora
+from ditc.runtime.lora.names import KnownWeights, resolved
 
 MODULE = "transformer.blocks.0.to_q"
 DOWN, UP = torch.arange(6.0).view(2, 3) + 1, torch.arange(8.0).view(4, 2) + 1
@@ -33,7 +34,11 @@ def pair(
 
 
 def layer_of(lora):
-    return lora.components["transformer"]["blocks.0.to_q.weight"]
+    return lora.layers[MODULE]
+
+
+def fitted(lora: LoraFile) -> Lora:
+    return resolved(lora, KnownWeights({"transformer": {"blocks.0.to_q.weight": (4, 3)}}, {}))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +108,6 @@ REFUSED = {
     "bias of a LoRA": (pair(**{".lora_B.bias": torch.ones(4)}), "to_q.lora_B.bias, which is not applied"),
     "whole tensor": ({".weight": torch.ones(4, 3)}, "to_q.weight, which is not applied"),
     "LyCORIS": ({".hada_w1_a": torch.ones(4, 3)}, "hada_w1_a, which is not applied"),
-    "kohya": ({"lora_transformer_blocks_0_to_q.lora_down.weight": DOWN}, "lora_transformer_blocks_0"),
-    "peft's own": ({"base_model.model.transformer.x.lora_A.weight": DOWN}, "base_model.model.transformer"),
     "other DoRA": (pair(**{".dora_scale": torch.ones(4, 1)}), "to_q.dora_scale, which is not applied"),
 }
 
@@ -125,6 +128,7 @@ def test_a_key_that_is_not_applied_is_named(name, tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"lora_alpha": float("nan")}, "is nan, which is not a finite number"),
+        ({"lora_alpha": 10**400}, "is 1000000"),
         ({"lora_alpha": "8"}, "is '8', which is not a finite number"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "is a regular expression"),
         ({"alpha_pattern": [1]}, "the alpha_pattern of the transformer is [1]"),
@@ -137,6 +141,14 @@ def test_settings_that_are_not_applied_are_named(settings, words, tmp_path: Path
     with pytest.raises(UsageError) as refused:
         lora_of(tmp_path, metadata, **pair())
     assert words in str(refused.value) and refused.value.hint
+
+
+def test_settings_for_a_component_that_no_key_names_are_refused(tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 8})}
+    with pytest.raises(
+        UsageError, match=r"is for text_encoder\., but no name begins so, such as transformer"
+    ):
+        lora_of(tmp_path, metadata, **pair())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])
@@ -154,7 +166,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_lora_of_another_network_is_refused_by_key_and_both_shapes(tmp_path: Path) -> None:
     lora = lora_of(tmp_path, **pair())
-    check_fits(lora, {"transformer": {"blocks.0.to_q.weight": (4, 3)}})
+    assert list(fitted(lora).components["transformer"]) == ["blocks.0.to_q.weight"]
     for shapes, words in (
         (
             {"transformer": {"blocks.0.to_q.weight": (4, 5)}},
@@ -167,7 +179,7 @@ def test_a_lora_of_another_network_is_refused_by_key_and_both_shapes(tmp_path: P
         ({"text_encoder": {}}, "there is no transformer, only text_encoder"),
     ):
         with pytest.raises(UsageError, match=words) as refused:
-            check_fits(lora, shapes)
+            resolved(lora, KnownWeights(shapes, {}))
         assert "another network" in str(refused.value.hint)
 
 
@@ -180,8 +192,8 @@ def test_several_loras_are_added_with_their_scales(tmp_path: Path) -> None:
 
 
 def test_the_identity_tells_scales_and_files_apart(tmp_path: Path) -> None:
-    lora = lora_of(tmp_path, **pair())
-    other = lora_of(tmp_path, **pair(**{".alpha": torch.tensor(1.0)}))
+    lora = fitted(lora_of(tmp_path, **pair()))
+    other = fitted(lora_of(tmp_path, **pair(**{".alpha": torch.tensor(1.0)})))
     found = {ScaledLora(lora).identity, ScaledLora(lora, 0.5).identity, ScaledLora(other).identity}
     assert len(found) == 3 and ScaledLora(lora, 1).identity in found
 
