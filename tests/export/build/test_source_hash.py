@@ -40,6 +40,7 @@ REVIEWED = {
     "runtime/bundle/calibration.py": "what ranges rest on: it is recorded beside a graph",
     "export/build/build_key.py": "hashes input files",
     "export/build/journal.py": "writes files",
+    "export/convert/writer.py": "writes checkpoints",
     "runtime/bundle/integrity.py": "hashes input files",
     "runtime/bundle/jsondata.py": "reads and writes JSON",
     "runtime/bundle/manifest.py": "facts that are in specs and in the manifest",
