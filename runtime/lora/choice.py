@@ -76,6 +76,6 @@ def add_lora_argument(parser: argparse.ArgumentParser, what: str) -> None:
         "--lora",
         action="append",
         metavar="FILE[:SCALE]",
-        help=f"{what} A safetensors file of diffusers, peft, ComfyUI or kohya; SCALE is a number without a unit, 1 if it "
-        "is left out. May be given several times (default: none).",
+        help=f"{what} A safetensors file of diffusers, peft, ComfyUI or kohya; SCALE is a number without a unit, 1 if "
+        "it is left out. May be given several times (default: none).",
     )
