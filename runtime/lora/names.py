@@ -28,8 +28,8 @@ from ditc.runtime.weight_map import NativeName
 # The component of the denoising network.
 TRANSFORMER = "transformer"
 COMFYUI = "diffusion_model."
-# How kohya's names begin, and the component each stands for (kohya-ss/sd-scripts, networks/lora.py and lora_sd3.py;
-# OneTrainer writes lora_transformer_).
+# How kohya's names begin, and the component each stands for (kohya-ss/sd-scripts, networks/lora.py and its
+# siblings for newer networks; OneTrainer writes lora_transformer_).
 KOHYA = {
     "lora_unet_": TRANSFORMER,
     "lora_transformer_": TRANSFORMER,
