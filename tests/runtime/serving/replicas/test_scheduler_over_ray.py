@@ -104,11 +104,14 @@ def serve(pool: Pool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         seat.ready = True
 
 
-def test_the_tests_of_the_scheduler_pass_in_a_worker_of_ray(started: None) -> None:
-    root = str(ROOT)
+def test_the_tests_of_the_scheduler_pass_in_a_worker_of_ray(started: None, tiny_bundle: Path) -> None:
+    root, folder, tests = str(ROOT), str(tiny_bundle.parent / "in-a-worker"), TESTS
 
     def run() -> int:
         os.chdir(root)
-        return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", TESTS]))
+        os.environ["PYTEST_XDIST_WORKER"] = (
+            "ray"  # as one of several processes, it takes the bundle that is there
+        )
+        return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--basetemp", folder, tests]))
 
     assert ray.get(ray.remote(run).remote()) == 0
