@@ -113,7 +113,7 @@ def decode_state(
                     picture = _video(session, following, latents, index, plan)
                 else:
                     raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
-                    _check_colours(is_uniform(to_uint8(raw)), index, plan)
+                    check_colours(is_uniform(to_uint8(raw)), index, plan)
                     picture = _as_requested(raw, plan)
             except NumericsError as error:
                 failure = Failure(index=index, reason=str(error), hint=error.hint)
@@ -128,7 +128,7 @@ def _video(first: Session, following: Session, latents: Tensor, index: int, plan
     video, uniform = decode_video(
         first, following, latents, height=plan.height, width=plan.width, as_pil=as_pil
     )
-    _check_colours(uniform, index, plan)
+    check_colours(uniform, index, plan)
     return video
 
 
@@ -148,7 +148,7 @@ def join(pictures: Sequence[Any], plan: Plan) -> Any:
     return np.concatenate([np.full_like(example, np.nan) if one is None else one for one in pictures])
 
 
-def _check_colours(uniform: bool, index: int, plan: Plan) -> None:
+def check_colours(uniform: bool, index: int, plan: Plan) -> None:
     """Raise NumericsError for a picture of one colour, or warn about it if the request allows such pictures."""
     what = "picture" if plan.frames is None else "video"
     if uniform and not plan.request.allow_uniform:

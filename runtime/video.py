@@ -91,6 +91,19 @@ def decoded_chunks(first: Session, following: Session, latents_1CFhw: Tensor) ->
         yield np.clip(frames[0].transpose(1, 0, 2, 3), -1, 1)
 
 
+def sized_chunks(
+    first: Session, following: Session, latents_1CFhw: Tensor, *, height: int, width: int
+) -> Iterator[Array]:
+    """The frames of `decoded_chunks`, resized and cropped to this size in pixels where they have another one.
+
+    Raises:
+        NumericsError: as in `decoded_chunks`.
+    """
+    for frames in decoded_chunks(first, following, latents_1CFhw):
+        same = frames.shape[2:] == (height, width)
+        yield frames if same else resize_and_crop(frames, height, width)
+
+
 def decode_video(
     first: Session, following: Session, latents_1CFhw: Tensor, *, height: int, width: int, as_pil: bool
 ) -> tuple[list[object] | Array, bool]:
@@ -107,10 +120,7 @@ def decode_video(
     pictures: list[object] = []
     arrays: list[Array] = []
     uniform = True
-    for chunk in decoded_chunks(first, following, latents_1CFhw):
-        frames = chunk
-        if frames.shape[2:] != (height, width):
-            frames = resize_and_crop(frames, height, width)
+    for frames in sized_chunks(first, following, latents_1CFhw, height=height, width=width):
         in_bytes = to_uint8(frames)
         uniform = uniform and all(is_uniform(frame) for frame in in_bytes)
         if as_pil:

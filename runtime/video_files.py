@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 from ditc.runtime.atomic import atomic_folder, atomic_path
 from ditc.runtime.errors import MissingExtra, OutputError, UsageError
@@ -24,6 +25,8 @@ WEBP_QUALITY = 90
 IMAGE_DESCRIPTION = 0x010E
 
 Save = Callable[[Sequence["Image"], Path, Mapping[str, str], int], None]
+# The kinds of files that are one file, and so can be sent.
+VideoFormat = Literal["mp4", "webp"]
 
 
 def check_video_path(path: Path) -> None:
@@ -38,7 +41,13 @@ def check_video_path(path: Path) -> None:
             f"output {path} is not a kind of file that holds a video",
             hint="name an .mp4 or .webp file, or a folder without a dot in its name for one PNG file per frame",
         )
-    if path.suffix.lower() == ".mp4" and find_spec("av") is None:
+    if path.suffix.lower() == ".mp4":
+        check_mp4()
+
+
+def check_mp4() -> None:
+    """Raise MissingExtra if PyAV is not installed."""
+    if find_spec("av") is None:
         raise MissingExtra("av (PyAV), which writes .mp4 files,", "video")
 
 
@@ -59,23 +68,62 @@ def save_video(frames: Sequence[Image], path: Path, settings: Mapping[str, str],
     return path
 
 
+def video_bytes(
+    frames: Sequence[Image], form: VideoFormat, settings: Mapping[str, str], *, fps: int, threads: int
+) -> bytes:
+    """A video as the bytes of a file, with the same content as the file of `save_video`.
+
+    Args:
+        threads: of the encoder of MP4 files. WebP is encoded by one.
+
+    Raises:
+        MissingExtra: as `check_video_path`.
+    """
+    file = BytesIO()
+    if form == "mp4":
+        check_mp4()
+        _write_mp4(frames, file, settings, fps, threads=threads)
+    else:
+        _write_webp(frames, file, settings, fps)
+    return file.getvalue()
+
+
 def _save_mp4(frames: Sequence[Image], path: Path, settings: Mapping[str, str], fps: int) -> None:
-    """H.264 in the form that every player takes: yuv420p, for which odd sides get one more row or column."""
     import av
 
     with atomic_path(path, hint=HINT) as partial:
         try:
-            with av.open(str(partial), "w", format="mp4") as container:
-                container.metadata["comment"] = json.dumps(settings)
-                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": CRF})
-                stream.width, stream.height = (side + side % 2 for side in frames[0].size)
-                stream.pix_fmt = "yuv420p"
-                for frame in frames:
-                    picture = av.VideoFrame.from_image(_even(frame))
-                    container.mux(stream.encode(picture))
-                container.mux(stream.encode())
+            _write_mp4(frames, str(partial), settings, fps)
         except av.FFmpegError as e:
             raise OutputError(f"cannot write {path}: {e}", hint=HINT) from e
+
+
+def _write_mp4(
+    frames: Sequence[Image],
+    target: str | IO[bytes],
+    settings: Mapping[str, str],
+    fps: int,
+    *,
+    threads: int = 0,
+) -> None:
+    """H.264 in the form that every player takes: yuv420p, for which odd sides get one more row or column.
+
+    Args:
+        target: a path, or a file that can be sought.
+        threads: of the encoder; 0 leaves their number to it.
+    """
+    import av
+
+    with av.open(target, "w", format="mp4") as container:
+        container.metadata["comment"] = json.dumps(settings)
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": CRF})
+        stream.width, stream.height = (side + side % 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = threads
+        for frame in frames:
+            picture = av.VideoFrame.from_image(_even(frame))
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def _even(frame: Image) -> Image:
@@ -93,21 +141,25 @@ def _even(frame: Image) -> Image:
 
 
 def _save_webp(frames: Sequence[Image], path: Path, settings: Mapping[str, str], fps: int) -> None:
+    with atomic_path(path, hint=HINT) as partial, partial.open("wb") as file:
+        _write_webp(frames, file, settings, fps)
+
+
+def _write_webp(frames: Sequence[Image], file: IO[bytes], settings: Mapping[str, str], fps: int) -> None:
     from PIL import Image as images
 
     exif = images.Exif()
     exif[IMAGE_DESCRIPTION] = json.dumps(settings)
-    with atomic_path(path, hint=HINT) as partial, partial.open("wb") as file:
-        frames[0].save(
-            file,
-            format="WEBP",
-            save_all=True,
-            append_images=list(frames[1:]),
-            duration=round(1000 / fps),
-            loop=0,
-            quality=WEBP_QUALITY,
-            exif=exif,
-        )
+    frames[0].save(
+        file,
+        format="WEBP",
+        save_all=True,
+        append_images=list(frames[1:]),
+        duration=round(1000 / fps),
+        loop=0,
+        quality=WEBP_QUALITY,
+        exif=exif,
+    )
 
 
 def _save_folder(frames: Sequence[Image], path: Path, settings: Mapping[str, str], fps: int) -> None:
