@@ -49,6 +49,8 @@ class Metrics:
             "ditc_rejected", "Valid requests that were not accepted.", [*label, "reason"], registry=registry
         )
         self.pictures = Counter("ditc_pictures", "Pictures that were drawn.", label, registry=registry)
+        self.videos = Counter("ditc_videos", "Videos that were drawn.", label, registry=registry)
+        self.frames = Counter("ditc_frames", "Frames of videos that were drawn.", label, registry=registry)
         self.pixel_steps = Counter(
             "ditc_pixel_steps",
             "Pixels times steps of the requests that were drawn.",
@@ -64,7 +66,7 @@ class Metrics:
         )
         self.stages = Histogram(
             "ditc_stage_seconds",
-            "Time of encoding texts, or of decoding a picture.",
+            "Time of encoding texts, or of decoding a picture or a latent frame of a video.",
             [*label, "stage"],
             buckets=_SECONDS,
             registry=registry,
@@ -78,7 +80,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "ditc_request_seconds",
-            "Time from a request's acceptance to its pictures.",
+            "Time from a request's acceptance to its pictures, before they are encoded.",
             label,
             buckets=_SECONDS,
             registry=registry,
@@ -131,6 +133,8 @@ class _ModelObserver(Observer):
             total = end.seconds["total"]
             metrics.seconds.labels(model).observe(total)
             metrics.pictures.labels(model).inc(sum(image is not None for image in end.images))
+            metrics.videos.labels(model).inc(sum(video is not None for video in end.videos))
+            metrics.frames.labels(model).inc(sum(len(video) for video in end.videos if video is not None))
             metrics.pixel_steps.labels(model).inc(work_of(job.plan))
             if job.predicted > 0:
                 metrics.predicted.labels(model).observe(total / job.predicted)

@@ -29,7 +29,6 @@ from ditc.runtime.serving.scheduling.scheduler import Scheduler
 from ditc.runtime.serving.scheduling.warm_up import begin_with, warm_up
 from ditc.runtime.serving.settings import SchedulerOptions
 from ditc.runtime.spec import Precision
-from ditc.runtime.video import refuse_videos
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +159,6 @@ def open_pipeline(bundle: Path, load: LoadOptions, lora: LoraChoice | None = Non
         DitcError: as `Pipeline.load`.
         NumericsError: a stage does not compute what it computed in PyTorch.
     """
-    refuse_videos(
-        load_manifest(bundle), "a server"
-    )  # a reload may find another bundle than the one at the start
     pipeline = Pipeline.load(bundle, options=load)
     try:
         if load.self_test:

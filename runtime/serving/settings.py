@@ -14,8 +14,8 @@ class Bounds:
 
     Attributes:
         requests: requests that wait or are drawn.
-        pixel_steps: their width x height x steps, over all their pictures. 2**33 is 8 pictures of 1024x1024 pixels
-            with 1,024 steps, or 400 with 20.
+        pixel_steps: their width x height x steps, over all their pictures and frames. 2**33 is 8 pictures of 1024x1024
+            pixels with 1,024 steps, or 400 with 20, or 5 videos of 832x480 pixels with 81 frames and 50 steps.
 
     Raises:
         UsageError: a bound is not positive.

@@ -90,7 +90,7 @@ class Caller:
         if most is not None and pixel_steps > most:
             raise Overloaded(
                 f"this request is {pixel_steps} pixel-steps of work, and this key may begin {most} per minute",
-                hint="ask for fewer or smaller pictures, or fewer steps",
+                hint="ask for fewer or smaller pictures or frames, or fewer steps",
                 status=400,
                 code="too_much_work",
             )

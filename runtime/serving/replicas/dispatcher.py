@@ -124,8 +124,11 @@ class Dispatcher:
                 return True
             event = event_of_message(message)
             if isinstance(event, Progress):
-                if event.step > job.steps_done:  # a second replica begins anew
-                    job.steps_done = event.step
+                if (event.step, event.frame) > (
+                    job.steps_done,
+                    job.frames_done,
+                ):  # a second replica begins anew
+                    job.steps_done, job.decoded = event.step, {0: event.frame}
                     job.report(event)
             elif isinstance(event, Preview):
                 if (event.index, event.number) not in task.shown:

@@ -1,6 +1,7 @@
 """What front and replicas tell each other: requests and events as plain values, without objects of a client.
 
-Pictures are (mode, size, bytes), arrays stay arrays. The front and its replicas must be of one version of ditc.
+Pictures are (mode, size, bytes), videos lists of them, arrays stay arrays. The front and its replicas must be of one
+version of ditc.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def request_of_message(message: Message) -> Request:
 def message_of_event(event: Event) -> Message:
     """An event, by its kind."""
     if isinstance(event, Progress):
-        return {"kind": "progress", "step": event.step, "total": event.total}
+        return {"kind": "progress", "step": event.step, "total": event.total, "frame": event.frame}
     if isinstance(event, Preview):
         picture = plain_picture(event.image)
         return {
@@ -113,6 +114,9 @@ def message_of_event(event: Event) -> Message:
             "images": [None if image is None else plain_picture(image) for image in event.images],
             "failures": [{name: getattr(one, name) for name in _FAILURE} for one in event.failures],
             "seconds": event.seconds,
+            "videos": [
+                None if video is None else [plain_picture(frame) for frame in video] for video in event.videos
+            ],
         }
     if isinstance(event, Refused):
         return Message(kind="refused", **plain_refusal(event.refusal))
@@ -123,7 +127,7 @@ def event_of_message(message: Message) -> Event:
     """The event of `message_of_event`."""
     kind = message["kind"]
     if kind == "progress":
-        return Progress(step=message["step"], total=message["total"])
+        return Progress(step=message["step"], total=message["total"], frame=message["frame"])
     if kind == "preview":
         return Preview(
             index=message["index"],
@@ -136,6 +140,10 @@ def event_of_message(message: Message) -> Event:
             images=tuple(None if image is None else picture_of(image) for image in message["images"]),
             failures=tuple(Failure(**one) for one in message["failures"]),
             seconds=message["seconds"],
+            videos=tuple(
+                None if video is None else tuple(picture_of(frame) for frame in video)
+                for video in message["videos"]
+            ),
         )
     if kind == "refused":
         return Refused(refusal_of(message))

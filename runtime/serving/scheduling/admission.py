@@ -17,8 +17,8 @@ SHORTEST_RETRY, LONGEST_RETRY = 1.0, 300.0
 
 
 def work_of(plan: Plan) -> int:
-    """The work of a request in pixel-steps."""
-    return plan.drawn_height * plan.drawn_width * len(plan.table) * plan.pictures
+    """The work of a request in pixel-steps. Each frame of a video counts as a picture."""
+    return plan.drawn_height * plan.drawn_width * (plan.frames or 1) * len(plan.table) * plan.pictures
 
 
 class Admission:
@@ -44,7 +44,7 @@ class Admission:
             if work > bounds.pixel_steps:
                 raise Overloaded(
                     f"this request is {work} pixel-steps of work, and the server takes at most {bounds.pixel_steps}",
-                    hint="ask for fewer or smaller pictures, or fewer steps",
+                    hint="ask for fewer or smaller pictures or frames, or fewer steps",
                     status=400,
                     code="too_much_work",
                 )

@@ -22,13 +22,22 @@ from ditc.runtime.state import DenoiseState, Rows
 
 log = logging.getLogger(__name__)
 
+# All frames of one video.
+Frames = tuple[Image.Image, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Steps that are done, of all pictures together."""
+    """What is done, of all pictures together.
+
+    Attributes:
+        step, total: the number of steps that are done, and of all steps.
+        frame: the number of decoded frames of videos.
+    """
 
     step: int
     total: int
+    frame: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +61,16 @@ class Finished:
     """The request is done.
 
     Attributes:
-        images: None in the place of a picture that failed.
+        images: None in the place of a picture that failed. Empty if the request is for videos.
         failures: why those failed; not all have.
         seconds: by part: wait (until its work began), text, denoise, decode, total.
+        videos: the frames of each video; None in the place of one that failed.
     """
 
     images: tuple[Image.Image | None, ...]
     failures: tuple[Failure, ...]
     seconds: dict[str, float]
+    videos: tuple[Frames | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,8 @@ class Job:
         previews: how many previews of each picture are wanted.
         predicted: the seconds from its arrival to its end that were estimated when it arrived.
         began: when its text was taken up; None as long as it waits.
+        decoded: by the index of each video, how many of its frames are decoded.
+        images, videos: what is done, by index; None for one that has failed.
     """
 
     id: str
@@ -103,12 +116,24 @@ class Job:
     predicted: float = 0.0
     began: float | None = None
     steps_done: int = 0
+    decoded: dict[int, int] = field(default_factory=dict)
     images: dict[int, Image.Image | None] = field(default_factory=dict)
+    videos: dict[int, Frames | None] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     cancelled: bool = False
     end: End | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def frames_done(self) -> int:
+        """The number of frames that are decoded, of all videos together; 0 for pictures."""
+        return sum(self.decoded.values())
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(step=self.steps_done, total=self.plan.runs, frame=self.frames_done)
 
     def report(self, event: Progress | Preview) -> None:
         """Tell the listener, unless the job has ended."""

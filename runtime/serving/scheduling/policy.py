@@ -25,7 +25,7 @@ class BatchKey:
     """Pictures with equal keys can share a run of the denoiser.
 
     Attributes:
-        latents: (C, H, W), the size of one picture's latents.
+        latents: (C, H, W), the size of one picture's latents, or (C, F, H, W) of a video's.
         rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with a gated row as well.
         texts: names and sizes of the conditioning of one row, in which lengths of texts may differ.
         controlled: whether a ControlNet runs. A batch with one such picture would run it for all of its pictures.

@@ -26,10 +26,11 @@ class Predictions:
     def alone_seconds(self, plan: Plan) -> float:
         """How long a request takes if nothing else runs."""
         latents, times = self._latents, self._times
-        cells = (plan.drawn_height // latents.scale_factor, plan.drawn_width // latents.scale_factor)
+        shape = latents.shape(plan.drawn_height, plan.drawn_width, plan.frames)
         rows = 1 + plan.guided + plan.gated
-        steps = times.seconds(BatchKey(latents=(latents.channels, *cells), rows=rows)) * len(plan.table)
-        decoding = times.stage_seconds(VAE_DECODER, plan.drawn_height * plan.drawn_width)
+        steps = times.seconds(BatchKey(latents=shape, rows=rows)) * len(plan.table)
+        pixels = plan.drawn_height * plan.drawn_width * (plan.frames or 1)
+        decoding = times.stage_seconds(VAE_DECODER, pixels)
         return plan.pictures * (times.stage_seconds(TEXT, 1) + steps + decoding)
 
     def seconds_left(self, jobs: Iterable[Job]) -> float:

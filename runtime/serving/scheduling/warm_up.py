@@ -9,10 +9,13 @@ from time import monotonic
 from ditc.runtime.batch import STEADY_RUN, Batch
 from ditc.runtime.bundle.bench_record import Measured
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.serving.scheduling.job import batch_key
 from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
+from ditc.runtime.serving.scheduling.videos import VideoDecoding
 from ditc.runtime.spec import CONTROLNET, DENOISER, VAE_DECODER
+from ditc.runtime.state import DenoiseState
 from ditc.runtime.step_contract import ROWS
 
 log = logging.getLogger(__name__)
@@ -77,9 +80,27 @@ def warm_up(pipeline: Pipeline, times: StepTimes, *, seconds: float) -> None:
         if monotonic() - begin > seconds or without_gain == 2:
             break
         size *= 2
-    before = monotonic()
-    pipeline.decode_state(state, plan)
-    pixels = plan.drawn_height * plan.drawn_width
-    pipeline.decode_state(state, plan)
-    times.record_stage(VAE_DECODER, pixels, (monotonic() - before) / 2)
+    pixels, took = _decoding(pipeline, state, plan)
+    times.record_stage(VAE_DECODER, pixels, took)
     log.info("batches of %d are fastest", times.best_size(key, times.max_batch))
+
+
+# The stage that decodes the later latent frames of a video has run once, and once more with the time taken.
+WARM_CHUNKS = 3
+
+
+def _decoding(pipeline: Pipeline, state: DenoiseState, plan: Plan) -> tuple[int, float]:
+    """So many pixels, and the seconds in which they are decoded. Of a video only the first latent frames are."""
+    pixels = plan.drawn_height * plan.drawn_width
+    if plan.frames is None:
+        before = monotonic()
+        pipeline.decode_state(state, plan)
+        pipeline.decode_state(state, plan)
+        return pixels, (monotonic() - before) / 2
+    decoding, count, took = VideoDecoding(pipeline, state, plan), 1, 0.0
+    for _ in range(WARM_CHUNKS):
+        if not decoding.done:
+            before = monotonic()
+            count = decoding.advance()
+            took = monotonic() - before
+    return pixels * count, took

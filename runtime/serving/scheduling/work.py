@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from ditc.runtime.decode import check_colours
 from ditc.runtime.errors import NumericsError, UsageError
-from ditc.runtime.failure import Failure
+from ditc.runtime.failure import Failure, named
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.serving.refusals import Broken, Invalid, Refusal
 from ditc.runtime.serving.scheduling.batches import Batches
@@ -21,7 +22,6 @@ from ditc.runtime.serving.scheduling.job import (
     Job,
     Picture,
     Preview,
-    Progress,
     Refused,
     picture_only,
     preview_steps,
@@ -29,6 +29,7 @@ from ditc.runtime.serving.scheduling.job import (
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.queue import Queue
 from ditc.runtime.serving.scheduling.step_times import TEXT, StepTimes
+from ditc.runtime.serving.scheduling.videos import VideoDecoding
 from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
 
@@ -108,7 +109,7 @@ class Work:
             for picture, state in zip(pictures, states, strict=True):
                 self._advance(picture, picture.guard.watch(state))
             for job in jobs:
-                job.report(Progress(step=job.steps_done, total=job.plan.runs))
+                job.report(job.progress)
         if any(picture.state.done or picture.state.lost for picture in pictures):
             self.batches.keep(self._queue.keys())
 
@@ -117,13 +118,42 @@ class Work:
         job, begin = picture.job, self._clock()
         if job.end is not None:
             return
+        if job.plan.frames is not None and not picture.state.failures:
+            self._decode_frames(picture)
+            return
         with self._faults([job]):
             decoded = self.pipeline.decode_state(picture.state, job.plan, picture.index)
             self._spent(job, "decode", VAE_DECODER, job.plan.drawn_height * job.plan.drawn_width, begin)
             job.images[picture.index] = decoded.pictures[0]
             job.failures += decoded.failures
-            if len(job.images) == job.plan.pictures:
-                self._complete(job)
+            self._complete(job)
+
+    def _decode_frames(self, picture: Picture, decoding: VideoDecoding | None = None) -> None:
+        """Decode a latent frame of a video, and leave the next one for later."""
+        job, index, begin = picture.job, picture.index, self._clock()
+        if job.end is not None or job.cancelled:
+            return
+        if decoding is None or decoding.pipeline is not self.pipeline:  # it may have been opened again
+            decoding = VideoDecoding(self.pipeline, picture.state, job.plan)
+            job.decoded[index] = 0
+        going_on = decoding
+        with self._faults([job]):
+            try:
+                count = decoding.advance()
+                pixels = job.plan.drawn_height * job.plan.drawn_width
+                self._spent(job, "decode", VAE_DECODER, pixels * count, begin)
+                job.decoded[index] += count
+                job.report(job.progress)
+                if not decoding.done:
+                    self._queue.add_task(job, lambda: self._decode_frames(picture, going_on))
+                    return
+                check_colours(decoding.uniform, index, job.plan)
+                job.videos[index] = decoding.frames
+            except NumericsError as error:
+                failure = Failure(index=index, reason=str(error), hint=error.hint)
+                job.videos[index] = None
+                job.failures.append(named(failure, index, job.plan.request))
+            self._complete(job)
 
     def _advance(self, picture: Picture, state: DenoiseState) -> None:
         """Put a picture back into the queue, or hand it on to be decoded."""
@@ -152,14 +182,19 @@ class Work:
                 job.report(Preview(index=picture.index, number=number, step=step, image=image))
 
     def _complete(self, job: Job) -> None:
-        """End a job whose pictures are all decoded or lost."""
+        """End a job if its pictures are all decoded or lost."""
+        if len(job.images) + len(job.videos) < job.plan.pictures:
+            return
         if len(job.failures) == job.plan.pictures or (job.failures and job.plan.request.strict):
             self._finish(job, Refused(_broken(job.failures)))
             return
         job.seconds["total"] = self._clock() - job.arrived
-        images = tuple(job.images[index] for index in sorted(job.images))
+        indices, is_video = range(job.plan.pictures), job.plan.frames is not None
+        images = () if is_video else tuple(job.images[index] for index in indices)
+        videos = tuple(job.videos.get(index) for index in indices) if is_video else ()
         failures = tuple(sorted(job.failures, key=lambda failure: failure.index))
-        self._finish(job, Finished(images=images, failures=failures, seconds=dict(job.seconds)))
+        seconds = dict(job.seconds)
+        self._finish(job, Finished(images=images, failures=failures, seconds=seconds, videos=videos))
 
     def _spent(self, job: Job, part: str, stage: str, size: int, begin: float) -> None:
         """Note the time of a stage, for the job, for predictions and for metrics."""

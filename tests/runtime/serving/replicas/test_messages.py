@@ -34,12 +34,16 @@ def test_a_request_is_the_same_and_its_message_holds_no_picture_objects() -> Non
 def test_events_are_the_same() -> None:
     failure = Failure(index=1, reason="NaN", hint="try fp32", step=2, prompt="cat")
     finished = Finished(images=(RED, None), failures=(failure,), seconds={"total": 1.0})
-    for event in (Progress(step=1, total=3), Cancelled()):
+    for event in (Progress(step=1, total=3), Progress(step=3, total=3, frame=5), Cancelled()):
         assert event_of_message(message_of_event(event)) == event
     again = event_of_message(message_of_event(finished))
     assert isinstance(again, Finished) and again.images[0] is not None and again.images[1] is None
     assert again.images[0].tobytes() == RED.tobytes()
     assert again.failures == (failure,) and again.seconds == {"total": 1.0}
+    film = Finished(images=(), failures=(failure,), seconds={}, videos=((RED, RED), None))
+    shown = event_of_message(message_of_event(film))
+    assert isinstance(shown, Finished) and shown.images == () and shown.videos[1] is None
+    assert shown.videos[0] is not None and [one.tobytes() for one in shown.videos[0]] == [RED.tobytes()] * 2
     preview = event_of_message(message_of_event(Preview(index=1, number=2, step=3, image=RED)))
     assert isinstance(preview, Preview) and (preview.index, preview.number, preview.step) == (1, 2, 3)
     refusal = Overloaded("the queue is full", hint="come back later", retry_after=2.0)
