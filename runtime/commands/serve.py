@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.replicas.front import Front
 
+log = logging.getLogger(__name__)
+
 # Modules whose messages are always shown: when models are opened and closed, and how the server ends.
 TOLD = ("models", "model", "http.server", "http.access", "replicas")
 
@@ -141,10 +143,10 @@ def _models(
     from ditc.runtime.serving.models import Models
     from ditc.runtime.serving.scheduling.admission import Admission
     from ditc.runtime.serving.settings import Bounds, SchedulerOptions
-    from ditc.runtime.video import refuse_videos
 
-    for path in bundles.values():
-        refuse_videos(load_manifest(path), "ditc serve")
+    videos = [name for name, path in bundles.items() if load_manifest(path).latents.has_frames]
+    if videos:
+        _warn_without_mp4(videos)
     budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
     default = default_budget(gpu_bytes(bundles, load)) if front is None else front.default_budget()
     variants = lora_variants(bundles, loras, load)
@@ -162,6 +164,17 @@ def _models(
         awaited={"first": names[:1], "all": names, "none": []}[arguments.preload],
         opener=None if front is None else front.opener,
     )
+
+
+def _warn_without_mp4(names: list[str]) -> None:
+    from ditc.runtime.video_files import check_mp4
+
+    try:
+        check_mp4()
+    except MissingExtra as e:
+        log.warning(
+            "%s: videos are sent as WebP alone, because PyAV is not installed; %s", ", ".join(names), e.hint
+        )
 
 
 def _tell() -> None:

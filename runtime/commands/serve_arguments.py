@@ -114,8 +114,8 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=bounds.pixel_steps,
         metavar="PIXEL_STEPS",
-        help="Most work of these requests together, in pixel-steps: width x height x steps x pictures "
-        "(default: %(default)s).",
+        help="Most work of these requests together, in pixel-steps: width x height x steps x pictures, or x frames of "
+        "videos (default: %(default)s).",
     )
 
 

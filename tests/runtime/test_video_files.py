@@ -118,7 +118,6 @@ def test_verbs_that_draw_pictures_refuse_a_bundle_of_videos(video_bundle, tmp_pa
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"prompt": "a cat"}\n')
     for verb in (
-        ["serve", str(video_bundle)],
         ["bench", str(video_bundle)],
         ["batch", str(video_bundle), str(lines), "-o", str(tmp_path / "out")],
         ["export-triton", str(video_bundle), "-o", str(tmp_path / "models")],

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from ditc.runtime.serving.api.asked import Format
+from ditc.runtime.video_files import VideoFormat
 
 
 class Lost(BaseModel):
@@ -36,6 +37,16 @@ class Details(BaseModel):
         default={}, description="The time of each part: wait, text, denoise, decode and total."
     )
     failures: list[Lost] = []
+
+
+class VideoDetails(Details):
+    """How a video was drawn."""
+
+    frames: int
+    fps: int = Field(description="How many frames are shown in a second.")
+    output_format: VideoFormat
+    steps_done: int = Field(default=0, description="The number of denoising steps that are done.")
+    frames_done: int = Field(default=0, description="The number of frames that are decoded.")
 
 
 class TokenDetails(BaseModel):
@@ -141,6 +152,9 @@ class ErrorAnswer(BaseModel):
 class ModelDetails(BaseModel):
     """What a model draws by default, and what it can do."""
 
+    kind: Literal["image", "video"] = Field(
+        description="What it draws: pictures, with the paths under /v1/images, or videos, with /v1/videos."
+    )
     loaded: bool = Field(description="Whether it can draw at once, without being loaded first.")
     bundle: str = Field(description="The digest of the bundle's manifest.")
     family: str
@@ -151,6 +165,8 @@ class ModelDetails(BaseModel):
     )
     num_inference_steps: int
     guidance_scale: float
+    frames: int | None = Field(description="The number of frames of a video; null for pictures.")
+    fps: int | None = Field(description="How many are shown in a second; null for pictures.")
     capabilities: list[str]
     precisions: list[str] = Field(description="The precisions of the denoisers that the bundle holds.")
     max_batch: int | None = Field(description="The most pictures of one step; null until it is loaded.")
@@ -223,3 +239,44 @@ class JobRemoved(BaseModel):
     object: Literal["image.job.deleted"] = "image.job.deleted"
     deleted: bool = Field(description="Whether the job is removed.")
     status: Literal["cancelled", "completed", "failed"]
+
+
+class VideoAnswer(BaseModel):
+    """A job for a video, in the shape of OpenAI's."""
+
+    id: str
+    object: Literal["video"] = "video"
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = Field(
+        default=None, description="When the video is removed; null while it is in work."
+    )
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(
+        description="Percent of the work that is done: of the steps, and of the latent frames that are decoded."
+    )
+    prompt: str
+    seconds: str = Field(description="How long the video is: its frames through the frames of a second.")
+    size: str
+    error: JobError | None = None
+    remixed_from_video_id: None = Field(default=None, description="Always null: videos begin with texts.")
+    ditc: VideoDetails
+
+
+class VideosAnswer(BaseModel):
+    """A page of jobs for videos, newest first unless asked otherwise."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoRemoved(BaseModel):
+    """The answer of DELETE: the job is removed and, if it was in work, cancelled."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True

@@ -13,10 +13,12 @@ from ditc.runtime.serving.api.asked import Asked
 from ditc.runtime.serving.api.drawing import Beginnings
 from ditc.runtime.serving.api.encoding import Encoder
 from ditc.runtime.serving.api.idempotency import KEY_HEADER, Idempotency
-from ditc.runtime.serving.api.image_jobs import ImageJobs
+from ditc.runtime.serving.api.image_jobs import ImageJob
+from ditc.runtime.serving.api.jobs import Jobs
 from ditc.runtime.serving.api.kept import Kept
 from ditc.runtime.serving.api.ongoing import Ongoing, Shared
 from ditc.runtime.serving.api.request_limits import DEFAULTS, RequestLimits
+from ditc.runtime.serving.api.video_jobs import VideoJob
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.models import Models
 
@@ -30,7 +32,8 @@ class Api:
         self.models, self.limits = models, limits
         self.encoder = Encoder()
         self.idempotency = Idempotency(self._kept())
-        self.jobs = ImageJobs(self._kept())
+        kept = self._kept()  # what one key may have is bounded for both kinds of jobs together
+        self.jobs, self.videos = Jobs(ImageJob, kept), Jobs(VideoJob, kept)
         self._beginnings = Beginnings(models, limits)
 
     def close(self) -> None:

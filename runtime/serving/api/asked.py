@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
+from ditc.runtime.errors import MissingExtra
 from ditc.runtime.request import Request
 from ditc.runtime.serving.api.request_limits import RequestLimits
-from ditc.runtime.serving.api.schemas import BundleArguments, HuggingFaceBody, ImageBody, StreamedBody
+from ditc.runtime.serving.api.schemas import (
+    BundleArguments,
+    HuggingFaceBody,
+    ImageBody,
+    OpenAIBody,
+    StreamedBody,
+    VideoBody,
+)
 from ditc.runtime.serving.refusals import Invalid
+from ditc.runtime.video_files import VideoFormat, check_mp4
 
 Format = Literal["png", "jpeg", "webp"]
 TIMEOUT_HEADER = "x-request-timeout"
@@ -28,14 +37,29 @@ HINTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoForm:
+    """What is to be done with the frames of a video.
+
+    Attributes:
+        fps: how many are shown in a second; None for the bundle's default.
+        seconds: how long the video is to be; None if the request says the number of frames, or nothing.
+    """
+
+    format: VideoFormat
+    fps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A checked request for pictures.
+    """A checked request for pictures, or for a video.
 
     Attributes:
         model: None for the server's default.
         format, quality: how the pictures are encoded; the quality, up to 100, is that of JPEG and WebP.
         previews: how many previews of each picture are wanted.
         timeout: seconds after which the pictures are of no use.
+        video: None if pictures are wanted.
     """
 
     request: Request
@@ -44,6 +68,7 @@ class Asked:
     quality: int = 100
     previews: int = 0
     timeout: float | None = None
+    video: VideoForm | None = None
 
 
 def asked_by_openai(body: ImageBody, limits: RequestLimits, timeout_header: str = "") -> Asked:
@@ -95,6 +120,40 @@ def asked_by_openai(body: ImageBody, limits: RequestLimits, timeout_header: str 
     )
 
 
+def asked_by_video(body: VideoBody, limits: RequestLimits, timeout_header: str = "") -> Asked:
+    """The request in the body of OpenAI's videos API.
+
+    Raises:
+        Invalid: as `asked_by_openai`; or the format cannot be written here.
+    """
+    if body.seconds is not None and body.frames is not None:
+        raise Invalid(
+            f"seconds is {body.seconds:g}, but frames is {body.frames}",
+            hint="give only one of them",
+            param="frames",
+        )
+    output_format = body.output_format or "mp4"
+    if output_format == "mp4":
+        try:
+            check_mp4()
+        except MissingExtra as e:
+            raise Invalid(
+                "output_format mp4 is not possible: this server has no PyAV, which writes such files",
+                hint=f'choose output_format "webp"; for the operator: {e.hint}',
+                param="output_format",
+                code="unsupported_value",
+            ) from e
+    width, height = _size(body)
+    further = {"frames": body.frames, "motion_score": body.motion_score}
+    request = _request(body, body.prompt, limits, n=1, width=width, height=height, **further)
+    return Asked(
+        request=request,
+        model=body.model,
+        timeout=_timeout(body, limits, timeout_header),
+        video=VideoForm(format=output_format, fps=body.fps, seconds=body.seconds),
+    )
+
+
 def asked_by_hugging_face(
     body: HuggingFaceBody,
     limits: RequestLimits,
@@ -132,11 +191,12 @@ def _request(
     n: int,
     width: int | None,
     height: int | None,
+    **further: Any,
 ) -> Request:
-    """The request. Each field of BundleArguments but timeout is a field of Request."""
+    """The request. Each field of BundleArguments but timeout is a field of Request, as is each of `further`."""
     names = BundleArguments.model_fields.keys() - {"timeout", "width", "height"}
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    request = Request(prompt=prompt, num_images_per_prompt=n, width=width, height=height, **given)
+    request = Request(prompt=prompt, num_images_per_prompt=n, width=width, height=height, **given, **further)
     return _checked(request, limits)
 
 
@@ -145,7 +205,7 @@ def _checked(request: Request, limits: RequestLimits) -> Request:
     return request
 
 
-def _size(body: ImageBody) -> tuple[int | None, int | None]:
+def _size(body: OpenAIBody) -> tuple[int | None, int | None]:
     """Width and height, from either form of saying it."""
     if body.size is None or body.size == "auto":
         return body.width, body.height

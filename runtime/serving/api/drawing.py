@@ -15,6 +15,8 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.image_input import GivenImages
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.api.asked import Asked, argument_of
+from ditc.runtime.serving.api.frame_room import FrameRoom, frame_bytes
+from ditc.runtime.serving.api.kinds import check_kind, check_kind_before_opening, with_frames
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.model import Model
@@ -98,10 +100,16 @@ class Events:
 
 
 class Drawing:
-    """An accepted request. Its model stays open until its end."""
+    """An accepted request. Its model stays open until its end.
 
-    def __init__(self, model: Model, job: Job, events: Events, asked: Asked) -> None:
-        self.model, self.job, self.events, self.asked = model, job, events, asked
+    Args:
+        release: to be called when its frames are not needed any more. It may be called again.
+    """
+
+    def __init__(
+        self, model: Model, job: Job, events: Events, asked: Asked, release: Callable[[], None]
+    ) -> None:
+        self.model, self.job, self.events, self.asked, self.release = model, job, events, asked, release
 
     def cancel(self) -> None:
         """End it before its next step. Nothing happens if it has ended."""
@@ -132,6 +140,7 @@ class Beginnings:
 
     def __init__(self, models: Models, limits: RequestLimits) -> None:
         self._models, self._limits = models, limits
+        self._frames = FrameRoom(limits.max_frame_bytes)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-begin")
 
     async def begin(self, asked: Asked, caller: Caller) -> Drawing:
@@ -141,6 +150,8 @@ class Beginnings:
             Refusal: the request cannot be drawn, or the queue is full.
         """
         loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
+        if self._models.opened(asked.model or self._models.names[0]) is None:
+            await loop.run_in_executor(self._pool, check_kind_before_opening, self._models, asked)
         async with self._models.using_async(asked.model, timeout=asked.timeout):
             beginning = loop.run_in_executor(self._pool, self._begin, asked, caller, events, arrived)
             try:
@@ -165,14 +176,19 @@ class Beginnings:
                 plan = self._plan(model, asked)
                 timeout = _left(asked.timeout, arrived)
                 stack.enter_context(caller.drawing(work_of(plan)))
-                job = model.scheduler.submit(
-                    plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews
-                )
+                with ExitStack() as room:
+                    release = self._frames.take(frame_bytes(plan))
+                    room.callback(release)
+                    job = model.scheduler.submit(
+                        plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews
+                    )
+                    room.pop_all()
             except UsageError as e:
                 raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
-            return Drawing(model, job, events, asked), stack.pop_all()
+            return Drawing(model, job, events, asked, release), stack.pop_all()
 
     def _plan(self, model: Model, asked: Asked) -> Plan:
+        check_kind(model.pipeline.manifest, model.name, videos=asked.video is not None)
         if asked.previews and not model.pipeline.manifest.latents.rgb:
             raise Invalid(
                 "partial_images are not possible: this model has no matrix from latents to colours",
@@ -195,9 +211,12 @@ class Beginnings:
         if isinstance(image, GivenImages) and request.height is request.width is None:
             height, width = size_like(*image.size(), model.pipeline.manifest.defaults)
             request = replace(request, height=height, width=width)
+        if asked.video is not None:
+            request = with_frames(request, asked.video, model)
         plan = model.plan(request)
         self._limits.check_plan(plan)
-        if asked.format == "webp" and max(plan.width, plan.height) > WEBP_SIDE:
+        form = asked.format if asked.video is None else asked.video.format
+        if form == "webp" and max(plan.width, plan.height) > WEBP_SIDE:
             raise Invalid(
                 f"a WebP picture has at most {WEBP_SIDE} pixels on a side",
                 hint="choose another output_format",
@@ -219,4 +238,5 @@ def _abandon(beginning: asyncio.Future[tuple[Drawing, ExitStack]]) -> None:
     if not beginning.cancelled() and beginning.exception() is None:
         drawing, opened = beginning.result()
         drawing.events.when_ended(opened.close)
+        drawing.events.when_ended(drawing.release)
         drawing.cancel()

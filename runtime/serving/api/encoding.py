@@ -1,4 +1,4 @@
-"""Pictures as bytes, with their settings inside, encoded on threads that neither draw nor answer requests."""
+"""Pictures and videos as bytes, with their settings inside, encoded on threads that neither draw nor answer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from ditc.runtime.png import write_png
 from ditc.runtime.serving.api.asked import Format
+from ditc.runtime.video_files import VideoFormat
 
 # Encoding a picture takes a small part of the time of drawing it, and the cores belong to the drawing.
 THREADS = 2
@@ -24,6 +25,9 @@ EXIF_IFD, USER_COMMENT, SOFTWARE = 0x8769, 0x9286, 0x0131
 # A JPEG segment holds 65,533 bytes. What is longer leaves out the texts, and keeps seed and settings.
 MOST_EXIF_BYTES = 60_000
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+VIDEO_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "webp": "image/webp"}
+# A video is encoded by one thread, because the cores belong to the drawing.
+VIDEO_THREADS = 1
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,8 +1,8 @@
-"""/v1/images/jobs: asynchronous jobs over HTTP.
+"""/v1/images/jobs: asynchronous jobs for pictures, over HTTP.
 
-OpenAI has such jobs only for videos, under /v1/videos. A bundle that draws pictures does not answer there, because
-clients would expect clips of a number of seconds; the bodies and the life of a job are the same, with `image` for
-`video`. The official client reaches them with its generic methods: client.post("/images/jobs", cast_to=...).
+OpenAI has such jobs only for videos, under /v1/videos (video_routes.py). The bodies and the life of a job are the same,
+with `image` for `video`; but a job that is cancelled stays known, as cancelled. The official client reaches them with
+its generic methods: client.post("/images/jobs", cast_to=...).
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from ditc.runtime.serving.api.answers import JobAnswer, JobRemoved, JobsAnswer
 from ditc.runtime.serving.api.api import api_of, owner_of
 from ditc.runtime.serving.api.asked import asked_by_openai
 from ditc.runtime.serving.api.encoding import MEDIA_TYPES
-from ditc.runtime.serving.api.image_jobs import job_id
 from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.api.results import Result
 from ditc.runtime.serving.api.schemas import JobBody
 from ditc.runtime.serving.refusals import Invalid
 
@@ -33,7 +31,7 @@ async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key:
     api.jobs.check_room(owner)
     # Nobody leaves: a job is drawn to its end, or to its DELETE.
     ongoing, first = await api.shared(http, asked, body).join()
-    job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, job_id(ongoing))
+    job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, api.jobs.id_of(ongoing))
     return job.answer()
 
 
@@ -75,14 +73,9 @@ async def content(
 ) -> Response:
     """One picture of a completed job."""
     job = api_of(http).jobs.find(owner_of(http), id)
-    result = job.outcome
-    if not isinstance(result, Result):
-        raise Invalid(
-            f"the job is {job.status.replace('_', ' ')}, so it has no pictures",
-            hint="ask for it until it is completed",
-            status=404,
-            code="no_content",
-        )
+    result = job.result
+    if result is None:
+        raise job.no_content("pictures")
     picture = result.pictures[index] if index < len(result.pictures) else None
     if picture is None:
         raise Invalid(
@@ -100,10 +93,13 @@ async def remove(http: Request, id: str) -> JobRemoved:
     """Cancel a job in work, or remove an ended one with its pictures."""
     jobs, owner = api_of(http).jobs, owner_of(http)
     job = jobs.find(owner, id)
-    status = job.status
-    deleted = jobs.remove(owner, job)
+    status, ended = job.status, job.outcome is not None
+    if ended:
+        jobs.remove(owner, job)
+    else:
+        jobs.cancel(job)
     return JobRemoved(
         id=id,
-        deleted=deleted,
+        deleted=ended,
         status=status if status in ("completed", "failed") else "cancelled",
     )

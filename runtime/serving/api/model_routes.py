@@ -56,6 +56,7 @@ def _described(models: Models, name: str) -> ModelAnswer:
 def _details(manifest: Manifest, model: Model | None) -> ModelDetails:
     defaults, pipeline = manifest.defaults, None if model is None else model.pipeline
     return ModelDetails(
+        kind="video" if manifest.latents.has_frames else "image",
         loaded=model is not None,
         bundle=manifest.digest,
         family=manifest.family,
@@ -64,6 +65,8 @@ def _details(manifest: Manifest, model: Model | None) -> ModelDetails:
         bins=list(defaults.bins),
         num_inference_steps=defaults.num_inference_steps,
         guidance_scale=defaults.guidance_scale,
+        frames=defaults.frames,
+        fps=defaults.fps,
         capabilities=_capabilities(manifest),
         precisions=sorted({artifact.precision.value for artifact in manifest.stages[DENOISER].artifacts}),
         max_batch=None if model is None else model.scheduler.max_batch,
@@ -75,9 +78,12 @@ def _details(manifest: Manifest, model: Model | None) -> ModelDetails:
 
 def _capabilities(manifest: Manifest) -> list[str]:
     """What requests may ask of a model."""
+    videos = manifest.latents.has_frames
     found = {
-        "text-to-image": True,
-        "partial_images": bool(manifest.latents.rgb),
+        "text-to-image": not videos,
+        "text-to-video": videos,
+        "partial_images": bool(manifest.latents.rgb) and not videos,
+        "motion_score": any(spec.motion is not None for spec in manifest.text),
         "negative_prompt": manifest.guidance is GuidanceMode.CFG,
         "skip_layer_guidance": manifest.defaults.skip_layer_guidance is not None,
         "perturbed_attention_guidance": manifest.defaults.perturbed_attention_guidance is not None,

@@ -16,10 +16,12 @@ class Ongoing:
 
     Attributes:
         drawing: None when there is a result or a refusal, so that nothing of it stays in memory but the result.
+        asked: what the client asks for.
     """
 
     def __init__(self, drawing: Drawing, encoder: Encoder) -> None:
         self.drawing: Drawing | None = drawing
+        self.asked = drawing.asked
         self.details = details_of(drawing)
         self._result = asyncio.create_task(self._encoded(drawing, encoder))
         self._result.add_done_callback(_retrieved)
@@ -45,6 +47,7 @@ class Ongoing:
             return await encoder.run(encoded, drawing, finished, self.details)
         finally:
             self.drawing = None
+            drawing.release()
 
 
 class Shared:

@@ -8,7 +8,7 @@ from fastapi import Header
 
 from ditc.runtime.serving.api.answers import ErrorAnswer
 from ditc.runtime.serving.api.asked import TIMEOUT_HEADER
-from ditc.runtime.serving.api.encoding import MEDIA_TYPES
+from ditc.runtime.serving.api.encoding import MEDIA_TYPES, VIDEO_TYPES
 from ditc.runtime.serving.api.idempotency import KEY_HEADER
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -25,9 +25,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "The server or the model is not ready."},
     504: {"model": ErrorAnswer, "description": "The timeout cannot be met, or has passed."},
 }
-CONTENT = {
-    media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()
-}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+CONTENT = dict.fromkeys(MEDIA_TYPES.values(), BINARY)
+VIDEO_CONTENT = dict.fromkeys(VIDEO_TYPES.values(), BINARY)
 
 TimeoutHeader = Annotated[
     str,

@@ -20,13 +20,17 @@ class RequestLimits:
 
     Attributes:
         max_steps: denoising steps of a picture.
-        max_pixels: width x height of a picture. 2**22 is 2048x2048.
+        max_pixels: width x height of a picture, or of a frame. 2**22 is 2048x2048.
         max_images: pictures of a request. OpenAI's API has at most 10.
+        max_frames: of a video.
+        max_video_pixels: width x height x frames of a video. 2**28 is 291 frames of 1280x720 pixels.
+        max_frame_bytes: of the frames of all accepted videos together, with 3 bytes per pixel, from their acceptance
+            until they are encoded.
         max_prompt_bytes: of each text, in UTF-8.
         max_timeout: seconds that a client may give its request.
         max_jobs: asynchronous jobs of one key that are known at a time, whether they wait, run or have ended.
-        max_kept_bytes: of the encoded pictures of one key that are kept for it: results of jobs, and answers for
-            idempotency keys.
+        max_kept_bytes: of the encoded pictures and videos of one key that are kept for it: results of jobs, and answers
+            for idempotency keys.
         keep_seconds: how long they are kept.
 
     Raises:
@@ -36,6 +40,9 @@ class RequestLimits:
     max_steps: int = 100
     max_pixels: int = 2**22
     max_images: int = 10
+    max_frames: int = 321
+    max_video_pixels: int = 2**28
+    max_frame_bytes: int = 2**31
     max_prompt_bytes: int = 8192
     max_timeout: float = 3600.0
     max_jobs: int = 256
@@ -65,6 +72,7 @@ class RequestLimits:
         for name in ("timesteps", "sigmas"):
             values = getattr(request, name)
             self._check(name, None if values is None else len(values), self.max_steps, "steps")
+        self._check("frames", request.frames, self.max_frames, "frames")
         if request.height is not None and request.width is not None:
             self._check("size", request.height * request.width, self.max_pixels, "pixels")
 
@@ -73,6 +81,11 @@ class RequestLimits:
         self._check("num_inference_steps", plan.num_inference_steps, self.max_steps, "steps")
         pixels = max(plan.height * plan.width, plan.drawn_height * plan.drawn_width)
         self._check("size", pixels, self.max_pixels, "pixels")
+        if plan.frames is not None:
+            self._check("frames", plan.frames, self.max_frames, "frames")
+            self._check(
+                "frames", plan.frames * pixels, self.max_video_pixels, "pixels in all frames together"
+            )
 
     def _check_text(self, name: str, text: Any) -> None:
         if isinstance(text, str):
@@ -91,14 +104,21 @@ DEFAULTS = RequestLimits()
 
 _OPTIONS = {
     "max_steps": ("STEPS", "The most denoising steps of a picture"),
-    "max_pixels": ("PIXELS", "The most pixels of a picture, width x height"),
+    "max_pixels": ("PIXELS", "The most pixels of a picture or a frame, width x height"),
     "max_images": ("PICTURES", "The most pictures of one request"),
+    "max_frames": ("FRAMES", "The most frames of a video"),
+    "max_video_pixels": ("PIXELS", "The most pixels of a video, width x height x frames"),
+    "max_frame_bytes": (
+        "BYTES",
+        "The most bytes of the frames of all accepted videos together, at 3 bytes a pixel; they are in memory from "
+        "their decoding until the video is encoded",
+    ),
     "max_prompt_bytes": ("BYTES", "The most bytes of each text of a request, in UTF-8"),
     "max_timeout": ("SECONDS", "The longest timeout that a client may give its request, in seconds"),
     "max_jobs": ("JOBS", "The most asynchronous jobs of one key that are known at a time"),
     "max_kept_bytes": (
         "BYTES",
-        "The most bytes of finished pictures that are kept for one key, for its jobs and idempotency keys",
+        "The most bytes of finished pictures and videos that are kept for one key, for its jobs and idempotency keys",
     ),
     "keep_seconds": ("SECONDS", "How many seconds finished jobs, and answers for idempotency keys, are kept"),
 }

@@ -1,4 +1,4 @@
-"""The bodies of requests that draw pictures, as clients send them. Fields that are not here are refused by name.
+"""The bodies of requests that draw, as clients send them. Fields that are not here are refused by name.
 
 Names and values are OpenAI's, and those of `Request` for what OpenAI does not have. A null is the same as no value.
 Arguments of OpenAI that mean nothing here are accepted with their default, because clients send it, and refused with
@@ -15,9 +15,13 @@ Tensors, paths and addresses are not taken from clients.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from ditc.runtime.limits import LARGEST_NUMBER, MAX_FPS, MAX_FRAMES
+from ditc.runtime.video_files import VideoFormat
 
 # torch seeds with 64 bits. Seeds are signed there, but not in OpenAI-like APIs.
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -28,6 +32,28 @@ Text = Annotated[str, Field(max_length=2**20)]
 Label = Annotated[str, Field(max_length=512)]
 Numbers = Annotated[list[Number], Field(min_length=1, max_length=10_000)]
 Format = Literal["png", "jpeg", "webp"]
+MAX_SECONDS = 3600
+SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,3})?$"
+
+
+def _number_of(value: object) -> object:
+    """OpenAI's clients send a number of seconds as a text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(SECONDS, value) else value
+
+
+Seconds = Annotated[
+    float,
+    Field(allow_inf_nan=False, gt=0, le=MAX_SECONDS),
+    BeforeValidator(_number_of),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS},
+                {"type": "string", "pattern": SECONDS},
+            ]
+        }
+    ),
+]
 
 
 class Body(BaseModel):
@@ -123,15 +149,20 @@ class BundleArguments(Body):
     )
 
 
-class ImageBody(BundleArguments):
-    """What requests for pictures have in common."""
+class OpenAIBody(BundleArguments):
+    """What requests in OpenAI's forms have in common."""
 
     prompt: Text = Field(description="What to draw.")
     model: Label | None = Field(default=None, description="One of GET /v1/models (default: the first).")
-    n: int | None = Field(default=None, ge=1, le=10, description="Number of pictures (default: 1).")
     size: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")] | None = Field(
         default=None, description='"WIDTHxHEIGHT" in pixels, or "auto" for the bundle\'s default.'
     )
+
+
+class ImageBody(OpenAIBody):
+    """What requests for pictures have in common."""
+
+    n: int | None = Field(default=None, ge=1, le=10, description="Number of pictures (default: 1).")
     response_format: Literal["b64_json", "url"] | None = Field(
         default=None,
         description='"b64_json". "url" is refused: this server stores no pictures under addresses.',
@@ -202,6 +233,34 @@ class EditBody(StreamedBody):
 
 class JobBody(ImageBody):
     """POST /v1/images/jobs."""
+
+
+class VideoBody(OpenAIBody):
+    """POST /v1/videos."""
+
+    seconds: Seconds | None = Field(
+        default=None,
+        description="How long the video is, instead of frames; the nearest number of frames that the model draws is "
+        "taken.",
+    )
+    frames: int | None = Field(
+        default=None, ge=1, le=MAX_FRAMES, description="Number of frames (default: the bundle's)."
+    )
+    fps: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_FPS,
+        description="How many frames are shown in a second; it does not change the frames (default: the bundle's).",
+    )
+    motion_score: int | None = Field(
+        default=None,
+        ge=0,
+        le=LARGEST_NUMBER,
+        description="How much moves in the video, for models that were trained with such scores.",
+    )
+    output_format: VideoFormat | None = Field(
+        default=None, description='"mp4" (H.264) or "webp" (animated). Default: "mp4".'
+    )
 
 
 class HuggingFaceParameters(BundleArguments):

@@ -14,6 +14,7 @@ from ditc.runtime.png import picture_settings
 from ditc.runtime.prepare import Plan
 from ditc.runtime.request import Request
 from ditc.runtime.serving.api.encoding import encode
+from ditc.runtime.serving.api.kinds import check_kind
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.http.errors import refusal_of
@@ -85,6 +86,7 @@ def views(
         yield View(html.progress("Opening the model"))
         with models.using(name) as model:
             events: SimpleQueue[Event] = SimpleQueue()
+            check_kind(model.pipeline.manifest, name, videos=False)  # it may have been built again
             plan = model.plan(request)
             limits.check_plan(plan)
             with caller.drawing(work_of(plan)):

@@ -14,6 +14,7 @@ from fastapi.responses import RedirectResponse
 from starlette.routing import Mount
 
 from ditc.runtime.bundle.manifest import load_manifest
+from ditc.runtime.errors import UsageError
 from ditc.runtime.request import Request
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.models import Models
@@ -38,7 +39,11 @@ EARLIER = (
 
 
 def add_page(app: FastAPI, models: Models, *, limits: RequestLimits) -> None:
-    """Put the page under /ui of the application, behind the same layers as all other paths."""
+    """Put the page under /ui of the application, behind the same layers as all other paths.
+
+    Raises:
+        UsageError: no model draws pictures.
+    """
     visitors = Visitors()
     blocks = layout(models, limits, visitors)
     # Gradio mounts itself with a lifespan, which a server may not run. The gate starts it with the first request.
@@ -76,8 +81,17 @@ def add_page(app: FastAPI, models: Models, *, limits: RequestLimits) -> None:
 
 def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Blocks:
     """The components and their events."""
-    forms = {name: form_of(load_manifest(path)) for name, path in models.bundles.items()}
-    first = forms[models.names[0]]
+    manifests = {name: load_manifest(path) for name, path in models.bundles.items()}
+    forms = {
+        name: form_of(manifest) for name, manifest in manifests.items() if not manifest.latents.has_frames
+    }
+    if not forms:
+        raise UsageError(
+            "the page of --ui draws pictures, and each of these bundles draws videos",
+            hint="leave --ui out: videos are drawn over POST /v1/videos",
+        )
+    names = list(forms)
+    first = forms[names[0]]
     with gr.Blocks(title="ditc", analytics_enabled=False) as blocks:
         gr.HTML(HEADING)
         with gr.Row(elem_classes="ditc-columns"):
@@ -96,8 +110,8 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
                         cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="ditc-cancel")
                 with gr.Column(elem_classes="ditc-settings"):
                     model = gr.Dropdown(
-                        list(models.names),
-                        value=models.names[0],
+                        names,
+                        value=names[0],
                         label="Model",
                         visible=len(forms) > 1,
                         elem_id="ditc-model",

@@ -38,8 +38,9 @@ def first_cells(title: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_bundle: Path) -> Iterator[ServerProcess]:
-    with server_process("--name", f"demo={tiny_bundle}", "--no-self-test") as server:
+def server(tiny_bundle: Path, video_bundle: Path) -> Iterator[ServerProcess]:
+    named = ("--name", f"demo={tiny_bundle}", "--name", f"clips={video_bundle}")
+    with server_process(*named, "--no-self-test") as server:
         yield server
 
 
@@ -54,7 +55,7 @@ def test_an_example_runs(server: ServerProcess, kind: str, code: str, tmp_path: 
 
 def test_every_client_has_an_example() -> None:
     code = "\n".join(code for _, code in EXAMPLES)
-    assert all(word in code for word in ("curl", "from openai", "from huggingface_hub", "stream=True"))
+    assert all(word in code for word in ("curl", "from openai", "from huggingface_hub", "stream=True", "client.videos"))
 
 
 def options() -> dict[str, argparse.Action]:

@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ditc.runtime.serving.api.asked import REQUEST_FIELDS, argument_of, asked_by_hugging_face, asked_by_openai
+from ditc.runtime.serving.api.asked import (
+    REQUEST_FIELDS,
+    VideoForm,
+    argument_of,
+    asked_by_hugging_face,
+    asked_by_openai,
+    asked_by_video,
+)
 from ditc.runtime.serving.api.request_limits import RequestLimits
-from ditc.runtime.serving.api.schemas import BundleArguments, GenerationBody, HuggingFaceBody
+from ditc.runtime.serving.api.schemas import BundleArguments, GenerationBody, HuggingFaceBody, VideoBody
 from ditc.runtime.serving.refusals import Invalid
 
 # Fields of a request that POST /v1/images/edits takes.
@@ -135,11 +142,59 @@ def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
 def test_every_argument_of_a_request_is_offered_but_those_that_are_not_for_strangers() -> None:
     renamed = {"prompt", "num_images_per_prompt"}
     kept_back = {"generator", "latents", "output_type"} | EDITS
-    kept_back |= {"frames", "motion_score"}  # of videos, whose bundles a server refuses
+    of_videos = {"frames", "motion_score"}
+    assert of_videos <= VideoBody.model_fields.keys()
+    kept_back |= of_videos
     tensors = {name for name in REQUEST_FIELDS if "embeds" in name or name.endswith("attention_mask")}
     offered = BundleArguments.model_fields.keys() - {"timeout"}
     assert offered | renamed | kept_back | tensors == REQUEST_FIELDS
     assert not offered & (kept_back | tensors)
+
+
+def film(**fields: Any) -> VideoBody:
+    return VideoBody.model_validate({"prompt": "cat", **fields})
+
+
+def test_a_video_is_asked_for_by_frames_or_seconds() -> None:
+    asked = asked_by_video(
+        film(frames=9, fps=4, motion_score=30, size="64x32", output_format="webp"), LIMITS, "7"
+    )
+    assert (asked.request.frames, asked.request.motion_score, asked.request.width) == (9, 30, 64)
+    assert (asked.video, asked.timeout) == (VideoForm(format="webp", fps=4), 7)
+    for seconds in (2.5, "2.5"):
+        form = asked_by_video(film(seconds=seconds, output_format="webp"), LIMITS).video
+        assert form == VideoForm(format="webp", seconds=2.5)
+    with pytest.raises(Invalid, match="seconds is 2, but frames is 9"):
+        asked_by_video(film(seconds=2, frames=9), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"seconds": value} for value in ("4s", "", "1e3", "-4", True, -1, 0, 3601, float("inf"))),
+        *({"frames": value} for value in ("9", 0, 10_001, 9.5)),
+        {"fps": 0},
+        {"fps": 1001},
+        {"output_format": "png"},
+        {"n": 1},
+        {"stream": True},
+        {"input_reference": "cat.png"},
+    ],
+)
+def test_a_wrong_field_of_a_video_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as found:
+        film(**fields)
+    assert found.value.errors()[0]["loc"][0] in fields
+
+
+def test_without_pyav_mp4_is_refused_with_what_to_do_and_webp_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditc.runtime.video_files.find_spec", lambda name: None)
+    for fields in ({}, {"output_format": "mp4"}):
+        with pytest.raises(Invalid, match="no PyAV") as found:
+            asked_by_video(film(**fields), LIMITS)
+        assert found.value.param == "output_format" and found.value.hint
+        assert 'output_format "webp"' in found.value.hint and 'pip install "ditc[video]"' in found.value.hint
+    assert asked_by_video(film(output_format="webp"), LIMITS).video == VideoForm(format="webp")
 
 
 def test_errors_of_the_pipeline_tell_their_argument() -> None:

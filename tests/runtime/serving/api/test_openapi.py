@@ -29,7 +29,7 @@ def operations(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def test_every_error_has_the_body_of_openai(document: dict[str, Any]) -> None:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
-    assert len(operations(document)) == 10
+    assert len(operations(document)) == 15
     for name, operation in operations(document):
         answers = {status: answer.get("content") for status, answer in operation["responses"].items()}
         assert {"200", "400", "401", "404", "413", "422", "429", "500", "503", "504"} <= set(answers), name
@@ -55,9 +55,22 @@ def test_a_stream_and_pictures_are_declared_beside_json(document: dict[str, Any]
     paths = document["paths"]
     generated = paths["/v1/images/generations"]["post"]["responses"]["200"]["content"]
     assert set(generated) == {"application/json", "text/event-stream"}
+    film = paths["/v1/videos/{id}/content"]["get"]["responses"]["200"]["content"]
+    assert set(film) == {"video/mp4", "image/webp"}
     for path, method in (("/v1/images/jobs/{id}/content", "get"), ("/hf/models/{name}", "post")):
         assert set(paths[path][method]["responses"]["200"]["content"]) == {
             "image/png",
             "image/jpeg",
             "image/webp",
         }
+
+
+def test_the_body_for_a_video_is_json_or_a_form_and_takes_no_other_fields(document: dict[str, Any]) -> None:
+    body = document["paths"]["/v1/videos"]["post"]["requestBody"]
+    assert body["required"] and set(body["content"]) == {"application/json", "multipart/form-data"}
+    plain, form = (body["content"][kind]["schema"] for kind in ("application/json", "multipart/form-data"))
+    for schema in (plain, form):
+        assert schema["additionalProperties"] is False and schema["required"] == ["prompt"]
+        assert all(field.get("description") for field in schema["properties"].values())
+    assert {"seconds", "frames", "fps", "motion_score", "output_format", "size"} <= set(form["properties"])
+    assert "sigmas" in plain["properties"] and "sigmas" not in form["properties"]
