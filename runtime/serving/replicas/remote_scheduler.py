@@ -129,8 +129,8 @@ class RemoteScheduler:
             work = self._jobs.pop(job, None)
         if work is not None:
             self._admission.give_back(work)
-            job.finish(end)
             self.observer.ended(job, end)
+            job.finish(end)
 
     def seeded(self, plan: Plan) -> Request:
         """The request with the seed that was chosen for it, so that every replica draws the same picture."""

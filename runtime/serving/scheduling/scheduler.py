@@ -329,8 +329,8 @@ class Scheduler:
     def _finish(self, job: Job, end: End) -> None:
         """End a job once, and take what it has out of the queue."""
         if self._queue.remove_job(job):
+            self.observer.ended(job, end)  # before its client knows, so that who has an answer finds it counted
             job.finish(end)
-            self.observer.ended(job, end)
 
     # --- sessions that fail
 
