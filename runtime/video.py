@@ -139,5 +139,5 @@ def refuse_videos(manifest: Manifest, verb: str) -> None:
     if manifest.latents.has_frames:
         raise UsageError(
             f"this bundle draws videos, and {verb} takes bundles that draw pictures",
-            hint='draw videos with: ditc run BUNDLE "PROMPT" -o out.mp4, with ditc serve, or in Python with Pipeline.load',
+            hint='draw videos with: ditc run BUNDLE "PROMPT" -o out.mp4, or ditc serve, or in Python Pipeline.load',
         )
