@@ -329,7 +329,9 @@ class Scheduler:
     def _finish(self, job: Job, end: End) -> None:
         """End a job once, and take what it has out of the queue."""
         if self._queue.remove_job(job):
-            self.observer.ended(job, end)  # before its client knows, so that who has an answer finds it counted
+            self.observer.ended(
+                job, end
+            )  # before its client knows, so that who has an answer finds it counted
             job.finish(end)
 
     # --- sessions that fail

@@ -55,7 +55,10 @@ def test_an_example_runs(server: ServerProcess, kind: str, code: str, tmp_path: 
 
 def test_every_client_has_an_example() -> None:
     code = "\n".join(code for _, code in EXAMPLES)
-    assert all(word in code for word in ("curl", "from openai", "from huggingface_hub", "stream=True", "client.videos"))
+    assert all(
+        word in code
+        for word in ("curl", "from openai", "from huggingface_hub", "stream=True", "client.videos")
+    )
 
 
 def options() -> dict[str, argparse.Action]:

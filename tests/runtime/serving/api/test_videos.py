@@ -238,7 +238,9 @@ def test_each_kind_of_model_names_its_own_path(server: ServerProcess, client: Op
     ):
         status, _, answer = server.post(path, body)
         assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "wrong_path", "model")
-        assert "draws videos" in answer["error"]["message"] and "POST /v1/videos" in answer["error"]["message"]
+        assert (
+            "draws videos" in answer["error"]["message"] and "POST /v1/videos" in answer["error"]["message"]
+        )
     for _ in range(2):  # before the model is open, and after that
         status, _, answer = server.post("/v1/videos", {"prompt": "a cat", "model": "demo"})
         assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "wrong_path", "model")
@@ -253,9 +255,7 @@ def test_each_kind_of_model_names_its_own_path(server: ServerProcess, client: Op
 
 def test_one_idempotency_key_gets_one_video(client: OpenAI) -> None:
     header = {"Idempotency-Key": "one"}
-    first, again = (
-        client.videos.create(**ASKED, extra_body=EXTRA, extra_headers=header) for _ in range(2)
-    )
+    first, again = (client.videos.create(**ASKED, extra_body=EXTRA, extra_headers=header) for _ in range(2))
     assert first.id == again.id
     with pytest.raises(openai.UnprocessableEntityError):
         client.videos.create(**ASKED, extra_body={**EXTRA, "seed": 4}, extra_headers=header)

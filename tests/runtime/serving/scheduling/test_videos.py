@@ -39,7 +39,9 @@ class Spy:
 
 
 def opening(
-    bundle: Path, before: Callable[[], None] = lambda: None, after: Callable[[Any], Any] = lambda outputs: outputs
+    bundle: Path,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[Any], Any] = lambda outputs: outputs,
 ) -> Callable[[], Pipeline]:
     """Opens pipelines whose stage for later latent frames is a spy."""
 
