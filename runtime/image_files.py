@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +25,20 @@ def read_image(path: Path, option: str) -> Image.Image:
     Raises:
         UsageError: the file cannot be read, is of another format, is damaged or too large.
     """
+    with _opened(path, option) as file:
+        file.load()
+        return file.copy()  # with the EXIF data, but not the file
+
+
+def check_image(path: Path, option: str) -> None:
+    """Check that a file begins as a picture of an allowed size does. It is not decoded. Raises as `read_image`."""
+    with _opened(path, option):
+        pass
+
+
+@contextmanager
+def _opened(path: Path, option: str) -> Iterator[Image.Image]:
+    """The picture in a file before it is decoded. Errors of decoding it inside are turned into UsageError, too."""
     hint = f"name a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
     try:
         with warnings.catch_warnings():
@@ -33,8 +49,7 @@ def read_image(path: Path, option: str) -> Image.Image:
                         f"{option} {path} has {file.width}x{file.height} pixels",
                         hint=f"use a picture with at most {MAX_SIDE} pixels on a side",
                     )
-                file.load()
-                return file.copy()  # with the EXIF data, but not the file
+                yield file
     except UnidentifiedImageError as e:
         raise UsageError(f"{option} {path} is not a picture that ditc reads", hint=hint) from e
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help='File with one request per line, as JSON: {"prompt": "a red heart", "seed": 3, "size": "512x768"}. The '
-        "fields are the arguments of Pipeline; id names the line in the results.",
+        "fields are the arguments of Pipeline, with pictures as paths relative to the file's folder; id names the line "
+        "in the results.",
     )
     parser.add_argument(
         "-o",
@@ -181,6 +182,7 @@ def _draw(arguments: argparse.Namespace, bundle: Path, options: list[LoadOptions
             "bundle": str(bundle.absolute()),
             "options": as_json(each),
             "folder": str(arguments.output.absolute()),
+            "inputs": str(arguments.input.absolute().parent),
             "max_batch": arguments.max_batch,
             "lines": -(-left // len(options)),
         }

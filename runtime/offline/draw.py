@@ -13,12 +13,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from ditc.runtime.bundle.manifest import Defaults
 from ditc.runtime.errors import DitcError, UsageError
+from ditc.runtime.image_input import GivenImages
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.offline.lines import Line
 from ditc.runtime.offline.result import drawn, failed
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
+from ditc.runtime.request import Request
+from ditc.runtime.request_checks import checked
 from ditc.runtime.serving.model import recorded_times
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.scheduling.admission import Admission
@@ -26,6 +30,7 @@ from ditc.runtime.serving.scheduling.job import Cancelled, End, Event, Finished,
 from ditc.runtime.serving.scheduling.scheduler import Scheduler
 from ditc.runtime.serving.scheduling.warm_up import begin_with, warm_up
 from ditc.runtime.serving.settings import Bounds, SchedulerOptions
+from ditc.runtime.sizes import size_like
 
 # How long larger batches are tried before the first line. It costs more than it gains if there are few lines.
 WARM_UP_S = 10.0
@@ -49,6 +54,7 @@ class Drawer:
 
     Args:
         folder: gets the pictures.
+        inputs: the folder of the input file, in which the pictures lie that lines name.
         max_batch: the most pictures of one run; 0 takes as many as the bundle allows.
         lines: about how many lines there are.
 
@@ -60,9 +66,16 @@ class Drawer:
     """
 
     def __init__(
-        self, bundle: Path, load: LoadOptions, folder: Path, *, max_batch: int = 0, lines: int = 0
+        self,
+        bundle: Path,
+        load: LoadOptions,
+        folder: Path,
+        *,
+        inputs: Path,
+        max_batch: int = 0,
+        lines: int = 0,
     ) -> None:
-        self._folder = folder
+        self._folder, self._inputs = folder, inputs
         self._ended = SimpleQueue[_Ended]()
         self._attempts: dict[int, int] = {}
         self._scheduler = Scheduler(
@@ -91,7 +104,8 @@ class Drawer:
         self._attempts[line.number] = self._attempts.get(line.number, 0) + 1
         plan = None
         try:
-            plan = replace(make_plan(line.request(), self.pipeline.drawable), seed=line.seed)
+            request = _sized(checked(line.request(self._inputs)), self.pipeline.manifest.defaults)
+            plan = replace(make_plan(request, self.pipeline.drawable), seed=line.seed)
             self._scheduler.submit(plan, self._listener(line, plan), id=str(line.number))
         except UsageError as error:
             self._ended.put(_Ended(line, plan, Refused(_refusal(error))))
@@ -130,6 +144,15 @@ class Drawer:
                 self._ended.put(_Ended(line, plan, event))
 
         return listen
+
+
+def _sized(request: Request, defaults: Defaults) -> Request:
+    """The request with the size that fits its picture, if it names none, as `ditc run` chooses it."""
+    image = request.control_image if request.image is None else request.image
+    if not isinstance(image, GivenImages) or not request.height is request.width is None:
+        return request
+    height, width = size_like(*image.size(), defaults)
+    return replace(request, height=height, width=width)
 
 
 def _refusal(error: DitcError) -> Refusal:

@@ -67,19 +67,20 @@ class InputFile:
         )
 
     def parse(self, raw: RawLine) -> Line:
-        """Read a line.
+        """Read a line, and check the files that it names.
 
         Raises:
-            UsageError: it is wrong, or an earlier line has the same id.
+            UsageError: it is wrong, one of its files is, or an earlier line has the same id.
         """
         line = parse_line(raw.content, raw.number)
         if raw.number in self.repeated:
             raise _repeated(line, self.repeated[raw.number])
+        line.check_files(self.path.parent)
         return line
 
 
 def check_input(path: Path) -> InputFile:
-    """Read the whole file and check every line.
+    """Read the whole file and check every line, and the beginnings of the pictures that it names.
 
     Raises:
         UsageError: it cannot be read, or holds no lines.
@@ -90,6 +91,7 @@ def check_input(path: Path) -> InputFile:
         count = raw.number
         try:
             line = parse_line(raw.content, raw.number)
+            line.check_files(path.parent)
         except UsageError as error:
             wrong_count += 1
             if len(wrong) < NAMED:

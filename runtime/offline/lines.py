@@ -2,9 +2,11 @@
 
     {"prompt": "a red heart", "seed": 3, "width": 512, "height": 768}
     {"id": "tree-1", "prompt": "a green tree", "size": "512x768", "steps": 10}
+    {"prompt": "a green tree", "control_image": "edges/tree.png", "controlnet_conditioning_scale": 0.8}
 
-The fields are those of `Request` that JSON can hold. `id` names the line in the results. `size` stands for width and
-height, and `steps` for num_inference_steps. A field that is null counts as left out.
+The fields are those of `Request` that JSON can hold. `image`, `mask_image` and `control_image` are paths of pictures,
+relative to the folder of the input file (line_images.py). `id` names the line in the results. `size` stands for width
+and height, and `steps` for num_inference_steps. A field that is null counts as left out.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ditc.runtime.errors import UsageError
+from ditc.runtime.offline import line_images
 from ditc.runtime.request import INTEGERS, NUMBERS, Request
 from ditc.runtime.request_checks import checked
 
@@ -33,11 +37,7 @@ _NEGATIVE_ARRAYS = (
     "negative_prompt_attention_mask",
     "negative_pooled_prompt_embeds",
 )
-_PICTURES = (
-    *("image", "mask_image", "strength"),
-    *("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
-)
-_OBJECTS = ("generator", *_PICTURES, *_ARRAYS, *_NEGATIVE_ARRAYS)
+_OBJECTS = ("generator", *_ARRAYS, *_NEGATIVE_ARRAYS)
 # How pictures are returned, and what happens to the other pictures of a request, is decided by the batch.
 _OF_THE_BATCH = ("output_type", "strict")
 FIELDS = tuple(f.name for f in fields(Request) if f.name not in (*_OBJECTS, *_OF_THE_BATCH))
@@ -56,7 +56,7 @@ class Line:
     Attributes:
         number: its number in the file, from 1.
         id: what the user calls it; None without a name.
-        asked: the fields of `Request` that it gives.
+        asked: the fields of `Request` that it gives, with the paths of pictures in place of the pictures.
         seed: the one that it gives, or one that is derived from its number and fields.
     """
 
@@ -65,13 +65,27 @@ class Line:
     asked: dict[str, Any]
     seed: int
 
-    def request(self) -> Request:
-        """The request that the line asks for."""
-        return Request(**{**self.asked, "seed": self.seed})
+    def request(self, folder: Path) -> Request:
+        """The request that the line asks for, with its pictures.
+
+        Args:
+            folder: that of the input file.
+
+        Raises:
+            UsageError: a picture cannot be read.
+        """
+        return Request(**{**line_images.with_pictures(self.asked, folder), "seed": self.seed})
+
+    def check_files(self, folder: Path) -> None:
+        """Check the files that the line names, without decoding them. Raises UsageError, which names the line."""
+        try:
+            line_images.check_files(self.asked, folder)
+        except UsageError as e:
+            raise UsageError(f"line {self.number}: {e}", hint=e.hint) from e
 
 
 def parse_line(raw: bytes, number: int) -> Line:
-    """Read a line.
+    """Read a line. No file that it names is touched.
 
     Raises:
         UsageError: the line does not hold a request. The message begins with the line's number.
@@ -84,7 +98,8 @@ def parse_line(raw: bytes, number: int) -> Line:
         asked = _with_long_names(given)
         _check_fields(asked)
         _check_types(asked)
-        checked(Request(**asked))
+        line_images.check_paths(asked)
+        checked(Request(**line_images.without_pictures(asked)))
     except UsageError as e:
         raise UsageError(f"line {number}: {e}", hint=e.hint) from e
     seed = asked.pop("seed", None)

@@ -85,6 +85,7 @@ class _Actor:
             Path(asked["bundle"]),
             options,
             Path(asked["folder"]),
+            inputs=Path(asked["inputs"]),
             max_batch=asked["max_batch"],
             lines=asked["lines"],
         )

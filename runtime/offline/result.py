@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditc.runtime.atomic import write_atomic
+from ditc.runtime.offline.line_images import IMAGES
 from ditc.runtime.offline.lines import Line
 from ditc.runtime.png import TEXTS, picture_settings, write_png
 
@@ -80,7 +81,7 @@ def drawn(
     settings = json.loads(picture_settings(pipeline, plan, 0, backend=backend)["settings"])
     for name in ("index", "num_prompts"):
         del settings[name]
-    texts = {name: line.asked[name] for name in ("prompt", *TEXTS) if name in line.asked}
+    texts = {name: line.asked[name] for name in ("prompt", *TEXTS, *IMAGES) if name in line.asked}
     result = {
         "line": line.number,
         "id": line.id,

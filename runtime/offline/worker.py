@@ -36,6 +36,7 @@ def main() -> int:
             Path(asked["bundle"]),
             LoadOptions(**asked["options"]),
             Path(asked["folder"]),
+            inputs=Path(asked["inputs"]),
             max_batch=asked["max_batch"],
             lines=asked["lines"],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ditc.runtime.cli import main
 from ditc.runtime.offline.folder import RESULTS
+from ditc.runtime.pipeline import Pipeline
 
 SMALL = {"height": 64, "width": 64, "steps": 2}
 PATIENCE_S = 120.0
@@ -119,3 +123,48 @@ def test_without_ray_the_extra_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(command(tmp_path, tmp_path / "in.jsonl", tmp_path / "out", "--ray")) == 2
     assert 'pip install "ditc[ray]"' in capsys.readouterr().err
+
+
+def test_lines_draw_from_pictures_beside_the_input(control_bundle: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
+    edges, photo = (Image.fromarray(each) for each in noise)
+    (tmp_path / "edges").mkdir()
+    edges.save(tmp_path / "edges" / "a.png")
+    photo.save(tmp_path / "photo.png")
+    control = {"control_image": "edges/a.png", "controlnet_conditioning_scale": 0.5}
+    lines: list[dict[str, Any]] = [
+        {},
+        control,
+        {**control, "height": None, "width": None},
+        {"image": "photo.png", "strength": 0.5},
+        {"image": "photo.png", "mask_image": "edges/a.png", **control},
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out"
+    common = {"prompt": "cat", **SMALL, "seed": 3, "allow_uniform": True}
+    source.write_text("".join(json.dumps({**common, **line}) + "\n" for line in lines))
+    assert main(command(control_bundle, source, out)) == 0
+    results = {r["line"]: r for r in map(json.loads, (out / RESULTS).read_text().splitlines())}
+    opened = {"edges/a.png": edges, "photo.png": photo}
+    with Pipeline.load(control_bundle, threads=1) as pipeline:
+        for number, line in enumerate(lines, start=1):
+            given = {name: opened[v] if name.endswith("image") else v for name, v in line.items()}
+            size = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 3, "allow_uniform": True}
+            alone = pipeline("cat", **size | {name: v for name, v in given.items() if v is not None}).images[
+                0
+            ]
+            (picture,) = results[number]["pictures"]
+            assert hashlib.sha256(alone.tobytes()).hexdigest() == picture["pixels_sha256"], line
+            assert {name: results[number].get(name) for name in line if name.endswith("image")} == {
+                name: path for name, path in line.items() if name.endswith("image")
+            }
+    assert (
+        len({r["pictures"][0]["pixels_sha256"] for r in results.values()}) == 4
+    )  # lines 2 and 3 are the same
+
+
+def test_lines_whose_pictures_are_missing_are_found_before_anything_is_drawn(
+    control_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = requests(tmp_path / "in.jsonl", 1, control_image="edges.png"), tmp_path / "out"
+    assert main(command(control_bundle, source, out)) == 2
+    assert "line 1: control_image" in capsys.readouterr().err and not out.exists()

@@ -37,7 +37,7 @@ LINES = [
 
 @pytest.fixture
 def drawer(tiny_bundle: Path, tmp_path: Path) -> Iterator[Drawer]:
-    opened = Drawer(tiny_bundle, LoadOptions(threads=1), tmp_path)
+    opened = Drawer(tiny_bundle, LoadOptions(threads=1), tmp_path, inputs=tmp_path)
     # The machine decides whether batches pay, so it is told that they do.
     times, most = opened._scheduler.times, opened._scheduler.max_batch
     times.best_size = lambda key, count: min(count, most)  # type: ignore[method-assign]
@@ -62,7 +62,7 @@ def test_pictures_are_those_of_pipeline_and_have_the_digests(
     results = draw(drawer, LINES)
     assert max(sizes) > 1  # lines have shared runs
     for each in LINES:
-        result, alone = results[each.number], pipeline.draw(each.request())
+        result, alone = results[each.number], pipeline.draw(each.request(tmp_path))
         assert (result["status"], result["seed"], result["id"]) == ("done", each.seed, each.id)
         assert result["settings"]["num_inference_steps"] == each.asked["num_inference_steps"]
         assert len(result["pictures"]) == len(alone.images) == each.asked.get("num_images_per_prompt", 1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.offline.lines import FIELDS, MAX_LINE_BYTES, derived_seed, parse_line
@@ -25,7 +28,7 @@ def test_a_line_is_the_request_with_the_same_arguments() -> None:
         "guidance_scale": 3,
         "seed": 9,
     }
-    assert parse(**given).request() == Request(**given)
+    assert parse(**given).request(Path()) == Request(**given)
 
 
 def test_short_forms_stand_for_the_long_ones() -> None:
@@ -77,12 +80,72 @@ def test_a_derived_seed_depends_on_number_and_content_alone() -> None:
         (b'{"prompt": "a", "num_images_per_prompt": 65}', "num_images_per_prompt is 65"),
         (b'{"prompt": "a", "use_resolution_binning": "no"}', "use_resolution_binning is 'no'"),
         (b'{"prompt": "a", "id": 7}', "id is 7"),
+        (b'{"prompt": "a", "image": "/etc/a.png"}', "leads out of the input file's folder"),
+        (b'{"prompt": "a", "image": "edges/../../a.png"}', "leads out of the input file's folder"),
+        (b'{"prompt": "a", "image": "C:a.png"}', "leads out of the input file's folder"),
+        (b'{"prompt": "a", "image": ""}', "image is ''"),
+        (b'{"prompt": "a", "image": "a\\u0000.png"}', "image is "),
+        (b'{"prompt": "a", "control_image": ["a.png"]}', "control_image is ['a.png']"),
+        (b'{"prompt": "a", "control_image": "data:image/png;base64,AA"}', "not a path"),
+        (b'{"prompt": "a", "mask_image": "a.png"}', "mask_image is given without an image"),
+        (b'{"prompt": "a", "strength": 0.5}', "strength is given without an image"),
+        (b'{"prompt": "a", "image": "a.png", "strength": 2}', "strength is 2"),
+        (b'{"prompt": "a", "image": "a.png", "strength": true}', "strength is true"),
+        (b'{"prompt": "a", "control_guidance_end": 1}', "given without a control_image"),
     ],
 )
 def test_a_wrong_line_is_named_with_a_hint(content: bytes, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_line(content, 12)
     assert str(raised.value).startswith("line 12: ") and message in str(raised.value) and raised.value.hint
+
+
+def test_a_picture_is_read_from_the_input_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "edges").mkdir()
+    Image.new("RGB", (6, 4), "white").save(tmp_path / "edges" / "a.png")
+    line = parse(prompt="a", control_image="edges/a.png", controlnet_conditioning_scale=0.5)
+    line.check_files(tmp_path)
+    request = line.request(tmp_path)
+    assert request.control_image.size == (6, 4) and request.controlnet_conditioning_scale == 0.5
+    assert line.seed == derived_seed(1, line.asked)  # of the path, so a moved folder draws the same
+
+
+def _outside(folder: Path) -> None:
+    Image.new("RGB", (4, 4)).save(folder.parent / "outside.png")
+    (folder / "a.png").symlink_to(folder.parent / "outside.png")
+
+
+def _in_a_circle(folder: Path) -> None:
+    (folder / "a.png").symlink_to(folder / "a.png")
+
+
+def _no_picture(folder: Path) -> None:
+    (folder / "a.png").write_text("a")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "cannot be read: .*No such file"),
+        (lambda folder: (folder / "a.png").mkdir(), "cannot be read: .*directory"),
+        (_no_picture, "is not a picture"),
+        (_outside, "a link that leads out of the input file's folder"),
+        (_in_a_circle, "cannot be read"),
+    ],
+    ids=["missing", "folder", "text", "link-outside", "circle"],
+)
+def test_a_file_that_cannot_be_used_is_named_with_its_line(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    make(folder)
+    line = parse(3, prompt="a", image="a.png")
+    with pytest.raises(UsageError, match=f"line 3: image .*{message}") as raised:
+        line.check_files(folder)
+    assert raised.value.hint
+    with pytest.raises(UsageError, match=message):
+        line.request(folder)
 
 
 def test_the_hint_for_an_unknown_field_names_the_nearest_one() -> None:
