@@ -24,6 +24,7 @@ from ditc.runtime.serving.api.answers import ImagesAnswer
 from ditc.runtime.serving.api.api import Api, api_of
 from ditc.runtime.serving.api.asked import Asked, asked_by_openai
 from ditc.runtime.serving.api.clients import GONE
+from ditc.runtime.serving.api.control import control_fields
 from ditc.runtime.serving.api.generations import drawn
 from ditc.runtime.serving.api.openapi import ERRORS, TimeoutHeader
 from ditc.runtime.serving.api.schemas import EditBody
@@ -147,10 +148,7 @@ async def _read(api: Api, form: FormData, timeout: str) -> Edit:
         image=image and given_images("image", image.image, channels=3),
         mask_image=image and _to_draw(image, pictures.get("mask")),
         strength=body.strength,
-        control_image=control and given_images("control_image", control.image, channels=3),
-        controlnet_conditioning_scale=body.controlnet_conditioning_scale,
-        control_guidance_start=body.control_guidance_start,
-        control_guidance_end=body.control_guidance_end,
+        **control_fields(body, control),
     )
     return Edit(replace(asked, request=request), body, digest.hexdigest())
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from ditc.runtime.serving.api.answers import JobAnswer, JobRemoved, JobsAnswer
 from ditc.runtime.serving.api.api import api_of, owner_of
 from ditc.runtime.serving.api.asked import asked_by_openai
+from ditc.runtime.serving.api.control import with_control_picture
 from ditc.runtime.serving.api.encoding import MEDIA_TYPES
 from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.api.schemas import JobBody
@@ -29,6 +30,7 @@ async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key:
     api, owner = api_of(http), owner_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
     api.jobs.check_room(owner)
+    asked = await with_control_picture(api, asked, body)
     # Nobody leaves: a job is drawn to its end, or to its DELETE.
     ongoing, first = await api.shared(http, asked, body).join()
     job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, api.jobs.id_of(ongoing))

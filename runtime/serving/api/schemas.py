@@ -10,7 +10,7 @@ any other value:
     moderation    "auto" or "low": nothing is filtered
     user, safety_identifier    any short text, which is not used
 
-Tensors, paths and addresses are not taken from clients.
+Tensors, paths and addresses are not taken from clients. A control picture is taken as a data URL, which holds it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Side = Annotated[int, Field(ge=1, le=2**14)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-10_000, le=10_000)]
 Fraction = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Text = Annotated[str, Field(max_length=2**20)]
+DataUrl = Annotated[str, Field(max_length=2**25)]  # the server's bound of bodies is usually lower
 Label = Annotated[str, Field(max_length=512)]
 Numbers = Annotated[list[Number], Field(min_length=1, max_length=10_000)]
 Format = Literal["png", "jpeg", "webp"]
@@ -202,20 +203,9 @@ class StreamedBody(ImageBody):
     )
 
 
-class GenerationBody(StreamedBody):
-    """POST /v1/images/generations."""
+class ControlArguments(Body):
+    """How a control picture acts, in requests that can have one."""
 
-
-class EditBody(StreamedBody):
-    """The fields of POST /v1/images/edits that are not files."""
-
-    input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
-    strength: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="How much of the picture is replaced: the share of the steps that are done.",
-    )
     controlnet_conditioning_scale: float | None = Field(
         default=None,
         ge=-10_000,
@@ -231,7 +221,33 @@ class EditBody(StreamedBody):
     )
 
 
-class JobBody(ImageBody):
+class ControlPicture(ControlArguments):
+    """A control picture in a JSON body."""
+
+    control_image: DataUrl | None = Field(
+        default=None,
+        description="What the bundle's ControlNet reads, such as edges: a PNG, JPEG or WebP file as "
+        '"data:image/png;base64,..." (default: none, and the ControlNet does not act).',
+    )
+
+
+class GenerationBody(StreamedBody, ControlPicture):
+    """POST /v1/images/generations."""
+
+
+class EditBody(StreamedBody, ControlArguments):
+    """The fields of POST /v1/images/edits that are not files."""
+
+    input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
+    strength: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="How much of the picture is replaced: the share of the steps that are done.",
+    )
+
+
+class JobBody(ImageBody, ControlPicture):
     """POST /v1/images/jobs."""
 
 

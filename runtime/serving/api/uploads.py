@@ -1,8 +1,13 @@
-"""Pictures that clients send: bytes -> RGB picture and alpha mask, decoded once their size is known and allowed."""
+"""Pictures that clients send: bytes, or a data URL, -> RGB picture and alpha mask.
+
+They are decoded once their size is known and allowed.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -16,6 +21,7 @@ from ditc.runtime.serving.refusals import Invalid
 # 4096x4096. Decoded with alpha it takes 64 MB, and about a second.
 MOST_PIXELS = 2**24
 _FORMATS = "PNG, JPEG or WebP"
+_DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp);base64,", re.IGNORECASE)
 
 # How a picture of each Exif orientation is put upright.
 _UPRIGHT = {
@@ -78,6 +84,32 @@ def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PI
         raise _damaged(param) from None
     upright = _UPRIGHT.get(still.orientation)
     return _split(decoded if upright is None else decoded.transpose(upright))
+
+
+def read_data_url(url: str, *, param: str, most_pixels: int = MOST_PIXELS) -> Upload:
+    """Decode a picture in a data URL (RFC 2397) with base64. Call it on a worker thread, as `read_upload`.
+
+    The media type only has to be that of a picture: what the file is, its content says.
+
+    Raises:
+        Invalid: it is no such URL; or as `read_upload`.
+    """
+    match = _DATA_URL.match(url)
+    if match is None:
+        raise Invalid(
+            f"{param} is {url[:40]!r}, which is no data URL of a picture",
+            hint='send the file itself, as "data:image/png;base64,..."; addresses are not fetched',
+            param=param,
+        )
+    try:
+        data = base64.b64decode(url[match.end() :], validate=True)
+    except ValueError:
+        raise Invalid(
+            f"the base64 of {param} is damaged",
+            hint="send the standard alphabet without line ends, with padding",
+            param=param,
+        ) from None
+    return read_upload(data, param=param, most_pixels=most_pixels)
 
 
 def _damaged(param: str) -> Invalid:

@@ -19,7 +19,7 @@ from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.api.schemas import BundleArguments, GenerationBody, HuggingFaceBody, VideoBody
 from ditc.runtime.serving.refusals import Invalid
 
-# Fields of a request that POST /v1/images/edits takes.
+# Fields of a request that hold pictures, or belong to one: a body does not become these by its names alone.
 EDITS = {"image", "mask_image", "strength", "control_image", "controlnet_conditioning_scale"} | {
     "control_guidance_start",
     "control_guidance_end",

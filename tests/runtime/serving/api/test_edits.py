@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import closing
 from io import BytesIO
@@ -89,6 +89,37 @@ def test_a_form_without_what_it_takes_to_read_it_is_refused(server: ServerThread
     assert sent(server, PROMPT, file("image", png()), media_type=media_type).error["code"]
 
 
+def as_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{b64encode(data).decode()}"
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/jobs"])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://localhost/edges.png", "is no data URL of a picture"),
+        ("edges.png", "is no data URL of a picture"),
+        (b64encode(png()).decode(), "is no data URL of a picture"),
+        (as_url(b"<svg/>", "image/svg+xml"), "is no data URL of a picture"),
+        ("data:image/png;base64,????", "the base64 of control_image is damaged"),
+        (as_url(png()) + "\n", "the base64 of control_image is damaged"),
+        (as_url(png())[:-1], "the base64 of control_image is damaged"),
+        ("data:image/png;base64,", "not a picture that this server reads"),
+        (as_url(b"<svg/>"), "not a picture that this server reads"),
+        (as_url(png()[:-20]), "damaged or not complete"),
+        (as_url(png(2049)), "has 2049x2049 pixels"),
+    ],
+)
+def test_a_control_picture_in_a_body_is_read_within_the_bounds_of_files(
+    server: ServerThread, path: str, url: str, message: str
+) -> None:
+    body = json.dumps({"prompt": "cat", "control_image": url}).encode()
+    answer = server.ask("POST", path, body, {"Content-Type": "application/json"})
+    assert answer.status == 400
+    assert answer.error["param"] == "control_image" and message in answer.error["message"]
+    assert len(answer.body) < 1000  # the picture is not repeated
+
+
 def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
     models = Models(
         {"control": control_bundle},
@@ -102,9 +133,20 @@ def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
         more = [file("control_image", png()), field("controlnet_conditioning_scale", "0.5")]
         body = b"".join([*fields, *more]) + b"--X--\r\n"
         answer = running.ask("POST", "/v1/images/edits", body, {"Content-Type": FORM})
-    assert answer.status == 200, answer
-    found = Image.open(BytesIO(b64decode(json.loads(answer.body)["data"][0]["b64_json"])))
-    settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 3, "allow_uniform": True}
+        settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 3, "allow_uniform": True}
+        given = {"prompt": "cat", "control_image": as_url(png()), "controlnet_conditioning_scale": 0.5}
+        in_json = running.ask(
+            "POST",
+            "/v1/images/generations",
+            json.dumps(settings | given).encode(),
+            {"Content-Type": "application/json"},
+        )
+    assert (answer.status, in_json.status) == (200, 200), (answer, in_json)
+    found, same = (
+        Image.open(BytesIO(b64decode(json.loads(each.body)["data"][0]["b64_json"])))
+        for each in (answer, in_json)
+    )
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(same))
     control = {"control_image": Image.new("RGB", (8, 8)), "controlnet_conditioning_scale": 0.5}
     with Pipeline.load(control_bundle, threads=1) as pipeline:
         expected = pipeline("cat", **settings, **control).images[0]
