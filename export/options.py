@@ -37,6 +37,7 @@ class BuildOptions:
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
         refit: whether LoRAs can be added to an engine's weights when the bundle is loaded.
         loras: files of LoRAs that are added to the weights, with their scales, in this order.
+        controlnet: the folder of a ControlNet that is joined with the checkpoint; None for the checkpoint as it is.
     """
 
     precision: Precision = Precision.FP32
@@ -54,6 +55,7 @@ class BuildOptions:
     weight_streaming: bool = False
     refit: bool = False
     loras: tuple[LoraChoice, ...] = ()
+    controlnet: Path | None = None
 
     @property
     def quantized(self) -> bool:

@@ -19,8 +19,8 @@ from ditc.export.build.ir_artifact import ir_artifact
 from ditc.export.build.journal import Journal, as_ditc_error, check_bundle_or_empty, check_writable, locked
 from ditc.export.build.preflight import check_options, check_weights
 from ditc.export.build.records import StageInputs, StageRecord
+from ditc.export.checkpoint.controlnet import open_joined
 from ditc.export.checkpoint.loras import read_choices, with_loras
-from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions, ModelPlan
 from ditc.export.engine.build import library_version
 from ditc.export.engine.targets import check_targets, default_targets
@@ -61,7 +61,7 @@ def build_bundle(
     started = perf_counter()
     check_options(options)
     check_bundle_or_empty(out)
-    plain = open_checkpoint(source, variant=options.variant)
+    plain = open_joined(source, variant=options.variant, controlnet=options.controlnet)
     family = find_family(plain)
     adapter, native_names = family.adapter, family.native_names(plain)
     checkpoint = with_loras(plain, read_choices(options.loras, plain, native_names))

@@ -73,6 +73,8 @@ def request(checkpoint: Path, options: BuildOptions, journal: Journal) -> Reques
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     loras = [path for choice in options.loras for path in files_of(choice.file)]
     named = [*options.ranges, *map(Path, options.recipes), *loras]
+    if options.controlnet is not None:
+        named += sorted(path for path in options.controlnet.rglob("*") if path.suffix in SUFFIXES)
     options_files = [path for path in named if path.is_file()]
     return RequestInputs(
         checkpoint=checkpoint.resolve().name,

@@ -64,15 +64,16 @@ class Component:
     @property
     def place(self) -> Path:
         """The file of the weights; the folder, if there are several files."""
-        return self.files[0] if len(self.files) == 1 else self._folder
+        return self.files[0] if len(self.files) == 1 else self.folder
 
     def read_config(self, parse: Callable[[Mapping[str, Any]], T]) -> T:
         """What parse makes of the config. Its errors name the file."""
-        with naming(self._folder / "config.json", hint=OTHER_NETWORK):
+        with naming(self.folder / "config.json", hint=OTHER_NETWORK):
             return parse(self.config)
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """The folder of the weights and of config.json."""
         return self.files[0].parent if self.files else Path(self.name)
 
 
@@ -86,6 +87,7 @@ class Checkpoint:
         defaults: the contents of ditc.json.
         variant: the variant whose weight files are read where a component has them; None for the default files.
         loras: the LoRAs that are in the components' tensors (export/checkpoint/loras.py). Their files have none of it.
+        controlnet: the folder of a ControlNet that is not the directory's own (export/checkpoint/controlnet.py).
     """
 
     path: Path
@@ -96,6 +98,7 @@ class Checkpoint:
     defaults: dict[str, Any]
     variant: str | None = None
     loras: tuple[FoldedLora, ...] = ()
+    controlnet: Path | None = None
 
     def component(self, name: str) -> Component:
         """The network of that name. Raises CheckpointError, which lists the networks, if there is none."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditc.export.commands.controlnet_argument import add_controlnet_argument
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
 from ditc.runtime.lora.choice import add_lora_argument, parse_loras
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Version of ONNX's operator set in the graphs. 23 writes attention and RMS norms as single operations, "
         "for ONNX Runtime; engines and OpenVINO need 20; bf16 stages have at least 22 (default: %(default)s).",
     )
+    add_controlnet_argument(parser, "Build with this ControlNet, which is not part of the checkpoint.")
     add_lora_argument(parser, "Add this LoRA to the weights, with all its changes multiplied by SCALE.")
     parser.add_argument(
         "--raw",
@@ -205,6 +207,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         weight_streaming=arguments.weight_streaming,
         refit=arguments.refit,
         loras=parse_loras(arguments.lora),
+        controlnet=arguments.controlnet,
     )
 
 
@@ -246,7 +249,7 @@ def _report_quantization(report: BuildReport, options: BuildOptions) -> None:
 
 
 def _line(event: BuildEvent) -> str:
-    line = f"  {event.stage:<22}{event.status:<7}{event.size_bytes / 1e6:>9.1f} MB"
+    line = f"  {event.stage:<21} {event.status:<7}{event.size_bytes / 1e6:>9.1f} MB"
     if event.status != "built":
         return f"{line}  {event.why}"
     memory = f"{event.peak_memory_bytes / 1e9:.1f} GB, {event.estimated_memory_bytes / 1e9:.1f} estimated"

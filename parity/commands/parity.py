@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.export.commands.controlnet_argument import add_controlnet_argument
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ditc.parity.candidate import Candidate
     from ditc.parity.cases import SavedReference, Settings
     from ditc.parity.context import Context
+    from ditc.parity.reference.pytorch import TorchModel
     from ditc.runtime.bundle.manifest import Manifest
 
 
@@ -37,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant",
         metavar="NAME",
         help="Variant of the checkpoint's weight files, such as fp16, as in the build (default: files without one).",
+    )
+    add_controlnet_argument(
+        parser, "Compare with the checkpoint with this ControlNet, as the bundle was built."
     )
     add_lora_argument(parser, "Compare with the checkpoint with this LoRA, which the bundle was built with.")
     parser.add_argument(
@@ -193,6 +198,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--lora is given with --reference", hint="the file was made with its LoRAs: leave --lora out"
         )
+    if saved is not None and arguments.controlnet is not None:
+        raise UsageError(
+            "--controlnet is given with --reference",
+            hint="the file was made with its ControlNet: leave --controlnet out",
+        )
     if saved is None:
         settings = _settings(arguments, manifest)
     else:
@@ -297,11 +307,13 @@ def _open(
     if why_no_edits:
         cases = tuple(case for case in settings.cases if case.edit is None)
         settings = replace(settings, cases=cases)
-    options = BuildOptions(variant=arguments.variant, loras=loras)
+    options = BuildOptions(variant=arguments.variant, loras=loras, controlnet=arguments.controlnet)
+    reference = None
+    if saved is None:
+        reference = TorchModel(arguments.against, options=options, like=candidate.manifest)
+        _check_same_controlnet(candidate.manifest, reference)
     return Context(
-        reference_or_none=TorchModel(arguments.against, options=options, like=candidate.manifest)
-        if saved is None
-        else None,
+        reference_or_none=reference,
         candidate=candidate,
         settings=settings,
         with_upstream=not arguments.no_diffusers,
@@ -310,6 +322,23 @@ def _open(
         why_no_edits=why_no_edits,
         tick=tick,
     )
+
+
+def _check_same_controlnet(manifest: Manifest, reference: TorchModel) -> None:
+    """Raise UsageError if only one side has a ControlNet."""
+    from ditc.runtime.spec import CONTROLNET
+
+    bundle, checkpoint = CONTROLNET in manifest.stages, CONTROLNET in reference.plan.stages
+    if bundle and not checkpoint:
+        raise UsageError(
+            f"the bundle has a ControlNet, and {reference.checkpoint.path} has none",
+            hint="name the folder that the bundle was built with: --controlnet DIR",
+        )
+    if checkpoint and not bundle:
+        raise UsageError(
+            f"{reference.checkpoint.controlnet or reference.checkpoint.path} has a ControlNet, and the bundle has none",
+            hint="compare with the checkpoint without it, or build the bundle with it",
+        )
 
 
 def _why_no_edits(arguments: argparse.Namespace, candidate: Candidate) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 from torch import nn
 
 from ditc.export.build.default_request import golden_table
+from ditc.export.checkpoint.controlnet import open_joined
 from ditc.export.checkpoint.loras import read_choices, with_loras
-from ditc.export.checkpoint.open import Checkpoint, open_checkpoint
+from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.tokenizer import read_tokenizer
 from ditc.export.contract import BuildOptions, ModelPlan, StageModule
 from ditc.export.families import find_adapter, find_family
@@ -71,7 +72,8 @@ class TorchModel:
     """A checkpoint as a pipeline of PyTorch sessions: the reference in fp32, the precision baseline in 16 bits.
 
     Args:
-        source: a checkpoint that is open is taken as it is; one that is opened here gets the options' LoRAs.
+        source: a checkpoint that is open is taken as it is; one that is opened here gets the options' ControlNet and
+            LoRAs.
         options: as for a build. The precision matters most.
         like: the manifest of the bundle to compare with. Its largest batch and its picture size are used.
 
@@ -93,7 +95,7 @@ class TorchModel:
         if isinstance(source, Checkpoint):
             self.original = self.checkpoint = source
         else:
-            self.original = open_checkpoint(source, variant=options.variant)
+            self.original = open_joined(source, variant=options.variant, controlnet=options.controlnet)
             self.checkpoint = with_loras(self.original, scaled_loras(self.original, options.loras))
         self.adapter = find_adapter(self.checkpoint)
         self.options = options if like is None else _sized(options, like)

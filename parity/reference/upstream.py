@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ditc.export.checkpoint.open import Checkpoint
+from ditc.export.checkpoint.weights import has_variant
 from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
 from ditc.parity.edits import Edit
 from ditc.parity.folded_loras import in_diffusers_form
@@ -254,20 +255,40 @@ def _mean_of_posteriors() -> Iterator[None]:
 
 
 def _diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
+    pipeline_class, given = diffusers.DiffusionPipeline, rewritten_networks(checkpoint, dtype)
+    if checkpoint.controlnet is not None:
+        pipeline_class = getattr(diffusers, checkpoint.model_index["_class_name"])
+        if "controlnet" not in given:
+            given["controlnet"] = _controlnet(checkpoint, dtype)
     # Components that a checkpoint leaves out are null in model_index.json; from_pretrained still needs them as None.
     left_out = {name: None for name, value in checkpoint.model_index.items() if value == [None, None]}
-    pipeline = DiffusionPipeline.from_pretrained(
+    pipeline = pipeline_class.from_pretrained(
         str(checkpoint.path),
         dtype=dtype,
         variant=checkpoint.variant,
         local_files_only=True,
         trust_remote_code=False,
         **left_out,
-        **rewritten_networks(checkpoint, dtype),
+        **given,
     )
     return with_perturbed_attention(pipeline, checkpoint)
+
+
+def _controlnet(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """diffusers' ControlNet from a folder that is not the checkpoint's own."""
+    import diffusers
+
+    folder, variant = checkpoint.controlnet, checkpoint.variant
+    assert folder is not None
+    network_class = getattr(diffusers, checkpoint.component("controlnet").class_name)
+    return network_class.from_pretrained(
+        str(folder),
+        torch_dtype=dtype,
+        variant=variant if variant and has_variant(folder, variant) else None,
+        local_files_only=True,
+    )
 
 
 def _copied(value: Any) -> Any:

@@ -88,6 +88,6 @@ def check_made_for(network: object, controlnet: object, settings: tuple[str, ...
         theirs, own = getattr(network, name), getattr(controlnet, name)
         if theirs != own:
             raise CheckpointError(
-                f"{name} is {own} in controlnet/config.json, but {theirs} in the transformer's",
+                f"{name} is {own} in the ControlNet's config.json, but {theirs} in the transformer's",
                 hint="use a ControlNet that was trained for this transformer",
             )

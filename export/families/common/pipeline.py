@@ -30,6 +30,7 @@ class OtherPipeline:
     hint: str = ""
 
 
+CONTROLNET = "controlnet"  # the name of its component
 UNKNOWN = OtherPipeline("it is not known to draw the same pictures")
 
 
@@ -95,6 +96,12 @@ def check_pipeline(checkpoint: Checkpoint, served: ServedPipeline) -> None:
                 "model_index.json",
             )
         allowed = served.components[name]
+        if name == CONTROLNET and checkpoint.controlnet is not None and str(opened_as) not in allowed:
+            raise CheckpointError(
+                f"{checkpoint.controlnet} is a {opened_as.name}, but {checkpoint.path} takes "
+                f"a {' or '.join(one.rpartition('.')[2] for one in allowed)}",
+                hint="give a ControlNet that was trained for this checkpoint",
+            )
         if (str(opened_as) not in allowed) if allowed else (opened_as.library not in LIBRARIES):
             raise CheckpointError(
                 f"{checkpoint.path}: model_index.json opens {name} as a {opened_as}, but only "
@@ -107,6 +114,12 @@ def _check_class(checkpoint: Checkpoint, served: ServedPipeline) -> None:
     name = pipeline_class(checkpoint.path, checkpoint.model_index)
     if name in (served.class_name, *served.also):
         return
+    if checkpoint.controlnet is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} takes no ControlNet, so {checkpoint.controlnet} cannot be joined with it: "
+            f"there is no {name}, or ditc does not compute it",
+            hint="leave --controlnet out, or give the checkpoint that the ControlNet was trained for",
+        )
     other = served.others.get(name, UNKNOWN)
     raise CheckpointError(
         f"{checkpoint.path} is a {name}, but with this transformer only {served.class_name} is served: {other.why}",

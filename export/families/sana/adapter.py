@@ -186,7 +186,7 @@ def _load_control(component: Component, plan: ModelPlan, stage: str) -> nn.Modul
 def _control_config(checkpoint: Checkpoint, transformer: SanaConfig) -> SanaConfig:
     """The ControlNet's settings. Raises CheckpointError if it belongs to another transformer."""
     control = checkpoint.component(COMPONENT).read_config(control_config)
-    with naming(checkpoint.path):
+    with naming(checkpoint.component(COMPONENT).folder):
         check_made_for(transformer, control, ("in_channels", "patch_size", "width", "caption_channels"))
         most = transformer.num_layers - 1
         if control.num_layers > most:

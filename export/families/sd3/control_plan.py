@@ -30,7 +30,7 @@ def read_control(checkpoint: Checkpoint, transformer: Sd3Config) -> ControlConfi
     control = checkpoint.component(COMPONENT).read_config(ControlConfig.from_json)
     network = control.network
     settings = ["in_channels", "patch_size", "width", "pooled_projection_dim"]
-    with naming(checkpoint.path):
+    with naming(checkpoint.component(COMPONENT).folder):
         check_made_for(
             transformer, network, (*settings, *(["joint_attention_dim"] if control.reads_text else []))
         )

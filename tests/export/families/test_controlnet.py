@@ -45,7 +45,7 @@ def refusal(source: Path, tmp_path: Path, **changes: Any) -> CheckpointError:
     ("changes", "message"),
     [
         ({"num_layers": 3}, "the ControlNet has 3 layers, but the transformer adds at most 2 residuals"),
-        ({"in_channels": 4, "out_channels": 4}, "in_channels is 4 in controlnet/config.json, but 8"),
+        ({"in_channels": 4, "out_channels": 4}, "in_channels is 4 in the ControlNet's config.json, but 8"),
         ({"num_attention_heads": 4, "cross_attention_dim": 64}, "width is 64"),
         ({"caption_channels": 12}, "caption_channels is 12"),
         ({"qk_norm": "rms_norm_across_heads"}, "is not a setting of a SanaControlNetModel"),
