@@ -15,6 +15,7 @@ from time import monotonic
 
 import torch
 
+from ditc.calib.control_pattern import PATTERN, control_of
 from ditc.calib.observe import Observer, watching
 from ditc.calib.tokens import PromptTokens
 from ditc.export.checkpoint.open import Checkpoint
@@ -35,7 +36,7 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, VAE_DECODER, Precision
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class Settings:
         seed: of the first prompt; every further prompt has the next seed.
         precision: of the PyTorch networks that run.
         shard: (i, n) measures every n-th prompt, beginning with the i-th (counted from 0).
-        stage: the stage whose layers are watched: the denoiser, or the decoder of the latents that it leaves.
+        stage: the stage whose layers are watched: the denoiser, the ControlNet before it, or the decoder of the latents
+            that it leaves.
     """
 
     num_inference_steps: int | None = None
@@ -84,11 +86,12 @@ def collect(
     """Measure ranges and write them to `out`. What a killed run with the same settings has measured is kept.
 
     Raises:
-        UsageError: the device does not exist, or the shard has no prompts.
+        UsageError: the device or the stage does not exist, or the shard has no prompts.
         CheckpointError: the checkpoint cannot be read.
     """
     _check_device(settings.device)
     reference = TorchModel(checkpoint, options=BuildOptions(precision=settings.precision))
+    _check_stage(reference, settings.stage)
     origin = _origin(reference, settings)
     partial = unfinished(out)
     index, count = settings.shard
@@ -137,6 +140,14 @@ def _check_device(device: str) -> None:
         ) from e
 
 
+def _check_stage(reference: TorchModel, stage: str) -> None:
+    if stage not in reference.plan.stages:
+        raise UsageError(
+            f"{reference.checkpoint.path} has no {stage} to measure",
+            hint="name the folder of its ControlNet: --controlnet DIR" if stage == CONTROLNET else None,
+        )
+
+
 def _steps(
     pipeline: Pipeline, observer: Observer, prompt: str, number: int, origin: Origin
 ) -> Iterator[None]:
@@ -145,6 +156,9 @@ def _steps(
         num_inference_steps=origin.num_inference_steps,
         guidance_scale=origin.guidance_scale,
         seed=origin.seed + number,
+        control_image=control_of(number, origin.seed + number, always=origin.stage == CONTROLNET)
+        if origin.control is not None
+        else None,
     )
     observer.bucket, observer.half = 0, half_of(_digest(prompt))
     plan = pipeline.plan(request)
@@ -176,9 +190,10 @@ def _origin(reference: TorchModel, settings: Settings) -> Origin:
         num_inference_steps=steps,
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         seed=settings.seed,
-        buckets=min(BUCKETS, steps) if settings.stage == DENOISER else 1,
+        buckets=1 if settings.stage == VAE_DECODER else min(BUCKETS, steps),
         usual_steps=defaults.num_inference_steps,
         stage=settings.stage,
+        control=PATTERN if CONTROLNET in reference.plan.stages else None,
     )
 
 

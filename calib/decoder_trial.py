@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ditc.calib.trial import Trial, open_journal, relative_squares
+from ditc.calib.trial import Trial, open_journal, relative_squares, trial_request
 from ditc.export.graph.torch_session import TorchSession
 from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import LayerPlan
 from ditc.export.quant.simulate import quantized
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.metrics import psnr
-from ditc.runtime.request import Request
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import VAE_DECODER
 
@@ -39,8 +38,7 @@ class DecoderTrial(Trial):
         self._decoder = TorchSession(stage.module, stage.spec)
         self._input, self._output = stage.spec.inputs[0].name, stage.spec.outputs[0].name
         self._pipeline = reference.pipeline.with_sessions({VAE_DECODER: self._decoder})
-        request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
-        self._plan = self._pipeline.plan(request)
+        self._plan = self._pipeline.plan(trial_request(reference, prompts, seed))
         self._states = list(self._pipeline.start(self._plan))
         for step in self._pipeline.run(self._states):
             self._states[step.chunk] = step.state

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ditc.calib.control_pattern import PATTERN, outlines
 from ditc.calib.journal import Journal
 from ditc.export.build.build_key import digest
 from ditc.export.build.source_hash import graph_source
@@ -20,7 +21,7 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.metrics import psnr
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, to_numpy
-from ditc.runtime.spec import DENOISER, StageSpec
+from ditc.runtime.spec import CONTROLNET, DENOISER, StageSpec
 from ditc.runtime.step_contract import BATCH, X0
 
 # Steps whose error is measured, evenly spread over a trajectory. They are enough to rank layers, in a quarter of the
@@ -68,7 +69,7 @@ class Trial:
         self.journal = open_journal(journal, reference, DENOISER, prompts, seed)
         self._session = TorchSession(stage.module, stage.spec)
         self._reference = reference
-        self._request = Request(prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True)
+        self._request = trial_request(reference, prompts, seed)
         recorder = _Recorder(self._session)
         self._latents, self._pictures = self._run(recorder)
         largest = stage.spec.profile[BATCH].max
@@ -141,13 +142,24 @@ class _Recorder:
         return [self._seen[i % batches * length + step] for i, step in enumerate(steps)]
 
 
+def trial_request(reference: TorchModel, prompts: Sequence[str], seed: int) -> Request:
+    """The request of a trial. A checkpoint with a ControlNet draws all its pictures with control."""
+    controls = None
+    if CONTROLNET in reference.plan.stages:
+        controls = [outlines(seed + number) for number in range(len(prompts))]
+    return Request(
+        prompt=list(prompts), seed=seed, output_type="np", allow_uniform=True, control_image=controls
+    )
+
+
 def open_journal(
     path: Path | None, reference: TorchModel, stage: str, prompts: Sequence[str], seed: int
 ) -> Journal:
     """The journal of a trial: its numbers depend on the stage's weights, the prompts, the seed and ditc's source."""
     component = reference.plan.stages[stage].components[0]
     identity = checkpoint_identity(reference.checkpoint, component)
-    return Journal(path, digest([identity, stage, list(prompts), seed, graph_source()]))
+    control = [PATTERN] if CONTROLNET in reference.plan.stages else []
+    return Journal(path, digest([identity, stage, list(prompts), seed, graph_source(), *control]))
 
 
 def relative_squares(value: Array, reference: Array) -> float:

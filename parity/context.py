@@ -14,7 +14,7 @@ from ditc.parity.results import Evidence
 from ditc.parity.simulated_quant import simulated_baseline
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.session import Array
-from ditc.runtime.spec import CONDITIONER, DENOISER, SIXTEEN_BITS, VAE_DECODER, Backend, Precision
+from ditc.runtime.spec import CONDITIONER, CONTROLNET, DENOISER, SIXTEEN_BITS, VAE_DECODER, Backend, Precision
 from ditc.runtime.tolerances import EIGHT, Level, Limit, Metric, limit
 
 Progress = Callable[[str], None]
@@ -173,7 +173,9 @@ class Context:
     def drawing_stage(self) -> str:
         """The stage whose precision decides how far finished latents may be from the reference's."""
         encoders = [spec.stage for spec in self.candidate.manifest.text]
-        return next((s for s in (DENOISER, *encoders) if self.candidate.precision(s) in EIGHT), DENOISER)
+        return next(
+            (s for s in (DENOISER, CONTROLNET, *encoders) if self.candidate.precision(s) in EIGHT), DENOISER
+        )
 
     @property
     def pictured_stage(self) -> str:

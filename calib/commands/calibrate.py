@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditc.export.commands.controlnet_argument import add_controlnet_argument
 from ditc.runtime.errors import UsageError
 from ditc.runtime.files import check_writable
-from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, VAE_DECODER, Precision
 
 if TYPE_CHECKING:
     from ditc.calib.collect import Progress, Settings
@@ -42,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Variant of the checkpoint's weight files, such as fp16 (default: files without one).",
     )
+    add_controlnet_argument(parser, "Measure with this ControlNet, which is not part of the checkpoint.")
     parser.add_argument(
         "--stage",
         default=DENOISER,
-        choices=[DENOISER, VAE_DECODER],
+        choices=[DENOISER, CONTROLNET, VAE_DECODER],
         help="Stage whose layers are measured. The decoder is measured on the latents that the prompts lead to "
         "(default: %(default)s).",
     )
@@ -167,13 +169,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from ditc.calib.prompts import GENERAL, read_prompts
     from ditc.calib.search import parse_budget
-    from ditc.export.checkpoint.open import open_checkpoint
+    from ditc.export.checkpoint.controlnet import open_joined
 
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
+    if budget is not None and arguments.stage == CONTROLNET:
+        raise UsageError(
+            "--budget searches the layers of a denoiser or a decoder, not those of a ControlNet",
+            hint="leave --budget out: the recipes of ControlNets name all layers of their blocks",
+        )
     formats, settings = _formats(arguments.formats), _settings(arguments)
     workers = _workers(arguments)
     prompts = read_prompts(arguments.prompts or GENERAL)[: arguments.num_prompts]
-    checkpoint = open_checkpoint(arguments.checkpoint, variant=arguments.variant)
+    checkpoint = open_joined(arguments.checkpoint, variant=arguments.variant, controlnet=arguments.controlnet)
     if arguments.merge:
         ranges = _merge(arguments, checkpoint)
     elif workers > 1:

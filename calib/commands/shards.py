@@ -21,6 +21,7 @@ from ditc.runtime.errors import SessionError
 # The options that a shard gets from the whole run, by the name of the parsed argument.
 _OPTIONS = {
     "variant": "--variant",
+    "controlnet": "--controlnet",
     "stage": "--stage",
     "prompts": "--prompts",
     "num_prompts": "--num-prompts",

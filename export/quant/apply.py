@@ -19,7 +19,7 @@ from ditc.runtime.bundle.calibration import Calibration
 from ditc.runtime.bundle.integrity import sha256
 from ditc.runtime.errors import UsageError
 from ditc.runtime.sessions.registry import row_of
-from ditc.runtime.spec import DENOISER, VAE_DECODER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, VAE_DECODER, Precision
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +149,12 @@ def with_base_precisions(
     """The plan, in which other 8-bit stages than the denoiser have the precision of an 8-bit build.
 
     That is the precision of everything in them that is not in 8 bits. The plan itself gives them the precision that
-    follows from the denoiser's. A decoder is fp32 in OpenVINO by default (see FUSED_BASE).
+    follows from the denoiser's. A decoder is fp32 in OpenVINO by default (see FUSED_BASE). A ControlNet keeps the
+    plan's, because its outputs are inputs of the denoiser.
     """
     stages = dict(plan.stages)
     for name, quantization in quantizations.items():
-        if name != DENOISER:
+        if name not in (DENOISER, CONTROLNET):
             around = adapter.plan(checkpoint, replace(options, precision=quantization.precision))
             precision = around.stages[name].precision
             if name == VAE_DECODER and options.converts_graphs and options.base_precision is None:

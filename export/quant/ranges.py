@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.safetensors_file import safetensors_path
 from ditc.export.quant.histogram import BINS, CHANNEL_BINS
 from ditc.runtime.bundle.integrity import sha256
-from ditc.runtime.bundle.jsondata import check_numbers, from_json, to_json
+from ditc.runtime.bundle.jsondata import LEFT_OUT_IF_NONE, check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
 from ditc.runtime.limits import MAX_STEPS
 from ditc.runtime.session import Array
@@ -74,6 +74,7 @@ class Origin:
         num_inference_steps, guidance_scale, seed: settings of every request; prompt i starts from seed + i.
         usual_steps: the checkpoint's default number of steps.
         stage: the stage whose layers were watched.
+        control: with which control pictures, for a checkpoint with a ControlNet; None for one without.
         buckets: number of parts into which the schedule is divided.
         version: format of the file.
     """
@@ -87,6 +88,7 @@ class Origin:
     buckets: int
     usual_steps: int
     stage: str = DENOISER
+    control: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     version: int = VERSION
 
 
@@ -155,8 +157,8 @@ def save_ranges(ranges: Ranges, path: Path) -> Path:
     """
     tensors: dict[str, Array] = {}
     for site, statistics in ranges.sites.items():
-        for field in Statistics.__slots__:
-            tensors[f"{field}/{site}"] = np.ascontiguousarray(getattr(statistics, field))
+        for name in Statistics.__slots__:
+            tensors[f"{name}/{site}"] = np.ascontiguousarray(getattr(statistics, name))
     facts = {
         "origin": to_json(ranges.origin),
         "site_of": dict(ranges.site_of),
@@ -276,16 +278,16 @@ def _statistics(site: str, tensors: Mapping[str, Array], buckets: int, path: Pat
         "half_histogram": (BINS,),
     }
     fields: dict[str, Any] = {}
-    for field, tensor in found.items():
-        wanted = shapes.get(field, (buckets,))
-        if tensor is None or (field not in OVER_ALL_BUCKETS and tensor.shape[:1] != (buckets,)):
-            raise UsageError(f"{path} lacks {field} of {site} for {buckets} buckets", hint=again)
+    for name, tensor in found.items():
+        wanted = shapes.get(name, (buckets,))
+        if tensor is None or (name not in OVER_ALL_BUCKETS and tensor.shape[:1] != (buckets,)):
+            raise UsageError(f"{path} lacks {name} of {site} for {buckets} buckets", hint=again)
         if tensor.shape != wanted or tensor.dtype.kind not in "fiu" or not tensor.size:
             kind = f"{tensor.shape} of {tensor.dtype}"
-            raise UsageError(f"{path}: {field} of {site} is {kind}, not {wanted} of numbers", hint=again)
+            raise UsageError(f"{path}: {name} of {site} is {kind}, not {wanted} of numbers", hint=again)
         if not np.isfinite(tensor).all() or (tensor < 0).any():
-            raise UsageError(f"{path}: {field} of {site} is negative, NaN or infinite", hint=again)
-        fields[field] = tensor
+            raise UsageError(f"{path}: {name} of {site} is negative, NaN or infinite", hint=again)
+        fields[name] = tensor
     statistics = Statistics(**fields)
     if (statistics.half_histogram > statistics.histogram.sum(axis=0)).any():
         raise UsageError(f"{path}: half_histogram of {site} is not a part of its histogram", hint=again)

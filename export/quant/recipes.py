@@ -22,7 +22,7 @@ from ditc.export.quant.formats import Format
 from ditc.runtime.atomic import write_atomic
 from ditc.runtime.bundle.jsondata import Mismatch, check_numbers, from_json, to_json
 from ditc.runtime.errors import UsageError
-from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, Precision
 
 NO_RULE = "no rule of the recipe names it"
 
@@ -103,6 +103,14 @@ NEVER_QUANTIZED = (
     Rule(layers="proj_out", why="final layer: its error goes directly into the picture"),
     Rule(layers="*conv_depth", why="depthwise convolution: it is not a GEMM, and it is sensitive"),
 )
+ENDS_OF_CONTROLNET = (
+    Rule(
+        layers="controlnet_blocks.*",
+        why="last layers of a ControlNet: their error goes into the denoiser's tokens",
+    ),
+    Rule(layers="input_block", why="first layer of a ControlNet: it reads the control picture"),
+    Rule(layers="pos_embed_input.*", why="first layer of a ControlNet: it reads the control picture"),
+)
 # The layers that spoil a joint-attention transformer if they are in FP8 (vllm-omni #2728 and #2795).
 NEVER_QUANTIZED_JOINT = (
     Rule(layers="*time_text_embed*", why="time and pooled text embedding: every layer depends on it"),
@@ -129,6 +137,28 @@ def int8_and_fp8(
         name = f"{family}-{kind.value}"
         recipes[name] = Recipe(name=name, rules=rules, smooth=kind is Format.INT8)
     return recipes
+
+
+def controlnet_recipes(
+    family: str, network: str, layers: tuple[str, ...], *, kept_high_precision: tuple[Rule, ...]
+) -> dict[str, Recipe]:
+    """The recipes of a family's ControlNet by name: FAMILY-controlnet-int8, -fp8 and -int8-dynamic.
+
+    They quantize the same layers of its blocks as the family's own recipes do of the transformer's.
+
+    Args:
+        network: the class of the ControlNet in the checkpoint.
+        layers, kept_high_precision: as of `int8_and_fp8`.
+    """
+    name = f"{family}-controlnet"
+    of_transformer = int8_and_fp8(
+        name, layers, kept_high_precision=(*ENDS_OF_CONTROLNET, *kept_high_precision)
+    )
+    recipes = {
+        name: replace(recipe, stage=CONTROLNET, network=network) for name, recipe in of_transformer.items()
+    }
+    per_token = replace(dynamic(recipes[f"{name}-int8"]), name=f"{name}-int8-dynamic")
+    return {**recipes, per_token.name: per_token}
 
 
 def recipes_of(family: str) -> dict[str, Recipe]:
@@ -168,7 +198,7 @@ def dynamic(recipe: Recipe) -> Recipe:
 
 
 def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
-    """Find a recipe by name, or read it from a .json file as the search writes it.
+    """Find a denoiser's recipe by name, or read it from a .json file as the search writes it.
 
     Args:
         name: None for the family's default.
@@ -178,7 +208,8 @@ def find_recipe(name: str | None, precision: Precision, family: str) -> Recipe:
         UsageError: the name is unknown, the file is not a recipe, or the recipe does not fit the precision.
     """
     default = default_recipe(family, precision)
-    recipe = load_named(default if name is None else name, recipes_of(family))
+    known = {name: recipe for name, recipe in recipes_of(family).items() if recipe.stage == DENOISER}
+    recipe = load_named(default if name is None else name, known)
     kinds = {rule.kind.value for rule in recipe.rules if rule.kind is not None}
     if precision is not Precision.FP8 and Format.FP8.value in kinds:
         raise UsageError(

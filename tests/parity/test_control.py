@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from planted import context_of, failures, module_of, patch_forward, torch_candidate
 from torch import Tensor
@@ -29,6 +30,13 @@ def test_a_bundle_passes_at_every_level(
     assert {line["name"] for line in entry["parity"]["lines"] if line["passed"]} >= {
         level.value for level in LEVELS
     }
+
+
+@pytest.mark.slow
+def test_an_sd3_bundle_passes_at_every_level(
+    sd3_control_bundle: Path, sd3_control_checkpoint: Path, tmp_path: Path
+) -> None:
+    test_a_bundle_passes_at_every_level(sd3_control_bundle, sd3_control_checkpoint, tmp_path)
 
 
 def _one_block_late(self: Any, latents: Tensor, t: Tensor, *rest: Tensor) -> Tensor:

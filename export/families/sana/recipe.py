@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER_QUANTIZED, Rule, int8_and_fp8
+from ditc.export.quant.recipes import NEVER_QUANTIZED, Rule, controlnet_recipes, int8_and_fp8
 
 LAYERS = (
     "transformer_blocks.*.attn1.to_[qkv]",
@@ -29,3 +29,6 @@ RECIPES = {
         family, LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS, *more)
     ).items()
 }
+RECIPES |= controlnet_recipes(
+    "sana", "SanaControlNetModel", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, CROSS)
+)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ditc.export.quant.recipes import NEVER_QUANTIZED, NEVER_QUANTIZED_JOINT, int8_and_fp8
+from ditc.export.quant.recipes import (
+    NEVER_QUANTIZED,
+    NEVER_QUANTIZED_JOINT,
+    controlnet_recipes,
+    int8_and_fp8,
+)
 
 # attn2 is not cross-attention here, but the image's second self-attention, which runs in every step.
 LAYERS = (
@@ -16,4 +21,8 @@ LAYERS = (
     "transformer_blocks.*.ff_context.net.*",
 )
 
-RECIPES = int8_and_fp8("sd3", LAYERS, kept_high_precision=(*NEVER_QUANTIZED, *NEVER_QUANTIZED_JOINT))
+KEPT = (*NEVER_QUANTIZED, *NEVER_QUANTIZED_JOINT)
+RECIPES = {
+    **int8_and_fp8("sd3", LAYERS, kept_high_precision=KEPT),
+    **controlnet_recipes("sd3", "SD3ControlNetModel", LAYERS, kept_high_precision=KEPT),
+}
