@@ -65,6 +65,10 @@ def _example(
         return np.arange(shape[0], dtype=np.int64) % sizes[step_contract.BATCH]
     if tensor.name == step_contract.TIMESTEP:
         return rng.uniform(1, 999, shape).astype(np.float32)
+    if tensor.name == step_contract.HELD:  # the first of several frames, in every other sample
+        held = np.zeros(shape, np.float32)
+        held[::2, : min(1, shape[1] - 1)] = 1
+        return held
     if "mask" in tensor.name:
         mask = np.ones(shape, np.int64)
         mask[..., -max(1, shape[-1] // 4) :] = 0

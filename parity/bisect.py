@@ -109,6 +109,7 @@ def align(candidate: Array, reference: Array) -> list[Array]:
     """The reference in the candidate's layout. If the shapes fit several layouts, all of them are returned.
 
     Rows: upstream runs both rows of guidance at once. Where the candidate runs one, it is the last, conditional row.
+    Frames: upstream embeds one timestep per row of a video, and ditc one per frame. They are alike where none is held.
     Layout: upstream's 1x1 convolutions are (B,C,H,W) or (B,H,W,C) where ditc has Linears on (B,N,C).
 
     Returns:
@@ -116,6 +117,9 @@ def align(candidate: Array, reference: Array) -> list[Array]:
     """
     if candidate.ndim and reference.ndim and candidate.shape[0] < reference.shape[0]:
         reference = reference[-candidate.shape[0] :]
+    if candidate.ndim == reference.ndim == 2 and candidate.shape[0] > reference.shape[0] > 0:
+        frames, rest = divmod(candidate.shape[0], reference.shape[0])
+        reference = reference if rest else np.repeat(reference, frames, axis=0)
     if candidate.shape == reference.shape and candidate.ndim != 4:
         return [reference]
     if candidate.ndim == 3 and reference.ndim == 4:

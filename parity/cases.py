@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ditc.parity.edits import STEPS, STRENGTH, Edit, example_mask
+from ditc.parity.edits import OF_PICTURES, OF_VIDEOS, STEPS, STRENGTH, Edit, example_mask
 from ditc.runtime import denoise
 from ditc.runtime.bundle.jsondata import LEFT_OUT_IF_NONE
 from ditc.runtime.control import example_picture
@@ -48,7 +48,7 @@ class Case:
 class Settings:
     """The cases and the settings that both sides draw them with. Sizes are in pixels.
 
-    Cases that edit a picture come last, and have a number of steps of their own (`edits.STEPS`).
+    Cases that start from a picture come last, and have a number of steps of their own (`edits.STEPS`).
     """
 
     cases: tuple[Case, ...]
@@ -135,9 +135,9 @@ class SavedReference:
     precision: str
 
 
-def edit_cases(cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """One case for each edit, with the prompt and the seed of the first case."""
-    return tuple(replace(cases[0], edit=edit) for edit in Edit)
+def edit_cases(cases: tuple[Case, ...], *, videos: bool = False) -> tuple[Case, ...]:
+    """One case for each edit of what the bundle draws, with the prompt and the seed of the first case."""
+    return tuple(replace(cases[0], edit=edit) for edit in (OF_VIDEOS if videos else OF_PICTURES))
 
 
 def step_noise_seed(case: Case) -> int:
@@ -151,12 +151,13 @@ def request_of(
     """The request for a case. With `latents`, both sides start from that noise instead of the case's seed.
 
     A case that edits a picture starts from the case's seed in any case, and without control: a picture leaves no place
-    for given latents, and diffusers has no pipelines for edits with a ControlNet or with skip-layer guidance.
+    for given latents, and diffusers has no pipelines for edits with a ControlNet or with skip-layer guidance. In a
+    video, the picture takes the place of the first latent frame alone.
 
     Args:
         control: whether a ControlNet reads the example picture.
     """
-    if case.edit is not None:
+    if case.edit in OF_PICTURES:
         return Request(
             image=example_picture(),
             mask_image=example_mask() if case.edit is Edit.INPAINTING else None,
@@ -173,8 +174,9 @@ def request_of(
         )
     return Request(
         control_image=example_picture() if control else None,
+        image=example_picture() if case.edit in OF_VIDEOS else None,
         prompt=case.prompt,
-        num_inference_steps=settings.num_inference_steps,
+        num_inference_steps=STEPS if case.edit else settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         height=settings.height,
         width=settings.width,

@@ -101,6 +101,24 @@ def kept_causes(latents: Array, picture: Array, reference_mask: Array) -> tuple[
     return ("mask inverted: the picture is kept where it should be drawn anew",)
 
 
+def explains(mistaken: Array, got: Array, reference: Array) -> bool:
+    """Whether a mistake made on purpose gives what the candidate got: nine tenths of its error at least."""
+    return relative_l2(got, mistaken) <= min(SAME, relative_l2(got, reference) / 10)
+
+
+def frame_causes(latents: Array, before: Array, held: Array) -> tuple[str, ...]:
+    """Whether frames of latents (B,C,F,h,w) that are held have changed.
+
+    Args:
+        held: (B,F), 1 where a frame is held.
+    """
+    of_frames = np.moveaxis(latents, 2, 1)[held > 0.5], np.moveaxis(before, 2, 1)[held > 0.5]
+    if relative_l2(*of_frames) <= SAME:
+        return ()
+    frames = sorted({int(frame) for _, frame in np.argwhere(held > 0.5)})
+    return (f"the first frame is not held: latent frames {frames} change, but must stay as they are",)
+
+
 def range_causes(candidate_finite: bool, reference_amax: float) -> tuple[str, ...]:
     """Why the candidate has NaN or Inf, judged by the largest magnitude in the reference; empty if it is finite."""
     if candidate_finite:
@@ -122,6 +140,9 @@ def _feed_cause(name: str, got: Array, wanted: Array, first_step: bool, before: 
     if name == step_contract.SKIP_GATE:
         found, right = np.flatnonzero(got > 0.5).tolist(), np.flatnonzero(wanted > 0.5).tolist()
         return f"wrong gate: rows {found} skip a part of the network, but it should be rows {right}"
+    if name == step_contract.HELD:
+        found, right = (np.flatnonzero((x > 0.5).any(axis=0)).tolist() for x in (got, wanted))
+        return f"the first frame is not held: latent frames {found} are, but it should be {right}"
     if name == step_contract.GUIDANCE:
         return f"the embedded guidance scale is {got[0]:.4g}, but {wanted[0]:.4g} was requested"
     if name == step_contract.NOISE:

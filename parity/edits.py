@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting in parity: what is drawn, from which picture, and with how many steps."""
+"""Cases of parity that start from a picture: what is drawn, from which picture, and with how many steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from enum import StrEnum
 
 from PIL import Image, ImageDraw
 
-# Few steps are enough: what is tested is where the loop begins and what inpainting puts back. The first step is left
-# out, and three steps are done, so that samplers which remember a step use their memory.
+# Few steps are enough: what is tested is where the loop begins, what inpainting puts back, and which frame is held. For
+# pictures, the first step is left out and three are done, so that samplers which remember a step use their memory.
 STEPS = 4
 STRENGTH = 0.75
 
@@ -17,6 +17,11 @@ class Edit(StrEnum):
 
     IMAGE_TO_IMAGE = "image-to-image"
     INPAINTING = "inpainting"
+    IMAGE_TO_VIDEO = "image-to-video"
+
+
+OF_PICTURES = (Edit.IMAGE_TO_IMAGE, Edit.INPAINTING)
+OF_VIDEOS = (Edit.IMAGE_TO_VIDEO,)  # the picture is the first frame
 
 
 def example_mask() -> Image.Image:

@@ -65,7 +65,7 @@ class ImageLatents:
             mean + std * noise, with noise that is drawn before all other noise of the request.
         generator: of that noise; None takes the mean.
         images: one for all pictures, or one per prompt.
-        shape: (B,C,h,w) of all pictures of the request.
+        shape: (B,C,h,w) of all pictures of the request, or (B,C,F,h,w) of videos.
         per_prompt: num_images_per_prompt.
     """
 
@@ -82,7 +82,7 @@ class ImageLatents:
     ) -> None:
         self._encoder, self._images, self._per_prompt = encoder, images, per_prompt
         self._scale, self._tiling = scale, tiling
-        self._size = (shape[2] * scale, shape[3] * scale)
+        self._size = (shape[-2] * scale, shape[-1] * scale)
         self._taken = 0
         self._encoded: tuple[int, Array, Array | None] | None = None
         self._sampled: tuple[int, Array] | None = None

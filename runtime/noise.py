@@ -35,6 +35,17 @@ class Whole:
         return self._array[self._taken - count : self._taken]
 
 
+class AfterFirstFrame:
+    """Noise of videos (B,C,F-1,H,W), with a first frame of zeros before it: (B,C,F,H,W)."""
+
+    def __init__(self, others: Parts) -> None:
+        self._others = others
+
+    def take(self, count: int) -> Array:
+        others = self._others.take(count)
+        return np.concatenate([np.zeros_like(others[:, :, :1]), others], axis=2)
+
+
 def noise_parts(shape: Sequence[int], generator: Generator | Sequence[Generator]) -> Parts:
     """What `randn_latents` draws. A single generator has gone past all of it when this returns.
 

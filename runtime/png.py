@@ -31,7 +31,9 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         backend: the library that ran the denoiser, and its precision, in words.
     """
     request, skip, pag = plan.request, plan.skip_layer_guidance, plan.perturbed_attention_guidance
-    image = {} if request.image is None else {"image": True, "mask_image": request.mask_image is not None}
+    image: dict[str, object] = {} if request.image is None else {"image": True}
+    if image and plan.strength is not None:
+        image |= {"mask_image": request.mask_image is not None, "strength": plan.strength}
     settings = {
         "num_inference_steps": plan.num_inference_steps,
         **{n: value for n in (*SCHEDULE, *OF_TEXTS) if (value := getattr(request, n)) is not None},
@@ -48,7 +50,6 @@ def picture_settings(pipeline: Pipeline, plan: Plan, index: int, *, backend: str
         "backend": backend,
         "index": index,
         **image,
-        **({"strength": plan.strength} if image else {}),
         **_control_settings(plan),
         "num_prompts": request.num_prompts,
         "num_images_per_prompt": request.num_images_per_prompt,

@@ -17,7 +17,7 @@ import numpy as np
 from ditc.runtime.arrays import given_array
 from ditc.runtime.bundle.manifest import Manifest, PerturbedAttentionGuidance, SkipLayerGuidance, Tiling
 from ditc.runtime.conditioning import Conditioning, stack_texts
-from ditc.runtime.control import Control, control_feeds, decide_control, has_control
+from ditc.runtime.control import Control, decide_control, has_control
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.failure import Failure, check_failures, named
 from ditc.runtime.guidance import (
@@ -31,8 +31,7 @@ from ditc.runtime.guidance import (
     perturbed_attention_scales,
     skip_layer_scales,
 )
-from ditc.runtime.image_input import GivenImages
-from ditc.runtime.image_start import ImageLatents, Kept, cell_mask
+from ditc.runtime.image_states import image_latents, noise_of_runs, with_control, with_image
 from ditc.runtime.noise import Parts, Whole, noise_parts
 from ditc.runtime.request import Request
 from ditc.runtime.request_checks import checked
@@ -42,7 +41,7 @@ from ditc.runtime.session import Array, Session
 from ditc.runtime.sizes import check_size, classify
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.state import DenoiseState, Rows
-from ditc.runtime.step_contract import BATCH, COEFFICIENTS, NOISE, TIMESTEP, StepContract
+from ditc.runtime.step_contract import BATCH, COEFFICIENTS, HELD, TIMESTEP, StepContract
 from ditc.runtime.vae import check_tiles
 from ditc.runtime.video import check_video_request, decide_frames
 
@@ -92,8 +91,8 @@ class Plan:
         skip_layer_guidance, perturbed_attention_guidance: None if it is off. At most one of them is on.
         guidance_interval: the fractions of the steps between which guidance acts.
         at_once: how many pictures are drawn together, as the denoiser's batch allows.
-        strength: how much of the image is replaced; None without an image.
-        begin_index: the first step that is done. It is 0 without an image.
+        strength: how much of the image is replaced; None without an image, and for videos, which hold it.
+        begin_index: the first step that is done. It is 0 without a strength.
         control: how the control picture acts; None without one.
         frames: the number of frames of each video; None for pictures.
     """
@@ -126,6 +125,11 @@ class Plan:
     def runs(self) -> int:
         """How often the network runs for all pictures together."""
         return -(-self.pictures // self.at_once) * len(self.table)
+
+    @property
+    def holds_first_frame(self) -> bool:
+        """Whether the first latent frame is an image, and stays as it is in all steps (image-to-video)."""
+        return self.frames is not None and self.request.image is not None
 
     @property
     def gated(self) -> bool:
@@ -163,7 +167,12 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     check_size(*drawn, manifest.latents, drawable.denoiser, defaults)
     frames = decide_frames(request, manifest, drawable.denoiser)
     if frames is not None:
-        check_video_request(request)
+        check_video_request(request, manifest.latents, contract, frames)
+    elif request.image is not None and request.latents is not None:
+        raise UsageError(
+            "image and latents are both given",
+            hint="pass either a picture to start from, or starting latents",
+        )
     if request.output_type != "latent":
         cells = (drawn[0] // scale, drawn[1] // scale)
         check_tiles(*cells, drawable.decoder, drawable.tiling, scale=scale, default=defaults.tiling)
@@ -180,7 +189,7 @@ def make_plan(request: Request, drawable: Drawable) -> Plan:
     for name in ("image", "control_image"):
         _check_can_encode(request, name, drawable)
     strength = None
-    if request.image is not None:
+    if request.image is not None and frames is None:
         strength = STRENGTH if request.strength is None else request.strength
     begin_index = _begin_index(strength, steps)
     table = coefficient_table(
@@ -275,10 +284,10 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
     request, total = plan.request, plan.pictures
     generator = Generator(plan.seed or 0) if request.generator is None else request.generator
     shape = _latents_shape(plan, drawable.manifest)
-    images = _image_latents(plan, drawable, shape, request.image, generator)
-    controls = _image_latents(plan, drawable, shape, request.control_image, None)
+    images = image_latents(plan, drawable, shape, request.image, generator)
+    controls = image_latents(plan, drawable, shape, request.control_image, None)
     latents = _starting_latents(request, shape, generator)
-    fresh = _noise_of_runs(plan, drawable.contract, shape, generator)
+    fresh = noise_of_runs(plan, drawable.contract.noise, shape, generator)
     if total > plan.at_once:  # otherwise all texts are encoded before anything is drawn
         drawable.conditioning.check_texts(request, negative=plan.guided)
     for first in range(0, total, plan.at_once):
@@ -297,9 +306,9 @@ def first_states(plan: Plan, drawable: Drawable) -> Iterator[DenoiseState]:
             [{name: parts.take(len(pictures)) for name, parts in feeds.items()} for feeds in fresh],
         )
         if drawable.has_controlnet:
-            state = _with_control(state, plan, controls)
+            state = with_control(state, plan, controls)
         if images is not None:
-            state = _with_image(state, plan, drawable, pictures, images)
+            state = with_image(state, plan, drawable, pictures, images)
         failed = [replace(failure, index=i - first) for i, failure in sorted(failures.items())]
         yield replace(state, failures=tuple(failed))
 
@@ -327,68 +336,6 @@ def _starting_latents(
     return Whole(given)
 
 
-def _image_latents(
-    plan: Plan,
-    drawable: Drawable,
-    shape: tuple[int, ...],
-    images: GivenImages | None,
-    generator: Generator | Sequence[Generator] | None,
-) -> ImageLatents | None:
-    if images is None:
-        return None
-    assert drawable.encoder is not None  # as the plan has checked
-    return ImageLatents(
-        drawable.encoder,
-        images,
-        shape,
-        generator,
-        per_prompt=plan.request.num_images_per_prompt,
-        scale=drawable.manifest.latents.scale_factor,
-        tiling=drawable.tiling,
-    )
-
-
-def _with_image(
-    state: DenoiseState, plan: Plan, drawable: Drawable, pictures: range, images: ImageLatents
-) -> DenoiseState:
-    """The state of pictures that start from images: the state of noise, with the images in it.
-
-    The latents of the given state are the noise, times init_noise_sigma.
-    """
-    request, table = plan.request, plan.table
-    noise = np.asarray(state.latents) / np.float32(table.init_noise_sigma)
-    image_latents = images.take(len(pictures))
-    signal, level = table.levels[0]
-    kept = None
-    if request.mask_image is not None:
-        scale, size = drawable.manifest.latents.scale_factor, (plan.drawn_height, plan.drawn_width)
-        masks, per_prompt = request.mask_image, request.num_images_per_prompt
-        indices = [picture // per_prompt if len(masks) > 1 else 0 for picture in pictures]
-        made = {index: cell_mask(masks, index, size, scale) for index in set(indices)}
-        mask = np.concatenate([made[index] for index in indices])
-        kept = Kept(mask=mask, image_latents=image_latents, noise=noise, levels=table.levels)
-    return replace(state, latents=signal * image_latents + level * noise, kept=kept)
-
-
-def _with_control(state: DenoiseState, plan: Plan, controls: ImageLatents | None) -> DenoiseState:
-    """The state with the inputs that a ControlNet takes besides those of the denoiser."""
-    shape = tuple(state.latents.shape)
-    latents = np.zeros(shape, np.float32) if controls is None else controls.take(shape[0])
-    feeds = control_feeds(plan.control, latents, len(state.schedule))
-    schedule = tuple({**step, **more} for step, more in zip(state.schedule, feeds, strict=True))
-    return replace(state, schedule=schedule)
-
-
-def _noise_of_runs(
-    plan: Plan, contract: StepContract, shape: tuple[int, ...], generator: Generator | Sequence[Generator]
-) -> list[dict[str, Parts]]:
-    """The fresh noise of each run of the network, for samplers that take it.
-
-    It continues the stream of the starting latents, run after run, each for all pictures together, as in diffusers.
-    """
-    return [{NOISE: noise_parts(shape, generator)} if contract.noise else {} for _ in range(len(plan.table))]
-
-
 def _first_state(
     plan: Plan,
     drawable: Drawable,
@@ -401,6 +348,7 @@ def _first_state(
     batch, contract, table = latents.shape[0], drawable.contract, plan.table
     rows = [*negative, *positive, *(positive if plan.gated else [])]  # the order of diffusers
     guidance = plan.guidance_feeds(contract, batch)
+    held = {HELD: np.zeros((batch, latents.shape[2]), np.float32)} if contract.holds_frames else {}
     return DenoiseState(
         latents=latents * np.float32(table.init_noise_sigma),
         history=np.zeros((batch, contract.history_length, *latents.shape[1:]), np.float32),
@@ -409,6 +357,7 @@ def _first_state(
                 TIMESTEP: np.repeat(timestep, batch),
                 COEFFICIENTS: np.repeat(coefficients[None], batch, axis=0),
                 **feeds,
+                **held,
                 **fresh,
             }
             for timestep, coefficients, feeds, fresh in zip(

@@ -49,12 +49,12 @@ class Request:
             every prompt. None puts nothing there, as diffusers does.
         seed, generator: what the starting noise is drawn from. A list holds one generator per picture. A
             torch.Generator draws with the caller's torch.
-        latents: (B,C,H,W) fp32 starting latents, instead of noise.
+        latents: (B,C,H,W) fp32 starting latents, or (B,C,F,H,W) of videos, instead of noise.
         image: the picture to start from, or one per prompt: pictures of Pillow, arrays or tensors (image_input.py says
-            which). It is resized to the drawn size.
+            which). It is resized to the drawn size. In a bundle that draws videos, it is the first frame.
         mask_image: where to draw anew (white) and where the image stays (black), or one mask per prompt.
         strength: from 0 to 1, how much of the image is replaced: the share of the steps that are done. With 1 the
-            picture starts from noise alone, up to the noise level at which the schedule begins.
+            picture starts from noise alone, up to the noise level at which the schedule begins. Videos take none.
         control_image: the picture that a ControlNet reads, such as edges or a depth map, or one per prompt, in the
             forms of `image`. Without one, a bundle with a ControlNet draws as if it had none.
         controlnet_conditioning_scale: how strongly the control picture acts; 0 turns it off.

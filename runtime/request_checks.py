@@ -152,11 +152,6 @@ def _check_image(request: Request) -> None:
             if getattr(request, name) is not None:
                 raise UsageError(f"{name} is given without an image", hint="pass the picture as image")
         return
-    if request.latents is not None:
-        raise UsageError(
-            "image and latents are both given",
-            hint="pass either a picture to start from, or starting latents",
-        )
     if request.strength is not None and not 0 <= request.strength <= 1:
         raise UsageError(f"strength is {request.strength:g}", hint="pass a number from 0 to 1")
 

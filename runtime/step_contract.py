@@ -8,6 +8,9 @@ mode, and all code that prepares, runs or checks a step takes the names from her
     next  = cx * latents + c0 * x0 + sum_k h_k * history_k + [cn * noise]
 
 history_k is the x0 of k steps ago. A solver is a table with one row per step and one column per coefficient.
+
+A step of a video may hold some of its latent frames, as image-to-video does with the first one: the network sees them
+with the timestep 0, which is that of a frame without noise, and  x0 = next = latents  there.
 """
 
 # B samples, R network rows, C latent channels, H/W latent size, K coefficient columns, P history length
@@ -31,6 +34,7 @@ GUIDANCE = "guidance"  # (B,) fp32: guidance_scale, for networks that embed it
 # (R,) fp32: 1 for gated rows, which skip a part of the network: whole layers (skip-layer guidance), or the
 # self-attention of layers (perturbed-attention guidance). Which part it is, is fixed in the graph.
 SKIP_GATE = "skip_gate"
+HELD = "held"  # (B,F) fp32: 1 for latent frames of a video that are held, else 0
 
 # Inputs of a ControlNet, besides some of those above and the conditioning (Zhang et al., arXiv 2302.05543).
 CONTROL_LATENTS = "control_latents"  # (B,C,H,W) fp32: the control picture, as the VAE encodes it
@@ -118,12 +122,15 @@ class StepContract:
         noise: whether the update adds fresh noise, as stochastic samplers do.
         guidance: how guidance_scale reaches the network.
         skip_gate: whether rows may be gated, as skip-layer and perturbed-attention guidance need.
+        holds_frames: whether latent frames may be held, as image-to-video needs. Then the network takes one timestep
+            per frame. One graph draws videos with and without held frames, so their requests can share a run.
     """
 
     history_length: int = 1
     noise: bool = False
     guidance: GuidanceMode = GuidanceMode.CFG
     skip_gate: bool = False
+    holds_frames: bool = False
 
     @classmethod
     def of(cls, spec: StageSpec, guidance: GuidanceMode) -> StepContract:
@@ -132,7 +139,11 @@ class StepContract:
         length = spec.input(HISTORY).shape[1] if HISTORY in names else 0
         assert isinstance(length, int)
         return cls(
-            history_length=length, noise=NOISE in names, guidance=guidance, skip_gate=SKIP_GATE in names
+            history_length=length,
+            noise=NOISE in names,
+            guidance=guidance,
+            skip_gate=SKIP_GATE in names,
+            holds_frames=HELD in names,
         )
 
     @property
@@ -160,14 +171,16 @@ class StepContract:
             TensorSpec(HISTORY, DType.FLOAT32, (BATCH, self.history_length, *image[1:])),
             *((TensorSpec(NOISE, DType.FLOAT32, image),) if self.noise else ()),
             *((TensorSpec(GUIDANCE, DType.FLOAT32, (BATCH,)),) if self.embeds_guidance else ()),
+            *((TensorSpec(HELD, DType.FLOAT32, (BATCH, FRAMES)),) if self.holds_frames else ()),
             *conditioning,
             *((TensorSpec(SKIP_GATE, DType.FLOAT32, (ROWS,)),) if self.skip_gate else ()),
         )
 
     def network_inputs(self, conditioning: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         """The inputs that the network itself takes after its latents. Each has one entry per row."""
+        timesteps: tuple[int | str, ...] = (ROWS, FRAMES) if self.holds_frames else (ROWS,)
         return (
-            TensorSpec(TIMESTEP, DType.FLOAT32, (ROWS,)),
+            TensorSpec(TIMESTEP, DType.FLOAT32, timesteps),
             *((TensorSpec(GUIDANCE, DType.FLOAT32, (ROWS,)),) if self.embeds_guidance else ()),
             *conditioning,
             *((TensorSpec(SKIP_GATE, DType.FLOAT32, (ROWS,)),) if self.skip_gate else ()),

@@ -19,7 +19,7 @@ from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, t
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, Tensor, to_numpy
 from ditc.runtime.spec import StageSpec
-from ditc.runtime.step_contract import FRAMES, KEPT, LATENTS
+from ditc.runtime.step_contract import FRAMES, KEPT, LATENTS, StepContract
 
 
 def decide_frames(request: Request, manifest: Manifest, denoiser: StageSpec) -> int | None:
@@ -55,14 +55,30 @@ def check_frames(frames: int, latents: LatentSpec, denoiser: StageSpec, default:
     )
 
 
-def check_video_request(request: Request) -> None:
-    """Refuse what no video is drawn from. Raises UsageError."""
-    for name in ("image", "mask_image", "control_image"):
+def check_video_request(request: Request, latents: LatentSpec, contract: StepContract, frames: int) -> None:
+    """Refuse what no video is drawn from, and an image where it cannot be the first frame.
+
+    Raises:
+        UsageError: the message names the argument.
+    """
+    for name in ("mask_image", "strength", "control_image"):
         if getattr(request, name) is not None:
             raise UsageError(
-                f"{name} is given, but this bundle draws videos, and from texts alone",
+                f"{name} is given, but this bundle draws videos, and takes an image as the first frame alone",
                 hint=f"leave {name} out",
             )
+    if request.image is None:
+        return
+    if not contract.holds_frames:
+        raise UsageError(
+            "image is given, but this bundle was built for videos from texts alone",
+            hint="build it again with this version: ditc build CHECKPOINT -o BUNDLE",
+        )
+    if frames == 1:
+        raise UsageError(
+            "image is the first frame, and a video of 1 frame has no other one to draw",
+            hint=f"use {latents.frames_of(2)} frames or more, or leave image out",
+        )
 
 
 def decoded_chunks(first: Session, following: Session, latents_1CFhw: Tensor) -> Iterator[Array]:

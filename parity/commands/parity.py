@@ -133,8 +133,8 @@ def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-edits",
         action="store_true",
-        help="Leave out the cases that start from a picture, image-to-image and inpainting (default: draw one of each "
-        "if the bundle has the VAE's encoder).",
+        help="Leave out the cases that start from a picture: image-to-image and inpainting, or of a bundle that draws "
+        "videos image-to-video (default: draw one of each if the bundle has the VAE's encoder).",
     )
     parser.add_argument(
         "--save-reference",
@@ -254,10 +254,8 @@ def _settings(arguments: argparse.Namespace, manifest: Manifest) -> Settings:
     if arguments.num_inference_steps is not None and arguments.num_inference_steps < 1:
         raise UsageError(f"--steps is {arguments.num_inference_steps}", hint="use at least 1 step")
     cases = tuple(Case(prompt, seed) for prompt in prompts for seed in seeds)
-    if (
-        VAE_ENCODER in manifest.stages and not manifest.latents.has_frames and cases
-    ):  # no video starts from a picture
-        cases += edit_cases(cases)
+    if VAE_ENCODER in manifest.stages and cases:
+        cases += edit_cases(cases, videos=manifest.latents.has_frames)
     return Settings(
         cases=cases,
         num_inference_steps=arguments.num_inference_steps or defaults.num_inference_steps,
@@ -345,8 +343,13 @@ def _why_no_edits(arguments: argparse.Namespace, candidate: Candidate) -> str:
     """Why cases that start from a picture are not drawn, although the bundle has the VAE's encoder; "" if they are."""
     from ditc.runtime.spec import VAE_ENCODER
 
-    if VAE_ENCODER not in candidate.manifest.stages or candidate.manifest.latents.has_frames:
+    if VAE_ENCODER not in candidate.manifest.stages:
         return ""
     if arguments.no_edits:
         return "they were left out (--no-edits)"
-    return "" if VAE_ENCODER in candidate.sessions else "the bundle's vae_encoder cannot run here"
+    if VAE_ENCODER not in candidate.sessions:
+        return "the bundle's vae_encoder cannot run here"
+    drawable = candidate.pipeline.drawable
+    if candidate.manifest.latents.has_frames and not drawable.contract.holds_frames:
+        return "the bundle was built for videos from texts alone"
+    return ""

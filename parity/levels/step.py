@@ -8,7 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from ditc.parity.cases import Case, CaseRun, forced_state, start_case
-from ditc.parity.causes import SAME, edit_causes, feed_causes, kept_causes, range_causes
+from ditc.parity.causes import (
+    SAME,
+    edit_causes,
+    explains,
+    feed_causes,
+    frame_causes,
+    kept_causes,
+    range_causes,
+)
 from ditc.parity.compare import Comparison, compare
 from ditc.parity.context import Context
 from ditc.parity.levels.module import bisect
@@ -23,6 +31,9 @@ from ditc.runtime.state import DenoiseState
 from ditc.runtime.tolerances import Level, Metric
 
 AGAINST = "PyTorch fp32"
+OTHER_TIMESTEP = (
+    "the timestep of the first frame is not 0: the network sees the held frame with that of the others"
+)
 
 
 def check(context: Context) -> Iterator[Result]:
@@ -156,7 +167,34 @@ def _explained(
         return replace(result, stage="pipeline", culprit=culprit, causes=causes)
     inside = bisect(context, DENOISER, wanted, error)
     amax = float(np.abs(run.latents).max())
-    return replace(result, culprit=inside, causes=range_causes(comparison.finite, amax))
+    causes = range_causes(comparison.finite, amax) or _causes_of_held_frames(
+        context, wanted, after, run.x0[step]
+    )
+    return replace(result, culprit=inside, causes=causes)
+
+
+def _causes_of_held_frames(
+    context: Context, feeds: dict[str, Array], after: DenoiseState, expected_x0: Array
+) -> tuple[str, ...]:
+    """Whether the step changes frames that are held, and whether its network sees them with the others' timestep.
+
+    Args:
+        feeds: what the step was fed.
+        expected_x0: what the reference computes from it.
+    """
+    held = feeds.get(step_contract.HELD)
+    if held is None or not held.any() or after.x0 is None:
+        return ()
+    causes = frame_causes(to_numpy(after.latents), feeds[step_contract.LATENTS], held)
+    if context.saved_reference is not None:
+        return causes
+    session = context.reference.sessions[DENOISER]
+    mistaken = session.run({**feeds, step_contract.HELD: np.zeros_like(held)})[step_contract.X0]
+    others = np.broadcast_to(held[:, None, :, None, None] < 0.5, expected_x0.shape)
+    got, mistaken = to_numpy(after.x0)[others], to_numpy(mistaken)[others]
+    if explains(mistaken, got, expected_x0[others]):
+        causes = (*causes, OTHER_TIMESTEP)
+    return causes
 
 
 def _feeds(state: DenoiseState) -> dict[str, Array]:

@@ -12,13 +12,15 @@ from dataclasses import replace
 import numpy as np
 
 from ditc.parity.cases import Case, CaseRun
-from ditc.parity.causes import SAME, edit_causes, feed_causes, kept_causes
+from ditc.parity.causes import SAME, edit_causes, explains, feed_causes, frame_causes, kept_causes
 from ditc.parity.compare import compare
 from ditc.parity.context import Context
-from ditc.parity.levels.step import _feeds
+from ditc.parity.edits import OF_VIDEOS
+from ditc.parity.levels.step import OTHER_TIMESTEP, _feeds
 from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged, not_checked
 from ditc.runtime import step_contract
 from ditc.runtime.errors import SessionError
+from ditc.runtime.image_states import first_frame_held
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.spec import DENOISER, VAE_ENCODER
 from ditc.runtime.tolerances import Level, Limit, Metric
@@ -75,18 +77,34 @@ def _compared(
         )
     if result.verdict is not Verdict.FAIL:
         return result
-    return _explained(context, run, errors, result, _causes_of_edit(run, reference))
+    return _explained(context, run, errors, result, _causes_of_edit(context, run, reference))
 
 
-def _causes_of_edit(run: CaseRun, reference: CaseRun) -> tuple[str, ...]:
-    """Why a picture was edited differently than by this reference; () if the case edits none."""
+def _causes_of_edit(context: Context, run: CaseRun, reference: CaseRun) -> tuple[str, ...]:
+    """Why the case started otherwise from its picture than this reference; () if it starts from none."""
     if run.case.edit is None:
         return ()
+    if run.case.edit in OF_VIDEOS:
+        return _causes_of_first_frame(context, run, reference)
     causes = edit_causes(len(run.latents) - 1, len(reference.latents) - 1, run.mask, reference.mask)
     kept = None if run.start is None else run.start.kept
     if not causes and kept is not None and reference.mask is not None:
         causes = kept_causes(run.latents[-1], kept.image_latents, reference.mask)
     return causes
+
+
+def _causes_of_first_frame(context: Context, run: CaseRun, reference: CaseRun) -> tuple[str, ...]:
+    """Whether the first frame of a video changes, is another one, or is seen with the timestep of the others."""
+    first = first_frame_held(run.latents.shape[1:])
+    if causes := frame_causes(run.latents[-1], run.latents[0], first):
+        return causes
+    if frame_causes(run.latents[-1], reference.latents[-1], first):
+        return (OTHER_START,)
+    upstream = context.upstream()
+    if upstream is None:
+        return ()
+    mistaken = upstream.draw_with_one_timestep(run.case, context.settings, run.noise)
+    return (OTHER_TIMESTEP,) if explains(mistaken, run.latents[-1], reference.latents[-1]) else ()
 
 
 def _explained(
@@ -106,10 +124,17 @@ def _explained(
         if not causes and 0 < first < len(run.start.schedule):
             ours, theirs = run.start.schedule, reference.start.schedule
             causes = feed_causes(ours[first], theirs[first], first_step=False, before=ours[first - 1])
-    culprit = Culprit(
-        stage="pipeline" if causes else DENOISER, module=f"step {first + 1}", error=at, before=before
-    )
+    stage = "pipeline" if causes and not _is_step(run, reference) else DENOISER
+    culprit = Culprit(stage=stage, module=f"step {first + 1}", error=at, before=before)
     return replace(result, stage=culprit.stage, culprit=culprit, causes=causes)
+
+
+def _is_step(run: CaseRun, reference: CaseRun) -> bool:
+    """Whether a video with a held frame goes wrong in the step itself, which is fed what the reference's is fed."""
+    if run.case.edit not in OF_VIDEOS or run.start is None or reference.start is None:
+        return False
+    fed = feed_causes(_feeds(run.start), _feeds(reference.start), first_step=True)
+    return not fed and not relative_l2(run.latents[-1], reference.latents[-1]) <= SAME
 
 
 def _errors(run: CaseRun, reference: CaseRun) -> list[float]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ditc.parity.cases import Case, CaseRun
-from ditc.parity.edits import STEPS, STRENGTH, Edit, example_mask
+from ditc.parity.edits import OF_VIDEOS, STEPS, STRENGTH, Edit, example_mask
 from ditc.runtime.control import example_picture
 from ditc.runtime.session import Array
 
@@ -39,7 +39,7 @@ def described(pipeline: Any, edit: Edit, name: str) -> str:
         pipeline: upstream's text-to-image pipeline.
         name: of upstream.
     """
-    if _class_for(pipeline, edit):
+    if edit in OF_VIDEOS or _class_for(pipeline, edit):
         return name
     if _class_for(pipeline, Edit.IMAGE_TO_IMAGE):
         return f"{name}, masked by parity"

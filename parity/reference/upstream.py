@@ -22,12 +22,13 @@ from torch import nn
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.checkpoint.weights import has_variant
 from ditc.parity.cases import Case, CaseRun, Settings, step_noise_seed
-from ditc.parity.edits import Edit
+from ditc.parity.edits import OF_PICTURES, OF_VIDEOS, STEPS, Edit
 from ditc.parity.folded_loras import in_diffusers_form
 from ditc.parity.reference import find_pipeline, upstream_name
 from ditc.parity.reference.edits import described, draw_edit
 from ditc.parity.reference.perturbed_attention import with_perturbed_attention
 from ditc.parity.reference.rewritten import rewritten_networks
+from ditc.parity.reference.videos import from_picture, from_text, one_timestep_for_all_frames
 from ditc.runtime.control import example_picture
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.lora.choice import LoraChoice
@@ -91,7 +92,7 @@ class Upstream:
             library.set_verbosity_error()  # their warnings, on missing extras and truncated texts, are not findings
         open_pipeline = find_pipeline(checkpoint) or _diffusers_pipeline
         try:
-            self.pipeline: Any = open_pipeline(checkpoint, dtype)
+            self.pipeline: Any = from_text(open_pipeline(checkpoint, dtype))
             _fuse(self.pipeline, loras, checkpoint)
         except (OSError, ValueError, TypeError, RuntimeError) as e:
             name = upstream_name(checkpoint)
@@ -112,9 +113,13 @@ class Upstream:
         on_step: Callable[[], None] = lambda: None,
     ) -> CaseRun:
         """Draw one case from noise (B,C,H,W), and keep the latents after every step."""
-        if case.edit is not None:
+        if case.edit in OF_PICTURES:
             with torch.random.fork_rng(devices=[]):
                 return draw_edit(self.pipeline, case, self._given(settings), noise, on_step=on_step)
+        pipeline, arguments = self.pipeline, self._arguments(settings)
+        if case.edit in OF_VIDEOS:
+            pipeline = from_picture(pipeline)
+            arguments |= {"image": example_picture(), "num_inference_steps": STEPS}
         latents = [noise]
 
         def keep(_: Any, index: int, timestep: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -125,8 +130,8 @@ class Upstream:
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), _mean_of_posteriors():
             # The noise of samplers that add some in each step: not every pipeline hands its generator to the scheduler.
             torch.manual_seed(step_noise_seed(case))
-            drawn = self.pipeline(
-                **self._arguments(settings),
+            drawn = pipeline(
+                **arguments,
                 prompt=case.prompt,
                 latents=torch.from_numpy(noise.copy()),
                 output_type=output_type,
@@ -135,6 +140,11 @@ class Upstream:
         images = drawn.images if hasattr(drawn, "images") else drawn.frames
         picture = None if output_type == "latent" else np.asarray(images[0], np.float32)
         return CaseRun(case=case, noise=noise, latents=np.stack(latents), picture=picture)
+
+    def draw_with_one_timestep(self, case: Case, settings: Settings, noise: Array) -> Array:
+        """The last latents of a case with a held frame, if the network saw that with the timestep of the others."""
+        with one_timestep_for_all_frames(self.pipeline.transformer):
+            return self.draw(case, settings, noise, output_type="latent").latents[-1]
 
     def name_of(self, edit: Edit | None) -> str:
         """What draws a case with this edit, for reports."""

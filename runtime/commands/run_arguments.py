@@ -208,7 +208,8 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="FILE",
-        help="Start from this picture (PNG, JPEG or WebP) instead of noise alone (default: none).",
+        help="Start from this picture (PNG, JPEG or WebP) instead of noise alone. It is the first frame of a video "
+        "(default: none).",
     )
     parser.add_argument(
         "--mask",
@@ -221,7 +222,8 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=float,
         metavar="FRACTION",
-        help="How much of the --image is replaced: the fraction of the steps from 0 to 1 that are done (default: 0.6).",
+        help="How much of the --image is replaced: the fraction of the steps from 0 to 1 that are done, for pictures "
+        "(default: 0.6).",
     )
     parser.add_argument(
         "--control-image",

@@ -15,10 +15,10 @@ from planted import SETTINGS, context_of, failures, patch_pipeline, torch_candid
 
 from ditc.parity.cases import Case, edit_cases
 from ditc.parity.context import Context
-from ditc.parity.edits import STEPS, Edit
+from ditc.parity.edits import OF_PICTURES, STEPS
 from ditc.parity.levels import LEVELS
 from ditc.parity.results import Result, Verdict
-from ditc.runtime import prepare
+from ditc.runtime import image_states, prepare
 from ditc.runtime.cli import main
 from ditc.runtime.image_start import Kept
 from ditc.runtime.pipeline import Pipeline
@@ -67,13 +67,13 @@ def test_a_bundle_is_checked_with_both_edits_and_its_encoder(
     from_file = _results(capsys.readouterr().out)
     for results in (from_checkpoint, from_file):
         assert any(r["stage"] == VAE_ENCODER and "example picture" in r["what"] for r in results)
-        for edit in Edit:
+        for edit in OF_PICTURES:
             against = {r["against"] for r in results if str(edit) in r["what"] and r["verdict"] == "pass"}
             assert against == {"PyTorch fp32", "diffusers, started by parity"}
     assert main(["parity", str(bundle), *drawn, *shared[2:], "--no-edits"]) == 0
     left_out = _results(capsys.readouterr().out)
     assert [r["detail"] for r in left_out if r["stage"] == VAE_ENCODER] == ["they were left out (--no-edits)"]
-    assert not any(str(edit) in r["what"] for r in left_out for edit in Edit)
+    assert not any(str(edit) in r["what"] for r in left_out for edit in OF_PICTURES)
 
 
 def _results(printed: str) -> list[dict[str, Any]]:
@@ -172,10 +172,10 @@ def _one_late(begin_index: Callable[..., int]) -> Callable[..., int]:
 
 @pytest.mark.parametrize("checkpoint", ["sprint_checkpoint", "sd3_checkpoint"])
 @pytest.mark.parametrize(
-    ("function", "broken", "case", "cause"),
+    ("module", "function", "broken", "case", "cause"),
     [
-        ("_begin_index", _one_late, TO_IMAGE, "strength is off by one step"),
-        ("cell_mask", _inverted, INPAINTED, "mask inverted"),
+        (prepare, "_begin_index", _one_late, TO_IMAGE, "strength is off by one step"),
+        (image_states, "cell_mask", _inverted, INPAINTED, "mask inverted"),
     ],
     ids=["strength", "mask"],
 )
@@ -183,6 +183,7 @@ def test_a_mistake_of_the_runtime_itself_is_caught_by_upstream_and_named(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     checkpoint: str,
+    module: Any,
     function: str,
     broken: Callable[..., Any],
     case: Any,
@@ -190,7 +191,7 @@ def test_a_mistake_of_the_runtime_itself_is_caught_by_upstream_and_named(
 ) -> None:
     """Both the bundle and its PyTorch reference then have it, because both run through the runtime."""
     path: Path = request.getfixturevalue(checkpoint)
-    monkeypatch.setattr(prepare, function, broken(getattr(prepare, function)))
+    monkeypatch.setattr(module, function, broken(getattr(module, function)))
     context = context_of(path, torch_candidate(path), case, with_upstream=True)
     found: list[Result] = failures(context, Level.TRAJECTORY)
     assert found and not any(result.against == "PyTorch fp32" for result in found)

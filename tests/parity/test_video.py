@@ -36,7 +36,8 @@ def test_a_bundle_of_videos_passes_at_every_level_and_its_self_test(
     bundle = Path(shutil.copytree(video_bundle, tmp_path / "bundle"))
     run = ["parity", str(bundle), "--against", str(video_checkpoint), *CASE, "--prompts", str(prompts)]
     assert main(run) == 0
-    assert "the worst of 9 frames" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the worst of 9 frames" in printed and "image-to-video" in printed
     (entry,) = json.loads((bundle / "certificate.json").read_text())["entries"]
     assert {line["name"] for line in entry["parity"]["lines"] if line["passed"]} >= {
         level.value for level in LEVELS

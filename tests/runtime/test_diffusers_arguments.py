@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    SanaImageToVideoPipeline,
     SanaPAGPipeline,
     SanaPipeline,
     SanaSprintPipeline,
@@ -38,6 +39,7 @@ OF_THE_CALL = {"self", "callback_on_step_end", "callback_on_step_end_tensor_inpu
         SanaPAGPipeline,
         SanaSprintPipeline,
         SanaVideoPipeline,
+        SanaImageToVideoPipeline,
         StableDiffusion3Pipeline,
         StableDiffusion3PAGPipeline,
     ],

@@ -155,7 +155,6 @@ def test_a_motion_score_is_put_after_the_prompt_alone(video: Pipeline) -> None:
         ({"frames": 0}, "frames is 0", "pass 1 to"),
         ({"frames": 2.5}, "frames is 2.5", "whole number"),
         ({"num_frames": 9}, "there is no argument num_frames", "did you mean frames"),
-        ({"image": np.zeros((8, 8, 3), np.uint8)}, "draws videos, and from texts alone", "leave image out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_any_work(

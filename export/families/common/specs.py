@@ -158,7 +158,11 @@ def latent_ranges(defaults: Defaults, latents: LatentSpec, *, largest: int | Non
 
 
 def step_contract(
-    scheduler: SchedulerParams, *, guidance: GuidanceMode = GuidanceMode.CFG, skip_gate: bool = False
+    scheduler: SchedulerParams,
+    *,
+    guidance: GuidanceMode = GuidanceMode.CFG,
+    skip_gate: bool = False,
+    holds_frames: bool = False,
 ) -> StepContract:
     """The contract of a step for the checkpoint's sampler.
 
@@ -170,6 +174,7 @@ def step_contract(
         noise=draws_noise(scheduler),
         guidance=guidance,
         skip_gate=skip_gate,
+        holds_frames=holds_frames,
     )
 
 

@@ -1,4 +1,4 @@
-"""The pipelines of diffusers 0.42.1 that the Sana family draws: those of pictures, and SanaVideoPipeline.
+"""The pipelines of diffusers 0.42.1 that the Sana family draws: those of pictures, and two of videos.
 
 A transformer fits only one of them: SANA-Sprint's (arXiv 2503.09641) embeds the guidance scale.
 """
@@ -52,10 +52,10 @@ SPRINT = ServedPipeline(
 )
 VIDEO = ServedPipeline(
     class_name="SanaVideoPipeline",
+    also=("SanaImageToVideoPipeline",),
     components={
         **_COMPONENTS,
         "vae": ("diffusers.AutoencoderKLWan",),
         "transformer": ("diffusers.SanaVideoTransformer3DModel",),
     },
-    others={"SanaImageToVideoPipeline": OtherPipeline("it starts from a picture")},
 )

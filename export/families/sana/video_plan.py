@@ -1,7 +1,9 @@
 """SANA-Video (arXiv 2509.24695): what a bundle of one has, and how its networks are loaded.
 
 It has Sana's text encoder and conditioner, a transformer whose latents have frames, and Wan 2.1's autoencoder, which
-decodes one latent frame at a time. Source: diffusers 0.42.1, pipelines/sana_video/pipeline_sana_video.py.
+decodes one latent frame at a time. Each bundle draws from texts alone, or from a picture as the first frame: the
+networks and weights are the same, as is the released checkpoint that diffusers' examples of both pipelines name.
+Source: diffusers 0.42.1, pipelines/sana_video/pipeline_sana_video.py and pipeline_sana_video_i2v.py.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ def plan_video(checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
     )
     defaults = _defaults(checkpoint, transformer, options)
     sizes = {FRAMES: _frame_range(defaults, latents), **latent_ranges(defaults, latents)}
-    step = step_contract(scheduler)
+    step = step_contract(scheduler, holds_frames=True)
     facts = _facts(transformer, {TEXT_LENGTH: text_range(text)[TEXT_LENGTH]}, sizes, step, latents, options)
     specs = video_vae_specs(
         latents,

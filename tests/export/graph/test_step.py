@@ -96,6 +96,38 @@ def test_the_latents_of_a_video_are_stepped_like_a_tall_picture() -> None:
     torch.testing.assert_close(frames[3], pictures[3])
 
 
+class FrameNetwork(nn.Module):
+    """Adds the timestep of a frame to its latents (R,C,F,H,W)."""
+
+    def forward(self, latents: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        assert timestep.shape == latents.shape[::2][:2]
+        return latents + timestep[:, None, :, None, None] / 1000 + condition[:, None, None, None, None]
+
+
+def test_held_frames_stay_and_have_the_timestep_0() -> None:
+    contract = StepContract(history_length=2, noise=True, holds_frames=True)
+    step = wrap(FrameNetwork(), dtype=torch.float32, contract=contract)
+    feeds = inputs(2, noise=True)
+    for name in ("latents", "history", "noise"):
+        feeds[name] = torch.stack([feeds[name], feeds[name].flip(-1), -feeds[name]], dim=-3)  # three frames
+    condition = feeds.pop("condition")
+    held = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    following, x0, history, _ = step(*feeds.values(), held, condition)
+    free = step(*feeds.values(), torch.zeros(2, 3), condition)
+    latents = feeds["latents"]
+    for changed in (following, x0, history[:, 0]):
+        torch.testing.assert_close(changed[0, :, 0], latents[0, :, 0], rtol=0, atol=0)
+    # No value of the network here reaches another frame, so all others are as without a held frame.
+    for changed, other in zip((following, x0, history), free[:3], strict=True):
+        torch.testing.assert_close(changed[1], other[1], rtol=0, atol=0)
+        torch.testing.assert_close(changed[0, ..., 1:, :, :], other[0, ..., 1:, :, :], rtol=0, atol=0)
+    seen: list[Tensor] = []
+    step.network.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    step(*feeds.values(), held, condition)
+    expected = torch.tensor([[0.0, 900.0, 900.0], [300.0] * 3, [0.0, 900.0, 900.0]])
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
 def test_only_the_network_sees_the_deployment_type() -> None:
     network = Network()
     step = wrap(network, dtype=torch.float16, contract=StepContract())
