@@ -63,14 +63,14 @@ class DenoiserStep(nn.Module):
         noise = remaining.pop(0) if contract.noise else None
         embedded = [remaining.pop(0)[row_of]] if contract.embeds_guidance else []
         held = remaining.pop(0) if contract.holds_frames else None
-        times = timestep[row_of] if held is None else (timestep[:, None] * (1 - held))[row_of]
 
         def column(name: str) -> Tensor:
             index = contract.columns.index(name)
             return coefficients[:, index].reshape(-1, *(1 for _ in latents.shape[1:]))
 
         scaled = column(step_contract.C_IN) * latents
-        rows = self.network(scaled[row_of].to(self.dtype), times, *embedded, *remaining)
+        timesteps = timestep if held is None else timestep[:, None] * (1 - held)
+        rows = self.network(scaled[row_of].to(self.dtype), timesteps[row_of], *embedded, *remaining)
         pred = guide(guidance_weights, rows.float())
         if (
             pred.shape[1] != latents.shape[1]
