@@ -35,6 +35,7 @@ class BuildOptions:
         opset: opset of the ONNX graphs.
         linear_attention: whether engines compute the linear attention with standard ops or with ditc's plugin.
         weight_streaming: whether an engine's weights may stay on the host (`ditc run --low-vram`).
+        lora_inputs: whether the conditioner's and the denoiser's graphs take LoRAs as inputs.
         refit: whether LoRAs can be added to an engine's weights when the bundle is loaded.
         loras: files of LoRAs that are added to the weights, with their scales, in this order.
         controlnet: the folder of a ControlNet that is joined with the checkpoint; None for the checkpoint as it is.
@@ -54,6 +55,7 @@ class BuildOptions:
     linear_attention: Literal["decomposed", "plugin"] = "decomposed"
     weight_streaming: bool = False
     refit: bool = False
+    lora_inputs: bool = False
     loras: tuple[LoraChoice, ...] = ()
     controlnet: Path | None = None
 

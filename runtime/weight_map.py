@@ -73,6 +73,19 @@ class NativeName:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraInputs:
+    """The names of a graph's optional inputs for the LoRA of a matrix: the product is x @ W + (x @ down) @ up.
+
+    Attributes:
+        down: A transposed, (input channels, rank).
+        up: B transposed, with all factors, (rank, output channels).
+    """
+
+    down: str
+    up: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
     """One tensor of the checkpoint inside an ONNX file.
 
@@ -85,6 +98,7 @@ class Weight:
         codes: how a quantized matrix is turned back into floats. None for all other tensors, and in maps of earlier
             versions.
         native: where the family's own files hold it. None if they do not, and in maps of earlier versions.
+        lora: the graph's inputs for LoRAs of this tensor. None if LoRAs can only be added to its values.
     """
 
     checkpoint: str
@@ -96,6 +110,7 @@ class Weight:
     stored_shape: tuple[int, ...] | None = None
     codes: Codes | None = None
     native: NativeName | None = field(default=None, metadata={"left_out_if_none": True})
+    lora: LoraInputs | None = field(default=None, metadata={"left_out_if_none": True})
 
 
 def weight_map_path(graph: Path) -> Path:

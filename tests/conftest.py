@@ -121,6 +121,22 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def lora_inputs_bundle(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """tiny_bundle, whose conditioner and denoiser take LoRAs as inputs."""
+
+    def make(path: Path) -> None:
+        from ditc.export.build.builder import build_bundle
+        from ditc.export.contract import BuildOptions
+
+        shutil.copytree(tiny_bundle, path)
+        build_bundle(tiny_checkpoint, path, BuildOptions(lora_inputs=True))
+
+    return made_once(tmp_path_factory, "lora-inputs-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def video_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded SANA-Video checkpoint with two layers."""
     from tiny_sana_video import make_checkpoint

@@ -29,17 +29,21 @@ from ditc.runtime.sessions.registry import GRAPH_BACKEND
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_ENCODER, Precision
 from ditc.runtime.weight_map import weight_map_path, write_weight_map
 
+# The stages that are made of the denoising network.
+TRANSFORMER_STAGES = (CONDITIONER, DENOISER)
+
 
 def stage_inputs(build: BuildContext, name: str) -> StageInputs:
     """Everything that the stage's graph depends on."""
     stage = build.plan.stages[name]
     components = [build.checkpoint.component(component) for component in stage.components]
     quantization = build.quantizations.get(name)
+    lora_inputs = {"lora_inputs": True} if has_lora_inputs(build, name) else {}
     return StageInputs(
         stage=name,
         weights={c.name: build.journal.hashes.of_all(c.files) for c in components},
         config={c.name: digest(c.config) for c in components},
-        facts={fact: json.dumps(value) for fact, value in stage.facts.items()},
+        facts={fact: json.dumps(value) for fact, value in (stage.facts | lora_inputs).items()},
         shapes=stage.spec,
         precision=stage.precision,
         backend=GRAPH_BACKEND,
@@ -75,8 +79,10 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
         module = build.adapter.load(build.checkpoint, build.plan, name, build.options)
         estimate = estimates.export_bytes(estimates.stage_size(module, build.plan.latents.scale_factor))
         plan = None if quantization is None else quantization.plan(module)
-        files = to_onnx(module, path, quantize=plan, opset=build.options.opset)
-    if name in (CONDITIONER, DENOISER):
+        files = to_onnx(
+            module, path, quantize=plan, opset=build.options.opset, lora_inputs=has_lora_inputs(build, name)
+        )
+    if name in TRANSFORMER_STAGES:
         files = replace(files, weight_map=with_native_names(files.weight_map, build.native_names))
     artifact = _written(build.out, module, files, precision, key, quantization, plan)
     cost = BuildCost(
@@ -94,6 +100,11 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     build.journal.write(record)
     build.events.built(name, why, artifact, cost)
     return record
+
+
+def has_lora_inputs(build: BuildContext, name: str) -> bool:
+    """Whether the stage's graph takes LoRAs as inputs."""
+    return build.options.lora_inputs and name in TRANSFORMER_STAGES
 
 
 def graph_precision(build: BuildContext, name: str) -> Precision:

@@ -12,6 +12,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
+from ditc.export.graph.passes.lora_inputs import lora_inputs_of
 from ditc.export.graph.passes.parameters import transforms_of
 from ditc.export.graph.passes.qdq import codes_of
 from ditc.export.networks.loading import WeightSource
@@ -91,6 +92,7 @@ def _weight(source: WeightSource, model: ir.Model) -> Weight:
         dtype=str(dtype).removeprefix("torch."),
         stored_shape=tuple(map(int, value.const_value.shape.numpy())),
         codes=codes,
+        lora=lora_inputs_of(value, model),
     )
 
 

@@ -125,6 +125,12 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "weights are in GPU memory).",
     )
     parser.add_argument(
+        "--lora-inputs",
+        action="store_true",
+        help="For ONNX Runtime: let the graphs take LoRAs as inputs, so that an open bundle changes to another --lora "
+        "without opening its stages again (default: LoRAs are added to the weights).",
+    )
+    parser.add_argument(
         "--refit",
         action="store_true",
         help="For engines: keep the weights replaceable, so that the bundle can be run with a --lora (default: they "
@@ -205,6 +211,7 @@ def build_options(arguments: argparse.Namespace) -> BuildOptions:
         opset=arguments.opset,
         linear_attention=arguments.linear_attention,
         weight_streaming=arguments.weight_streaming,
+        lora_inputs=arguments.lora_inputs,
         refit=arguments.refit,
         loras=parse_loras(arguments.lora),
         controlnet=arguments.controlnet,

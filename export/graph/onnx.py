@@ -22,6 +22,7 @@ from ditc.export.graph import ops
 from ditc.export.graph.passes import run_passes
 from ditc.export.graph.passes.expand_repeats import expand_repeats
 from ditc.export.graph.passes.islands import check_islands
+from ditc.export.graph.passes.lora_inputs import add_lora_inputs
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.graph.torch_session import TorchSession, to_torch
 from ditc.export.graph.trace_repeats import trace_blocks_once
@@ -87,6 +88,7 @@ def to_onnx(
     check: bool = True,
     quantize: QuantPlan | None = None,
     opset: int = OPSETS[0],
+    lora_inputs: bool = False,
 ) -> OnnxFiles:
     """Export the stage to `path` and its weights to `path`.data.
 
@@ -96,6 +98,7 @@ def to_onnx(
         check: compare the graph with PyTorch, if the stage is small enough for a CPU.
         quantize: the plan to write into the graph, after the unquantized graph has passed its check.
         opset: one of OPSETS; a bf16 stage takes at least BF16_OPSET.
+        lora_inputs: whether the graph gets optional inputs for LoRAs; not for a graph that is quantized.
 
     Raises:
         BuildError: torch.export refuses the module or fixes a dynamic dimension, ONNX Runtime disagrees with PyTorch
@@ -103,6 +106,8 @@ def to_onnx(
         OutputError: the files cannot be written.
     """
     model = to_model(stage, opset)
+    if lora_inputs:
+        add_lora_inputs(model, [source.parameter for source in stage.weights])
     final = OnnxFiles(path, data_path(path))
     # The graph names its weights file, so both have their final names in the temporary folder.
     with atomic_files(final.weights, final.model) as folder:

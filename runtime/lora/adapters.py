@@ -8,6 +8,7 @@ from pathlib import Path
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import MAX_LORAS, check_scale
+from ditc.runtime.lora.inputs import WithLoras
 from ditc.runtime.lora.lora import Change, Lora, ScaledLora
 from ditc.runtime.lora.lora_file import read_lora
 from ditc.runtime.lora.reopener import Reopener
@@ -36,6 +37,7 @@ class Adapters:
         self._uncertified = uncertified
         self._loaded: dict[str, Lora] = {}
         self._changed: dict[str, str] = {}  # for each changed stage, which LoRAs are in its weights
+        self._opened: set[str] = set()  # stages whose session has other weights than the bundle's
         self.active: dict[str, float] = {}
         self.conditioning = conditioning
 
@@ -114,8 +116,17 @@ class Adapters:
 
     def _replace(self, stages: Iterable[str], changes: Mapping[str, Mapping[str, Sequence[Change]]]) -> None:
         for stage in stages:
-            self._sessions[stage].close()
-            self._sessions[stage] = self._reopener.open(stage, changes.get(stage, {}))
+            wanted, session = changes.get(stage, {}), self._sessions[stage]
+            base = session.base if isinstance(session, WithLoras) else session
+            feeds = None if stage in self._opened else self._reopener.feeds(stage, base, wanted)
+            if feeds is not None:
+                self._sessions[stage] = WithLoras(base, feeds) if feeds else base
+                continue
+            self._opened.add(stage)  # also if it cannot be opened
+            base.close()
+            self._sessions[stage] = self._reopener.open(stage, wanted)
+            if not wanted:
+                self._opened.discard(stage)
 
     def _condition(self) -> None:
         """Let the conditioning use the stages' sessions. Its rows of other weights stay in the cache."""

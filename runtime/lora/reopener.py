@@ -12,11 +12,12 @@ from ditc.runtime.bundle.private_copy import private_copy
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.lora.inputs import lora_feeds
 from ditc.runtime.lora.lora import Change, Lora, ScaledLora, changes_of
 from ditc.runtime.lora.lora_file import LoraFile
 from ditc.runtime.lora.names import TRANSFORMER, KnownWeights, resolved
 from ditc.runtime.lora.stage_weights import StoredWeights, changed_initializers
-from ditc.runtime.session import Session
+from ditc.runtime.session import Array, Session
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.opening import open_session
 from ditc.runtime.sessions.registry import is_graph, row_of
@@ -92,6 +93,12 @@ class Reopener:
         files = {ref.path: ref for one in read for ref in (one.file, *one.data)}
         with private_copy(self.bundle, tuple(files.values())) as folder:
             return self._open(folder, artifact, stage, changes)
+
+    def feeds(
+        self, stage: str, session: Session, changes: Mapping[str, Sequence[Change]]
+    ) -> dict[str, Array] | None:
+        """The inputs with which a session of the bundle's own weights computes with the changes; None without such."""
+        return lora_feeds(session, self._weights(stage), changes)
 
     def _open(
         self, folder: Path, artifact: Artifact, stage: str, changes: Mapping[str, Sequence[Change]]

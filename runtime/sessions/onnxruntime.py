@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.cores import default_threads
 from ditc.runtime.cpu_features import VNNI, cpu_features
@@ -19,6 +21,9 @@ from ditc.runtime.sessions.onnxruntime_cuda import CUDA, cuda_lack
 from ditc.runtime.sessions.onnxruntime_weights import replace_weights
 from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.spec import DENOISER, DType, Precision, StageSpec
+
+# Of inputs that may be left out, as ONNX Runtime names them.
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +124,13 @@ class OnnxRuntimeSession:
             )
         self._outputs = [out.name for out in self._session.get_outputs()]
         self._check_graph()
+
+    @property
+    def optional_inputs(self) -> dict[str, np.dtype[np.generic]]:
+        """The element types of the inputs that may be left out, by name: initializers that are inputs too."""
+        self._check_open()
+        optional = self._session.get_overridable_initializers()
+        return {i.name: np.dtype(NUMPY_TYPES[i.type]) for i in optional if i.type in NUMPY_TYPES}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage once on arrays of the host. ONNX Runtime checks names, types and shapes of the inputs."""
