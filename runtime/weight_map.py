@@ -22,6 +22,8 @@ from ditc.runtime.errors import BundleError
 from ditc.runtime.session import Array
 
 SUFFIX = ".weights.json"
+# What the names of a graph's optional inputs for LoRAs end with, after that of the initializer.
+LORA_DOWN, LORA_UP = ".lora_down", ".lora_up"
 
 
 class Transform(StrEnum):

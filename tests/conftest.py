@@ -124,14 +124,16 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def lora_inputs_bundle(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """tiny_bundle, whose conditioner and denoiser take LoRAs as inputs."""
+    """tiny_bundle for ONNX Runtime and OpenVINO, whose conditioner and denoiser take LoRAs as inputs."""
+    need_openvino()
 
     def make(path: Path) -> None:
         from ditc.export.build.builder import build_bundle
         from ditc.export.contract import BuildOptions
+        from ditc.runtime.spec import Backend
 
         shutil.copytree(tiny_bundle, path)
-        build_bundle(tiny_checkpoint, path, BuildOptions(lora_inputs=True))
+        build_bundle(tiny_checkpoint, path, BuildOptions(lora_inputs=True, backend=Backend.OPENVINO))
 
     return made_once(tmp_path_factory, "lora-inputs-bundle", make)
 

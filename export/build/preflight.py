@@ -16,7 +16,7 @@ from ditc.export.engine.memory import estimate_build_bytes
 from ditc.export.graph.ops.relu_linear_attention.ptx import load_kernels
 from ditc.export.options import OPSETS
 from ditc.runtime.errors import UsageError
-from ditc.runtime.sessions.registry import GRAPH_BACKEND, build_backends, row_of
+from ditc.runtime.sessions.registry import build_backends, row_of
 from ditc.runtime.spec import Precision
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ def check_options(options: BuildOptions) -> None:
     _check_runs_precisions(options)
     if options.converts_graphs:
         check_openvino()
-    if options.lora_inputs and options.backend is not GRAPH_BACKEND:
+    if options.lora_inputs and options.builds_engines:
         raise UsageError(
-            f"--lora-inputs is not made for {options.backend}, only for {GRAPH_BACKEND}",
-            hint="leave it out: LoRAs can still be added to the weights, which takes longer",
+            f"--lora-inputs is not made for {options.backend}, whose engines take no matrices of any rank",
+            hint="leave it out, and build with --refit",
         )
     if options.lora_inputs and options.quantized:
         raise UsageError(

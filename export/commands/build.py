@@ -127,8 +127,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-inputs",
         action="store_true",
-        help="For ONNX Runtime: let the graphs take LoRAs as inputs, so that an open bundle changes to another --lora "
-        "without opening its stages again (default: LoRAs are added to the weights).",
+        help="For ONNX Runtime and OpenVINO: let the graphs take LoRAs as inputs, so that an open bundle changes to "
+        "another --lora without opening its stages again (default: LoRAs are added to the weights).",
     )
     parser.add_argument(
         "--refit",

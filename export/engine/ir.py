@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from ditc.export.engine.graph_files import graph_size_bytes, inlined
 from ditc.export.engine.memory import PeakMemory
 from ditc.export.engine.run_time_scales import leave_tokens_to_library
@@ -20,6 +22,7 @@ from ditc.runtime.sessions.openvino import reason, weights_path
 from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
 from ditc.runtime.sessions.registry import missing, row_of
 from ditc.runtime.spec import Backend, Precision, StageSpec
+from ditc.runtime.weight_map import LORA_DOWN, LORA_UP
 
 HINT = "run the stage with --backend onnxruntime: if that works, the graph is sound and OpenVINO has a limit"
 
@@ -72,7 +75,11 @@ def write_ir(
         OutputError: the files cannot be written.
     """
     begin, openvino = time.monotonic(), load_openvino()
-    change = leave_tokens_to_library if precision is Precision.INT8_DYNAMIC else make_inputs_unsigned
+    quantized = leave_tokens_to_library if precision is Precision.INT8_DYNAMIC else make_inputs_unsigned
+
+    def change(graph: onnx.ModelProto) -> int:
+        return quantized(graph) + _require_lora_inputs(graph)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with PeakMemory() as memory, inlined(onnx_path, change) as graph:
         try:
@@ -94,9 +101,19 @@ def write_ir(
     )
 
 
+def _require_lora_inputs(graph: onnx.ModelProto) -> int:
+    """Remove the default values of inputs for LoRAs. OpenVINO would make constants of them, and no inputs (2026.4)."""
+    inputs = {value.name for value in graph.graph.input}
+    defaults = [value for value in graph.graph.initializer if value.name in inputs]
+    for value in defaults:
+        graph.graph.initializer.remove(value)
+    return len(defaults)
+
+
 def _check_types(model: object, spec: StageSpec, onnx_path: Path) -> None:
     ports = (*model.inputs, *model.outputs)  # type: ignore[attr-defined]
     found = {port.get_any_name(): port.get_element_type().get_type_name() for port in ports}
+    found = {name: kind for name, kind in found.items() if not name.endswith((LORA_DOWN, LORA_UP))}
     wanted = {tensor.name: TYPES[tensor.dtype] for tensor in (*spec.inputs, *spec.outputs)}
     if found != wanted:
         raise BuildError(

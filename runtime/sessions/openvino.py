@@ -20,7 +20,7 @@ from ditc.runtime.cores import default_threads
 from ditc.runtime.cpu_features import BF16, cpu_features, multiplies_bf16_faster
 from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, to_numpy
+from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, numpy_dtype, to_numpy
 from ditc.runtime.sessions.compiled_shapes import CompiledShapes, Shapes, most_forms
 from ditc.runtime.sessions.device import Device
 from ditc.runtime.sessions.openvino_attention import widen_attention
@@ -28,6 +28,7 @@ from ditc.runtime.sessions.openvino_library import TYPES, core, load_openvino
 from ditc.runtime.sessions.registry import BackendRow
 from ditc.runtime.sessions.shapes import check_feeds
 from ditc.runtime.spec import DType, Precision, StageSpec
+from ditc.runtime.weight_map import LORA_DOWN, LORA_UP
 
 CPU = "CPU"
 # With int8-dynamic, OpenVINO gives every token one scale per so many channels. Of 32, 64, 128 and 256, 128 was the
@@ -101,6 +102,7 @@ class OpenvinoSession:
                 f"{spec.name}: OpenVINO {self._openvino.__version__} cannot read {model.name}: {reason(e)}",
                 hint='if it is too old: pip install --upgrade "ditc[openvino]"; else build the bundle again',
             ) from e
+        self._optional = self._optional_inputs()
         self._check_model()
         if changed:
             self._replace_constants(changed)
@@ -118,6 +120,7 @@ class OpenvinoSession:
             SessionError: the session is closed, an input does not fit the spec, or OpenVINO fails.
         """
         given = {name: np.ascontiguousarray(to_numpy(feed)) for name, feed in feeds.items()}
+        loras = {name: given.pop(name, None) for name in self._optional}
         check_feeds(self.spec, given)
         shapes = tuple(given[tensor.name].shape for tensor in self.spec.inputs)
         with self._lock:
@@ -128,6 +131,9 @@ class OpenvinoSession:
             with compiled.request() as request:
                 for tensor in self.spec.inputs:
                     request.set_tensor(tensor.name, self._shared(given[tensor.name], tensor.dtype))
+                for name, (dtype, empty) in self._optional.items():
+                    matrix = loras[name]
+                    request.set_tensor(name, self._shared(empty if matrix is None else matrix, dtype))
                 request.infer(share_outputs=True)  # its results are read below
                 # Copies: the request's own memory is written to again in its next run.
                 return {t.name: _copied(request.get_tensor(t.name), t.dtype) for t in self.spec.outputs}
@@ -137,6 +143,11 @@ class OpenvinoSession:
                 f"{self.spec.name}: {reason(e)}; the inputs were {sizes}",
                 hint="if memory ran out, draw fewer or smaller pictures; else check the bundle with ditc verify --run",
             ) from e
+
+    @property
+    def optional_inputs(self) -> dict[str, np.dtype[np.generic]]:
+        """The element types of the inputs for LoRAs, by name; for bf16 that of its bits."""
+        return {name: empty.dtype for name, (_, empty) in self._optional.items()}
 
     def compile_ahead(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Begin to compile for these shapes of the inputs, in a thread; see `CompilingSession`."""
@@ -203,9 +214,21 @@ class OpenvinoSession:
             self._openvino.utils.replace_node(old, new)
         self._kept = dict(changed)  # the constants use their memory
 
+    def _optional_inputs(self) -> dict[str, tuple[DType, Array]]:
+        """For each input that may be left out, its type and its values then: a matrix of rank 0, whose product is 0."""
+        kinds = {kind: dtype for dtype, kind in TYPES.items()}
+        found = {}
+        for port in self._model.inputs:
+            name, sizes = port.get_any_name(), list(port.get_partial_shape())
+            if name.endswith((LORA_DOWN, LORA_UP)) and len(sizes) == 2:
+                dtype = kinds[port.get_element_type().get_type_name()]
+                shape = [0 if size.is_dynamic else size.get_length() for size in sizes]
+                found[name] = (dtype, np.zeros(shape, numpy_dtype(dtype)))
+        return found
+
     def _check_model(self) -> None:
         def names(ports: Any) -> list[str]:
-            return sorted(port.get_any_name() for port in ports)
+            return sorted({port.get_any_name() for port in ports} - self._optional.keys())
 
         promised = (sorted(i.name for i in self.spec.inputs), sorted(o.name for o in self.spec.outputs))
         found = (names(self._model.inputs), names(self._model.outputs))

@@ -14,9 +14,9 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from ditc.runtime.weight_map import LORA_DOWN as DOWN
+from ditc.runtime.weight_map import LORA_UP as UP
 from ditc.runtime.weight_map import LoraInputs
-
-DOWN, UP = ".lora_down", ".lora_up"
 
 
 def add_lora_inputs(model: ir.Model, parameters: Collection[str]) -> None:

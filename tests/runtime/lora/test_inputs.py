@@ -50,12 +50,15 @@ def drawn(pipeline: Pipeline) -> np.ndarray:
     return np.asarray(pipeline.draw(REQUEST).images)
 
 
-@pytest.fixture
-def pipelines(tiny_bundle: Path, lora_inputs_bundle: Path) -> Iterator[tuple[Pipeline, Pipeline]]:
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def pipelines(
+    request: pytest.FixtureRequest, lora_inputs_bundle: Path
+) -> Iterator[tuple[Pipeline, Pipeline]]:
     """With LoRAs in the weights, and as inputs."""
+    plain = request.getfixturevalue("tiny_bundle" if request.param == "onnxruntime" else "openvino_bundle")
     with (
-        Pipeline.load(tiny_bundle, backend="onnxruntime", threads=1) as weights,
-        Pipeline.load(lora_inputs_bundle, backend="onnxruntime", threads=1) as inputs,
+        Pipeline.load(plain, backend=request.param, threads=1) as weights,
+        Pipeline.load(lora_inputs_bundle, backend=request.param, threads=1) as inputs,
     ):
         yield weights, inputs
 
@@ -116,7 +119,10 @@ def test_dora_is_added_to_the_weights_and_taken_out_again(pipelines, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (BuildOptions(lora_inputs=True, backend=Backend.OPENVINO), "--lora-inputs is not made for openvino"),
+        (
+            BuildOptions(lora_inputs=True, backend=Backend.TENSORRT_RTX),
+            "--lora-inputs is not made for tensorrt",
+        ),
         (BuildOptions(lora_inputs=True, precision=Precision.INT8), "--lora-inputs is not made for int8"),
     ],
 )
