@@ -140,6 +140,11 @@ class OnnxRuntimeDeviceSession(OnnxRuntimeSession):
         self._outputs_of: dict[Any, dict[str, tuple[tuple[int, ...], int]]] = {}
         self._graphs: dict[Any, _Graph] = {}
 
+    @property
+    def optional_inputs(self) -> dict[str, np.dtype[np.generic]]:
+        """None: its buffers are those of the spec's inputs. LoRAs are added to the weights."""
+        return {}
+
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage once. The results are on the device."""
         with DEVICE_LOCK:
