@@ -61,9 +61,9 @@ def _add(graph: ir.Graph, weight: ir.Value, products: list[ir.Node]) -> None:
     for place, node in enumerate(products):
         x, y = node.inputs[0], node.outputs[0]
         end = f"{place}" if place else ""
-        low = ir.node("MatMul", [x, down], name=f"{node.name}{DOWN}{end}")
-        change = ir.node("MatMul", [low.outputs[0], up], name=f"{node.name}{UP}{end}")
-        total = ir.node("Add", [y, change.outputs[0]], name=f"{node.name}.lora_sum{end}")
+        low = ir.node("MatMul", [x, down], name=f"{weight.name}{DOWN}{end}")
+        change = ir.node("MatMul", [low.outputs[0], up], name=f"{weight.name}{UP}{end}")
+        total = ir.node("Add", [y, change.outputs[0]], name=f"{weight.name}.lora_sum{end}")
         for new in (low, change, total):
             new.metadata_props.update(node.metadata_props)
             new.outputs[0].type = y.type

@@ -66,8 +66,8 @@ def pipelines(
 def test_a_switch_opens_nothing_and_draws_the_same(pipelines, tmp_path: Path, monkeypatch) -> None:
     weights, inputs = pipelines
     own, sessions = drawn(inputs), dict(inputs.sessions)
-    # Without a LoRA, exact zeros are added.
-    np.testing.assert_allclose(own, drawn(weights), atol=1e-6)
+    # Without a LoRA, exact zeros are added. OpenVINO fuses other nodes then.
+    assert relative_l2(own, drawn(weights)) <= SAME
     files = [lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors", rank=5, seed=1)]
     for file in files:
         weights.load_lora_weights(file)

@@ -43,7 +43,7 @@ def session(model: ir.Model, path: Path) -> ort.InferenceSession:
 
 
 def test_products_alone_get_inputs_that_can_be_left_out(graph: ir.Model, tmp_path: Path) -> None:
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    x = np.arange(9, dtype=np.float32).reshape(3, 3)
     before = session(graph, tmp_path / "before.onnx").run(None, {"x": x})
     add_lora_inputs(graph, ALL)
     initializers = graph.graph.initializers
@@ -57,7 +57,7 @@ def test_products_alone_get_inputs_that_can_be_left_out(graph: ir.Model, tmp_pat
 
 
 def test_the_inputs_change_the_products_as_changed_weights_would(graph: ir.Model, tmp_path: Path) -> None:
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    x = np.arange(9, dtype=np.float32).reshape(3, 3)
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 2), "b": (2, 3), "c": (3, 3)}  # as x is multiplied by them
     feeds, changed = {"x": x}, ir.from_onnx_text(TEXT)
