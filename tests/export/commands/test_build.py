@@ -25,6 +25,7 @@ CHOICES = {
     "opset": ["--opset", "23"],
     "linear_attention": ["--linear-attention", "plugin"],
     "weight_streaming": ["--weight-streaming"],
+    "lora_inputs": ["--lora-inputs"],
     "refit": ["--refit"],
     "loras": ["--lora", "style.safetensors:0.5"],
 }
