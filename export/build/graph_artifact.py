@@ -38,12 +38,12 @@ def stage_inputs(build: BuildContext, name: str) -> StageInputs:
     stage = build.plan.stages[name]
     components = [build.checkpoint.component(component) for component in stage.components]
     quantization = build.quantizations.get(name)
-    lora_inputs = {"lora_inputs": True} if has_lora_inputs(build, name) else {}
+    facts = {**stage.facts, **({"lora_inputs": True} if has_lora_inputs(build, name) else {})}
     return StageInputs(
         stage=name,
         weights={c.name: build.journal.hashes.of_all(c.files) for c in components},
         config={c.name: digest(c.config) for c in components},
-        facts={fact: json.dumps(value) for fact, value in (stage.facts | lora_inputs).items()},
+        facts={fact: json.dumps(value) for fact, value in facts.items()},
         shapes=stage.spec,
         precision=stage.precision,
         backend=GRAPH_BACKEND,
