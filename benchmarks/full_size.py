@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 10**9
 TOKENIZER = Path(__file__).parents[1] / "demo" / "checkpoint" / "tokenizer"
-# Each bundle is for square, landscape and portrait pictures at 1024 px.
+# Each bundle of pictures is for square, landscape and portrait ones at 1024 px.
 BINS = [[1024, 1024], [832, 1216], [1216, 832]]
 
 
@@ -56,6 +56,20 @@ GEMMA = {
     **{"sliding_window": 4096},
 }
 SANA_1600M = transformer(20, 70, 20, qk_norm=False)
+# Efficient-Large-Model/SANA-Video_2B_480p_diffusers: NVlabs/Sana's config, and diffusers' conversion script.
+SANA_VIDEO_2B = {
+    "_class_name": "SanaVideoTransformer3DModel",
+    **{"in_channels": 16, "out_channels": 16, "num_attention_heads": 20, "attention_head_dim": 112},
+    **{"num_layers": 20, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112},
+    **{"cross_attention_dim": 2240, "caption_channels": 2304, "mlp_ratio": 3.0, "sample_size": 30},
+    **{"patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024},
+}
+# Wan 2.1's autoencoder: the defaults of diffusers' AutoencoderKLWan.
+WAN_VAE = {
+    "_class_name": "AutoencoderKLWan",
+    **{"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+    **{"temperal_downsample": [False, True, True]},
+}
 # stabilityai/stable-diffusion-3.5-medium: Stability-AI/sd3.5, and diffusers' conversion script.
 SD35_MEDIUM = {
     "_class_name": "SD3Transformer2DModel",
@@ -96,6 +110,7 @@ T5_XXL = {
 # Configs of all components, because a plan reads also those that are not built. An SD3 checkpoint may lack T5.
 OTHERS = {
     "sana": {"transformer": SANA_1600M, "vae": DC_AE, "text_encoder": GEMMA},
+    "sana-video": {"transformer": SANA_VIDEO_2B, "vae": WAN_VAE, "text_encoder": GEMMA},
     "sd3": {"transformer": SD35_MEDIUM, "vae": KL_VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
 }
 _CLIP = ["transformers", "CLIPTextModelWithProjection"]
@@ -104,6 +119,14 @@ INDEXES: dict[str, dict[str, Any]] = {
         "_class_name": "SanaPipeline",
         "transformer": ["diffusers", "SanaTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderDC"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizer"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    },
+    "sana-video": {
+        "_class_name": "SanaVideoPipeline",
+        "transformer": ["diffusers", "SanaVideoTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
         "text_encoder": ["transformers", "Gemma2Model"],
         "tokenizer": ["transformers", "GemmaTokenizer"],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
@@ -125,10 +148,16 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "_class_name": "DPMSolverMultistepScheduler",
         **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     },
+    "sana-video": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0},
+    },
     "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sana": {"resolution_bins": BINS, "complex_human_instruction": None},
+    # The bins, the 480x832 pixels and the 81 frames are the pipeline's own.
+    "sana-video": {"height": 480, "width": 832, "complex_human_instruction": None},
     "sd3": {"skip_guidance_layers": [7, 8, 9]},
 }
 
@@ -155,6 +184,10 @@ CASES = {
     "gemma-2-2b": Case("text_encoder", "text_encoder", GEMMA, "bf16"),
     "dc-ae-encoder": Case("vae_encoder", "vae", DC_AE, "bf16"),
     "sana-4.8b": Case("denoiser", "transformer", transformer(60, 70, 20, qk_norm=True), "bf16"),
+    "sana-video-2b": Case("denoiser", "transformer", SANA_VIDEO_2B, "bf16", "sana-video"),
+    "wan-vae": Case("vae_decoder", "vae", WAN_VAE, "bf16", "sana-video"),
+    "wan-vae-next": Case("vae_decoder_next", "vae", WAN_VAE, "bf16", "sana-video"),
+    "wan-vae-encoder": Case("vae_encoder", "vae", WAN_VAE, "bf16", "sana-video"),
     "sd3.5-medium": Case("denoiser", "transformer", SD35_MEDIUM, "fp16", "sd3"),
     "clip-l": Case("text_encoder", "text_encoder", CLIP_L, "fp16", "sd3"),
     "clip-g": Case("text_encoder_2", "text_encoder_2", CLIP_G, "fp16", "sd3"),
@@ -275,7 +308,7 @@ def _around(
 
 def tokenizers_of(family: str, folder: Path) -> dict[str, Path]:
     """The tokenizers' folders, by name. Their tokens are letters: only their number and the padding matter here."""
-    if family == "sana":
+    if family in ("sana", "sana-video"):
         return {"tokenizer": gemma_tokenizer(folder / "tokenizer")}
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer, T5Tokenizer

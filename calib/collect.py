@@ -21,6 +21,7 @@ from ditc.calib.tokens import PromptTokens
 from ditc.export.checkpoint.open import Checkpoint
 from ditc.export.contract import BuildOptions, StageModule
 from ditc.export.graph.torch_session import TorchSession
+from ditc.export.quant.formats import Format
 from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.ranges import (
     Origin,
@@ -32,6 +33,7 @@ from ditc.export.quant.ranges import (
     load_ranges,
     save_ranges,
 )
+from ditc.export.quant.stage_recipes import recipe_of_network
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.runtime.errors import UsageError
 from ditc.runtime.pipeline import Pipeline
@@ -86,7 +88,7 @@ def collect(
     """Measure ranges and write them to `out`. What a killed run with the same settings has measured is kept.
 
     Raises:
-        UsageError: the device or the stage does not exist, or the shard has no prompts.
+        UsageError: the device or the stage does not exist, the shard has no prompts, or no recipe could use the ranges.
         CheckpointError: the checkpoint cannot be read.
     """
     _check_device(settings.device)
@@ -141,11 +143,15 @@ def _check_device(device: str) -> None:
 
 
 def _check_stage(reference: TorchModel, stage: str) -> None:
+    """Refuse a stage that is not there, and a decoder without a recipe, whose ranges nothing could read."""
     if stage not in reference.plan.stages:
         raise UsageError(
             f"{reference.checkpoint.path} has no {stage} to measure",
             hint="name the folder of its ControlNet: --controlnet DIR" if stage == CONTROLNET else None,
         )
+    if stage == VAE_DECODER:
+        component = reference.plan.stages[stage].components[0]
+        recipe_of_network(reference.checkpoint.component(component).class_name, Format.INT8)
 
 
 def _steps(

@@ -110,7 +110,7 @@ def decode_state(
         elif failure is None:
             try:
                 if following is not None:
-                    picture = _video(session, following, latents, index, plan)
+                    picture = _video(session, following, latents, index, plan, tiling=tiling, scale=scale)
                 else:
                     raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
                     check_colours(is_uniform(to_uint8(raw)), index, plan)
@@ -123,10 +123,25 @@ def decode_state(
     return decoded
 
 
-def _video(first: Session, following: Session, latents: Tensor, index: int, plan: Plan) -> Any:
-    as_pil = plan.request.output_type == "pil"
+def _video(
+    first: Session,
+    following: Session,
+    latents: Tensor,
+    index: int,
+    plan: Plan,
+    *,
+    tiling: Tiling | None,
+    scale: int,
+) -> Any:
     video, uniform = decode_video(
-        first, following, latents, height=plan.height, width=plan.width, as_pil=as_pil
+        first,
+        following,
+        latents,
+        height=plan.height,
+        width=plan.width,
+        as_pil=plan.request.output_type == "pil",
+        tiling=tiling,
+        scale=scale,
     )
     check_colours(uniform, index, plan)
     return video

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ditc.runtime.bundle.manifest import LatentSpec, Manifest
+from ditc.runtime.bundle.manifest import LatentSpec, Manifest, Tiling
 from ditc.runtime.errors import NumericsError, UsageError
 from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, Tensor, to_numpy
 from ditc.runtime.spec import StageSpec
 from ditc.runtime.step_contract import FRAMES, KEPT, LATENTS, StepContract
+from ditc.runtime.vae import decode_tiled
 
 
 def decide_frames(request: Request, manifest: Manifest, denoiser: StageSpec) -> int | None:
@@ -81,52 +82,106 @@ def check_video_request(request: Request, latents: LatentSpec, contract: StepCon
         )
 
 
-def decoded_chunks(first: Session, following: Session, latents_1CFhw: Tensor) -> Iterator[Array]:
+class _Pieces:
+    """The two stages over the pieces of a picture: the whole of it, or its tiles, always in the same order.
+
+    Args:
+        first, following: as in `decoded_chunks`.
+    """
+
+    def __init__(self, first: Session, following: Session) -> None:
+        self._first, self._following = first, following
+        self._kept: list[dict[str, Tensor]] = []  # by piece
+        self._frame, self._piece = -1, 0
+
+    def begin(self, frame: int) -> None:
+        """Go on to the pieces of a latent frame."""
+        self._frame, self._piece = frame, 0
+
+    def __call__(self, latents_1Chw: Array) -> Array:
+        """The frames (T,3,H,W) of the next piece of this latent frame."""
+        session = self._following if self._frame else self._first
+        kept = self._kept[self._piece] if self._frame else {}
+        outputs = session.run({LATENTS: np.ascontiguousarray(latents_1Chw[:, :, None]), **kept})
+        names = [tensor.name for tensor in session.spec.outputs]
+        frames = to_numpy(outputs[names[0]])
+        if not np.isfinite(frames).all():
+            raise NumericsError(
+                f"{session.spec.name}: the frames of latent frame {self._frame} have NaN or Inf",
+                hint="rebuild this stage in bf16 or fp32",
+            )
+        left = {f"{KEPT}{i}": outputs[name] for i, name in enumerate(names[1:])}
+        self._kept[self._piece : self._piece + 1] = [left]
+        self._piece += 1
+        return frames[0].transpose(1, 0, 2, 3)
+
+
+def decoded_chunks(
+    first: Session, following: Session, latents_1CFhw: Tensor, *, tiling: Tiling | None = None, scale: int = 1
+) -> Iterator[Array]:
     """The frames (T,3,H,W) in [-1,1] of one latent frame after the other: one of the first, then T each.
 
     Args:
         first, following: the sessions of the two stages.
+        tiling: None decodes whole frames. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
+            (0.42.1), but all tiles of one latent frame come before the next latent frame, so memory does not grow with
+            the length of the video here either.
+        scale: pixels per latent cell, for tiles.
 
     Raises:
         NumericsError: the decoder returned NaN or Inf.
     """
     latents = to_numpy(latents_1CFhw)
-    kept: dict[str, Tensor] = {}
+    pieces = _Pieces(first, following)
     for index in range(latents.shape[2]):
-        session = following if index else first
-        outputs = session.run({LATENTS: np.ascontiguousarray(latents[:, :, index : index + 1]), **kept})
-        names = [tensor.name for tensor in session.spec.outputs]
-        frames = to_numpy(outputs[names[0]])
-        if not np.isfinite(frames).all():
-            raise NumericsError(
-                f"{session.spec.name}: the frames of latent frame {index} have NaN or Inf",
-                hint="rebuild this stage in bf16 or fp32",
-            )
-        kept = {f"{KEPT}{i}": outputs[name] for i, name in enumerate(names[1:])}
+        pieces.begin(index)
+        frame_1Chw = latents[:, :, index]
+        if tiling is None:
+            frames = pieces(frame_1Chw)
+        else:
+            frames = decode_tiled(pieces, frame_1Chw, tile=tiling.tile, stride=tiling.stride, scale=scale)
         # diffusers' AutoencoderKLWan clamps what it decodes (0.42.1, _decode).
-        yield np.clip(frames[0].transpose(1, 0, 2, 3), -1, 1)
+        yield np.clip(frames, -1, 1)
 
 
 def sized_chunks(
-    first: Session, following: Session, latents_1CFhw: Tensor, *, height: int, width: int
+    first: Session,
+    following: Session,
+    latents_1CFhw: Tensor,
+    *,
+    height: int,
+    width: int,
+    tiling: Tiling | None = None,
+    scale: int = 1,
 ) -> Iterator[Array]:
     """The frames of `decoded_chunks`, resized and cropped to this size in pixels where they have another one.
+
+    Args:
+        first, following, tiling, scale: as in `decoded_chunks`.
 
     Raises:
         NumericsError: as in `decoded_chunks`.
     """
-    for frames in decoded_chunks(first, following, latents_1CFhw):
+    for frames in decoded_chunks(first, following, latents_1CFhw, tiling=tiling, scale=scale):
         same = frames.shape[2:] == (height, width)
         yield frames if same else resize_and_crop(frames, height, width)
 
 
 def decode_video(
-    first: Session, following: Session, latents_1CFhw: Tensor, *, height: int, width: int, as_pil: bool
+    first: Session,
+    following: Session,
+    latents_1CFhw: Tensor,
+    *,
+    height: int,
+    width: int,
+    as_pil: bool,
+    tiling: Tiling | None = None,
+    scale: int = 1,
 ) -> tuple[list[object] | Array, bool]:
     """One video in the requested size, and whether each of its frames has one colour only.
 
     Args:
-        first, following: as in `decoded_chunks`.
+        first, following, tiling, scale: as in `decoded_chunks`.
         height, width: in pixels, as VideoProcessor.resize_and_crop_tensor of diffusers makes them.
         as_pil: gives a list of PIL images instead of floats (1,F,H,W,3) in [0,1].
 
@@ -136,7 +191,10 @@ def decode_video(
     pictures: list[object] = []
     arrays: list[Array] = []
     uniform = True
-    for frames in sized_chunks(first, following, latents_1CFhw, height=height, width=width):
+    chunks = sized_chunks(
+        first, following, latents_1CFhw, height=height, width=width, tiling=tiling, scale=scale
+    )
+    for frames in chunks:
         in_bytes = to_uint8(frames)
         uniform = uniform and all(is_uniform(frame) for frame in in_bytes)
         if as_pil:

@@ -39,6 +39,12 @@ def _is_bins(value: object) -> bool:
     )
 
 
+def _is_tiling(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and set(value) == {"tile", "stride"} and all(map(_is_size, value.values()))
+    )
+
+
 def _is_lines(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(line, str) for line in value))
 
@@ -51,6 +57,7 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "frames": _up_to(MAX_FRAMES),
     "fps": _up_to(MAX_FPS),
     "resolution_bins": (_is_bins, "a list of [height, width] or null"),
+    "tiling": (_is_tiling, 'an object with "tile" and "stride" in pixels, or null'),
     "max_sequence_length": _up_to(MAX_TOKENS),
     "complex_human_instruction": (_is_lines, "a list of strings or null"),
     "num_inference_steps": _up_to(MAX_STEPS),

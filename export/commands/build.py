@@ -256,7 +256,7 @@ def _report_quantization(report: BuildReport, options: BuildOptions) -> None:
 
 
 def _line(event: BuildEvent) -> str:
-    line = f"  {event.stage:<21} {event.status:<7}{event.size_bytes / 1e6:>9.1f} MB"
+    line = f"  {event.stage:<26} {event.status:<7}{event.size_bytes / 1e6:>9.1f} MB"
     if event.status != "built":
         return f"{line}  {event.why}"
     memory = f"{event.peak_memory_bytes / 1e9:.1f} GB, {event.estimated_memory_bytes / 1e9:.1f} estimated"

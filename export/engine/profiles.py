@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ditc.runtime.bundle.manifest import Defaults
 from ditc.runtime.sessions.registry import row_of
-from ditc.runtime.spec import VAE_DECODER, VAE_ENCODER, Backend, Range, StageSpec
+from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER, Backend, Range, StageSpec
 from ditc.runtime.step_contract import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 
 _SIDES = ((HEIGHT, WIDTH), (IMAGE_HEIGHT, IMAGE_WIDTH))
@@ -28,7 +28,7 @@ def orientation_profiles(
     small on both sides and have no orientation.
     """
     named = [sides for sides in _SIDES if sides[0] in spec.profile]
-    tiles = defaults.tiling is not None and spec.name in (VAE_DECODER, VAE_ENCODER)
+    tiles = defaults.tiling is not None and spec.name in (VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER)
     if not defaults.bins or not named or tiles:
         return ({},)
     ((height, width),) = named

@@ -100,6 +100,7 @@ class Upstream:
                 f"{name} cannot load {checkpoint.path}: {e}",
                 hint=f"check the checkpoint, or leave out the levels that need {name}: --level op --level stage",
             ) from e
+        _decode_in_tiles(self.pipeline, checkpoint.defaults.get("tiling"))
         self.pipeline.set_progress_bar_config(disable=True)
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
 
@@ -216,6 +217,18 @@ class Upstream:
         if settings.num_inference_steps != 2:  # diffusers refuses its own default then
             given["intermediate_timesteps"] = None
         return given
+
+
+def _decode_in_tiles(pipeline: Any, tiling: dict[str, int] | None) -> None:
+    """Turn on the tiles that ditc.json asks for. VAEs that have no such tiles never get them here either."""
+    if tiling and hasattr(pipeline.vae, "tile_sample_stride_height"):
+        tile, stride = tiling["tile"], tiling["stride"]
+        pipeline.vae.enable_tiling(
+            tile_sample_min_height=tile,
+            tile_sample_min_width=tile,
+            tile_sample_stride_height=stride,
+            tile_sample_stride_width=stride,
+        )
 
 
 def _fuse(pipeline: Any, loras: Sequence[LoraChoice], checkpoint: Checkpoint) -> None:

@@ -232,7 +232,6 @@ def _check_frames(defaults: Defaults, latents: LatentSpec, path: str) -> None:
     if defaults.frames is not None and latents.frames_per_cell is not None:
         rest = (defaults.frames - 1) % latents.frames_per_cell
         _require(rest == 0, f"{path}.frames", f"{defaults.frames} is not 1 + k * {latents.frames_per_cell}")
-        _require(defaults.tiling is None, f"{path}.tiling", "videos are decoded in one piece")
 
 
 def _check_text(manifest: Manifest) -> None:

@@ -20,6 +20,12 @@ def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="session")
+def video(video_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(video_bundle, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
 def reference(tiny_checkpoint: Path) -> Reference:
     return Reference(tiny_checkpoint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from ditc.runtime.video import decoded_chunks
 
 LATENTS_BOUND = 1e-4  # fp32 on both sides; measured: below 1e-6 after four steps
 FRAME_DB = 45.0  # frames that differ in the last of 8 bits have about 48 dB
-
-
-@pytest.fixture(scope="module")
-def video(video_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(video_bundle, threads=1) as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")

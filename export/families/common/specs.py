@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ from ditc.runtime.step_contract import (
     GuidanceMode,
     StepContract,
 )
+from ditc.runtime.vae import check_tiling
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 STAGE_DTYPES = {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}
@@ -117,10 +119,7 @@ def vae_specs(
     Args:
         posterior: whether the encoder also returns the standard deviation of a posterior that is sampled.
     """
-    scale = latents.scale_factor
-    cells = {name: Range(r.min, r.opt, r.max) for name, r in sizes.items()}
-    if tiling is not None:
-        cells = dict.fromkeys(cells, Range(1, tiling.tile // scale, tiling.tile // scale))
+    scale, cells = latents.scale_factor, tiled_ranges(sizes, tiling, latents)
     pixels = {
         IN_PIXELS[name]: Range(r.min * scale, r.opt * scale, r.max * scale, scale)
         for name, r in cells.items()
@@ -133,6 +132,38 @@ def vae_specs(
         VAE_DECODER: StageSpec(VAE_DECODER, (latent,), (picture,), {**batch, **cells}),
         VAE_ENCODER: StageSpec(VAE_ENCODER, (picture,), encoded, {**batch, **pixels}),
     }
+
+
+def tiling_of(given: Mapping[str, Any], scale: int, usual: Tiling | None = None) -> Tiling | None:
+    """The tiling of a VAE: that of ditc.json, or else the family's usual one.
+
+    Args:
+        given: the content of ditc.json.
+        scale: pixels per latent cell.
+
+    Raises:
+        UsageError: the tiles of ditc.json are no whole number of latent cells, or farther apart than they are wide.
+    """
+    if "tiling" not in given:
+        return usual
+    if given["tiling"] is None:
+        return None
+    tiling = Tiling(**given["tiling"])
+    check_tiling(tiling.tile, tiling.stride, scale)
+    return tiling
+
+
+def tiled_ranges(
+    sizes: Mapping[str, Range], tiling: Tiling | None, latents: LatentSpec
+) -> dict[str, Range]:
+    """The sizes that a VAE takes at once, in latent cells: any whole number up to the largest picture or tile.
+
+    Only the denoiser works on patches. Tiles at the edges of a picture are as small as one cell.
+    """
+    if tiling is None:
+        return {name: Range(r.min, r.opt, r.max) for name, r in sizes.items()}
+    cells = tiling.tile // latents.scale_factor
+    return dict.fromkeys(sizes, Range(1, cells, cells))
 
 
 def latent_ranges(defaults: Defaults, latents: LatentSpec, *, largest: int | None = None) -> dict[str, Range]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ditc.export.families.common.specs import IN_PIXELS
+from ditc.export.families.common.specs import IN_PIXELS, tiled_ranges
 from ditc.export.networks.wan_vae import KeptFrames
-from ditc.runtime.bundle.manifest import LatentSpec
+from ditc.runtime.bundle.manifest import LatentSpec, Tiling
 from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER, DType, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import (
     BATCH,
@@ -35,6 +35,7 @@ def video_vae_specs(
     *,
     dtype: DType,
     max_batch: int,
+    tiling: Tiling | None = None,
 ) -> dict[str, StageSpec]:
     """Specs of the two stages of the decoder, and of the encoder, which takes one picture: a video's first frame.
 
@@ -42,9 +43,10 @@ def video_vae_specs(
         sizes: ranges of the latent height and width in cells, among others.
         kept: what the decoder keeps, in order.
         dtype: the element type of what it keeps.
+        tiling: how large frames are decoded; the largest input is then one tile.
     """
     scale, channels = latents.scale_factor, latents.channels
-    cells = {name: Range(sizes[name].min, sizes[name].opt, sizes[name].max) for name in (HEIGHT, WIDTH)}
+    cells = tiled_ranges({name: sizes[name] for name in (HEIGHT, WIDTH)}, tiling, latents)
     pixels = {
         IN_PIXELS[name]: Range(r.min * scale, r.opt * scale, r.max * scale, scale)
         for name, r in cells.items()

@@ -41,6 +41,7 @@ from ditc.export.families.common.specs import (
     check_precision,
     latent_ranges,
     step_contract,
+    tiling_of,
 )
 from ditc.export.families.sana.config import SanaConfig
 from ditc.export.families.sana.controlnet import control_config, load_control
@@ -285,7 +286,7 @@ def _defaults(
         guidance_scale=GUIDANCE_SCALE,
         bins=bins,
         # The defaults of AutoencoderDC.enable_tiling, diffusers 0.42.1. Upstream's README asks for tiling at 4K.
-        tiling=Tiling(tile=512, stride=448) if side >= 4096 else None,
+        tiling=tiling_of(given, vae.scale_factor, Tiling(tile=512, stride=448) if side >= 4096 else None),
         perturbed_attention_guidance=read_perturbed_attention(
             given,
             transformer,

@@ -33,6 +33,7 @@ from ditc.export.families.common.specs import (
     companion_precision,
     latent_ranges,
     step_contract,
+    tiling_of,
 )
 from ditc.export.families.common.video_vae import (
     FirstChunkDecoder,
@@ -103,7 +104,7 @@ def plan_video(checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         transformer.patch_side,
         frames_per_cell=vae.frames_per_latent,
     )
-    defaults = _defaults(checkpoint, transformer, options)
+    defaults = _defaults(checkpoint, transformer, latents, options)
     sizes = {FRAMES: _frame_range(defaults, latents), **latent_ranges(defaults, latents)}
     step = step_contract(scheduler, holds_frames=True)
     facts = _facts(transformer, {TEXT_LENGTH: text_range(text)[TEXT_LENGTH]}, sizes, step, latents, options)
@@ -113,6 +114,7 @@ def plan_video(checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
         kept_frames(vae, WanVaeDecoder),
         dtype=STAGE_DTYPES[companion_precision(options)],
         max_batch=options.max_batch,
+        tiling=defaults.tiling,
     )
     return ModelPlan(
         family="sana",
@@ -180,8 +182,13 @@ def _facts(
     )
 
 
-def _defaults(checkpoint: Checkpoint, transformer: SanaVideoConfig, options: BuildOptions) -> Defaults:
-    """The defaults of the build's options first, then of ditc.json, then of the pipeline."""
+def _defaults(
+    checkpoint: Checkpoint, transformer: SanaVideoConfig, latents: LatentSpec, options: BuildOptions
+) -> Defaults:
+    """The defaults of the build's options first, then of ditc.json, then of the pipeline.
+
+    As in diffusers, frames are decoded in one piece unless somebody asks for tiles.
+    """
     given: dict[str, Any] = checkpoint.defaults
     height, width = SIZES.get(transformer.sample_size, SIZES[30])
     bins = video_bins(transformer.sample_size)
@@ -195,6 +202,7 @@ def _defaults(checkpoint: Checkpoint, transformer: SanaVideoConfig, options: Bui
         num_inference_steps=int(given.get("num_inference_steps", NUM_INFERENCE_STEPS)),
         guidance_scale=float(given.get("guidance_scale", GUIDANCE_SCALE)),
         bins=bins,
+        tiling=tiling_of(given, latents.scale_factor),
         frames=int(given.get("frames", NUM_FRAMES)),
         fps=int(given.get("fps", FPS)),
     )

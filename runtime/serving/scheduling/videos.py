@@ -34,6 +34,8 @@ class VideoDecoding:
             state.result,
             height=plan.height,
             width=plan.width,
+            tiling=pipeline.tiling,
+            scale=pipeline.manifest.latents.scale_factor,
         )
 
     @property

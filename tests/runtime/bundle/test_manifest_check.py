@@ -97,7 +97,7 @@ NEXT = ("stages", "vae_decoder_next", "artifacts", 0, "spec")
         (("defaults", "frames"), 10, r"defaults.frames: 10 is not 1 \+ k \* 4"),
         (("defaults", "frames"), 10**6, "defaults.frames: 1000000 is not between 1 and"),
         (("defaults", "fps"), 0, "defaults.fps: 0 is not between 1 and"),
-        (("defaults", "tiling"), {"tile": 64, "stride": 32}, "videos are decoded in one piece"),
+        (("defaults", "tiling"), {"tile": 6, "stride": 4}, "they are no multiples of 4 pixels"),
         (("latents", "frames_per_cell"), 2, "not a latent frame into 2 frames"),
         (("latents", "frames_per_cell"), 0, "frames_per_cell: 0 is not between"),
         (("latents",), lambda old: {k: v for k, v in old.items() if k != "frames_per_cell"}, "does not fit"),
