@@ -51,7 +51,9 @@ def test_frames_of_tiles_equal_those_of_diffusers(
 
 def _as_the_vae_takes_them(vae: AutoencoderKLWan, latents: np.ndarray) -> torch.Tensor:
     """The latents times the deviation plus the mean, as SanaVideoPipeline passes them (diffusers 0.42.1)."""
-    mean, std = (torch.tensor(x)[:, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(x)[:, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return torch.from_numpy(latents) * std + mean
 
 
@@ -67,7 +69,9 @@ def test_a_pipeline_decodes_in_tiles_when_it_is_told_to(video: Pipeline) -> None
 
 def test_tiles_that_no_stage_was_built_for_are_refused_before_any_step(video: Pipeline) -> None:
     tiled = video.with_sessions({})
-    tiled.tiling = Tiling(tile=32, stride=24)  # the last column would be 16 pixels wide, and the last row 8 high
+    tiled.tiling = Tiling(
+        tile=32, stride=24
+    )  # the last column would be 16 pixels wide, and the last row 8 high
     with pytest.raises(UsageError, match="has pieces of 8x16"):
         tiled.plan(Request(prompt="a cat"))
 

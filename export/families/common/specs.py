@@ -153,9 +153,7 @@ def tiling_of(given: Mapping[str, Any], scale: int, usual: Tiling | None = None)
     return tiling
 
 
-def tiled_ranges(
-    sizes: Mapping[str, Range], tiling: Tiling | None, latents: LatentSpec
-) -> dict[str, Range]:
+def tiled_ranges(sizes: Mapping[str, Range], tiling: Tiling | None, latents: LatentSpec) -> dict[str, Range]:
     """The sizes that a VAE takes at once, in latent cells: any whole number up to the largest picture or tile.
 
     Only the denoiser works on patches. Tiles at the edges of a picture are as small as one cell.

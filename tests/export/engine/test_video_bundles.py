@@ -1,4 +1,4 @@
-"""Bundles that draw videos, in every backend: engines are built on the CPU, and OpenVINO's files draw the same frames."""
+"""Bundles of videos in every backend: engines are built on the CPU, and OpenVINO draws the same frames."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def test_tensorrt_rtx_builds_every_stage_in_fp32(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = BuildOptions(backend=Backend.TENSORRT_RTX, targets=("sm89", "sm120"))
-    check_engines(
-        built(video_checkpoint, video_bundle, tmp_path / "bundle", options), (DType.FLOAT32,)
-    )
+    check_engines(built(video_checkpoint, video_bundle, tmp_path / "bundle", options), (DType.FLOAT32,))
 
 
 @pytest.mark.slow  # exports every stage again, for a minute on one core
