@@ -15,13 +15,15 @@ from ditc.export.contract import BuildOptions
 from ditc.export.families import find_adapter
 from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import CheckpointError, UsageError
+from ditc.runtime.metrics import relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER, Range
 from ditc.runtime.video import decoded_chunks
 
 SCALE = 4  # pixels per latent cell of the tests' autoencoder
-SAME = 1e-5  # both compute in fp32; frames are in [-1,1]
+# Both compute in fp32, where single values of norms of almost nothing are off by 1e-5. A wrong blend is off by 1e-2.
+SAME = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def test_frames_of_tiles_equal_those_of_diffusers(
             theirs = vae.decode(_as_the_vae_takes_them(vae, latents)).sample[0].transpose(0, 1).numpy()
     finally:
         vae.disable_tiling()
-    assert np.abs(ours - theirs).max() <= SAME
-    assert np.abs(ours - whole).max() > 100 * SAME, "tiles did not change the frames"
+    assert relative_l2(ours, theirs) <= SAME
+    assert relative_l2(ours, whole) > 100 * SAME or stride == tile, "tiles did not change the frames"
 
 
 def _as_the_vae_takes_them(vae: AutoencoderKLWan, latents: np.ndarray) -> torch.Tensor:
