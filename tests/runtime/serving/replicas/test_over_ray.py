@@ -85,7 +85,7 @@ def test_answers_errors_and_events_are_those_of_the_single_server(
             for each in (single, server)
         ]
         assert all("image_generation.progress" in found for found in kinds)
-        # Progress is sent at most every 20 ms, and a step of this bundle is faster.
+        # Progress is sent at most ten times a second, and a step of this bundle is faster.
         shown = [[kind for kind in found if not kind.endswith("progress")] for found in kinds]
         assert shown[0] == shown[1] and len(shown[0]) == 3
 
