@@ -11,10 +11,12 @@ from ditc.runtime.hub import HubId
 def model_card(manifest: Manifest, certificate: Certificate, hub_id: HubId) -> str:
     """The card as Markdown. It names no licence, which is the checkpoint's and not known here."""
     defaults = manifest.defaults
+    videos = manifest.latents.has_frames
+    drawn = f"{defaults.frames} frames of " if videos else ""
     lines = [
         "---",
         "library_name: ditc",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: {'text-to-video' if videos else 'text-to-image'}",
         "tags:",
         "- ditc",
         "- onnx",
@@ -25,10 +27,11 @@ def model_card(manifest: Manifest, certificate: Certificate, hub_id: HubId) -> s
         f"A bundle of ditc, built from the {_text(manifest.family)} checkpoint "
         f"`{_text(manifest.checkpoint)}`. The licence is that of the checkpoint.",
         "",
-        f'    ditc run {hub_id.repo} "a red heart" -o heart.png',
+        f'    ditc run {hub_id.repo} "a red heart" -o heart.{"webp" if videos else "png"}',
         "",
-        f"It draws {defaults.width}x{defaults.height} pixels in {defaults.num_inference_steps} steps unless asked "
-        f"otherwise. The digest of its manifest is `{manifest.digest}`; `ditc verify` compares every file with it.",
+        f"It draws {drawn}{defaults.width}x{defaults.height} pixels in {defaults.num_inference_steps} steps unless "
+        f"asked otherwise. The digest of its manifest is `{manifest.digest}`; `ditc verify` compares every file "
+        "with it.",
         "",
         "| stage | precision | backend | MB |",
         "|---|---|---|---|",

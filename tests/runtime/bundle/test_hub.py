@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants as constants
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from hub_server import FakeHub
 
+from ditc.runtime.bundle.card import model_card
+from ditc.runtime.bundle.certificate import Certificate
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.errors import BundleError
@@ -175,6 +178,17 @@ def test_push_uploads_what_the_manifest_lists_and_a_card_and_pull_gets_it_back(
         and "| denoiser | fp32 |" in card
     )
     assert main(["pull", f"org/new@{result['commit']}"]) == 0
+
+
+def test_the_card_of_a_bundle_says_whether_it_draws_pictures_or_videos(tiny_bundle: Path) -> None:
+    manifest = load_manifest(tiny_bundle)
+    latents = replace(manifest.latents, frames_per_cell=4)
+    of_videos = replace(manifest, latents=latents, defaults=replace(manifest.defaults, frames=81))
+    certificate, hub_id = Certificate(manifest=manifest.digest), HubId("org/new")
+    pictures, videos = (model_card(m, certificate, hub_id) for m in (manifest, of_videos))
+    assert "pipeline_tag: text-to-image" in pictures and "-o heart.png" in pictures
+    assert "pipeline_tag: text-to-video" in videos and "-o heart.webp" in videos
+    assert f"It draws 81 frames of {manifest.defaults.width}x" in videos
 
 
 def test_push_keeps_a_card_and_refuses_damage_foreign_repositories_and_lost_files(
