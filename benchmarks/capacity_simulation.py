@@ -109,6 +109,7 @@ class Replica:
         plan: Any = SimpleNamespace(
             drawn_height=SIDE,
             drawn_width=SIDE,
+            frames=None,
             table=range(arrival.steps),
             pictures=1,
             times=arrival.own or self._times,

@@ -58,8 +58,8 @@ def test_one_wrong_frame_is_found_and_named(
 ) -> None:
     right = video.decoded_chunks
 
-    def spoiled(*arguments: Any) -> Iterator[Array]:
-        for index, frames in enumerate(right(*arguments)):
+    def spoiled(*arguments: Any, **tiles: Any) -> Iterator[Array]:
+        for index, frames in enumerate(right(*arguments, **tiles)):
             yield np.concatenate([frames[:2], frames[2:3, :, ::-1], frames[3:]]) if index == 1 else frames
 
     monkeypatch.setattr(video, "decoded_chunks", spoiled)

@@ -50,6 +50,7 @@ REVIEWED = {
     "runtime/lora/choice.py": "names and scales of files, which are in the key",
     "runtime/bundle/safetensors.py": "reads a LoRA's file, whose hash is in the key",
     "runtime/session.py": "types",
+    "runtime/vae.py": "tiles, between runs of a finished graph; their size is in the shapes of the graph",
     "runtime/metrics.py": "compares a finished graph",
     "runtime/sessions/onnxruntime.py": "runs a finished graph",
     "runtime/sessions/openvino.py": "names a file and words an error",

@@ -28,6 +28,7 @@ CHOICES = {
     "lora_inputs": ["--lora-inputs"],
     "refit": ["--refit"],
     "loras": ["--lora", "style.safetensors:0.5"],
+    "controlnet": ["--controlnet", "edges"],
 }
 
 
