@@ -19,6 +19,7 @@ from ditc.runtime.prepare import Plan
 from ditc.runtime.session import Array, CompilingSession, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
+from ditc.runtime.step_contract import FRAMES
 from ditc.runtime.vae import decode_tiled
 from ditc.runtime.video import decode_video
 
@@ -66,8 +67,10 @@ def prepare_decoder(session: Session, plan: Plan, *, latents: LatentSpec, tiling
     sides = (plan.drawn_height, plan.drawn_width)
     whole = tiling is None or max(sides) <= tiling.tile
     if isinstance(session, CompilingSession) and whole and plan.request.output_type != "latent":
-        first = None if plan.frames is None else 1  # of a video's latent frames
-        session.compile_ahead({session.spec.inputs[0].name: (1, *latents.shape(*sides, first))})
+        frames = plan.frames
+        if frames is not None and FRAMES not in session.spec.profile:
+            frames = 1  # it decodes the first latent frame alone
+        session.compile_ahead({session.spec.inputs[0].name: (1, *latents.shape(*sides, frames))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ def decode_state(
     Args:
         session, scale, tiling: as in `decode_sample`.
         first: the index of the state's first picture in the request.
-        following: the stage that decodes the later latent frames of a video; None for pictures.
+        following: the stage that decodes the later latent frames of a video; None for pictures, and for videos that are
+            decoded as a whole.
     """
     decoded = Decoded([], [])
     failed = {failure.index: failure for failure in state.failures}
@@ -109,7 +113,7 @@ def decode_state(
             picture = to_numpy(latents)
         elif failure is None:
             try:
-                if following is not None:
+                if plan.frames is not None:
                     picture = _video(session, following, latents, index, plan, tiling=tiling, scale=scale)
                 else:
                     raw = decode_sample(session, latents, plan, scale=scale, tiling=tiling)
@@ -125,7 +129,7 @@ def decode_state(
 
 def _video(
     first: Session,
-    following: Session,
+    following: Session | None,
     latents: Tensor,
     index: int,
     plan: Plan,

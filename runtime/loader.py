@@ -147,7 +147,8 @@ def choose(
     if CONTROLNET in manifest.stages:  # what a ControlNet reads is encoded by the VAE
         names = (CONTROL_CONDITIONER, CONTROLNET, VAE_ENCODER)
         control = tuple(name for name in names if name in manifest.stages)
-    decoder = (VAE_DECODER, VAE_DECODER_NEXT) if manifest.latents.has_frames else (VAE_DECODER,)
+    in_parts = VAE_DECODER_NEXT in manifest.stages
+    decoder = (VAE_DECODER, VAE_DECODER_NEXT) if in_parts else (VAE_DECODER,)
     stages = (*(spec.stage for spec in manifest.text), CONDITIONER, *control, DENOISER, *decoder)
     _check_named_stages(options, stages)
     denoisers = manifest.stages[DENOISER].artifacts

@@ -74,6 +74,7 @@ ROWS = "rows"
 HEIGHT = "height"  # in latent cells
 WIDTH = "width"
 FRAMES = "frames"  # of the latents of a video
+VIDEO_FRAMES = "video_frames"  # of the video itself, where it is decoded as a whole
 IMAGE_HEIGHT = "image_height"  # in pixels
 IMAGE_WIDTH = "image_width"
 SIDES = (HEIGHT, WIDTH, IMAGE_HEIGHT, IMAGE_WIDTH)

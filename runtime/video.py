@@ -2,7 +2,8 @@
 
 A decoder of videos is two stages (step_contract.py, KEPT): one decodes the first latent frame to one frame, the other
 one decodes every later one to LatentSpec.frames_per_cell frames. What a convolution over time keeps is an output of one
-run and an input of the next, so memory does not grow with the length of the video.
+run and an input of the next, so memory does not grow with the length of the video. A decoder that is not causal in time
+is one stage, which decodes all latent frames at once.
 """
 
 # C latent channels, F latent frames, h/w latent size, T frames, H/W pixels
@@ -117,13 +118,19 @@ class _Pieces:
 
 
 def decoded_chunks(
-    first: Session, following: Session, latents_1CFhw: Tensor, *, tiling: Tiling | None = None, scale: int = 1
+    first: Session,
+    following: Session | None,
+    latents_1CFhw: Tensor,
+    *,
+    tiling: Tiling | None = None,
+    scale: int = 1,
 ) -> Iterator[Array]:
     """The frames (T,3,H,W) in [-1,1] of one latent frame after the other: one of the first, then T each.
 
     Args:
-        first, following: the sessions of the two stages.
-        tiling: None decodes whole frames. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
+        first, following: the sessions of the two stages. Without the second, the first decodes all frames at once, as
+            one chunk. Its range is nominal, because diffusers clamps only what AutoencoderKLWan decodes.
+        tiling: None decodes whole frames, as does a decoder of one stage. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
             (0.42.1), but all tiles of one latent frame come before the next latent frame, so memory does not grow with
             the length of the video here either.
         scale: pixels per latent cell, for tiles.
@@ -132,6 +139,9 @@ def decoded_chunks(
         NumericsError: the decoder returned NaN or Inf.
     """
     latents = to_numpy(latents_1CFhw)
+    if following is None:
+        yield _whole_video(first, latents)
+        return
     pieces = _Pieces(first, following)
     for index in range(latents.shape[2]):
         pieces.begin(index)
@@ -144,9 +154,19 @@ def decoded_chunks(
         yield np.clip(frames, -1, 1)
 
 
+def _whole_video(session: Session, latents_1CFhw: Array) -> Array:
+    """All frames (T,3,H,W) of a video by the one stage of its decoder."""
+    (video,) = (to_numpy(output) for output in session.run({LATENTS: latents_1CFhw}).values())
+    if not np.isfinite(video).all():
+        raise NumericsError(
+            f"{session.spec.name}: the frames have NaN or Inf", hint="rebuild this stage in bf16 or fp32"
+        )
+    return video[0].transpose(1, 0, 2, 3)
+
+
 def sized_chunks(
     first: Session,
-    following: Session,
+    following: Session | None,
     latents_1CFhw: Tensor,
     *,
     height: int,
@@ -169,7 +189,7 @@ def sized_chunks(
 
 def decode_video(
     first: Session,
-    following: Session,
+    following: Session | None,
     latents_1CFhw: Tensor,
     *,
     height: int,

@@ -153,6 +153,30 @@ def video_bundle(video_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def whole_video_checkpoint(video_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """video_checkpoint with LTX-2's kind of autoencoder, which decodes a video as a whole."""
+    from tiny_sana_video import make_ltx2_checkpoint
+
+    return made_once(
+        tmp_path_factory,
+        "whole-video-checkpoint",
+        lambda path: make_ltx2_checkpoint(path, video_checkpoint),
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_video_bundle(
+    whole_video_checkpoint: Path, video_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Built over a copy of video_bundle, whose text encoder and denoiser are reused."""
+
+    def make(path: Path) -> BuildReport:
+        return _build(whole_video_checkpoint, Path(shutil.copytree(video_bundle, path)))
+
+    return made_once(tmp_path_factory, "whole-video-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def openvino_bundle(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     SanaVideoPipeline,
@@ -62,4 +65,41 @@ def make_checkpoint(directory: Path, seed: int = 0) -> Path:
         '{"height": 32, "width": 64, "frames": 9, "fps": 8, "resolution_bins": null, "max_sequence_length": 12, '
         '"complex_human_instruction": null, "num_inference_steps": 4, "guidance_scale": 3.0}\n'
     )
+    return directory
+
+
+def make_ltx2_checkpoint(directory: Path, of: Path, seed: int = 0) -> Path:
+    """The checkpoint `of` of `make_checkpoint` with LTX-2's kind of autoencoder, which is not causal in time.
+
+    Its latents have the channels and sizes of the other one, so the transformer is the same.
+    """
+    shutil.copytree(of, directory, ignore=shutil.ignore_patterns("vae"))
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=16,
+        block_out_channels=[16, 32],
+        down_block_types=["LTX2VideoDownBlock3D"] * 2,
+        decoder_block_out_channels=[16, 32],
+        layers_per_block=[1, 1, 1],
+        decoder_layers_per_block=[1, 1, 1],
+        spatio_temporal_scaling=[True, True],
+        decoder_spatio_temporal_scaling=[True, True],
+        decoder_inject_noise=[False, False, False],
+        downsample_type=["temporal", "spatiotemporal"],
+        upsample_type=["spatiotemporal", "temporal"],
+        upsample_residual=[True, True],
+        upsample_factor=[2, 2],
+        patch_size=2,
+        encoder_causal=True,
+        decoder_causal=False,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    with torch.no_grad():
+        vae.latents_mean.normal_()
+        vae.latents_std.uniform_(0.5, 1.5)
+    vae.save_pretrained(directory / "vae", safe_serialization=True)
+    index = json.loads((directory / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderKLLTX2Video"]
+    (directory / "model_index.json").write_text(json.dumps(index))
     return directory

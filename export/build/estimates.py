@@ -14,7 +14,7 @@ from ditc.export.contract import StageModule
 from ditc.export.graph.onnx import can_check, check_sizes
 from ditc.runtime.errors import BuildError
 from ditc.runtime.spec import Precision, StageSpec
-from ditc.runtime.step_contract import BATCH, HEIGHT, IMAGE_HEIGHT, SIDES
+from ditc.runtime.step_contract import BATCH, FRAMES, HEIGHT, IMAGE_HEIGHT, SIDES, VIDEO_FRAMES
 
 ITEM_BYTES = {Precision.FP32: 4, Precision.TF32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
@@ -56,21 +56,24 @@ class StageSize:
     golden_pixels: int
 
 
-def stage_size(stage: StageModule, scale: int) -> StageSize:
+def stage_size(stage: StageModule, scale: int, frames_per_cell: int = 1) -> StageSize:
     """The size of a stage. Its weights may be on torch's meta device.
 
     Args:
         scale: pixels per latent cell.
+        frames_per_cell: frames of a video per latent frame.
     """
     tensors = stage.module.state_dict().values()
-    pixels = _pixels(stage.spec, golden_sizes(stage.spec), scale)
+    pixels = _pixels(stage.spec, golden_sizes(stage.spec), scale, frames_per_cell)
     return StageSize(
         weight_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors),
         parameters=sum(t.numel() for t in tensors),
         checked=can_check(stage),
         encoder=any(IMAGE_HEIGHT in tensor.shape for tensor in stage.spec.inputs),
         denoiser=HEIGHT in stage.spec.profile and not pixels,
-        check_pixels=max(_pixels(stage.spec, sizes, scale) for sizes in check_sizes(stage.spec)),
+        check_pixels=max(
+            _pixels(stage.spec, sizes, scale, frames_per_cell) for sizes in check_sizes(stage.spec)
+        ),
         golden_pixels=pixels,
     )
 
@@ -99,12 +102,14 @@ def golden_bytes(size: StageSize) -> int:
     return FIXED_BYTES + left + round(weights) + pixel * size.golden_pixels
 
 
-def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int) -> int:
+def _pixels(spec: StageSpec, sizes: Mapping[str, int], scale: int, frames_per_cell: int) -> int:
     """Pixels of all pictures that the stage takes or gives at these sizes; 0 if it has none."""
     pictures = [tensor.shape for tensor in (*spec.inputs, *spec.outputs) if IMAGE_HEIGHT in tensor.shape]
     if not pictures:
         return 0
     frames = [size for size in pictures[0][2:] if isinstance(size, int)]  # of a video's decoder
+    if VIDEO_FRAMES in pictures[0]:
+        frames = [sizes[FRAMES] * frames_per_cell]
     sides = [sizes[name] * (1 if IMAGE_HEIGHT in sizes else scale) for name in SIDES if name in sizes]
     return sizes[BATCH] * math.prod((*sides, *frames))
 

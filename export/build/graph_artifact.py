@@ -77,7 +77,11 @@ def graph_artifact(build: BuildContext, name: str) -> StageRecord:
     build.journal.will_write(path, data_path(path), weight_map_path(path), quant_record_path(path))
     with PeakMemory() as memory:
         module = build.adapter.load(build.checkpoint, build.plan, name, build.options)
-        estimate = estimates.export_bytes(estimates.stage_size(module, build.plan.latents.scale_factor))
+        estimate = estimates.export_bytes(
+            estimates.stage_size(
+                module, build.plan.latents.scale_factor, build.plan.latents.frames_per_cell or 1
+            )
+        )
         plan = None if quantization is None else quantization.plan(module)
         files = to_onnx(
             module, path, quantize=plan, opset=build.options.opset, lora_inputs=has_lora_inputs(build, name)

@@ -135,7 +135,7 @@ def check_weights(
     needed = {}
     for name in stages:
         stage = adapter.load(replace(checkpoint, components=headers), plan, name, options)
-        size = estimates.stage_size(stage, plan.latents.scale_factor)
+        size = estimates.stage_size(stage, plan.latents.scale_factor, plan.latents.frames_per_cell or 1)
         needed[name] = estimates.build_bytes(size)
         if options.builds_engines:
             needed[f"{name} engine"] = estimates.FIXED_BYTES + estimate_build_bytes(size.weight_bytes)

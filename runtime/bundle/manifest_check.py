@@ -51,6 +51,8 @@ from ditc.runtime.step_contract import (
     NEXT_KEPT,
     ROW_OF,
     TIMESTEP,
+    VIDEO_AXES,
+    VIDEO_FRAMES,
     WIDTH,
     coefficient_columns,
 )
@@ -284,8 +286,21 @@ def _check_links(manifest: Manifest) -> None:
 
 
 def _check_video_decoder(manifest: Manifest) -> None:
-    """Check the two stages that decode a video: of the first latent frame, and of every other one."""
+    """Check the stage that decodes a whole video, or the two of the first latent frame and of every other one."""
     channels, per_cell = manifest.latents.channels, manifest.latents.frames_per_cell
+    if VAE_DECODER_NEXT not in manifest.stages:
+        of_video = ((BATCH, channels, *VIDEO_AXES), (BATCH, 3, VIDEO_FRAMES, IMAGE_HEIGHT, IMAGE_WIDTH))
+        for spec in _specs(manifest, VAE_DECODER):
+            found = tuple(x.shape for x in (*spec.inputs, *spec.outputs))
+            _require(
+                found == of_video
+                and spec.inputs[0].name == LATENTS
+                and set(VIDEO_AXES) <= spec.profile.keys(),
+                f"$.stages.{VAE_DECODER}",
+                f"it does not turn latents of {channels} channels into a video of 3, and there is no "
+                f"{VAE_DECODER_NEXT}",
+            )
+        return
     kept: set[tuple[tuple[int | str, ...], ...]] = set()
     for stage, frames in ((VAE_DECODER, 1), (VAE_DECODER_NEXT, per_cell)):
         for spec in _specs(manifest, stage):

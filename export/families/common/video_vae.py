@@ -1,5 +1,7 @@
 """The stages of a video's autoencoder: the first latent frame, every later one, and the encoder of a first frame.
 
+An autoencoder that is not causal in time has one stage for both, which decodes a whole video.
+
 The networks keep frames (B,D,T,s*H,s*W) from chunk to chunk. A stage's dimensions have names without factors, so it
 takes and gives them as (B,D,T,H,s,W,s), which are the same values in the same order.
 """
@@ -18,12 +20,14 @@ from ditc.runtime.bundle.manifest import LatentSpec, Tiling
 from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER, DType, Range, StageSpec, TensorSpec
 from ditc.runtime.step_contract import (
     BATCH,
+    FRAMES,
     HEIGHT,
     IMAGE_HEIGHT,
     IMAGE_WIDTH,
     KEPT,
     LATENTS,
     NEXT_KEPT,
+    VIDEO_FRAMES,
     WIDTH,
 )
 
@@ -79,6 +83,36 @@ def video_vae_specs(
             (TensorSpec(LATENTS, DType.FLOAT32, (BATCH, channels, HEIGHT, WIDTH)),),
             {**batch, **pixels},
         ),
+    }
+
+
+def whole_video_vae_specs(
+    latents: LatentSpec, sizes: Mapping[str, Range], *, smallest: int, max_batch: int
+) -> dict[str, StageSpec]:
+    """Specs of a decoder that takes all latent frames of a video, and of the encoder, which takes one picture.
+
+    Args:
+        sizes: ranges of the latent frames, height and width in cells.
+        smallest: the smallest height and width, in cells, that the decoder takes.
+    """
+    scale = latents.scale_factor
+    cells = {
+        name: Range(max(smallest, sizes[name].min), sizes[name].opt, sizes[name].max)
+        for name in (HEIGHT, WIDTH)
+    }
+    pixels = {
+        IN_PIXELS[name]: Range(r.min * scale, r.opt * scale, r.max * scale, scale)
+        for name, r in cells.items()
+    }
+    batch = {BATCH: Range(1, 1, max_batch)}
+    whole = TensorSpec(LATENTS, DType.FLOAT32, (BATCH, latents.channels, FRAMES, HEIGHT, WIDTH))
+    frames = TensorSpec("frames", DType.FLOAT32, (BATCH, 3, VIDEO_FRAMES, IMAGE_HEIGHT, IMAGE_WIDTH))
+    picture = TensorSpec("image", DType.FLOAT32, (BATCH, 3, IMAGE_HEIGHT, IMAGE_WIDTH))
+    encoded = TensorSpec(LATENTS, DType.FLOAT32, (BATCH, latents.channels, HEIGHT, WIDTH))
+    profile = {**batch, FRAMES: sizes[FRAMES], **cells}
+    return {
+        VAE_DECODER: StageSpec(VAE_DECODER, (whole,), (frames,), profile),
+        VAE_ENCODER: StageSpec(VAE_ENCODER, (picture,), (encoded,), {**batch, **pixels}),
     }
 
 

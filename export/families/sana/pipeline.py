@@ -55,7 +55,7 @@ VIDEO = ServedPipeline(
     also=("SanaImageToVideoPipeline",),
     components={
         **_COMPONENTS,
-        "vae": ("diffusers.AutoencoderKLWan",),
+        "vae": ("diffusers.AutoencoderKLWan", "diffusers.AutoencoderKLLTX2Video"),
         "transformer": ("diffusers.SanaVideoTransformer3DModel",),
     },
 )

@@ -1,9 +1,9 @@
 """SANA-Video (arXiv 2509.24695): what a bundle of one has, and how its networks are loaded.
 
-It has Sana's text encoder and conditioner, a transformer whose latents have frames, and Wan 2.1's autoencoder, which
-decodes one latent frame at a time. Each bundle draws from texts alone, or from a picture as the first frame: the
-networks and weights are the same, as is the released checkpoint that diffusers' examples of both pipelines name.
-Source: diffusers 0.42.1, pipelines/sana_video/pipeline_sana_video.py and pipeline_sana_video_i2v.py.
+It has Sana's text encoder and conditioner, a transformer whose latents have frames, and an autoencoder of videos
+(video_vae.py). Each bundle draws from texts alone, or from a picture as the first frame: the networks and weights are the
+same, as is the released checkpoint that diffusers' examples of both pipelines name. Source: diffusers 0.42.1,
+pipelines/sana_video/pipeline_sana_video.py and pipeline_sana_video_i2v.py.
 """
 
 from __future__ import annotations
@@ -30,16 +30,9 @@ from ditc.export.families.common.specs import (
     TORCH_DTYPES,
     DenoiserFacts,
     check_precision,
-    companion_precision,
     latent_ranges,
     step_contract,
     tiling_of,
-)
-from ditc.export.families.common.video_vae import (
-    FirstChunkDecoder,
-    FirstFrameEncoder,
-    NextChunkDecoder,
-    video_vae_specs,
 )
 from ditc.export.families.sana.pipeline import VIDEO
 from ditc.export.families.sana.recipe import VIDEO as VIDEO_RECIPES
@@ -47,10 +40,9 @@ from ditc.export.families.sana.resolution_bins import video_bins
 from ditc.export.families.sana.text import MOTION, VIDEO_INSTRUCTION, text_spec
 from ditc.export.families.sana.video_config import SanaVideoConfig
 from ditc.export.families.sana.video_network import load_sana_video
+from ditc.export.families.sana.video_vae import latent_channels, load_vae, read_vae, vae_stages
 from ditc.export.graph.step import wrap
 from ditc.export.networks.gemma2 import gemma2_config
-from ditc.export.networks.wan_vae import WanVaeDecoder, kept_frames, load_wan_decoder, load_wan_encoder
-from ditc.export.networks.wan_vae_config import WanVaeConfig
 from ditc.runtime.bundle.manifest import Defaults, LatentSpec
 from ditc.runtime.errors import UsageError
 from ditc.runtime.spec import (
@@ -86,12 +78,12 @@ def plan_video(checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
     """
     transformer = checkpoint.component("transformer").read_config(SanaVideoConfig.from_json)
     check_pipeline(checkpoint, VIDEO)
-    vae = checkpoint.component("vae").read_config(WanVaeConfig.from_json)
+    vae = read_vae(checkpoint.component("vae"))
     with naming(checkpoint.path):
         check_widths(
             states=checkpoint.component("text_encoder").read_config(gemma2_config).hidden_size,
             caption_channels=transformer.caption_channels,
-            latent_channels=vae.z_dim,
+            latent_channels=latent_channels(vae),
             in_channels=transformer.in_channels,
         )
     check_precision(options, "SANA-Video")
@@ -108,14 +100,7 @@ def plan_video(checkpoint: Checkpoint, options: BuildOptions) -> ModelPlan:
     sizes = {FRAMES: _frame_range(defaults, latents), **latent_ranges(defaults, latents)}
     step = step_contract(scheduler, holds_frames=True)
     facts = _facts(transformer, {TEXT_LENGTH: text_range(text)[TEXT_LENGTH]}, sizes, step, latents, options)
-    specs = video_vae_specs(
-        latents,
-        sizes,
-        kept_frames(vae, WanVaeDecoder),
-        dtype=STAGE_DTYPES[companion_precision(options)],
-        max_batch=options.max_batch,
-        tiling=defaults.tiling,
-    )
+    specs = vae_stages(vae, latents, sizes, defaults.tiling, options)
     return ModelPlan(
         family="sana",
         stages=stage_plans(text, transformer.caption_channels, facts, latents, options, vae=specs),
@@ -139,11 +124,7 @@ def load_video(component: Component, plan: ModelPlan, stage: str) -> nn.Module:
     if stage == TEXT_ENCODER:
         return load_companion(component, stage_plan)
     if COMPONENTS[stage] == "vae":
-        vae = WanVaeConfig.from_json(component.config)
-        if stage == VAE_ENCODER:
-            return FirstFrameEncoder(load_wan_encoder(vae, component.tensors, dtype))
-        decoder = load_wan_decoder(vae, component.tensors, dtype)
-        return FirstChunkDecoder(decoder) if stage == VAE_DECODER else NextChunkDecoder(decoder)
+        return load_vae(component, stage, stage_plan.precision)
     config = SanaVideoConfig.from_json(component.config)
     conditioner, denoiser = load_sana_video(config, component.tensors, dtype)
     if stage == DENOISER:

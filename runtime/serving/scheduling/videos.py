@@ -1,4 +1,7 @@
-"""A video is decoded one latent frame at a time, so that steps of others, and its end, can come in between."""
+"""A video is decoded one latent frame at a time, so that steps of others, and its end, can come in between.
+
+A decoder that is not causal in time decodes all of them at once.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,11 @@ class VideoDecoding:
     def __init__(self, pipeline: Pipeline, state: DenoiseState, plan: Plan) -> None:
         self.pipeline, self.uniform = pipeline, True
         self._frames: list[Image.Image] = []
-        self._left = int(state.result.shape[2])
+        following = pipeline.sessions.get(VAE_DECODER_NEXT)
+        self._left = 1 if following is None else int(state.result.shape[2])
         self._chunks = sized_chunks(
             pipeline.sessions[VAE_DECODER],
-            pipeline.sessions[VAE_DECODER_NEXT],
+            following,
             state.result,
             height=plan.height,
             width=plan.width,
@@ -40,7 +44,7 @@ class VideoDecoding:
 
     @property
     def done(self) -> bool:
-        """Whether all latent frames are decoded."""
+        """Whether the whole video is decoded."""
         return self._left == 0
 
     @property
@@ -49,7 +53,7 @@ class VideoDecoding:
         return tuple(self._frames)
 
     def advance(self) -> int:
-        """Decode the next latent frame. Returns the number of its frames.
+        """Decode the next latent frame, or the whole video. Returns the number of new frames.
 
         Raises:
             NumericsError: the decoder returned NaN or Inf.
