@@ -17,7 +17,7 @@ from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import UsageError
 from ditc.runtime.session import Array
 from ditc.runtime.spec import StageSpec
-from ditc.runtime.step_contract import HEIGHT, WIDTH
+from ditc.runtime.step_contract import FRAMES, HEIGHT, WIDTH
 
 Span = tuple[int, int]
 
@@ -85,8 +85,14 @@ def check_tiles(
         default: the bundle's own tiling, which always fits.
 
     Raises:
-        UsageError: the decoder was not built for them. The message names the sizes, and the hint a tiling that works.
+        UsageError: the decoder was not built for them, or takes videos as a whole. The message names the sizes, and the
+            hint a tiling that works.
     """
+    if tiling is not None and FRAMES in spec.profile:
+        raise UsageError(
+            f"tiling is {tiling.tile} every {tiling.stride} pixels, but {spec.name} decodes a video as a whole",
+            hint='set pipeline.tiling = None, and leave "tiling" out of the checkpoint\'s ditc.json',
+        )
     sizes = {(height, width)}
     if tiling is not None:
         check_tiling(tiling.tile, tiling.stride, scale)

@@ -1,4 +1,4 @@
-"""Videos: how many frames a request may ask for, and decoding them one latent frame at a time.
+"""Videos: how many frames a request may ask for, and decoding them, one latent frame at a time where that works.
 
 A decoder of videos is two stages (step_contract.py, KEPT): one decodes the first latent frame to one frame, the other
 one decodes every later one to LatentSpec.frames_per_cell frames. What a convolution over time keeps is an output of one
@@ -130,9 +130,9 @@ def decoded_chunks(
     Args:
         first, following: the sessions of the two stages. Without the second, the first decodes all frames at once, as
             one chunk. Its range is nominal, because diffusers clamps only what AutoencoderKLWan decodes.
-        tiling: None decodes whole frames, as does a decoder of one stage. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
+        tiling: None decodes whole frames. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
             (0.42.1), but all tiles of one latent frame come before the next latent frame, so memory does not grow with
-            the length of the video here either.
+            the length of the video here either. A decoder of one stage takes no tiles (vae.py, check_tiles).
         scale: pixels per latent cell, for tiles.
 
     Raises:
@@ -155,7 +155,7 @@ def decoded_chunks(
 
 
 def _whole_video(session: Session, latents_1CFhw: Array) -> Array:
-    """All frames (T,3,H,W) of a video by the one stage of its decoder."""
+    """All frames (T,3,H,W) of a video by the one stage of its decoder. Raises NumericsError for NaN or Inf."""
     (video,) = (to_numpy(output) for output in session.run({LATENTS: latents_1CFhw}).values())
     if not np.isfinite(video).all():
         raise NumericsError(

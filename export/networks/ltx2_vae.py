@@ -1,7 +1,7 @@
 """AutoencoderKLLTX2Video, the video autoencoder of LTX-2, as export-grade networks.
 
 SANA-Video's release for 720p has it. The decoder of LTX-2 is not causal: each of its convolutions over time reads a
-later frame too, and there are so many of them that the first frame of a video depends on 20 later latent frames. So a
+later frame too, and there are so many of them that the first frame of a video depends on 21 later latent frames. So a
 video is decoded as a whole, as diffusers 0.42.1 does it, and memory grows with its length. The encoder takes any number
 of frames.
 
@@ -89,7 +89,7 @@ class Ltx2VaeDecoder(nn.Module):
     def __init__(self, config: Ltx2VaeConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         # Plain tensors, which stay fp32. Both networks need them.
-        self.mean, self.std = mean[:, None, None, None], std[:, None, None, None]
+        self.latents_mean, self.latents_std = (x[:, None, None, None] for x in (mean, std))
         self.decoder = Decoder(config)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Ltx2VaeDecoder(nn.Module):
         Returns:
             frames (B,3,T,H,W) fp32, nominally in [-1,1]; T is 1 + (t-1) * frames_per_latent.
         """
-        unscaled = latents * self.std.to(latents.device) + self.mean.to(latents.device)
+        unscaled = latents * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
         frames: Tensor = self.decoder(unscaled.to(self.decoder.conv_in.conv.weight.dtype))
         return frames.float()
 
@@ -113,7 +113,7 @@ class Ltx2VaeEncoder(nn.Module):
 
     def __init__(self, config: Ltx2VaeConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.mean, self.std = mean[:, None, None, None], std[:, None, None, None]
+        self.latents_mean, self.latents_std = (x[:, None, None, None] for x in (mean, std))
         self.encoder = Encoder(config)
         self._channels = config.latent_channels
 
@@ -128,7 +128,7 @@ class Ltx2VaeEncoder(nn.Module):
         """
         moments = self.encoder(frames.to(self.encoder.conv_in.conv.weight.dtype)).float()
         mean = moments[:, : self._channels]  # the last channel is the logarithm of the variance of all
-        return ((mean - self.mean.to(frames.device)) / self.std.to(frames.device),)
+        return ((mean - self.latents_mean.to(frames.device)) / self.latents_std.to(frames.device),)
 
 
 class TimeConv3d(nn.Module):

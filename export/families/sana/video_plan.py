@@ -1,8 +1,8 @@
 """SANA-Video (arXiv 2509.24695): what a bundle of one has, and how its networks are loaded.
 
 It has Sana's text encoder and conditioner, a transformer whose latents have frames, and an autoencoder of videos
-(video_vae.py). Each bundle draws from texts alone, or from a picture as the first frame: the networks and weights are the
-same, as is the released checkpoint that diffusers' examples of both pipelines name. Source: diffusers 0.42.1,
+(video_vae.py). Each bundle draws from texts alone, or from a picture as the first frame: the networks and weights are
+the same, as is the released checkpoint that diffusers' examples of both pipelines name. Source: diffusers 0.42.1,
 pipelines/sana_video/pipeline_sana_video.py and pipeline_sana_video_i2v.py.
 """
 

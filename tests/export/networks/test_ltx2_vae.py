@@ -198,7 +198,6 @@ def test_an_exported_decoder_takes_any_number_of_frames_and_size(reference, rela
         dynamo=True,
         dynamic_shapes=(sides,),
         verbose=False,
-        optimize=False,
     )
     path = tmp_path / "decoder.onnx"
     program.save(path)
