@@ -146,11 +146,11 @@ class TimeConv3d(nn.Module):
         self.conv = nn.Conv3d(before, width, 3, padding=(0, side, side))
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        x, first = x_BCTHW, x_BCTHW[:, :, :1]
-        x = torch.cat([first, first, x] if self.causal else [first, x, x[:, :, -1:]], dim=2)
+        x, first = x_BCTHW, _at(x_BCTHW, 2, 0)
+        x = torch.cat([first, first, x] if self.causal else [first, x, _at(x, 2, -1)], dim=2)
         if self.reflects:
-            x = torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
-            x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=4)
+            x = torch.cat([_at(x, 3, 1), x, _at(x, 3, -2)], dim=3)
+            x = torch.cat([_at(x, 4, 1), x, _at(x, 4, -2)], dim=4)
         out: Tensor = self.conv(x)
         return out
 
@@ -327,6 +327,11 @@ class Encoder(nn.Module):
             x = stage(x)
         moments: Tensor = self.conv_out(F.silu(pixel_norm(self.mid_block(x))))
         return moments
+
+
+def _at(x: Tensor, axis: int, index: int) -> Tensor:
+    """One frame, row or column, with its axis. A slice of it would have a size that torch.export does not know as 1."""
+    return x.select(axis, index).unsqueeze(axis)
 
 
 def pixel_norm(x: Tensor) -> Tensor:

@@ -289,7 +289,9 @@ def _check_video_decoder(manifest: Manifest) -> None:
     """Check the stage that decodes a whole video, or the two of the first latent frame and of every other one."""
     channels, per_cell = manifest.latents.channels, manifest.latents.frames_per_cell
     if VAE_DECODER_NEXT not in manifest.stages:
-        _require(manifest.defaults.tiling is None, "$.defaults.tiling", "a video decoded as a whole has no tiles")
+        _require(
+            manifest.defaults.tiling is None, "$.defaults.tiling", "a video decoded as a whole has no tiles"
+        )
         of_video = ((BATCH, channels, *VIDEO_AXES), (BATCH, 3, VIDEO_FRAMES, IMAGE_HEIGHT, IMAGE_WIDTH))
         for spec in _specs(manifest, VAE_DECODER):
             found = tuple(x.shape for x in (*spec.inputs, *spec.outputs))

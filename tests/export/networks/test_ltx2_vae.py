@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ditc.export.networks.loading import weight_map
-from ditc.export.networks.ltx2_vae import Ltx2VaeConfig, load_ltx2_decoder, load_ltx2_encoder
+from ditc.export.networks.ltx2_vae import Ltx2VaeConfig, TimeConv3d, load_ltx2_decoder, load_ltx2_encoder
 from ditc.runtime.errors import CheckpointError
 
 # fp32 with the same kernels. Sums of resampled residuals are taken in another order.
@@ -206,3 +206,15 @@ def test_an_exported_decoder_takes_any_number_of_frames_and_size(reference, rela
         latents = latents_of(*shape)
         (frames,) = session.run(None, {session.get_inputs()[0].name: latents.numpy()})
         assert relative_l2(torch.from_numpy(np.asarray(frames)), decoder(latents)) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_do_not_grow_with_each_convolution_of_an_export(causal: bool) -> None:
+    """Mirrored rows made them height + Max(0, ...), nested once per convolution, so an export took many minutes."""
+    layers = nn.Sequential(*(TimeConv3d(2, 2, causal=causal, padding="reflect") for _ in range(2)))
+    sides = {2: Dim("frames", min=1, max=9), 3: Dim("height", min=1, max=9), 4: Dim("width", min=1, max=9)}
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # as torch.onnx.export has it
+        program = torch.export.export(layers, (torch.zeros(1, 2, 3, 4, 5),), dynamic_shapes=(sides,))
+    *_, output = program.graph.nodes
+    before = next(node for node in program.graph.nodes if node.name == "input_1" or node.name == "input")
+    assert output.args[0][0].meta["val"].shape == before.meta["val"].shape
