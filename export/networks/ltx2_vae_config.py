@@ -118,7 +118,7 @@ def _problems(config: Ltx2VaeConfig) -> list[tuple[bool, str]]:
         (not _all(config.upsample_residual, True), "upsample_residual is false somewhere"),
         (
             config.timestep_conditioning,
-            "timestep_conditioning is true, and SanaVideoPipeline gives no timestep",
+            "timestep_conditioning is true, and the decoder here takes no timestep",
         ),
         (config.patch_size_t != 1, f"patch_size_t is {config.patch_size_t}, and 1 is implemented"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,22 +151,11 @@ def test_the_bundle_has_one_stage_for_decoding_and_passes_at_every_level(
     assert main(["verify", str(bundle)]) == 0
 
 
-def test_a_bundle_that_has_lost_a_stage_is_refused(video_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(video_bundle, tmp_path / "bundle"))
-    _change(bundle, lambda data: data["stages"].pop("vae_decoder_next"))
-    with pytest.raises(BundleError, match="there is no vae_decoder_next"):
-        load_manifest(bundle)
-
-
 def test_a_manifest_with_tiles_is_refused(whole_video_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(whole_video_bundle, tmp_path / "bundle"))
-    _change(bundle, lambda data: data["defaults"].update(tiling={"tile": 32, "stride": 16}))
-    with pytest.raises(BundleError, match="a video decoded as a whole has no tiles"):
-        load_manifest(bundle)
-
-
-def _change(bundle: Path, change: Callable[[Any], object]) -> None:
     data = json.loads((bundle / "manifest.json").read_text())
-    change(data)
+    data["defaults"]["tiling"] = {"tile": 32, "stride": 16}
     data["digest"] = digest_of({**data, "digest": ""})
     (bundle / "manifest.json").write_bytes(serialize(data))
+    with pytest.raises(BundleError, match="a video decoded as a whole has no tiles"):
+        load_manifest(bundle)

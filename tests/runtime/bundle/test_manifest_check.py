@@ -101,7 +101,11 @@ NEXT = ("stages", "vae_decoder_next", "artifacts", 0, "spec")
         (("latents", "frames_per_cell"), 2, "not a latent frame into 2 frames"),
         (("latents", "frames_per_cell"), 0, "frames_per_cell: 0 is not between"),
         (("latents",), lambda old: {k: v for k, v in old.items() if k != "frames_per_cell"}, "does not fit"),
-        (("stages",), lambda old: {k: v for k, v in old.items() if k != "vae_decoder_next"}, "no stage"),
+        (
+            ("stages",),
+            lambda old: {k: v for k, v in old.items() if k != "vae_decoder_next"},
+            "there is no vae_decoder_next",
+        ),
         ((*NEXT, "inputs", 1, "shape", 1), 7, "does not hand on what the next frame needs"),
         ((*NEXT, "inputs"), lambda old: [*old[:2], *old[3:]], "does not hand on"),
         ((*NEXT, "outputs", 0, "shape", 2), 8, "not a latent frame into 4 frames"),
