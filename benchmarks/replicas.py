@@ -54,10 +54,10 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/bundle"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of throughput, per server and round")
+    parser.add_argument("--seconds", type=float, default=40.0, help="Length of a measurement of throughput.")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200, help="of latency, per server and round")
+    parser.add_argument("--requests", type=int, default=200, help="Requests of a measurement of latency.")
     arguments = parser.parse_args()
     asked = {name: value for name, value in vars(arguments).items() if name not in ("bundle", "rounds")}
     asked["bundle"] = load_manifest(arguments.bundle).digest

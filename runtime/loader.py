@@ -58,7 +58,7 @@ class Parts:
         certification: what the bundle's certificate says about these artifacts on this machine.
         device: the GPU that the engines share; None if no stage runs an engine.
         encoder: the VAE's encoder, which is checked and opened when the first image is encoded; None if the bundle has
-            none that can run here. It is no part of what the certification is about.
+            none that can run here. The certification does not cover it.
     """
 
     manifest: Manifest

@@ -60,7 +60,7 @@ def check_options(options: BuildOptions) -> None:
         )
     if options.lora_inputs and options.quantized:
         raise UsageError(
-            f"--lora-inputs is not made for {options.precision.value}: ranges were measured without a LoRA's part",
+            f"--lora-inputs is not made for {options.precision.value}: its products have 8-bit weights",
             hint="leave it out: LoRAs can still be added to the weights, which takes longer",
         )
     if not options.builds_engines:

@@ -1,9 +1,8 @@
 """LoRAs as inputs of a graph: a switch gives a session other small matrices, and no weight changes.
 
 A graph of `ditc build --lora-inputs` computes x @ W + (x @ A) @ B for each matrix W (graph/passes/lora_inputs.py of the
-exporter).
-Several LoRAs of one matrix are one of the sum of their ranks: (A1 A2) beside each other, and (B1 B2) below each other.
-DoRA is no such sum, because it gives the rows of W other lengths.
+exporter). Several LoRAs of one matrix act as one, whose rank is the sum of theirs: (A1 A2) beside each other, and
+(B1 B2) below each other. DoRA cannot be written as such a sum, because it gives the rows of W other lengths.
 """
 
 # I input channels, O output channels, r rank

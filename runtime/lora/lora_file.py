@@ -29,7 +29,7 @@ from ditc.runtime.session import Array
 
 # Rank 256 of every layer of a network with 8 billion weights has about 2.5 GB in fp32.
 MAX_BYTES = 4 * 2**30
-# The largest rank that is applied. A larger one is no small change, and a file could make the products slow.
+# The largest rank that is applied. LoRAs are small; a file with a larger rank could only make the products slow.
 MAX_RANK = 4096
 
 DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"

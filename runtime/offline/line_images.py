@@ -24,7 +24,7 @@ def check_paths(asked: Mapping[str, Any]) -> None:
     """Check the form of the paths in a line's fields. No file is touched.
 
     Raises:
-        UsageError: a value is no path, or one that leads out of the folder.
+        UsageError: a value is not a path, or the path leads out of the folder.
     """
     for name in IMAGES:
         value = asked.get(name)

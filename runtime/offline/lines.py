@@ -24,7 +24,7 @@ from ditc.runtime.offline import line_images
 from ditc.runtime.request import INTEGERS, NUMBERS, Request
 from ditc.runtime.request_checks import checked
 
-# Long prompts take some KB. A file that is no list of requests often has no line ends at all.
+# Long prompts take some KB. A file that is not a list of requests often has no line ends at all.
 MAX_LINE_BYTES = 2**20
 MAX_ID_LENGTH = 256
 # The pictures of a line are in memory together. More can be asked for with more lines.

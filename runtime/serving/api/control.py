@@ -26,7 +26,7 @@ async def with_control_picture(api: Api, asked: Asked, body: ControlPicture) -> 
     """What is asked for, with the control picture of the body, if it has one.
 
     Raises:
-        Invalid: the picture is no data URL, is damaged, or has too many pixels.
+        Invalid: the picture is not a data URL, is damaged, or has too many pixels.
     """
     picture = None
     if body.control_image is not None:

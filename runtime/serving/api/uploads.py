@@ -92,7 +92,7 @@ def read_data_url(url: str, *, param: str, most_pixels: int = MOST_PIXELS) -> Up
     The media type only has to be that of a picture: what the file is, its content says.
 
     Raises:
-        Invalid: it is no such URL; or as `read_upload`.
+        Invalid: `url` is not such a URL; or as `read_upload`.
     """
     match = _DATA_URL.match(url)
     if match is None:
