@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditc.runtime.session import Array, Tensor, check_fits, numpy_dtype, to_numpy
-from ditc.runtime.sessions.device import Device
+from ditc.runtime.sessions.device import ALIGNMENT, Device
 from ditc.runtime.sessions.dlpack import to_capsule
 from ditc.runtime.spec import DType
 
@@ -42,6 +42,11 @@ class Pool:
         self._idle: list[int] = []
         self._closed = False
 
+    @property
+    def has_idle(self) -> bool:
+        """Whether `take` needs no new memory."""
+        return bool(self._idle)
+
     def take(self) -> Lease:
         """A buffer that nobody holds. Its content is undefined."""
         pointer = self._idle.pop() if self._idle else self._device.allocate(self.size_bytes)
@@ -63,6 +68,41 @@ class Pool:
         with suppress(IndexError):  # instead of asking for the length, which another thread may change
             while True:
                 self._device.free(self._idle.pop())
+
+
+class Pools:
+    """Buffers for tensors of different sizes: of the largest one, of half of it, of a quarter, and so on.
+
+    A tensor lies in the smallest that holds it, or in a larger one that is idle. So it takes at most twice its bytes of
+    new memory: the tiles of a picture, each of which a decoder of videos keeps something of, do not take a buffer of
+    the whole picture each.
+
+    Args:
+        size_bytes: of the largest tensor.
+    """
+
+    def __init__(self, device: Device, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._device = device
+        self._by_size: dict[int, Pool] = {}
+
+    def take(self, size_bytes: int) -> Lease:
+        """A buffer of at least this size, that nobody holds. Its content is undefined."""
+        size = self.size_bytes
+        while size // 2 >= max(size_bytes, ALIGNMENT):
+            size //= 2
+        if size not in self._by_size:
+            self._by_size[size] = Pool(self._device, size)
+        best = self._by_size[size]
+        if not best.has_idle:
+            larger = [other for other in sorted(self._by_size) if other > size]
+            best = next((self._by_size[other] for other in larger if self._by_size[other].has_idle), best)
+        return best.take()
+
+    def close(self) -> None:
+        """Free the idle buffers now, and the others when they are returned."""
+        for pool in self._by_size.values():
+            pool.close()
 
 
 class DeviceArray:

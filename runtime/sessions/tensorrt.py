@@ -1,7 +1,8 @@
 """Runs a stage with a TensorRT or TensorRT-RTX engine.
 
 input      on the host: copied into a buffer that is made once; on the device: read where it is, without a copy
-output     in a buffer from a pool, which is as large as the profiles allow; passed on without a copy
+output     in a buffer from a pool, as large as the profiles allow or a half, a quarter ... of that; passed on without
+           a copy
 workspace  one for all stages of the device, because they run one after the other
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from ditc.runtime.errors import SessionError
 from ditc.runtime.session import Array, ComputeDevice, Tensor, closed
-from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, size_of
+from ditc.runtime.sessions.buffers import DeviceArray, Lease, Pool, Pools, size_of
 from ditc.runtime.sessions.cuda import DLPACK_CPU
 from ditc.runtime.sessions.device import ALIGNMENT, Device
 from ditc.runtime.sessions.dlpack import Foreign
@@ -60,7 +61,7 @@ class TensorRTSession:
         self._contexts: dict[int, Context] = {}
         self._shapes: dict[int, dict[str, Shape]] = {}
         self._workspace_bytes: dict[int, int] = {}  # what each profile's context needs for its current shapes
-        self._pools = {name: Pool(device, size) for name, size in self._largest_outputs().items()}
+        self._pools = {name: Pools(device, size) for name, size in self._largest_outputs().items()}
         self._tables: dict[int, Pool] = {}  # by size in bytes: for outputs that a loop keeps from every step
         self._inputs: dict[str, int] = {}  # pointers
         self._written: dict[str, weakref.ref[Any]] = {}  # what each input's buffer holds
@@ -82,9 +83,10 @@ class TensorRTSession:
             addresses = {name: self._place(name, feed) for name, feed in given.items()}
             results: dict[str, Tensor] = {}
             for tensor in self.spec.outputs:
-                lease = self._pools[tensor.name].take()
+                shape = context.shape(tensor.name)
+                lease = self._pools[tensor.name].take(size_of(shape, tensor.dtype))
                 addresses[tensor.name] = lease.pointer
-                results[tensor.name] = self._array(lease, tensor.name, context.shape(tensor.name))
+                results[tensor.name] = self._array(lease, tensor.name, shape)
             with self._details_in_errors():
                 for name, pointer in addresses.items():
                     context.set_address(name, pointer)
@@ -136,7 +138,8 @@ class TensorRTSession:
             self._closed = True
             self._device.synchronize()
             self._close_loops()
-            for pool in (*self._pools.values(), *self._tables.values()):
+            pools: tuple[Pool | Pools, ...] = (*self._pools.values(), *self._tables.values())
+            for pool in pools:
                 pool.close()
             for pointer in self._inputs.values():
                 self._device.free(pointer)
@@ -325,7 +328,7 @@ class TensorRTSession:
         shape, dtype = next((s, d) for n, s, d in loop.plan.outputs if n == name)
         device, count = self._device, loop.plan.count
         if not pitch:
-            lease = self._pools[name].take()
+            lease = self._pools[name].take(size_of(shape, dtype))
             device.cuda.copy(lease.pointer, pointer, size_of(shape, dtype), device.stream)
             return self._array(lease, name, shape)
         size_bytes = pitch * count

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_pipeline import Gpu
+from fake_gpu import FakeCuda
 
 from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.pipeline import Pipeline
@@ -16,6 +17,7 @@ from ditc.runtime.request import Request
 from ditc.runtime.session import to_numpy
 from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT
 from ditc.runtime.step_contract import KEPT
+from ditc.runtime.video import decoded_chunks
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 3, "output_type": "np"}
 
@@ -56,3 +58,24 @@ def test_what_the_decoder_keeps_is_never_copied_to_the_host(gpu: Gpu) -> None:
         assert "copy" not in gpu.cuda.calls
         used.append(gpu.cuda.used())
     assert used[1] == used[3], "every latent frame takes more memory"
+
+
+def test_tiles_do_not_take_buffers_of_whole_frames(video_bundle: Path) -> None:
+    """Each tile has what the decoder keeps of it, so with buffers of the largest frame they took as many times more."""
+    cuda = FakeCuda()
+    pipeline = Gpu(video_bundle, cuda).pipeline
+    sessions = (pipeline.sessions[VAE_DECODER], pipeline.sessions[VAE_DECODER_NEXT])
+    profile = sessions[0].spec.profile
+    rows, columns = profile["height"], profile["width"]
+    latents = np.zeros((1, 16, 3, rows.max, columns.max), np.float32)
+    side = 4 * max(rows.min, columns.min)  # pixels, of which a cell has 4
+    tiling = Tiling(tile=side, stride=side)
+    used = []
+    for chosen in (tiling, None):
+        before = cuda.used()
+        for _ in decoded_chunks(*sessions, latents, tiling=chosen, scale=4):
+            pass
+        used.append(cuda.used() - before)
+    pipeline.close()
+    # Together the tiles are as large as a frame. They took 117 MB, with buffers of a frame for each of them.
+    assert used[0] <= used[1]
