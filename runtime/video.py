@@ -79,7 +79,7 @@ def check_video_request(request: Request, latents: LatentSpec, contract: StepCon
     if frames == 1:
         raise UsageError(
             "image is the first frame, and a video of 1 frame has no other one to draw",
-            hint=f"use {latents.frames_of(2)} frames or more, or leave image out",
+            hint=f"use {latents.frames_of(2)} frames or more, or leave it out",
         )
 
 

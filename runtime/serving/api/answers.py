@@ -260,7 +260,9 @@ class VideoAnswer(BaseModel):
     seconds: str = Field(description="How long the video is: its frames through the frames of a second.")
     size: str
     error: JobError | None = None
-    remixed_from_video_id: None = Field(default=None, description="Always null: videos begin with texts.")
+    remixed_from_video_id: None = Field(
+        default=None, description="Always null: no video is drawn from another one."
+    )
     ditc: VideoDetails
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ditc.runtime.errors import MissingExtra
+from ditc.runtime.errors import MissingExtra, UsageError
 from ditc.runtime.request import Request
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.api.schemas import (
@@ -21,6 +21,8 @@ from ditc.runtime.video_files import VideoFormat, check_mp4
 
 Format = Literal["png", "jpeg", "webp"]
 TIMEOUT_HEADER = "x-request-timeout"
+# What OpenAI's videos API calls the picture that is the field `image` of Request.
+REFERENCE = "input_reference"
 
 REQUEST_FIELDS = frozenset(field.name for field in fields(Request))
 # Values that change nothing, of OpenAI's arguments that mean nothing here.
@@ -69,6 +71,19 @@ class Asked:
     previews: int = 0
     timeout: float | None = None
     video: VideoForm | None = None
+
+    def without_pictures(self) -> Asked:
+        """The same without the pictures of the client, for what is kept after the request was accepted."""
+        request = replace(self.request, image=None, mask_image=None, control_image=None)
+        return replace(self, request=request)
+
+    def invalid(self, error: UsageError) -> Invalid:
+        """An error of the pipeline as clients read it, with the argument that its message begins with."""
+        first, _, rest = str(error).partition(" ")
+        param = first if first in REQUEST_FIELDS else None
+        if param == "image" and self.video is not None:
+            return Invalid(f"{REFERENCE} {rest}", hint=error.hint, param=REFERENCE)
+        return Invalid(str(error), hint=error.hint, param=param)
 
 
 def asked_by_openai(body: ImageBody, limits: RequestLimits, timeout_header: str = "") -> Asked:
@@ -175,12 +190,6 @@ def asked_by_hugging_face(
     request = _request(parameters, body.inputs, limits, n=1, width=parameters.width, height=parameters.height)
     timeout = _timeout(parameters, limits, timeout_header)
     return Asked(request=request, model=model, format=format, timeout=timeout)
-
-
-def argument_of(message: str) -> str | None:
-    """The argument that an error's message begins with, as errors of the pipeline do."""
-    first = message.partition(" ")[0]
-    return first if first in REQUEST_FIELDS else None
 
 
 def _request(

@@ -17,7 +17,7 @@ FILE = "control_image"
 def control_fields(body: ControlArguments, picture: Upload | None) -> dict[str, Any]:
     """The fields of `Request` that say what control does. Arguments without a picture are refused by `Pipeline`."""
     return {
-        FILE: picture and given_images(FILE, picture.image, channels=3),
+        FILE: picture and given_images(FILE, picture.whole, channels=3),
         **{name: getattr(body, name) for name in ControlArguments.model_fields},
     }
 

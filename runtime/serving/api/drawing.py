@@ -14,9 +14,9 @@ from time import monotonic
 from ditc.runtime.errors import UsageError
 from ditc.runtime.image_input import GivenImages
 from ditc.runtime.prepare import Plan
-from ditc.runtime.serving.api.asked import Asked, argument_of
+from ditc.runtime.serving.api.asked import Asked
 from ditc.runtime.serving.api.frame_room import FrameRoom, frame_bytes
-from ditc.runtime.serving.api.kinds import check_kind, check_kind_before_opening, with_frames
+from ditc.runtime.serving.api.kinds import check_model, check_model_before_opening, with_frames
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.model import Model
@@ -151,7 +151,7 @@ class Beginnings:
         """
         loop, events, arrived = asyncio.get_running_loop(), Events(), monotonic()
         if self._models.opened(asked.model or self._models.names[0]) is None:
-            await loop.run_in_executor(self._pool, check_kind_before_opening, self._models, asked)
+            await loop.run_in_executor(self._pool, check_model_before_opening, self._models, asked)
         async with self._models.using_async(asked.model, timeout=asked.timeout):
             beginning = loop.run_in_executor(self._pool, self._begin, asked, caller, events, arrived)
             try:
@@ -184,11 +184,11 @@ class Beginnings:
                     )
                     room.pop_all()
             except UsageError as e:
-                raise Invalid(str(e), hint=e.hint, param=argument_of(str(e))) from e
-            return Drawing(model, job, events, asked, release), stack.pop_all()
+                raise asked.invalid(e) from e
+            return Drawing(model, job, events, asked.without_pictures(), release), stack.pop_all()
 
     def _plan(self, model: Model, asked: Asked) -> Plan:
-        check_kind(model.pipeline.manifest, model.name, videos=asked.video is not None)
+        check_model(model.pipeline.manifest, model.name, asked)
         if asked.previews and not model.pipeline.manifest.latents.rgb:
             raise Invalid(
                 "partial_images are not possible: this model has no matrix from latents to colours",

@@ -7,15 +7,10 @@ file of the form.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from PIL import Image, ImageOps
-from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -25,6 +20,7 @@ from ditc.runtime.serving.api.api import Api, api_of
 from ditc.runtime.serving.api.asked import Asked, asked_by_openai
 from ditc.runtime.serving.api.clients import GONE
 from ditc.runtime.serving.api.control import control_fields
+from ditc.runtime.serving.api.forms import MULTIPART, Form, checked_body, read_form
 from ditc.runtime.serving.api.generations import drawn
 from ditc.runtime.serving.api.openapi import ERRORS, TimeoutHeader
 from ditc.runtime.serving.api.schemas import EditBody
@@ -35,13 +31,11 @@ router = APIRouter()
 
 # The picture, its mask and the picture that a ControlNet reads.
 FILES = ("image", "mask", "control_image")
-MOST_FILES = len(FILES)
-MOST_FIELD_BYTES = 2**20
 FORM = {
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {
+            MULTIPART: {
                 "schema": {
                     "type": "object",
                     "required": ["prompt"],
@@ -93,52 +87,32 @@ class Edit:
 async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
     """Draw from a picture, everywhere or where the mask says, or after a control picture."""
     try:
-        form = await http.form(
-            max_files=MOST_FILES, max_fields=len(EditBody.model_fields), max_part_size=MOST_FIELD_BYTES
-        )
-    except HTTPException as e:
-        raise e if e.status_code != 400 else _unreadable() from e
+        form = await read_form(http, files=FILES, most_fields=len(EditBody.model_fields))
     except ClientDisconnect:
         return Response(status_code=GONE)
-    except (ValueError, LookupError) as e:  # the parser's own errors, and unknown character sets
-        raise _unreadable() from e
     api = api_of(http)
-    try:
-        edit = await _read(api, form, timeout)
-    finally:
-        await form.close()
+    edit = await _read(api, form, timeout)
     return await drawn(
         http, api.shared(http, edit.asked, edit.body, edit.files), stream=bool(edit.body.stream)
     )
 
 
-async def _read(api: Api, form: FormData, timeout: str) -> Edit:
+async def _read(api: Api, form: Form, timeout: str) -> Edit:
     """The fields and pictures of a form.
 
     Raises:
         RequestValidationError: a field is unknown, missing or wrong.
         Invalid: a picture is missing, too large or not one.
     """
-    fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-    try:
-        body = EditBody.model_validate_strings(fields, strict=False)
-    except ValidationError as e:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in e.errors()]) from e
+    body = checked_body(lambda: EditBody.model_validate_strings(form.fields, strict=False))
     asked = asked_by_openai(body, api.limits, timeout)
-    files: dict[str, UploadFile] = {}
-    for name, file in form.multi_items():
-        if isinstance(file, UploadFile):
-            _add_file(files, name.removesuffix("[]"), file)  # the official client's form of a list
-    required = "image" if "mask" in files or "control_image" not in files else "control_image"
-    if required not in files:
+    required = "image" if "mask" in form.files or "control_image" not in form.files else "control_image"
+    if required not in form.files:
         raise Invalid(
             f"{required} is required", hint="send a file", param=required, code="missing_required_parameter"
         )
     pictures: dict[str, Upload] = {}
-    digest = hashlib.sha256()
-    for name, file in files.items():
-        content = await file.read()
-        digest.update(f"{name} {len(content)}\n".encode() + content)
+    for name, content in form.files.items():
         pictures[name] = await api.encoder.run(
             read_upload, content, param=name, most_pixels=api.limits.max_pixels
         )
@@ -150,7 +124,7 @@ async def _read(api: Api, form: FormData, timeout: str) -> Edit:
         strength=body.strength,
         **control_fields(body, control),
     )
-    return Edit(replace(asked, request=request), body, digest.hexdigest())
+    return Edit(replace(asked, request=request), body, form.digest)
 
 
 def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
@@ -159,24 +133,3 @@ def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
         return mask.image.convert("L")
     alpha = image.alpha if mask is None else mask.alpha
     return None if alpha is None else ImageOps.invert(alpha)
-
-
-def _add_file(files: dict[str, UploadFile], name: str, file: UploadFile) -> None:
-    if name not in FILES:
-        raise Invalid(
-            f"{name!r:.80} is not a file of this path",
-            hint=f"send {', '.join(FILES)}",
-            param=name[:80],
-            code="unknown_parameter",
-        )
-    if name in files:
-        raise Invalid(f"there are several files named {name}", hint="send one", param=name)
-    files[name] = file
-
-
-def _unreadable() -> Invalid:
-    return Invalid(
-        "the form cannot be read",
-        hint=f"send multipart/form-data with at most {MOST_FILES} files",
-        code="invalid_form",
-    )

@@ -7,7 +7,7 @@ its generic methods: client.post("/images/jobs", cast_to=...).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -17,6 +17,7 @@ from ditc.runtime.serving.api.api import api_of, owner_of
 from ditc.runtime.serving.api.asked import asked_by_openai
 from ditc.runtime.serving.api.control import with_control_picture
 from ditc.runtime.serving.api.encoding import MEDIA_TYPES
+from ditc.runtime.serving.api.job_routes import After, Limit, Order, begun, page_of
 from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.api.schemas import JobBody
 from ditc.runtime.serving.refusals import Invalid
@@ -27,34 +28,19 @@ router = APIRouter(prefix="/v1/images/jobs")
 @router.post("", response_model=JobAnswer, responses=ERRORS)
 async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key: KeyHeader = "") -> JobAnswer:
     """Begin to draw, without waiting for the pictures. With the same idempotency key there is only one job."""
-    api, owner = api_of(http), owner_of(http)
+    api = api_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
-    api.jobs.check_room(owner)
+    api.jobs.check_room(owner_of(http))
     asked = await with_control_picture(api, asked, body)
-    # Nobody leaves: a job is drawn to its end, or to its DELETE.
-    ongoing, first = await api.shared(http, asked, body).join()
-    job = api.jobs.add(owner, ongoing) if first else api.jobs.find(owner, api.jobs.id_of(ongoing))
-    return job.answer()
+    return (await begun(http, api.jobs, asked, body)).answer()
 
 
 @router.get("", response_model=JobsAnswer, responses=ERRORS)
 async def list_jobs(
-    http: Request,
-    after: Annotated[str | None, Query(max_length=100, description="The last id of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
+    http: Request, after: After = None, limit: Limit = 20, order: Order = "desc"
 ) -> JobsAnswer:
     """The jobs of this key, by the time of their creation."""
-    jobs, more = api_of(http).jobs.page(
-        owner_of(http), after=after, limit=limit, newest_first=order == "desc"
-    )
-    ids = [job.id for job in jobs]
-    return JobsAnswer(
-        data=[job.answer() for job in jobs],
-        first_id=ids[0] if ids else None,
-        last_id=ids[-1] if ids else None,
-        has_more=more,
-    )
+    return JobsAnswer(**page_of(http, api_of(http).jobs, after, limit, order))
 
 
 @router.get("/{id}", response_model=JobAnswer, responses=ERRORS)

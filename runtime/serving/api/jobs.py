@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from time import time
 from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel
 
 from ditc.runtime.serving.api.answers import Details, JobError
 from ditc.runtime.serving.api.asked import Asked
@@ -23,7 +26,7 @@ Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class AsyncJob:
+class AsyncJob(ABC):
     """One job.
 
     Attributes:
@@ -88,6 +91,10 @@ class AsyncJob:
             status=404,
             code="no_content",
         )
+
+    @abstractmethod
+    def answer(self) -> BaseModel:
+        """What a client is told about it."""
 
     def note_progress(self) -> None:
         """Read how far the drawing is. Up to the end it is below 100, because the last step is not the last work."""

@@ -1,4 +1,4 @@
-"""Pictures or videos: which paths a model answers, and how many frames a video of some seconds has."""
+"""Pictures or videos: which paths a model answers, which videos begin with a picture, and frames of some seconds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from ditc.runtime.bundle.manifest import LatentSpec, Manifest, load_manifest
 from ditc.runtime.errors import DitcError, UsageError
 from ditc.runtime.request import Request
-from ditc.runtime.serving.api.asked import Asked, VideoForm
+from ditc.runtime.serving.api.asked import REFERENCE, Asked, VideoForm
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Invalid
-from ditc.runtime.spec import StageSpec
+from ditc.runtime.spec import DENOISER, VAE_ENCODER, StageSpec
 from ditc.runtime.step_contract import FRAMES
 from ditc.runtime.video import check_frames
 
@@ -39,11 +39,34 @@ def check_kind(manifest: Manifest, name: str, *, videos: bool) -> None:
     )
 
 
-def check_kind_before_opening(models: Models, asked: Asked) -> None:
+def check_model(manifest: Manifest, name: str, asked: Asked) -> None:
+    """Refuse a model that draws something else than its path gives, or that starts no video from a picture.
+
+    Raises:
+        Invalid: as `check_kind`, or there is a picture for a video that can only begin with texts.
+    """
+    check_kind(manifest, name, videos=asked.video is not None)
+    if asked.video is not None and asked.request.image is not None and not takes_first_frame(manifest):
+        raise Invalid(
+            f"{REFERENCE} is given, but the model {name} draws videos from texts alone",
+            hint="leave it out, or use a model whose capabilities in GET /v1/models have image-to-video",
+            param=REFERENCE,
+            code="unsupported_value",
+        )
+
+
+def takes_first_frame(manifest: Manifest) -> bool:
+    """Whether a bundle draws videos that begin with a picture. One that was built for texts alone does not."""
+    denoisers = manifest.stages[DENOISER].artifacts
+    holds = any(manifest.step_contract(artifact.spec).holds_frames for artifact in denoisers)
+    return manifest.latents.has_frames and VAE_ENCODER in manifest.stages and holds
+
+
+def check_model_before_opening(models: Models, asked: Asked) -> None:
     """The same for a model that may not be open. Reads its manifest; one that cannot be read is refused later.
 
     Raises:
-        Invalid: as `check_kind`.
+        Invalid: as `check_model`.
     """
     name = models.names[0] if asked.model is None else asked.model
     if name in models.names and models.opened(name) is None:
@@ -51,7 +74,7 @@ def check_kind_before_opening(models: Models, asked: Asked) -> None:
             manifest = load_manifest(models.bundles[name])
         except DitcError:
             return
-        check_kind(manifest, name, videos=asked.video is not None)
+        check_model(manifest, name, asked)
 
 
 def with_frames(request: Request, form: VideoForm, model: Model) -> Request:

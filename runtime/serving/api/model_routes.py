@@ -8,6 +8,7 @@ from ditc.runtime.bundle.manifest import Manifest, load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.serving.api.answers import ModelAnswer, ModelDetails, ModelsAnswer
 from ditc.runtime.serving.api.api import api_of
+from ditc.runtime.serving.api.kinds import takes_first_frame
 from ditc.runtime.serving.api.openapi import ERRORS
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
@@ -82,6 +83,7 @@ def _capabilities(manifest: Manifest) -> list[str]:
     found = {
         "text-to-image": not videos,
         "text-to-video": videos,
+        "image-to-video": takes_first_frame(manifest),
         "partial_images": bool(manifest.latents.rgb) and not videos,
         "motion_score": any(spec.motion is not None for spec in manifest.text),
         "negative_prompt": manifest.guidance is GuidanceMode.CFG,

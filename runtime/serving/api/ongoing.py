@@ -64,7 +64,8 @@ class Shared:
         *,
         abandoned: Callable[[], None] = lambda: None,
     ) -> None:
-        self._begin, self._abandoned = begin, abandoned
+        self._begin: Callable[[], Coroutine[Any, Any, Ongoing]] | None = begin
+        self._abandoned = abandoned
         self._beginning: asyncio.Task[Ongoing] | None = None
         self._waiting = 0
 
@@ -77,13 +78,15 @@ class Shared:
         Raises:
             Refusal: it is not accepted.
         """
-        first = self._beginning is None
-        if self._beginning is None:
-            self._beginning = asyncio.create_task(self._begin())
+        # It holds the request with its pictures, and this may be kept long.
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            self._beginning = asyncio.create_task(begin())
             self._beginning.add_done_callback(_retrieved)
+        assert self._beginning is not None
         self._waiting += 1
         try:
-            return await asyncio.shield(self._beginning), first
+            return await asyncio.shield(self._beginning), begin is not None
         except BaseException:
             self.leave()
             raise

@@ -10,7 +10,7 @@ any other value:
     moderation    "auto" or "low": nothing is filtered
     user, safety_identifier    any short text, which is not used
 
-Tensors, paths and addresses are not taken from clients. A control picture is taken as a data URL, which holds it.
+Tensors, paths and addresses are not taken from clients. Pictures are taken as data URLs, which hold them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Side = Annotated[int, Field(ge=1, le=2**14)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-10_000, le=10_000)]
 Fraction = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Text = Annotated[str, Field(max_length=2**20)]
-DataUrl = Annotated[str, Field(max_length=2**25)]  # the server's bound of bodies is usually lower
+MOST_URL_BYTES = 2**25  # the server's bound of bodies is usually lower
+DataUrl = Annotated[str, Field(max_length=MOST_URL_BYTES)]
 Label = Annotated[str, Field(max_length=512)]
 Numbers = Annotated[list[Number], Field(min_length=1, max_length=10_000)]
 Format = Literal["png", "jpeg", "webp"]
@@ -251,9 +252,25 @@ class JobBody(ImageBody, ControlPicture):
     """POST /v1/images/jobs."""
 
 
+class ImageReference(Body):
+    """A picture in a body, as in OpenAI's videos API."""
+
+    image_url: DataUrl | None = Field(
+        default=None,
+        description='A PNG, JPEG or WebP file as "data:image/png;base64,...". Addresses are not fetched.',
+    )
+    file_id: Label | None = Field(
+        default=None, description="Refused: this server keeps no files of clients. Use image_url."
+    )
+
+
 class VideoBody(OpenAIBody):
     """POST /v1/videos."""
 
+    input_reference: ImageReference | None = Field(
+        default=None,
+        description="The first frame (default: none, and the video begins with the texts alone).",
+    )
     seconds: Seconds | None = Field(
         default=None,
         description="How long the video is, instead of frames; the nearest number of frames that the model draws is "

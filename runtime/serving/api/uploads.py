@@ -47,6 +47,15 @@ class Upload:
     image: Image.Image
     alpha: Image.Image | None
 
+    @property
+    def whole(self) -> Image.Image:
+        """The picture with its transparency, which `given_images` puts on white: RGBA, or RGB if it is opaque."""
+        if self.alpha is None:
+            return self.image
+        whole = self.image.copy()
+        whole.putalpha(self.alpha)
+        return whole
+
 
 def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PIXELS) -> Upload:
     """Decode a picture of a client. It may take a second, so call it on a worker thread.

@@ -1,97 +1,136 @@
-"""The body of POST /v1/videos: JSON, or the form that OpenAI's clients send."""
+"""The body of POST /v1/videos: JSON, or the form that OpenAI's clients send; and the picture in it, the first frame.
+
+The picture is OpenAI's `input_reference`: a file of a form, or an object with `image_url`, which a form holds as the
+text `input_reference[image_url]`.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from ditc.runtime.serving.api.schemas import VideoBody
+from ditc.runtime.image_input import given_images
+from ditc.runtime.serving.api.api import Api
+from ditc.runtime.serving.api.asked import REFERENCE, Asked
+from ditc.runtime.serving.api.forms import MULTIPART, checked_body, read_form
+from ditc.runtime.serving.api.schemas import MOST_URL_BYTES, VideoBody
+from ditc.runtime.serving.api.uploads import Upload, read_data_url, read_upload
 from ditc.runtime.serving.refusals import Invalid
 
-FORM = "multipart/form-data"
-MOST_FIELD_BYTES = 2**20
-SCHEMA = VideoBody.model_json_schema()
-# FastAPI takes a body in one form alone.
-REQUEST_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": SCHEMA},
-            FORM: {
-                "schema": {
-                    **SCHEMA,
-                    "description": "The same fields, without those that are lists. Numbers are texts.",
-                    "properties": {
-                        name: field
-                        for name, field in SCHEMA["properties"].items()
-                        if "array" not in str(field)
-                    },
-                }
-            },
-        },
-    }
-}
+_PART_OF_REFERENCE = re.compile(rf"{REFERENCE}\[(\w{{1,40}})\]")
 
 
-async def read_video_body(http: Request) -> VideoBody:
-    """The fields of a request for a video.
+@dataclass(frozen=True, slots=True)
+class SentVideo:
+    """A request for a video, as a client has sent it.
+
+    Attributes:
+        file: the bytes of the file `input_reference`.
+        digest: the hash of that file; "" without one.
+    """
+
+    body: VideoBody
+    file: bytes | None = None
+    digest: str = ""
+
+
+async def read_video_body(http: Request) -> SentVideo:
+    """The fields of a request for a video. The picture is not decoded.
 
     Raises:
         RequestValidationError: a field is unknown, missing or wrong.
-        Invalid: the body is neither JSON nor a form, or has a file.
+        Invalid: the body is neither JSON nor a form, or has a file that is not `input_reference`.
         ClientDisconnect: the client has gone away.
     """
     media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if media_type == FORM:
-            return VideoBody.model_validate_strings(await _fields(http), strict=False)
-        if media_type == "application/json" or media_type.endswith("+json"):
-            return VideoBody.model_validate_json(await http.body())
-    except ValidationError as e:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in e.errors()]) from e
+    if media_type == MULTIPART:
+        fields = len(VideoBody.model_fields) + 1  # input_reference may be two
+        form = await read_form(http, files=(REFERENCE,), most_fields=fields, most_field_bytes=MOST_URL_BYTES)
+        body = checked_body(lambda: VideoBody.model_validate_strings(_nested(form.fields), strict=False))
+        return SentVideo(body, form.files.get(REFERENCE), form.digest)
+    if media_type == "application/json" or media_type.endswith("+json"):
+        content = await http.body()
+        return SentVideo(checked_body(lambda: VideoBody.model_validate_json(content)))
     raise HTTPException(415)
 
 
-async def _fields(http: Request) -> dict[str, str]:
-    try:
-        form = await http.form(
-            max_files=1, max_fields=len(VideoBody.model_fields), max_part_size=MOST_FIELD_BYTES
+async def with_first_frame(api: Api, asked: Asked, sent: SentVideo) -> Asked:
+    """What is asked for, with the picture that was sent, if there is one.
+
+    Raises:
+        Invalid: it is no whole picture of a known format, has too many pixels, or is not sent in one of the two forms.
+    """
+    reference, upload = sent.body.input_reference, None
+    if reference is not None and sent.file is not None:
+        raise Invalid(
+            f"{REFERENCE} is given as a file and as an object", hint="give only one of them", param=REFERENCE
         )
-    except HTTPException as e:
-        raise e if e.status_code != 400 else _unreadable() from e
-    except (ValueError, LookupError) as e:  # the parser's own errors, and unknown character sets
-        raise _unreadable() from e
-    try:
-        fields: dict[str, str] = {}
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                raise _no_file(name)
-            fields[name] = value
-        return fields
-    finally:
-        await form.close()
+    bounds: dict[str, Any] = {"param": REFERENCE, "most_pixels": api.limits.max_pixels}
+    if sent.file is not None:
+        upload = await api.encoder.run(read_upload, sent.file, **bounds)
+    elif reference is not None:
+        if reference.file_id is not None:
+            raise Invalid(
+                f"{REFERENCE} has a file_id, but this server keeps no files of clients",
+                hint="send the picture itself, as image_url or as a file of a form",
+                param=REFERENCE,
+                code="unsupported_value",
+            )
+        if reference.image_url is None:
+            raise Invalid(
+                f"{REFERENCE} has no image_url",
+                hint='send {"image_url": "data:image/png;base64,..."}',
+                param=REFERENCE,
+                code="missing_required_parameter",
+            )
+        upload = await api.encoder.run(read_data_url, reference.image_url, **bounds)
+    return asked if upload is None else _starting_from(upload, asked)
 
 
-def _no_file(name: str) -> Invalid:
-    if name == "input_reference":
-        return Invalid(
-            "input_reference is given, and this server draws videos from texts alone",
-            hint="leave it out",
-            param=name,
-            code="unsupported_value",
-        )
-    return Invalid(
-        f"{name!r:.80} is not a file of this path",
-        hint="send texts alone",
-        param=name[:80],
-        code="unknown_parameter",
-    )
+def _starting_from(upload: Upload, asked: Asked) -> Asked:
+    image = given_images(REFERENCE, upload.whole, channels=3)
+    return replace(asked, request=replace(asked.request, image=image))
 
 
-def _unreadable() -> Invalid:
-    return Invalid("the form cannot be read", hint=f"send {FORM} without files, or JSON", code="invalid_form")
+def _nested(fields: dict[str, str]) -> dict[str, Any]:
+    """The fields of a form, with the parts of `input_reference` in one object."""
+    found: dict[str, Any] = {}
+    reference: dict[str, str] = {}
+    for name, text in fields.items():
+        part = _PART_OF_REFERENCE.fullmatch(name)
+        if part is None:
+            found[name] = text
+        else:
+            reference[part[1]] = text
+    if reference:
+        found.setdefault(REFERENCE, reference)  # a text of that name is refused as no object
+    return found
+
+
+def _request_body() -> dict[str, Any]:
+    """What the OpenAPI document says of the two forms of the body. FastAPI takes a body in one form alone."""
+    schema = VideoBody.model_json_schema()
+    (reference,) = schema.pop("$defs").values()  # a reference would be sought at the top of the document
+    plain = dict(schema["properties"])
+    plain[REFERENCE] |= {"anyOf": [reference, {"type": "null"}]}
+    texts = {name: field for name, field in plain.items() if "array" not in str(field) and name != REFERENCE}
+    file = {
+        "type": "string",
+        "format": "binary",
+        "description": "The first frame: a PNG, JPEG or WebP file (default: none).",
+    }
+    parts = {f"{REFERENCE}[{name}]": field for name, field in reference["properties"].items()}
+    form = {
+        **schema,
+        "description": "The same fields, without those that are lists. Numbers are texts.",
+        "properties": {**texts, REFERENCE: file, **parts},
+    }
+    content = {"application/json": {"schema": {**schema, "properties": plain}}, MULTIPART: {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+REQUEST_BODY = _request_body()

@@ -18,8 +18,9 @@ from ditc.runtime.serving.api.api import api_of, owner_of
 from ditc.runtime.serving.api.asked import asked_by_video
 from ditc.runtime.serving.api.clients import GONE
 from ditc.runtime.serving.api.encoding import VIDEO_TYPES
+from ditc.runtime.serving.api.job_routes import After, Limit, Order, begun, page_of
 from ditc.runtime.serving.api.openapi import ERRORS, VIDEO_CONTENT, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.api.video_bodies import REQUEST_BODY, read_video_body
+from ditc.runtime.serving.api.video_bodies import REQUEST_BODY, read_video_body, with_first_frame
 
 router = APIRouter(prefix="/v1/videos")
 
@@ -27,37 +28,23 @@ router = APIRouter(prefix="/v1/videos")
 @router.post("", response_model=VideoAnswer, responses=ERRORS, openapi_extra=REQUEST_BODY)
 async def create(http: Request, timeout: TimeoutHeader = "", key: KeyHeader = "") -> VideoAnswer | Response:
     """Begin to draw a video, without waiting for it. With the same idempotency key there is only one job."""
-    api, owner = api_of(http), owner_of(http)
+    api = api_of(http)
     try:
-        body = await read_video_body(http)
+        sent = await read_video_body(http)
     except ClientDisconnect:
         return Response(status_code=GONE)
-    asked = asked_by_video(body, api.limits, timeout)
-    api.videos.check_room(owner)
-    # Nobody leaves: a video is drawn to its end, or to its DELETE.
-    ongoing, first = await api.shared(http, asked, body).join()
-    job = api.videos.add(owner, ongoing) if first else api.videos.find(owner, api.videos.id_of(ongoing))
-    return job.answer()
+    asked = asked_by_video(sent.body, api.limits, timeout)
+    api.videos.check_room(owner_of(http))
+    asked = await with_first_frame(api, asked, sent)
+    return (await begun(http, api.videos, asked, sent.body, sent.digest)).answer()
 
 
 @router.get("", response_model=VideosAnswer, responses=ERRORS)
 async def list_videos(
-    http: Request,
-    after: Annotated[str | None, Query(max_length=100, description="The last id of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
+    http: Request, after: After = None, limit: Limit = 20, order: Order = "desc"
 ) -> VideosAnswer:
     """The videos of this key, by the time of their creation."""
-    jobs, more = api_of(http).videos.page(
-        owner_of(http), after=after, limit=limit, newest_first=order == "desc"
-    )
-    ids = [job.id for job in jobs]
-    return VideosAnswer(
-        data=[job.answer() for job in jobs],
-        first_id=ids[0] if ids else None,
-        last_id=ids[-1] if ids else None,
-        has_more=more,
-    )
+    return VideosAnswer(**page_of(http, api_of(http).videos, after, limit, order))
 
 
 @router.get("/{id}", response_model=VideoAnswer, responses=ERRORS)

@@ -10,8 +10,9 @@ from ditc.runtime.serving.http.access import OPEN_PATHS
 from ditc.runtime.serving.http.transport_limits import TransportLimits
 from ditc.runtime.serving.refusals import Overloaded, Refusal
 
-# Where pictures are uploaded. Everywhere else, a body is JSON.
-UPLOAD_PATHS = frozenset({"/v1/images/edits"})
+# Where forms with pictures are uploaded. Every other body is JSON.
+UPLOAD_PATHS = frozenset({"/v1/images/edits", "/v1/videos"})
+UPLOAD_TYPE = b"multipart/form-data"
 # A request that has no place is gone when another one ends, which may be soon.
 RETRY = 1.0
 
@@ -42,7 +43,10 @@ class Incoming:
             )
         self.open_requests += 1
         try:
-            upload = scope["path"] in UPLOAD_PATHS
+            upload = scope["path"] in UPLOAD_PATHS and any(
+                name == b"content-type" and value.strip().lower().startswith(UPLOAD_TYPE)
+                for name, value in scope["headers"]
+            )
             most = self.limits.max_upload_bytes if upload else self.limits.max_body_bytes
             await self._with_body(scope, receive, send, most=most)
         finally:

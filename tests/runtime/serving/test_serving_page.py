@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from serving_process import ServerProcess, server_process
 
 from ditc.runtime.commands.serve import add_arguments
@@ -47,6 +48,7 @@ def server(tiny_bundle: Path, video_bundle: Path) -> Iterator[ServerProcess]:
 @pytest.mark.parametrize(("kind", "code"), EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_runs(server: ServerProcess, kind: str, code: str, tmp_path: Path) -> None:
     code = code.replace("http://127.0.0.1:8000", server.url)
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "first.png")
     command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

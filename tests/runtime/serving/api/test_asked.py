@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from ditc.runtime.errors import UsageError
 from ditc.runtime.serving.api.asked import (
     REQUEST_FIELDS,
     VideoForm,
-    argument_of,
     asked_by_hugging_face,
     asked_by_openai,
     asked_by_video,
@@ -197,6 +197,16 @@ def test_without_pyav_mp4_is_refused_with_what_to_do_and_webp_is_not(monkeypatch
     assert asked_by_video(film(output_format="webp"), LIMITS).video == VideoForm(format="webp")
 
 
-def test_errors_of_the_pipeline_tell_their_argument() -> None:
-    assert argument_of("guidance_scale is 3, but") == "guidance_scale"
-    assert argument_of("the bundle cannot") is None
+def test_errors_of_the_pipeline_tell_their_argument_by_the_name_that_the_client_knows() -> None:
+    picture = asked_by_openai(body(), LIMITS)
+    clip = asked_by_video(film(output_format="webp"), LIMITS)
+    for message, of_picture, of_clip in (
+        ("guidance_scale is 3, but", "guidance_scale", "guidance_scale"),
+        ("the bundle cannot", None, None),
+        ("image is given, but", "image", "input_reference"),
+    ):
+        error = UsageError(message, hint="do this")
+        for asked, param in ((picture, of_picture), (clip, of_clip)):
+            found = asked.invalid(error)
+            assert (found.param, found.hint) == (param, "do this")
+            assert str(found).startswith(param or message)

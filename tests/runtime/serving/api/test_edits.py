@@ -28,9 +28,9 @@ def server() -> Iterator[ServerThread]:
         yield running
 
 
-def png(side: int = 8) -> bytes:
+def png(side: int = 8, mode: str = "RGB") -> bytes:
     file = BytesIO()
-    Image.new("RGB", (side, side)).save(file, format="PNG")
+    Image.new(mode, (side, side)).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -128,13 +128,15 @@ def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
         warm_up_seconds=0.0,
     )
     with closing(models), server_thread(models=models) as running:
+        # Transparent, which is seen on white.
+        clear = png(mode="RGBA")
         sizes = [field("width", "64"), field("height", "64"), field("num_inference_steps", "2")]
         fields = [PROMPT, *sizes, field("seed", "3"), field("allow_uniform", "true")]
-        more = [file("control_image", png()), field("controlnet_conditioning_scale", "0.5")]
+        more = [file("control_image", clear), field("controlnet_conditioning_scale", "0.5")]
         body = b"".join([*fields, *more]) + b"--X--\r\n"
         answer = running.ask("POST", "/v1/images/edits", body, {"Content-Type": FORM})
         settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 3, "allow_uniform": True}
-        given = {"prompt": "cat", "control_image": as_url(png()), "controlnet_conditioning_scale": 0.5}
+        given = {"prompt": "cat", "control_image": as_url(clear), "controlnet_conditioning_scale": 0.5}
         in_json = running.ask(
             "POST",
             "/v1/images/generations",
@@ -147,7 +149,7 @@ def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
         for each in (answer, in_json)
     )
     np.testing.assert_array_equal(np.asarray(found), np.asarray(same))
-    control = {"control_image": Image.new("RGB", (8, 8)), "controlnet_conditioning_scale": 0.5}
+    control = {"control_image": Image.new("RGBA", (8, 8)), "controlnet_conditioning_scale": 0.5}
     with Pipeline.load(control_bundle, threads=1) as pipeline:
         expected = pipeline("cat", **settings, **control).images[0]
         without = pipeline("cat", **settings).images[0]

@@ -74,3 +74,9 @@ def test_the_body_for_a_video_is_json_or_a_form_and_takes_no_other_fields(docume
         assert all(field.get("description") for field in schema["properties"].values())
     assert {"seconds", "frames", "fps", "motion_score", "output_format", "size"} <= set(form["properties"])
     assert "sigmas" in plain["properties"] and "sigmas" not in form["properties"]
+    # The picture is an object in JSON and a file of a form, which may hold the object's parts as texts.
+    picture, nothing = plain["properties"]["input_reference"]["anyOf"]
+    assert set(picture["properties"]) == {"image_url", "file_id"} and nothing == {"type": "null"}
+    assert form["properties"]["input_reference"]["format"] == "binary"
+    assert "input_reference[image_url]" in form["properties"]
+    assert "$ref" not in str(body)  # which would be sought at the top of the document
