@@ -31,6 +31,8 @@ from ditc.runtime.spec import StageSpec
 
 Message = dict[str, Any]
 _FAILURE = ("index", "reason", "hint", "step", "prompt")
+# The fields of a request that hold pictures.
+_PICTURES = ("image", "mask_image", "control_image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,7 @@ def message_of_request(request: Request) -> Message:
 
 def request_of_message(message: Message) -> Request:
     """The request of `message_of_request`."""
-    images: Message = {
-        name: _given_images(message[name]) for name in ("image", "mask_image") if name in message
-    }
+    images: Message = {name: _given_images(message[name]) for name in _PICTURES if name in message}
     return Request(**{**message, **images})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ditc.runtime.failure import Failure
@@ -29,6 +30,13 @@ def test_a_request_is_the_same_and_its_message_holds_no_picture_objects() -> Non
     again = request_of_message(message)
     assert (again.prompt, again.seed, again.guidance_interval) == ("cat", 3, (0.2, 0.8))
     assert again.image.pictures[0].tobytes() == RED.tobytes() and again.image.pictures[1] is array
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image", "control_image"])
+def test_every_picture_of_a_request_arrives_as_one(name: str) -> None:
+    request = Request(prompt="cat", **{name: GivenImages((RED,))})
+    again = getattr(request_of_message(message_of_request(request)), name)
+    assert isinstance(again, GivenImages) and again.pictures[0].tobytes() == RED.tobytes()
 
 
 def test_events_are_the_same() -> None:
