@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from math import ceil
@@ -54,6 +55,7 @@ class Pool:
         self._dispatcher = Dispatcher(self.seats, lost=self._lost, clock=clock)
         self._bundles: dict[Version, Bundle] = {}  # what every replica is to have open
         self._opened: dict[Version, Opened] = {}
+        self._users: Counter[Version] = Counter()  # a version may be served again while its old requests end
         self._schedulers: dict[Version, RemoteScheduler] = {}
         self._changed = asyncio.Event()
         self._failures, self._start_at = 0, 0.0
@@ -110,9 +112,9 @@ class Pool:
         self._schedulers[scheduler.version] = scheduler
 
     def close_version(self, version: Version) -> None:
-        """Close a version in all replicas, without waiting for it."""
+        """Close a version in all replicas, unless it was opened once more, without waiting for it."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._forget, version)
+            self._loop.call_soon_threadsafe(self._leave, version)
 
     def add(self, task: Task) -> None:
         """Draw an accepted request."""
@@ -192,17 +194,24 @@ class Pool:
                 self._lost(seat, str(self._start_error))
                 return
             await self._pin(seat)
-            while missing := [v for v in self._bundles if v not in seat.versions and v not in seat.failed]:
+            while not seat.gone and (missing := self._missing_in(seat)):
                 with suppress(DitcError):
                     await self._open_in(seat, missing[0])
         except ReplicaLost as e:
             self._lost(seat, str(e))
+        except Exception as e:  # of Ray; a replica that is neither ready nor lost would keep the place of another one
+            log.error("%s failed at its start:\n%s", seat.name, where_raised(e))
+            self._lost(seat, f"{type(e).__name__} at its start")
+        if seat.gone:
             return
         seat.ready = True
         self._failures, self._start_error = 0, None
         log.info("%s is ready: process %d", seat.name, seat.told["pid"])
         self._changed.set()
         self._dispatcher.dispatch()
+
+    def _missing_in(self, seat: Seat) -> list[Version]:
+        return [v for v in self._bundles if v not in seat.versions and v not in seat.failed]
 
     async def _pin(self, seat: Seat) -> None:
         """Give a replica that computes on a CPU cores of its own, if its node has as many left."""
@@ -272,6 +281,7 @@ class Pool:
     async def _open_version(self, version: Version, bundle: Bundle) -> Opened:
         earlier = any(one.name == version.name and one != version for one in self._bundles)
         self._bundles[version] = bundle
+        self._users[version] += 1
         for seat in self.seats:
             seat.failed.pop(version, None)
         try:
@@ -293,7 +303,7 @@ class Pool:
                 self._changed.clear()
                 await self._changed.wait()
         except BaseException:
-            self._forget(version)
+            self._leave(version)
             raise
 
     async def _open_in(self, seat: Seat, version: Version) -> None:
@@ -314,11 +324,21 @@ class Pool:
             seat.failed[version] = e
             log.error("%s cannot open %s: %s", seat.name, version, e)
             raise
+        if version not in self._bundles:  # closed meanwhile, or another replica could not open it
+            await self._close_in(seat, version)
+            return
         if opened.place != bundle.path:
             log.info("%s has %s from the front, in %s", seat.name, version, opened.place)
         seat.versions.add(version)
         self._opened[version] = opened
         self._changed.set()
+
+    def _leave(self, version: Version) -> None:
+        """One user of a version less. After the last one it is closed."""
+        self._users[version] -= 1
+        if self._users[version] <= 0:
+            del self._users[version]
+            self._forget(version)
 
     def _forget(self, version: Version) -> None:
         self._bundles.pop(version, None)

@@ -6,6 +6,7 @@ The front decides which versions are open and which requests come here. Bounds o
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections import deque
@@ -15,7 +16,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from ditc.runtime.cores import allowed_cpus
-from ditc.runtime.errors import BundleError, DitcError, UsageError
+from ditc.runtime.errors import BundleError, DitcError, SessionError, UsageError
 from ditc.runtime.serving.model import Model, open_model
 from ditc.runtime.serving.refusals import Invalid, Refusal
 from ditc.runtime.serving.replicas.handle import Bundle
@@ -34,6 +35,8 @@ from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.policy import BatchKey
 from ditc.runtime.serving.settings import Bounds
 from ditc.runtime.version import __version__
+
+log = logging.getLogger(__name__)
 
 # The front counts and bounds the accepted work, over all replicas.
 _UNBOUNDED = Bounds(requests=2**62, pixel_steps=2**62)
@@ -57,6 +60,7 @@ class Replica:
         self._models: dict[Version, Model] = {}
         self._opened: dict[Version, Opened] = {}
         self._jobs: dict[str, tuple[Model, Job]] = {}
+        self._checked: set[str] = set()  # requests that are being checked, and are not cancelled
         self._watch = Watch()
         self._opening = threading.Lock()
         self._heard = monotonic()
@@ -66,6 +70,7 @@ class Replica:
     async def begin(self) -> Message:
         """Who this is. Requests of an earlier front are ended: nobody waits for them any more."""
         self._heard = monotonic()
+        self._checked.clear()
         for model, job in list(self._jobs.values()):
             model.scheduler.cancel(job)
         return {
@@ -92,6 +97,10 @@ class Replica:
             return await asyncio.to_thread(self._open, version, bundle, source)
         except DitcError as error:
             return plain_error(error)
+        except Exception as error:  # of a library
+            log.exception("%s cannot be opened", version)
+            text = f"{bundle.path} cannot be opened: {type(error).__name__}: {error}"
+            return plain_error(SessionError(text, hint="try it alone with ditc verify BUNDLE --run"))
 
     async def close(self, version: Version) -> None:
         """End the requests of a version, and close it."""
@@ -102,6 +111,7 @@ class Replica:
 
     async def cancel(self, id: str) -> None:
         """End a request before its next step. Nothing happens if it has ended."""
+        self._checked.discard(id)
         if id in self._jobs:
             model, job = self._jobs[id]
             model.scheduler.cancel(job)
@@ -121,6 +131,7 @@ class Replica:
         if model is None:
             yield {"kind": "not_open"}
             return
+        self._checked.add(id)
         try:
             if not self._jobs:
                 self._watch.moved()
@@ -138,7 +149,12 @@ class Replica:
         except UsageError as error:
             yield message_of_event(Refused(Invalid(str(error), hint=error.hint)))
             return
+        finally:
+            wanted = id in self._checked
+            self._checked.discard(id)
         self._jobs[id] = model, job
+        if not wanted:
+            model.scheduler.cancel(job)
         sent = -_PROGRESS_SECONDS
         try:
             while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cluster import FakeCluster
+from fake_cluster import FakeCluster, FakeHandle
 from serving_scheduler import PATIENCE, Server
 
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
@@ -22,6 +23,9 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Overloaded, TooLate
+from ditc.runtime.serving.replicas import replica
+from ditc.runtime.serving.replicas.handle import Bundle, ReplicaLost
+from ditc.runtime.serving.replicas.messages import Message, Opened, Version
 from ditc.runtime.serving.replicas.opener import ReplicaOpener
 from ditc.runtime.serving.replicas.options import ReplicaOptions
 from ditc.runtime.serving.replicas.pool import Pool
@@ -301,6 +305,125 @@ def test_a_bundle_that_no_replica_can_open_says_why(
         file.write_bytes(b"damaged")
     with pytest.raises(DitcError, match="denoiser"):
         replicas(bundle).models.open("tiny")
+
+
+def test_a_replica_that_ends_while_it_opens_a_bundle_is_asked_no_more(
+    replicas: Callable[..., Replicas],
+) -> None:
+    made = replicas(least=2, most=2)
+    made.models.open("tiny")
+    made.all_ready(2)
+    asked: list[str] = []
+    spawn = made.cluster.spawn
+
+    def spawn_one_that_ends() -> FakeHandle:
+        handle = spawn()
+
+        async def ends(version: Version, bundle: Bundle) -> Opened:
+            asked.append(handle.name)
+            handle.dead = True
+            await asyncio.sleep(0.01)
+            raise ReplicaLost("it was killed")
+
+        handle.open = ends  # type: ignore[method-assign]
+        made.cluster.spawn = spawn  # type: ignore[method-assign]
+        return handle
+
+    made.cluster.spawn = spawn_one_that_ends  # type: ignore[method-assign]
+    made.cluster.handles[0].dead = True
+    until(lambda: len(made.cluster.handles) == 4)
+    made.all_ready(2)
+    assert asked == [made.cluster.handles[2].name]
+
+
+def test_a_fault_of_a_library_while_a_replica_opens_a_bundle_is_told(
+    replicas: Callable[..., Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = replicas(least=2, most=2)
+    server = made.server()
+    made.all_ready(2)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(replica, "open_model", fails)
+    made.cluster.handles[0].dead = True
+    until(lambda: len(made.cluster.handles) == 3)
+    made.all_ready(2)  # one of them without the bundle
+    (error,) = [error for seat in made.pool.seats for error in seat.failed.values()]
+    assert "RuntimeError: no memory" in str(error) and error.hint
+    assert isinstance(server.submit()[1].wait(), Finished)
+
+
+def test_a_replica_that_fails_before_it_opens_anything_is_replaced(
+    replicas: Callable[..., Replicas],
+) -> None:
+    made = replicas()
+    spawn = made.cluster.spawn
+
+    def spawn_one_that_fails() -> FakeHandle:
+        handle = spawn()
+
+        async def fails() -> Message:
+            raise RuntimeError("of Ray")
+
+        handle.begin = fails  # type: ignore[method-assign]
+        made.cluster.spawn = spawn  # type: ignore[method-assign]
+        return handle
+
+    made.cluster.spawn = spawn_one_that_fails  # type: ignore[method-assign]
+    until(lambda: len(made.pool.seats) == 1)
+    made.pool.seats[0].handle.dead = True  # type: ignore[attr-defined]
+    until(lambda: len(made.cluster.handles) >= 3)
+    made.all_ready(1)
+
+
+def test_a_bundle_that_one_replica_cannot_open_stays_open_in_none(
+    replicas: Callable[..., Replicas],
+) -> None:
+    made = replicas(least=2, most=2)
+    made.all_ready(2)
+    first, second = made.cluster.handles
+    opening, refused = second.open, threading.Event()
+
+    async def fails(version: Version, bundle: Bundle) -> Opened:
+        raise DitcError("damaged", hint="copy it again")
+
+    async def slowly(version: Version, bundle: Bundle) -> Opened:
+        await asyncio.to_thread(refused.wait, PATIENCE)
+        return await opening(version, bundle)
+
+    first.open, second.open = fails, slowly  # type: ignore[method-assign]
+    closed: list[Version] = []
+    closing = second.close
+
+    async def close(version: Version) -> None:
+        await closing(version)
+        closed.append(version)
+
+    second.close = close  # type: ignore[method-assign]
+    with pytest.raises(DitcError, match="damaged"):
+        made.models.open("tiny")
+    refused.set()
+    until(lambda: bool(closed))
+    assert not second.replica._models
+    assert not any(seat.versions for seat in made.pool.seats) and not made.pool._opened
+
+
+def test_a_version_that_is_served_again_stays_open_when_its_old_requests_end(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    made = replicas(bundle)
+    with made.models.using():
+        rebuild(bundle)
+        assert made.models.reload() == {"tiny": "reloaded"}
+        shutil.copy(tiny_bundle / "manifest.json", bundle / "manifest.json")
+        assert made.models.reload() == {"tiny": "reloaded"}
+    until(lambda: not made.models._room.retired)
+    end = made.server().submit(timeout=30.0)[1].wait()
+    assert isinstance(end, Finished), end
+    until(lambda: len(made.cluster.handles[0].replica._models) == 1)
 
 
 def test_another_front_goes_on_with_the_replicas_and_ends_what_was_in_work(
