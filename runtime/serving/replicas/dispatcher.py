@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.refusals import Broken
@@ -35,6 +36,7 @@ class Dispatcher:
         self, seats: Sequence[Seat], *, lost: Callable[[Seat, str], None], clock: Callable[[], float]
     ) -> None:
         self.waiting: list[Task] = []
+        self._stopping: set[asyncio.Task[None]] = set()  # so that they are not collected
         self._seats, self._lost, self._clock = seats, lost, clock
 
     @property
@@ -63,7 +65,9 @@ class Dispatcher:
                 seat = min(free, key=lambda seat: seat.left)
                 self.waiting.remove(task)
                 seat.tasks.add(task)
-                task.drawing = asyncio.get_running_loop().create_task(self._draw(seat, task))
+                drawing = asyncio.get_running_loop().create_task(self._draw(seat, task))
+                drawing.add_done_callback(partial(self._if_not_begun, seat, task))
+                task.drawing = drawing
 
     def end_hopeless(self) -> None:
         """End the requests that wait here and cannot be done in time."""
@@ -83,7 +87,17 @@ class Dispatcher:
             return
         for seat in self._seats:
             if task in seat.tasks:
-                asyncio.get_running_loop().create_task(_cancel(seat, task))
+                stopping = asyncio.get_running_loop().create_task(_cancel(seat, task))
+                self._stopping.add(stopping)
+                stopping.add_done_callback(self._stopping.discard)
+
+    def _if_not_begun(self, seat: Seat, task: Task, drawing: asyncio.Task[None]) -> None:
+        """Let another replica draw a request whose replica was lost before `_draw` ran at all."""
+        if drawing.cancelled():
+            task.drawing = None
+            seat.tasks.discard(task)
+            self._again(task)
+            self.dispatch()
 
     async def _draw(self, seat: Seat, task: Task) -> None:
         job = task.job
@@ -142,9 +156,12 @@ class Dispatcher:
         return False
 
     def _again(self, task: Task) -> None:
-        """Let another replica draw a request whose replica is lost, unless it was the second one."""
+        """Let another replica draw a request whose replica is lost, unless it was the second one, or nobody waits."""
         job = task.job
         if job.end is not None:
+            return
+        if job.cancelled:
+            task.scheduler.finish(job, Cancelled())
             return
         if task.tries < MOST_TRIES:
             log.warning("request %s waits for another replica", job.id)
