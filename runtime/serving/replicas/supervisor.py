@@ -59,8 +59,9 @@ def supervise(arguments: argparse.Namespace) -> int:
 class _Supervisor:
     def __init__(self, listener: socket.socket, address: str, namespace: str) -> None:
         self._listener, self._address, self._namespace = listener, address, namespace
-        self._front: subprocess.Popen[bytes] | None = None
+        self._front: subprocess.Popen[bytes] | None = None  # None while the next one is started
         self._ending = False
+        self._to_pass_on: int | None = None  # the signal to end that came meanwhile
 
     def run(self) -> int:
         """Keep a front running until it ends by itself or is told to."""
@@ -68,7 +69,7 @@ class _Supervisor:
         before = {number: signal.signal(number, self._pass_on) for number in numbers}
         failed, again = 0, False
         try:
-            while True:
+            while not self._ending:
                 began = monotonic()
                 code = self._run_once(again=again)
                 if self._ending or code >= 0:
@@ -80,12 +81,13 @@ class _Supervisor:
                 log.error("the front was ended by signal %d, and is started again", -code)
                 again = True
                 sleep(0.2 * failed)
+            return 0
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _run_once(self, *, again: bool) -> int:
-        number = self._listener.fileno()
+        number, self._front = self._listener.fileno(), None
         place = Place(address=self._address, namespace=self._namespace, socket=number, again=again)
         self._front = subprocess.Popen(
             [sys.executable, "-m", "ditc.runtime.cli", *sys.argv[1:]],
@@ -93,9 +95,15 @@ class _Supervisor:
             pass_fds=(number,),
             start_new_session=True,  # ctrl-C comes here alone, and is passed on
         )
+        if self._to_pass_on is not None:
+            self._front.send_signal(self._to_pass_on)
+            self._to_pass_on = None
         return self._front.wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._ending |= number in (signal.SIGTERM, signal.SIGINT)
-        if self._front is not None and self._front.poll() is None:
+        ends = number in (signal.SIGTERM, signal.SIGINT)
+        self._ending |= ends
+        if self._front is None:  # the next one reads everything anew, as SIGHUP asks
+            self._to_pass_on = number if ends else self._to_pass_on
+        elif self._front.poll() is None:
             self._front.send_signal(number)
