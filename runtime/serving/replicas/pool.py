@@ -199,7 +199,7 @@ class Pool:
                     await self._open_in(seat, missing[0])
         except ReplicaLost as e:
             self._lost(seat, str(e))
-        except Exception as e:  # of Ray; a replica that is neither ready nor lost would keep the place of another one
+        except Exception as e:  # of Ray; one that is neither ready nor lost would keep the place of another
             log.error("%s failed at its start:\n%s", seat.name, where_raised(e))
             self._lost(seat, f"{type(e).__name__} at its start")
         if seat.gone:
