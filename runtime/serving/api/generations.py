@@ -15,9 +15,9 @@ from ditc.runtime.serving.api.api import api_of
 from ditc.runtime.serving.api.asked import asked_by_openai
 from ditc.runtime.serving.api.bodies import images_answer
 from ditc.runtime.serving.api.clients import EventStream, answer
-from ditc.runtime.serving.api.control import with_control_picture
 from ditc.runtime.serving.api.ongoing import Shared
 from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
+from ditc.runtime.serving.api.pictures import with_data_urls
 from ditc.runtime.serving.api.schemas import GenerationBody
 from ditc.runtime.serving.api.streaming import KEEP_ALIVE_SECONDS, events_of
 
@@ -47,7 +47,7 @@ async def generate(
     The work is cancelled if the client goes away, unless another request with its idempotency key waits for it.
     """
     api = api_of(http)
-    asked = await with_control_picture(api, asked_by_openai(body, api.limits, timeout), body)
+    asked = await with_data_urls(api, asked_by_openai(body, api.limits, timeout), body)
     return await drawn(http, api.shared(http, asked, body), stream=bool(body.stream))
 
 

@@ -15,10 +15,10 @@ from starlette.responses import Response
 from ditc.runtime.serving.api.answers import JobAnswer, JobRemoved, JobsAnswer
 from ditc.runtime.serving.api.api import api_of, owner_of
 from ditc.runtime.serving.api.asked import asked_by_openai
-from ditc.runtime.serving.api.control import with_control_picture
 from ditc.runtime.serving.api.encoding import MEDIA_TYPES
 from ditc.runtime.serving.api.job_routes import After, Limit, Order, begun, page_of
 from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
+from ditc.runtime.serving.api.pictures import with_data_urls
 from ditc.runtime.serving.api.schemas import JobBody
 from ditc.runtime.serving.refusals import Invalid
 
@@ -31,7 +31,7 @@ async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key:
     api = api_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
     api.jobs.check_room(owner_of(http))
-    asked = await with_control_picture(api, asked, body)
+    asked = await with_data_urls(api, asked, body)
     return (await begun(http, api.jobs, asked, body)).answer()
 
 

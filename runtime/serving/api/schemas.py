@@ -236,10 +236,9 @@ class GenerationBody(StreamedBody, ControlPicture):
     """POST /v1/images/generations."""
 
 
-class EditBody(StreamedBody, ControlArguments):
-    """The fields of POST /v1/images/edits that are not files."""
+class EditArguments(Body):
+    """How a picture acts that is drawn from, in requests that can have one."""
 
-    input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
     strength: float | None = Field(
         default=None,
         ge=0,
@@ -248,7 +247,28 @@ class EditBody(StreamedBody, ControlArguments):
     )
 
 
-class JobBody(ImageBody, ControlPicture):
+class EditPictures(EditArguments):
+    """A picture to draw from, and its mask, in a JSON body."""
+
+    image: DataUrl | None = Field(
+        default=None,
+        description='The picture to draw from: a PNG, JPEG or WebP file as "data:image/png;base64,..." '
+        "(default: none).",
+    )
+    mask: DataUrl | None = Field(
+        default=None,
+        description="Where to draw anew, in the same form: where it is transparent or, if it is opaque, white "
+        "(default: where the picture is transparent, and everywhere if it is opaque).",
+    )
+
+
+class EditBody(StreamedBody, ControlArguments, EditArguments):
+    """The fields of POST /v1/images/edits that are not files."""
+
+    input_fidelity: Literal["low", "high"] | None = Field(default=None, description="Not used.")
+
+
+class JobBody(ImageBody, ControlPicture, EditPictures):
     """POST /v1/images/jobs."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import closing
@@ -93,7 +94,14 @@ def as_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{b64encode(data).decode()}"
 
 
-@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/jobs"])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/images/generations", "control_image"),
+        ("/v1/images/jobs", "control_image"),
+        ("/v1/images/jobs", "image"),
+    ],
+)
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -101,22 +109,22 @@ def as_url(data: bytes, kind: str = "image/png") -> str:
         ("edges.png", "is no data URL of a picture"),
         (b64encode(png()).decode(), "is no data URL of a picture"),
         (as_url(b"<svg/>", "image/svg+xml"), "is no data URL of a picture"),
-        ("data:image/png;base64,????", "the base64 of control_image is damaged"),
-        (as_url(png()) + "\n", "the base64 of control_image is damaged"),
-        (as_url(png())[:-1], "the base64 of control_image is damaged"),
+        ("data:image/png;base64,????", "is damaged; send the standard alphabet"),
+        (as_url(png()) + "\n", "is damaged; send the standard alphabet"),
+        (as_url(png())[:-1], "is damaged; send the standard alphabet"),
         ("data:image/png;base64,", "not a picture that this server reads"),
         (as_url(b"<svg/>"), "not a picture that this server reads"),
         (as_url(png()[:-20]), "damaged or not complete"),
         (as_url(png(2049)), "has 2049x2049 pixels"),
     ],
 )
-def test_a_control_picture_in_a_body_is_read_within_the_bounds_of_files(
-    server: ServerThread, path: str, url: str, message: str
+def test_a_picture_in_a_body_is_read_within_the_bounds_of_files(
+    server: ServerThread, path: str, name: str, url: str, message: str
 ) -> None:
-    body = json.dumps({"prompt": "cat", "control_image": url}).encode()
+    body = json.dumps({"prompt": "cat", name: url}).encode()
     answer = server.ask("POST", path, body, {"Content-Type": "application/json"})
     assert answer.status == 400
-    assert answer.error["param"] == "control_image" and message in answer.error["message"]
+    assert answer.error["param"] == name and message in answer.error["message"]
     assert len(answer.body) < 1000  # the picture is not repeated
 
 
@@ -155,3 +163,45 @@ def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:
         without = pipeline("cat", **settings).images[0]
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
     assert (np.asarray(expected) != np.asarray(without)).any()
+
+
+def test_a_job_draws_from_a_picture_what_edits_draw(tiny_bundle: Path) -> None:
+    models = Models(
+        {"tiny": tiny_bundle}, admission=Admission(Bounds()), load=LoadOptions(threads=1), warm_up_seconds=0.0
+    )
+    blocks = np.random.default_rng(2).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    picture, mask = Image.fromarray(blocks).resize((64, 64)), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    files: dict[str, bytes] = {}
+    for name, given in (("image", picture), ("mask", mask)):
+        content = BytesIO()
+        given.save(content, format="PNG")
+        files[name] = content.getvalue()
+    settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 3, "strength": 0.5}
+    json_type = {"Content-Type": "application/json"}
+    with closing(models), server_thread(models=models) as running:
+
+        def job(**pictures: bytes) -> Image.Image:
+            urls = {name: as_url(data) for name, data in pictures.items()}
+            body = json.dumps({"prompt": "cat", **settings, **urls}).encode()
+            answer = running.ask("POST", "/v1/images/jobs", body, json_type)
+            assert answer.status == 200, answer
+            path, end = f"/v1/images/jobs/{json.loads(answer.body)['id']}", time.monotonic() + 60
+            while json.loads(running.ask("GET", path).body)["status"] in ("queued", "in_progress"):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            return Image.open(BytesIO(running.ask("GET", f"{path}/content").body))
+
+        drawn = {
+            names: job(**{name: files[name] for name in names}) for names in (("image",), ("image", "mask"))
+        }
+        fields = [PROMPT, *(field(name, str(value)) for name, value in settings.items())]
+        for names, found in drawn.items():
+            parts = [*fields, *(file(name, files[name]) for name in names), b"--X--\r\n"]
+            answer = running.ask("POST", "/v1/images/edits", b"".join(parts), {"Content-Type": FORM})
+            same = Image.open(BytesIO(b64decode(json.loads(answer.body)["data"][0]["b64_json"])))
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(same))
+        body = json.dumps({"prompt": "cat", "mask": as_url(files["mask"])}).encode()
+        alone = running.ask("POST", "/v1/images/jobs", body, json_type)
+    assert (alone.error["param"], alone.error["code"]) == ("image", "missing_required_parameter")
+    assert (np.asarray(drawn["image",]) != np.asarray(drawn["image", "mask"])).any()

@@ -1,0 +1,86 @@
+"""Pictures that requests for pictures begin with: from the files of a form, or from data URLs in a JSON body.
+
+OpenAI's masks, and its pictures without a mask, are transparent where to draw anew. A mask without transparency is read
+as diffusers reads one: white is drawn anew. What a ControlNet reads, which OpenAI does not have, is put on white where
+it is transparent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from PIL import Image, ImageOps
+
+from ditc.runtime.image_input import given_images
+from ditc.runtime.serving.api.api import Api
+from ditc.runtime.serving.api.asked import Asked
+from ditc.runtime.serving.api.schemas import ControlArguments, EditArguments
+from ditc.runtime.serving.api.uploads import Upload, read_data_url, read_upload
+from ditc.runtime.serving.refusals import Invalid
+
+# The picture to draw from, its mask, and what a ControlNet reads: the names in forms and bodies.
+IMAGE, MASK, CONTROL = "image", "mask", "control_image"
+PICTURES = (IMAGE, MASK, CONTROL)
+
+
+async def with_files(api: Api, asked: Asked, body: ControlArguments, files: Mapping[str, bytes]) -> Asked:
+    """What is asked for, with the pictures in the files of a form.
+
+    Raises:
+        Invalid: a picture is damaged or has too many pixels, or there is a mask without a picture.
+    """
+    return _with_pictures(
+        asked,
+        body,
+        {
+            name: await api.encoder.run(read_upload, content, param=name, most_pixels=api.limits.max_pixels)
+            for name, content in files.items()
+        },
+    )
+
+
+async def with_data_urls(api: Api, asked: Asked, body: ControlArguments) -> Asked:
+    """What is asked for, with the pictures that are data URLs in the body.
+
+    Raises:
+        Invalid: one is no data URL; or as `with_files`.
+    """
+    urls = {name: url for name in PICTURES if (url := getattr(body, name, None)) is not None}
+    return _with_pictures(
+        asked,
+        body,
+        {
+            name: await api.encoder.run(read_data_url, url, param=name, most_pixels=api.limits.max_pixels)
+            for name, url in urls.items()
+        },
+    )
+
+
+def _with_pictures(asked: Asked, body: ControlArguments, pictures: Mapping[str, Upload]) -> Asked:
+    """Arguments without their picture, such as a strength, are refused by `Pipeline`."""
+    image, mask, control = (pictures.get(name) for name in PICTURES)
+    if mask is not None and image is None:
+        raise Invalid(
+            "image is required, because there is a mask",
+            hint="send the picture that the mask is for",
+            param=IMAGE,
+            code="missing_required_parameter",
+        )
+    request = replace(
+        asked.request,
+        image=image and given_images(IMAGE, image.image, channels=3),
+        mask_image=image and _to_draw(image, mask),
+        strength=body.strength if isinstance(body, EditArguments) else None,
+        control_image=control and given_images(CONTROL, control.whole, channels=3),
+        **{name: getattr(body, name) for name in ControlArguments.model_fields},
+    )
+    return replace(asked, request=request)
+
+
+def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
+    """Where to draw, as white in a picture of grey; None for everywhere."""
+    if mask is not None and mask.alpha is None:
+        return mask.image.convert("L")
+    alpha = image.alpha if mask is None else mask.alpha
+    return None if alpha is None else ImageOps.invert(alpha)
