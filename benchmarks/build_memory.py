@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.full_size import CASES, DEFAULTS, checkpoint_around, headers_around, make, tokenizers_of
-from benchmarks.machine import write
+from benchmarks.machine import reset_peak, write
 
 if TYPE_CHECKING:
     from ditc.export.build.context import BuildContext
@@ -125,15 +125,15 @@ def measure(name: str, precision: str, directory: Path) -> dict[str, Any]:
         build = _context(
             checkpoint_around(case, directory, tokenizers, defaults), name, precision, Path(folder)
         )
-        _reset_peak()
+        reset_peak()
         preflight.check_weights(
             build.checkpoint, build.adapter, build.plan, build.options, build.out, [case.stage], print
         )
         checked = _peak_bytes()
-        _reset_peak()
+        reset_peak()
         record = graph_artifact(build, case.stage)
         exported = _peak_bytes()
-        _reset_peak()
+        reset_peak()
         golden_artifact(build, record, (record.artifact,))
         golden = _peak_bytes()
     return {
@@ -196,11 +196,6 @@ def _memory_bytes() -> int:
     from ditc.export.build.estimates import available_memory_bytes
 
     return available_memory_bytes()
-
-
-def _reset_peak() -> None:
-    """Let VmHWM begin again at the present size (Linux, Documentation/filesystems/proc.rst: clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:

@@ -71,6 +71,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def reset_peak() -> None:
+    """Let the peak of this process's memory begin again at the present size.
+
+    Linux alone has it (Documentation/filesystems/proc.rst: clear_refs).
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def write(name: str, results: dict[str, Any]) -> Path:
     """Write the results to benchmarks/results/NAME-DATE.json, with the command and the machine beside them."""
     content = {"command": _command(), "date": _today(), "machine": facts(), "results": results}

@@ -21,6 +21,7 @@ therefore run with a fixed limit, MALLOC_MMAP_THRESHOLD_; --heap leaves it out.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.full_size import WAN_VAE
-from benchmarks.machine import write
+from benchmarks.machine import reset_peak, write
 from ditc.runtime.bench.memory import peak_bytes
 
 GOAL = 1.3
@@ -158,6 +159,8 @@ def decode(form: str, folder: Path, frames: int, base_dim: int, side: int) -> di
         import torch
 
         quiet = torch.no_grad()
+    gc.collect()
+    reset_peak()
     before, start = peak_bytes() or 0, perf_counter()
     with quiet:
         decoded = sum(decoder(latents.astype(np.float32)))
