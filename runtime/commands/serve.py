@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         server.run(sockets=[listener])
     if opening.error is not None:
         raise opening.error
-    if not server.closed:
+    if not (app.state.api.close() and server.closed):  # threads that still work would hold the process
         end_at_once(0)
     return 0
 

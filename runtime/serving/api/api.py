@@ -36,10 +36,10 @@ class Api:
         self.jobs, self.videos = Jobs(ImageJob, kept), Jobs(VideoJob, kept)
         self._beginnings = Beginnings(models, limits)
 
-    def close(self) -> None:
-        """End the threads."""
+    def close(self) -> bool:
+        """End the threads. Returns whether they have ended; it waits for nothing that takes long."""
         self._beginnings.close()
-        self.encoder.close()
+        return self.encoder.close()
 
     def _kept(self) -> Kept[Any]:
         limits = self.limits

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import BytesIO
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from PIL import Image
 
@@ -34,18 +34,32 @@ R = TypeVar("R")
 
 
 class Encoder:
-    """A few threads for the work of answers. Each client has at most one piece of work there at a time."""
+    """A few threads for the work of answers, and one for videos, which take long: nothing else waits for them."""
 
     def __init__(self, threads: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ditc-encode")
+        self._videos = ThreadPoolExecutor(1, thread_name_prefix="ditc-encode-video")
+        self._in_work: set[Future[Any]] = set()
 
     async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Do a piece of work on one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        return await self._run(self._pool, lambda: work(*args, **kwargs))
 
-    def close(self) -> None:
-        """Wait for what is in work."""
-        self._pool.shutdown(cancel_futures=True)
+    async def run_video(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Encode a video, after those that came before it."""
+        return await self._run(self._videos, lambda: work(*args, **kwargs))
+
+    def close(self) -> bool:
+        """Drop what waits. Returns whether nothing is in work any more; it waits for nothing."""
+        for pool in (self._pool, self._videos):
+            pool.shutdown(wait=False, cancel_futures=True)
+        return not any(future.running() for future in list(self._in_work))
+
+    async def _run(self, pool: Executor, work: Callable[[], R]) -> R:
+        future = pool.submit(work)
+        self._in_work.add(future)
+        future.add_done_callback(self._in_work.discard)
+        return await asyncio.wrap_future(future)
 
 
 def encode(picture: Image.Image, form: Format, quality: int, settings: Mapping[str, str]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from copy import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from time import time
@@ -20,6 +21,7 @@ from ditc.runtime.serving.api.asked import Asked
 from ditc.runtime.serving.api.kept import Kept
 from ditc.runtime.serving.api.ongoing import Ongoing
 from ditc.runtime.serving.api.results import Result
+from ditc.runtime.serving.http.errors import log_failure
 from ditc.runtime.serving.refusals import Invalid, Refusal
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -198,11 +200,12 @@ class Jobs(Generic[J]):
 
     def _settle(self, owner: str, job: J, result: asyncio.Task[Result]) -> None:
         error = None if result.cancelled() else result.exception()
-        if result.cancelled() or isinstance(error, Refusal):
-            job.outcome = (
-                error if isinstance(error, Refusal) else Refusal("it was cancelled", code="cancelled")
-            )
-        elif error is not None:
+        if result.cancelled():
+            job.outcome = Refusal("it was cancelled", code="cancelled")
+        elif isinstance(error, Refusal):
+            job.outcome = copy(error)  # without its traceback, whose frames hold the drawing
+        elif isinstance(error, Exception):
+            log_failure(error, f"of the job {job.id}")
             job.outcome = Refusal("the server has failed")
         else:
             job.outcome, job.progress = result.result(), 100

@@ -44,7 +44,8 @@ class Ongoing:
     async def _encoded(self, drawing: Drawing, encoder: Encoder) -> Result:
         try:
             finished = await drawing.finished()
-            return await encoder.run(encoded, drawing, finished, self.details)
+            run = encoder.run if drawing.asked.video is None else encoder.run_video
+            return await run(encoded, drawing, finished, self.details)
         finally:
             self.drawing = None
             drawing.release()
