@@ -11,6 +11,7 @@ from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.api.schemas import (
     BundleArguments,
     HuggingFaceBody,
+    HuggingFaceParameters,
     ImageBody,
     OpenAIBody,
     StreamedBody,
@@ -178,9 +179,7 @@ def asked_by_hugging_face(
     timeout_header: str = "",
 ) -> Asked:
     """The request in a body of Hugging Face's form. Raises Invalid as `asked_by_openai`."""
-    parameters = body.parameters
-    if parameters is None:
-        return Asked(request=_checked(Request(prompt=body.inputs), limits), model=model, format=format)
+    parameters = body.parameters or HuggingFaceParameters()
     if parameters.scheduler is not None:
         raise Invalid(
             "scheduler cannot be chosen: it is compiled into the bundle",
@@ -206,10 +205,6 @@ def _request(
     names = BundleArguments.model_fields.keys() - {"timeout", "width", "height"}
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
     request = Request(prompt=prompt, num_images_per_prompt=n, width=width, height=height, **given, **further)
-    return _checked(request, limits)
-
-
-def _checked(request: Request, limits: RequestLimits) -> Request:
     limits.check_request(request)
     return request
 

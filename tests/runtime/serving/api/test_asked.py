@@ -130,6 +130,13 @@ def test_a_timeout_out_of_its_range_is_refused(header: str) -> None:
     assert refusal(header).param == "timeout"
 
 
+@pytest.mark.parametrize("parameters", [None, {}, {"timeout": 9.0}])
+def test_the_header_with_the_timeout_counts_in_every_form_of_hugging_face(parameters: Any) -> None:
+    sent = HuggingFaceBody.model_validate({"inputs": "cat", "parameters": parameters})
+    asked = asked_by_hugging_face(sent, LIMITS, model="tiny", format="png", timeout_header="2.5")
+    assert asked.timeout == 2.5
+
+
 def test_the_form_of_hugging_face_asks_for_one_picture() -> None:
     sent = HuggingFaceBody.model_validate(
         {"inputs": "cat", "parameters": {"seed": 7, "width": 64, "height": 32}}
