@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from copy import copy
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass
 from time import time
 from typing import Any, ClassVar, Generic, Literal, TypeVar
