@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,25 +13,22 @@ import numpy as np
 import pytest
 
 from ditc.runtime.errors import SessionError
-from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
 from ditc.runtime.plugins.kernels import PtxKernel
 from ditc.runtime.plugins.linear_attention import NAMES, make_creator
+from tests.rtx_link import environment_with_link
 
 trt = pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
 
 
 def test_an_engine_holds_every_byte_of_the_kernels(tmp_path: Path) -> None:
     """Runs in a separate process: the library reads LD_LIBRARY_PATH at start, and aborts if the link is missing."""
-    folder = rtx_library_folder()
-    assert folder is not None
-    (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
     files = [tmp_path / f"{size}.json" for size in (2000, 5000, 12_000, 30_000, 60_000, 200_000)]
     for file in files:
         file.write_text(_kernels(padding=int(file.stem)))
     script = Path(__file__).with_name("plugin_engine.py")
     done = subprocess.run(
         [sys.executable, str(script), *map(str, files)],
-        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        env=environment_with_link(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,8 +13,9 @@ import pytest
 
 from ditc.runtime.errors import BuildError, MissingExtra, SessionError
 from ditc.runtime.plugins.kernels import Pointer, PtxKernel
-from ditc.runtime.plugins.linear_attention import SHARE, Launcher
+from ditc.runtime.plugins.linear_attention import NAMES, SHARE, Launcher
 from ditc.runtime.spec import DType
+from tests.rtx_link import environment_with_link
 
 pytest.importorskip("triton", reason='Triton is not installed: pip install "ditc[plugin]"')
 
@@ -145,21 +146,26 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert "ditc[plugin]" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("form", ["decomposed", "plugin"])
-def test_the_parser_takes_the_form_that_was_asked_for(tiny_bundle: Path, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "form", "op"),
+    [
+        ("tiny_bundle", "decomposed", None),
+        ("tiny_bundle", "plugin", b"ReluLinearAttention"),
+        ("video_bundle", "plugin", b"RotaryLinearAttention"),
+    ],
+)
+def test_the_parser_takes_the_form_that_was_asked_for(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, form: str, op: bytes | None
+) -> None:
     """The build has a process of its own: the library reads LD_LIBRARY_PATH at start and aborts without the link."""
     pytest.importorskip("tensorrt_rtx", reason='tensorrt-rtx is not installed: pip install "ditc[rtx]"')
-    from ditc.runtime.gpu import RTX_LIBRARY, rtx_library_folder
-
-    folder = rtx_library_folder()
-    assert folder is not None
-    (tmp_path / RTX_LIBRARY).symlink_to(folder / f"{RTX_LIBRARY}.1")
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    script = Path(__file__).with_name("parsed.py")
-    command = [sys.executable, str(script), str(tiny_bundle), form, str(tmp_path / "engine")]
+    bundle, script = request.getfixturevalue(kind), Path(__file__).with_name("parsed.py")
+    command = [sys.executable, str(script), str(bundle), form, str(tmp_path / "engine")]
+    environment = environment_with_link(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["plugins"] == (2 if form == "plugin" else 0)  # layers of the checkpoint
     engine = (tmp_path / "engine").read_bytes()
     assert (b".visible .entry kv_kernel" in engine) == (form == "plugin")
+    assert {name.encode() for name in NAMES if name.encode() in engine} == ({op} if op else set())
