@@ -28,7 +28,7 @@ def report(
     Args:
         on_progress: is told what is being done while the denoiser is measured.
     """
-    lines = _denoiser(bundle, manifest, options.precision, on_progress) if options.quantized else []
+    lines = _denoiser(bundle, manifest, options, on_progress) if options.quantized else []
     for name, stage in manifest.stages.items():
         graphs = [a for a in stage.artifacts if is_graph(a) and a.recipe is not None]
         if name != DENOISER and options.recipes:
@@ -39,8 +39,9 @@ def report(
 
 
 def _denoiser(
-    bundle: Path, manifest: Manifest, precision: Precision, on_progress: Callable[[str], None]
+    bundle: Path, manifest: Manifest, options: BuildOptions, on_progress: Callable[[str], None]
 ) -> list[str]:
+    precision = options.precision
     artifact = next(
         a for a in manifest.stages[DENOISER].artifacts if a.precision is precision and is_graph(a)
     )
@@ -52,8 +53,8 @@ def _denoiser(
         return [*lines, *measured_lines(known, precision)]
     measurement = measure(bundle, manifest, precision, on_progress=on_progress)
     if measurement is None:
-        hint = "build it into this bundle without --precision, then build again"
-        why = "the bundle has no unquantized denoiser"
+        hint = f"build it into this bundle with --precision {options.base.value}, then build again"
+        why = f"the bundle has no {options.base.value} denoiser to compare it with"
         return [*lines, f"fidelity and speed: not measured, because {why} (hint: {hint})"]
     save_measurement(measurement, bundle)
     return [*lines, *measured_lines(measurement, precision)]

@@ -17,7 +17,7 @@ from ditc.export.quant.record import QuantRecord
 from ditc.runtime.bundle.jsondata import to_json
 from ditc.runtime.bundle.manifest import FileRef, Manifest, Stage, load_manifest
 from ditc.runtime.machine import library_versions, this_machine
-from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.spec import DENOISER, Backend, Precision
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def test_a_file_without_measurements_gives_none(content: str, manifest: Manifest
     assert known_measurement(tmp_path, manifest, "key") is None
 
 
-def test_a_build_that_changed_nothing_measures_nothing_again(
-    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def with_int8(manifest: Manifest, tmp_path: Path) -> Manifest:
+    """The manifest with an INT8 denoiser, whose record is in tmp_path."""
     coverage = Coverage(
         layers=1, gemm_share=1, product_share=1, weight_share=1, size_bytes=1, fp16_bytes=1, high=()
     )
@@ -84,7 +84,12 @@ def test_a_build_that_changed_nothing_measures_nothing_again(
         key="key",
         quantization=FileRef("record.json", size_bytes=0, sha256=""),
     )
-    with_int8 = replace(manifest, stages={**manifest.stages, DENOISER: Stage(artifacts=(graph, int8))})
+    return replace(manifest, stages={**manifest.stages, DENOISER: Stage(artifacts=(graph, int8))})
+
+
+def test_a_build_that_changed_nothing_measures_nothing_again(
+    manifest: Manifest, with_int8: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_measurement(measured(manifest), tmp_path)
 
     def measure(*_: object, **__: object) -> None:
@@ -94,3 +99,16 @@ def test_a_build_that_changed_nothing_measures_nothing_again(
     assert "PSNR 38.9 dB" in "\n".join(
         quantization.report(tmp_path, with_int8, BuildOptions(precision=Precision.INT8))
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "missing"), [(Backend.ONNXRUNTIME, "fp32"), (Backend.TENSORRT_RTX, "fp16")]
+)
+def test_without_a_denoiser_to_compare_with_the_hint_names_the_one_that_fits(
+    with_int8: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, missing: str
+) -> None:
+    """Around 8 bits, engines compute in fp16. An fp32 denoiser has other inputs and cannot take its place."""
+    monkeypatch.setattr(quantization, "measure", lambda *_, **__: None)
+    options = BuildOptions(precision=Precision.INT8, backend=backend)
+    *_, last = quantization.report(tmp_path, with_int8, options)
+    assert f"no {missing} denoiser" in last and f"--precision {missing}" in last
