@@ -15,7 +15,7 @@ from ditc.runtime.serving.api.asked import asked_by_openai
 from ditc.runtime.serving.api.clients import GONE
 from ditc.runtime.serving.api.forms import MULTIPART, checked_body, read_form
 from ditc.runtime.serving.api.generations import drawn
-from ditc.runtime.serving.api.openapi import ERRORS, TimeoutHeader
+from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.api.pictures import CONTROL, IMAGE, PICTURES, with_files
 from ditc.runtime.serving.api.schemas import EditBody
 from ditc.runtime.serving.refusals import Invalid
@@ -62,7 +62,7 @@ FORM = {
     openapi_extra=FORM,
     responses=ERRORS,
 )
-async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
+async def edit(http: Request, timeout: TimeoutHeader = "", key: KeyHeader = "") -> Response:
     """Draw from a picture, everywhere or where the mask says, or after a control picture."""
     try:
         form = await read_form(http, files=PICTURES, most_fields=len(EditBody.model_fields))
@@ -76,4 +76,4 @@ async def edit(http: Request, timeout: TimeoutHeader = "") -> Response:
             f"{IMAGE} is required", hint="send a file", param=IMAGE, code="missing_required_parameter"
         )
     asked = await with_files(api, asked, body, form.files)
-    return await drawn(http, api.shared(http, asked, body, form.digest), stream=bool(body.stream))
+    return await drawn(http, asked, body, form.digest)

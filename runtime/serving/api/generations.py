@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -12,13 +14,13 @@ from ditc.runtime.serving.api.answers import (
     ProgressEvent,
 )
 from ditc.runtime.serving.api.api import api_of
-from ditc.runtime.serving.api.asked import asked_by_openai
+from ditc.runtime.serving.api.asked import Asked, asked_by_openai
 from ditc.runtime.serving.api.bodies import images_answer
 from ditc.runtime.serving.api.clients import EventStream, answer
 from ditc.runtime.serving.api.ongoing import Shared
 from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
 from ditc.runtime.serving.api.pictures import with_data_urls
-from ditc.runtime.serving.api.schemas import GenerationBody
+from ditc.runtime.serving.api.schemas import GenerationBody, StreamedBody
 from ditc.runtime.serving.api.streaming import KEEP_ALIVE_SECONDS, events_of
 
 router = APIRouter()
@@ -48,15 +50,24 @@ async def generate(
     """
     api = api_of(http)
     asked = await with_data_urls(api, asked_by_openai(body, api.limits, timeout), body)
-    return await drawn(http, api.shared(http, asked, body), stream=bool(body.stream))
+    return await drawn(http, asked, body)
 
 
-async def drawn(http: Request, shared: Shared, *, stream: bool) -> Response:
-    """The answer with the pictures: one JSON document, or a stream of events."""
-    return await answer(http, _streamed(http, shared) if stream else _plain(http, shared))
+async def drawn(http: Request, asked: Asked, body: StreamedBody, files: str = "") -> Response:
+    """The answer with the pictures: one JSON document or, if the body says so, a stream of events.
+
+    Args:
+        files: as in `Api.shared`.
+    """
+
+    def shared() -> Shared:
+        return api_of(http).shared(http, asked, body, files)
+
+    return await answer(http, _streamed(http, shared) if body.stream else _plain(http, shared))
 
 
-async def _plain(http: Request, shared: Shared) -> Response:
+async def _plain(http: Request, find: Callable[[], Shared]) -> Response:
+    shared = find()  # and joined at once, before its last client can leave it
     ongoing, _ = await shared.join()
     try:
         result = await ongoing.result()
@@ -66,7 +77,8 @@ async def _plain(http: Request, shared: Shared) -> Response:
     return Response(content, media_type="application/json")
 
 
-async def _streamed(http: Request, shared: Shared) -> Response:
+async def _streamed(http: Request, find: Callable[[], Shared]) -> Response:
+    shared = find()
     ongoing, first = await shared.join()  # refusals are answered with their status
     events = events_of(ongoing, api_of(http).encoder, reads_progress=first, keep_alive=KEEP_ALIVE_SECONDS)
     return EventStream(events, closed=shared.leave)

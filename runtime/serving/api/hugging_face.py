@@ -7,6 +7,8 @@ The model is a part of the address, as on Hugging Face, because the body has no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -43,10 +45,11 @@ async def text_to_image(
     api = api_of(http)
     form = _form(http.headers.get("accept", ""))
     asked = asked_by_hugging_face(body, api.limits, model=name, format=form, timeout_header=timeout)
-    return await answer(http, _picture(api.shared(http, asked, body), form))
+    return await answer(http, _picture(lambda: api.shared(http, asked, body), form))
 
 
-async def _picture(shared: Shared, form: Format) -> Response:
+async def _picture(find: Callable[[], Shared], form: Format) -> Response:
+    shared = find()  # and joined at once, before its last client can leave it
     ongoing, _ = await shared.join()
     try:
         result = await ongoing.result()

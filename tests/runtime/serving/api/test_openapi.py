@@ -51,6 +51,14 @@ def test_every_operation_and_field_is_described(document: dict[str, Any]) -> Non
             assert schema.get("description") or "$ref" in str(schema), (name, field)
 
 
+def test_every_path_that_draws_takes_an_idempotency_key(document: dict[str, Any]) -> None:
+    drawing = [one for name, one in operations(document) if name.startswith("post ")]
+    assert len(drawing) == 5
+    for operation in drawing:
+        names = [parameter["name"] for parameter in operation["parameters"]]
+        assert {"idempotency-key", "x-request-timeout"} <= set(names), operation["operationId"]
+
+
 def test_a_stream_and_pictures_are_declared_beside_json(document: dict[str, Any]) -> None:
     paths = document["paths"]
     generated = paths["/v1/images/generations"]["post"]["responses"]["200"]["content"]
