@@ -233,5 +233,6 @@ def refuse_videos(manifest: Manifest, verb: str) -> None:
     if manifest.latents.has_frames:
         raise UsageError(
             f"this bundle draws videos, and {verb} takes bundles that draw pictures",
-            hint='draw videos with: ditc run BUNDLE "PROMPT" -o out.mp4, or ditc serve, or in Python Pipeline.load',
+            hint='draw videos with: ditc run BUNDLE "PROMPT" -o out.mp4, ditc batch or ditc serve, or in Python with '
+            "Pipeline.load",
         )

@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ditc.runtime.commands.bundle_argument import add_bundle_argument, read_bundle_argument
 from ditc.runtime.errors import MissingExtra, UsageError
 from ditc.runtime.files import check_writable
+from ditc.runtime.limits import MAX_FPS
 from ditc.runtime.load_options import LoadOptions, add_load_arguments, as_json, load_options
+from ditc.runtime.video_files import VideoFormat
 
 if TYPE_CHECKING:
+    from ditc.runtime.bundle.manifest import Manifest
     from ditc.runtime.offline.folder import RunFolder
+    from ditc.runtime.offline.result import VideoFiles
     from ditc.runtime.offline.run import Draw, Summary
 
 # How many failed lines are named on stderr. The others are in results.jsonl.
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="Folder for the pictures and results.jsonl. If it holds a part of the same run, that goes on.",
+        help="Folder for the pictures or videos and results.jsonl. If it holds a part of the same run, that goes on.",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -77,6 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s).",
     )
     parser.add_argument(
+        "--video-format",
+        choices=get_args(VideoFormat),
+        help='Kind of the files of videos: H.264, which needs pip install "ditc[video]", or animated WebP (default: '
+        "mp4).",
+    )
+    parser.add_argument(
+        "--fps",
+        type=int,
+        metavar="FRAMES",
+        help="Number of frames of a video that are shown in a second; it does not change the frames (default: the "
+        "bundle's).",
+    )
+    parser.add_argument(
         "--skip-invalid",
         action="store_true",
         help="Record lines that are no requests as failed, and draw the others (default: draw nothing if there is "
@@ -105,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--max-batch is {arguments.max_batch}", hint="choose 1 or more, or 0 for the bundle's own"
         )
+    if arguments.fps is not None and not 1 <= arguments.fps <= MAX_FPS:
+        raise UsageError(f"--fps is {arguments.fps}", hint=f"pass 1 to {MAX_FPS}")
     load = load_options(arguments)
     options = [replace(load, device=devices[i % len(devices)]) for i in range(workers)]
     if arguments.ray:
@@ -117,12 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ditc.runtime.offline.run import run_batch
     from ditc.runtime.sessions.registry import device_names
     from ditc.runtime.spec import DENOISER
-    from ditc.runtime.video import refuse_videos
 
     check_writable(arguments.output / RESULTS, "-o")
     bundle = read_bundle_argument(arguments)
     manifest = load_manifest(bundle)
-    refuse_videos(manifest, "ditc batch")
+    videos = _videos(arguments, manifest)
     threads = load.threads or max(1, default_threads() // workers)
     chosen, _ = choose_here(bundle, manifest, replace(load, threads=threads))
     denoiser = chosen[DENOISER]
@@ -142,15 +160,44 @@ def run(arguments: argparse.Namespace) -> int:
         "provider": load.provider,
         "device": devices[0].upper() if devices[0].upper() in device_names() else "",
     }
+    if videos is not None:
+        identity |= {"video_format": videos.form, "fps": videos.fps}
     with open_folder(arguments.output, identity, source.lines) as folder:
         left = source.lines - folder.done - (0 if arguments.retry_failed else folder.failed)
-        draw = _draw(arguments, bundle, options, left)
+        draw = _draw(arguments, bundle, options, left, videos)
         with _progress(folder, left) as on_result:
             summary = run_batch(
                 source, folder, draw, retry_failed=arguments.retry_failed, on_result=on_result
             )
-    _print(arguments, summary, {**identity, "workers": workers, "threads": threads})
+    _print(
+        arguments, summary, {**identity, "workers": workers, "threads": threads}, videos=videos is not None
+    )
     return 1 if summary.failed else 0
+
+
+def _videos(arguments: argparse.Namespace, manifest: Manifest) -> VideoFiles | None:
+    """Which files of videos are written; None for a bundle that draws pictures.
+
+    Raises:
+        UsageError: the bundle draws pictures, and an option is about videos.
+        MissingExtra: PyAV is not installed, and MP4 files need it.
+    """
+    from ditc.runtime.offline.result import VideoFiles
+    from ditc.runtime.video_files import check_mp4
+
+    fps = manifest.defaults.fps if arguments.fps is None else arguments.fps
+    if not manifest.latents.has_frames:
+        for option, value in (("--video-format", arguments.video_format), ("--fps", arguments.fps)):
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value} is given, but this bundle draws pictures", hint="leave it out"
+                )
+        return None
+    assert fps is not None  # as in every manifest of videos
+    form: VideoFormat = arguments.video_format or "mp4"
+    if form == "mp4":
+        check_mp4()
+    return VideoFiles(form, fps)
 
 
 def _devices(arguments: argparse.Namespace) -> list[str]:
@@ -175,7 +222,13 @@ def _need_ray() -> None:
             raise MissingExtra(package, "ray")
 
 
-def _draw(arguments: argparse.Namespace, bundle: Path, options: list[LoadOptions], left: int) -> Draw:
+def _draw(
+    arguments: argparse.Namespace,
+    bundle: Path,
+    options: list[LoadOptions],
+    left: int,
+    videos: VideoFiles | None,
+) -> Draw:
     """How lines are drawn: by processes, or by Ray."""
     asked: list[dict[str, Any]] = [
         {
@@ -185,6 +238,7 @@ def _draw(arguments: argparse.Namespace, bundle: Path, options: list[LoadOptions
             "inputs": str(arguments.input.absolute().parent),
             "max_batch": arguments.max_batch,
             "lines": -(-left // len(options)),
+            "videos": None if videos is None else asdict(videos),
         }
         for each in options[: max(1, left)]
     ]
@@ -230,7 +284,8 @@ def _progress(folder: RunFolder, left: int) -> Iterator[Any]:
                 sys.stderr.write(f"and {failures - NAMED} more lines failed; results.jsonl says why\n")
 
 
-def _print(arguments: argparse.Namespace, summary: Summary, about: dict[str, Any]) -> None:
+def _print(arguments: argparse.Namespace, summary: Summary, about: dict[str, Any], *, videos: bool) -> None:
+    drawn = "videos" if videos else "pictures"
     per_second = round(summary.pictures_per_second, 3)
     if arguments.json:
         result = {
@@ -244,5 +299,5 @@ def _print(arguments: argparse.Namespace, summary: Summary, about: dict[str, Any
         return
     sys.stdout.write(
         f"{arguments.output}: {summary.done} of {summary.lines} lines drawn, {summary.failed} failed; now "
-        f"{summary.pictures} pictures in {summary.seconds:.1f} s ({per_second} per second)\n"
+        f"{summary.pictures} {drawn} in {summary.seconds:.1f} s ({per_second} per second)\n"
     )

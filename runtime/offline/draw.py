@@ -18,7 +18,7 @@ from ditc.runtime.errors import DitcError, UsageError
 from ditc.runtime.image_input import GivenImages
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.offline.lines import Line
-from ditc.runtime.offline.result import drawn, failed
+from ditc.runtime.offline.result import VideoFiles, drawn, failed
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
@@ -38,6 +38,8 @@ LINES_WORTH_WARMING_UP = 16
 # Lines in work beyond the largest batch: their texts are encoded and their pictures saved while others are stepped. A
 # denoiser that takes thousands of samples does not need so many lines at once.
 LINES_AHEAD, MOST_LINES = 4, 64
+# The frames of a finished video take its pixels in memory until its file is written.
+VIDEOS_AHEAD = 1
 # A stage that fails may fail again because of the line itself.
 ATTEMPTS = 2
 
@@ -53,10 +55,11 @@ class Drawer:
     """A bundle with a scheduler over it.
 
     Args:
-        folder: gets the pictures.
+        folder: gets the pictures or videos.
         inputs: the folder of the input file, in which the pictures lie that lines name.
         max_batch: the most pictures of one run; 0 takes as many as the bundle allows.
         lines: about how many lines there are.
+        videos: which files to write; None for a bundle that draws pictures.
 
     Attributes:
         window: how many lines to submit before the first result is taken.
@@ -74,8 +77,9 @@ class Drawer:
         inputs: Path,
         max_batch: int = 0,
         lines: int = 0,
+        videos: VideoFiles | None = None,
     ) -> None:
-        self._folder, self._inputs = folder, inputs
+        self._folder, self._inputs, self._videos = folder, inputs, videos
         self._ended = SimpleQueue[_Ended]()
         self._attempts: dict[int, int] = {}
         self._scheduler = Scheduler(
@@ -84,7 +88,8 @@ class Drawer:
             reopen=lambda: Pipeline.load(bundle, options=load),
             options=SchedulerOptions(max_batch=max_batch),
         )
-        self.window = min(self._scheduler.max_batch + LINES_AHEAD, MOST_LINES)
+        ahead = LINES_AHEAD if videos is None else VIDEOS_AHEAD
+        self.window = min(self._scheduler.max_batch + ahead, MOST_LINES)
         try:
             recorded = recorded_times(bundle, self._scheduler.pipeline, load)
             begin_with(self._scheduler.pipeline, self._scheduler.times, recorded)
@@ -124,7 +129,7 @@ class Drawer:
             if isinstance(end, Finished):
                 del self._attempts[line.number]
                 assert ended.plan is not None
-                return drawn(line, ended.plan, self.pipeline, end.images, end.failures, self._folder)
+                return drawn(line, ended.plan, self.pipeline, end, self._folder, self._videos)
             refusal = end.refusal if isinstance(end, Refused) else None
             again = refusal is not None and refusal.retry_after is not None
             if again and self._attempts[line.number] < ATTEMPTS:

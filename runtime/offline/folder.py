@@ -4,6 +4,7 @@
       run.json          which bundle, input and options the folder belongs to
       results.jsonl     one JSON object per finished line: settings, digests of its pictures, or why it failed
       pictures/0000/    PNG files, named after the line's number; 10,000 lines per folder
+      videos/0000/      the same for videos, in the place of pictures
 
 A line is finished when its result is in results.jsonl, with a line end. Its pictures were written before that. Results
 come in the order in which lines finish; when all are there, they are put into the order of the input.
@@ -23,9 +24,10 @@ import filelock
 
 from ditc.runtime.atomic import atomic_path, output_error, remove_leftovers, write_atomic
 from ditc.runtime.errors import OutputError, UsageError
-from ditc.runtime.offline.result import DONE
+from ditc.runtime.offline.result import DONE, files_of
 
-RUN, RESULTS, PICTURES, LOCK = "run.json", "results.jsonl", "pictures", ".lock"
+RUN, RESULTS, LOCK = "run.json", "results.jsonl", ".lock"
+PICTURES, VIDEOS = "pictures", "videos"
 LINES_PER_FOLDER = 10_000
 # The form of run.json and results.jsonl. A folder of another form is not continued.
 FORMAT = 1
@@ -33,14 +35,15 @@ FORMAT = 1
 _WAITING, _DONE, _FAILED = 0, 1, 2
 
 
-def picture_path(line: int, index: int, count: int) -> Path:
-    """Where a picture of a line lies, relative to the folder.
+def file_path(place: str, line: int, index: int, count: int, suffix: str) -> Path:
+    """Where a picture or video of a line lies, relative to the folder.
 
     Args:
-        count: how many pictures the line has.
+        place: PICTURES or VIDEOS.
+        count: how many of them the line has.
     """
     name = f"{line:08d}" if count == 1 else f"{line:08d}-{index}"
-    return Path(PICTURES) / f"{line // LINES_PER_FOLDER:04d}" / f"{name}.png"
+    return Path(place) / f"{line // LINES_PER_FOLDER:04d}" / f"{name}.{suffix}"
 
 
 class RunFolder:
@@ -125,10 +128,8 @@ class RunFolder:
                     break
                 result = _parse_result(content, path, number, self._lines)
                 self._note(result, offset)
-                if not all(
-                    (self.path / picture["file"]).is_file() for picture in result["pictures"] if picture
-                ):
-                    self._status[result["line"]] = _WAITING  # somebody has removed a picture
+                if not all((self.path / file["file"]).is_file() for file in files_of(result) if file):
+                    self._status[result["line"]] = _WAITING  # somebody has removed a file
                 offset += len(content)
             file.truncate(offset)
             file.seek(offset)
@@ -169,7 +170,7 @@ def open_folder(path: Path, run: Mapping[str, Any], lines: int) -> Iterator[RunF
             write_atomic(path / RUN, json.dumps({"format": FORMAT, **run}, indent=1) + "\n")
         else:
             check_run(path, run)
-        for place in (path, *(path / PICTURES).glob("*")):
+        for place in (path, *(path / PICTURES).glob("*"), *(path / VIDEOS).glob("*")):
             remove_leftovers(place)
         folder = RunFolder(path, lines)
         try:
@@ -212,7 +213,7 @@ def _check_empty(path: Path) -> None:
 def _parse_result(content: bytes, path: Path, number: int, lines: int) -> dict[str, Any]:
     try:
         result = json.loads(content)
-        if not (0 < result["line"] <= lines and result["status"] and isinstance(result["pictures"], list)):
+        if not (0 < result["line"] <= lines and result["status"] and isinstance(files_of(result), list)):
             raise ValueError("a field has no possible value")
         assert isinstance(result, dict)
         return result

@@ -16,6 +16,7 @@ from typing import Any
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.offline.input_file import RawLine, lines_of_span
 from ditc.runtime.offline.lines import parse_line
+from ditc.runtime.offline.result import VideoFiles
 from ditc.runtime.sessions.registry import device_names
 
 # Lines that an actor draws before it hands on their results. Lines of one shape among them can share runs.
@@ -88,6 +89,7 @@ class _Actor:
             inputs=Path(asked["inputs"]),
             max_batch=asked["max_batch"],
             lines=asked["lines"],
+            videos=asked["videos"] and VideoFiles(**asked["videos"]),
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from ditc.runtime.errors import UsageError
 from ditc.runtime.offline.folder import RunFolder
 from ditc.runtime.offline.input_file import InputFile, RawLine, raw_lines
-from ditc.runtime.offline.result import DONE, failed
+from ditc.runtime.offline.result import DONE, failed, files_of
 
 # Draws checked lines and returns their results, in any order.
 Draw = Callable[[Iterator[RawLine]], Iterator[dict[str, Any]]]
@@ -24,7 +24,7 @@ class Summary:
         lines: of the input.
         done, failed: how many of these have ended so, in this and earlier runs.
         drawn_now, failed_now: how many of those this run has added.
-        pictures: how many pictures this run has written.
+        pictures: how many pictures or videos this run has written.
         seconds: how long this run took.
     """
 
@@ -64,7 +64,7 @@ def run_batch(
     def keep(result: dict[str, Any]) -> None:
         nonlocal pictures, done, lost
         folder.add(result)
-        pictures += sum(picture is not None for picture in result["pictures"])
+        pictures += sum(file is not None for file in files_of(result))
         done += result["status"] == DONE
         lost += result["status"] != DONE
         on_result(result)

@@ -23,6 +23,7 @@ from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.offline.draw import Drawer
 from ditc.runtime.offline.lines import parse_line
+from ditc.runtime.offline.result import VideoFiles
 
 
 def main() -> int:
@@ -39,6 +40,7 @@ def main() -> int:
             inputs=Path(asked["inputs"]),
             max_batch=asked["max_batch"],
             lines=asked["lines"],
+            videos=asked["videos"] and VideoFiles(**asked["videos"]),
         )
     except DitcError as error:
         _answer(answers, error_answer(error))

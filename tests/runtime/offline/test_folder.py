@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from ditc.runtime.errors import OutputError, UsageError
-from ditc.runtime.offline.folder import RESULTS, RUN, open_folder, picture_path
+from ditc.runtime.offline.folder import PICTURES, RESULTS, RUN, VIDEOS, file_path, open_folder
 from ditc.runtime.offline.result import failed
 
 IDENTITY = {"bundle": "b" * 64, "input_sha256": "i" * 64, "lines": 5}
 
 
 def done(line: int, folder: Path | None = None) -> dict[str, Any]:
-    path = picture_path(line, 0, 1)
+    path = file_path(PICTURES, line, 0, 1, "png")
     if folder is not None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()
@@ -60,7 +60,7 @@ def test_a_line_whose_picture_was_removed_waits_again(tmp_path: Path) -> None:
     with open_folder(tmp_path, IDENTITY, 5) as folder:
         folder.add(done(1, tmp_path))
         folder.add(done(2, tmp_path))
-    (tmp_path / picture_path(1, 0, 1)).unlink()
+    (tmp_path / file_path(PICTURES, 1, 0, 1, "png")).unlink()
     assert waiting(tmp_path) == [1, 3, 4, 5]
 
 
@@ -123,5 +123,5 @@ def test_results_that_somebody_has_changed_are_refused_by_line(tmp_path: Path, c
 
 
 def test_folders_of_pictures_stay_small() -> None:
-    assert picture_path(12, 0, 1).as_posix() == "pictures/0000/00000012.png"
-    assert picture_path(123_456, 3, 4).as_posix() == "pictures/0012/00123456-3.png"
+    assert file_path(PICTURES, 12, 0, 1, "png").as_posix() == "pictures/0000/00000012.png"
+    assert file_path(VIDEOS, 123_456, 3, 4, "mp4").as_posix() == "videos/0012/00123456-3.mp4"
