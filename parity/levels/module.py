@@ -106,7 +106,7 @@ def _against_pytorch(context: Context, stage: str, feeds: Feeds) -> Result:
     )
     limits = _limits(context, stage, feeds)
     context.evidence.modules += _evidence(stage, errors, against, limits)
-    output_error = _output_error(context, stage, feeds)
+    output_error = outputs_error(context, stage, feeds)
     return _judge(context.candidate.precision(stage), stage, errors, limits, against, output_error)
 
 
@@ -215,7 +215,8 @@ def _baseline_errors(
     return {found.place: found.error for found in errors_by_place(*tracers)}
 
 
-def _output_error(context: Context, stage: str, feeds: Feeds) -> float:
+def outputs_error(context: Context, stage: str, feeds: Feeds) -> float:
+    """The largest relative L2 error of the candidate's outputs for one set of inputs."""
     reference, session = reference_session(context, stage), context.candidate.sessions[stage]
     wanted, got = reference.run(fit_feeds(feeds, reference.spec)), session.run(fit_feeds(feeds, session.spec))
     return max(compare(name, to_numpy(got[name]), to_numpy(wanted[name])).error for name in wanted)

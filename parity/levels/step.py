@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ditc.parity.candidate import fit_feeds
 from ditc.parity.cases import Case, CaseRun, forced_state, start_case
 from ditc.parity.causes import (
     SAME,
@@ -19,14 +20,15 @@ from ditc.parity.causes import (
 )
 from ditc.parity.compare import Comparison, compare
 from ditc.parity.context import Context
-from ditc.parity.levels.module import bisect
+from ditc.parity.feeds import Recorder
+from ditc.parity.levels.module import bisect, outputs_error
 from ditc.parity.results import Culprit, Result, StepError, Verdict, failed, judged
 from ditc.runtime import denoise, step_contract
 from ditc.runtime.control import step_session
 from ditc.runtime.errors import SessionError
 from ditc.runtime.metrics import relative_l2
 from ditc.runtime.session import Array, to_numpy
-from ditc.runtime.spec import DENOISER
+from ditc.runtime.spec import CONTROLNET, DENOISER
 from ditc.runtime.state import DenoiseState
 from ditc.runtime.tolerances import Level, Metric
 
@@ -165,12 +167,39 @@ def _explained(
         picture = signal * kept.image_latents + level * kept.noise
         causes = kept_causes(to_numpy(after.latents), picture, kept.mask)
         return replace(result, stage="pipeline", culprit=culprit, causes=causes)
-    inside = bisect(context, DENOISER, wanted, error)
+    expected = {step_contract.NEXT_LATENTS: run.latents[step + 1], step_contract.X0: run.x0[step]}
+    inside = _inside(context, wanted, expected, error)
     amax = float(np.abs(run.latents).max())
     causes = range_causes(comparison.finite, amax) or _causes_of_held_frames(
         context, wanted, after, run.x0[step]
     )
     return replace(result, culprit=inside, causes=causes)
+
+
+def _inside(
+    context: Context, feeds: dict[str, Array], expected: dict[str, Array], error: float
+) -> Culprit | None:
+    """The module in which a step's error begins.
+
+    With a ControlNet, it is one of the stage that causes most of the error: of the ControlNet, if the candidate's
+    denoiser makes less than half of the error with the residuals that the reference's ControlNet computes.
+
+    Args:
+        feeds: of the step, as the reference's pipeline feeds it.
+        expected: what the reference computes from them, by output.
+        error: the candidate's, against `expected`.
+    """
+    if context.saved_reference is not None or CONTROLNET not in context.candidate.sessions:
+        return bisect(context, DENOISER, feeds, error)
+    sessions, denoiser = context.reference.sessions, context.candidate.sessions[DENOISER]
+    recorder = Recorder(sessions[DENOISER])
+    step_session({**sessions, DENOISER: recorder}).run(feeds)
+    assert recorder.feeds is not None
+    got = denoiser.run(fit_feeds(recorder.feeds, denoiser.spec))
+    alone = max(relative_l2(to_numpy(got[name]), wanted) for name, wanted in expected.items())
+    if np.isfinite(alone) and not alone > error / 2:
+        return bisect(context, CONTROLNET, feeds, outputs_error(context, CONTROLNET, feeds))
+    return bisect(context, DENOISER, recorder.feeds, error)
 
 
 def _causes_of_held_frames(

@@ -55,30 +55,38 @@ def _one_block_late(self: Any, latents: Tensor, t: Tensor, *rest: Tensor) -> Ten
             hook.remove()
 
 
-def test_residuals_that_are_added_one_block_late_are_caught_and_named(control_checkpoint: Path) -> None:
+@pytest.mark.parametrize("level", [Level.STAGE, Level.STEP])
+def test_residuals_that_are_added_one_block_late_are_caught_and_named(
+    control_checkpoint: Path, level: Level
+) -> None:
     def plant(model: Any) -> None:
         patch_forward(module_of(model, DENOISER, "network"), _one_block_late)
 
     context = context_of(control_checkpoint, torch_candidate(control_checkpoint, plant))
-    found = failures(context, Level.STAGE)
+    found = failures(context, level)
     assert {result.stage for result in found} == {DENOISER}
     culprit = found[0].culprit
     assert culprit is not None
-    assert culprit.module == "network"
+    assert (culprit.stage, culprit.module) == (DENOISER, "network")
     assert culprit.between == (
         "output of network.transformer_blocks.1",
         "input of network.transformer_blocks.2",
     ), culprit.between
     healthy = context_of(control_checkpoint, torch_candidate(control_checkpoint))
-    assert all(result.verdict is Verdict.PASS for result in LEVELS[Level.STAGE](healthy))
+    assert all(result.verdict is Verdict.PASS for result in LEVELS[level](healthy))
 
 
-def test_a_controlnet_with_another_weight_is_caught_and_named(control_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("level", "stage"), [(Level.STAGE, CONTROLNET), (Level.STEP, DENOISER)])
+def test_a_controlnet_with_another_weight_is_caught_and_named(
+    control_checkpoint: Path, level: Level, stage: str
+) -> None:
+    """A step is the denoiser's, with the ControlNet before it: what begins in the ControlNet is not blamed on it."""
+
     def plant(model: Any) -> None:
         with torch.no_grad():
             module_of(model, CONTROLNET, "network.input_block").weight.mul_(1.1)
 
-    found = failures(context_of(control_checkpoint, torch_candidate(control_checkpoint, plant)), Level.STAGE)
-    assert {result.stage for result in found} == {CONTROLNET}
+    found = failures(context_of(control_checkpoint, torch_candidate(control_checkpoint, plant)), level)
+    assert {result.stage for result in found} == {stage}
     assert found[0].culprit is not None
-    assert found[0].culprit.module == "network.input_block"
+    assert (found[0].culprit.stage, found[0].culprit.module) == (CONTROLNET, "network.input_block")
