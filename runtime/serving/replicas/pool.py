@@ -140,7 +140,7 @@ class Pool:
             except (ReplicaLost, TimeoutError):
                 self._cluster.kill(handle, {})
                 continue
-            seat = Seat(handle=handle, told=told, cpus=tuple(told.get("pinned", ())))
+            seat = Seat(handle=handle, told=told, left_over=set(told["versions"]))
             self.seats.append(seat)
             log.info("%s goes on", seat.name)
             self._spawn(self._bring_up(seat))
@@ -309,6 +309,10 @@ class Pool:
     async def _open_in(self, seat: Seat, version: Version) -> None:
         """Open a version in one replica. Raises DitcError if it cannot be; a replica that is lost is replaced."""
         bundle = self._bundles[version]
+        if version not in seat.left_over:
+            while seat.left_over:  # nobody has planned memory for them
+                await self._close_in(seat, seat.left_over.pop())
+        seat.left_over.discard(version)
         try:
             opened = await seat.handle.open(version, bundle)
             if opened.loras != self._opened.get(version, opened).loras:

@@ -176,7 +176,6 @@ class Replica:
         busy = self._jobs and not any(model.scheduler.problem for model in self._models.values())
         return {
             "stuck": self._watch.still_seconds() if busy else 0.0,
-            "problems": {version: model.scheduler.problem for version, model in self._models.items()},
             "happened": self._watch.take(),
             "times": {version: model.scheduler.times.snapshot() for version, model in self._models.items()},
         }

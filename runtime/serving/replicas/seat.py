@@ -51,6 +51,7 @@ class Seat:
         told: what it has told of itself; {} until it has begun.
         cpus: those that it runs on; () if it may use all.
         versions: those that it has opened.
+        left_over: those that it had opened for an earlier front, and that this one has not asked for.
         failed: why it could not open others.
         tasks: what it draws.
         ready: whether it may get requests.
@@ -62,6 +63,7 @@ class Seat:
     told: Message = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     versions: set[Version] = field(default_factory=set)
+    left_over: set[Version] = field(default_factory=set)
     failed: dict[Version, DitcError] = field(default_factory=dict)
     tasks: set[Task] = field(default_factory=set)
     ready: bool = False

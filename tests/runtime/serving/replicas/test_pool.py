@@ -40,9 +40,14 @@ class Replicas:
     """A pool over fake replicas, with the models that it serves."""
 
     def __init__(
-        self, bundle: Path, bounds: Bounds | None = None, there: str | None = None, **options: Any
+        self,
+        bundle: Path,
+        bounds: Bounds | None = None,
+        there: str | None = None,
+        cluster: FakeCluster | None = None,
+        **options: Any,
     ) -> None:
-        self.cluster = FakeCluster(there)
+        self.cluster = FakeCluster(there) if cluster is None else cluster
         self.pool = Pool(self.cluster, ReplicaOptions(**options))
         opener = ReplicaOpener(
             self.pool, load=LoadOptions(threads=1), scheduled=SchedulerOptions(), warm_up_seconds=0.0
@@ -441,6 +446,31 @@ def test_another_front_goes_on_with_the_replicas_and_ends_what_was_in_work(
         assert [seat.handle for seat in other.seats] == [handle]
     finally:
         other.stop()
+
+
+def test_another_front_opens_nothing_beside_what_the_earlier_one_has_left(
+    replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    made = replicas(bundle)
+    made.models.open("tiny")
+    handle = made.cluster.handles[0]
+    (before,) = handle.replica._models
+    other = Replicas(bundle, cluster=made.cluster)
+    try:
+        other.models.open("tiny")  # what is there is used
+        assert list(handle.replica._models) == [before]
+        rebuild(bundle)
+        again = Replicas(bundle, cluster=made.cluster)
+        try:
+            again.models.open("tiny")
+            (after,) = handle.replica._models
+            assert after.name == before.name and after.digest != before.digest
+        finally:
+            again.models.close()
+            again.pool.stop()
+    finally:
+        other.pool.stop()
 
 
 def rebuild(bundle: Path) -> None:
