@@ -4,6 +4,7 @@
     ambiguous requests            refused, as a proxy in front may read them in another way
     a body that nobody reads      thrown away for a moment, so that the answer arrives, and then cut off
     an answer that nobody reads   a deadline
+    a large answer                given out in parts, of which the next waits for the client
     very many connections         the one that has been idle longest makes place; one whose client does
                                   not read is idle, too
 
@@ -21,6 +22,7 @@ from contextlib import suppress
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -37,6 +39,8 @@ log.setLevel(logging.ERROR)
 LINGER = 2.0
 # Pieces of one body. Each costs about 20 us however small it is, and clients send kilobytes.
 MOST_PIECES = 20_000
+# What of an answer is in a connection's buffer at a time. The deadline of writing is for so much, not for all of it.
+PART_BYTES = 2**18
 
 
 def uvicorn_settings(limits: TransportLimits) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class LimitedProtocol(H11Protocol):
         # uvicorn's lines about requests have their queries, and a logger of the root switches them on. It also warns of
         # every broken request, with which strangers could fill the log.
         self.access_log, self.logger = False, log
+        self.app = in_parts(self.app)
         self.all, self.limits = connections, connections.limits
         self.conn: StrictConnection = StrictConnection(h11.SERVER, self.limits.max_header_bytes)
         self._deaf = False  # what still comes is thrown away
@@ -268,6 +273,29 @@ class LimitedProtocol(H11Protocol):
         """A connection that is being closed waits for the client to read the rest, but not for ever."""
         if self.transport.is_closing():
             self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+
+
+def in_parts(app: ASGIApp) -> ASGIApp:
+    """The application with large bodies of answers sent in parts.
+
+    asyncio copies all that it cannot send at once, so each client that reads slowly would hold a copy of a whole video.
+    """
+
+    async def parted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_parts(message: Message) -> None:
+            body = message.get("body", b"")
+            if len(body) <= PART_BYTES:
+                await send(message)
+                return
+            for start in range(0, len(body), PART_BYTES):
+                end = start + PART_BYTES
+                more = end < len(body) or message.get("more_body", False)
+                await send({**message, "body": body[start:end], "more_body": more})
+                await asyncio.sleep(0)  # a client that reads fast holds up no others
+
+        await app(scope, receive, send_parts)
+
+    return parted
 
 
 def _notice_dead_peers(transport: asyncio.Transport) -> None:

@@ -11,11 +11,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from serving_thread import ServerThread, read_answer, server_thread
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ditc.runtime.errors import UsageError
 from ditc.runtime.serving.http import transport
@@ -102,6 +102,40 @@ def test_an_answer_that_nobody_reads_is_cut_off() -> None:
         connection.sendall(GET)
         wait_until(lambda: written and not server.server.server_state.connections)
         assert len(written) < 200  # what the system buffers, and no more
+
+
+def large_answer(size: int) -> ASGIApp:
+    """An application that answers with so many bytes at once, as with a video."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        length = (b"content-length", str(size).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    return app
+
+
+def test_a_large_answer_may_take_longer_than_a_client_may_pause() -> None:
+    size, hasty = 24 * 2**20, replace(HASTY, write_timeout=1.0)
+    with server_thread(large_answer(size), transport=hasty) as server, server.connect() as connection:
+        connection.sendall(GET)
+        began, got = time.monotonic(), 0
+        while part := connection.recv(2**20):
+            got += len(part)
+            time.sleep(3 * len(part) / size)
+            if got > size:
+                break
+        assert got > size, f"cut off after {got} bytes"
+        assert time.monotonic() - began > 2 * hasty.write_timeout
+
+
+def test_a_large_answer_that_waits_for_its_client_is_not_copied() -> None:
+    with server_thread(large_answer(2**26), transport=PATIENT) as server, server.connect() as connection:
+        connection.sendall(GET)
+        connection.recv(1)
+        (protocol,) = server.server.server_state.connections
+        wait_until(lambda: protocol.flow.write_paused)  # type: ignore[union-attr]
+        assert protocol.transport.get_write_buffer_size() < 2**20  # type: ignore[union-attr]
 
 
 def wait_until(condition: object, seconds: float = 20) -> None:
