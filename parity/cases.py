@@ -155,7 +155,8 @@ def request_of(
     video, the picture takes the place of the first latent frame alone.
 
     Args:
-        control: whether a ControlNet reads the example picture.
+        control: whether a ControlNet reads the example picture. diffusers 0.42.1 has no pipeline with a ControlNet and
+            skip-layer guidance, so such cases are drawn without the latter.
     """
     if case.edit in OF_PICTURES:
         return Request(
@@ -174,6 +175,7 @@ def request_of(
         )
     return Request(
         control_image=example_picture() if control else None,
+        skip_layer_guidance_scale=0.0 if control else None,
         image=example_picture() if case.edit in OF_VIDEOS else None,
         prompt=case.prompt,
         num_inference_steps=STEPS if case.edit else settings.num_inference_steps,

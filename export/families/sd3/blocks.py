@@ -133,7 +133,7 @@ class JointAttention(SelfAttention):
         self.add_v_proj = nn.Linear(width, width)
         self.norm_added_q = _qk_norm(config)
         self.norm_added_k = _qk_norm(config)
-        self.to_add_out = nn.Identity() if last else nn.Linear(width, width)
+        self.to_add_out = None if last else nn.Linear(width, width)
 
     def forward(self, image_RND: Tensor, text_RSD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         joint = (
@@ -142,7 +142,8 @@ class JointAttention(SelfAttention):
         )
         out = attention(*joint, self.scale).flatten(2)
         count = image_RND.shape[1]
-        return self.to_out[0](out[:, :count]), self.to_add_out(out[:, count:])
+        image, text = self.to_out[0](out[:, :count]), out[:, count:]
+        return image, text if self.to_add_out is None else self.to_add_out(text)
 
     def _text_qkv(self, text_RSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj)

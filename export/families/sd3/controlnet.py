@@ -188,7 +188,7 @@ class Sd3ControlNet(nn.Module):
 def _end_text(block: JointBlock) -> None:
     """Leave out of a block what computes its text, but for what the image attends to."""
     block.last = True
-    block.attn.to_add_out = nn.Identity()
+    block.attn.to_add_out = None
     del block.norm2_context, block.ff_context
 
 
