@@ -147,7 +147,7 @@ def test_the_command_names_the_defect_of_a_bundle(
     failed = [r for r in json.loads(capsys.readouterr().out)["levels"] if r["verdict"] == "fail"]
     assert {r["level"] for r in failed} >= {"stage", "step", "trajectory", "picture"}
     named = {
-        (r["culprit"]["stage"], r["culprit"]["module"], tuple(r["culprit"]["between"]))
+        (r["where"]["stage"], r["where"]["module"], tuple(r["where"]["between"]))
         for r in failed
         if r["level"] in ("stage", "step")
     }
