@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ from ditc.runtime.bundle.manifest import Artifact, Manifest, load_manifest
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.loader import find_encoder, load_parts, open_checked
+from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.inputs import WithLoras
+from ditc.runtime.lora.reopener import Reopener
+from ditc.runtime.lora.shared import given_loras
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.session import Array, Session, Tensor, numpy_dtype, to_numpy
 from ditc.runtime.sessions.registry import is_graph, row_of
@@ -46,6 +51,7 @@ class Candidate:
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
         certified: those that a certificate is about: what every picture needs, so often not the encoder of the VAE.
         bundle: the bundle's directory; None for a candidate made in memory.
+        given: LoRAs that the graphs take as inputs, besides those in the bundle's weights.
     """
 
     pipeline: Pipeline
@@ -60,6 +66,7 @@ class Candidate:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     certified: dict[str, Artifact] = field(default_factory=dict)
     bundle: Path | None = None
+    given: tuple[LoraChoice, ...] = ()
 
     @property
     def manifest(self) -> Manifest:
@@ -83,13 +90,18 @@ class Candidate:
         return self.traced.get(stage) or self.graph(stage)
 
 
-def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
+def open_candidate(
+    bundle: Path, options: LoadOptions = DEFAULTS, loras: Sequence[LoraChoice] = ()
+) -> Candidate:
     """Open a bundle. Every file is hashed first; 16-bit stages on a CPU get their rounding written into the graph.
+
+    Args:
+        loras: are given to the graphs as inputs.
 
     Raises:
         BundleError: the bundle is damaged.
         SessionError: a stage cannot be opened on this machine.
-        UsageError: the bundle has no such backend or precision.
+        UsageError: the bundle has no such backend or precision, or a LoRA does not fit it or cannot be an input.
     """
     parts = load_parts(bundle, options)
     sessions, chosen = dict(parts.sessions), dict(parts.artifacts)
@@ -110,9 +122,14 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
             sessions[name], traced[name] = open_rounded(
                 bundle / graph.file.path, graph, threads=options.threads
             )
+    how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
+    if loras:
+        reopener = Reopener(bundle, parts.manifest, chosen, options, parts.device)
+        for opened in (sessions, native):
+            opened.update(_with_loras(reopener, opened, loras))
+        how = f"{how}; LoRAs as inputs: {', '.join(f'{c.file.name}:{c.scale:g}' for c in loras)}"
     conditioning = parts.conditioning.with_sessions(sessions)
     records = _records(bundle, chosen)
-    how = f"{parts.chosen}; rounding to 16 bits is written into the graph" if native else parts.chosen
     return Candidate(
         pipeline=Pipeline(parts.manifest, sessions, conditioning, chosen=how),
         graphs={n: bundle / a.file.path for n, a in chosen.items() if is_graph(a)},
@@ -126,7 +143,16 @@ def open_candidate(bundle: Path, options: LoadOptions = DEFAULTS) -> Candidate:
         artifacts=chosen,
         certified=parts.artifacts,
         bundle=bundle,
+        given=tuple(loras),
     )
+
+
+def _with_loras(
+    reopener: Reopener, sessions: Mapping[str, Session], choices: Sequence[LoraChoice]
+) -> dict[str, Session]:
+    """Those of the sessions whose graphs the LoRAs change, with them. Raises UsageError as `given_loras`."""
+    given, feeds, _ = given_loras(reopener, sessions, choices)
+    return {stage: WithLoras(base, partial(dict, feeds[stage])) for stage, base in given.sessions.items()}
 
 
 def graph_of(manifest: Manifest, stage: str, artifact: Artifact) -> Artifact | None:

@@ -18,6 +18,8 @@ from ditc.runtime.bundle.manifest import Manifest
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.lora.lora_file import read_lora
+from ditc.runtime.spec import DENOISER
+from ditc.runtime.weight_map import read_weight_map
 
 # How far two programs may round the sum of a weight and a LoRA's product apart, in units of the last place of the
 # graph's type: each rounds once, and a product that BLAS sums in another order can fall on the other side.
@@ -26,6 +28,27 @@ LAST_PLACES = 2
 PRODUCT = 1e-6
 # A change that is a multiple of another one: what is left after the multiple is taken away, as a fraction.
 EXPLAINED = 1e-2
+
+
+def loras_to_give(bundle: Path, manifest: Manifest, loras: Sequence[LoraChoice]) -> tuple[LoraChoice, ...]:
+    """Which of the LoRAs the bundle gets as inputs: all, if its graphs take some and its weights hold none.
+
+    Raises:
+        UsageError: a file is no LoRA; or as `check_same_loras`, if the bundle gets none.
+        BundleError: a weight map is missing or damaged.
+    """
+    if not manifest.loras and takes_loras(bundle, manifest):
+        for choice in loras:
+            read_lora(choice.file)  # a file that is no LoRA is refused before any work
+        return tuple(loras)
+    check_same_loras(manifest, loras)
+    return ()
+
+
+def takes_loras(bundle: Path, manifest: Manifest) -> bool:
+    """Whether a denoiser of the bundle takes LoRAs as inputs."""
+    maps = [a.weights for a in manifest.stages[DENOISER].artifacts if a.weights is not None]
+    return any(weight.lora is not None for ref in maps for weight in read_weight_map(bundle / ref.path))
 
 
 def check_same_loras(manifest: Manifest, loras: Sequence[LoraChoice]) -> None:
@@ -49,7 +72,8 @@ def check_same_loras(manifest: Manifest, loras: Sequence[LoraChoice]) -> None:
         f"the bundle has {has} in its weights, and --lora gives {asked}",
         hint="give the files that the bundle was built with, with the same scales and in the same order"
         if manifest.loras
-        else "leave --lora out, or build the bundle with it: ditc build CHECKPOINT -o BUNDLE --lora FILE",
+        else "leave --lora out, or build the bundle with it: ditc build CHECKPOINT -o BUNDLE --lora FILE; a bundle "
+        "that was built with --lora-inputs gets it as an input",
     )
 
 

@@ -60,6 +60,7 @@ def describe(context: Context) -> dict[str, object]:
             for line in (f"{stage}: {c}", *c.doubts)
         ],
         **origin_of(context),
+        **({"loras": loras} if (loras := [f"{c.file.name}:{c.scale:g}" for c in candidate.given]) else {}),
         "prompts": list(dict.fromkeys(case.prompt for case in settings.cases)),
         "seeds": list(dict.fromkeys(case.seed for case in settings.cases)),
         "num_inference_steps": settings.num_inference_steps,

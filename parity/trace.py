@@ -23,6 +23,7 @@ from torch import nn
 from ditc.export.graph.passes.scopes import scopes_of
 from ditc.export.graph.torch_session import TorchSession, from_torch
 from ditc.runtime.cores import default_threads
+from ditc.runtime.lora.inputs import WithLoras
 from ditc.runtime.session import Array, Tensor, to_numpy
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -237,6 +238,8 @@ def tracer_of(session: Any, feeds: Mapping[str, Tensor], model: Path | ir.Model 
     Returns:
         None for a session whose modules cannot be seen: it is not a PyTorch session, and there is no graph.
     """
+    if isinstance(session, WithLoras):
+        session, feeds = session.base, {**feeds, **session.matrices()}
     if isinstance(session, TorchSession) or hasattr(session, "module"):
         return TorchTracer.of_session(session, feeds)
     if model is None:

@@ -56,6 +56,10 @@ class NumericsError(DitcError):
     """A wrong result: NaN or Inf in a stage, or a picture of one colour."""
 
 
+class LoraError(DitcError):
+    """The file of a LoRA in use that is gone, or has changed since it was loaded."""
+
+
 class MissingExtra(DitcError):
     """An optional dependency that is not installed. The hint is the pip command that installs it."""
 

@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_controlnet_argument(
         parser, "Compare with the checkpoint with this ControlNet, as the bundle was built."
     )
-    add_lora_argument(parser, "Compare with the checkpoint with this LoRA, which the bundle was built with.")
+    add_lora_argument(
+        parser,
+        "Compare with the checkpoint with this LoRA, which the bundle was built with. A bundle that was built with "
+        "--lora-inputs gets it as an input, and the result is not written into the certificate.",
+    )
     parser.add_argument(
         "--level",
         action="append",
@@ -162,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from ditc.parity.candidate import check_bundle
     from ditc.parity.certify import certify
-    from ditc.parity.folded_loras import check_same_loras
+    from ditc.parity.folded_loras import loras_to_give
     from ditc.parity.polygraphy_files import SCRIPT, save_polygraphy
     from ditc.parity.progress import progress_bar
     from ditc.parity.reference.saved import read_reference, save_reference
@@ -192,9 +196,9 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = check_bundle(arguments.bundle)
     loras = parse_loras(arguments.lora)
     saved = None if arguments.reference is None else read_reference(arguments.reference, manifest)
-    if saved is None:
-        check_same_loras(manifest, loras)
-    elif loras:
+    given = loras_to_give(arguments.bundle, manifest, loras) if saved is None else ()
+    _check_files_of_given(arguments, given)
+    if saved is not None and loras:
         raise UsageError(
             "--lora is given with --reference", hint="the file was made with its LoRAs: leave --lora out"
         )
@@ -210,7 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_agrees(arguments, settings)
     levels = [Level(name) for name in arguments.level] if arguments.level else list(Level)
     with progress_bar(settings, levels) as tick:
-        context = _open(arguments, loras, settings, saved, tick)
+        context = _open(arguments, loras, given, settings, saved, tick)
         report = run_parity(context, levels)
     # The result of hours is shown first: a file that cannot be written must not take it along.
     if arguments.json:
@@ -219,8 +223,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(to_text(report))
     if arguments.html is not None:
         write_page(arguments.html, report)
-    # A run without some levels does not prove the bundle.
-    if not arguments.level and context.candidate.certified:
+    # A run without some levels does not prove the bundle, and one with LoRAs as inputs is about something else.
+    if not arguments.level and context.candidate.certified and not given:
         certify(arguments.bundle, context, report, private_key)
     if arguments.save_reference is not None:
         save_reference(arguments.save_reference, context)
@@ -239,6 +243,16 @@ def _check_judging(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "a run of some levels is not written into the certificate, so there is nothing to sign",
             hint="leave out --level or --sign",
+        )
+
+
+def _check_files_of_given(arguments: argparse.Namespace, given: tuple[LoraChoice, ...]) -> None:
+    """Raise UsageError if LoRAs are inputs, and an option asks for a file about the bundle without them."""
+    options = {"--sign": arguments.sign, "--save-polygraphy": arguments.save_polygraphy}
+    if given and (asked := [name for name, value in options.items() if value is not None]):
+        raise UsageError(
+            f"{asked[0]} is given, and the bundle gets the LoRAs as inputs: its files are those without a LoRA",
+            hint=f"leave {asked[0]} out, or leave --lora out",
         )
 
 
@@ -291,6 +305,7 @@ def _check_agrees(arguments: argparse.Namespace, settings: Settings) -> None:
 def _open(
     arguments: argparse.Namespace,
     loras: tuple[LoraChoice, ...],
+    given: tuple[LoraChoice, ...],
     settings: Settings,
     saved: SavedReference | None,
     tick: Callable[[str], None],
@@ -300,7 +315,7 @@ def _open(
     from ditc.parity.context import Context
     from ditc.parity.reference.pytorch import TorchModel
 
-    candidate = open_candidate(arguments.bundle, load_options(arguments))
+    candidate = open_candidate(arguments.bundle, load_options(arguments), given)
     why_no_edits = _why_no_edits(arguments, candidate)
     if why_no_edits:
         cases = tuple(case for case in settings.cases if case.edit is None)

@@ -16,6 +16,7 @@ from ditc.parity.context import Context
 from ditc.parity.results import Result, judged, not_checked
 from ditc.runtime.bench.profile import ExecutedNode, graph_names
 from ditc.runtime.bench.profilers.openvino import executed_nodes
+from ditc.runtime.lora.inputs import WithLoras
 from ditc.runtime.sessions.openvino import OpenvinoSession
 from ditc.runtime.spec import Precision
 from ditc.runtime.tolerances import Level, Metric, limit
@@ -30,7 +31,8 @@ def check(context: Context) -> Iterator[Result]:
     """Run every stage that OpenVINO runs on small inputs, and compare what it executed with the stage's ONNX graph."""
     candidate = context.candidate
     for stage, artifact in candidate.artifacts.items():
-        session = candidate.native.get(stage, candidate.sessions[stage])
+        opened = candidate.native.get(stage, candidate.sessions[stage])
+        session = opened.base if isinstance(opened, WithLoras) else opened
         if not isinstance(session, OpenvinoSession):
             continue
         context.tick(f"graph, {stage}")
@@ -39,7 +41,7 @@ def check(context: Context) -> Iterator[Result]:
             why = f"the bundle has no graph of {stage} in {artifact.precision.value}"
             yield not_checked(Level.GRAPH, stage, WHAT, why, metric=Metric.COUNT)
             continue
-        session.run(example_feeds(session.spec, example_sizes(session.spec, max_multiple=SMALL)))
+        opened.run(example_feeds(session.spec, example_sizes(session.spec, max_multiple=SMALL)))
         wrong = narrowed_nodes(session, ir.load(candidate.bundle / graph.file.path))
         yield judged(
             Level.GRAPH,

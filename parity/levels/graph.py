@@ -77,10 +77,11 @@ def _check_weights(context: Context, stage: str, model: ir.Model) -> Iterator[Re
     if not weights:
         yield not_checked(Level.GRAPH, stage, "weights", "the bundle has no weight map", metric=Metric.COUNT)
         return
-    components = [
-        context.reference.checkpoint.component(c) for c in context.reference.plan.stages[stage].components
-    ]
-    changes = lora_changed(context, stage)
+    reference = context.reference
+    # LoRAs that are inputs of the graph are not in its weights.
+    checkpoint = reference.original if context.candidate.given else reference.checkpoint
+    components = [checkpoint.component(name) for name in reference.plan.stages[stage].components]
+    changes = {} if context.candidate.given else lora_changed(context, stage)
     wrong, causes, skipped = [], [], 0
     for weight in weights:
         value = model.graph.initializers.get(weight.initializer)

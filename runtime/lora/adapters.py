@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import UsageError
 from ditc.runtime.lora.choice import MAX_LORAS, check_scale
 from ditc.runtime.lora.inputs import WithLoras
-from ditc.runtime.lora.lora import Change, Lora, ScaledLora
+from ditc.runtime.lora.lora import Change, Lora, ScaledLora, described
 from ditc.runtime.lora.lora_file import read_lora
 from ditc.runtime.lora.reopener import Reopener
 from ditc.runtime.session import Session
@@ -33,7 +34,7 @@ class Adapters:
         *,
         uncertified: str = "",
     ) -> None:
-        self._reopener, self._sessions, self._plain = reopener, sessions, conditioning
+        self.reopener, self._sessions, self._plain = reopener, sessions, conditioning
         self._uncertified = uncertified
         self._loaded: dict[str, Lora] = {}
         self._changed: dict[str, str] = {}  # for each changed stage, which LoRAs are in its weights
@@ -57,15 +58,19 @@ class Adapters:
             )
         if len(self._loaded) >= MAX_LORAS:
             raise UsageError(f"{MAX_LORAS} LoRAs are loaded", hint="unload_lora_weights() removes them")
-        if self._reopener.options.require_certificate:
+        self.check_allowed()
+        lora = self.reopener.resolved(read_lora(file))
+        self.reopener.stages_of([ScaledLora(lora)])
+        self._loaded[name] = lora
+        return name
+
+    def check_allowed(self) -> None:
+        """Raise UsageError if the pipeline was opened for certified pictures alone."""
+        if self.reopener.options.require_certificate:
             raise UsageError(
                 "a certificate is required, and none is about weights with a LoRA in them",
                 hint="build the bundle with the LoRA, and run ditc parity on it",
             )
-        lora = self._reopener.resolved(read_lora(file))
-        self._reopener.stages_of([ScaledLora(lora)])
-        self._loaded[name] = lora
-        return name
 
     def forget(self) -> None:
         """Forget all LoRAs; none is active."""
@@ -80,11 +85,7 @@ class Adapters:
 
     def described(self) -> list[dict[str, object]]:
         """The active LoRAs, in their order."""
-        return [
-            {"file": lora.name, "sha256": lora.sha256, "scale": scale}
-            for name, scale in self.active.items()
-            for lora in (self._loaded[name],)
-        ]
+        return described(ScaledLora(self._loaded[name], scale) for name, scale in self.active.items())
 
     def activate(self, scales: Mapping[str, float]) -> None:
         """Put the changes of these LoRAs into the weights, with their scales and in this order, and of no others.
@@ -96,8 +97,8 @@ class Adapters:
             SessionError: a stage cannot be opened. The bundle's own weights are then opened again.
         """
         loras = self._scaled(scales)
-        wanted = self._reopener.stages_of(loras)
-        component = self._reopener.component
+        wanted = self.reopener.stages_of(loras)
+        component = self.reopener.component
         keys = {
             stage: "+".join(s.identity for s in loras if component(stage) in s.lora.components)
             for stage in wanted
@@ -118,13 +119,13 @@ class Adapters:
         for stage in stages:
             wanted, session = changes.get(stage, {}), self._sessions[stage]
             base = session.base if isinstance(session, WithLoras) else session
-            feeds = None if stage in self._opened else self._reopener.feeds(stage, base, wanted)
+            feeds = None if stage in self._opened else self.reopener.feeds(stage, base, wanted)
             if feeds is not None:
-                self._sessions[stage] = WithLoras(base, feeds) if feeds else base
+                self._sessions[stage] = WithLoras(base, partial(dict, feeds)) if feeds else base
                 continue
             self._opened.add(stage)  # also if it cannot be opened
             base.close()
-            self._sessions[stage] = self._reopener.open(stage, wanted)
+            self._sessions[stage] = self.reopener.open(stage, wanted)
             if not wanted:
                 self._opened.discard(stage)
 

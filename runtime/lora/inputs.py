@@ -9,7 +9,7 @@ exporter). Several LoRAs of one matrix act as one, whose rank is the sum of thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -36,11 +36,11 @@ class WithLoras:
 
     Args:
         base: a session with OptionalInputs, which is closed with this one.
-        feeds: the matrices, by the names of the inputs.
+        matrices: returns the matrices, by the names of the inputs. It is called before every run.
     """
 
-    def __init__(self, base: Session, feeds: Mapping[str, Array]) -> None:
-        self.base, self._feeds = base, dict(feeds)
+    def __init__(self, base: Session, matrices: Callable[[], Mapping[str, Array]]) -> None:
+        self.base, self.matrices = base, matrices
 
     @property
     def spec(self) -> StageSpec:
@@ -54,12 +54,31 @@ class WithLoras:
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the stage once, with the LoRAs."""
-        return self.base.run({**feeds, **self._feeds})
+        return self.base.run({**feeds, **self.matrices()})
 
     def close(self) -> None:
         """Release everything. The stage cannot run any more."""
-        self._feeds = {}
         self.base.close()
+
+
+def why_no_inputs(
+    weights: Sequence[Weight], changes: Mapping[str, Sequence[Change]], known: Collection[str] | None = None
+) -> str:
+    """Why a graph cannot take the changes as inputs, in words that name a key; "" if it can.
+
+    Args:
+        weights: the weight map of the graph.
+        changes: by the checkpoint's names.
+        known: the names of the optional inputs that a session of the graph has; None takes those of the map.
+    """
+    for weight in weights:
+        for layer, _ in changes.get(weight.checkpoint, ()):
+            names = weight.lora
+            if names is None or (known is not None and not {names.down, names.up} <= set(known)):
+                return f"{layer.key} changes {weight.checkpoint}, for which the {weight.stage} has no input"
+            if layer.magnitude is not None:
+                return f"{layer.key} is a DoRA, which gives the rows of a weight other lengths"
+    return ""
 
 
 def lora_feeds(
@@ -70,18 +89,14 @@ def lora_feeds(
     Args:
         changes: by the checkpoint's names.
     """
-    if not isinstance(session, OptionalInputs):
+    types = session.optional_inputs if isinstance(session, OptionalInputs) else {}
+    if why_no_inputs(weights, changes, types.keys()):
         return None
-    types, feeds = session.optional_inputs, {}
+    feeds: dict[str, Array] = {}
     for weight in weights:
-        parts = changes.get(weight.checkpoint)
-        if parts is None:
+        parts, names = changes.get(weight.checkpoint), weight.lora
+        if parts is None or names is None:
             continue
-        names = weight.lora
-        if names is None or not {names.down, names.up} <= types.keys():
-            return None
-        if any(layer.magnitude is not None for layer, _ in parts):
-            return None
         downs = [layer.down.reshape(layer.down.shape[0], -1) for layer, _ in parts]
         ups = [
             layer.up.reshape(layer.up.shape[0], -1) * np.float32(layer.scaling * scale)

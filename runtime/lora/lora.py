@@ -75,6 +75,11 @@ class ScaledLora:
         return f"{self.lora.sha256}:{float(self.scale)!r}"
 
 
+def described(loras: Iterable[ScaledLora]) -> list[dict[str, object]]:
+    """The files, hashes and scales of LoRAs, as pictures carry them."""
+    return [{"file": s.lora.name, "sha256": s.lora.sha256, "scale": s.scale} for s in loras]
+
+
 # A layer, and the user's scale.
 Change = tuple[LoraLayer, float]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self, cast
 
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.lora.adapters import Adapters
 from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.shared import Matrices, pipeline_with_loras
 
 
 class LoraMethods:
@@ -18,6 +20,7 @@ class LoraMethods:
     uncertified: str
     _adapters: Adapters | None  # None for sessions that are not a bundle's
     _closed: bool
+    given: tuple[Mapping[str, object], ...] = ()  # LoRAs that `with_loras` has given to the graphs as inputs
 
     def load_lora_weights(
         self, file: str | Path, adapter_name: str | None = None, *, weight_name: str | None = None
@@ -73,6 +76,24 @@ class LoraMethods:
             scales = [choice.scale for choice in choices]
             self._activate(adapters, dict(zip(names, scales, strict=True)))
 
+    def with_loras(self, choices: Sequence[LoraChoice], *, matrices: Matrices | None = None) -> Self:
+        """A pipeline that draws with these LoRAs, and shares this one's sessions, whose graphs take them as inputs.
+
+        Both can draw at the same time. The new one holds small matrices and no weights, and `close` closes nothing of
+        this one, which must stay open and keep its weights as long as the new one draws.
+
+        Args:
+            choices: files and scales.
+            matrices: bounds the matrices of several such pipelines; None keeps these as long as the new pipeline lives.
+
+        Raises:
+            UsageError: a file is no LoRA, or does not fit the bundle; a LoRA cannot be an input of the graphs, such as
+                a DoRA or one for a bundle that was built without `--lora-inputs`; or this pipeline has LoRAs itself.
+        """
+        adapters = self._changeable()
+        shared: Self = pipeline_with_loras(cast(Any, self), adapters, choices, matrices or Matrices())
+        return shared
+
     def unload_lora_weights(self) -> None:
         """Forget all LoRAs. The bundle's own weights are used again."""
         adapters = self._changeable()
@@ -80,12 +101,14 @@ class LoraMethods:
         adapters.forget()
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the LoRAs in the weights."""
-        return [] if self._adapters is None else list(self._adapters.active)
+        """The names of the LoRAs in the weights, or the files' names of those that are inputs of the graphs."""
+        own = [] if self._adapters is None else list(self._adapters.active)
+        return own + [str(lora["file"]) for lora in self.given]
 
     def loras_in_weights(self) -> list[dict[str, object]]:
         """The files, hashes and scales of the LoRAs that were added to the bundle's weights since it was loaded."""
-        return [] if self._adapters is None else self._adapters.described()
+        own = [] if self._adapters is None else self._adapters.described()
+        return own + [dict(lora) for lora in self.given]
 
     def _activate(self, adapters: Adapters, scales: dict[str, float]) -> None:
         try:

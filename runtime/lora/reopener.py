@@ -12,7 +12,7 @@ from ditc.runtime.bundle.private_copy import private_copy
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.load_options import LoadOptions
-from ditc.runtime.lora.inputs import lora_feeds
+from ditc.runtime.lora.inputs import lora_feeds, why_no_inputs
 from ditc.runtime.lora.lora import Change, Lora, ScaledLora, changes_of
 from ditc.runtime.lora.lora_file import LoraFile
 from ditc.runtime.lora.names import TRANSFORMER, KnownWeights, resolved
@@ -99,6 +99,21 @@ class Reopener:
     ) -> dict[str, Array] | None:
         """The inputs with which a session of the bundle's own weights computes with the changes; None without such."""
         return lora_feeds(session, self._weights(stage), changes)
+
+    def why_no_inputs(self, loras: Iterable[ScaledLora]) -> str:
+        """Why the LoRAs cannot be inputs of the stages that they change, as the bundle was loaded; "" if they can.
+
+        Raises:
+            UsageError, BundleError: as `stages_of`.
+        """
+        for stage, changes in self.stages_of(loras).items():
+            artifact = self.artifacts[stage]
+            if why := why_no_inputs(self._weights(stage), changes):
+                return why
+            row = row_of(artifact.backend)
+            if row.takes_loras is None or not row.takes_loras(self.options):
+                return f"{row.title} takes no LoRAs as inputs of the {stage} here"
+        return ""
 
     def _open(
         self, folder: Path, artifact: Artifact, stage: str, changes: Mapping[str, Sequence[Change]]

@@ -190,8 +190,7 @@ def open_stage(
         SessionError: the CUDA provider is requested but cannot run here, or the stage cannot be loaded.
     """
     spec, precision = artifact.spec, artifact.precision
-    provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
-    if provider == "cpu":
+    if _on_cpu(options):
         return OnnxRuntimeSession(model, spec, precision=precision, provider=CPU, threads=options.threads)
     from ditc.runtime.sessions.onnxruntime_device import open_on_device
 
@@ -214,8 +213,7 @@ def open_changed(
         SessionError: as `open_stage`.
     """
     spec, precision = artifact.spec, artifact.precision
-    provider = "cpu" if options.provider == "auto" and cuda_lack() else options.provider
-    if provider == "cpu":
+    if _on_cpu(options):
         return OnnxRuntimeSession(
             model, spec, precision=precision, provider=CPU, threads=options.threads, weights=weights
         )
@@ -223,6 +221,15 @@ def open_changed(
 
     graphs = spec.name == DENOISER
     return open_on_device(model, spec, precision=precision, graphs=graphs, weights=weights)
+
+
+def takes_loras(options: LoadOptions) -> bool:
+    """Whether its sessions take LoRAs as inputs: those of the CPU provider do."""
+    return _on_cpu(options)
+
+
+def _on_cpu(options: LoadOptions) -> bool:
+    return options.provider == "cpu" or (options.provider == "auto" and bool(cuda_lack()))
 
 
 def first_line(error: Exception) -> str:

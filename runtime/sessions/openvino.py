@@ -240,6 +240,11 @@ class OpenvinoSession:
             )
 
 
+def takes_loras(options: LoadOptions) -> bool:
+    """Whether its sessions take LoRAs as inputs: they do on a CPU. On other devices such graphs were never executed."""
+    return options.device.upper() in ("", CPU)
+
+
 def executed_types(session: OpenvinoSession) -> dict[str, list[str]]:
     """The type in which OpenVINO computes each layer that it executes, by kind of layer: {"Softmax": ["f32"], ...}.
 

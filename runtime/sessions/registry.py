@@ -66,6 +66,8 @@ class BackendRow:
             none.
         open_changed: opens a stage with other values of some initializers of its graph, given by name; bf16 values as
             uint16 arrays of their bits, FP8 ones as uint8 arrays. None if it cannot.
+        takes_loras: whether, with these options, its sessions have the inputs for LoRAs that a graph of `ditc build
+            --lora-inputs` has. None if they never do.
         needs_refit: whether `open_changed` opens only engines that were built with `--refit`.
         references: reads which other files an artifact's file refers to, and that the library will open by itself. They
             are held against the manifest before the artifact is opened. None if such files refer to no others.
@@ -103,6 +105,7 @@ class BackendRow:
         Callable[[BackendRow, Path, Artifact, LoadOptions, Device | None, Mapping[str, Array]], Session]
         | None
     ) = None
+    takes_loras: Callable[[LoadOptions], bool] | None = None
     needs_refit: bool = False
     builds_engines: bool = False
     same_library: bool = False
@@ -199,6 +202,7 @@ _table: list[BackendRow] = [
         references=_imported_later("ditc.runtime.bundle.ir_references", "ir_references"),
         profile=_imported_later(f"{_PROFILERS}.openvino", "open_profiled"),
         open_changed=_imported_later(_OPENVINO, "open_changed"),
+        takes_loras=_imported_later(_OPENVINO, "takes_loras"),
         builds_engines=True,
         devices=("CPU", "GPU", "NPU"),
         precisions=(Precision.FP32, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8),
@@ -215,6 +219,7 @@ _table: list[BackendRow] = [
         references=_imported_later("ditc.runtime.bundle.onnx_references", "onnx_references"),
         profile=_imported_later(f"{_PROFILERS}.onnxruntime", "open_profiled"),
         open_changed=_imported_later(_ONNXRUNTIME, "open_changed"),
+        takes_loras=_imported_later(_ONNXRUNTIME, "takes_loras"),
         providers=("cpu", "cuda"),
         cannot=_imported_later(_ONNXRUNTIME, "cannot"),
         polygraphy="polygraphy run {model} --onnxrt",

@@ -86,6 +86,10 @@ REFUSED = {
     "the other half": ({".lora_B.weight": UP}, "has no lora_A for transformer.blocks.0.to_q"),
     "alpha alone": ({".alpha": torch.tensor(1.0)}, "has no lora_A for transformer.blocks.0.to_q, only alpha"),
     "rank 0": ({".lora_A.weight": torch.ones(0, 3), ".lora_B.weight": torch.ones(4, 0)}, "the rank is 0"),
+    "a rank that no LoRA has": (
+        {".lora_A.weight": torch.ones(4097, 3), ".lora_B.weight": torch.ones(4, 4097)},
+        "the rank is 4097",
+    ),
     "other ranks": (
         {".lora_A.weight": DOWN, ".lora_B.weight": torch.ones(4, 3)},
         "lora_A of shape (2, 3) and lora_B of shape (4, 3), so their ranks differ",
