@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ditc.runtime.bench.graph import Dim, Graph, Node
 from ditc.runtime.plugins.linear_attention import NAMES
+from ditc.runtime.weight_map import LORA_DOWN, LORA_UP
 
 # Products of two matrices, by the place of their first factor among the node's inputs.
 PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"})
@@ -45,6 +46,8 @@ def count_flops(graph: Graph, inputs: Mapping[str, Sequence[int]]) -> int:
 
 def _of_node(node: Node, graph: Graph, shapes: _Shapes) -> int:
     if node.op in PRODUCTS:
+        if node.inputs[-1].endswith((LORA_DOWN, LORA_UP)):
+            return 0  # a LoRA's, which has rank 0 where none is given
         inner = shapes[node.inputs[0]][0 if node.integers.get("transA") else -1]
         return 2 * math.prod(shapes[node.outputs[0]]) * inner
     if node.op in CONVOLUTIONS:

@@ -15,6 +15,7 @@ from ditc.runtime.bench.matmul_graph import matmul_graph
 from ditc.runtime.bundle.golden import read_golden
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import BundleError
+from ditc.runtime.sessions.registry import is_graph
 from ditc.runtime.spec import DENOISER, VAE_DECODER
 
 GRAPH = """
@@ -62,6 +63,19 @@ def test_a_function_with_products_is_an_error_and_no_guess(tmp_path: Path) -> No
     onnx.save(model, tmp_path / "g.onnx")
     with pytest.raises(Unknown, match="Twice is a function with products"):
         count_flops(read_graph(tmp_path / "g.onnx"), {"x": (3, 4, 10), "w": (4, 5)})
+
+
+def test_inputs_for_loras_that_are_left_out_do_not_count(tiny_bundle: Path, lora_inputs_bundle: Path) -> None:
+    counts = []
+    for bundle in (tiny_bundle, lora_inputs_bundle):
+        artifact = next(a for a in load_manifest(bundle).stages[DENOISER].artifacts if is_graph(a))
+        sizes = {name: bounds.min for name, bounds in artifact.spec.profile.items()}
+        inputs = {
+            tensor.name: [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+            for tensor in artifact.spec.inputs
+        }
+        counts.append(count_flops(read_graph(bundle / artifact.file.path), inputs))
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_count_agrees_with_the_exporters(tiny_bundle: Path) -> None:
