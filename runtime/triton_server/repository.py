@@ -27,12 +27,13 @@ from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import MANIFEST, Artifact, Manifest, load_manifest
 from ditc.runtime.bundle.references import check_references
 from ditc.runtime.errors import UsageError
-from ditc.runtime.sessions.registry import GRAPH_BACKEND, TritonForm, row_of, rows
+from ditc.runtime.sessions.registry import GRAPH_BACKEND, TritonForm, is_graph, row_of, rows
 from ditc.runtime.spec import CONDITIONER, DENOISER, VAE_DECODER, Backend, Precision
 from ditc.runtime.step_contract import BATCH
 from ditc.runtime.triton_server.config import as_text, parameters, serving, stage_config
 from ditc.runtime.triton_server.fields import tensors
 from ditc.runtime.video import refuse_videos
+from ditc.runtime.weight_map import read_weight_map
 
 ENTRY = '''"""The entry point for Triton's Python backend. Its environment needs the package ditc, without extras."""
 
@@ -114,6 +115,7 @@ def write_repository(bundle: Path, out: Path, choices: Choices) -> list[str]:
     for stage, artifact in chosen.items():
         check_references(bundle / artifact.file.path, artifact)
         _check_operators(bundle, stage, artifact)
+        _check_inputs(bundle, manifest, stage, artifact)
     version = version_of(manifest)
     configs = {stage: _stage_config(stage, artifact, version, choices) for stage, artifact in chosen.items()}
     with atomic_folder(out, hint="choose another -o") as folder:
@@ -185,6 +187,23 @@ def _check_operators(bundle: Path, stage: str, artifact: Artifact) -> None:
         raise UsageError(
             f"{stage} has operators that Triton's backend does not know: {', '.join(foreign)}",
             hint="build the bundle without them: ditc build CHECKPOINT -o BUNDLE --linear-attention decomposed",
+        )
+
+
+def _check_inputs(bundle: Path, manifest: Manifest, stage: str, artifact: Artifact) -> None:
+    """Refuse what has inputs for LoRAs that cannot be left out. Those of an ONNX graph can.
+
+    Triton's backends refuse a model with more inputs than its configuration has: "configuration expects 4 inputs, model
+    provides 46".
+    """
+    if is_graph(artifact):
+        return
+    graphs = [a for a in manifest.stages[stage].artifacts if is_graph(a)]
+    maps = [a.weights for a in graphs if a.precision is artifact.precision and a.weights is not None]
+    if any(weight.lora is not None for ref in maps for weight in read_weight_map(bundle / ref.path)):
+        raise UsageError(
+            f"{stage} takes LoRAs as inputs, which cannot be left out in {row_of(artifact.backend).title}",
+            hint=f"build the bundle without --lora-inputs, or choose --backend {GRAPH_BACKEND}",
         )
 
 

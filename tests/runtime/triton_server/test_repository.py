@@ -159,6 +159,13 @@ def test_operators_that_only_ditc_knows_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_inputs_for_loras_can_be_left_out_of_graphs_alone(lora_inputs_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes LoRAs as inputs, which cannot be left out in OpenVINO"):
+        write_repository(lora_inputs_bundle, tmp_path / "out", Choices(name="tiny", backend=Backend.OPENVINO))
+    assert not (tmp_path / "out").exists()
+    assert write_repository(lora_inputs_bundle, tmp_path / "out", Choices(name="tiny"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
