@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Modules whose messages are always shown: when models are opened and closed, and how the server ends.
-TOLD = ("models", "model", "http.server", "http.access", "replicas")
+TOLD = ("models", "model", "lora_variants", "http.server", "http.access", "replicas")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,15 +149,20 @@ def _models(
         _warn_without_mp4(videos)
     budget = parse_bytes(arguments.memory_budget) if arguments.memory_budget is not None else None
     default = default_budget(gpu_bytes(bundles, load)) if front is None else front.default_budget()
-    variants = lora_variants(bundles, loras, load)
-    bundles = bundles | {name: bundles[of] for name, (of, _) in variants.items()}
+    variants = lora_variants(bundles, loras, load, share=front is None)
+    bundles = bundles | {name: bundles[variant.bundle] for name, variant in variants.items()}
     names = list(bundles)
     return Models(
         bundles,
-        loras={name: lora for name, (_, lora) in variants.items()},
+        loras={name: variant.choice for name, variant in variants.items() if not variant.shares},
+        shared={name: (v.bundle, v.choice) for name, v in variants.items() if v.shares},
         admission=Admission(Bounds(requests=arguments.max_queue, pixel_steps=arguments.max_pixel_steps)),
         load=load,
-        scheduled=SchedulerOptions(max_batch=arguments.max_batch, window=arguments.batch_window_ms / 1000),
+        scheduled=SchedulerOptions(
+            max_batch=arguments.max_batch,
+            window=arguments.batch_window_ms / 1000,
+            max_loras=arguments.max_loras,
+        ),
         observe=metrics.observer,
         warm_up_seconds=arguments.warm_up_seconds,
         budget=default if budget is None else budget,

@@ -44,8 +44,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         metavar="NAME=FILE[:SCALE]",
-        help="Also serve every bundle that this LoRA fits with it in its weights, as MODEL@NAME; may be given several "
-        "times. Clients can name no files (default: none).",
+        help="Also serve every bundle that this LoRA fits with it, as MODEL@NAME; may be given several times. Bundles "
+        "of ditc build --lora-inputs are opened once for all of their LoRAs, others once more for each. Clients can "
+        "name no files (default: none).",
     )
     _add_models(parser)
     _add_bounds(parser)
@@ -75,6 +76,14 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="Memory that all opened bundles may take together, such as 12GB or 8GiB. The least recently used one that "
         "is not in use is closed to make room for another (default: 80%% of the memory of the GPU or, without one, of "
         "what this process may use).",
+    )
+    parser.add_argument(
+        "--max-loras",
+        type=int,
+        default=SchedulerOptions().max_loras,
+        metavar="LORAS",
+        help="Most LoRAs whose matrices are kept in memory, of one bundle of ditc build --lora-inputs; the least "
+        "recently used one is forgotten, and read again when it is asked for (default: %(default)s).",
     )
     parser.add_argument(
         "--warm-up-seconds",

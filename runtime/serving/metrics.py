@@ -125,7 +125,7 @@ class _ModelObserver(Observer):
         self._sizes.observe(size)
 
     def ended(self, job: Job, end: End) -> None:
-        metrics, model = self._metrics, self._model
+        metrics, model = self._metrics, job.variant or self._model
         metrics.requests.labels(model, _outcome(end)).inc()
         if job.began is not None:
             metrics.waits.labels(model).observe(max(0.0, job.began - job.arrived))

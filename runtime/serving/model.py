@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
@@ -13,10 +13,11 @@ from ditc.runtime.bundle.bench_record import Measured, find_entry
 from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.bundle.selftest import describe, run_self_test
 from ditc.runtime.cores import default_threads
-from ditc.runtime.errors import NumericsError
+from ditc.runtime.errors import DitcError, NumericsError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose_here
 from ditc.runtime.lora.choice import LoraChoice
+from ditc.runtime.lora.shared import Matrices
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
@@ -26,6 +27,7 @@ from ditc.runtime.serving.scheduling.interface import Schedules
 from ditc.runtime.serving.scheduling.job import Event, Job
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.scheduler import Scheduler
+from ditc.runtime.serving.scheduling.variant import Variant
 from ditc.runtime.serving.scheduling.warm_up import begin_with, warm_up
 from ditc.runtime.serving.settings import SchedulerOptions
 from ditc.runtime.spec import Precision
@@ -40,12 +42,21 @@ class Model:
     Attributes:
         size_bytes: the memory that it takes.
         users: how many requests hold it, for `Models`, which closes it when it has been replaced and there are none.
+        variants: by name, the models that share its sessions and draw with a LoRA.
     """
 
     name: str
     scheduler: Schedules
     size_bytes: int
     users: int = 0
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    def under(self, name: str) -> Model | None:
+        """The model itself, or the one of its variants with this name; None if that one's LoRA could not be read."""
+        variant = self.variants.get(name)
+        if variant is None:
+            return self if name == self.name else None
+        return None if variant.is_lost else Model(name=name, scheduler=variant, size_bytes=0)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -103,6 +114,51 @@ class Opener(Protocol):
         ...
 
 
+class LocalOpener:
+    """Opens bundles in this process.
+
+    Args:
+        warm_up_seconds: as in `warm_up`.
+        shared: by the names of models, the name of another model, and the LoRA that this gets as an input.
+    """
+
+    def __init__(
+        self,
+        load: LoadOptions,
+        scheduled: SchedulerOptions,
+        warm_up_seconds: float,
+        shared: Mapping[str, tuple[str, LoraChoice]],
+    ) -> None:
+        self._load, self._scheduled, self._warm_up_seconds = load, scheduled, warm_up_seconds
+        self._shared = shared
+
+    def expected_bytes(self, bundle: Path) -> int:
+        """See Opener."""
+        return expected_bytes(bundle, self._load)
+
+    def open(
+        self,
+        name: str,
+        bundle: Path,
+        *,
+        admission: Admission,
+        observer: Observer,
+        lora: LoraChoice | None = None,
+    ) -> Model:
+        """See Opener."""
+        return open_model(
+            name,
+            bundle,
+            load=self._load,
+            admission=admission,
+            scheduled=self._scheduled,
+            observer=observer,
+            warm_up_seconds=self._warm_up_seconds,
+            lora=lora,
+            shared={variant: choice for variant, (base, choice) in self._shared.items() if base == name},
+        )
+
+
 def open_model(
     name: str,
     bundle: Path,
@@ -113,22 +169,25 @@ def open_model(
     observer: Observer,
     warm_up_seconds: float,
     lora: LoraChoice | None = None,
+    shared: Mapping[str, LoraChoice] | None = None,
 ) -> Model:
     """Open a bundle, test it and warm it up. It takes seconds to minutes.
 
     Args:
         lora: is added to the weights, after the test of the bundle's own.
+        shared: by the names of variants, LoRAs that are inputs of the graphs. One that cannot be read is left out.
 
     Raises:
         DitcError: as `Pipeline.load`; or the self-test failed.
     """
-    began, before = monotonic(), resident_bytes()
+    began, before, matrices = monotonic(), resident_bytes(), Matrices(scheduled.max_loras)
     scheduler = Scheduler(
         open_pipeline(bundle, load, lora),
         admission=admission,
         reopen=lambda: open_pipeline(bundle, load, lora),
         options=scheduled,
         observer=observer,
+        variants=lambda pipeline: pipelines_with_loras(pipeline, shared or {}, matrices),
     )
     try:
         begin_with(scheduler.pipeline, scheduler.times, recorded_times(bundle, scheduler.pipeline, load))
@@ -146,8 +205,22 @@ def open_model(
     return Model(
         name=name,
         scheduler=scheduler,
-        size_bytes=max(expected_bytes(bundle, load), measured),
+        size_bytes=max(expected_bytes(bundle, load) + matrices.size_bytes, measured),
+        variants={variant: Variant(scheduler, variant) for variant in shared or {}},
     )
+
+
+def pipelines_with_loras(
+    pipeline: Pipeline, loras: Mapping[str, LoraChoice], matrices: Matrices
+) -> dict[str, Pipeline]:
+    """A pipeline for each LoRA, which shares the given one's sessions. LoRAs that cannot be read are left out."""
+    found = {}
+    for name, choice in loras.items():
+        try:
+            found[name] = pipeline.with_loras([choice], matrices=matrices)
+        except DitcError as e:  # the others are drawn all the same
+            log.error("%s cannot be drawn: %s", name, e)
+    return found
 
 
 def open_pipeline(bundle: Path, load: LoadOptions, lora: LoraChoice | None = None) -> Pipeline:

@@ -19,7 +19,7 @@ from ditc.runtime.bundle.manifest import load_manifest
 from ditc.runtime.errors import DitcError
 from ditc.runtime.load_options import DEFAULTS, LoadOptions
 from ditc.runtime.lora.choice import LoraChoice
-from ditc.runtime.serving.model import Model, Opener, expected_bytes, open_model
+from ditc.runtime.serving.model import LocalOpener, Model, Opener
 from ditc.runtime.serving.refusals import Invalid, TooLate, Unavailable
 from ditc.runtime.serving.room import Room
 from ditc.runtime.serving.scheduling.admission import Admission
@@ -34,42 +34,6 @@ log = logging.getLogger(__name__)
 FAILURE_PAUSES = (5.0, 10.0, 30.0, 60.0)
 
 
-class LocalOpener:
-    """Opens bundles in this process.
-
-    Args:
-        warm_up_seconds: as in `warm_up`.
-    """
-
-    def __init__(self, load: LoadOptions, scheduled: SchedulerOptions, warm_up_seconds: float) -> None:
-        self._load, self._scheduled, self._warm_up_seconds = load, scheduled, warm_up_seconds
-
-    def expected_bytes(self, bundle: Path) -> int:
-        """See Opener."""
-        return expected_bytes(bundle, self._load)
-
-    def open(
-        self,
-        name: str,
-        bundle: Path,
-        *,
-        admission: Admission,
-        observer: Observer,
-        lora: LoraChoice | None = None,
-    ) -> Model:
-        """See Opener."""
-        return open_model(
-            name,
-            bundle,
-            load=self._load,
-            admission=admission,
-            scheduled=self._scheduled,
-            observer=observer,
-            warm_up_seconds=self._warm_up_seconds,
-            lora=lora,
-        )
-
-
 class Models:
     """Opens bundles when they are first asked for. Threads can share it.
 
@@ -79,6 +43,8 @@ class Models:
         budget: bytes that all models may take together; None sets no bound.
         awaited: names of the models without which the server is not ready.
         loras: by the names of models, the LoRA that each gets into its weights.
+        shared: by the names of models, the LoRA that another one, which is named too, gets as an input. Such a model
+            has no memory and no queue of its own.
         opener: opens bundles; None opens them in this process, with the options that are given here.
     """
 
@@ -94,17 +60,23 @@ class Models:
         budget: int | None = None,
         awaited: Sequence[str] | None = None,
         loras: Mapping[str, LoraChoice] | None = None,
+        shared: Mapping[str, tuple[str, LoraChoice]] | None = None,
         opener: Opener | None = None,
     ) -> None:
         self.bundles = dict(bundles)
         self.admission = admission
         self.budget = budget
-        self._opener = LocalOpener(load, scheduled, warm_up_seconds) if opener is None else opener
+        self._shared = {name: base for name, (base, _) in (shared or {}).items()}
+        local = LocalOpener(load, scheduled, warm_up_seconds, shared or {})
+        self._opener = local if opener is None else opener
         self._observe = observe
         self._loras = dict(loras or {})
-        self._slots = {name: Slot(name, path) for name, path in self.bundles.items()}
+        own = self.bundles.keys() - self._shared.keys()
+        self._slots = {name: Slot(name, path) for name, path in self.bundles.items() if name in own}
         self.awaited = tuple(self.names[:1] if awaited is None else awaited)
-        self._missing = set(self.awaited)  # those of the awaited that have not been opened yet
+        self._missing = {
+            self._base(name) for name in self.awaited
+        }  # those of the awaited that have not been opened yet
         self._room = Room(self._slots.values(), budget)
         self._changed = self._room.changed
         self._turn = (
@@ -134,7 +106,7 @@ class Models:
                 except TimeoutError as e:
                     raise _too_late(slot.name) from e
         try:
-            yield taken
+            yield self._seen(taken, name)
         finally:
             self._leave(taken)
 
@@ -152,7 +124,7 @@ class Models:
                 except TimeoutError as e:
                     raise _too_late(slot.name) from e
         try:
-            yield taken
+            yield self._seen(taken, name)
         finally:
             self._leave(taken)
 
@@ -183,7 +155,7 @@ class Models:
         Returns:
             what was done, by name: reloaded, unchanged, not_loaded or failed.
         """
-        return {name: self._reloaded(self._slot(name)) for name in names or self.names}
+        return {name: self._reloaded(self._slot(name)) for name in names or self._slots}
 
     def states(self) -> tuple[ModelState, ...]:
         """The state of every model, in words for clients."""
@@ -192,11 +164,11 @@ class Models:
 
     def opened(self, name: str) -> Model | None:
         """The model of this name if it is open. It may be closed at any time, so it is only good for looking at."""
-        slot = self._slots.get(name)
-        return None if slot is None else slot.model
+        slot = self._slots.get(self._base(name))
+        return None if slot is None or slot.model is None else slot.model.under(name)
 
     def all_opened(self) -> tuple[Model, ...]:
-        """All models that are open, only to be looked at."""
+        """All models that are open, only to be looked at; of those that share sessions, the one that has them."""
         with self._changed:
             return tuple(slot.model for slot in self._slots.values() if slot.model is not None)
 
@@ -247,8 +219,21 @@ class Models:
 
     # --- taking and giving back
 
+    def _base(self, name: str) -> str:
+        """The name of the model whose sessions one has; its own, if it shares none."""
+        return self._shared.get(name, name)
+
+    def _seen(self, model: Model, name: str | None) -> Model:
+        """The model as it draws for this name. Raises Unavailable if its LoRA could not be read."""
+        seen = model.under(model.name if name is None else name)
+        if seen is None:
+            raise Unavailable(
+                f"the model {name} cannot be drawn now: its LoRA could not be read", hint="come back later"
+            )
+        return seen
+
     def _slot(self, name: str | None) -> Slot:
-        slot = self._slots.get(self.names[0] if name is None else name)
+        slot = self._slots.get(self._base(self.names[0] if name is None else name))
         if slot is None:
             raise Invalid(
                 f"the model {name!r:.80} does not exist",
@@ -386,7 +371,8 @@ class Models:
         """The caller holds the lock."""
         for slot in self._slots.values():
             self._drop_stopped(slot)
-        return tuple(state_of(slot, awaited=slot.name in self._missing) for slot in self._slots.values())
+        slots = {name: self._slots[self._base(name)] for name in self.names}
+        return tuple(state_of(s, name, awaited=s.name in self._missing) for name, s in slots.items())
 
 
 def _end(loading: Future[None]) -> None:

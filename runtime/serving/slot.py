@@ -42,15 +42,21 @@ class ModelState:
     awaited: bool = False
 
 
-def state_of(slot: Slot, *, awaited: bool) -> ModelState:
-    """The state of a model. Its words are for clients, so they hold nothing of what a library said."""
+def state_of(slot: Slot, name: str, *, awaited: bool) -> ModelState:
+    """The state of a model. Its words are for clients, so they hold nothing of what a library said.
+
+    Args:
+        name: the slot's, or that of a model which shares the slot's sessions.
+    """
     if slot.model is not None:
         reason = slot.model.scheduler.problem
         state = "unavailable" if reason else "ready"
+        if not reason and slot.model.under(name) is None:
+            state, reason = "failed", "its LoRA could not be read"
     elif slot.loading is not None:
         state, reason = "loading", "it is being opened"
     elif slot.error is not None:
         state, reason = "failed", "it could not be opened"
     else:
         state, reason = "not_loaded", "it is opened when it is asked for"
-    return ModelState(name=slot.name, state=state, reason=reason, awaited=awaited)
+    return ModelState(name=name, state=state, reason=reason, awaited=awaited)

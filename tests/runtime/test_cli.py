@@ -44,6 +44,7 @@ UNITS = {
     "PX": "pixels",
     "STEPS": "steps",
     "PICTURES": "pictures",
+    "LORAS": "loras",
     "DRAWINGS": "drawings",
     "PROCESSES": "processes",
     "PROMPTS": "prompts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ditc.runtime import denoise
 from ditc.runtime.batch import STEADY_RUN, Batch, padded_sizes
@@ -20,10 +20,12 @@ class Batches:
 
     Args:
         session: the denoiser.
+        variants: the same denoiser with LoRAs as inputs, by the variants of keys.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, variants: Mapping[str, Session] | None = None) -> None:
         self._session, self._sizes = session, padded_sizes(session)
+        self._variants = {"": session, **(variants or {})}
         self._batches: dict[BatchKey, Batch] = {}
         self._runs: Counter[tuple[BatchKey, int]] = Counter()
 
@@ -32,10 +34,11 @@ class Batches:
 
         Reading the statistics waits for the device, which gives the time of the step and finds NaN at once.
         """
-        if len(states) == 1 and self._session.device.kind == "cpu":
-            return denoise.step(self._session, states)  # reads the texts where they are
+        session = self._variants[key.variant]
+        if len(states) == 1 and session.device.kind == "cpu":
+            return denoise.step(session, states)  # reads the texts where they are
         if key not in self._batches:
-            self._batches[key] = Batch(self._session, read_stats=True)
+            self._batches[key] = Batch(session, read_stats=True)
         return self._batches[key].step(states)
 
     def steady(self, key: BatchKey, count: int) -> bool:

@@ -100,6 +100,7 @@ class Job:
             block.
         arrived, due, deadline: seconds on the scheduler's clock; see `policy.due_time`.
         previews: how many previews of each picture are wanted.
+        variant: which of the scheduler's variants draws it; "" for the bundle as it is.
         predicted: the seconds from its arrival to its end that were estimated when it arrived.
         began: when its text was taken up; None as long as it waits.
         decoded: by the index of each video, how many of its frames are decoded.
@@ -113,6 +114,7 @@ class Job:
     due: float
     deadline: float | None = None
     previews: int = 0
+    variant: str = ""
     predicted: float = 0.0
     began: float | None = None
     steps_done: int = 0
@@ -183,7 +185,7 @@ class Picture:
     guard: Guard = field(default_factory=lambda: Guard(DENOISER))
 
     def __post_init__(self) -> None:
-        self.key = batch_key(self.state)
+        self.key = batch_key(self.state, self.job.variant)
 
     @property
     def started(self) -> bool:
@@ -195,10 +197,10 @@ class Picture:
         if not state.done and (
             state.row_count(state.step_index) != self.key.rows or state.controlled != self.key.controlled
         ):
-            self.key = batch_key(state)
+            self.key = batch_key(state, self.job.variant)
 
 
-def batch_key(state: DenoiseState) -> BatchKey:
+def batch_key(state: DenoiseState, variant: str = "") -> BatchKey:
     """What states must have in common to share the next run."""
     texts = tuple((name, tuple(tensor.shape[1:])) for name, tensor in sorted(state.rows.conditioning.items()))
     return BatchKey(
@@ -206,6 +208,7 @@ def batch_key(state: DenoiseState) -> BatchKey:
         rows=state.row_count(state.step_index) // state.latents.shape[0],
         texts=texts,
         controlled=state.controlled,
+        variant=variant,
     )
 
 

@@ -13,7 +13,7 @@ for Scheduling Continuous Job Streams", SODA 1998).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # How many times as long as alone a picture may take before it goes before all that arrive. With a larger value,
 # short requests overtake longer queues, and long requests wait longer for them.
@@ -29,12 +29,14 @@ class BatchKey:
         rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with a gated row as well.
         texts: names and sizes of the conditioning of one row, in which lengths of texts may differ.
         controlled: whether a ControlNet runs. A batch with one such picture would run it for all of its pictures.
+        variant: the LoRA that is an input of the run; "" for none.
     """
 
     latents: tuple[int, ...]
     rows: int
     texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     controlled: bool = False
+    variant: str = ""
 
     @property
     def weight(self) -> int:
@@ -43,6 +45,11 @@ class BatchKey:
         for size in self.latents[1:]:
             cells *= size
         return cells * self.rows
+
+    @property
+    def timed(self) -> BatchKey:
+        """The key under which times are kept: a LoRA's small matrices change them little."""
+        return replace(self, variant="") if self.variant else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

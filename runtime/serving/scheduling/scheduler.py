@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
@@ -57,6 +57,7 @@ class Scheduler:
         pipeline: the scheduler closes it.
         admission: counts and bounds the accepted work; several schedulers may share one.
         reopen: opens the bundle again after a session has failed.
+        variants: makes pipelines that share a pipeline's sessions, by the names under which `submit` knows them.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class Scheduler:
         options: SchedulerOptions = DEFAULTS,
         observer: Observer = UNOBSERVED,
         clock: Callable[[], float] = monotonic,
+        variants: Callable[[Pipeline], Mapping[str, Pipeline]] = lambda pipeline: {},
     ) -> None:
         self.admission, self.observer = admission, observer
         self._reopen, self._options, self._clock = reopen, options, clock
+        self._variants_of = variants
         denoiser = pipeline.sessions[DENOISER]
         most = denoiser.spec.profile[BATCH].max
         self.max_batch = min(options.max_batch or most, most)
@@ -85,6 +88,7 @@ class Scheduler:
             self.times,
             observer=observer,
             clock=clock,
+            variants=variants(pipeline),
             finish=self._finish,
             crashed=self._session_crashed,
         )
@@ -107,6 +111,15 @@ class Scheduler:
     def pipeline(self) -> Pipeline:
         """The pipeline that is in use. It is another one after the bundle was opened again."""
         return self._work.pipeline
+
+    @property
+    def variants(self) -> Collection[str]:
+        """The names of the variants that can be drawn."""
+        return self._work.variants.keys()
+
+    def pipeline_of(self, variant: str) -> Pipeline:
+        """The pipeline of a variant. Raises Unavailable if there is none at the moment."""
+        return self._work.pipeline_of(variant)
 
     def start(self) -> None:
         """Begin to draw."""
@@ -144,6 +157,7 @@ class Scheduler:
         id: str,
         timeout: float | None = None,
         previews: int = 0,
+        variant: str = "",
     ) -> Job:
         """Accept a request. Its listener gets progress, previews and exactly one end.
 
@@ -151,6 +165,7 @@ class Scheduler:
             plan: of this scheduler's pipeline.
             timeout: seconds from now after which the client does not want the pictures any more.
             previews: how many previews of each picture to make.
+            variant: which variant draws it; "" for the pipeline itself.
 
         Raises:
             Overloaded: there is too much work already.
@@ -168,6 +183,7 @@ class Scheduler:
             due=due_time(now, alone, deadline),
             deadline=deadline,
             previews=previews,
+            variant=variant,
         )
         try:
             self._accept(job, alone, timeout)
@@ -356,6 +372,7 @@ class Scheduler:
             self.pipeline.close()
         try:
             pipeline = self._reopen()
+            variants = self._variants_of(pipeline)
         except Exception:
             pause = REOPEN_PAUSES[min(self._attempts, len(REOPEN_PAUSES) - 1)]
             log.exception("the bundle cannot be opened again; the next attempt is in %g s", pause)
@@ -372,7 +389,7 @@ class Scheduler:
         for job in lost:
             self._finish(job, Refused(Broken("a stage failed", retry_after=1.0)))
         with self._wake:
-            self._work.use(pipeline)
+            self._work.use(pipeline, variants)
             self._crashed = ""
             self._wake.notify_all()
         log.warning("the bundle is open again")

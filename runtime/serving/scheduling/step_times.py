@@ -53,6 +53,7 @@ class StepTimes:
 
     def record(self, key: BatchKey, size: int, seconds: float) -> None:
         """Add a measurement of one step of `size` pictures."""
+        key = key.timed
         size = self._run_size(size)
         with self._lock:
             if key not in self._known:
@@ -65,6 +66,7 @@ class StepTimes:
 
     def seconds(self, key: BatchKey, size: int = 1) -> float:
         """The estimated time of one step. 0 if nothing has been measured."""
+        key = key.timed
         with self._lock:
             return self._estimate(key, self._run_size(size))
 
@@ -73,7 +75,7 @@ class StepTimes:
 
         Of sizes that are about as fast it is the smallest.
         """
-        most = min(most, self.max_batch)
+        most, key = min(most, self.max_batch), key.timed
         best = 1
         with self._lock:
             fastest = self._estimate(key, self._run_size(1))

@@ -6,15 +6,16 @@ Errors of a piece of work end the jobs that it was for, and nothing else.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ditc.runtime.decode import check_colours
-from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.errors import LoraError, NumericsError, UsageError
 from ditc.runtime.failure import Failure, named
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.serving.refusals import Broken, Invalid, Refusal
+from ditc.runtime.serving.refusals import Broken, Invalid, Refusal, Unavailable
 from ditc.runtime.serving.scheduling.batches import Batches
 from ditc.runtime.serving.scheduling.job import (
     End,
@@ -33,6 +34,8 @@ from ditc.runtime.serving.scheduling.videos import VideoDecoding
 from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
@@ -46,6 +49,7 @@ class Work:
     """Does what a scheduler's threads have taken from its queue, and puts what comes next into it.
 
     Args:
+        variants: pipelines that share the sessions of the pipeline, by the names that jobs know them under.
         finish: ends a job.
         crashed: told when a session has failed, with the jobs that it drew.
     """
@@ -58,29 +62,42 @@ class Work:
         *,
         observer: Observer,
         clock: Callable[[], float],
+        variants: Mapping[str, Pipeline],
         finish: Callable[[Job, End], None],
         crashed: Callable[[Exception, Sequence[Job]], None],
     ) -> None:
         self._queue, self._times, self._observer, self._clock = queue, times, observer, clock
         self._finish, self._crashed = finish, crashed
-        self.use(pipeline)
+        self.use(pipeline, variants)
 
-    def use(self, pipeline: Pipeline) -> None:
-        """Work with this pipeline from now on."""
-        self.pipeline, self.batches = pipeline, Batches(pipeline.stepper)
+    def use(self, pipeline: Pipeline, variants: Mapping[str, Pipeline]) -> None:
+        """Work with this pipeline, and those that share its sessions, from now on."""
+        self.pipeline, self.variants = pipeline, dict(variants)
+        steppers = {name: variant.stepper for name, variant in self.variants.items()}
+        self.batches = Batches(pipeline.stepper, steppers)
+
+    def pipeline_of(self, variant: str) -> Pipeline:
+        """The pipeline that draws jobs of a variant. Raises Unavailable if its LoRA could not be read."""
+        found = self.variants.get(variant) if variant else self.pipeline
+        if found is None:
+            raise Unavailable(
+                f"the model {variant} cannot be drawn now: its LoRA could not be read", hint="come back later"
+            )
+        return found
 
     def encode(self, job: Job, begun: _Begun | None = None, index: int = 0) -> None:
         """Make the first state of a picture (text rows, noise, schedule), and leave the next picture for later."""
         if job.end is not None or job.cancelled:
             return
-        pipeline = self.pipeline
-        if begun is None or begun.pipeline is not pipeline:  # the bundle may have been opened again
-            begun = _Begun(pipeline, itertools.islice(pipeline.states(job.plan), index, None))
         begin = self._clock()
         if job.began is None:
             job.began = begin
             job.spend("wait", begin - job.arrived)
         with self._faults([job]):
+            pipeline = self.pipeline_of(job.variant)
+            if begun is None or begun.pipeline is not pipeline:  # the bundle may have been opened again
+                begun = _Begun(pipeline, itertools.islice(pipeline.states(job.plan), index, None))
+            going_on = begun
             state = next(begun.states)
             self._spent(job, "text", TEXT, 1, begin)
             picture = Picture(
@@ -92,13 +109,14 @@ class Work:
             else:
                 self._queue.add_picture(picture)
             if index + 1 < job.plan.pictures:
-                self._queue.add_task(job, lambda: self.encode(job, begun, index + 1), makes_ready=True)
+                self._queue.add_task(job, lambda: self.encode(job, going_on, index + 1), makes_ready=True)
 
     def step(self, pictures: Sequence[Picture]) -> None:
         """One run of the denoiser for these pictures, which are out of the queue meanwhile."""
         key, begin = pictures[0].key, self._clock()
         jobs = list({id(picture.job): picture.job for picture in pictures}.values())
         with self._faults(jobs):
+            self.pipeline_of(key.variant)  # it may be gone since the bundle was opened again
             states = self.batches.step(key, [picture.state for picture in pictures])
             seconds = self._clock() - begin
             if self.batches.steady(key, len(pictures)):
@@ -214,6 +232,9 @@ class Work:
             self._end(jobs, Invalid(str(error), hint=error.hint))
         except NumericsError as error:
             self._end(jobs, Broken(str(error)))
+        except LoraError as error:  # of one variant; its message names files
+            log.error("%s: %s", jobs[0].variant, error)
+            self._end(jobs, Broken("the LoRA of this model cannot be read any more"))
         except Exception as error:
             self._crashed(error, jobs)
 

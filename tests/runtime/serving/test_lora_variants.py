@@ -15,7 +15,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.lora.choice import LoraChoice
 from ditc.runtime.request import Request
-from ditc.runtime.serving.lora_variants import lora_variants
+from ditc.runtime.serving.lora_variants import ServedLora, lora_variants
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.scheduling.admission import Admission
@@ -35,7 +35,7 @@ def lora(path: Path, wide: int = 32) -> Path:
 def test_a_variant_draws_with_the_lora_and_the_bundle_without(tiny_bundle: Path, tmp_path: Path) -> None:
     choice = LoraChoice(lora(tmp_path / "style.safetensors"), 0.5)
     variants = lora_variants({"tiny": tiny_bundle}, {"style": choice}, LOAD)
-    assert variants == {"tiny@style": ("tiny", choice)}
+    assert variants == {"tiny@style": ServedLora("tiny", choice, shares=False)}
     models = Models(
         {"tiny": tiny_bundle, "tiny@style": tiny_bundle},
         admission=Admission(Bounds()),

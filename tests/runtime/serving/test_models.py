@@ -24,7 +24,7 @@ from ditc.runtime.errors import DitcError, NumericsError, SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
-from ditc.runtime.serving import models as module
+from ditc.runtime.serving import model as module
 from ditc.runtime.serving import room
 from ditc.runtime.serving.model import Model
 from ditc.runtime.serving.models import Models
