@@ -37,8 +37,8 @@ class SchedulerOptions:
     Attributes:
         max_batch: the most pictures of one run; 0 takes as many as the bundle allows.
         window: how many seconds a first step waits for company while nothing else runs.
-        max_loras: of how many LoRAs that are inputs of a bundle's graphs matrices are in memory. Of Sana 1.6B with rank
-            32 of both attentions, each has 92 MB.
+        max_loras: of how many LoRAs that are inputs of a bundle's graphs matrices are in memory. Each has 92 MB in fp32
+            with rank 32 of both attentions of a network of 1.6 billion weights.
 
     Raises:
         UsageError: a value is negative, the window is longer than a minute, or no LoRA is kept.
