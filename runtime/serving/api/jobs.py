@@ -21,7 +21,7 @@ from ditc.runtime.serving.api.asked import Asked
 from ditc.runtime.serving.api.kept import Kept
 from ditc.runtime.serving.api.ongoing import Ongoing
 from ditc.runtime.serving.api.results import Result
-from ditc.runtime.serving.http.errors import log_failure
+from ditc.runtime.serving.http.errors import body_of, log_failure
 from ditc.runtime.serving.refusals import Invalid, Refusal
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -79,7 +79,8 @@ class AsyncJob(ABC):
         refusal = self.outcome
         if not isinstance(refusal, Refusal) or self.status == "cancelled":
             return None
-        return JobError(code=refusal.code, message=str(refusal), param=refusal.param)
+        said = body_of(refusal)["error"]
+        return JobError(code=refusal.code, message=said["message"], param=refusal.param)
 
     def no_content(self, what: str) -> Invalid:
         """Why there is nothing to fetch (404), while it is in work or without a result.

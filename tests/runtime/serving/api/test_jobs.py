@@ -78,6 +78,20 @@ def test_what_no_client_may_read_of_a_failed_job_is_in_the_log(caplog: pytest.Lo
     assert "red cat" not in record.getMessage()
 
 
+def test_a_failed_job_says_what_to_do_as_every_answer_does() -> None:
+    async def test() -> None:
+        job, _ = job_with(Broken("a stage\nfailed" + 2000 * "!", hint="try again"), Encoder())
+        assert job.error is None
+        while job.ongoing is not None:
+            await asyncio.sleep(0.01)
+        assert job.error is not None and job.error.code == "generation_failed"
+        assert job.error.message.startswith("a stage failed!!") and len(job.error.message) == 1000
+        job.outcome = Broken("a stage failed", hint="try again")
+        assert job.error.message == "a stage failed; try again"
+
+    run(test)
+
+
 def test_a_failed_job_keeps_nothing_of_its_drawing() -> None:
     async def test() -> None:
         refusal = Broken("a stage failed", hint="try again", retry_after=1.0)
