@@ -107,9 +107,8 @@ class Adapters:
         try:
             self._replace(stages, wanted)
         except BaseException:
-            self._replace(stages, {})
-            self._changed = {n: key for n, key in self._changed.items() if n not in stages}
-            self.active = {}
+            self._replace({*stages, *self._changed}, {})  # also those that would have stayed as they are
+            self._changed, self.active = {}, {}
             self._condition()
             raise
         self._changed, self.active = keys, dict(scales)

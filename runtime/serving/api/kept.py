@@ -103,7 +103,7 @@ class Kept(Generic[T]):
             self.remove(owner, id)
 
     def _sweep(self) -> None:
-        """Expire the items of owners who do not come back. Each is kept for at most twice its time."""
+        """Expire the items of owners who do not come back: after at most twice their time, if others add items."""
         if self._clock() >= self._next_sweep:
             self._next_sweep = self._clock() + self.seconds
             for owner in list(self._owners):

@@ -87,13 +87,17 @@ def test_a_text_encoder_can_have_a_lora(pipeline, tmp_path: Path) -> None:
     assert np.abs(drawn(pipeline) - before).max() > 1e-4
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["alone", "beside a changed stage"])
 def test_a_stage_that_cannot_be_opened_leaves_the_bundles_own_weights(
-    pipeline, tmp_path, monkeypatch
+    pipeline, tmp_path, monkeypatch, other: bool
 ) -> None:
     from ditc.runtime.lora import reopener
 
-    before = drawn(pipeline)
-    name = pipeline.load_lora_weights(lora(tmp_path / "a.safetensors"))
+    before, uncertified = drawn(pipeline), pipeline.uncertified
+    names = [pipeline.load_lora_weights(lora(tmp_path / "a.safetensors"))]
+    if other:  # the failed change does not touch the text encoder, which has a LoRA already
+        file = lora(tmp_path / "b.safetensors", "layers.0.self_attn.q_proj", 24, "text_encoder")
+        names.append(pipeline.load_lora_weights(file))
     opened = reopener.open_session
 
     def fail(*arguments, weights=None):
@@ -103,7 +107,8 @@ def test_a_stage_that_cannot_be_opened_leaves_the_bundles_own_weights(
 
     monkeypatch.setattr(reopener, "open_session", fail)
     with pytest.raises(SessionError, match="no memory"):
-        pipeline.set_adapters(name, 0.5)
+        pipeline.set_adapters(names, [0.5, 1.0][: len(names)])
+    assert pipeline.uncertified == uncertified
     assert pipeline.get_active_adapters() == []
     np.testing.assert_array_equal(drawn(pipeline), before)
 
