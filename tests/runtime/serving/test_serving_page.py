@@ -89,6 +89,7 @@ def test_every_limit_is_listed_with_its_default() -> None:
     }
     limits.pop("--max-batch")  # says how to draw, and refuses nothing
     limits.pop("--max-replicas")
+    limits.pop("--max-loras")  # bounds what is kept in memory, and refuses nothing
     assert listed == limits
 
 
