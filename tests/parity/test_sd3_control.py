@@ -145,7 +145,8 @@ def test_the_command_names_the_defect_of_a_bundle(
     case = ["--prompts", str(prompts), "--seeds", "0", "--threads", "1", "--json"]
     assert main(["parity", str(late_bundle), "--against", str(sd3_control_checkpoint), *case]) == 1
     failed = [r for r in json.loads(capsys.readouterr().out)["levels"] if r["verdict"] == "fail"]
-    assert {r["level"] for r in failed} >= {"stage", "step", "trajectory", "picture"}
+    # The picture stays within its bound (50.2 dB), because the weights of these networks are random.
+    assert {r["level"] for r in failed} >= {"stage", "step", "trajectory"}
     named = {
         (r["where"]["stage"], r["where"]["module"], tuple(r["where"]["between"]))
         for r in failed
