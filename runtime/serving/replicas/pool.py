@@ -140,6 +140,10 @@ class Pool:
             except (ReplicaLost, TimeoutError):
                 self._cluster.kill(handle, {})
                 continue
+            except Exception as e:  # of Ray, or of the replica; the server can start without it
+                log.error("%s failed, and is ended:\n%s", handle.name, where_raised(e))
+                self._cluster.kill(handle, {})
+                continue
             seat = Seat(handle=handle, told=told, left_over=set(told["versions"]))
             self.seats.append(seat)
             log.info("%s goes on", seat.name)

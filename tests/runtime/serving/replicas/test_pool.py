@@ -448,6 +448,22 @@ def test_another_front_goes_on_with_the_replicas_and_ends_what_was_in_work(
         other.stop()
 
 
+def test_a_replica_that_fails_when_another_front_asks_for_it_is_replaced() -> None:
+    class Failing(FakeHandle):
+        async def begin(self) -> Message:
+            raise RuntimeError("the replica has another class")  # as Ray raises errors of an actor's methods
+
+    cluster = FakeCluster()
+    cluster.handles.append(Failing("left"))
+    pool = Pool(cluster, ReplicaOptions())
+    pool.start()
+    try:
+        until(lambda: [seat.ready for seat in pool.seats] == [True])
+        assert cluster.handles[0].dead and pool.seats[0].handle is cluster.handles[1]
+    finally:
+        pool.stop()
+
+
 def test_another_front_opens_nothing_beside_what_the_earlier_one_has_left(
     replicas: Callable[..., Replicas], tiny_bundle: Path, tmp_path: Path
 ) -> None:
