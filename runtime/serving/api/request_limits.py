@@ -28,9 +28,10 @@ class RequestLimits:
             until they are encoded.
         max_prompt_bytes: of each text, in UTF-8.
         max_timeout: seconds that a client may give its request.
-        max_jobs: asynchronous jobs of one key that are known at a time, whether they wait, run or have ended.
-        max_kept_bytes: of the encoded pictures and videos of one key that are kept for it: results of jobs, and answers
-            for idempotency keys.
+        max_jobs: asynchronous jobs of one key that are known at a time, whether they wait, run or have ended. As many
+            idempotency keys of it are known beside them.
+        max_kept_bytes: of the encoded pictures and videos that are kept as results of the jobs of one key. As many are
+            kept in the answers for its idempotency keys beside them.
         keep_seconds: how long they are kept.
 
     Raises:
@@ -115,10 +116,14 @@ _OPTIONS = {
     ),
     "max_prompt_bytes": ("BYTES", "The most bytes of each text of a request, in UTF-8"),
     "max_timeout": ("SECONDS", "The longest timeout that a client may give its request, in seconds"),
-    "max_jobs": ("JOBS", "The most asynchronous jobs of one key that are known at a time"),
+    "max_jobs": (
+        "JOBS",
+        "The most asynchronous jobs of one key that are known at a time, and the most of its idempotency keys",
+    ),
     "max_kept_bytes": (
         "BYTES",
-        "The most bytes of finished pictures and videos that are kept for one key, for its jobs and idempotency keys",
+        "The most bytes of finished pictures and videos that are kept for the jobs of one key, and as many for its "
+        "idempotency keys",
     ),
     "keep_seconds": ("SECONDS", "How many seconds finished jobs, and answers for idempotency keys, are kept"),
 }
