@@ -26,6 +26,7 @@ class FakeHandle:
         self.name, self.replica, self.path = name, Replica(0), path
         self.dead = self.frozen = False
         self.begun: list[Message] = []
+        self.sent: list[Message] = []
         self.stuck = 0.0
 
     async def _reach(self) -> None:
@@ -71,7 +72,12 @@ class FakeHandle:
             while self.stuck:  # what makes no progress has nothing to say either
                 await asyncio.sleep(0.01)
                 await self._reach()
+            self.sent.append(message)
             yield message
+
+    async def taken(self, id: str) -> None:
+        await self._reach()
+        await self.replica.taken(id)
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,10 @@ class RayHandle:
             async for message in self.actor.draw.remote(asked):
                 yield await message
 
+    async def taken(self, id: str) -> None:
+        """See Handle."""
+        await _answer(self.actor.taken.remote(id))
+
 
 async def _answer(reference: Awaitable[Any]) -> Any:
     with _lost_if_gone():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -111,6 +112,7 @@ class Dispatcher:
             self._again(task)
         except Exception as e:
             log.error("request %s failed:\n%s", job.id, where_raised(e))
+            self._stop(task)  # lest it is drawn, or its pictures are kept there, for nobody
             task.scheduler.finish(job, Refused(Broken("the server has failed")))
         finally:
             task.drawing = None
@@ -130,13 +132,21 @@ class Dispatcher:
             "timeout": None if job.deadline is None else max(0.001, job.deadline - now),
             "previews": job.previews,
         }
+        pixels = deque[bytes]()
         async for message in seat.handle.draw(asked):
+            if message["kind"] == "pixels":
+                pixels.append(message["pixels"])
+                await seat.handle.taken(asked["id"])
+                continue
             if message["kind"] == "not_open":
                 seat.versions.discard(task.version)
                 task.tries -= 1
                 self._again(task)
                 return True
-            event = event_of_message(message)
+            if pixels:  # which may take long, and the others shall not wait
+                event = await asyncio.to_thread(event_of_message, message, pixels)
+            else:
+                event = event_of_message(message)
             if isinstance(event, Progress):
                 if (event.step, event.frame) > (
                     job.steps_done,

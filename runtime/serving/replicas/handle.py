@@ -56,6 +56,10 @@ class Handle(Protocol):
 
     def draw(self, asked: Message) -> AsyncIterator[Message]: ...
 
+    async def taken(self, id: str) -> None:
+        """Tell that a message of pixels was taken, so that `draw` of this request may send another one."""
+        ...
+
 
 class Cluster(Protocol):
     """Starts and ends replicas."""

@@ -1,13 +1,16 @@
 """What front and replicas tell each other: requests and events as plain values, without objects of a client.
 
-Pictures are (mode, size, bytes), videos lists of them, arrays stay arrays. The front and its replicas must be of one
-version of ditc.
+Pictures are (mode, size, bytes), arrays stay arrays. The pixels of finished pictures and of videos go in parts of a
+bounded size, because all frames of a video can be more than Ray's shared memory holds. The front and its replicas must
+be of one version of ditc.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -30,6 +33,8 @@ from ditc.runtime.session import ComputeDevice
 from ditc.runtime.spec import StageSpec
 
 Message = dict[str, Any]
+# The most bytes of pixels in one message of an end. Many pictures and small videos are one part.
+PART_BYTES = 4 * 1024**2
 _FAILURE = ("index", "reason", "hint", "step", "prompt")
 # The fields of a request that hold pictures.
 _PICTURES = ("image", "mask_image", "control_image")
@@ -95,36 +100,56 @@ def request_of_message(message: Message) -> Request:
     return Request(**{**message, **images})
 
 
-def message_of_event(event: Event) -> Message:
-    """An event, by its kind."""
+def messages_of_event(event: Event) -> Iterator[Message]:
+    """An event, as messages for `event_of_message`. They are made one by one.
+
+    The last message tells its kind. Only the end of a request that is done has earlier ones, of the kind "pixels": all
+    but the last PART_BYTES of its pictures and frames.
+    """
     if isinstance(event, Progress):
-        return {"kind": "progress", "step": event.step, "total": event.total, "frame": event.frame}
-    if isinstance(event, Preview):
+        yield {"kind": "progress", "step": event.step, "total": event.total, "frame": event.frame}
+    elif isinstance(event, Preview):
         picture = plain_picture(event.image)
-        return {
+        yield {
             "kind": "preview",
             "index": event.index,
             "number": event.number,
             "step": event.step,
             "image": picture,
         }
-    if isinstance(event, Finished):
-        return {
+    elif isinstance(event, Finished):
+        frames = (frame for video in event.videos if video is not None for frame in video)
+        parts = _parts_of(chain((image for image in event.images if image is not None), frames))
+        part = next(parts)
+        for following in parts:
+            yield {"kind": "pixels", "pixels": part}
+            part = following
+        yield {
             "kind": "finished",
-            "images": [None if image is None else plain_picture(image) for image in event.images],
+            "images": [None if image is None else _shape_of(image) for image in event.images],
             "failures": [{name: getattr(one, name) for name in _FAILURE} for one in event.failures],
             "seconds": event.seconds,
             "videos": [
-                None if video is None else [plain_picture(frame) for frame in video] for video in event.videos
+                None if video is None else [_shape_of(frame) for frame in video] for video in event.videos
             ],
+            "pixels": part,
         }
-    if isinstance(event, Refused):
-        return Message(kind="refused", **plain_refusal(event.refusal))
-    return Message(kind="cancelled")
+    elif isinstance(event, Refused):
+        yield Message(kind="refused", **plain_refusal(event.refusal))
+    else:
+        yield Message(kind="cancelled")
 
 
-def event_of_message(message: Message) -> Event:
-    """The event of `message_of_event`."""
+def event_of_message(message: Message, earlier: deque[bytes] | None = None) -> Event:
+    """The event of `messages_of_event`, by its last message.
+
+    Args:
+        earlier: the pixels of the messages before it. They are taken out one by one, so that they and the pictures are
+            not in memory together.
+
+    Raises:
+        ValueError: parts of the pixels are missing.
+    """
     kind = message["kind"]
     if kind == "progress":
         return Progress(step=message["step"], total=message["total"], frame=message["frame"])
@@ -136,12 +161,15 @@ def event_of_message(message: Message) -> Event:
             image=picture_of(message["image"]),
         )
     if kind == "finished":
+        parts = deque[bytes]() if earlier is None else earlier
+        parts.append(message["pixels"])
+        pixels = _Pixels(parts)
         return Finished(
-            images=tuple(None if image is None else picture_of(image) for image in message["images"]),
+            images=tuple(None if shape is None else pixels.take(shape) for shape in message["images"]),
             failures=tuple(Failure(**one) for one in message["failures"]),
             seconds=message["seconds"],
             videos=tuple(
-                None if video is None else tuple(picture_of(frame) for frame in video)
+                None if video is None else tuple(pixels.take(shape) for shape in video)
                 for video in message["videos"]
             ),
         )
@@ -190,3 +218,44 @@ def _plain_images(images: GivenImages) -> list[Any]:
 
 def _given_images(plain: list[Any]) -> GivenImages:
     return GivenImages(tuple(picture_of(one) if isinstance(one, tuple) else one for one in plain))
+
+
+def _shape_of(image: Image.Image) -> tuple[str, tuple[int, int], int]:
+    """Mode, size, and the number of bytes of its pixels: those of drawn pictures are a byte per band."""
+    return image.mode, image.size, len(image.getbands()) * image.width * image.height
+
+
+def _parts_of(pictures: Iterable[Image.Image]) -> Iterator[bytes]:
+    """The pixels of all pictures, one after the other, in parts that are full but for the last; at least one part."""
+    part = bytearray()
+    for picture in pictures:
+        pixels = memoryview(picture.tobytes())
+        while pixels:
+            if len(part) == PART_BYTES:
+                yield bytes(part)
+                part.clear()
+            room = PART_BYTES - len(part)
+            part += pixels[:room]
+            pixels = pixels[room:]
+    yield bytes(part)
+
+
+class _Pixels:
+    """Pictures from the parts of `_parts_of`, which are taken out."""
+
+    def __init__(self, parts: deque[bytes]) -> None:
+        self._parts, self._begun = parts, 0  # and how many bytes of the first part are used
+
+    def take(self, shape: tuple[str, tuple[int, int], int]) -> Image.Image:
+        """The next picture. Raises ValueError if its pixels are not all there."""
+        mode, size, count = shape
+        found: list[memoryview] = []
+        while count and self._parts:
+            taken = memoryview(self._parts[0])[self._begun : self._begun + count]
+            found.append(taken)
+            self._begun += len(taken)
+            count -= len(taken)
+            if self._begun == len(self._parts[0]):
+                self._parts.popleft()
+                self._begun = 0
+        return Image.frombytes(mode, size, b"".join(found))

@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Collection
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -24,13 +25,13 @@ from ditc.runtime.serving.replicas.messages import (
     Message,
     Opened,
     Version,
-    message_of_event,
+    messages_of_event,
     plain_error,
     request_of_message,
 )
 from ditc.runtime.serving.replicas.node_bundles import Source, check_version, place_of
 from ditc.runtime.serving.scheduling.admission import Admission
-from ditc.runtime.serving.scheduling.job import End, Event, Job, Progress, Refused
+from ditc.runtime.serving.scheduling.job import Cancelled, End, Event, Finished, Job, Progress, Refused
 from ditc.runtime.serving.scheduling.observer import Observer
 from ditc.runtime.serving.scheduling.policy import BatchKey
 from ditc.runtime.serving.settings import Bounds
@@ -43,6 +44,8 @@ _UNBOUNDED = Bounds(requests=2**62, pixel_steps=2**62)
 # Progress is sent at most so often: a message takes about a millisecond of both processes, and with 50 a second, two
 # replicas on two cores drew only 1.77 times as many pictures as one.
 _PROGRESS_SECONDS = 0.1
+# Messages of pixels that the front has not taken yet: two, so that one is made while another is on its way.
+PARTS_AHEAD = 2
 # Measurements that wait to be fetched by the front.
 _MOST_HAPPENED = 4096
 # A replica that no front asks about for so long ends itself, so that none is left behind on a cluster.
@@ -61,6 +64,7 @@ class Replica:
         self._opened: dict[Version, Opened] = {}
         self._jobs: dict[str, tuple[Model, Job]] = {}
         self._checked: set[str] = set()  # requests that are being checked, and are not cancelled
+        self._sending: dict[str, asyncio.Semaphore] = {}  # done requests, and how many parts may be sent
         self._watch = Watch()
         self._opening = threading.Lock()
         self._heard = monotonic()
@@ -73,6 +77,8 @@ class Replica:
         self._checked.clear()
         for model, job in list(self._jobs.values()):
             model.scheduler.cancel(job)
+        for id in list(self._sending):
+            self._stop_sending(id)
         return {
             "pid": os.getpid(),
             "cpus": sorted(allowed_cpus()),
@@ -115,9 +121,18 @@ class Replica:
         if id in self._jobs:
             model, job = self._jobs[id]
             model.scheduler.cancel(job)
+        self._stop_sending(id)
+
+    async def taken(self, id: str) -> None:
+        """The front has taken a message of pixels. Nothing happens if the request has ended."""
+        if id in self._sending:
+            self._sending[id].release()
 
     async def draw(self, asked: Message) -> AsyncIterator[Message]:
         """Draw a request: progress, previews, and exactly one end.
+
+        The pixels of large pictures and of videos come before the end, in messages of their own. At most PARTS_AHEAD of
+        them are sent before `taken` is called.
 
         Args:
             asked: id, version, request (a message), timeout and previews, as `Scheduler.submit` takes them.
@@ -135,19 +150,26 @@ class Replica:
         try:
             if not self._jobs:
                 self._watch.moved()
-            job = await asyncio.to_thread(
-                model.submit,
-                request_of_message(asked["request"]),
-                listen,
-                id=id,
-                timeout=asked["timeout"],
-                previews=asked["previews"],
+            submitting = asyncio.ensure_future(
+                asyncio.to_thread(
+                    model.submit,
+                    request_of_message(asked["request"]),
+                    listen,
+                    id=id,
+                    timeout=asked["timeout"],
+                    previews=asked["previews"],
+                )
             )
+            try:
+                job = await asyncio.shield(submitting)
+            except asyncio.CancelledError:  # the thread goes on
+                submitting.add_done_callback(partial(_cancel_submitted, model))
+                raise
         except Refusal as refusal:
-            yield message_of_event(Refused(refusal))
+            yield _one_message(Refused(refusal))
             return
         except UsageError as error:
-            yield message_of_event(Refused(Invalid(str(error), hint=error.hint)))
+            yield _one_message(Refused(Invalid(str(error), hint=error.hint)))
             return
         finally:
             wanted = id in self._checked
@@ -163,12 +185,35 @@ class Replica:
                     if monotonic() - sent < _PROGRESS_SECONDS:
                         continue
                     sent = monotonic()
-                yield message_of_event(event)
                 if isinstance(event, End):
-                    return
+                    end = Cancelled() if isinstance(event, Finished) and job.cancelled else event
+                    break
+                for message in messages_of_event(event):
+                    yield message
         finally:
             self._jobs.pop(id, None)
             model.scheduler.cancel(job)
+        async with aclosing(self._send(id, end)) as messages:
+            async for message in messages:
+                yield message
+
+    async def _send(self, id: str, end: End) -> AsyncGenerator[Message, None]:
+        """The messages of an end, as fast as the front takes them. It is cancelled if nobody wants it any more."""
+        room = self._sending[id] = asyncio.Semaphore(PARTS_AHEAD)
+        try:
+            for message in messages_of_event(end):
+                if message["kind"] == "pixels":
+                    await room.acquire()
+                if id not in self._sending:
+                    yield _one_message(Cancelled())
+                    return
+                yield message
+        finally:
+            self._sending.pop(id, None)
+
+    def _stop_sending(self, id: str) -> None:
+        if (room := self._sending.pop(id, None)) is not None:
+            room.release()
 
     async def health(self) -> Message:
         """What has happened since the last call, and for how long nothing has although there is work."""
@@ -259,6 +304,16 @@ class _Watched(Observer):
 
     def crashed(self) -> None:
         self._watch.note(self._version, "crashed")
+
+
+def _cancel_submitted(model: Model, submitting: asyncio.Future[Job]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        model.scheduler.cancel(submitting.result())
+
+
+def _one_message(event: Refused | Cancelled) -> Message:
+    (message,) = messages_of_event(event)
+    return message
 
 
 def _opened(model: Model, place: Path) -> Opened:

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from ditc.runtime.serving.replicas import replica
+from ditc.runtime.serving.replicas import messages, replica
 from ditc.runtime.serving.replicas.dispatcher import Dispatcher
 from ditc.runtime.serving.replicas.messages import Message, Version
-from ditc.runtime.serving.replicas.replica import Replica
+from ditc.runtime.serving.replicas.replica import PARTS_AHEAD, Replica
 from ditc.runtime.serving.replicas.seat import Seat, Task
-from ditc.runtime.serving.scheduling.job import Cancelled, End, Job
+from ditc.runtime.serving.scheduling.job import Cancelled, End, Event, Finished, Job, Refused
 
 VERSION = Version("tiny", "0" * 64)
 
@@ -131,6 +132,137 @@ def test_what_cancels_a_request_in_its_replica_is_not_collected(monkeypatch: pyt
         await asyncio.sleep(0.01)
         gc.collect()
         assert made.handle.cancelling is not None and made.handle.cancelling() is not None
+
+    run(test)
+
+
+class Model:
+    """Its jobs are given to it, and end as soon as they are submitted."""
+
+    def __init__(self, *ends: End, submit: Callable[[], None] = lambda: None) -> None:
+        self.scheduler = SimpleNamespace(cancel=self.cancel, problem="", times=SimpleNamespace(snapshot=dict))
+        self.cancelled: list[object] = []
+        self._ends, self._before = ends, submit
+
+    def cancel(self, job: Any) -> None:
+        self.cancelled.append(job)
+        job.cancelled = True
+
+    def submit(self, request: object, listener: Callable[[Event], None], **options: object) -> Any:
+        self._before()
+        for end in self._ends:
+            listener(end)
+        return SimpleNamespace(cancelled=False)
+
+
+def asked_of(model: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[Replica, Message]:
+    monkeypatch.setattr(replica, "request_of_message", lambda message: message)
+    made = Replica(0)
+    made._models[VERSION] = model  # type: ignore[assignment]
+    return made, {"id": "one-1", "version": VERSION, "request": {}, "timeout": None, "previews": 0}
+
+
+def film(frames: int) -> Finished:
+    """A video whose frames are 3 bytes each."""
+    video = tuple(Image.new("RGB", (1, 1), (number, 0, 0)) for number in range(frames))
+    return Finished(images=(), failures=(), seconds={}, videos=(video,))
+
+
+def test_a_replica_sends_no_more_parts_of_a_video_than_the_front_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "PART_BYTES", 3)
+    heard: list[Message] = []
+
+    async def test() -> None:
+        made, asked = asked_of(Model(film(20)), monkeypatch)
+
+        async def follow() -> None:
+            async for message in made.draw(asked):
+                heard.append(message)
+
+        following = asyncio.ensure_future(follow())
+        for taken in range(19 - PARTS_AHEAD):
+            while len(heard) < PARTS_AHEAD + taken:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
+            assert len(heard) == PARTS_AHEAD + taken and not following.done()
+            assert not (await made.health())["stuck"]  # it waits for the front, and does not hang
+            await made.taken("one-1")
+        await following
+        assert [one["kind"] for one in heard] == ["pixels"] * 19 + ["finished"]
+        assert not made._sending
+
+    run(test)
+
+
+@pytest.mark.parametrize("by", ["its client", "another front", "its own end"])
+def test_a_video_that_nobody_waits_for_is_not_kept(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    monkeypatch.setattr(messages, "PART_BYTES", 3)
+
+    async def test() -> None:
+        made, asked = asked_of(Model(film(20)), monkeypatch)
+        drawing = made.draw(asked)
+        for _ in range(PARTS_AHEAD):
+            assert (await anext(drawing))["kind"] == "pixels"
+        waiting = asyncio.ensure_future(anext(drawing))
+        await asyncio.sleep(0.02)
+        assert not waiting.done() and list(made._sending) == ["one-1"]
+        if by == "its own end":
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        else:
+            await (made.cancel("one-1") if by == "its client" else made.begin())
+            assert await waiting == {"kind": "cancelled"}
+            assert [message async for message in drawing] == []
+        assert not made._sending and not made._jobs
+
+    run(test)
+
+
+def test_a_request_whose_stream_is_cancelled_while_a_replica_checks_it_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checking, checked = threading.Event(), threading.Event()
+
+    def submit() -> None:
+        checking.set()
+        assert checked.wait(60)
+
+    async def test() -> None:
+        model = Model(submit=submit)
+        made, asked = asked_of(model, monkeypatch)
+        drawing = asyncio.ensure_future(anext(made.draw(asked)))
+        await asyncio.to_thread(checking.wait, 60)
+        drawing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await drawing
+        checked.set()
+        while not model.cancelled:
+            await asyncio.sleep(0.01)
+        assert len(model.cancelled) == 1
+
+    run(test)
+
+
+def test_a_front_that_cannot_take_an_answer_ends_it_in_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the replica would keep its pictures, and wait for the front."""
+
+    async def test() -> None:
+        made = Dispatched(monkeypatch)
+
+        async def broken(asked: Message) -> AsyncIterator[Message]:
+            yield {"kind": "finished"}
+
+        ended: list[str] = []
+
+        async def cancel(id: str) -> None:
+            ended.append(id)
+
+        made.handle.draw, made.handle.cancel = broken, cancel  # type: ignore[method-assign]
+        await asyncio.sleep(0.05)
+        assert [type(end) for end in made.scheduler.ends] == [Refused] and ended == ["one-1"]
 
     run(test)
 
