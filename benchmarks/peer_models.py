@@ -82,20 +82,29 @@ def build(model: Model, contestant: Contestant, cache: Path) -> None:
     """Add the contestant's precision to the bundle. ditc itself knows what of it is there and up to date."""
     backend, precision = contestant.settings["backend"], contestant.settings["precision"]
     checkpoint, bundle = checkpoint_of(model, cache), loads(contestant, model, cache)
-    ranged = []
+    ranged: list[object] = []
     if precision == "int8":
-        ranges = cache / model.name / "ranges.safetensors"
-        prompts, steps = model.calibration
-        if not ranges.exists():
-            settings = ["--prompts", PROMPTS, "--num-prompts", prompts, "--steps", steps]
-            run([sys.executable, *DITC, "calibrate", checkpoint, "-o", ranges, *settings])
-        ranged = ["--ranges", ranges]
+        ranged += ["--ranges", ranges_of(model, cache)]
+    if "stage_precision" in contestant.settings:
+        ranged += ["--recipe", "dc-ae-int8", "--ranges", ranges_of(model, cache, "vae_decoder")]
     run(
         [
             *(sys.executable, *DITC, "build", checkpoint, "-o", bundle),
             *("--backend", backend, "--precision", precision, "--max-batch", 2, *ranged),
         ]
     )
+
+
+def ranges_of(model: Model, cache: Path, stage: str = "denoiser") -> Path:
+    """The file of a stage's ranges, which is measured if it is not there."""
+    ranges = (
+        cache / model.name / ("ranges.safetensors" if stage == "denoiser" else f"ranges-{stage}.safetensors")
+    )
+    if not ranges.exists():
+        prompts, steps = model.calibration
+        settings = ["--prompts", PROMPTS, "--num-prompts", prompts, "--steps", steps, "--stage", stage]
+        run([sys.executable, *DITC, "calibrate", checkpoint_of(model, cache), "-o", ranges, *settings])
+    return ranges
 
 
 def export(model: Model, contestant: Contestant, cache: Path, peer: Path | None) -> None:

@@ -184,8 +184,9 @@ class Ditc(Contestant):
         from ditc.runtime.pipeline import Pipeline
 
         self.imported = perf_counter()
-        keys = ("backend", "precision", "threads")
-        self.pipe = Pipeline.load(settings["model"], **{key: settings[key] for key in keys})
+        keys = ("backend", "precision", "stage_precision", "threads")
+        options = {key: settings[key] for key in keys if key in settings}
+        self.pipe = Pipeline.load(settings["model"], **options)
 
     def draw(self, *, latents: Any, output_type: str, **arguments: Any) -> Any:
         return self.pipe(

@@ -86,7 +86,7 @@ def coverage_lines(record: QuantRecord) -> list[str]:
 def measured_lines(m: Measurement, precision: Precision) -> list[str]:
     """Fidelity and speed, with a warning if 8 bits are not faster."""
     lines = [
-        f"fidelity: PSNR {m.psnr_db:.1f} dB (worst {m.worst_db:.1f}) over {m.prompts} pictures x "
+        f"fidelity: PSNR {m.psnr_db:.1f} dB (worst {m.worst_db:.1f}) over {m.prompts} prompts x "
         f"{m.num_inference_steps} steps, latents {m.latents_rel_l2:.4f} relative L2, against the unquantized bundle",
         f"speed: step {m.step_ms:.1f} ms, unquantized {m.base_step_ms:.1f} ms: {m.speedup:.2f} x "
         f"({m.speedup_low:.2f} to {m.speedup_high:.2f}) on {m.machine}",

@@ -11,6 +11,7 @@ import pytest
 from ditc.export.commands import quantization
 from ditc.export.families.sana.recipe import RECIPES
 from ditc.export.options import BuildOptions
+from ditc.export.quant import measure as measuring
 from ditc.export.quant.coverage import Coverage
 from ditc.export.quant.measure import Measurement, known_measurement, save_measurement
 from ditc.export.quant.record import QuantRecord
@@ -112,3 +113,21 @@ def test_without_a_denoiser_to_compare_with_the_hint_names_the_one_that_fits(
     options = BuildOptions(precision=Precision.INT8, backend=backend)
     *_, last = quantization.report(tmp_path, with_int8, options)
     assert f"no {missing} denoiser" in last and f"--precision {missing}" in last
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.001, 20), (3.0, 4), (100.0, 4)])
+def test_steps_that_take_long_are_timed_less_often(
+    seconds: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps of a full-size network would add minutes to a build on a CPU."""
+    now = 0.0
+
+    class Slow:
+        def time(self) -> float:
+            nonlocal now
+            now += seconds
+            return seconds
+
+    monkeypatch.setattr(measuring, "perf_counter", lambda: now)
+    found = measuring._time_alternately({"quantized": Slow(), "unquantized": Slow()})
+    assert {name: len(each) for name, each in found.items()} == {"quantized": times, "unquantized": times}
