@@ -107,18 +107,21 @@ def export(folder: Path, base_dim: int, side: int) -> None:
         write_ir(graph, folder / f"{name}.xml", spec=stage.spec)
 
 
-def sessions(form: str, folder: Path, base_dim: int, side: int) -> list[Any]:
-    """The sessions of the two stages, as the runtime opens them."""
+def onnxruntime_session(folder: Path, spec: Any) -> Any:
+    """A stage's session, as the runtime opens it."""
     from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
+
+    return OnnxRuntimeSession(folder / f"{spec.name}.onnx", spec, provider=CPU)
+
+
+def openvino_session(folder: Path, spec: Any) -> Any:
+    """The same stage in OpenVINO's form."""
     from ditc.runtime.sessions.openvino import OpenvinoSession
 
-    opened: list[Any] = []
-    for name, spec in specs(base_dim, side)[1].items():
-        if form == "openvino":
-            opened.append(OpenvinoSession(folder / f"{name}.xml", spec))
-        else:
-            opened.append(OnnxRuntimeSession(folder / f"{name}.onnx", spec, provider=CPU))
-    return opened
+    return OpenvinoSession(folder / f"{spec.name}.xml", spec)
+
+
+SESSIONS = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 
 
 def decoder_of(form: str, folder: Path, base_dim: int, side: int) -> Callable[[Any], Iterator[int]]:
@@ -126,7 +129,7 @@ def decoder_of(form: str, folder: Path, base_dim: int, side: int) -> Callable[[A
     if form not in IN_PYTORCH:
         from ditc.runtime.video import decoded_chunks
 
-        first, following = sessions(form, folder, base_dim, side)
+        first, following = (SESSIONS[form](folder, spec) for spec in specs(base_dim, side)[1].values())
         return lambda latents: (len(frames) for frames in decoded_chunks(first, following, latents))
     import torch
 

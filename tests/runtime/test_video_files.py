@@ -115,11 +115,8 @@ def test_a_bundle_of_pictures_draws_no_video(
 
 
 def test_verbs_that_draw_pictures_refuse_a_bundle_of_videos(video_bundle, tmp_path, capsys) -> None:
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"prompt": "a cat"}\n')
     for verb in (
         ["bench", str(video_bundle)],
-        ["batch", str(video_bundle), str(lines), "-o", str(tmp_path / "out")],
         ["export-triton", str(video_bundle), "-o", str(tmp_path / "models")],
     ):
         assert main(verb) != 0
