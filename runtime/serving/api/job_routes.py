@@ -35,7 +35,7 @@ def page_of(http: Request, jobs: Jobs[J], after: str | None, limit: int, order: 
     """The fields of a page of the jobs of a request's key, by the time of their creation.
 
     Raises:
-        Invalid: there is no job with the id `after`.
+        Invalid: no job has the id `after`.
     """
     found, more = jobs.page(owner_of(http), after=after, limit=limit, newest_first=order == "desc")
     ids = [job.id for job in found]

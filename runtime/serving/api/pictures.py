@@ -44,7 +44,7 @@ async def with_data_urls(api: Api, asked: Asked, body: ControlArguments) -> Aske
     """What is asked for, with the pictures that are data URLs in the body.
 
     Raises:
-        Invalid: one is no data URL; or as `with_files`.
+        Invalid: one of them is not a data URL; or as `with_files`.
     """
     urls = {name: url for name in PICTURES if (url := getattr(body, name, None)) is not None}
     return _with_pictures(

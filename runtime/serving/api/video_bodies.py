@@ -62,7 +62,7 @@ async def with_first_frame(api: Api, asked: Asked, sent: SentVideo) -> Asked:
     """What is asked for, with the picture that was sent, if there is one.
 
     Raises:
-        Invalid: it is no whole picture of a known format, has too many pixels, or is not sent in one of the two forms.
+        Invalid: the picture is damaged, of an unknown format or too large, or it is not sent in one of the two forms.
     """
     reference, upload = sent.body.input_reference, None
     if reference is not None and sent.file is not None:
