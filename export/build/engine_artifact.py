@@ -14,6 +14,7 @@ from ditc.export.build.source_hash import engine_source
 from ditc.export.checkpoint.release_memory import release_memory
 from ditc.export.engine.build import EngineReport, build_engine, estimate_memory_bytes, library_version
 from ditc.export.engine.ir import IrReport
+from ditc.export.engine.plugins import has_linear_attention
 from ditc.export.engine.profiles import orientation_profiles
 from ditc.export.engine.refittable import refittable_weights
 from ditc.runtime.bundle.build_cost import BuildCost
@@ -35,7 +36,7 @@ def engine_inputs(build: BuildContext, name: str, graph: Artifact) -> EngineInpu
         profiles=orientation_profiles(graph.spec, build.plan.defaults, options.backend),
         library_version=library_version(options.backend),
         gpu=find_gpu() if row_of(options.backend).built_on_gpu else None,
-        linear_attention=options.linear_attention,
+        linear_attention=_linear_attention(build, graph),
         weight_streaming=options.weight_streaming,
         refit=_can_have_loras(build, name) and options.refit,
         engine_source=engine_source(),
@@ -66,6 +67,14 @@ def engine_artifact(build: BuildContext, name: str, graph: Artifact) -> Artifact
     return made_artifact(
         build, name, graph, inputs, stage=stage, files=(path,), memory_bytes=estimate_memory_bytes, make=make
     )
+
+
+def _linear_attention(build: BuildContext, graph: Artifact) -> str:
+    """How the engine computes linear attention: a graph without it gives the same engine for each value."""
+    chosen = build.options.linear_attention
+    if chosen == "plugin" and not has_linear_attention(build.out / graph.file.path):
+        return "decomposed"
+    return chosen
 
 
 def _can_have_loras(build: BuildContext, name: str) -> bool:

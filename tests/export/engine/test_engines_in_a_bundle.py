@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ditc.export.build import engine_artifact
+from ditc.export.build import engine_artifact, preflight
 from ditc.export.build.builder import build_bundle
 from ditc.export.build.events import BuildEvent
 from ditc.export.build.noop import up_to_date
+from ditc.export.engine.build import EngineReport
+from ditc.export.engine.plugins import has_linear_attention
 from ditc.export.options import BuildOptions
 from ditc.runtime.bundle.integrity import check_files
 from ditc.runtime.bundle.manifest import load_manifest
@@ -18,7 +22,7 @@ from ditc.runtime.cli import main
 from ditc.runtime.errors import BuildError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.loader import choose
-from ditc.runtime.spec import Backend
+from ditc.runtime.spec import DENOISER, Backend
 
 pytest.importorskip("tensorrt_rtx")
 RTX = BuildOptions(backend=Backend.TENSORRT_RTX, targets=("sm86", "sm89"))
@@ -92,6 +96,46 @@ def test_other_source_of_the_engines_rebuilds_engines_alone(
     with pytest.raises(BuildError, match="stopped"):
         build_bundle(tiny_checkpoint, engines[0], RTX, on_event=events.append)
     assert [event.why for event in events if event.status == "building"] == ["engine source changed"]
+
+
+def test_the_plugin_rebuilds_the_engines_of_graphs_with_linear_attention_alone(
+    engines: tuple[Path, list[BuildEvent]],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decoder of the tiny checkpoint is a DC-AE, which has it too."""
+    bundle = Path(shutil.copytree(engines[0], tmp_path / "bundle"))
+    events: list[BuildEvent] = []
+
+    def compile_nothing(onnx: Path, out: Path, **given: Any) -> EngineReport:
+        out.write_bytes(onnx.name.encode())
+        return EngineReport(
+            file=out,
+            size_bytes=0,
+            seconds=0.0,
+            peak_memory_bytes=0,
+            targets=given["targets"],
+            profiles=given["profiles"],
+            library="",
+            version="",
+            num_layers=0,
+            types=(),
+            tf32=False,
+            warnings=(),
+        )
+
+    monkeypatch.setattr(preflight, "load_kernels", lambda: None)  # they are not compiled here
+    monkeypatch.setattr(engine_artifact, "build_engine", compile_nothing)
+    build_bundle(tiny_checkpoint, bundle, replace(RTX, linear_attention="plugin"), on_event=events.append)
+    built = {event.stage: event.why for event in events if event.status == "building"}
+    with_op = {
+        name
+        for name, stage in load_manifest(bundle).stages.items()
+        if has_linear_attention(bundle / stage.artifacts[0].file.path)
+    }
+    assert DENOISER in with_op and with_op < set(load_manifest(bundle).stages)
+    assert built == {f"{name} engine": "linear attention changed" for name in with_op}
 
 
 def test_other_targets_rebuild_engines_alone_and_a_failure_keeps_the_bundle(
