@@ -59,11 +59,11 @@ class InputFile:
         """Raise UsageError if there are wrong lines. It names the first ones."""
         if not self.wrong:
             return
-        listed = "; ".join(str(error) for error in self.wrong)
+        listed = "; ".join(f"{error} ({error.hint})" for error in self.wrong)
         more = self.wrong_count - len(self.wrong)
         raise UsageError(
             f"{self.path}: {listed}{f'; and {more} more wrong lines' if more else ''}",
-            hint=f"{self.wrong[0].hint}; or pass --skip-invalid to record such lines as failed and draw the others",
+            hint="mend the lines, or pass --skip-invalid to record such lines as failed and draw the others",
         )
 
     def parse(self, raw: RawLine) -> Line:

@@ -31,7 +31,10 @@ def check_paths(asked: Mapping[str, Any]) -> None:
         if value is None:
             continue
         if not isinstance(value, str) or not 0 < len(value) <= MAX_PATH_LENGTH or "\0" in value:
-            raise UsageError(f"{name} is {value!r:.80}", hint="pass the path of one picture")
+            raise UsageError(
+                f"{name} is {value!r:.80}, not the path of a picture",
+                hint=f"pass one path of 1 to {MAX_PATH_LENGTH} characters",
+            )
         if value.startswith("data:"):
             raise UsageError(
                 f"{name} is {value!r:.40}, not a path",

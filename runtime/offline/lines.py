@@ -94,7 +94,10 @@ def parse_line(raw: bytes, number: int) -> Line:
         given = _parsed(raw)
         name = given.pop(ID, None)
         if name is not None and not (isinstance(name, str) and 0 < len(name) <= MAX_ID_LENGTH):
-            raise UsageError(f"id is {name!r:.80}", hint=f"pass a text of 1 to {MAX_ID_LENGTH} characters")
+            raise UsageError(
+                f"id is {name!r:.80}, not a text of 1 to {MAX_ID_LENGTH} characters",
+                hint="choose another one, or leave it out",
+            )
         asked = _with_long_names(given)
         _check_fields(asked)
         _check_types(asked)
@@ -168,7 +171,7 @@ def _with_long_names(given: dict[str, Any]) -> dict[str, Any]:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None:
             raise UsageError(
-                f"size is {size!r:.80}", hint='write width x height in pixels, such as "512x768"'
+                f"size is {size!r:.80}, not width x height in pixels", hint='write it as "512x768"'
             )
         asked["width"], asked["height"] = int(match[1]), int(match[2])
     return asked
@@ -195,18 +198,18 @@ def _check_types(asked: dict[str, Any]) -> None:
     for name in _TEXTS:
         if name in asked and not isinstance(asked[name], str):
             raise UsageError(
-                f"{name} is {asked[name]!r:.80}", hint="pass one text; write a line for every prompt"
+                f"{name} is {asked[name]!r:.80}, not one text", hint="write a line for every prompt"
             )
     for name in (*INTEGERS, *NUMBERS):
         value = asked.get(name)
         if isinstance(value, bool) and not (name == "intermediate_timesteps" and value is False):
-            raise UsageError(f"{name} is {json.dumps(value)}", hint="pass a number")
+            raise UsageError(f"{name} is {json.dumps(value)}, not a number", hint="pass a number")
     for name in _BOOLEANS:
         if name in asked and not isinstance(asked[name], bool):
-            raise UsageError(f"{name} is {asked[name]!r:.80}", hint="pass true or false")
+            raise UsageError(f"{name} is {asked[name]!r:.80}, not true or false", hint="pass true or false")
     count = asked.get("num_images_per_prompt", 1)
     if isinstance(count, int) and count > MAX_PICTURES_OF_LINE:
         raise UsageError(
-            f"num_images_per_prompt is {count}",
-            hint=f"pass 1 to {MAX_PICTURES_OF_LINE}, and write more lines for more pictures",
+            f"num_images_per_prompt is {count}, and a line has at most {MAX_PICTURES_OF_LINE}",
+            hint="write more lines for more pictures",
         )

@@ -75,7 +75,7 @@ def test_lines_that_failed_are_recorded_and_the_exit_code_says_so(
     with source.open("a") as file:
         file.write('{"prompt": "a", "height": 63}\n\n{"promt": "a"}\n')
     assert main(command(tiny_bundle, source, out)) == 2  # nothing is drawn
-    assert "line 4: it is empty; " in capsys.readouterr().err and not out.exists()
+    assert "line 4: it is empty (remove the empty line); " in capsys.readouterr().err and not out.exists()
     assert main(command(tiny_bundle, source, out, "--skip-invalid")) == 1
     shown = capsys.readouterr()
     assert "2 of 5 lines drawn, 3 failed" in shown.out

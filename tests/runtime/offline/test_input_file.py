@@ -37,12 +37,24 @@ def test_wrong_lines_are_all_counted_and_the_first_are_named(tmp_path: Path) -> 
     assert "--skip-invalid" in str(raised.value.hint)
 
 
+def test_every_wrong_line_says_what_was_expected(tmp_path: Path) -> None:
+    found = check_input(
+        written(tmp_path / "in.jsonl", {"prompt": "a", "seed": 1.5}, {"prompt": "a", "steps": 0})
+    )
+    with pytest.raises(UsageError) as raised:
+        found.check()
+    assert len(found.wrong) == 2
+    for error in found.wrong:
+        assert f"{error} ({error.hint})" in str(raised.value)
+
+
 def test_an_id_that_comes_twice_is_named_with_both_lines(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "id": name} for name in ("x", "y", "x", "z", "x")]
     found = check_input(written(tmp_path / "in.jsonl", *lines))
     assert found.repeated == {3: 1, 5: 1} and found.wrong_count == 2
     with pytest.raises(
-        UsageError, match="line 3: its id 'x' is that of line 1; line 5: its id 'x' is that of line 1"
+        UsageError,
+        match=r"line 3: its id 'x' is that of line 1 \(.*\); line 5: its id 'x' is that of line 1 \(",
     ):
         found.check()
 
