@@ -23,6 +23,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.prepare import Plan, make_plan
 from ditc.runtime.request import Request
 from ditc.runtime.request_checks import checked
+from ditc.runtime.serving.api.request_limits import DEFAULTS as OF_A_SERVER
 from ditc.runtime.serving.model import recorded_times
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.scheduling.admission import Admission
@@ -40,6 +41,8 @@ LINES_WORTH_WARMING_UP = 16
 LINES_AHEAD, MOST_LINES = 4, 64
 # The frames of a finished video take its pixels in memory until its file is written.
 VIDEOS_AHEAD = 1
+# Pixels of all frames of a line with several videos. They are in memory until the last one is drawn: 0.8 GB.
+MOST_VIDEO_PIXELS = OF_A_SERVER.max_video_pixels
 # A stage that fails may fail again because of the line itself.
 ATTEMPTS = 2
 
@@ -111,6 +114,7 @@ class Drawer:
         try:
             request = _sized(checked(line.request(self._inputs)), self.pipeline.manifest.defaults)
             plan = replace(make_plan(request, self.pipeline.drawable), seed=line.seed)
+            _check_videos(plan)
             self._scheduler.submit(plan, self._listener(line, plan), id=str(line.number))
         except UsageError as error:
             self._ended.put(_Ended(line, plan, Refused(_refusal(error))))
@@ -158,6 +162,22 @@ def _sized(request: Request, defaults: Defaults) -> Request:
         return request
     height, width = size_like(*image.size(), defaults)
     return replace(request, height=height, width=width)
+
+
+def _check_videos(plan: Plan) -> None:
+    """Refuse several videos that lines of their own would draw with less memory.
+
+    Raises:
+        UsageError: they have more pixels together than one request may have on a server with its default bounds. One
+            video alone is as large as the bundle allows.
+    """
+    one = max(plan.height * plan.width, plan.drawn_height * plan.drawn_width) * (plan.frames or 0)
+    if plan.pictures > 1 and one * plan.pictures > MOST_VIDEO_PIXELS:
+        raise UsageError(
+            f"num_images_per_prompt is {plan.pictures}, and the {plan.frames} frames of each video have {one} pixels: "
+            f"{one * plan.pictures} together, of at most {MOST_VIDEO_PIXELS}",
+            hint="write a line for every video",
+        )
 
 
 def _refusal(error: DitcError) -> Refusal:

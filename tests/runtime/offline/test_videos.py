@@ -13,7 +13,12 @@ import pytest
 from PIL import Image
 
 from ditc.runtime.cli import main
+from ditc.runtime.load_options import LoadOptions
+from ditc.runtime.offline import draw
+from ditc.runtime.offline.draw import Drawer
 from ditc.runtime.offline.folder import RESULTS
+from ditc.runtime.offline.lines import parse_line
+from ditc.runtime.offline.result import VideoFiles
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.video_files import video_bytes
 
@@ -88,6 +93,28 @@ def test_mp4_files_are_equal_on_every_run(video_bundle: Path, source: Path, tmp_
     one, other = (results_of(tmp_path / name) for name in ("one", "other"))
     assert one == other
     assert one[2]["videos"][1]["file"] == "videos/0000/00000003-1.mp4"
+
+
+def test_several_videos_that_would_fill_the_memory_fail_and_one_alone_does_not(
+    video_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = SETTINGS["height"] * SETTINGS["width"] * SETTINGS["frames"]
+    monkeypatch.setattr(draw, "MOST_VIDEO_PIXELS", pixels - 1)
+    drawer = Drawer(
+        video_bundle, LoadOptions(threads=1), tmp_path, inputs=tmp_path, videos=VideoFiles("webp", 8)
+    )
+    try:
+        for number, count in ((1, 1), (2, 64)):
+            asked = {"prompt": "a cat", **SETTINGS, "num_images_per_prompt": count}
+            drawer.submit(parse_line(json.dumps(asked).encode(), number))
+        found = {result["line"]: result for result in (drawer.take(), drawer.take())}
+    finally:
+        drawer.close()
+    assert found[1]["status"] == "done" and len(found[1]["videos"]) == 1
+    assert found[2]["status"] == "failed" and not found[2]["pictures"]
+    error = found[2]["error"]
+    assert f"num_images_per_prompt is 64, and the 5 frames of each video have {pixels}" in error["message"]
+    assert str(64 * pixels) in error["message"] and "a line for every video" in error["hint"]
 
 
 def test_what_cannot_be_is_refused_before_any_line_is_drawn(
