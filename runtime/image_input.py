@@ -49,7 +49,7 @@ class GivenImages:
         size = (width, height)
         return GivenImages(
             tuple(
-                (one if masks else _on_white(one)).resize(size, Image.Resampling.LANCZOS)
+                (one if masks else on_white(one)).resize(size, Image.Resampling.LANCZOS)
                 if isinstance(one, Image.Image)
                 else _nearest(one, height, width)
                 for one in self.pictures
@@ -60,7 +60,7 @@ class GivenImages:
         """One picture as the encoder takes it: (1,3,height,width) in [-1,1]."""
         given = self.pictures[index]
         if isinstance(given, Image.Image):
-            rgb = _on_white(given).resize((width, height), Image.Resampling.LANCZOS)
+            rgb = on_white(given).resize((width, height), Image.Resampling.LANCZOS)
             given = np.asarray(rgb, np.float32) / np.float32(255)
         pixels = _nearest(given, height, width)
         return np.ascontiguousarray((2 * pixels - 1).transpose(2, 0, 1)[None], np.float32)
@@ -95,6 +95,14 @@ def given_images(name: str, value: Any, *, channels: int) -> GivenImages:
     if not found:
         raise UsageError(f"{name} is empty", hint="pass one picture, or one per prompt")
     return GivenImages(found)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """The picture as RGB, on white where it is transparent."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _pictures(name: str, value: Any, channels: int) -> tuple[Image.Image | Floats, ...]:
@@ -147,13 +155,6 @@ def _upright(name: str, picture: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError) as e:  # Pillow reads the pixels only now
         raise UsageError(f"{name} cannot be read: {e}", hint="pass a complete picture") from e
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _nearest(pixels: Floats, height: int, width: int) -> Floats:

@@ -34,7 +34,8 @@ FORM = {
                         "image": {
                             "type": "string",
                             "format": "binary",
-                            "description": "PNG, JPEG or WebP. Only a control_image can stand without it.",
+                            "description": "PNG, JPEG or WebP; without a mask, it is drawn anew where it is "
+                            "transparent. Only a control_image can stand without it.",
                         },
                         "control_image": {
                             "type": "string",

@@ -1,8 +1,7 @@
 """Pictures that requests for pictures begin with: from the files of a form, or from data URLs in a JSON body.
 
 OpenAI's masks, and its pictures without a mask, are transparent where to draw anew. A mask without transparency is read
-as diffusers reads one: white is drawn anew. What a ControlNet reads, which OpenAI does not have, is put on white where
-it is transparent.
+as diffusers reads one: white is drawn anew. Every other picture is seen on white where it is transparent.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ditc.runtime.serving.refusals import Invalid
 # The picture to draw from, its mask, and what a ControlNet reads: the names in forms and bodies.
 IMAGE, MASK, CONTROL = "image", "mask", "control_image"
 PICTURES = (IMAGE, MASK, CONTROL)
+OPAQUE = 255
 
 
 async def with_files(api: Api, asked: Asked, body: ControlArguments, files: Mapping[str, bytes]) -> Asked:
@@ -72,15 +72,19 @@ def _with_pictures(asked: Asked, body: ControlArguments, pictures: Mapping[str, 
         image=image and given_images(IMAGE, image.image, channels=3),
         mask_image=image and _to_draw(image, mask),
         strength=body.strength if isinstance(body, EditArguments) else None,
-        control_image=control and given_images(CONTROL, control.whole, channels=3),
+        control_image=control and given_images(CONTROL, control.image, channels=3),
         **{name: getattr(body, name) for name in ControlArguments.model_fields},
     )
     return replace(asked, request=request)
 
 
 def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
-    """Where to draw, as white in a picture of grey; None for everywhere."""
-    if mask is not None and mask.alpha is None:
-        return mask.image.convert("L")
-    alpha = image.alpha if mask is None else mask.alpha
-    return None if alpha is None else ImageOps.invert(alpha)
+    """Where to draw, as white in a picture of grey; None for everywhere.
+
+    A picture without a mask is drawn anew where it is less than half opaque, or everywhere if it is so nowhere: a soft
+    edge or a shadow asks for nothing.
+    """
+    if mask is None:
+        alpha = image.alpha
+        return None if alpha is None or alpha.getextrema()[0] > OPAQUE // 2 else ImageOps.invert(alpha)
+    return mask.image.convert("L") if mask.alpha is None else ImageOps.invert(mask.alpha)

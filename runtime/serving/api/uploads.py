@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ditc.runtime.image_input import on_white
 from ditc.runtime.limits import MAX_SIDE
 from ditc.runtime.serving.api.upload_formats import Animated, Malformed, StillPicture, read_picture
 from ditc.runtime.serving.refusals import Invalid
@@ -40,21 +41,12 @@ class Upload:
     """A picture from a client.
 
     Attributes:
-        image: RGB, upright.
+        image: RGB, upright, on white where it is transparent. Colours that nobody sees there count for nothing.
         alpha: L, 0 where the picture is transparent; None if it is opaque everywhere.
     """
 
     image: Image.Image
     alpha: Image.Image | None
-
-    @property
-    def whole(self) -> Image.Image:
-        """The picture with its transparency, which `given_images` puts on white: RGBA, or RGB if it is opaque."""
-        if self.alpha is None:
-            return self.image
-        whole = self.image.copy()
-        whole.putalpha(self.alpha)
-        return whole
 
 
 def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PIXELS) -> Upload:
@@ -146,4 +138,6 @@ def _split(image: Image.Image) -> Upload:
     if image.mode == "RGB":
         return Upload(image, None)
     alpha = image.getchannel("A")
-    return Upload(image.convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha)
+    if alpha.getextrema() == (255, 255):
+        return Upload(image.convert("RGB"), None)
+    return Upload(on_white(image), alpha)

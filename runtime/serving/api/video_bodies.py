@@ -92,7 +92,7 @@ async def with_first_frame(api: Api, asked: Asked, sent: SentVideo) -> Asked:
 
 
 def _starting_from(upload: Upload, asked: Asked) -> Asked:
-    image = given_images(REFERENCE, upload.whole, channels=3)
+    image = given_images(REFERENCE, upload.image, channels=3)
     return replace(asked, request=replace(asked.request, image=image))
 
 

@@ -183,7 +183,7 @@ def test_models_are_listed_with_what_they_draw_by_default(client: OpenAI, pipeli
         client.models.retrieve("another")
 
 
-def test_edits_draw_from_a_picture_and_where_the_mask_is_transparent(
+def test_edits_draw_from_a_picture_as_it_is_seen_and_where_it_or_the_mask_is_transparent(
     client: OpenAI, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     picture = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).convert("RGB")
@@ -191,7 +191,12 @@ def test_edits_draw_from_a_picture_and_where_the_mask_is_transparent(
     alpha.paste(0, (0, 0, 45, 70))  # the left half is drawn anew
     clear = picture.copy()
     clear.putalpha(alpha)
-    for name, image in (("picture", picture), ("clear", clear), ("white", ImageOps.invert(alpha))):
+    soft = picture.copy()
+    soft.putalpha(
+        alpha.point(lambda value: max(value, 128))
+    )  # half opaque: nothing is to be drawn anew there alone
+    made = {"picture": picture, "clear": clear, "white": ImageOps.invert(alpha), "soft": soft}
+    for name, image in made.items():
         image.save(tmp_path / f"{name}.png")
     settings: dict[str, Any] = {**EXTRA, "strength": 0.9}
 
@@ -202,14 +207,17 @@ def test_edits_draw_from_a_picture_and_where_the_mask_is_transparent(
         )
         return np.asarray(opened(answer.data[0].b64_json))
 
-    def drawn(**images: Any) -> np.ndarray[Any, Any]:
-        found = pipeline("red cat", image=picture, height=64, width=64, **settings, **images).images[0]
+    def drawn(image: Image.Image = picture, **images: Any) -> np.ndarray[Any, Any]:
+        found = pipeline("red cat", image=image, height=64, width=64, **settings, **images).images[0]
         return np.asarray(found)
 
     mask = ImageOps.invert(alpha)
     np.testing.assert_array_equal(edited("picture"), drawn())
-    for image, with_mask in (("picture", "clear"), ("picture", "white"), ("clear", None)):
-        np.testing.assert_array_equal(edited(image, with_mask), drawn(mask_image=mask))
+    for with_mask in ("clear", "white"):
+        np.testing.assert_array_equal(edited("picture", with_mask), drawn(mask_image=mask))
+        np.testing.assert_array_equal(edited("clear", with_mask), drawn(clear, mask_image=mask))
+    np.testing.assert_array_equal(edited("clear"), drawn(clear, mask_image=mask))  # seen on white
+    np.testing.assert_array_equal(edited("soft"), drawn(soft))
     assert (edited("picture") != drawn(mask_image=mask)).any()
 
 
