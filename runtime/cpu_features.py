@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
     line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     found = set(line.partition(":")[2].split())
     return tuple(name for name in TELLING if name in found)
+
+
+def int8_products_saturate() -> bool:
+    """Whether the common u8 x s8 kernels give wrong sums on this CPU: x86 without VNNI.
+
+    They add pairs of products in 16 bits there (vpmaddubsw), and a pair may be as large as 2 * 255 * 127 = 64,770.
+    Where the CPU's instructions are not known, VNNI is taken to be missing: a slow product is better than a wrong one.
+    """
+    return platform.machine().lower() in ("x86_64", "amd64") and not VNNI.intersection(cpu_features())
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from ditc.runtime.bench.matmul_graph import matmul_graph
 from ditc.runtime.cores import default_threads
-from ditc.runtime.cpu_features import BF16, cpu_features
+from ditc.runtime.cpu_features import BF16, cpu_features, int8_products_saturate
 from ditc.runtime.sessions.registry import missing
 from ditc.runtime.spec import Backend, Precision
 
@@ -89,6 +89,8 @@ def _onnxruntime(threads: int, *, integers: bool) -> Callable[[], object]:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if int8_products_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # as the session of a stage
     graph = matmul_graph(ROWS, WIDTH, LAYERS, integers=integers)
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     values = np.random.default_rng(0).standard_normal((ROWS, WIDTH))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.cores import default_threads
-from ditc.runtime.cpu_features import VNNI, cpu_features
+from ditc.runtime.cpu_features import int8_products_saturate
 from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, to_numpy
@@ -89,7 +89,7 @@ class OnnxRuntimeSession:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Without this, the end of the file's name decides, and ORT's own format was never checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        if precision in (Precision.INT8, Precision.INT8_DYNAMIC) and not VNNI.intersection(cpu_features()):
+        if precision in (Precision.INT8, Precision.INT8_DYNAMIC) and int8_products_saturate():
             # On CPUs without VNNI, ONNX Runtime's u8 x s8 kernel adds pairs of products in 16 bits and saturates (its
             # quantization page, "U8S8"). This setting makes it use u8 x u8, which is exact there. On an Intel Xeon with
             # VNNI, ONNX Runtime 1.32 obeys the setting too, and its u8 x u8 kernel takes 4 to 6 times as long.

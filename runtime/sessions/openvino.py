@@ -17,7 +17,7 @@ import numpy as np
 
 from ditc.runtime.bundle.manifest import Artifact
 from ditc.runtime.cores import default_threads
-from ditc.runtime.cpu_features import BF16, cpu_features, multiplies_bf16_faster
+from ditc.runtime.cpu_features import BF16, cpu_features, int8_products_saturate, multiplies_bf16_faster
 from ditc.runtime.errors import SessionError
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.session import Array, ComputeDevice, Session, Tensor, closed, numpy_dtype, to_numpy
@@ -265,6 +265,11 @@ def settings(device: str, threads: int, precision: Precision = Precision.FP32) -
     common["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_GROUP if precision is Precision.INT8_DYNAMIC else 0
     if device != CPU:
         return common
+    if int8_products_saturate():
+        # OpenVINO 2026.4 has no other INT8 kernels for such CPUs, and they are no faster than its fp32 ones
+        # (docs/calibration.md). Without its low-precision transformations it rounds the inputs of the products to 8
+        # bits as the graph says, and multiplies in fp32.
+        common["LP_TRANSFORMS_MODE"] = False
     # Pinning would bind threads to cores outside of the process's mask, and several processes to the same cores.
     return {
         **common,

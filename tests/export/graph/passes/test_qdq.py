@@ -149,7 +149,7 @@ def test_the_runtimes_own_session_runs_the_graph(make, run, tmp_path, name):
 def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path, name):
     need_openvino()
     from ditc.export.engine.ir import write_ir
-    from ditc.runtime.cpu_features import cpu_features
+    from ditc.runtime.cpu_features import int8_products_saturate
     from ditc.runtime.sessions.openvino import OpenvinoSession, executed_types
 
     stage, plan, model = make(ALL[name])
@@ -157,9 +157,9 @@ def test_openvino_runs_the_graph_in_integer_kernels(make, run, tmp_path, name):
     session, feeds = OpenvinoSession(files.model, stage.spec, threads=1), feeds_of(stage, seed=9)
     plain = replace(run, optimize=False)(model, feeds)["x0"]
     assert signal_to_noise_db(session.run(feeds)["x0"], plain) > 40
-    if {"avx512_vnni", "avx_vnni"}.intersection(cpu_features()):
-        products = executed_types(session)["FullyConnected"]
-        assert sum(kind in ("i8", "u8") for kind in products) == len(plan.layers)
+    if not int8_products_saturate():  # elsewhere OpenVINO multiplies in fp32, which this list does not tell
+        in_8_bits = sum(kind in ("i8", "u8") for kind in executed_types(session)["FullyConnected"])
+        assert in_8_bits == len(plan.layers)
 
 
 def test_saved_ranges_give_the_same_graph_byte_for_byte(exported, tmp_path):
