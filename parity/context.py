@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -183,16 +184,24 @@ class Context:
         return VAE_DECODER if self.candidate.precision(VAE_DECODER) in EIGHT else self.drawing_stage
 
     def bound(
-        self, level: Level, metric: Metric, stage: str, *, pytorch: float | None = None
+        self,
+        level: Level,
+        metric: Metric,
+        stage: str,
+        *,
+        pytorch: float | None = None,
+        values: float = math.inf,
     ) -> Limit | None:
         """The bound of one comparison at a stage; None where the tolerance table has none for its precision.
 
         Args:
             pytorch: the precision baseline's error against fp32 on the same input.
+            values: on how many values that error was measured.
         """
         precision = self.candidate.precision(stage)
-        found = limit(level, metric, precision, pytorch=pytorch, budget=self.eight_bit_budget)
-        usual = limit(level, metric, precision, pytorch=pytorch)
+        usual = limit(level, metric, precision, pytorch=pytorch, values=values)
+        budget = self.eight_bit_budget
+        found = limit(level, metric, precision, pytorch=pytorch, values=values, budget=budget)
         if found is not None and found != usual:
             self.loosened |= usual is None or found.bound > usual.bound
         return found

@@ -145,7 +145,8 @@ def _check_native(context: Context, case: StageCase) -> Result:
 def stage_bound(context: Context, case: StageCase, name: str) -> Limit | None:
     """The bound of one output in this case; None if there is no bound."""
     baseline = case.baseline_errors.get(name) if case.baseline_errors is not None else None
-    return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=baseline)
+    values = case.outputs[name].size
+    return context.bound(Level.STAGE, Metric.RELATIVE_L2, case.stage, pytorch=baseline, values=values)
 
 
 def _why_unbounded(context: Context, stage: str) -> str:
