@@ -85,6 +85,7 @@ def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
     edge or a shadow asks for nothing.
     """
     if mask is None:
-        alpha = image.alpha
-        return None if alpha is None or alpha.getextrema()[0] > OPAQUE // 2 else ImageOps.invert(alpha)
+        if image.alpha is None or not any(image.alpha.histogram()[: OPAQUE // 2 + 1]):
+            return None
+        return ImageOps.invert(image.alpha)
     return mask.image.convert("L") if mask.alpha is None else ImageOps.invert(mask.alpha)
