@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.cores import most_threads
-from ditc.runtime.cpu_features import cpu_features
+from ditc.runtime.cpu_features import cpu_features, int8_products_saturate
 from ditc.runtime.errors import CheckpointError
 from ditc.runtime.gpu import check_device, select_gpu
 from ditc.runtime.load_options import add_load_arguments
@@ -83,7 +83,9 @@ def _machine() -> list[Finding]:
         ),
     ]
     if features := cpu_features():
-        findings.append(Finding("cpu", f"has {' '.join(features)}", None))
+        no_vnni = "it has no VNNI, so OpenVINO computes 8-bit stages in fp32: build them for ONNX Runtime"
+        hint = no_vnni if int8_products_saturate() else None
+        findings.append(Finding("cpu", f"has {' '.join(features)}", None, hint))
     memory = _memory_gb()
     if memory is not None:
         enough = memory[0] > 4

@@ -65,3 +65,11 @@ def test_free_disk_and_memory_are_compared_with_what_a_checkpoint_needs(
 def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(tmp_path)]) == USAGE
     assert "holds no .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_a_cpu_without_vnni_has_a_hint(monkeypatch: pytest.MonkeyPatch, saturates: bool) -> None:
+    monkeypatch.setattr(doctor, "cpu_features", lambda: ("avx2",))
+    monkeypatch.setattr(doctor, "int8_products_saturate", lambda: saturates)
+    (finding,) = [finding for finding in doctor._machine() if finding.topic == "cpu"]
+    assert finding.text == "has avx2" and ("no VNNI" in (finding.hint or "")) is saturates
