@@ -47,6 +47,9 @@ class Compiled:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._idle: deque[Any] = deque()
+        outputs = {port.get_any_name(): port.get_partial_shape() for port in model.outputs}
+        # The shapes of the outputs that are known before a run.
+        self.shapes = {name: tuple(s.to_shape()) for name, s in outputs.items() if s.is_static}
 
     @contextmanager
     def request(self) -> Iterator[Any]:
@@ -134,9 +137,19 @@ class OpenvinoSession:
                 for name, (dtype, empty) in self._optional.items():
                     matrix = loras[name]
                     request.set_tensor(name, self._shared(empty if matrix is None else matrix, dtype))
+                outputs = {}
+                for tensor in self.spec.outputs:
+                    if (shape := compiled.shapes.get(tensor.name)) is not None:
+                        outputs[tensor.name] = array = np.empty(shape, numpy_dtype(tensor.dtype))
+                        request.set_tensor(tensor.name, self._shared(array, tensor.dtype))
                 request.infer(share_outputs=True)  # its results are read below
-                # Copies: the request's own memory is written to again in its next run.
-                return {t.name: _copied(request.get_tensor(t.name), t.dtype) for t in self.spec.outputs}
+                # Where a shape was not known, the result is in the request's own memory, which its next run writes to.
+                return {
+                    t.name: outputs[t.name]
+                    if t.name in outputs
+                    else _copied(request.get_tensor(t.name), t.dtype)
+                    for t in self.spec.outputs
+                }
         except RuntimeError as e:
             sizes = {name: feed.shape for name, feed in given.items()}
             raise SessionError(
@@ -189,7 +202,7 @@ class OpenvinoSession:
             ) from e
 
     def _shared(self, array: Array, dtype: DType) -> Any:
-        """The array as a tensor without a copy, also if it cannot be written to. OpenVINO only reads its inputs.
+        """The array as a tensor without a copy, also an input that cannot be written to: OpenVINO only reads those.
 
         The tensor does not keep the array alive: every run sets all tensors of its request first.
         """
