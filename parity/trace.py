@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ditc.export.graph.passes.qdq import codes_of
 from ditc.export.graph.passes.scopes import scopes_of
 from ditc.export.graph.torch_session import TorchSession, from_torch
 from ditc.runtime.cores import default_threads
@@ -176,6 +177,7 @@ class OnnxTracer:
     def __init__(self, model: ir.Model, feeds: Mapping[str, Tensor]) -> None:
         self._feeds = {name: to_numpy(feed) for name, feed in feeds.items()}
         self._values = places_of(model)
+        self._reciprocals = reciprocals_of(model)
         names = {value.name for values in self._values.values() for value in values}
         self._folder = tempfile.TemporaryDirectory(prefix="ditc-trace-")
         self._session = _open_with_outputs(model, names, Path(self._folder.name))
@@ -188,6 +190,8 @@ class OnnxTracer:
         chosen = {place: self._choose(place, shape) for place, shape in wanted.items()}
         names = sorted({name for some in chosen.values() for name in some} - self._feeds.keys())
         values = dict(zip(names, self._session.run(names, self._feeds), strict=True)) if names else {}
+        for name in values.keys() & self._reciprocals.keys():
+            values[name] = values[name] / self._reciprocals[name]
         values |= self._feeds
         return {place: [values[name] for name in some] for place, some in chosen.items() if some}
 
@@ -227,6 +231,34 @@ def places_of(model: ir.Model) -> dict[Place, list[ir.Value]]:
     places = {Place(module, "in"): values for module, values in entering.items() if module}
     places |= {Place(module, "out"): values for module, values in leaving.items() if module}
     return places
+
+
+def reciprocals_of(model: ir.Model) -> dict[str | None, Array]:
+    """What SmoothQuant has multiplied values by before layers quantize them, by the value's name.
+
+    The result of an adaptive norm leaves the norm's module smoothed, because its scale and shift are smoothed instead.
+    """
+    found: dict[str | None, Array] = {}
+    for weight in model.graph.initializers.values():
+        codes = codes_of(weight)
+        if codes is None or codes.reciprocals is None:
+            continue
+        factors = model.graph.initializers[codes.reciprocals].const_value
+        for dequantized in (use.node for use in weight.uses()):
+            for gemm in (use.node for use in dequantized.outputs[0].uses()):
+                quantize = _source(_source(gemm))
+                if quantize is None or quantize.op_type != "QuantizeLinear" or factors is None:
+                    continue
+                divided = quantize.inputs[0]
+                assert divided is not None
+                found[divided.name] = factors.numpy()
+    return found
+
+
+def _source(node: ir.Node | None) -> ir.Node | None:
+    """The node that makes the first input of a node; None for an input of the graph."""
+    first = None if node is None else node.inputs[0]
+    return None if first is None else first.producer()
 
 
 def tracer_of(session: Any, feeds: Mapping[str, Tensor], model: Path | ir.Model | None) -> Tracer | None:

@@ -17,15 +17,16 @@ from ditc.export.graph.onnx import to_onnx
 from ditc.export.graph.passes.qdq import quantize_graph
 from ditc.export.quant.layers import quantizable_layers
 from ditc.export.quant.plan import QuantPlan, make_plan
-from ditc.export.quant.recipes import Recipe
+from ditc.export.quant.recipes import Recipe, recipes_of
 from ditc.export.quant.record import read_record, write_record
 from ditc.parity.candidate import Candidate
 from ditc.parity.context import Context
 from ditc.parity.levels import LEVELS
 from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Verdict
+from ditc.parity.trace import Place, places_of, reciprocals_of
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
-from ditc.runtime.spec import DENOISER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, Precision
 from ditc.runtime.tolerances import Level
 
 LAYER = "transformer_blocks.1.ff.conv_inverted"
@@ -61,17 +62,22 @@ def int8(quantize) -> tuple[Path, QuantPlan]:
 
 
 def context_of(
-    reference: TorchModel, graph: Path, plan: QuantPlan | None, precision=Precision.INT8, budget=None
+    reference: TorchModel,
+    graph: Path,
+    plan: QuantPlan | None,
+    precision=Precision.INT8,
+    budget=None,
+    stage=DENOISER,
 ) -> Context:
-    """A parity run whose candidate has the 8-bit denoiser. All other stages are PyTorch's."""
-    spec = reference.plan.stages[DENOISER].spec
+    """A parity run whose candidate has one stage in 8 bits, the denoiser. All other stages are PyTorch's."""
+    spec = reference.plan.stages[stage].spec
     session = OnnxRuntimeSession(graph, spec, precision=precision, provider=CPU, threads=1)
     candidate = Candidate(
-        pipeline=reference.pipeline.with_sessions({DENOISER: session}),
-        graphs={DENOISER: graph},
-        precisions={DENOISER: precision},
-        plans={} if plan is None else {DENOISER: dict(plan.layers)},
-        budgets={DENOISER: budget},
+        pipeline=reference.pipeline.with_sessions({stage: session}),
+        graphs={stage: graph},
+        precisions={stage: precision},
+        plans={} if plan is None else {stage: dict(plan.layers)},
+        budgets={stage: budget},
     )
     return Context(reference_or_none=reference, candidate=candidate, settings=SETTINGS, with_upstream=False)
 
@@ -89,6 +95,27 @@ def test_a_correct_graph_passes_every_level_without_a_given_budget(reference, in
         least = 0.0 if level is Level.MODULE else 1e-4
         assert any(r.verdict is Verdict.PASS and r.value > least for r in found), level
     assert not [r for r in LEVELS[Level.PICTURE](context) if r.verdict is Verdict.FAIL]
+
+
+@pytest.mark.parametrize("sd3_control_checkpoint", ["image-only"], indirect=True)
+def test_the_result_of_a_smoothed_adaptive_norm_is_compared_as_it_was(
+    sd3_control_checkpoint, tmp_path
+) -> None:
+    """In SD3's blocks, the norm and its modulation are one module, whose result has been divided in the graph."""
+    reference, norm = TorchModel(sd3_control_checkpoint), "network.transformer_blocks.0.norm1"
+    stage = reference.load(CONTROLNET)
+    layers, graph = quantizable_layers(stage), tmp_path / "int8.onnx"
+    to_onnx(stage, tmp_path / "fp32.onnx", check=False)
+    model = ir.load(tmp_path / "fp32.onnx")
+    ir.external_data.load_to_model(model)
+    plan = make_plan(recipes_of("sd3")["sd3-controlnet-int8"], ranges_of(stage), layers)
+    quantize_graph(model, plan, {name: layer.parameter for name, layer in layers.items()})
+    ir.save(model, graph)
+    leaving = places_of(model)[Place(norm, "out")]
+    assert reciprocals_of(model).keys() & {value.name for value in leaving}
+    context = context_of(reference, graph, plan, stage=CONTROLNET)
+    (found,) = [r for r in LEVELS[Level.MODULE](context) if r.stage == CONTROLNET]
+    assert found.verdict is Verdict.PASS, found
 
 
 def test_an_fp8_graph_follows_its_plan_too(reference, quantize) -> None:
