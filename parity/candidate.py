@@ -45,7 +45,7 @@ class Candidate:
             pipeline's own session for the stage, which runs the same graph with the rounding written into it, shows
             what rounding costs.
         plans: of 8-bit stages, the quantization plan that the bundle records: scales and smoothing by layer.
-        bases: of 8-bit stages other than the denoiser, the precision outside their 8-bit layers.
+        bases: of 8-bit stages, the precision outside their 8-bit layers.
         calibrations: of 8-bit stages, what their ranges rest on, where the bundle records it.
         budgets: of 8-bit stages, the budget that their recipe was searched for; None for other recipes.
         artifacts: the bundle's artifacts in use; empty for a candidate made in memory.
@@ -137,7 +137,7 @@ def open_candidate(
         precisions={name: artifact.precision for name, artifact in chosen.items()},
         native=native,
         plans={stage: record.plans() for stage, record in records.items()},
-        bases={stage: r.base for stage, r in records.items() if r.base is not None and stage != DENOISER},
+        bases={stage: record.base for stage, record in records.items() if record.base is not None},
         calibrations={stage: r.calibration for stage, r in records.items() if r.calibration is not None},
         budgets={stage: record.recipe.budget for stage, record in records.items()},
         artifacts=chosen,

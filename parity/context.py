@@ -138,8 +138,9 @@ class Context:
             precision, plans = self.candidate.precision(DENOISER), self.candidate.plans
             if precision in EIGHT and DENOISER not in plans:
                 return None
-            base = self.candidate.precision(CONDITIONER) if precision in EIGHT else precision
-            options = replace(self.reference.options, backend=self._backend(), precision=base)
+            options = replace(
+                self.reference.options, backend=self._backend(), precision=self._base(precision)
+            )
             if plans:
                 self._precision_baseline = simulated_baseline(
                     self.reference.checkpoint, options, plans, self.candidate.bases
@@ -147,6 +148,12 @@ class Context:
             elif precision in SIXTEEN_BITS:
                 self._precision_baseline = TorchModel(self.reference.checkpoint, options=options)
         return self._precision_baseline
+
+    def _base(self, precision: Precision) -> Precision:
+        """The precision outside the denoiser's 8-bit layers. Older bundles do not record it."""
+        if precision not in EIGHT:
+            return precision
+        return self.candidate.bases.get(DENOISER) or self.candidate.precision(CONDITIONER)
 
     def _backend(self) -> Backend:
         """The backend of the candidate's denoiser, on which the precisions of a build's other stages depend."""

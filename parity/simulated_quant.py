@@ -47,7 +47,7 @@ def simulated_baseline(
 
     Args:
         plans: the plan of each 8-bit stage.
-        bases: the precision of such stages outside their 8-bit layers, where it is not the one that the options give.
+        bases: the precision of such stages outside their 8-bit layers, where it is recorded.
     """
     other = TorchModel(checkpoint, options=options)
     stages = {

@@ -26,7 +26,7 @@ from ditc.parity.reference.pytorch import TorchModel
 from ditc.parity.results import Verdict
 from ditc.parity.trace import Place, places_of, reciprocals_of
 from ditc.runtime.sessions.onnxruntime import CPU, OnnxRuntimeSession
-from ditc.runtime.spec import CONTROLNET, DENOISER, Precision
+from ditc.runtime.spec import CONTROLNET, DENOISER, DType, Precision
 from ditc.runtime.tolerances import Level
 
 LAYER = "transformer_blocks.1.ff.conv_inverted"
@@ -95,6 +95,29 @@ def test_a_correct_graph_passes_every_level_without_a_given_budget(reference, in
         least = 0.0 if level is Level.MODULE else 1e-4
         assert any(r.verdict is Verdict.PASS and r.value > least for r in found), level
     assert not [r for r in LEVELS[Level.PICTURE](context) if r.verdict is Verdict.FAIL]
+
+
+@pytest.mark.parametrize("sd3_control_checkpoint", ["image-only"], indirect=True)
+def test_the_baseline_is_in_16_bits_where_the_bundle_is(sd3_control_checkpoint) -> None:
+    """SD3's conditioner is fp32 in every bundle, so it does not tell what the denoiser is outside its 8-bit layers.
+
+    A baseline whose denoiser read the ControlNet's bf16 as fp32 allowed an error of 1.4 in a step.
+    """
+    reference, stages = TorchModel(sd3_control_checkpoint), (DENOISER, CONTROLNET)
+    candidate = Candidate(
+        pipeline=reference.pipeline,
+        precisions=dict.fromkeys(stages, Precision.INT8),
+        plans={stage: {} for stage in stages},
+        bases=dict.fromkeys(stages, Precision.BF16),
+    )
+    context = Context(
+        reference_or_none=reference, candidate=candidate, settings=SETTINGS, with_upstream=False
+    )
+    baseline = context.precision_baseline()
+    assert baseline is not None and baseline.plan.stages[DENOISER].precision is Precision.BF16
+    made = {out.name: out.dtype for out in baseline.sessions[CONTROLNET].spec.outputs}
+    read = {spec.name: spec.dtype for spec in baseline.sessions[DENOISER].spec.inputs if spec.name in made}
+    assert made == read == dict.fromkeys(made, DType.BFLOAT16)
 
 
 @pytest.mark.parametrize("sd3_control_checkpoint", ["image-only"], indirect=True)
