@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NoReturn
 
+from ditc.runtime.command_parser import CommandParser
 from ditc.runtime.cores import limit_openmp
-from ditc.runtime.errors import DitcError, MissingExtra, OutputError, UsageError
+from ditc.runtime.errors import DitcError, MissingExtra, OutputError
 from ditc.runtime.printable import one_line, printable_streams
 from ditc.runtime.signals import Terminated, endings_as_interrupts
 
@@ -189,25 +189,8 @@ def report(error: DitcError, *, as_json: bool = False) -> None:
         print(f"hint: {one_line(error.hint)}", file=sys.stderr)  # noqa: T201
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError, like every other part of ditc.
-
-    Attributes:
-        verbs: the parsers of the verbs, in the top-level parser. Only the parser of the typed verb gets its arguments.
-    """
-
-    verbs: dict[str, _Parser]
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(add_help=False, **settings)
-        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="ditc",
         description="Compile diffusion transformers, run them, and prove that they compute what PyTorch computes.",
         epilog="`ditc VERB --help` lists the options of a verb.",
@@ -264,7 +247,8 @@ def _configure_logging(verbosity: int, *, stays: bool) -> None:
     if not stays:
         handler.addFilter(_Once())
     time = "%(asctime)s " if stays else ""
-    handler.setFormatter(_OneLine(f"{time}%(levelname)s %(name)s: %(message)s"))
+    formatter = _OneLine if stays or verbosity else _Short
+    handler.setFormatter(formatter(f"{time}%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ditc").setLevel(level)
 
@@ -274,6 +258,15 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
+
+
+class _Short(_OneLine):
+    """Begins a warning of ditc as an error begins. A line of another library begins with the library's name."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name.startswith("ditc."):
+            return one_line(f"{record.levelname.lower()}: {record.message}")
+        return super().formatMessage(record)
 
 
 class _Once(logging.Filter):

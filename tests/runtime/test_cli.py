@@ -369,7 +369,11 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, capsys: pytest.CaptureFi
         (["-v", "run"], "unrecognized arguments: -v", "ditc --help"),
         (["--nonsense"], "unrecognized arguments: --nonsense", "ditc --help"),
         (["run"], "the following arguments are required: BUNDLE", "ditc run --help"),
-        (["run", "x", "y", "z"], "unrecognized arguments: z", "ditc run --help"),
+        (
+            ["run", "x", "y", "z"],
+            "unrecognized arguments: z",
+            "put a text of several words in quotes; ditc run --help",
+        ),
         (
             ["run", "x", "y", "--width", "wide"],
             "argument --width: invalid int value: 'wide'",
