@@ -28,6 +28,7 @@ from ditc.runtime.bundle.jsondata import (
     to_json,
 )
 from ditc.runtime.bundle.manifest_check import check_manifest
+from ditc.runtime.bundle.mistaken_path import meant
 from ditc.runtime.errors import BundleError
 from ditc.runtime.schedulers import SchedulerParams
 from ditc.runtime.spec import Backend, Precision, StageSpec
@@ -303,15 +304,14 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         bundle.stat()
     except (OSError, ValueError) as e:  # ValueError: a NUL
-        why = (
-            "the path does not exist"
-            if isinstance(e, FileNotFoundError)
-            else getattr(e, "strerror", None) or e
-        )
-        raise BundleError(f"{bundle} is not a bundle: {why}", hint="check the path of the bundle") from e
+        why, hint = getattr(e, "strerror", None) or e, "check the path of the bundle"
+        if isinstance(e, FileNotFoundError):
+            why, hint = "the path does not exist", f"{hint}, or build one: ditc build CHECKPOINT -o {bundle}"
+        raise BundleError(f"{bundle} is not a bundle: {why}", hint=hint) from e
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises if the bundle may not be searched)
-        hint = "name the bundle's directory" if bundle.is_file() else rebuild
-        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}", hint=hint)
+        raise BundleError(
+            f"{bundle} is not a bundle: it has no {MANIFEST}", hint=meant(bundle, MANIFEST) or rebuild
+        )
     try:
         content = path.read_bytes()
         data = json.loads(content)
