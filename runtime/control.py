@@ -62,7 +62,7 @@ def decide_control(request: Request, *, has_controlnet: bool) -> Control | None:
     if not has_controlnet:
         raise UsageError(
             "control_image is given, but this bundle has no ControlNet",
-            hint="build a checkpoint whose model_index.json names a ControlNet pipeline, or leave control_image out",
+            hint="leave control_image out, or build with one: ditc build CHECKPOINT -o BUNDLE --controlnet DIR",
         )
     given = {
         "scale": request.controlnet_conditioning_scale,

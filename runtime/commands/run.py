@@ -65,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(_preview_path(arguments.preview, 0, 0, 0), "--preview")
     from ditc.runtime.bundle.manifest import load_manifest
     from ditc.runtime.image_files import read_image
+    from ditc.runtime.lora.lora_file import check_readable
     from ditc.runtime.pipeline import Pipeline
     from ditc.runtime.request import Request
+    from ditc.runtime.request_checks import checked
     from ditc.runtime.sizes import size_like
 
     images = {
@@ -89,18 +91,20 @@ def run(arguments: argparse.Namespace) -> int:
     paths = _paths(output, count)
     if arguments.output is None:
         _check_places(paths)
+    given = {name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)}
+    image = images["image"] or images["control_image"]
+    if image is not None and given["height"] is given["width"] is None:
+        given["height"], given["width"] = size_like(image.height, image.width, defaults)
+    given |= images
+    request = checked(Request(prompt=prompts, **given))
+    for lora in loras:
+        check_readable(lora.file)
     with Pipeline.load(bundle, options=options) as pipeline:
         if pipeline.uncertified:
             log.warning("the bundle is not certified: %s", pipeline.uncertified)
         pipeline.load_loras(loras)
         if arguments.preview is not None:
             pipeline.steps_per_launch = 1
-        given = {name: getattr(arguments, name) for name in (*TEXTS, *SETTINGS)}
-        image = images["image"] or images["control_image"]
-        if image is not None and given["height"] is given["width"] is None:
-            given["height"], given["width"] = size_like(image.height, image.width, pipeline.manifest.defaults)
-        given |= images
-        request = Request(prompt=prompts, **given)
         plan = pipeline.plan(request)
         pixels = plan.height * plan.width * (plan.frames or 1)
         check_writable(paths[0], "-o", needed_bytes=len(paths) * pixels * RGB_BYTES)
@@ -203,4 +207,5 @@ def _print(arguments: argparse.Namespace, results: Results, chosen: str, gpu_pea
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     names = ", ".join(str(file) for file in results.files if file is not None)
     peak = "" if gpu_peak_bytes is None else f", GPU memory peak {gpu_peak_bytes / 1e9:.2f} GB"
-    sys.stdout.write(f"{names}  seed {results.plan.seed}  ({times}{peak})\n")
+    backend = chosen.partition(":")[0]
+    sys.stdout.write(f"{names}  seed {results.plan.seed}  ({backend}: {times}{peak})\n")

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +124,14 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(name=path.name, sha256=digest.hexdigest(), layers=layers)
 
 
+def check_readable(path: Path) -> None:
+    """Raise UsageError if the file cannot be opened. It costs nothing, so it comes before a bundle is loaded."""
+    with _named(path), path.open("rb"):
+        pass
+
+
 def _bytes_of(path: Path, most: int) -> bytes:
-    try:
+    with _named(path):
         size = path.stat().st_size
         if size > most:
             raise UsageError(
@@ -132,11 +139,19 @@ def _bytes_of(path: Path, most: int) -> bytes:
                 hint="is it a whole checkpoint? A LoRA holds only small matrices",
             )
         return path.read_bytes()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the LoRA in what the operating system says."""
+    try:
+        yield
     except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise UsageError(
-            f"the LoRA {path} cannot be read: {why}", hint="give the path of a .safetensors file"
-        ) from e
+        why, hint = getattr(e, "strerror", None) or e, "give the path of a .safetensors file"
+        file, _, scale = str(path).rpartition(":")
+        if file and Path(file).is_file():
+            hint = f"{file} is there, but {scale!r} is not a number: write a scale as in {file}:0.8"
+        raise UsageError(f"the LoRA {path} cannot be read: {why}", hint=hint) from e
 
 
 def _config_of(path: Path, module: str) -> bytes:
