@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ditc.runtime.bundle.manifest import Artifact, Manifest
 from ditc.runtime.errors import SessionError, UsageError
-from ditc.runtime.gpu import Gpu, find_gpus
+from ditc.runtime.gpu import Gpu, find_gpus, may_have_gpu
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.sessions.opening import check_artifact, check_engine, check_runs
 from ditc.runtime.sessions.registry import AUTO, find_row, library_version
@@ -21,7 +21,8 @@ ADVICE = "ditc doctor says what a GPU needs; --provider cpu asks for the CPU"
 def check_cpu_is_meant(manifest: Manifest, options: LoadOptions) -> None:
     """Warn if the CPU was not asked for, and this machine has a GPU or the bundle has engines for one.
 
-    The caller has found that the denoiser computes on the CPU.
+    On a machine that cannot have a GPU, engines that lie unused surprise nobody, so that is no warning. The caller has
+    found that the denoiser computes on the CPU.
 
     Raises:
         UsageError: the options name a GPU.
@@ -34,7 +35,8 @@ def check_cpu_is_meant(manifest: Manifest, options: LoadOptions) -> None:
         )
     if options.named_backend == AUTO and (gpus or reasons):
         has = f"this machine has {gpus[0].name}" if gpus else "the bundle has engines"
-        log.warning("the denoiser runs on the CPU, although %s%s (%s)", has, _because(reasons), ADVICE)
+        level = logging.WARNING if may_have_gpu() else logging.INFO
+        log.log(level, "the denoiser runs on the CPU, although %s%s (%s)", has, _because(reasons), ADVICE)
 
 
 def _because(reasons: list[str]) -> str:

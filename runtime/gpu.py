@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,6 +18,7 @@ from ditc.runtime.errors import SessionError, UsageError
 
 # When TensorRT-RTX's parser meets a plugin, it opens a library of this name. The wheel of 1.7.1 has only NAME.1.
 RTX_LIBRARY = "libtensorrt_rtx.so"
+PCI, NVIDIA = Path("/sys/bus/pci/devices"), "0x10de"
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 LIST = "ditc doctor lists the GPUs with their numbers and UUIDs"
 
@@ -50,6 +53,18 @@ def find_gpu() -> Gpu | None:
 def no_gpu() -> str:
     """Why `find_gpu` finds none, in one line."""
     return f"no NVIDIA GPU with a driver ({cuda().lack})"
+
+
+def may_have_gpu() -> bool:
+    """Whether an NVIDIA GPU is in this machine, with or without a driver. True where nobody can tell.
+
+    Only Linux on x86 can tell: its GPUs are PCI devices, also as a container sees them that no GPU was given to.
+    """
+    if platform.machine() != "x86_64" or not PCI.is_dir():
+        return True
+    with suppress(OSError):
+        return any((device / "vendor").read_text().strip() == NVIDIA for device in PCI.iterdir())
+    return True
 
 
 def select_gpu(device: str, environment: MutableMapping[str, str] = os.environ) -> None:

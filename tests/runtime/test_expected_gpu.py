@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,12 +55,35 @@ def test_an_engine_for_another_gpu_of_this_machine_is_named_with_its_number(
     assert "the engine is for sm89" in record.message and "it fits NVIDIA L40: --device 1" in record.message
 
 
-def test_engines_without_any_gpu_are_a_warning_too(
-    with_engine: Manifest, gpus: Callable[..., None], caplog: pytest.LogCaptureFixture
+def test_engines_without_any_gpu_are_a_warning_too_where_one_may_be(
+    with_engine: Manifest,
+    gpus: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpus()
+    monkeypatch.setattr(expected_gpu, "may_have_gpu", lambda: True)
     check_cpu_is_meant(with_engine, LoadOptions())
     assert "although the bundle has engines; denoiser: this machine has no NVIDIA GPU" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(expected_gpu, "may_have_gpu", lambda: False)
+    with caplog.at_level(logging.INFO):
+        check_cpu_is_meant(with_engine, LoadOptions())
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_a_gpu_without_a_driver_is_seen_on_the_pci_bus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(gpu, "PCI", tmp_path)
+    for number, vendor in enumerate(("0x8086", "0x1af4", "0x10de")):
+        assert not gpu.may_have_gpu()
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(f"{vendor}\n")
+    assert gpu.may_have_gpu()
+    monkeypatch.setattr(gpu, "PCI", tmp_path / "not here")
+    assert gpu.may_have_gpu()
 
 
 def test_the_cpu_is_no_surprise_where_it_is_named_or_all_that_there_is(
