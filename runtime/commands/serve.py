@@ -125,6 +125,8 @@ class _Opening(threading.Thread):
             sys.stdout.write(json.dumps({"url": self._url, "models": names}) + "\n")
         else:
             sys.stdout.write(f"serving {', '.join(names)} at {self._url}\n")
+            if self._arguments.ui:
+                sys.stdout.write(f"the page for browsers is {self._url}/ui/\n")
         sys.stdout.flush()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +30,7 @@ LONGEST_MESSAGE = 1000
 # Code and message of what the framework itself refuses. Its own texts may change, and quote libraries.
 _FRAMEWORK = {
     400: ("invalid_body", "the body of the request cannot be read"),
-    404: ("not_found", "there is nothing at this path"),
+    404: ("not_found", "there is nothing at this path; /openapi.json lists the paths"),
     405: ("method_not_allowed", "this path does not take this method"),
     413: ("body_too_large", "the body of the request is too large"),
     415: ("unsupported_media_type", "the body of the request has a media type that this path does not take"),
@@ -103,7 +103,7 @@ def refusal_of(error: Exception) -> Refusal | None:
     if isinstance(error, NumericsError):
         return Broken(str(error))
     if isinstance(error, RequestValidationError):
-        return _invalid_field(error.errors()[0])
+        return _invalid_field(_first(error.errors()))
     if isinstance(error, HTTPException):
         code, message = _FRAMEWORK.get(error.status_code, ("refused", "the request is refused"))
         return Refusal(message, status=error.status_code, code=code)
@@ -137,8 +137,13 @@ def headers_of(refusal: Refusal) -> dict[str, str]:
     return headers
 
 
+def _first(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What to say first. A field that does not exist comes before one that is missing: it is that one, misspelt."""
+    return min(found, key=lambda one: one["type"] != "extra_forbidden")
+
+
 def _invalid_field(found: Mapping[str, Any]) -> Invalid:
-    """The first of the fields that are wrong. The value is not repeated."""
+    """A field that is wrong. The value is not repeated."""
     text = _FIELDS.get(found["type"], "is not valid")
     try:
         text = text.format_map(found.get("ctx") or {})

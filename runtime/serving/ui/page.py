@@ -73,6 +73,7 @@ def add_page(app: FastAPI, models: Models, *, limits: RequestLimits) -> None:
     (gradio,) = (route.app for route in holder.routes if isinstance(route, Mount))
     app.mount(PATH, Gate(gradio, visitors, start=blocks.run_startup_events))
 
+    @app.get("/", include_in_schema=False)
     @app.get(PATH, include_in_schema=False)
     async def page() -> RedirectResponse:
         # A path alone, because a host would be the one that the client sent.

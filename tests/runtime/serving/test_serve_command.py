@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from serving_process import ServerProcess, free_port, server_process
 
 from ditc.runtime.bundle.manifest import load_manifest, save_manifest
 from ditc.runtime.cli import USAGE, main
+from ditc.runtime.commands.serve import _Opening
 from ditc.runtime.commands.serve_arguments import default_name
 
 DRAW = "/v1/images/generations"
@@ -160,3 +163,14 @@ def test_replicas_need_an_extra_and_possible_numbers(
     impossible = ("--ray", "--min-replicas=3", "--max-replicas=2")
     assert "3 to 2 replicas are not possible" in errors_of(capsys, tiny_bundle, *impossible)
     assert "-1 GPUs per replica" in errors_of(capsys, tiny_bundle, "--ray", "--gpus-per-replica=-1")
+
+
+def test_the_address_of_the_page_is_printed_with_ui_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    models: Any = SimpleNamespace(awaited=(), names=("tiny",))
+    server: Any = None
+    for ui in (False, True):
+        _Opening(models, server, Namespace(json=False, ui=ui), "http://127.0.0.1:1").run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["serving tiny at http://127.0.0.1:1"] * 2 + [
+        "the page for browsers is http://127.0.0.1:1/ui/"
+    ]

@@ -94,6 +94,7 @@ def test_fields_are_named_with_what_is_wrong_about_them() -> None:
     assert message(prompt="a", n="2") == ("n", "n must be an integer")
     assert message(prompt="abcdef") == ("prompt", "prompt must have at most 5 characters")
     assert message(prompt="a", seeds=1) == ("seeds", "seeds is not an argument of this path")
+    assert message(promt="a") == ("promt", "promt is not an argument of this path")  # and prompt is missing
 
 
 def test_a_client_is_told_when_to_come_back_or_that_it_would_be_in_vain() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.app import create_app
@@ -40,6 +41,9 @@ def test_only_what_the_page_needs_is_open(tiny_bundle: Path) -> None:
     models = Models({"tiny": tiny_bundle}, admission=Admission(Bounds()))
     app = create_app(models)
     add_page(app, models, limits=RequestLimits())
+    for path in ("/", "/ui"):  # the address that `ditc serve` prints leads to the page too
+        answer = TestClient(app, base_url="http://127.0.0.1").get(path, follow_redirects=False)
+        assert (answer.status_code, answer.headers.get("location")) == (307, "/ui/")
     (gate,) = (route.app for route in app.routes if isinstance(getattr(route, "app", None), Gate))
     routes = [f"{method} {route.path}" for route in all_routes(gate._app) for method in route.methods or ()]
     assert len(routes) > 60
