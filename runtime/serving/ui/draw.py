@@ -162,7 +162,10 @@ def _ended(event: Refused | Cancelled) -> View:
 def _caption(plan: Plan) -> str:
     guidance = f" · guidance {plan.guidance_scale:g}" if plan.guided else ""
     steps = f"{plan.num_inference_steps} step{'s' if plan.num_inference_steps > 1 else ''}"
-    return f"Seed {plan.seed} · {steps}{guidance} · {plan.width} × {plan.height}"
+    parts = f"Seed {plan.seed} · {steps}{guidance} · {plan.width} × {plan.height}".split(" · ")
+    return " · ".join(
+        part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts
+    )  # lines break between parts alone
 
 
 def _file_name(plan: Plan, index: int) -> str:
