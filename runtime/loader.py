@@ -183,12 +183,13 @@ def choose(
             check_artifact(artifact)
             check_runs(artifact)
     have = sorted({f"{a.backend} {a.precision.value}" for a in denoisers})
+    choices = {"backend": "" if backend == AUTO else backend, "precision": precision}
+    named = [f"--{name} {choice}" for name, choice in choices.items() if choice]
+    rebuild = f"build one that fits: {' '.join(('ditc build CHECKPOINT -o BUNDLE', *named))}"
     raise UsageError(
         f"the bundle holds denoisers for {', '.join(have)}; requested: {backend}, {precision or 'any precision'}; "
         f"this machine runs {', '.join(runnable)}",
-        hint=f"update ditc, which does not know {', '.join(unknown)}, or build one that fits: {REBUILD}"
-        if unknown
-        else f"build one that fits: {REBUILD}",
+        hint=f"update ditc, which does not know {', '.join(unknown)}, or {rebuild}" if unknown else rebuild,
     )
 
 

@@ -223,6 +223,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(to_text(report))
     if arguments.html is not None:
         write_page(arguments.html, report)
+        if not arguments.json:
+            sys.stdout.write(f"the page is {arguments.html}\n")
     # A run without some levels does not prove the bundle, and one with LoRAs as inputs is about something else.
     if not arguments.level and context.candidate.certified and not given:
         certify(arguments.bundle, context, report, private_key)

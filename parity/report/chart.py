@@ -11,7 +11,7 @@ from ditc.parity.results import StepError
 
 WIDTH, HEIGHT = 1000, 330
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
-COLORS = ("var(--a)", "var(--b)", "var(--c)")
+COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)")
 FLOOR = 1e-9
 
 

@@ -2,10 +2,11 @@
 
 CSS = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#15181d;--soft:#5b6472;--line:#e3e6eb;--good:#12805c;--good-bg:#e3f5ee;--bad:#c0272d;
---bad-bg:#fdeaea;--skip:#8a6100;--skip-bg:#fdf3d7;--a:#2f6fed;--b:#e0732c;--c:#12805c;--track:#eceef2}
+--bad-bg:#fdeaea;--skip:#8a6100;--skip-bg:#fdf3d7;--a:#2f6fed;--b:#e0732c;--c:#12805c;--d:#9b3fc4;
+--e:#8a6d00;--track:#eceef2}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1216;--card:#171b21;--ink:#e9edf3;--soft:#9aa5b4;--line:#272d36;
 --good:#4fd1a1;--good-bg:#11382c;--bad:#ff7b7b;--bad-bg:#431c1f;--skip:#f0c75e;--skip-bg:#3a2f10;--a:#6ea0ff;--b:#ff9d5c;
---c:#4fd1a1;--track:#232932}}
+--c:#4fd1a1;--d:#d08cf0;--e:#d9bf5a;--track:#232932}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}

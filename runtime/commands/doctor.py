@@ -113,7 +113,7 @@ def checkpoint_findings(checkpoint: Path) -> list[Finding]:
         folders[path.parent] = folders.get(path.parent, 0) + path.stat().st_size
     if not folders:
         raise CheckpointError(f"{checkpoint} holds no .safetensors file", hint="give a diffusers directory")
-    disk = DISK_PER_WEIGHT_BYTE * sum(folders.values()) / 1e9
+    disk = max(DISK_PER_WEIGHT_BYTE * sum(folders.values()) / 1e9, 0.1)  # not 0.0 GB for a small one
     memory = (FIXED_MEMORY + MEMORY_PER_WEIGHT_BYTE * max(folders.values())) / 1e9
     free_disk, free_memory = shutil.disk_usage(".").free / 1e9, _memory_gb()
     largest = max(folders, key=lambda folder: folders[folder]).name

@@ -134,9 +134,10 @@ def _certificate(bundle: Path, manifest: Manifest, public_key: Path | None) -> s
     if certificate.outdated:
         return f"ignored, because it is {RENEWAL}"
     count = sum(r is not None for entry in certificate.entries for r in (entry.parity, entry.self_test))
+    records, written = ("1 record", "it was") if count == 1 else (f"{count} records", "they were")
     if public_key is None:
-        return f"{count} records, as they were written"
-    return f"{count} records, {count_signed(certificate, manifest, public_key)} signed with {public_key.name}"
+        return f"{records}, as {written} written"
+    return f"{records}, {count_signed(certificate, manifest, public_key)} signed with {public_key.name}"
 
 
 def _self_test(bundle: Path, options: LoadOptions, private_key: Any) -> Record:

@@ -39,6 +39,26 @@ def test_a_bundle_that_computes_what_pytorch_computes_passes(proven) -> None:
     assert proven[3] == 0
 
 
+def test_the_end_of_the_text_says_where_the_page_is(bundle, tiny_checkpoint, tmp_path, capsys) -> None:
+    page = tmp_path / "parity.html"
+    assert (
+        main(
+            [
+                "parity",
+                str(bundle),
+                "--against",
+                str(tiny_checkpoint),
+                "--level",
+                "graph",
+                "--html",
+                str(page),
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.endswith(f"the page is {page}\n") and page.exists()
+
+
 def test_the_result_is_in_the_certificate_and_inspect_shows_it(proven, capsys) -> None:
     data = json.loads((proven[0] / "certificate.json").read_text())
     (entry,) = data["entries"]
@@ -56,7 +76,7 @@ def test_the_result_is_signed_and_names_the_settings_that_make_it_less_than_a_pr
     key = ["--require-signature", str(bundle.parent / "public.pem")]
     assert main(["sign", str(bundle), "--key", str(bundle.parent / "key.pem")]) == 0
     assert main(["verify", str(bundle), *key]) == 0
-    assert "1 records, 1 signed with public.pem" in capsys.readouterr().out
+    assert "1 record, 1 signed with public.pem" in capsys.readouterr().out
     assert main(["run", str(bundle), "a red heart", *key, "--require-certificate"]) == 2
     assert "proves less than is required: it drew in 2 steps, not 4" in capsys.readouterr().err
 

@@ -202,6 +202,9 @@ def test_what_the_bundle_does_not_hold_is_refused(
     with pytest.raises(UsageError, match=message) as caught:
         choose(load_manifest(tiny_bundle), LoadOptions(**arguments))
     assert caught.value.hint
+    if "requested" in message:  # the hint is a command that can be typed
+        ((name, value),) = arguments.items()
+        assert caught.value.hint.endswith(f"ditc build CHECKPOINT -o BUNDLE --{name} {value}")
 
 
 @pytest.mark.parametrize("stage", [DENOISER, VAE_DECODER, CONDITIONER])

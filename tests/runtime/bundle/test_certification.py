@@ -155,7 +155,7 @@ def test_verify_and_inspect_say_that_a_certificate_was_changed(
 ) -> None:
     certify(bundle, parity=parity_record(load_manifest(bundle)))
     assert main(["verify", str(bundle)]) == 0
-    assert "1 records, as they were written" in capsys.readouterr().out
+    assert "1 record, as it was written" in capsys.readouterr().out
     path = bundle / "certificate.json"
     content, rng = path.read_bytes(), random.Random(0)
     for _ in range(300):
@@ -223,4 +223,4 @@ def test_verify_signs_the_self_test_that_it_runs(
     assert main(arguments) == USAGE
     assert "nothing reads --sign" in capsys.readouterr().err
     assert main([*arguments, "--run", "--threads", "1"]) == 0
-    assert "1 records, 1 signed with public.pem" in capsys.readouterr().out
+    assert "1 record, 1 signed with public.pem" in capsys.readouterr().out

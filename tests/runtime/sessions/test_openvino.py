@@ -179,7 +179,7 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_helps(
 def test_a_bundle_without_openvinos_files_says_what_to_build(tiny_bundle: Path) -> None:
     with pytest.raises(DitcError, match="requested: openvino") as caught:
         Pipeline.load(tiny_bundle, backend="openvino")
-    assert "ditc build" in str(caught.value.hint)
+    assert str(caught.value.hint).endswith("ditc build CHECKPOINT -o BUNDLE --backend openvino")
 
 
 @pytest.mark.parametrize(("found", "hint"), [(["CPU"], "on the CPU"), ([], "pip install")])
