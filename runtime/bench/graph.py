@@ -17,6 +17,8 @@ from ditc.runtime.bundle.protobuf import Span, fields
 from ditc.runtime.errors import BundleError
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+# The module that torch.export writes for an operation which it adds outside of all modules, a size for example (2.13).
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 # Numbers of fields in onnx.proto.
 MODEL_GRAPH, MODEL_FUNCTION = 7, 25
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, GRAPH_VALUE = 1, 5, 11, 12, 13
@@ -145,8 +147,8 @@ class _Reader:
 
 
 def _modules(text: str) -> tuple[str, ...]:
-    """The module paths from the root on. The last entry of the exporter's list names the operation."""
+    """The module paths from the root on; () outside of all. The last entry of the exporter's list is the operation."""
     paths = ast.literal_eval(text)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError("the modules of a node are not a list of names")
-    return tuple(paths[:-1])
+    return () if paths[:1] == [NO_MODULE] else tuple(paths[:-1])

@@ -18,7 +18,7 @@ def page(report: dict[str, Any]) -> str:
     machine = (
         f"{report['machine']['processor']}, {report['threads']} threads, {' '.join(report['cpu_features'])}"
     )
-    title = f"{Path(report['bundle']).name}, {Case(**profiles[0]['case'])}"
+    title = f"{report['bundle']}, {Case(**profiles[0]['case'])}"
     stages = dict.fromkeys(name for profile in profiles for name in profile["stages"])
     data = [
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ditc.runtime.bench import graph
 from ditc.runtime.bench.graph import Graph, Node
 from ditc.runtime.bench.profile import ExecutedNode, by_module, by_pattern, common_module, modules_of, pattern
 from ditc.runtime.bench.profilers.onnxruntime import read_events
@@ -120,3 +121,8 @@ def test_tensorrts_layers_keep_the_names_that_they_fuse() -> None:
     assert first.origins == ("q", "relu") and first.seconds == pytest.approx(3e-3)
     assert modules_of([first], GRAPH) == ["net.blocks.0.attn.to_q"]
     assert second.kind == layer_kind("__myl_MulSum_0x12") == "MulSum"
+
+
+def test_what_the_exporter_added_outside_of_all_modules_names_none() -> None:
+    assert graph._modules("['', 'decoder', 'decoder.conv', 'conv2d']") == ("", "decoder", "decoder.conv")
+    assert graph._modules(f"['{graph.NO_MODULE}', 'sym_size_int_49']") == ()
