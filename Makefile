@@ -10,6 +10,7 @@ PORT      ?= 8000
 NAME      ?= $(notdir $(patsubst %/checkpoint,%,$(MODEL:/=)))
 RANGES    ?= $(dir $(OUT))ranges.safetensors
 PROMPTS   ?= calib/prompts/$(if $(filter demo/checkpoint,$(MODEL:/=)),demo,general).txt
+NUM_PROMPTS ?= $(if $(filter demo/checkpoint,$(MODEL:/=)),35)
 TESTS     ?= tests
 STYLED     = $(if $(filter demo/checkpoint,$(MODEL:/=)),--lora demo/lora/sepia.safetensors)
 RANGED     = $(if $(filter int8 fp8,$(PRECISION)),--ranges $(RANGES))
@@ -35,18 +36,20 @@ help:  ## print this list
 
 setup: $(READY) types  ## make a virtual environment for all other targets, and links for editors
 
-# torch is installed first and alone, so that no later requirement can pull in another build of it.
+# torch is installed first and alone, so that no later requirement can pull in another build of it. Of what is editable,
+# setuptools warns at length that it is (two --quiet).
 $(READY): pyproject.toml constraints.txt
+	@echo "installing about 3 GB of packages into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
+	$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable ".[dev,rtx,sign]"
 	@touch $@
 
 # Triton's interpreter runs the linear-attention kernels in tests. Its 1 GB is needed only there and for
 # --linear-attention plugin.
 $(TESTED): $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,rtx,sign,plugin]"
+	$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable ".[dev,rtx,sign,plugin]"
 	@touch $@
 
 # The engines are fp32, built from the fp32 graphs: for fp16, every stage would have to be exported once more.
@@ -62,7 +65,8 @@ demo: $(READY)  ## build the demo model, draw a contact sheet, build its engines
 export: $(READY)  ## export checkpoint MODEL to bundle OUT of ONNX graphs in PRECISION
 	$(BIN)/ditc build $(MODEL) -o $(OUT) --precision $(PRECISION) $(RANGED)
 
-run: $(READY)  ## draw PROMPT with bundle OUT
+run: $(READY)  ## draw PROMPT with bundle OUT; builds it from MODEL if it is not there
+	[ -e $(OUT)/manifest.json ] || $(BIN)/ditc build $(MODEL) -o $(OUT)
 	$(BIN)/ditc run $(OUT) "$$PROMPT" -o build/out.png
 
 # Two processes with one thread each, which take one test file at a time, keep two cores busy.
@@ -103,7 +107,7 @@ bench-gpu: $(READY)  ## compare engines, ONNX Runtime, diffusers, torch.compile 
 	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(READY)  ## measure ranges of MODEL over PROMPTS into RANGES, for PRECISION=int8 and fp8
-	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS)
+	$(BIN)/ditc calibrate $(MODEL) -o $(RANGES) --prompts $(PROMPTS) $(addprefix --num-prompts ,$(NUM_PROMPTS))
 
 engines: PRECISION = fp16
 engines: $(READY)  ## build TensorRT-RTX engines of MODEL in PRECISION into OUT, ahead of time
@@ -119,7 +123,7 @@ $(PAGED): $(READY) constraints-ui.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(UI)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	grep -v '^pillow==' constraints.txt > $(UI_VENV)/constraints.txt
-	$(BIN)/pip --python $(UI)/python install --quiet --constraint $(UI_VENV)/constraints.txt \
+	$(BIN)/pip --python $(UI)/python install --quiet --quiet --constraint $(UI_VENV)/constraints.txt \
 	  --constraint constraints-ui.txt --editable ".[ui]"
 	@touch $@
 
@@ -135,7 +139,7 @@ $(SCALED): $(READY) constraints-scale.txt
 	$(PYTHON) -m venv --without-pip $(SCALE_VENV)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(SCALE)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	$(BIN)/pip --python $(SCALE)/python install --quiet --constraint constraints.txt \
+	$(BIN)/pip --python $(SCALE)/python install --quiet --quiet --constraint constraints.txt \
 	  --constraint constraints-scale.txt --editable ".[ray]"
 	@touch $@
 

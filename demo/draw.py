@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -37,7 +38,8 @@ PROMPTS = (
     "ghost, 3d style, on a blue background",
 )
 SEED = 1
-_COLUMNS, _CELL, _TEXT = 6, 144, 18
+_COLUMNS, _CELL, _TEXT, _LABEL = 6, 144, 18, 32
+_LABEL_WIDTH = 25  # characters of Pillow's own font in a cell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,16 +108,17 @@ def contact_sheet(
 ) -> Image.Image:
     """One sheet of all sections, each with its title above its pictures, and with a label below each picture."""
     rows = math.ceil(len(labels) / _COLUMNS)
-    height = _TEXT + rows * (_CELL + _TEXT)
+    height = _TEXT + rows * (_CELL + _LABEL)
     sheet = Image.new("RGB", (_COLUMNS * _CELL, len(sections) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (title, pictures) in enumerate(sections):
         top = number * height
         draw.text((4, top + 2), title.upper(), fill="black")
         for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-            x, y = i % _COLUMNS * _CELL, top + _TEXT + i // _COLUMNS * (_CELL + _TEXT)
+            x, y = i % _COLUMNS * _CELL, top + _TEXT + i // _COLUMNS * (_CELL + _LABEL)
             sheet.paste(_to_image(picture).resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
-            draw.text((x + 4, y + _CELL + 2), label, fill="black")
+            lines = "\n".join(textwrap.wrap(label, _LABEL_WIDTH))
+            draw.multiline_text((x + 4, y + _CELL + 2), lines, fill="black", spacing=2)
     return sheet
 
 
@@ -131,7 +134,10 @@ def _track(prompts: Sequence[str], description: str) -> Sequence[str]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(prompts, description=description, console=Console(stderr=True), transient=True)  # type: ignore[return-value]
+    console = Console(stderr=True)
+    # Without a terminal, a transient bar would leave an empty line behind (rich 15).
+    shown = console.is_terminal
+    return track(prompts, description, console=console, transient=True, disable=not shown)  # type: ignore[return-value]
 
 
 if __name__ == "__main__":
