@@ -48,7 +48,8 @@ def server(tiny_bundle: Path, video_bundle: Path) -> Iterator[ServerProcess]:
 @pytest.mark.parametrize(("kind", "code"), EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_runs(server: ServerProcess, kind: str, code: str, tmp_path: Path) -> None:
     code = code.replace("http://127.0.0.1:8000", server.url)
-    Image.new("RGB", (64, 32), "red").save(tmp_path / "first.png")
+    for name in ("first.png", "photo.png"):
+        Image.new("RGB", (64, 32), "red").save(tmp_path / name)
     command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
