@@ -35,7 +35,7 @@ def check_cpu_is_meant(manifest: Manifest, options: LoadOptions) -> None:
         )
     if options.named_backend == AUTO and (gpus or reasons):
         has = f"this machine has {gpus[0].name}" if gpus else "the bundle has engines"
-        level = logging.WARNING if may_have_gpu() else logging.INFO
+        level = logging.WARNING if gpus or may_have_gpu() else logging.INFO
         log.log(level, "the denoiser runs on the CPU, although %s%s (%s)", has, _because(reasons), ADVICE)
 
 
