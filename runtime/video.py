@@ -128,8 +128,8 @@ def decoded_chunks(
     """The frames (T,3,H,W) in [-1,1] of one latent frame after the other: one of the first, then T each.
 
     Args:
-        first, following: the sessions of the two stages. Without the second, the first decodes all frames at once, as
-            one chunk. Its range is nominal, because diffusers clamps only what AutoencoderKLWan decodes.
+        first, following: the sessions of the two stages. Without the second, the first decodes all frames at once, and
+            each is a chunk. Their range is nominal, because diffusers clamps only what AutoencoderKLWan decodes.
         tiling: None decodes whole frames. Tiles are cut and blended as diffusers' AutoencoderKLWan.tiled_decode does it
             (0.42.1), but all tiles of one latent frame come before the next latent frame, so memory does not grow with
             the length of the video here either. A decoder of one stage takes no tiles (vae.py, check_tiles).
@@ -140,7 +140,8 @@ def decoded_chunks(
     """
     latents = to_numpy(latents_1CFhw)
     if following is None:
-        yield _whole_video(first, latents)
+        frames = _whole_video(first, latents)
+        yield from (frames[index : index + 1] for index in range(len(frames)))
         return
     pieces = _Pieces(first, following)
     for index in range(latents.shape[2]):

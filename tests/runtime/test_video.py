@@ -15,6 +15,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request, make_request
+from ditc.runtime.serving.api.byte_room import video_need
 from ditc.runtime.session import Array, to_numpy
 from ditc.runtime.spec import VAE_DECODER_NEXT
 from ditc.runtime.step_contract import KEPT
@@ -112,6 +113,12 @@ def test_another_size_is_resized_and_cropped_as_diffusers_does(video: Pipeline) 
     expected = VideoProcessor(vae_scale_factor=4).postprocess_video(expected, output_type="np")
     ours, uniform = decode_video(first, following, latents, height=30, width=40, as_pil=False)
     assert not uniform and np.abs(np.asarray(ours) - expected).max() <= 1e-6
+
+
+def test_a_decoder_of_one_latent_frame_at_a_time_needs_nothing_in_passing(video: Pipeline) -> None:
+    plan = video.plan(Request(prompt="a cat", frames=5))
+    need = video_need(plan, video.manifest, "clips")
+    assert (need.size, need.passing) == (3 * 5 * plan.height * plan.width, 0)
 
 
 def test_a_decoder_that_forgets_what_it_kept_is_noticed(video: Pipeline) -> None:

@@ -24,8 +24,11 @@ from ditc.runtime.errors import BundleError, UsageError
 from ditc.runtime.metrics import psnr, relative_l2
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
+from ditc.runtime.serving.api.byte_room import video_need
 from ditc.runtime.serving.scheduling.videos import VideoDecoding
 from ditc.runtime.session import Array, to_numpy
+from ditc.runtime.spec import VAE_DECODER
+from ditc.runtime.video import decoded_chunks
 
 LATENTS_BOUND = 1e-4  # fp32 on both sides; measured: below 1e-6 after four steps
 FRAME_DB = 45.0  # frames that differ in the last of 8 bits have about 48 dB
@@ -122,6 +125,19 @@ def test_a_server_decodes_the_video_in_one_piece(video: Pipeline) -> None:
     assert decoding.done
     (expected,) = video.decode([state], plan)
     assert [frame.tobytes() for frame in decoding.frames] == [frame.tobytes() for frame in expected]
+
+
+def test_the_memory_of_decoding_is_that_of_the_decoders_output_and_is_counted(video: Pipeline) -> None:
+    plan = video.plan(Request(prompt="a red cat", **NINE))
+    pixels = 9 * plan.drawn_height * plan.drawn_width
+    need = video_need(plan, video.manifest, "clips")
+    assert (need.size, need.passing) == (3 * 9 * plan.height * plan.width, 12 * pixels)
+    chunks = video.manifest.latents.shape(plan.drawn_height, plan.drawn_width, plan.frames)
+    latents = np.zeros((1, *chunks), np.float32)
+    decoded = list(decoded_chunks(video.sessions[VAE_DECODER], None, latents))
+    # Each frame becomes 8-bit by itself, so the copies on the way are those of one frame.
+    assert [len(frames) for frames in decoded] == [1] * 9
+    assert sum(frames.nbytes for frames in decoded) == need.passing
 
 
 def test_tiles_are_refused_before_any_step(video: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

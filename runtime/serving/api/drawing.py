@@ -15,7 +15,7 @@ from ditc.runtime.errors import UsageError
 from ditc.runtime.image_input import GivenImages
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.api.asked import Asked
-from ditc.runtime.serving.api.frame_room import FrameRoom, frame_bytes
+from ditc.runtime.serving.api.byte_room import ByteRoom, video_need
 from ditc.runtime.serving.api.kinds import check_model, check_model_before_opening, with_frames
 from ditc.runtime.serving.api.request_limits import RequestLimits
 from ditc.runtime.serving.http.callers import Caller
@@ -140,7 +140,7 @@ class Beginnings:
 
     def __init__(self, models: Models, limits: RequestLimits) -> None:
         self._models, self._limits = models, limits
-        self._frames = FrameRoom(limits.max_frame_bytes)
+        self._frames = ByteRoom(limits.max_frame_bytes, "frames")
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ditc-begin")
 
     async def begin(self, asked: Asked, caller: Caller) -> Drawing:
@@ -177,7 +177,7 @@ class Beginnings:
                 timeout = _left(asked.timeout, arrived)
                 stack.enter_context(caller.drawing(work_of(plan)))
                 with ExitStack() as room:
-                    release = self._frames.take(frame_bytes(plan))
+                    release = self._frames.take(video_need(plan, model.pipeline.manifest, model.name))
                     room.callback(release)
                     job = model.scheduler.submit(
                         plan, events, id=secrets.token_hex(12), timeout=timeout, previews=asked.previews

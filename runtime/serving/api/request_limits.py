@@ -25,7 +25,8 @@ class RequestLimits:
         max_frames: of a video.
         max_video_pixels: width x height x frames of a video. 2**28 is 291 frames of 1280x720 pixels.
         max_frame_bytes: of the frames of all accepted videos together, with 3 bytes per pixel, from their acceptance
-            until they are encoded.
+            until they are encoded; and 12 bytes per pixel of the largest video of each model that decodes one as a
+            whole, of which it decodes one at a time.
         max_prompt_bytes: of each text, in UTF-8.
         max_timeout: seconds that a client may give its request.
         max_jobs: asynchronous jobs of one key that are known at a time, whether they wait, run or have ended. As many
@@ -112,7 +113,8 @@ _OPTIONS = {
     "max_frame_bytes": (
         "BYTES",
         "The most bytes of the frames of all accepted videos together, at 3 bytes a pixel; they are in memory from "
-        "their decoding until the video is encoded",
+        "their decoding until the video is encoded. Of each model that decodes a video as a whole, its largest one has "
+        "12 bytes a pixel beside them",
     ),
     "max_prompt_bytes": ("BYTES", "The most bytes of each text of a request, in UTF-8"),
     "max_timeout": ("SECONDS", "The longest timeout that a client may give its request, in seconds"),

@@ -31,6 +31,7 @@ class VideoDecoding:
         self.pipeline, self.uniform = pipeline, True
         self._frames: list[Image.Image] = []
         following = pipeline.sessions.get(VAE_DECODER_NEXT)
+        self._whole = following is None
         self._left = 1 if following is None else int(state.result.shape[2])
         self._chunks = sized_chunks(
             pipeline.sessions[VAE_DECODER],
@@ -58,8 +59,10 @@ class VideoDecoding:
         Raises:
             NumericsError: the decoder returned NaN or Inf.
         """
-        chunk = to_uint8(next(self._chunks))
-        self.uniform = self.uniform and all(is_uniform(frame) for frame in chunk)
-        self._frames += to_pil(chunk)
+        before = len(self._frames)
+        for decoded in self._chunks if self._whole else (next(self._chunks),):
+            chunk = to_uint8(decoded)
+            self.uniform = self.uniform and all(is_uniform(frame) for frame in chunk)
+            self._frames += to_pil(chunk)
         self._left -= 1
-        return len(chunk)
+        return len(self._frames) - before
