@@ -116,6 +116,12 @@ def mapped_bytes(file: Path) -> int:
     return sum(int(size.split()[1]) * 1024 for size in sizes)
 
 
+def test_what_a_decoder_keeps_from_chunk_to_chunk_takes_no_memory_when_it_is_exported():
+    (newest, *_) = sorted(RESULTS.glob("build_scale_wan_vae_next-*.json"), reverse=True)
+    found = json.loads(newest.read_text())["results"]["wan-vae-next"]
+    assert 1 <= found["export_estimated_bytes"] / found["export_peak_bytes"] <= 1.25
+
+
 def test_the_estimates_bound_the_measured_peaks_of_released_sizes():
     (newest, *_) = sorted(RESULTS.glob("build_memory-*.json"), reverse=True)
     measured = [
