@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from ditc.runtime.serving.api.asked import Asked
+from ditc.runtime.serving.api.byte_room import ByteRoom, Need
 from ditc.runtime.serving.api.drawing import Beginnings
 from ditc.runtime.serving.api.encoding import Encoder
 from ditc.runtime.serving.api.idempotency import KEY_HEADER, Idempotency
@@ -18,6 +21,7 @@ from ditc.runtime.serving.api.jobs import Jobs
 from ditc.runtime.serving.api.kept import Kept
 from ditc.runtime.serving.api.ongoing import Ongoing, Shared
 from ditc.runtime.serving.api.request_limits import DEFAULTS, RequestLimits
+from ditc.runtime.serving.api.uploads import Upload, read_upload
 from ditc.runtime.serving.api.video_jobs import VideoJob
 from ditc.runtime.serving.http.callers import Caller
 from ditc.runtime.serving.models import Models
@@ -31,6 +35,7 @@ class Api:
     def __init__(self, models: Models, limits: RequestLimits = DEFAULTS) -> None:
         self.models, self.limits = models, limits
         self.encoder = Encoder()
+        self._uploads = ByteRoom(limits.max_picture_bytes, "pictures")
         self.idempotency = Idempotency(self._kept())
         kept = self._kept()  # what one key may have is bounded for both kinds of jobs together
         self.jobs, self.videos = Jobs(ImageJob, kept), Jobs(VideoJob, kept)
@@ -50,6 +55,24 @@ class Api:
         drawing = await self._beginnings.begin(asked, caller)
         log.info("request %s draws %s", request_id, drawing.job.id)
         return Ongoing(drawing, self.encoder)
+
+    async def decoded(self, sent: Mapping[str, bytes | str], held: ExitStack) -> dict[str, Upload]:
+        """The pictures that came with a request, by their arguments.
+
+        Args:
+            sent: files, or data URLs.
+            held: gives back their room, when nothing holds them any more.
+
+        Raises:
+            Invalid: as `read_upload`, or a picture is damaged.
+            Overloaded: there is no room for all of them.
+        """
+        most, run = self.limits.max_pixels, self.encoder.run
+        read = {
+            name: await run(read_upload, data, param=name, most_pixels=most) for name, data in sent.items()
+        }
+        held.callback(self._uploads.take(Need(sum(one.decoded_bytes for one in read.values()))))
+        return {name: await run(one.decoded) for name, one in read.items()}
 
     def shared(self, http: HttpRequest, asked: Asked, body: BaseModel, files: str = "") -> Shared:
         """The drawing of a request, which an idempotency key may share with earlier ones.

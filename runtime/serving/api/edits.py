@@ -5,6 +5,8 @@ The control picture of a ControlNet, which OpenAI does not have, is a third file
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -16,7 +18,7 @@ from ditc.runtime.serving.api.clients import GONE
 from ditc.runtime.serving.api.forms import MULTIPART, checked_body, read_form
 from ditc.runtime.serving.api.generations import drawn
 from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.api.pictures import CONTROL, IMAGE, PICTURES, with_files
+from ditc.runtime.serving.api.pictures import CONTROL, IMAGE, PICTURES, with_pictures
 from ditc.runtime.serving.api.schemas import EditBody
 from ditc.runtime.serving.refusals import Invalid
 
@@ -76,5 +78,6 @@ async def edit(http: Request, timeout: TimeoutHeader = "", key: KeyHeader = "") 
         raise Invalid(
             f"{IMAGE} is required", hint="send a file", param=IMAGE, code="missing_required_parameter"
         )
-    asked = await with_files(api, asked, body, form.files)
-    return await drawn(http, asked, body, form.digest)
+    with ExitStack() as held:
+        asked = await with_pictures(api, asked, body, held, form.files)
+        return await drawn(http, asked, body, form.digest)

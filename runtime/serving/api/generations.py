@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,7 +20,7 @@ from ditc.runtime.serving.api.bodies import images_answer
 from ditc.runtime.serving.api.clients import EventStream, answer
 from ditc.runtime.serving.api.ongoing import Shared
 from ditc.runtime.serving.api.openapi import ERRORS, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.api.pictures import with_data_urls
+from ditc.runtime.serving.api.pictures import with_pictures
 from ditc.runtime.serving.api.schemas import GenerationBody, StreamedBody
 from ditc.runtime.serving.api.streaming import KEEP_ALIVE_SECONDS, events_of
 
@@ -49,8 +50,10 @@ async def generate(
     The work is cancelled if the client goes away, unless another request with its idempotency key waits for it.
     """
     api = api_of(http)
-    asked = await with_data_urls(api, asked_by_openai(body, api.limits, timeout), body)
-    return await drawn(http, asked, body)
+    asked = asked_by_openai(body, api.limits, timeout)
+    with ExitStack() as held:
+        asked = await with_pictures(api, asked, body, held)
+        return await drawn(http, asked, body)
 
 
 async def drawn(http: Request, asked: Asked, body: StreamedBody, files: str = "") -> Response:

@@ -7,6 +7,7 @@ its generic methods: client.post("/images/jobs", cast_to=...).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -18,7 +19,7 @@ from ditc.runtime.serving.api.asked import asked_by_openai
 from ditc.runtime.serving.api.encoding import MEDIA_TYPES
 from ditc.runtime.serving.api.job_routes import After, Limit, Order, begun, page_of
 from ditc.runtime.serving.api.openapi import CONTENT, ERRORS, KeyHeader, TimeoutHeader
-from ditc.runtime.serving.api.pictures import with_data_urls
+from ditc.runtime.serving.api.pictures import with_pictures
 from ditc.runtime.serving.api.schemas import JobBody
 from ditc.runtime.serving.refusals import Invalid
 
@@ -31,8 +32,9 @@ async def create(http: Request, body: JobBody, timeout: TimeoutHeader = "", key:
     api = api_of(http)
     asked = asked_by_openai(body, api.limits, timeout)
     api.jobs.check_room(owner_of(http))
-    asked = await with_data_urls(api, asked, body)
-    return (await begun(http, api.jobs, asked, body)).answer()
+    with ExitStack() as held:
+        asked = await with_pictures(api, asked, body, held)
+        return (await begun(http, api.jobs, asked, body)).answer()
 
 
 @router.get("", response_model=JobsAnswer, responses=ERRORS)

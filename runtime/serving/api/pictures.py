@@ -7,7 +7,9 @@ as diffusers reads one: white is drawn anew. Every other picture is seen on whit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 
 from PIL import Image, ImageOps
 
@@ -15,7 +17,7 @@ from ditc.runtime.image_input import given_images
 from ditc.runtime.serving.api.api import Api
 from ditc.runtime.serving.api.asked import Asked
 from ditc.runtime.serving.api.schemas import ControlArguments, EditArguments
-from ditc.runtime.serving.api.uploads import Upload, read_data_url, read_upload
+from ditc.runtime.serving.api.uploads import Upload
 from ditc.runtime.serving.refusals import Invalid
 
 # The picture to draw from, its mask, and what a ControlNet reads: the names in forms and bodies.
@@ -24,41 +26,26 @@ PICTURES = (IMAGE, MASK, CONTROL)
 OPAQUE = 255
 
 
-async def with_files(api: Api, asked: Asked, body: ControlArguments, files: Mapping[str, bytes]) -> Asked:
-    """What is asked for, with the pictures in the files of a form.
+async def with_pictures(
+    api: Api,
+    asked: Asked,
+    body: ControlArguments,
+    held: ExitStack,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Asked:
+    """What is asked for, with the pictures in the files of a form, or in data URLs in the body.
+
+    Arguments without their picture, such as a strength, are refused by `Pipeline`.
+
+    Args:
+        held: as in `Api.decoded`.
 
     Raises:
-        Invalid: a picture is damaged or has too many pixels, or there is a mask without a picture.
+        Invalid: a picture is no data URL, damaged or has too many pixels, or there is a mask without a picture.
+        Overloaded: there is no room for them.
     """
-    return _with_pictures(
-        asked,
-        body,
-        {
-            name: await api.encoder.run(read_upload, content, param=name, most_pixels=api.limits.max_pixels)
-            for name, content in files.items()
-        },
-    )
-
-
-async def with_data_urls(api: Api, asked: Asked, body: ControlArguments) -> Asked:
-    """What is asked for, with the pictures that are data URLs in the body.
-
-    Raises:
-        Invalid: one of them is not a data URL; or as `with_files`.
-    """
-    urls = {name: url for name in PICTURES if (url := getattr(body, name, None)) is not None}
-    return _with_pictures(
-        asked,
-        body,
-        {
-            name: await api.encoder.run(read_data_url, url, param=name, most_pixels=api.limits.max_pixels)
-            for name, url in urls.items()
-        },
-    )
-
-
-def _with_pictures(asked: Asked, body: ControlArguments, pictures: Mapping[str, Upload]) -> Asked:
-    """Arguments without their picture, such as a strength, are refused by `Pipeline`."""
+    urls: dict[str, str] = {name: url for name in PICTURES if (url := getattr(body, name, None)) is not None}
+    pictures = await api.decoded({**urls, **files}, held)
     image, mask, control = (pictures.get(name) for name in PICTURES)
     if mask is not None and image is None:
         raise Invalid(

@@ -27,6 +27,8 @@ class RequestLimits:
         max_frame_bytes: of the frames of all accepted videos together, with 3 bytes per pixel, from their acceptance
             until they are encoded; and 12 bytes per pixel of the largest video of each model that decodes one as a
             whole, of which it decodes one at a time.
+        max_picture_bytes: of the decoded pictures that clients have sent, with 9 bytes per pixel, of all requests that
+            are not answered yet.
         max_prompt_bytes: of each text, in UTF-8.
         max_timeout: seconds that a client may give its request.
         max_jobs: asynchronous jobs of one key that are known at a time, whether they wait, run or have ended. As many
@@ -45,6 +47,7 @@ class RequestLimits:
     max_frames: int = 321
     max_video_pixels: int = 2**28
     max_frame_bytes: int = 2**31
+    max_picture_bytes: int = 2**30
     max_prompt_bytes: int = 8192
     max_timeout: float = 3600.0
     max_jobs: int = 256
@@ -115,6 +118,11 @@ _OPTIONS = {
         "The most bytes of the frames of all accepted videos together, at 3 bytes a pixel; they are in memory from "
         "their decoding until the video is encoded. Of each model that decodes a video as a whole, its largest one has "
         "12 bytes a pixel beside them",
+    ),
+    "max_picture_bytes": (
+        "BYTES",
+        "The most bytes of the pictures that clients have sent, of all requests that are not answered yet, at 9 bytes "
+        "a pixel; nothing is decoded before there is room",
     ),
     "max_prompt_bytes": ("BYTES", "The most bytes of each text of a request, in UTF-8"),
     "max_timeout": ("SECONDS", "The longest timeout that a client may give its request, in seconds"),

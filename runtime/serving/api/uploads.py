@@ -1,6 +1,6 @@
-"""Pictures that clients send: bytes, or a data URL, -> RGB picture and alpha mask.
+"""Pictures that clients send: bytes, or a data URL, -> a picture whose size is known and allowed -> RGB and alpha mask.
 
-They are decoded once their size is known and allowed.
+Nothing is decoded before there is room for all pictures of a request: a few kilobytes can be 4 million pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from ditc.runtime.serving.refusals import Invalid
 
 # 4096x4096. Decoded with alpha it takes 64 MB, and about a second.
 MOST_PIXELS = 2**24
+# What a decoded picture takes while it is made ready for a request: Pillow has 4 bytes for each pixel of RGB, of which
+# there is one copy, and 1 for alpha.
+PIXEL_BYTES = 9
 _FORMATS = "PNG, JPEG or WebP"
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp);base64,", re.IGNORECASE)
 
@@ -49,16 +52,50 @@ class Upload:
     alpha: Image.Image | None
 
 
-def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PIXELS) -> Upload:
-    """Decode a picture of a client. It may take a second, so call it on a worker thread.
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A picture from a client that is not decoded.
+
+    Attributes:
+        param: the argument that it came in, for errors.
+    """
+
+    still: StillPicture
+    param: str
+
+    @property
+    def decoded_bytes(self) -> int:
+        """The memory that it needs when it is decoded."""
+        return self.still.width * self.still.height * PIXEL_BYTES
+
+    def decoded(self) -> Upload:
+        """Decode it. It may take a second, so call it on a worker thread.
+
+        Raises:
+            Invalid: it is damaged.
+        """
+        try:
+            decoded = _decoded(self.still)
+        except Exception:  # PIL raises nearly everything, with texts that are not for clients
+            raise _damaged(self.param) from None
+        upright = _UPRIGHT.get(self.still.orientation)
+        return _split(decoded if upright is None else decoded.transpose(upright))
+
+
+def read_upload(data: bytes | str, *, param: str = "image", most_pixels: int = MOST_PIXELS) -> Sent:
+    """Read a picture of a client as far as its size. Call it on a worker thread: it goes through the whole file.
 
     Args:
+        data: the file, or a data URL (RFC 2397) with base64. The media type of the latter only has to be that of a
+            picture: what the file is, its content says.
         param: the argument that it came in, for errors.
-        most_pixels: a larger one is refused before it is decoded.
+        most_pixels: a larger one is refused.
 
     Raises:
-        Invalid: it is not one whole still picture of a known format and an allowed size.
+        Invalid: it is not one still picture of a known format and an allowed size.
     """
+    if isinstance(data, str):
+        data = _of_data_url(data, param)
     try:
         still = read_picture(data)
     except Animated:
@@ -79,22 +116,10 @@ def read_upload(data: bytes, *, param: str = "image", most_pixels: int = MOST_PI
             param=param,
             code="image_too_large",
         )
-    try:
-        decoded = _decoded(still)
-    except Exception:  # PIL raises nearly everything, with texts that are not for clients
-        raise _damaged(param) from None
-    upright = _UPRIGHT.get(still.orientation)
-    return _split(decoded if upright is None else decoded.transpose(upright))
+    return Sent(still, param)
 
 
-def read_data_url(url: str, *, param: str, most_pixels: int = MOST_PIXELS) -> Upload:
-    """Decode a picture in a data URL (RFC 2397) with base64. Call it on a worker thread, as `read_upload`.
-
-    The media type only has to be that of a picture: what the file is, its content says.
-
-    Raises:
-        Invalid: `url` is not such a URL; or as `read_upload`.
-    """
+def _of_data_url(url: str, param: str) -> bytes:
     match = _DATA_URL.match(url)
     if match is None:
         raise Invalid(
@@ -103,14 +128,13 @@ def read_data_url(url: str, *, param: str, most_pixels: int = MOST_PIXELS) -> Up
             param=param,
         )
     try:
-        data = base64.b64decode(url[match.end() :], validate=True)
+        return base64.b64decode(url[match.end() :], validate=True)
     except ValueError:
         raise Invalid(
             f"the base64 of {param} is damaged",
             hint="send the standard alphabet without line ends, with padding",
             param=param,
         ) from None
-    return read_upload(data, param=param, most_pixels=most_pixels)
 
 
 def _damaged(param: str) -> Invalid:

@@ -7,6 +7,7 @@ text `input_reference[image_url]`.
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,6 @@ from ditc.runtime.serving.api.api import Api
 from ditc.runtime.serving.api.asked import REFERENCE, Asked
 from ditc.runtime.serving.api.forms import MULTIPART, checked_body, read_form
 from ditc.runtime.serving.api.schemas import MOST_URL_BYTES, VideoBody
-from ditc.runtime.serving.api.uploads import Upload, read_data_url, read_upload
 from ditc.runtime.serving.refusals import Invalid
 
 _PART_OF_REFERENCE = re.compile(rf"{REFERENCE}\[(\w{{1,40}})\]")
@@ -58,42 +58,48 @@ async def read_video_body(http: Request) -> SentVideo:
     raise HTTPException(415)
 
 
-async def with_first_frame(api: Api, asked: Asked, sent: SentVideo) -> Asked:
+async def with_first_frame(api: Api, asked: Asked, sent: SentVideo, held: ExitStack) -> Asked:
     """What is asked for, with the picture that was sent, if there is one.
+
+    Args:
+        held: as in `Api.decoded`.
 
     Raises:
         Invalid: the picture is damaged, of an unknown format or too large, or it is not sent in one of the two forms.
+        Overloaded: there is no room for it.
     """
-    reference, upload = sent.body.input_reference, None
-    if reference is not None and sent.file is not None:
+    picture = _picture(sent)
+    if picture is None:
+        return asked
+    upload = (await api.decoded({REFERENCE: picture}, held))[REFERENCE]
+    image = given_images(REFERENCE, upload.image, channels=3)
+    return replace(asked, request=replace(asked.request, image=image))
+
+
+def _picture(sent: SentVideo) -> bytes | str | None:
+    """The file or the data URL of the first frame; None without one. Raises Invalid for anything else."""
+    reference = sent.body.input_reference
+    if reference is None:
+        return sent.file
+    if sent.file is not None:
         raise Invalid(
             f"{REFERENCE} is given as a file and as an object", hint="give only one of them", param=REFERENCE
         )
-    bounds: dict[str, Any] = {"param": REFERENCE, "most_pixels": api.limits.max_pixels}
-    if sent.file is not None:
-        upload = await api.encoder.run(read_upload, sent.file, **bounds)
-    elif reference is not None:
-        if reference.file_id is not None:
-            raise Invalid(
-                f"{REFERENCE} has a file_id, but this server keeps no files of clients",
-                hint="send the picture itself, as image_url or as a file of a form",
-                param=REFERENCE,
-                code="unsupported_value",
-            )
-        if reference.image_url is None:
-            raise Invalid(
-                f"{REFERENCE} has no image_url",
-                hint='send {"image_url": "data:image/png;base64,..."}',
-                param=REFERENCE,
-                code="missing_required_parameter",
-            )
-        upload = await api.encoder.run(read_data_url, reference.image_url, **bounds)
-    return asked if upload is None else _starting_from(upload, asked)
-
-
-def _starting_from(upload: Upload, asked: Asked) -> Asked:
-    image = given_images(REFERENCE, upload.image, channels=3)
-    return replace(asked, request=replace(asked.request, image=image))
+    if reference.file_id is not None:
+        raise Invalid(
+            f"{REFERENCE} has a file_id, but this server keeps no files of clients",
+            hint="send the picture itself, as image_url or as a file of a form",
+            param=REFERENCE,
+            code="unsupported_value",
+        )
+    if reference.image_url is None:
+        raise Invalid(
+            f"{REFERENCE} has no image_url",
+            hint='send {"image_url": "data:image/png;base64,..."}',
+            param=REFERENCE,
+            code="missing_required_parameter",
+        )
+    return reference.image_url
 
 
 def _nested(fields: dict[str, str]) -> dict[str, Any]:

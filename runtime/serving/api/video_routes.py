@@ -7,6 +7,7 @@ A video is drawn without a connection. What a client has not fetched goes with t
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -35,8 +36,9 @@ async def create(http: Request, timeout: TimeoutHeader = "", key: KeyHeader = ""
         return Response(status_code=GONE)
     asked = asked_by_video(sent.body, api.limits, timeout)
     api.videos.check_room(owner_of(http))
-    asked = await with_first_frame(api, asked, sent)
-    return (await begun(http, api.videos, asked, sent.body, sent.digest)).answer()
+    with ExitStack() as held:
+        asked = await with_first_frame(api, asked, sent, held)
+        return (await begun(http, api.videos, asked, sent.body, sent.digest)).answer()
 
 
 @router.get("", response_model=VideosAnswer, responses=ERRORS)

@@ -17,6 +17,12 @@ from serving_thread import Answer, ServerThread, server_thread
 
 from ditc.runtime.load_options import LoadOptions
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.serving.api import uploads
+from ditc.runtime.serving.api.byte_room import Need
+from ditc.runtime.serving.api.request_limits import RequestLimits
+from ditc.runtime.serving.api.upload_formats import StillPicture
+from ditc.runtime.serving.api.uploads import PIXEL_BYTES
+from ditc.runtime.serving.http.app import create_app
 from ditc.runtime.serving.models import Models
 from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 
@@ -126,6 +132,44 @@ def test_a_picture_in_a_body_is_read_within_the_bounds_of_files(
     assert answer.status == 400
     assert answer.error["param"] == name and message in answer.error["message"]
     assert len(answer.body) < 1000  # the picture is not repeated
+
+
+def _requests(count: int) -> dict[str, tuple[bytes, str]]:
+    """By paths, a body with so many pictures, and its media type."""
+    given = dict.fromkeys(("image", "control_image")[:count], png(64))
+    form = b"".join([PROMPT, field("model", "none"), *(file(name, data) for name, data in given.items())])
+    urls = {name: as_url(data) for name, data in given.items()}
+    job = json.dumps({"prompt": "cat", "model": "none", **urls}).encode()
+    return {"/v1/images/edits": (form + b"--X--\r\n", FORM), "/v1/images/jobs": (job, "application/json")}
+
+
+def test_nothing_is_decoded_before_there_is_room_for_all_pictures_of_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode, decoded = uploads._decoded, list[StillPicture]()
+    monkeypatch.setattr(uploads, "_decoded", lambda still: (decoded.append(still), decode(still))[1])
+    app = create_app(
+        Models({"tiny": Path("nowhere")}, admission=Admission(Bounds())),
+        limits=RequestLimits(max_picture_bytes=PIXEL_BYTES * 64 * 64),  # one picture
+    )
+    room = app.state.api._uploads
+    with server_thread(app) as running:
+        for path, (body, media_type) in _requests(2).items():
+            answer = running.ask("POST", path, body, {"Content-Type": media_type})
+            assert (answer.status, answer.error["code"]) == (400, "too_much_work")
+            assert f"need {2 * room.most} bytes of memory, of at most {room.most}" in answer.error["message"]
+        assert not decoded
+        held = room.take(Need(1))
+        for path, (body, media_type) in _requests(1).items():
+            answer = running.ask("POST", path, body, {"Content-Type": media_type})
+            assert (answer.status, answer.error["code"]) == (429, "overloaded")
+            assert int(answer.headers["retry-after"]) > 0
+        assert not decoded
+        held()
+        for path, (body, media_type) in _requests(1).items():
+            answer = running.ask("POST", path, body, {"Content-Type": media_type})
+            assert answer.error["code"] == "model_not_found"
+        assert len(decoded) == 2 and room.taken == 0
 
 
 def test_a_control_picture_is_drawn_after(control_bundle: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ditc.runtime.image_input import on_white
 from ditc.runtime.serving.api import upload_formats
-from ditc.runtime.serving.api.uploads import read_upload
+from ditc.runtime.serving.api.uploads import PIXEL_BYTES, Upload, read_upload
 from ditc.runtime.serving.refusals import Invalid
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (6, 9, 4), np.uint8)
@@ -36,9 +36,13 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def decoded(data: bytes, **settings: int) -> Upload:
+    return read_upload(data, **settings).decoded()
+
+
 def refused(data: bytes, **settings: int) -> str:
     with pytest.raises(Invalid) as caught:
-        read_upload(data, **settings)
+        decoded(data, **settings)
     assert caught.value.status == 400 and caught.value.param == "image"
     return str(caught.value)
 
@@ -46,7 +50,7 @@ def refused(data: bytes, **settings: int) -> str:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_a_png_of_every_mode_is_decoded(mode: str) -> None:
     image = picture(mode)
-    found = read_upload(saved(image, "PNG"))
+    found = decoded(saved(image, "PNG"))
     assert np.array_equal(found.image, on_white(image))
     assert (found.alpha is not None) == mode.endswith("A")
 
@@ -63,29 +67,29 @@ def test_a_png_of_every_mode_is_decoded(mode: str) -> None:
 def test_jpeg_and_webp_are_decoded_as_pil_does(format: str, settings: dict[str, object]) -> None:
     data = saved(picture(), format, **settings)
     with Image.open(io.BytesIO(data)) as expected:
-        assert np.array_equal(read_upload(data).image, expected.convert("RGB"))
+        assert np.array_equal(decoded(data).image, expected.convert("RGB"))
 
 
 def test_cmyk_and_16_bit_grey_become_rgb() -> None:
     data = saved(picture().convert("CMYK"), "JPEG")
     with Image.open(io.BytesIO(data)) as expected:
-        assert np.array_equal(read_upload(data).image, expected.convert("RGB"))
+        assert np.array_equal(decoded(data).image, expected.convert("RGB"))
     grey = np.arange(54, dtype=np.uint16).reshape(6, 9) * 1200
-    found = read_upload(saved(Image.fromarray(grey), "PNG")).image
+    found = decoded(saved(Image.fromarray(grey), "PNG")).image
     assert np.array_equal(np.asarray(found)[..., 0], grey >> 8)
 
 
 def test_the_alpha_channel_is_a_mask_of_its_own() -> None:
     for format, settings in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
-        found = read_upload(saved(picture("RGBA"), format, **settings))
+        found = decoded(saved(picture("RGBA"), format, **settings))
         seen = Image.alpha_composite(Image.new("RGBA", (9, 6), "white"), picture("RGBA"))
         assert np.array_equal(found.image, seen.convert("RGB")) and found.alpha is not None
         assert np.array_equal(found.alpha, PIXELS[..., 3])
     transparent = picture("P")
     transparent.info["transparency"] = transparent.getpixel((0, 0))
-    assert read_upload(saved(transparent, "PNG")).alpha is not None
+    assert decoded(saved(transparent, "PNG")).alpha is not None
     opaque = Image.merge("RGBA", [*picture().split(), Image.new("L", (9, 6), 255)])
-    assert read_upload(saved(opaque, "PNG")).alpha is None
+    assert decoded(saved(opaque, "PNG")).alpha is None
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -95,7 +99,7 @@ def test_pictures_are_put_upright(orientation: int, format: str) -> None:
     exif[0x0112] = orientation
     data = saved(picture(), format, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
-        assert np.array_equal(read_upload(data).image, ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(decoded(data).image, ImageOps.exif_transpose(image).convert("RGB"))
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
@@ -138,7 +142,7 @@ def test_bombs_are_refused_before_anything_is_decoded(kind: int, monkeypatch: py
 
 def test_the_pixel_bound_is_exact() -> None:
     data = saved(picture(), "PNG")
-    read_upload(data, most_pixels=54)
+    decoded(data, most_pixels=54)
     assert refused(data, most_pixels=53).startswith("the picture has 9x6 pixels")
 
 
@@ -155,7 +159,7 @@ def test_nothing_but_the_picture_reaches_the_decoder() -> None:
         data = saved(picture(), format, exif=exif, icc_profile=b"secret" * 9, **settings) + b"secret zip"
         still = upload_formats.read_picture(data)
         assert still is not None and b"secret" not in still.data and b"secret" in data
-        read_upload(data)
+        decoded(data)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
@@ -202,8 +206,14 @@ def test_a_damaged_file_is_decoded_or_refused(format: str, mutation: str) -> Non
         data = bytearray(rng.choice(whole))
         mutations()[mutation](rng, data)
         try:
-            found = read_upload(bytes(data), most_pixels=10**6)
+            found = decoded(bytes(data), most_pixels=10**6)
         except Invalid:
             continue
         assert found.image.mode == "RGB"
         assert found.alpha is None or (found.alpha.mode, found.alpha.size) == ("L", found.image.size)
+
+
+def test_the_memory_of_a_picture_is_known_before_it_is_decoded() -> None:
+    black = saved(Image.new("RGB", (2048, 2048)), "PNG")
+    assert len(black) < 20_000
+    assert read_upload(black).decoded_bytes == PIXEL_BYTES * 2048**2
