@@ -164,7 +164,7 @@ def measure(bundle: Path, files: list[Path], library: str) -> dict[str, Any]:
         pipeline("red", num_inference_steps=1, seed=0)
         first, seen["after the first picture"] = perf_counter() - began, memory()
         names, reading = [], []
-        adapters = pipeline._adapters
+        adapters = pipeline.adapters
         assert isinstance(adapters, Adapters)
         for file in files:
             began = perf_counter()

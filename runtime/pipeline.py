@@ -29,14 +29,12 @@ from ditc.runtime.failure import Tally, check_failures
 from ditc.runtime.images import preview
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions
 from ditc.runtime.loop import Step, run_states
-from ditc.runtime.lora.adapters import Adapters
 from ditc.runtime.lora.pipeline_methods import LoraMethods
-from ditc.runtime.lora.reopener import Reopener
 from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Session, to_numpy
-from ditc.runtime.spec import DENOISER, VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER
+from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER
 from ditc.runtime.state import DenoiseState
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ class Pipeline(LoraMethods):
         self.steps_per_launch: int | None = None
         # May be set to another Tiling, or to None to decode in one piece.
         self.tiling: Tiling | None = manifest.defaults.tiling
-        self._adapters = None
+        self.adapters = None
         self._closed = False
         self._borrowed: frozenset[str] = frozenset()  # stages whose sessions another pipeline closes
 
@@ -112,37 +110,9 @@ class Pipeline(LoraMethods):
             UsageError: an option is wrong.
             NumericsError: the self-test failed.
         """
-        from ditc.runtime.bundle.certification import check_certified
-        from ditc.runtime.bundle.fetch import local_bundle
-        from ditc.runtime.bundle.selftest import first_use
-        from ditc.runtime.loader import load_parts
+        from ditc.runtime.opening import opened
 
-        bundle, options = local_bundle(bundle), replace(options, **changes) if changes else options
-        parts = load_parts(bundle, options)
-        pipeline = cls(parts.manifest, parts.sessions, parts.conditioning, chosen=parts.chosen)
-        pipeline.device = parts.device
-        denoiser = parts.artifacts[DENOISER]
-        pipeline.backend, pipeline.precision = denoiser.backend, denoiser.precision.value
-        try:
-            required = options.require_certificate
-            tested = (
-                first_use(bundle, parts.certification, parts.sessions, required=required)
-                if options.self_test
-                else None
-            )
-            pipeline.uncertified = parts.certification.why_uncertified(tested)
-            if required:
-                check_certified(bundle, pipeline.uncertified)
-        except BaseException:
-            pipeline.close()
-            raise
-        if parts.encoder is not None:
-            pipeline.sessions[VAE_ENCODER] = parts.encoder
-        reopener = Reopener(Path(bundle), parts.manifest, parts.artifacts, options, parts.device)
-        pipeline._adapters = Adapters(
-            reopener, pipeline.sessions, parts.conditioning, uncertified=pipeline.uncertified
-        )
-        return pipeline
+        return opened(cls, bundle, replace(options, **changes) if changes else options)
 
     def with_sessions(
         self, sessions: Mapping[str, Session], *, owned: bool = False, chosen: str | None = None

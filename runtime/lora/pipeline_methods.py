@@ -18,7 +18,7 @@ class LoraMethods:
 
     conditioning: Conditioning
     uncertified: str
-    _adapters: Adapters | None  # None for sessions that are not a bundle's
+    adapters: Adapters | None  # None for sessions that are not a bundle's
     _closed: bool
     given: tuple[Mapping[str, object], ...] = ()  # LoRAs that `with_loras` has given to the graphs as inputs
 
@@ -102,12 +102,12 @@ class LoraMethods:
 
     def get_active_adapters(self) -> list[str]:
         """The names of the LoRAs in the weights, or the files' names of those that are inputs of the graphs."""
-        own = [] if self._adapters is None else list(self._adapters.active)
+        own = [] if self.adapters is None else list(self.adapters.active)
         return own + [str(lora["file"]) for lora in self.given]
 
     def loras_in_weights(self) -> list[dict[str, object]]:
         """The files, hashes and scales of the LoRAs that were added to the bundle's weights since it was loaded."""
-        own = [] if self._adapters is None else self._adapters.described()
+        own = [] if self.adapters is None else self.adapters.described()
         return own + [dict(lora) for lora in self.given]
 
     def _activate(self, adapters: Adapters, scales: dict[str, float]) -> None:
@@ -120,9 +120,9 @@ class LoraMethods:
     def _changeable(self) -> Adapters:
         if self._closed:
             raise SessionError("the pipeline is closed", hint="load the bundle again")
-        if self._adapters is None:
+        if self.adapters is None:
             raise UsageError(
                 "this pipeline has sessions that are not a bundle's",
                 hint="load LoRAs in one of Pipeline.load()",
             )
-        return self._adapters
+        return self.adapters
