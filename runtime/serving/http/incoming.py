@@ -57,7 +57,7 @@ class Incoming:
         for name, value in scope["headers"]:
             if name == b"content-length" and int(value) > most:
                 raise _too_large(most)
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             try:
                 async with asyncio.timeout(self.limits.body_timeout):
@@ -69,9 +69,11 @@ class Incoming:
                     code="body_timeout",
                 ) from None
             if whole:  # else the client has gone away
-                await self.app(scope, _replay(bytes(body), receive), send)
+                size, again = len(body), _replay(bytes(body), receive)
+                body.clear()  # what is counted once is in memory once
+                await self.app(scope, again, send)
         finally:
-            self.buffered_bytes -= len(body)
+            self.buffered_bytes -= size or len(body)
 
     async def _read(self, receive: Receive, body: bytearray, most: int) -> bool:
         """Append what comes to the body. False if the client went away."""
@@ -97,11 +99,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     given = False
 
     async def receive_again() -> Message:
-        nonlocal given
+        nonlocal body, given
         if given:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        message: Message = {"type": "http.request", "body": body, "more_body": False}
+        body, given = b"", True
+        return message
 
     return receive_again
 

@@ -9,6 +9,7 @@ import random
 import resource
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -240,6 +241,28 @@ def test_memory_for_bodies_and_open_requests_are_counted_exactly() -> None:
         "the server answers 2 requests already",
     ]
     assert (layer.open_requests, layer.buffered_bytes) == (0, 0)
+
+
+def test_a_body_is_in_memory_once_and_only_as_long_as_the_application_holds_it() -> None:
+    size, held = 2**22, list[int]()
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        assert len(message["body"]) == size
+        held.append(tracemalloc.get_traced_memory()[0])
+        del message
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": bytes(size), "more_body": False}
+
+    layer = Incoming(inner, TransportLimits(max_body_bytes=size))
+    tracemalloc.start()
+    try:
+        asyncio.run(layer({"type": "http", "path": "/x", "headers": []}, receive, lambda message: None))
+    finally:
+        tracemalloc.stop()
+    assert size <= held[0] < 1.5 * size and held[1] < 0.5 * size
 
 
 # --- not HTTP, or HTTP that can be read in two ways
