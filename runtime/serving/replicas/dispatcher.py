@@ -60,6 +60,8 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Hand out as much as replicas have room for, in the order of the due times."""
+        # Those that have ended because their model was closed would be drawn for nobody.
+        self.waiting[:] = [task for task in self.waiting if task.job.end is None]
         for task in sorted(self.waiting, key=lambda task: task.job.due):
             free = [seat for seat in self._seats if seat.has_room(task)]
             if free:
@@ -73,9 +75,7 @@ class Dispatcher:
     def end_hopeless(self) -> None:
         """End the requests that wait here and cannot be done in time."""
         for task in list(self.waiting):
-            if task.job.end is not None:  # its model was closed
-                self.waiting.remove(task)
-            elif (end := task.scheduler.too_late(task.job)) is not None:
+            if (end := task.scheduler.too_late(task.job)) is not None:
                 self.waiting.remove(task)
                 task.scheduler.finish(task.job, end)
 

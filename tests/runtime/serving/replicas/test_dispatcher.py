@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ditc.runtime.serving.refusals import Unavailable
 from ditc.runtime.serving.replicas import messages, replica
 from ditc.runtime.serving.replicas.dispatcher import Dispatcher
 from ditc.runtime.serving.replicas.messages import Message, Version
@@ -119,6 +120,23 @@ def test_a_request_that_is_cancelled_when_its_replica_is_lost_goes_to_no_other_o
         made.seats.append(made.seat())
         await asyncio.sleep(0.01)
         assert [type(end) for end in made.scheduler.ends] == [Cancelled]
+        assert made.handle.begun == ["one-1"] and not made.dispatcher.waiting
+
+    run(test)
+
+
+def test_a_request_whose_model_is_closed_while_it_waits_goes_to_no_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        made = Dispatched(monkeypatch)
+        await asyncio.sleep(0.01)
+        made.lose_replica()
+        await asyncio.sleep(0.01)
+        made.scheduler.finish(made.task.job, Refused(Unavailable("the model was closed")))
+        made.seats.append(made.seat())
+        made.dispatcher.dispatch()
+        await asyncio.sleep(0.01)
         assert made.handle.begun == ["one-1"] and not made.dispatcher.waiting
 
     run(test)
