@@ -372,7 +372,11 @@ class Scheduler:
             self.pipeline.close()
         try:
             pipeline = self._reopen()
-            variants = self._variants_of(pipeline)
+            try:
+                variants = self._variants_of(pipeline)
+            except BaseException:
+                pipeline.close()
+                raise
         except Exception:
             pause = REOPEN_PAUSES[min(self._attempts, len(REOPEN_PAUSES) - 1)]
             log.exception("the bundle cannot be opened again; the next attempt is in %g s", pause)

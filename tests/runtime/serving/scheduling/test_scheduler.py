@@ -13,7 +13,8 @@ from serving_scheduler import PATIENCE, SETTINGS, Serve, Server
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.request import Request
 from ditc.runtime.serving.refusals import Overloaded, TooLate, Unavailable
-from ditc.runtime.serving.scheduling.admission import Bounds
+from ditc.runtime.serving.scheduling import scheduler as scheduler_module
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
 from ditc.runtime.serving.scheduling.job import (
     Cancelled,
     Event,
@@ -23,6 +24,7 @@ from ditc.runtime.serving.scheduling.job import (
     Refused,
     preview_steps,
 )
+from ditc.runtime.serving.scheduling.scheduler import Scheduler
 from ditc.runtime.session import Array, Tensor
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.step_contract import STATS, X0
@@ -234,6 +236,35 @@ def test_a_crash_fails_only_its_batch_and_the_bundle_is_opened_again(serve: Serv
     assert np.array_equal(pixels(other.wait())[0], alone(server, seed=2)[0])
     assert len(opened) == 2 and server.scheduler.problem == ""
     assert nothing_is_left(server)
+
+
+def test_a_pipeline_whose_variants_fail_when_the_bundle_is_opened_again_is_closed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "REOPEN_PAUSES", (0.0,))
+    opened, runs = list[Pipeline](), list[int]()
+
+    def before(feeds: Mapping[str, Tensor]) -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            raise RuntimeError("planted")
+
+    def variants(pipeline: Pipeline) -> Mapping[str, Pipeline]:
+        opened.append(pipeline)
+        if len(opened) == 2:
+            raise RuntimeError("planted, too")
+        return {}
+
+    load = watched(tiny_bundle, before)
+    server = Server(Scheduler(load(), admission=Admission(Bounds()), reopen=load, variants=variants))
+    try:
+        first, other = (server.submit(seed=seed)[1] for seed in (1, 2))
+        server.scheduler.start()
+        assert isinstance(first.wait(), Refused)
+        assert isinstance(other.wait(), Finished)  # with the third one
+        assert [pipeline._closed for pipeline in opened] == [True, True, False]
+    finally:
+        server.scheduler.close()
 
 
 def test_a_listener_that_fails_cancels_its_request_alone(serve: Serve) -> None:
