@@ -54,7 +54,11 @@ class Api:
         """Accept a request. Raises Refusal if it cannot be."""
         drawing = await self._beginnings.begin(asked, caller)
         log.info("request %s draws %s", request_id, drawing.job.id)
-        return Ongoing(drawing, self.encoder)
+        try:
+            return Ongoing(drawing, self.encoder)
+        except BaseException:  # the model may have been closed, or its LoRA be lost, in this moment
+            drawing.abandon()
+            raise
 
     async def decoded(self, sent: Mapping[str, bytes | str], held: ExitStack) -> dict[str, Upload]:
         """The pictures that came with a request, by their arguments.

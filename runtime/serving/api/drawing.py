@@ -115,6 +115,11 @@ class Drawing:
         """End it before its next step. Nothing happens if it has ended."""
         self.model.scheduler.cancel(self.job)
 
+    def abandon(self) -> None:
+        """Cancel it, and give back the room of its frames at its end: nobody waits for it."""
+        self.events.when_ended(self.release)
+        self.cancel()
+
     async def finished(self) -> Finished:
         """Wait for the pictures. It takes no events, which another coroutine may read.
 
@@ -238,5 +243,4 @@ def _abandon(beginning: asyncio.Future[tuple[Drawing, ExitStack]]) -> None:
     if not beginning.cancelled() and beginning.exception() is None:
         drawing, opened = beginning.result()
         drawing.events.when_ended(opened.close)
-        drawing.events.when_ended(drawing.release)
-        drawing.cancel()
+        drawing.abandon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,17 @@ import pytest
 from starlette.responses import Response
 
 from ditc.runtime.request import Request
-from ditc.runtime.serving.api import generations, hugging_face
+from ditc.runtime.serving.api import api, generations, hugging_face
 from ditc.runtime.serving.api.asked import Asked
+from ditc.runtime.serving.api.drawing import Drawing, Events
 from ditc.runtime.serving.api.idempotency import Idempotency
 from ditc.runtime.serving.api.kept import Kept
 from ditc.runtime.serving.api.ongoing import Shared
+from ditc.runtime.serving.http.callers import Caller
+from ditc.runtime.serving.models import Models
+from ditc.runtime.serving.refusals import Unavailable
+from ditc.runtime.serving.scheduling.admission import Admission, Bounds
+from ditc.runtime.serving.scheduling.job import Cancelled
 
 ASKED = Asked(request=Request(prompt="red cat"))
 
@@ -70,10 +77,10 @@ async def no_message() -> Any:
 def test_who_asks_when_the_last_client_leaves_gets_a_drawing_of_its_own(
     monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    api: Any = Api()
+    made: Any = Api()
     http: Any = SimpleNamespace(receive=no_message, headers={}, stream=False)
     for module in (generations, hugging_face):
-        monkeypatch.setattr(module, "api_of", lambda http: api)
+        monkeypatch.setattr(module, "api_of", lambda http: made)
     monkeypatch.setattr(generations, "images_answer", lambda result: b"{}")
     monkeypatch.setattr(hugging_face, "asked_by_hugging_face", lambda *args, **kwargs: ASKED)
 
@@ -83,16 +90,47 @@ def test_who_asks_when_the_last_client_leaves_gets_a_drawing_of_its_own(
         return hugging_face.text_to_image(http, "tiny", http)
 
     async def test() -> None:
-        first = api.shared(http, ASKED, http)
+        first = made.shared(http, ASKED, http)
         ongoing, _ = await first.join()
         second = asyncio.ensure_future(ask())
         asyncio.get_running_loop().call_soon(
             first.leave
         )  # after the second request has come, before it waits
         await asyncio.sleep(0.05)
-        assert ongoing.cancelled and len(api.begun) == 2 and not api.begun[1].cancelled
-        api.begun[1].done.set()
+        assert ongoing.cancelled and len(made.begun) == 2 and not made.begun[1].cancelled
+        made.begun[1].done.set()
         assert (await asyncio.wait_for(second, 10)).status_code == 200
+
+    run(test)
+
+
+def test_an_accepted_drawing_that_cannot_be_described_is_ended_and_gives_back_its_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a crash has lost the LoRA of its model in this moment."""
+
+    def lost(*_: object) -> None:
+        raise Unavailable("the model cannot be drawn now")
+
+    async def test() -> None:
+        cancelled, released = list[object](), list[int]()
+        model: Any = SimpleNamespace(scheduler=SimpleNamespace(cancel=cancelled.append))
+        job: Any = SimpleNamespace(id="one")
+        drawing = Drawing(model, job, Events(), ASKED, lambda: released.append(1))
+
+        async def begun(*_: object) -> Drawing:
+            return drawing
+
+        found = api.Api(Models({"tiny": Path("nowhere")}, admission=Admission(Bounds())))
+        monkeypatch.setattr(found._beginnings, "begin", begun)
+        monkeypatch.setattr(api, "Ongoing", lost)
+        with pytest.raises(Unavailable):
+            await found.begin(ASKED, Caller("local"), "id")
+        assert cancelled == [job] and not released
+        drawing.events(Cancelled())
+        await asyncio.sleep(0.01)
+        assert released
+        found.close()
 
     run(test)
 
