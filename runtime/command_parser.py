@@ -37,14 +37,15 @@ class CommandParser(argparse.ArgumentParser):
         elif found := _UNKNOWN.fullmatch(message):
             words = found[1].split(" ")
             options = [word for word in words if word.startswith("-")]
+            known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
             for option in options:
-                known = [name for name in self._option_string_actions if name.startswith("--")]
-                yield from _did_you_mean(option.partition("=")[0], known)
+                if option.startswith("--"):  # everything is near to one letter
+                    yield from _did_you_mean(option[2:].partition("=")[0], known, "--")
             if not options:
                 yield "put a text of several words in quotes;"
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> Iterator[str]:
+def _did_you_mean(word: str, known: Iterable[str], before: str = "") -> Iterator[str]:
     near = get_close_matches(word, list(known), n=2)
     if near:
-        yield f"did you mean {' or '.join(near)}?"
+        yield f"did you mean {' or '.join(before + name for name in near)}?"

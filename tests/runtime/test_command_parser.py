@@ -14,8 +14,9 @@ from ditc.runtime.cli import USAGE, main
     ("line", "hint"),
     [
         (["rnu", "b", "cat"], "did you mean run? ditc --help"),
-        (["run", "b", "cat", "--outptu", "x.png"], "did you mean --output or --prompt? ditc run --help"),
-        (["run", "b", "cat", "--sede=3"], "did you mean --seed or --steps? ditc run --help"),
+        (["run", "b", "cat", "--outptu", "x.png"], "did you mean --output? ditc run --help"),
+        (["run", "b", "cat", "--sted", "3"], "did you mean --seed or --steps? ditc run --help"),
+        (["run", "b", "cat", "--sede=3"], "did you mean --seed? ditc run --help"),
         (["run", "b", "a", "red", "cat"], "put a text of several words in quotes; ditc run --help"),
         (
             ["export-triton", "b", "-o", "x", "--backend", "onnxruntim"],
