@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +21,8 @@ _TOGETHER = 4  # pictures that are encoded at once; more would take more memory 
 def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     """The matrix (3, C+1), bias last, that maps a latent cell to the mean colour of its pixels in [-1, 1].
 
-    It is a least-squares fit.
+    It is a least-squares fit. The encoder runs in fp32 whatever the type of its weights: on a CPU without bf16 products,
+    PyTorch's convolutions in bf16 take more than ten times as long.
 
     Args:
         encoder: maps images (B,3,H,W) in [-1,1] to latents (B,C,H/f,W/f) as the denoiser sees them. A second output is
@@ -28,6 +30,7 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     """
     size = _CELLS * latents.scale_factor
     images = torch.from_numpy(_pictures(size))
+    encoder = _in_fp32(encoder)
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -49,6 +52,16 @@ def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     squares, products = np.einsum("ni,nj->ij", x, x), np.einsum("ni,nj->ij", x, y)
     solution: Array = np.linalg.solve(squares + ridge, products).T
     return solution.astype(np.float32)
+
+
+def _in_fp32(module: nn.Module) -> nn.Module:
+    """The module with its weights in fp32. Those that are in fp32 already are shared with it."""
+    others: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            in_fp32 = tensor.detach().float()
+            others[id(tensor)] = nn.Parameter(in_fp32, False) if isinstance(tensor, nn.Parameter) else in_fp32
+    return copy.deepcopy(module, others)
 
 
 def _pictures(size: int) -> Array:
