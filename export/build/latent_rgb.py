@@ -21,8 +21,8 @@ _TOGETHER = 4  # pictures that are encoded at once; more would take more memory 
 def fit_latent_rgb(encoder: nn.Module, latents: LatentSpec) -> Array:
     """The matrix (3, C+1), bias last, that maps a latent cell to the mean colour of its pixels in [-1, 1].
 
-    It is a least-squares fit. The encoder runs in fp32 whatever the type of its weights: on a CPU without bf16 products,
-    PyTorch's convolutions in bf16 take more than ten times as long.
+    It is a least-squares fit. The encoder runs in fp32 whatever the type of its weights, because PyTorch's convolutions
+    in bf16 take more than ten times as long on a CPU without bf16 products.
 
     Args:
         encoder: maps images (B,3,H,W) in [-1,1] to latents (B,C,H/f,W/f) as the denoiser sees them. A second output is
