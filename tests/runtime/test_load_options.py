@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ditc.runtime import loader
+from ditc.runtime import opening
 from ditc.runtime.errors import UsageError
 from ditc.runtime.load_options import DEFAULTS, LoadKeywords, LoadOptions, add_load_arguments, load_options
 from ditc.runtime.pipeline import Pipeline
@@ -97,8 +97,8 @@ def test_a_provider_asks_for_its_backend() -> None:
 
 def test_keywords_change_fields_of_the_options(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[LoadOptions] = []
-    real = loader.load_parts
-    monkeypatch.setattr(loader, "load_parts", lambda bundle, o: (seen.append(o), real(bundle, o))[1])
+    real = opening.load_parts
+    monkeypatch.setattr(opening, "load_parts", lambda bundle, o: (seen.append(o), real(bundle, o))[1])
     Pipeline.load(tiny_bundle, options=LoadOptions(threads=1, provider="cpu"), threads=2).close()
     assert seen == [LoadOptions(threads=2, provider="cpu")]
     with pytest.raises(TypeError, match="speed"):
