@@ -21,8 +21,8 @@ ADVICE = "ditc doctor says what a GPU needs; --provider cpu asks for the CPU"
 def check_cpu_is_meant(manifest: Manifest, options: LoadOptions) -> None:
     """Warn if the CPU was not asked for, and this machine has a GPU or the bundle has engines for one.
 
-    On a machine that cannot have a GPU, engines that lie unused surprise nobody, so that is no warning. The caller has
-    found that the denoiser computes on the CPU.
+    On a machine that cannot have a GPU, nobody expects its engines to run, so the line is logged as information and not
+    as a warning. The caller has found that the denoiser computes on the CPU.
 
     Raises:
         UsageError: the options name a GPU.

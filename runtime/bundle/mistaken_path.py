@@ -1,4 +1,4 @@
-"""What the user of a path that is no bundle probably wanted to name."""
+"""A hint for a path that is not a bundle: what the user probably wanted to name."""
 
 from __future__ import annotations
 

@@ -279,9 +279,9 @@ def settings(device: str, threads: int, precision: Precision = Precision.FP32) -
     if device != CPU:
         return common
     if int8_products_saturate():
-        # OpenVINO 2026.4 has no other INT8 kernels for such CPUs, and they are no faster than its fp32 ones
-        # (docs/calibration.md). Without its low-precision transformations it rounds the inputs of the products to 8
-        # bits as the graph says, and multiplies in fp32.
+        # OpenVINO 2026.4 has no other INT8 kernels for such CPUs, and its INT8 GEMMs are no faster there than those in
+        # fp32 (docs/calibration.md). Without its low-precision transformations it rounds the inputs of the products to
+        # 8 bits as the graph says, and multiplies in fp32.
         common["LP_TRANSFORMS_MODE"] = False
     # Pinning would bind threads to cores outside of the process's mask, and several processes to the same cores.
     return {

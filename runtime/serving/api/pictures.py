@@ -41,8 +41,8 @@ async def with_pictures(
         held: as in `Api.decoded`.
 
     Raises:
-        Invalid: a picture is no data URL, damaged or has too many pixels, or there is a mask without a picture.
-        Overloaded: there is no room for them.
+        Invalid: a picture is not a data URL, is damaged or has too many pixels, or a mask came without a picture.
+        Overloaded: the memory for pictures has no room for them (`--max-picture-bytes`).
     """
     urls: dict[str, str] = {name: url for name in PICTURES if (url := getattr(body, name, None)) is not None}
     pictures = await api.decoded({**urls, **files}, held)
@@ -68,8 +68,8 @@ async def with_pictures(
 def _to_draw(image: Upload, mask: Upload | None) -> Image.Image | None:
     """Where to draw, as white in a picture of grey; None for everywhere.
 
-    A picture without a mask is drawn anew where it is less than half opaque, or everywhere if it is so nowhere: a soft
-    edge or a shadow asks for nothing.
+    A picture without a mask is drawn anew where it is less than half opaque. If no part of it is, because it has only
+    soft edges or shadows, it is drawn anew everywhere.
     """
     if mask is None:
         if image.alpha is None or not any(image.alpha.histogram()[: OPAQUE // 2 + 1]):
