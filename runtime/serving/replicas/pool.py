@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from math import ceil
+from math import ceil, inf
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.1
 CHECK_SECONDS = 1.0
-# Seconds before the next start, by how many replicas in a row have ended before they were ready.
+# Seconds before the next start, by how many replicas in a row have ended before they were ready; and before a replica
+# tries again to open what it could not, by how often it has tried.
 START_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 # After so many of them, a bundle cannot be opened.
 _GIVE_UP = 3
@@ -144,6 +145,10 @@ class Pool:
                 log.error("%s failed, and is ended:\n%s", handle.name, where_raised(e))
                 self._cluster.kill(handle, {})
                 continue
+            if told["ditc"] != __version__:  # installed since then
+                log.info("%s has ditc %s, and is ended", handle.name, told["ditc"])
+                self._cluster.kill(handle, told)
+                continue
             seat = Seat(handle=handle, told=told, left_over=set(told["versions"]))
             self.seats.append(seat)
             log.info("%s goes on", seat.name)
@@ -158,6 +163,9 @@ class Pool:
                     if seat.told and not seat.checking and self._clock() >= seat.next_check:
                         seat.checking = True
                         self._spawn(self._check(seat))
+                    if seat.ready and seat.failed and self._clock() >= seat.open_again:
+                        seat.open_again = inf
+                        self._spawn(self._open_failed(seat))
                 self._dispatcher.dispatch()
             except Exception as e:  # the loop must not end: it serves all clients
                 log.error("the pool of replicas failed:\n%s", where_raised(e))
@@ -332,6 +340,7 @@ class Pool:
             seat.failed[version] = e
             log.error("%s cannot open %s: %s", seat.name, version, e)
             raise
+        seat.failed.pop(version, None)
         if version not in self._bundles:  # closed meanwhile, or another replica could not open it
             await self._close_in(seat, version)
             return
@@ -340,6 +349,17 @@ class Pool:
         seat.versions.add(version)
         self._opened[version] = opened
         self._changed.set()
+
+    async def _open_failed(self, seat: Seat) -> None:
+        """Try again what a replica could not open, because the reason may have passed, such as too little memory."""
+        try:
+            for version in list(seat.failed):
+                if version in self._bundles and not seat.gone:
+                    with suppress(DitcError):
+                        await self._open_in(seat, version)
+        finally:
+            seat.attempts = seat.attempts + 1 if seat.failed else 0
+            seat.open_again = self._clock() + START_PAUSES[min(seat.attempts, len(START_PAUSES) - 1)]
 
     def _leave(self, version: Version) -> None:
         """One user of a version less. After the last one it is closed."""

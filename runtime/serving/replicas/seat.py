@@ -53,6 +53,7 @@ class Seat:
         versions: those that it has opened.
         left_over: those that it had opened for an earlier front, and that this one has not asked for.
         failed: why it could not open others.
+        attempts, open_again: how often it has tried those again in vain, and when it does next.
         tasks: what it draws.
         ready: whether it may get requests.
         ending: whether it gets none any more.
@@ -65,6 +66,8 @@ class Seat:
     versions: set[Version] = field(default_factory=set)
     left_over: set[Version] = field(default_factory=set)
     failed: dict[Version, DitcError] = field(default_factory=dict)
+    attempts: int = 0
+    open_again: float = 0.0
     tasks: set[Task] = field(default_factory=set)
     ready: bool = False
     ending: bool = False

@@ -360,6 +360,27 @@ def test_a_fault_of_a_library_while_a_replica_opens_a_bundle_is_told(
     assert isinstance(server.submit()[1].wait(), Finished)
 
 
+def test_a_replica_tries_again_to_open_what_it_could_not(
+    replicas: Callable[..., Replicas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never did: without another replica, requests waited for ever."""
+    made = replicas()
+    server, failed, open_model = made.server(), list[int](), replica.open_model
+
+    def fails_twice(*args: Any, **kwargs: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(1)
+            raise RuntimeError("no memory")
+        return open_model(*args, **kwargs)
+
+    monkeypatch.setattr(replica, "open_model", fails_twice)
+    made.cluster.handles[0].dead = True
+    until(lambda: len(made.cluster.handles) == 2)
+    made.all_ready(1)
+    assert isinstance(server.submit()[1].wait(), Finished)
+    assert len(failed) == 2 and not made.pool.seats[0].failed
+
+
 def test_a_replica_that_fails_before_it_opens_anything_is_replaced(
     replicas: Callable[..., Replicas],
 ) -> None:
@@ -462,6 +483,22 @@ def test_a_replica_that_fails_when_another_front_asks_for_it_is_replaced() -> No
         assert cluster.handles[0].dead and pool.seats[0].handle is cluster.handles[1]
     finally:
         pool.stop()
+
+
+def test_a_replica_of_another_version_of_ditc_is_replaced_when_another_front_finds_it(
+    replicas: Callable[..., Replicas],
+) -> None:
+    """The front ended instead, and with it the server."""
+
+    class Older(FakeHandle):
+        async def begin(self) -> Message:
+            return {**await super().begin(), "ditc": "0.0.1"}
+
+    cluster = FakeCluster()
+    cluster.handles.append(Older("left"))
+    made = replicas(cluster=cluster)
+    made.models.open("tiny")
+    assert [seat.handle for seat in made.pool.seats] == [cluster.handles[1]]
 
 
 def test_another_front_opens_nothing_beside_what_the_earlier_one_has_left(
