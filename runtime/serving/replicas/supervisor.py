@@ -53,6 +53,7 @@ def supervise(arguments: argparse.Namespace) -> int:
         try:
             return _Supervisor(listener, address, namespace).run()
         finally:
+            listener.close()  # at once, so that no new connection waits in it for an answer
             stop_ray(namespace)
 
 
@@ -103,7 +104,7 @@ class _Supervisor:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         ends = number in (signal.SIGTERM, signal.SIGINT)
         self._ending |= ends
-        if self._front is None:  # the next one reads everything anew, as SIGHUP asks
-            self._to_pass_on = number if ends else self._to_pass_on
-        elif self._front.poll() is None:
+        if self._front is not None and self._front.poll() is None:
             self._front.send_signal(number)
+        elif ends:  # the next front reads everything anew, as SIGHUP asks
+            self._to_pass_on = number

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,3 +56,56 @@ def test_a_signal_while_a_front_is_started_reaches_it(monkeypatch: pytest.Monkey
     with socket.socket() as listener:
         assert supervisor._Supervisor(listener, "address", "namespace").run() == 0
     assert [front.signals for front in fronts] == [[signal.SIGTERM]]
+
+
+def test_a_signal_right_before_the_next_front_is_started_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, fronts = list[int](), list[Front]()
+
+    class Killed(Front):
+        def poll(self) -> int:
+            return -signal.SIGKILL
+
+        def wait(self) -> int:
+            return -signal.SIGKILL
+
+    def start(*args: object, **kwargs: object) -> Front:
+        fronts.append(Front() if fronts else Killed())
+        return fronts[-1]
+
+    def clock() -> float:
+        calls.append(1)
+        if len(calls) == 3:  # the second front is not yet started, and the first one has ended
+            signal.raise_signal(signal.SIGTERM)
+        return 0.0
+
+    monkeypatch.setattr(supervisor.subprocess, "Popen", start)
+    monkeypatch.setattr(supervisor, "monotonic", clock)
+    monkeypatch.setattr(supervisor, "sleep", lambda seconds: None)
+    with socket.socket() as listener:
+        assert supervisor._Supervisor(listener, "address", "namespace").run() == 0
+    assert [front.signals for front in fronts] == [[], [signal.SIGTERM]]
+
+
+def test_nobody_waits_for_an_answer_while_ray_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener, refused = socket.create_server(("127.0.0.1", 0)), list[bool]()
+    address = listener.getsockname()
+
+    def stop_ray(namespace: str) -> None:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=5)
+        refused.append(True)
+
+    for name, value in {
+        "options_of": lambda *_: None,
+        "load_options": lambda *_: None,
+        "named_bundles": lambda *_: None,
+        "start_ray": lambda *_: "address",
+        "listen": lambda *_: listener,
+        "stop_ray": stop_ray,
+    }.items():
+        monkeypatch.setattr(supervisor, name, value)
+    monkeypatch.setattr(supervisor._Supervisor, "run", lambda self: 0)
+    arguments: Any = SimpleNamespace(
+        host="127.0.0.1", port=0, warm_up_seconds=0.0, drain_seconds=1.0, api_keys=None, ui=False
+    )
+    assert supervisor.supervise(arguments) == 0 and refused
