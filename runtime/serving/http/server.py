@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 # The part of the time for ending that is kept for ending what is still in work, and at most how many seconds.
 _RESERVE, _MOST_RESERVE = 0.3, 3.0
 _LOOK_AGAIN = 0.05
+_UNSERVED = "the bundle cannot be served"
 DEFAULTS = ServerOptions()
 
 
@@ -115,11 +117,13 @@ class Server(uvicorn.Server):
         self._drain_seconds, self._reserve = options.drain_seconds - reserve, reserve
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._unserved = False  # whether `end` was called, which may be before there is a loop
 
     def end(self) -> None:
-        """End in order, from any thread."""
+        """End in order, from any thread, also if the server has not begun yet."""
+        self._unserved = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._begin_to_end, "the bundle cannot be served")
+            self._loop.call_soon_threadsafe(self._begin_to_end, _UNSERVED)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -132,6 +136,8 @@ class Server(uvicorn.Server):
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         here = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, on_signal) for number in numbers if here}
+        if self._unserved:
+            self._begin_to_end(_UNSERVED)
         try:
             yield
         finally:
@@ -161,6 +167,8 @@ class Server(uvicorn.Server):
         if not models.idle:
             log.warning("%d requests were not done in time, and are ended", models.admission.requests)
         self.closed = await asyncio.to_thread(models.close, self._reserve / 3)
+        # What clients still read, such as a finished video, is answered too.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(end - monotonic()))
         self.should_exit = True
 
     def _reload(self) -> None:
