@@ -48,16 +48,22 @@ def health_routes(models: Models, metrics: Metrics, traffic: Traffic, doorkeeper
         It answers when that is done. A version whose successor cannot be opened stays in use.
         """
         if reloading.locked():
-            raise Refusal("a reload is running", hint="come back later", status=409, code="reload_running")
+            raise Refusal(
+                "a reload is running",
+                hint="come back later",
+                status=409,
+                code="reload_running",
+                retry_after=1.0,
+            )
         async with reloading:
             keys = await asyncio.to_thread(reload_keys, doorkeeper)
             done = await asyncio.to_thread(models.reload)
+        problems = [] if keys else ["the keys cannot be read, and stay as they were"]
         if failed := [name for name, what in done.items() if what == "failed"]:
-            raise Refusal(
-                f"the new version of {', '.join(failed)} cannot be opened, and the old one stays in use",
-                hint="the log of the server says why",
-                code="reload_failed",
-            )
-        return {"keys": "read" if keys else "unchanged, as the log says", "models": done}
+            names = ", ".join(failed)
+            problems.append(f"the new version of {names} cannot be opened, and the old one stays in use")
+        if problems:
+            raise Refusal("; ".join(problems), hint="the log of the server says why", code="reload_failed")
+        return {"keys": "read", "models": done}
 
     return router

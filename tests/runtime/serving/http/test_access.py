@@ -142,7 +142,10 @@ def test_an_administrator_reloads_keys_and_learns_nothing_about_the_file(tmp_pat
         assert json.loads(server.ask("POST", "/admin/reload", headers=bearer(OPS)).body)["keys"] == "read"
         path.write_text("broken")
         answer = server.ask("POST", "/admin/reload", headers=bearer(OPS))
-        assert json.loads(answer.body)["keys"] == "unchanged, as the log says"
+        assert (answer.status, answer.error["code"]) == (500, "reload_failed")
+        assert answer.error["message"].startswith("the keys cannot be read, and stay as they were; ")
+        assert str(path) not in answer.body.decode()
+        assert server.ask("GET", "/v1/models", headers=bearer(OPS)).status == 200
 
 
 def test_the_work_of_a_key_is_counted_when_it_draws(tiny_bundle: Path, tmp_path: Path) -> None:

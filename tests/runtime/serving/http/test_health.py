@@ -122,8 +122,9 @@ def test_a_reload_says_what_it_did_and_runs_once_at_a_time(
     async def twice() -> None:
         first = asyncio.create_task(asked._endpoints["/admin/reload"]())
         await asyncio.sleep(0.05)
-        with pytest.raises(Refusal, match="a reload is running"):
+        with pytest.raises(Refusal, match="a reload is running") as running:
             await asked._endpoints["/admin/reload"]()
+        assert running.value.retry_after
         go_on.set()
         with pytest.raises(Refusal, match="the new version of tiny cannot be opened, and the old one stays"):
             await first
