@@ -40,6 +40,7 @@ class AsyncJob(ABC):
             step.
         steps_done, frames_done: the number of steps that are done, and of decoded frames of videos.
         outcome: its result, or why there is none; None while it is in work.
+        unwanted: whether it was cancelled when only its encoding was left, which goes on for nobody.
         ended, expires: seconds since 1970; None while it is in work.
     """
 
@@ -56,6 +57,7 @@ class AsyncJob(ABC):
     steps_done: int = 0
     frames_done: int = 0
     outcome: Result | Refusal | None = None
+    unwanted: bool = False
     ended: int | None = None
     expires: int | None = None
 
@@ -175,9 +177,9 @@ class Jobs(Generic[J]):
         return job
 
     def cancel(self, job: J) -> None:
-        """End a job in work before its next step. It stays known."""
+        """End a job in work before its next step. It stays known, as cancelled."""
         if job.ongoing is not None:
-            job.ongoing.cancel()
+            job.unwanted = not job.ongoing.cancel()
 
     def remove(self, owner: str, job: J) -> None:
         """Forget a job. If it is in work, it is also cancelled."""
@@ -201,7 +203,7 @@ class Jobs(Generic[J]):
 
     def _settle(self, owner: str, job: J, result: asyncio.Task[Result]) -> None:
         error = None if result.cancelled() else result.exception()
-        if result.cancelled():
+        if result.cancelled() or (error is None and job.unwanted):
             job.outcome = Refusal("it was cancelled", code="cancelled")
         elif isinstance(error, Refusal):
             job.outcome = copy(error)  # without its traceback, whose frames hold the drawing

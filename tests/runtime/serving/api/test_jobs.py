@@ -109,6 +109,35 @@ def test_a_failed_job_keeps_nothing_of_its_drawing() -> None:
     run(test)
 
 
+def test_a_job_that_is_cancelled_while_its_pictures_are_encoded_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its client was told so, and found it completed."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def encoded(*args: Any) -> Any:
+        began.set()
+        go_on.wait(60)
+        return SimpleNamespace(size_bytes=90)
+
+    monkeypatch.setattr(ongoing, "encoded", encoded)
+
+    async def test() -> None:
+        jobs = Jobs(ImageJob, Kept[Any](most=2, most_bytes=100, seconds=60))
+        drawing = Drawing(Asked(request=Request(prompt="red cat")))
+        drawing.events.end = "finished"
+        job = jobs.add("", begun(drawing, Encoder()))
+        await asyncio.to_thread(began.wait, 60)
+        jobs.cancel(job)
+        go_on.set()
+        while job.ongoing is not None:
+            await asyncio.sleep(0.01)
+        assert (job.status, job.result, job.error) == ("cancelled", None, None)
+        assert jobs.find("", job.id) is job
+
+    run(test)
+
+
 def test_videos_that_are_encoded_hold_no_other_answer_back(monkeypatch: pytest.MonkeyPatch) -> None:
     held = threading.Event()
     monkeypatch.setattr(ongoing, "encoded", lambda *args: held.wait(60))
