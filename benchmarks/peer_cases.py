@@ -21,6 +21,9 @@ DECODER = {
     **DC_AE,
     **{"encoder_block_out_channels": [32] * 6, "encoder_layers_per_block": [1] * 6},
 }
+# Put after the demo's prompts of three words, so that a text has 33 to 64 tokens of the demo's tokenizer: more than most
+# prompts (calib/prompts/general.txt: half of them have at most 18, nine of ten at most 39).
+IN_DETAIL = ", an old oil painting in warm evening light, with fine brush strokes, on a wooden table beside a window"
 NARROW_VAE = {**DECODER, "decoder_block_out_channels": [32] * 6, "decoder_layers_per_block": [1] * 6}
 
 
@@ -115,6 +118,7 @@ class Case:
         operations: name -> command of peer_worker.py; "prompt": None is filled with a prompt that is new in each round.
         pixels: side of the square picture.
         contestants: the names of those that take part.
+        suffix: what is put after each new prompt.
         compared: how many rounds are compared with the reference, which must draw each of them; None for all.
         warm_up, warm_up_changes: how often each operation runs before the first round, and what is different then.
     """
@@ -125,6 +129,7 @@ class Case:
     pixels: int
     operations: Mapping[str, Mapping[str, Any]]
     contestants: Sequence[str] = ALL
+    suffix: str = ""
     compared: int | None = None
     warm_up: int = 2
     warm_up_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +158,7 @@ def cases(layers: int, text_layers: int) -> dict[str, Case]:
     whole = wide("sana-0.6b", sana_600m, FULL_DEPTH, DECODER, text_layers)
     demo = {"num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 32}
     wide_call = {"guidance_scale": 4.5, "max_sequence_length": 300}
-    step = {"do": "step", "prompt": "a red heart", "num_inference_steps": 3, **wide_call}
+    step = {"do": "step", "prompt": f"a red heart{IN_DETAIL}", "num_inference_steps": 3, **wide_call}
     rows = [
         Case(
             name="demo",
@@ -197,6 +202,7 @@ def cases(layers: int, text_layers: int) -> dict[str, Case]:
             model=whole,
             pixels=512,
             operations={"picture": picture},
+            suffix=IN_DETAIL,
             # The others would take minutes per round, or have no place in memory beside these.
             contestants=(
                 *(BASELINE, "optimum-intel bf16", "optimum-intel int8 + bf16"),

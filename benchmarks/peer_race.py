@@ -252,7 +252,8 @@ class Race:
         if command["do"] != "decode":
             command |= {"height": self.case.pixels, "width": self.case.pixels}
         if "prompt" in command and command["prompt"] is None:
-            command["prompt"] = self._prompts[-1 - (number + self.case.warm_up) % len(self._prompts)]
+            prompt = self._prompts[-1 - (number + self.case.warm_up) % len(self._prompts)]
+            command["prompt"] = prompt + self.case.suffix
         return command
 
     def _latents(self, number: int) -> Path:

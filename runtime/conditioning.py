@@ -12,10 +12,12 @@ import numpy as np
 
 from ditc.runtime.cache import RowCache
 from ditc.runtime.errors import NumericsError, UsageError
+from ditc.runtime.padding import Padding, lengthened, text_length
 from ditc.runtime.request import Request
 from ditc.runtime.session import Array, Session, numpy_dtype, to_numpy
-from ditc.runtime.spec import CONDITIONER, CONTROL_CONDITIONER, StageSpec, TensorSpec
-from ditc.runtime.text import TokenBatch
+from ditc.runtime.spec import CONDITIONER, CONTROL_CONDITIONER, StageSpec, TensorSpec, spec_named
+from ditc.runtime.step_contract import TEXT_LENGTH
+from ditc.runtime.text import TokenBatch, without_padding
 from ditc.runtime.text_encoder import TextEncoder, encoders_for
 
 TEXT_EMBEDS = "text_embeds"
@@ -39,6 +41,8 @@ class Conditioning:
         key: identifies the artifacts that compute the rows.
         control_conditioner: computes what a ControlNet needs of the text, from the conditioner's inputs; None if there
             is no ControlNet, or if it takes the conditioner's outputs.
+        skips_padding: whether padding is left out where it has no effect. Rows then differ in length, which costs time
+            on devices that capture graphs or compile for sizes.
     """
 
     def __init__(
@@ -49,12 +53,14 @@ class Conditioning:
         key: str,
         cache: RowCache | None = None,
         control_conditioner: Session | None = None,
+        skips_padding: bool = False,
     ) -> None:
         self.encoders = tuple(encoders)
         self.conditioner = conditioner
         self.control_conditioner = control_conditioner
         self.cache = cache if cache is not None else RowCache()
         self._key = key
+        self._skips_padding = skips_padding
 
     def with_sessions(self, sessions: Mapping[str, Session]) -> Conditioning:
         """A copy with other sessions, by stage. The cache is shared only if no session that computes rows changes."""
@@ -66,7 +72,19 @@ class Conditioning:
             key=self._key,
             cache=RowCache(self.cache.max_bytes),
             control_conditioner=sessions.get(CONTROL_CONDITIONER, self.control_conditioner),
+            skips_padding=self._skips_padding,
         )
+
+    @property
+    def padding(self) -> dict[str, Padding]:
+        """How rows of different lengths are filled up, by the name of their tensors; {} where they must not be."""
+        sessions = filter(None, (self.conditioner, self.control_conditioner))
+        outputs = tuple(tensor for session in sessions for tensor in session.spec.outputs)
+        return {
+            name: Padding(spec_named(outputs, name).shape.index(TEXT_LENGTH), value)
+            for encoder in self.encoders
+            for name, value in encoder.spec.padding or ()
+        }
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -86,6 +104,7 @@ class Conditioning:
             key=f"{self._key};{key}" if key else self._key,
             cache=self.cache,
             control_conditioner=sessions.get(CONTROL_CONDITIONER, self.control_conditioner),
+            skips_padding=self._skips_padding,
         )
 
     def rows(self, request: Request, *, negative: bool) -> list[Mapping[str, Array] | NumericsError]:
@@ -149,6 +168,15 @@ class Conditioning:
             encoder.tokenizer.encode([text], encoder.spec, negative=negative)
             for text, encoder in zip(texts, encoders, strict=True)
         ]
+        if self._skips_padding:
+            needed = [
+                without_padding(encoder.spec, batch, negative=negative)
+                for encoder, batch in zip(encoders, tokens, strict=True)
+            ]
+            tokens = [batch for _, batch in needed]
+            encoders = [
+                replace(encoder, spec=spec) for encoder, (spec, _) in zip(encoders, needed, strict=True)
+            ]
         key = tuple(
             (encoder.spec, batch.input_ids.tobytes()) for encoder, batch in zip(encoders, tokens, strict=True)
         )
@@ -249,14 +277,19 @@ def _row_or_error(row: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]
         return error
 
 
-def stack_texts(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def stack_texts(rows: Sequence[Mapping[str, Array]], padding: Mapping[str, Padding]) -> dict[str, Array]:
     """The rows of several texts as one read-only array per name. Without rows, there are no names.
+
+    Shorter ones are filled up to the length of the longest.
 
     Raises:
         UsageError: prompts and negative prompts have different lengths.
     """
     if not rows:
         return {}
+    if padding:
+        longest = max(text_length(row, padding) for row in rows)
+        rows = [lengthened(row, padding, longest) for row in rows]
     for name in rows[0]:
         shapes = {row[name].shape[1:] for row in rows}
         if len(shapes) > 1:

@@ -107,6 +107,7 @@ def load_parts(bundle: Path, options: LoadOptions) -> Parts:
         sessions[CONDITIONER],
         key=key,
         control_conditioner=sessions.get(CONTROL_CONDITIONER),
+        skips_padding=all(session.device.kind == "cpu" for session in sessions.values()),
     )
     encoder = None
     if VAE_ENCODER not in chosen:

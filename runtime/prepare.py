@@ -366,8 +366,9 @@ def _first_state(
         ),
         rows=Rows(
             row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
-            conditioning=stack_texts(rows),
+            conditioning=stack_texts(rows, drawable.conditioning.padding),
             conditional=len(negative),
+            padding=drawable.conditioning.padding,
         ),
         decodes_x0=table.decodes_x0,
     )

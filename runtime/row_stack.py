@@ -5,6 +5,8 @@ others join or leave. A request that joins is written into the gap of one that l
 remains and the last request has as many rows, that request is moved into it; otherwise the requests after the gap are
 rewritten. The order of the rows does not matter to the denoiser, because `row_of` says to which sample each row
 belongs.
+
+Where padding has no effect, texts of different lengths share a stack: shorter ones are filled up.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class RowStack:
             UsageError: the rows do not fit in one tensor, for example because texts differ in length, or a request is
                 given twice.
         """
+        wanted = self._of_one_length(wanted)
         known = {member.rows: member for member in self._members}
         changed = len(known) != len(wanted) or any(rows not in known for rows in wanted)
         if changed or self.size != max(size, sum(member.count for member in self._members)):
@@ -71,6 +74,15 @@ class RowStack:
                 raise
             known = {member.rows: member for member in self._members}
         return [known[rows].start for rows in wanted]
+
+    def _of_one_length(self, wanted: Sequence[Rows]) -> list[Rows]:
+        """The rows, all as long as the longest; or as those of the stack, while one of them stays and is not copied."""
+        longest = max((rows.text_length for rows in wanted), default=0)
+        held = {member.rows for member in self._members}
+        length = next((rows.text_length for rows in held), 0)
+        if length > longest and any(rows.made_before(length) in held for rows in wanted):
+            longest = length
+        return [rows.with_length(longest) if rows.text_length else rows for rows in wanted]
 
     def _change(self, wanted: Sequence[Rows], size: int) -> None:
         unique = dict.fromkeys(wanted)

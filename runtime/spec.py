@@ -7,9 +7,11 @@ run time, and the stage's profile bounds each name.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
+
+from ditc.runtime.bundle.jsondata import LEFT_OUT_IF_NONE
 
 
 class DType(StrEnum):
@@ -104,12 +106,18 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Smallest, most likely and largest value of a named dimension. Every value is a multiple of multiple_of."""
+    """Smallest, most likely and largest value of a named dimension. Every value is a multiple of multiple_of.
+
+    Attributes:
+        varies: whether the value differs from text to text, so that a library which compiles for fixed sizes leaves
+            this one open.
+    """
 
     min: int
     opt: int
     max: int
     multiple_of: int = 1
+    varies: bool | None = field(default=None, kw_only=True, metadata=LEFT_OUT_IF_NONE)
 
     def __contains__(self, value: int) -> bool:
         return self.min <= value <= self.max and value % self.multiple_of == 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ditc.runtime.failure import Failure
 from ditc.runtime.image_start import Kept
+from ditc.runtime.padding import Padding, lengthened, text_length
 from ditc.runtime.session import Array, Tensor, narrow, to_numpy
 from ditc.runtime.step_contract import (
     CONTROL_SCALE,
@@ -35,11 +36,14 @@ class Rows:
         row_of: (R,) int64, the sample to which each row belongs.
         conditioning: named tensors with R rows.
         conditional: how many unconditional rows come before the conditional ones.
+        padding: how rows of other lengths are filled up, by name; {} if they must not be.
     """
 
     row_of: Array
     conditioning: Mapping[str, Tensor]
     conditional: int = 0
+    padding: Mapping[str, Padding] = field(default_factory=dict)
+    _longer: dict[int, Rows] = field(default_factory=dict, init=False, repr=False)
     _parts: dict[tuple[int, int], Rows] = field(default_factory=dict, init=False, repr=False)
 
     def part(self, start: int, stop: int) -> Rows:
@@ -52,8 +56,27 @@ class Rows:
         if (start, stop) not in self._parts:
             tensors = {name: narrow(tensor, start, stop) for name, tensor in self.conditioning.items()}
             conditional = max(self.conditional - start, 0)
-            self._parts[start, stop] = Rows(self.row_of[start:stop], tensors, conditional)
+            self._parts[start, stop] = Rows(self.row_of[start:stop], tensors, conditional, self.padding)
         return self._parts[start, stop]
+
+    @property
+    def text_length(self) -> int:
+        """The number of tokens of each row; 0 if rows of other lengths cannot be filled up."""
+        return text_length(self.conditioning, self.padding) if self.padding and self.conditioning else 0
+
+    def made_before(self, length: int) -> Rows | None:
+        """The rows with `length` tokens if they need not be made: these, or those of the last `with_length`."""
+        return self if length == self.text_length else self._longer.get(length)
+
+    def with_length(self, length: int) -> Rows:
+        """The rows filled up to `length` tokens. The object is the same as long as the length stays the same."""
+        known = self.made_before(length)
+        if known is None:
+            filled = lengthened(self.conditioning, self.padding, length)
+            known = Rows(self.row_of, filled, self.conditional, self.padding)
+            self._longer.clear()  # one copy is enough
+            self._longer[length] = known
+        return known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,9 @@ from ditc.runtime.tokenizer_json import Unbounded, encode, open_tokenizer, rust_
 log = logging.getLogger(__name__)
 
 MOTION_SCORE = "{motion_score}"
+# Where padding has no effect, a text keeps so much of it that its number of tokens is a multiple of this. Libraries
+# remember the kernels that they chose for the few sizes, and there is hardly more work than without any padding.
+LENGTH_STEP = 32
 
 
 class PaddingSide(StrEnum):
@@ -72,6 +75,9 @@ class TextSpec:
         suffix: text put after every prompt, but not after negative prompts, before anything else is done with it.
         motion: the suffix for a request's motion_score, in which that number takes the place of MOTION_SCORE; None for
             models that were not trained with one.
+        padding: what the conditioner's outputs hold for a token that the mask hides, by their names. Such a token has
+            no effect on the picture, so padding may be left out of the computation, and rows of different lengths may
+            be filled up with these values to share a run. None where padding has an effect.
 
     Raises:
         ValueError: the lengths do not fit each other.
@@ -94,6 +100,7 @@ class TextSpec:
     vocab_size: int | None = None
     suffix: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     motion: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    padding: tuple[tuple[str, float], ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
     def __post_init__(self) -> None:
         for length, select in (
@@ -147,6 +154,26 @@ def with_motion(spec: TextSpec, motion_score: int) -> TextSpec:
             hint="leave motion_score out",
         )
     return replace(spec, suffix=spec.motion.replace(MOTION_SCORE, str(motion_score)))
+
+
+def without_padding(spec: TextSpec, batch: TokenBatch, *, negative: bool) -> tuple[TextSpec, TokenBatch]:
+    """The same texts with less padding after them, and their handling, if the spec says that padding has no effect.
+
+    A causal encoder gives a token the same states whatever comes after it, and the mask hides what does.
+
+    Returns:
+        The spec with as many tokens as the longest text needs, a multiple of LENGTH_STEP or all of them; and (B,S) ids
+        and mask for it.
+    """
+    if spec.padding is None or spec.mask is None or spec.padding_side is not PaddingSide.RIGHT:
+        return spec, batch
+    select = spec.negative_select if negative else spec.select
+    mask = batch.attention_mask if select is None else select(batch.attention_mask)
+    used = int(np.flatnonzero(mask.any(axis=0)).max(initial=0)) + 1
+    length = min(spec.length, -(-used // LENGTH_STEP) * LENGTH_STEP)
+    tokens = batch.input_ids.shape[1] - (spec.length - length)
+    kept = TokenBatch(batch.input_ids[:, :tokens], batch.attention_mask[:, :tokens])
+    return with_length(spec, length), kept
 
 
 def _lengthened(select: Select | None, change: int) -> Select | None:

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,7 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.write(f"{marks[finding.ok]}{finding.topic:<12}{finding.text}\n")
             if finding.hint:
                 sys.stdout.write(f"    hint: {finding.hint}\n")
+        sys.stdout.write(f"\n{summary(findings)}\n")
     return int(any(finding.ok is False for finding in findings))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """One sentence for somebody who reads only the last line."""
+    bad = list(dict.fromkeys(finding.topic for finding in findings if finding.ok is False))
+    if not bad:
+        return "Nothing is wrong. Lines that begin with - are facts, or parts that you need not have."
+    return f"Look at the lines that begin with bad: {', '.join(bad)}."
 
 
 def _machine() -> list[Finding]:

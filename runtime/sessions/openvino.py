@@ -31,6 +31,7 @@ from ditc.runtime.spec import DType, Precision, StageSpec
 from ditc.runtime.weight_map import LORA_DOWN, LORA_UP
 
 CPU = "CPU"
+OPEN = -1  # in the place of a size that stays open in a compiled model
 # With int8-dynamic, OpenVINO gives every token one scale per so many channels. Of 32, 64, 128 and 256, 128 was the
 # fastest (docs/calibration.md). It computes layers with fewer channels in fp32 (2026.4).
 DYNAMIC_GROUP = 128
@@ -125,11 +126,11 @@ class OpenvinoSession:
         given = {name: np.ascontiguousarray(to_numpy(feed)) for name, feed in feeds.items()}
         loras = {name: given.pop(name, None) for name in self._optional}
         check_feeds(self.spec, given)
-        shapes = tuple(given[tensor.name].shape for tensor in self.spec.inputs)
+        shapes = {name: feed.shape for name, feed in given.items()}
         with self._lock:
             if self._closed:
                 raise closed(self.spec)
-            compiled = self._last = self._compiled.find(shapes)
+            compiled = self._last = self._compiled.find(self._to_compile(shapes))
         try:
             with compiled.request() as request:
                 for tensor in self.spec.inputs:
@@ -164,7 +165,7 @@ class OpenvinoSession:
 
     def compile_ahead(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Begin to compile for these shapes of the inputs, in a thread; see `CompilingSession`."""
-        wanted = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
+        wanted = self._to_compile(shapes)
 
         def prepare() -> None:
             with self._lock, suppress(SessionError):  # the run meets the same error
@@ -188,18 +189,48 @@ class OpenvinoSession:
                 raise closed(self.spec)
             return self._last.model
 
+    def _to_compile(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+        """The shapes to compile for. On a CPU, sizes that differ from text to text stay open.
+
+        Only what depends on them is then slower: a step of Sana's by less than 1 % (docs/performance.md).
+        """
+        open_sizes = {name for name, r in self.spec.profile.items() if r.varies and self._name == CPU}
+        return tuple(
+            tuple(
+                OPEN if name in open_sizes else size
+                for name, size in zip(tensor.shape, shapes[tensor.name], strict=True)
+            )
+            for tensor in self.spec.inputs
+        )
+
     def _compile(self, shapes: Shapes | None) -> Compiled:
         model = self._model
         try:
             if shapes is not None:
                 model = model.clone()  # its constants stay where they are
-                model.reshape({t.name: list(s) for t, s in zip(self.spec.inputs, shapes, strict=True)})
+                model.reshape(
+                    {
+                        tensor.name: self._openvino.PartialShape(
+                            [
+                                self._dimension(name, size)
+                                for name, size in zip(tensor.shape, sizes, strict=True)
+                            ]
+                        )
+                        for tensor, sizes in zip(self.spec.inputs, shapes, strict=True)
+                    }
+                )
             return Compiled(core().compile_model(model, self._name, self._settings))
         except RuntimeError as e:
             raise SessionError(
                 f"{self.spec.name}: OpenVINO cannot compile the stage for the {self._name}: {reason(e)}",
                 hint="run the ONNX Runtime artifact: --backend onnxruntime",
             ) from e
+
+    def _dimension(self, name: int | str, size: int) -> Any:
+        if size != OPEN:
+            return self._openvino.Dimension(size)
+        bounds = self.spec.profile[str(name)]
+        return self._openvino.Dimension(bounds.min, bounds.max)
 
     def _shared(self, array: Array, dtype: DType) -> Any:
         """The array as a tensor without a copy, also an input that cannot be written to: OpenVINO only reads those.

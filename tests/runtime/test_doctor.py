@@ -8,6 +8,7 @@ import pytest
 
 from ditc.runtime.cli import USAGE, main
 from ditc.runtime.commands import doctor, doctor_engines
+from ditc.runtime.commands.doctor_finding import Finding
 from ditc.runtime.gpu import Gpu
 
 
@@ -73,3 +74,11 @@ def test_a_cpu_without_vnni_has_a_hint(monkeypatch: pytest.MonkeyPatch, saturate
     monkeypatch.setattr(doctor, "int8_products_saturate", lambda: saturates)
     (finding,) = [finding for finding in doctor._machine() if finding.topic == "cpu"]
     assert finding.text == "has avx2" and ("no VNNI" in (finding.hint or "")) is saturates
+
+
+@pytest.mark.parametrize(
+    ("ok", "line"), [(None, "Nothing is wrong."), (False, "Look at the lines that begin with bad: package.")]
+)
+def test_the_last_line_says_whether_anything_is_wrong(ok: bool | None, line: str) -> None:
+    findings = [Finding("machine", "2 CPUs"), *[Finding("package", "x", ok)] * 2]
+    assert doctor.summary(findings).startswith(line)

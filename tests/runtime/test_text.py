@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 
 from ditc.runtime.bundle.jsondata import from_json, to_json
 from ditc.runtime.errors import BundleError, UsageError
-from ditc.runtime.text import PaddingSide, Select, TextSpec, Tokenizer
+from ditc.runtime.text import LENGTH_STEP, PaddingSide, Select, TextSpec, Tokenizer, without_padding
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 MAX_LENGTH = 300
@@ -143,6 +143,39 @@ def test_prompts_reach_the_conditioner_as_in_sana_pipeline(
         found += [selected["states"], mask]
     for array, wanted in zip(found, expected, strict=True):
         np.testing.assert_array_equal(array, wanted)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_only_hidden_tokens_are_left_out(prompt: str, tmp_path: Path) -> None:
+    reference = gemma_like()
+    tokenizer = ours(reference, tmp_path)
+    spec = replace(sana_spec(reference), mask="text_mask", padding=(("text_bias", -10000.0),))
+    for values, negative in (([prompt, "A second Prompt"], False), (["", prompt], True)):
+        batch = tokenizer.encode(values, spec, negative=negative)
+        states = {"states": np.stack([batch.input_ids, batch.attention_mask], axis=2)}
+        every, whole_mask = tokenizer.select(states, batch.attention_mask, spec, negative=negative)
+        short, kept = without_padding(spec, batch, negative=negative)
+        states = {"states": np.stack([kept.input_ids, kept.attention_mask], axis=2)}
+        found, mask = tokenizer.select(states, kept.attention_mask, short, negative=negative)
+        tokens = mask.shape[1]
+        assert tokens == short.length
+        assert tokens == MAX_LENGTH or tokens % LENGTH_STEP == 0
+        assert whole_mask[:, max(0, tokens - LENGTH_STEP) :].any(), "no step is for nothing"
+        assert not whole_mask[:, tokens:].any()
+        np.testing.assert_array_equal(mask, whole_mask[:, :tokens])
+        np.testing.assert_array_equal(found["states"], every["states"][:, :tokens])
+        assert not batch.attention_mask[:, kept.attention_mask.shape[1] :].any()
+
+
+def test_padding_that_has_an_effect_stays(tmp_path: Path) -> None:
+    reference = gemma_like()
+    tokenizer = ours(reference, tmp_path)
+    for changes in ({"padding": None}, {"mask": None}, {"padding_side": PaddingSide.LEFT}):
+        spec = replace(
+            sana_spec(reference), **{"mask": "text_mask", "padding": (("text_bias", 0.0),), **changes}
+        )
+        batch = tokenizer.encode(["cat"], spec)
+        assert without_padding(spec, batch, negative=False) == (spec, batch)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

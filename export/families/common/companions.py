@@ -44,7 +44,7 @@ from ditc.runtime.spec import (
     TensorSpec,
 )
 from ditc.runtime.step_contract import BATCH, ROWS, TEXT_LENGTH
-from ditc.runtime.text import TextSpec
+from ditc.runtime.text import LENGTH_STEP, TextSpec
 
 COMPONENTS = {
     TEXT_ENCODER: "text_encoder",
@@ -158,7 +158,12 @@ def check_widths(*, states: int, caption_channels: int, latent_channels: int, in
 
 def text_range(text: TextSpec) -> dict[str, Range]:
     """The range of TEXT_LENGTH, the number of tokens that reach the denoiser."""
-    return {TEXT_LENGTH: Range(1, text.length, text.length)}
+    return {TEXT_LENGTH: Range(1, text.length, text.length, varies=_varies(text))}
+
+
+def _varies(text: TextSpec) -> bool | None:
+    """Whether texts have different numbers of tokens, because padding is left out. None stands for no, as in Range."""
+    return True if text.padding is not None and text.length > LENGTH_STEP else None
 
 
 def defaults_of(
@@ -201,7 +206,10 @@ def _text_encoder(text: TextSpec, caption_channels: int, max_batch: int) -> Stag
             TensorSpec("attention_mask", DType.INT64, tokens),
         ),
         outputs=(TensorSpec("text_embeds", DType.FLOAT32, (*tokens, caption_channels)),),
-        profile={BATCH: Range(1, 1, max_batch), "length": Range(1, text.max_length, longest)},
+        profile={
+            BATCH: Range(1, 1, max_batch),
+            "length": Range(1, text.max_length, longest, varies=_varies(text)),
+        },
     )
 
 

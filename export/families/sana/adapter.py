@@ -50,7 +50,7 @@ from ditc.export.families.sana.perturbed_attention import read_perturbed_attenti
 from ditc.export.families.sana.pipeline import CONTROLNET, PAG_CLASS, PIPELINE, SPRINT
 from ditc.export.families.sana.recipe import SPRINT as SPRINT_RECIPES
 from ditc.export.families.sana.resolution_bins import resolution_bins
-from ditc.export.families.sana.text import COMPLEX_HUMAN_INSTRUCTION, text_spec
+from ditc.export.families.sana.text import COMPLEX_HUMAN_INSTRUCTION, CONTROL_PADDING, PADDING, text_spec
 from ditc.export.families.sana.video_plan import TRANSFORMER as VIDEO
 from ditc.export.families.sana.video_plan import load_video, plan_video, without_unused
 from ditc.export.graph.control import wrap_control
@@ -107,7 +107,8 @@ class SanaAdapter:
         vae = checkpoint.component("vae").read_config(DcAeConfig.from_json)
         _check_components(checkpoint, transformer, vae)
         check_precision(options, "Sana")
-        text = text_spec(checkpoint, COMPLEX_HUMAN_INSTRUCTION)
+        padding = CONTROL_PADDING if control is not None else PADDING
+        text = text_spec(checkpoint, COMPLEX_HUMAN_INSTRUCTION, padding=padding)
         with naming(checkpoint.path / SCHEDULER_FILE):
             scheduler = _scheduler(checkpoint, transformer, controlled=control is not None)
         defaults = _defaults(checkpoint, transformer, vae, options)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditc.export.families.sana.blocks import QK_NORM_EPS, DenoiserBlock
 from ditc.export.families.sana.config import SanaConfig as SanaConfig
+from ditc.export.families.sana.text import MASK_BIAS
 from ditc.export.families.sana.video_config import SanaVideoConfig
 from ditc.export.networks.layers import (
     ConvAsLinear,
@@ -32,7 +33,6 @@ from ditc.export.networks.layers import (
 from ditc.export.networks.loading import build_empty, check_layers, load_strict
 from ditc.export.networks.position import SincosPosition
 
-MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
 CAPTION_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6  # diffusers does not read norm_eps here
 

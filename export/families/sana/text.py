@@ -45,11 +45,21 @@ VIDEO_INSTRUCTION = (
     " or evaluations:",
     "User Prompt: ",
 )
+MASK_BIAS = -10000.0  # what diffusers adds to the score of a padding token
+# What the conditioners' outputs hold for a padding token. In fp32, exp(score - 10000 - highest score) is exactly 0, so
+# no attention reads its K and V, which can be anything.
+PADDING = (("cross_kv", 0.0), ("text_bias", MASK_BIAS))
+CONTROL_PADDING = (*PADDING, ("control_kv", 0.0))
 # The words that SanaVideoPipeline's example puts after a prompt (diffusers 0.42.1).
 MOTION = f" motion score: {MOTION_SCORE}."
 
 
-def text_spec(checkpoint: Checkpoint, instruction: Sequence[str], motion: str | None = None) -> TextSpec:
+def text_spec(
+    checkpoint: Checkpoint,
+    instruction: Sequence[str],
+    motion: str | None = None,
+    padding: tuple[tuple[str, float], ...] = PADDING,
+) -> TextSpec:
     """encode_prompt of SanaPipeline and SanaVideoPipeline (diffusers 0.42.1) as data.
 
     With the complex human instruction, the first position (<bos>) and the last `length - 1` positions are kept, which
@@ -57,7 +67,7 @@ def text_spec(checkpoint: Checkpoint, instruction: Sequence[str], motion: str | 
 
     Args:
         instruction: the pipeline's default complex human instruction.
-        motion: TextSpec.motion.
+        motion, padding: TextSpec's.
     """
     tokenizer = read_tokenizer(checkpoint, "tokenizer")
     length = int(checkpoint.defaults.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
@@ -79,4 +89,5 @@ def text_spec(checkpoint: Checkpoint, instruction: Sequence[str], motion: str | 
         vocab_size=check_fits(tokenizer, checkpoint.component("text_encoder")),
         select=Select(first=1, last=length - 1) if prefix else None,
         motion=motion,
+        padding=padding,
     )

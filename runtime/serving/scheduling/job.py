@@ -12,11 +12,12 @@ from PIL import Image
 
 from ditc.runtime.failure import Failure
 from ditc.runtime.guard import Guard
+from ditc.runtime.padding import Padding
 from ditc.runtime.prepare import Plan
 from ditc.runtime.serving.log_text import where_raised
 from ditc.runtime.serving.refusals import Refusal
 from ditc.runtime.serving.scheduling.policy import BatchKey
-from ditc.runtime.session import to_numpy
+from ditc.runtime.session import Tensor, to_numpy
 from ditc.runtime.spec import DENOISER
 from ditc.runtime.state import DenoiseState, Rows
 
@@ -202,7 +203,11 @@ class Picture:
 
 def batch_key(state: DenoiseState, variant: str = "") -> BatchKey:
     """What states must have in common to share the next run."""
-    texts = tuple((name, tuple(tensor.shape[1:])) for name, tensor in sorted(state.rows.conditioning.items()))
+    rows = state.rows
+    texts = tuple(
+        (name, tuple(_sizes(tensor, rows.padding.get(name))))
+        for name, tensor in sorted(rows.conditioning.items())
+    )
     return BatchKey(
         latents=tuple(state.latents.shape[1:]),
         rows=state.row_count(state.step_index) // state.latents.shape[0],
@@ -210,6 +215,12 @@ def batch_key(state: DenoiseState, variant: str = "") -> BatchKey:
         controlled=state.controlled,
         variant=variant,
     )
+
+
+def _sizes(tensor: Tensor, padding: Padding | None) -> list[int]:
+    """The sizes of one row, without that which may differ within a batch."""
+    left_out = {0} if padding is None else {0, padding.axis}
+    return [size for axis, size in enumerate(tensor.shape) if axis not in left_out]
 
 
 def picture_only(state: DenoiseState, *, predicted: bool = False) -> DenoiseState:

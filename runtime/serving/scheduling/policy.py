@@ -27,7 +27,7 @@ class BatchKey:
     Attributes:
         latents: (C, H, W), the size of one picture's latents, or (C, F, H, W) of a video's.
         rows: the number of network rows of one picture: 1 without guidance, 2 with, 3 with a gated row as well.
-        texts: names and sizes of the conditioning of one row, in which lengths of texts may differ.
+        texts: names and sizes of the conditioning of one row, without those that may differ within a batch.
         controlled: whether a ControlNet runs. A batch with one such picture would run it for all of its pictures.
         variant: the LoRA that is an input of the run; "" for none.
     """

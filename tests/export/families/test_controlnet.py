@@ -17,7 +17,7 @@ from ditc.export.checkpoint.open import open_checkpoint
 from ditc.export.contract import BuildOptions
 from ditc.export.families import find_adapter
 from ditc.export.families.sana import controlnet as sana
-from ditc.export.families.sana.network import MASK_BIAS
+from ditc.export.families.sana.text import MASK_BIAS
 from ditc.export.families.sd3 import controlnet as sd3
 from ditc.export.families.sd3.network import residual_of_blocks
 from ditc.runtime.errors import CheckpointError
