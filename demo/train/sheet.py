@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ MAX_BYTES = 600_000
 SAMPLE_FILE = DEMO_DIR / "sample.png"
 SAMPLE_PROMPT = "red heart, 3d style"
 _COLUMNS, _CELL, _TEXT = 16, 96, 14
+_LINE, _LABEL_WIDTH = 11, 15  # of labels: pixels from line to line, and characters
 _COLOURS = 256  # with a palette, soft gradients look well enough at a third of the bytes
 _TRAINED = [
     Pair("red heart", "classic"),
@@ -105,28 +107,24 @@ def _references(pairs: list[Pair], cache: Path) -> list[NDArray[np.uint8]]:
 
 
 def _sheet(rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Image.Image:
-    lines = [-(-len(cells) // _COLUMNS) for _, cells in rows]
-    height = sum(lines) * (_CELL + 2 * _TEXT) + len(rows) * _TEXT
+    counts = [-(-len(cells) // _COLUMNS) for _, cells in rows]
+    cell_heights = [_CELL + 6 + _LINE * _most_lines([label for label, _ in cells]) for _, cells in rows]
+    height = sum(_TEXT + n * each for n, each in zip(counts, cell_heights, strict=True))
     sheet = Image.new("RGB", (_COLUMNS * _CELL, height), "white")
     pen = ImageDraw.Draw(sheet)
     top = 0
-    for (title, cells), count in zip(rows, lines, strict=True):
+    for (title, cells), count, cell_height in zip(rows, counts, cell_heights, strict=True):
         pen.text((2, top), title.upper(), fill="black")
         top += _TEXT
         for i, (label, rgb) in enumerate(cells):
-            x, y = i % _COLUMNS * _CELL, top + i // _COLUMNS * (_CELL + 2 * _TEXT)
+            x, y = i % _COLUMNS * _CELL, top + i // _COLUMNS * cell_height
             small = Image.fromarray(rgb).resize((_CELL - 4, _CELL - 4), Image.Resampling.LANCZOS)
             sheet.paste(small, (x + 2, y))
-            for j, part in enumerate(_wrapped(label)):
-                pen.text((x + 2, y + _CELL - 4 + j * (_TEXT - 3)), part, fill="black")
-        top += count * (_CELL + 2 * _TEXT)
+            for j, line in enumerate(textwrap.wrap(label, _LABEL_WIDTH)):
+                pen.text((x + 2, y + _CELL - 4 + j * _LINE), line, fill="black")
+        top += count * cell_height
     return sheet
 
 
-def _wrapped(label: str, width: int = 15) -> list[str]:
-    """Wrap a label to at most two lines of `width` characters, and cut off the rest."""
-    if len(label) <= width:
-        return [label]
-    cut = label.rfind(" ", 0, width + 1)
-    cut = cut if cut > 0 else width
-    return [label[:cut], label[cut:].strip()[:width]]
+def _most_lines(labels: list[str]) -> int:
+    return max(len(textwrap.wrap(label, _LABEL_WIDTH)) for label in labels)

@@ -19,6 +19,8 @@ Order = Literal["asc", "desc"]
 async def begun(http: Request, jobs: Jobs[J], asked: Asked, body: BaseModel, files: str = "") -> J:
     """The job of a request, which goes on without it. With the same idempotency key there is only one job.
 
+    If that job was deleted or has expired, and its result is still kept for the key, it is known again.
+
     Args:
         files: as in `Api.shared`.
 
@@ -28,7 +30,8 @@ async def begun(http: Request, jobs: Jobs[J], asked: Asked, body: BaseModel, fil
     owner = owner_of(http)
     # Nobody leaves: a job is drawn to its end, or to its DELETE.
     ongoing, first = await api_of(http).shared(http, asked, body, files).join()
-    return jobs.add(owner, ongoing) if first else jobs.find(owner, jobs.id_of(ongoing))
+    known = None if first else jobs.known(owner, jobs.id_of(ongoing))
+    return known or jobs.add(owner, ongoing)
 
 
 def page_of(http: Request, jobs: Jobs[J], after: str | None, limit: int, order: Order) -> dict[str, Any]:

@@ -163,10 +163,15 @@ class Jobs(Generic[J]):
         ongoing.when_done(lambda result: self._settle(owner, job, result))
         return job
 
+    def known(self, owner: str, id: str) -> J | None:
+        """The job; None if this owner has none with this id."""
+        job = self._kept.get(owner, id)
+        return job if isinstance(job, self._kind) else None
+
     def find(self, owner: str, id: str) -> J:
         """The job. Raises Invalid (404) if this owner has none with this id."""
-        job = self._kept.get(owner, id)
-        if not isinstance(job, self._kind):
+        job = self.known(owner, id)
+        if job is None:
             raise Invalid(
                 f"there is no job {id!r:.80}",
                 hint="it may have expired; jobs are known only to the key that created them",

@@ -259,6 +259,18 @@ def test_one_idempotency_key_gets_one_video(client: OpenAI) -> None:
     client.videos.delete(first.id)
 
 
+def test_a_deleted_job_is_known_again_to_who_asks_with_its_idempotency_key(client: OpenAI) -> None:
+    header = {"Idempotency-Key": "deleted"}
+    first = client.videos.create(**ASKED, extra_body=EXTRA, extra_headers=header)
+    client.videos.poll(first.id, poll_interval_ms=50)
+    client.videos.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(first.id)
+    again = client.videos.create(**ASKED, extra_body=EXTRA, extra_headers=header)
+    assert client.videos.poll(again.id, poll_interval_ms=50).status == "completed"
+    client.videos.delete(again.id)
+
+
 def test_a_server_of_videos_alone_has_no_page(video_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
     from ditc.runtime.cli import main
