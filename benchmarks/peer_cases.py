@@ -21,9 +21,11 @@ DECODER = {
     **DC_AE,
     **{"encoder_block_out_channels": [32] * 6, "encoder_layers_per_block": [1] * 6},
 }
-# Put after the demo's prompts of three words, so that a text has 33 to 64 tokens of the demo's tokenizer: more than most
-# prompts (calib/prompts/general.txt: half of them have at most 18, nine of ten at most 39).
-IN_DETAIL = ", an old oil painting in warm evening light, with fine brush strokes, on a wooden table beside a window"
+# Put after the demo's prompts of three words, so that a text has at least 41 tokens of the demo's tokenizer: more than
+# most prompts have (calib/prompts/general.txt: half of them at most 18, nine of ten at most 39).
+IN_DETAIL = (
+    ", an old oil painting in warm evening light, with fine brush strokes, on a wooden table beside a window"
+)
 NARROW_VAE = {**DECODER, "decoder_block_out_channels": [32] * 6, "decoder_layers_per_block": [1] * 6}
 
 
