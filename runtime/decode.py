@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ditc.runtime.bundle.manifest import LatentSpec, Tiling
+from ditc.runtime.bundle.manifest import Tiling
 from ditc.runtime.errors import NumericsError
 from ditc.runtime.failure import Failure, named
 from ditc.runtime.images import is_uniform, resize_and_crop, to_pil, to_uint8, to_unit_range
 from ditc.runtime.prepare import Plan
-from ditc.runtime.session import Array, CompilingSession, Session, Tensor, samples, to_numpy
+from ditc.runtime.session import Array, Session, Tensor, samples, to_numpy
 from ditc.runtime.spec import VAE_DECODER
 from ditc.runtime.state import DenoiseState
-from ditc.runtime.step_contract import FRAMES
 from ditc.runtime.vae import decode_tiled
 from ditc.runtime.video import decode_video
 
@@ -56,21 +55,6 @@ def decode_sample(
     if image.shape[2:] != (plan.height, plan.width):
         image = resize_and_crop(image, plan.height, plan.width)
     return image
-
-
-def prepare_decoder(session: Session, plan: Plan, *, latents: LatentSpec, tiling: Tiling | None) -> None:
-    """Let a decoder that compiles for sizes begin with that of the plan, while texts are encoded.
-
-    Args:
-        session, tiling: as in `decode_sample`.
-    """
-    sides = (plan.drawn_height, plan.drawn_width)
-    whole = tiling is None or max(sides) <= tiling.tile
-    if isinstance(session, CompilingSession) and whole and plan.request.output_type != "latent":
-        frames = plan.frames
-        if frames is not None and FRAMES not in session.spec.profile:
-            frames = 1  # it decodes the first latent frame alone
-        session.compile_ahead({session.spec.inputs[0].name: (1, *latents.shape(*sides, frames))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def draw_parts(
         function: a callback in the form of diffusers.
     """
     clock, tally = _Clock(), Tally(plan.pictures, plan.request)
-    pipeline.prepare_decoder(plan)
+    pipeline.compile_ahead(plan)
     at_once = 1 if function else pipeline.steps_per_launch or len(plan.table)
     for chunk, state in enumerate(pipeline.states(plan)):
         clock.lap("text")

@@ -20,9 +20,10 @@ from PIL import Image
 
 from ditc.runtime.bundle.manifest import Manifest, Tiling
 from ditc.runtime.callback import FIXED, OF_ONE_RUN, StepCallback, check_callback
+from ditc.runtime.compile_ahead import compile_ahead
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.control import step_session
-from ditc.runtime.decode import Decoded, decode_state, join, prepare_decoder
+from ditc.runtime.decode import Decoded, decode_state, join
 from ditc.runtime.drawing import draw_parts
 from ditc.runtime.errors import SessionError, UsageError
 from ditc.runtime.failure import Tally, check_failures
@@ -34,7 +35,7 @@ from ditc.runtime.output import Drawn, Output
 from ditc.runtime.prepare import Drawable, Plan, first_states, make_plan
 from ditc.runtime.request import Request, make_request
 from ditc.runtime.session import Session, to_numpy
-from ditc.runtime.spec import VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER
+from ditc.runtime.spec import DENOISER, VAE_DECODER, VAE_DECODER_NEXT, VAE_ENCODER
 from ditc.runtime.state import DenoiseState
 
 if TYPE_CHECKING:
@@ -338,10 +339,9 @@ class Pipeline(LoraMethods):
             following=self.sessions.get(VAE_DECODER_NEXT),
         )
 
-    def prepare_decoder(self, plan: Plan) -> None:
-        """Let the decoder prepare for the size of the plan's pictures, if that takes it time."""
-        decoder, latents = self.sessions[VAE_DECODER], self.manifest.latents
-        prepare_decoder(decoder, plan, latents=latents, tiling=self.tiling)
+    def compile_ahead(self, plan: Plan) -> None:
+        """Let the denoiser and the decoder begin to compile for the plan's pictures, if they need it."""
+        compile_ahead(plan, self.drawable, self.sessions[DENOISER], self.sessions[VAE_DECODER])
 
     def preview(self, state: DenoiseState) -> list[Image.Image]:
         """A quick, rough picture of each sample's current x0, from the matrix that was fitted at build.

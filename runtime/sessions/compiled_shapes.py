@@ -43,7 +43,7 @@ class CompiledShapes(Generic[Form]):
     def find(self, shapes: Shapes) -> Form:
         """The form that runs these shapes, compiled if need be.
 
-        Where there is no room, a form that ran only once gives way at once, as that of a self-test does. Others give
+        Where there is no room, a form that ran at most once gives way at once, as that of a self-test does. Others give
         way only to shapes that have run often in the dynamic form.
         """
         self._count(shapes)
@@ -75,7 +75,7 @@ class CompiledShapes(Generic[Form]):
 
     def _makes_room(self, shapes: Shapes) -> bool:
         oldest = next(iter(self._fixed))
-        once = next((known for known in self._fixed if self._runs.get(known) == 1), None)
+        once = next((known for known in self._fixed if self._runs.get(known, 0) <= 1), None)
         leaves = once or (oldest if self._waited.get(shapes, 0) >= PAYS_AFTER_RUNS else None)
         if leaves is None:
             return False

@@ -77,3 +77,8 @@ def test_what_is_compiled_ahead_is_found_and_takes_nobodys_place(
     assert not forms.lacks(C)  # there is no room for a third one
     forms.prepare(C)
     assert compiled == [A, B]
+
+
+def test_what_is_compiled_ahead_for_nothing_gives_way(forms: CompiledShapes[Shapes | str]) -> None:
+    forms.prepare(A)
+    assert [forms.find(shapes) for shapes in (B, B, C, B)] == [B, B, C, B]

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,12 @@ def test_shapes_beyond_the_bound_are_drawn_by_a_dynamic_model(openvino_bundle: P
         session.run({"latents": latents})
 
 
-def test_the_decoder_is_compiled_while_texts_are_encoded(openvino_bundle: Path, ours: Pipeline) -> None:
-    artifact = artifact_of(openvino_bundle, VAE_DECODER)
-    for threads, expected in ((2, ["compile vae_decoder"]), (1, ["MainThread"])):
+@pytest.mark.parametrize("stage", [DENOISER, VAE_DECODER])
+def test_a_stage_is_compiled_while_texts_are_encoded(
+    openvino_bundle: Path, ours: Pipeline, stage: str
+) -> None:
+    artifact = artifact_of(openvino_bundle, stage)
+    for threads, expected in ((2, [f"compile {stage}"]), (1, ["MainThread"])):
         session = OpenvinoSession(openvino_bundle / artifact.file.path, artifact.spec, threads=threads)
         compiling: list[str] = []
         compile_it = session._compile
@@ -142,15 +146,20 @@ def test_the_decoder_is_compiled_while_texts_are_encoded(openvino_bundle: Path, 
             return compile_it(shapes)
 
         session._compiled = CompiledShapes(noted, most=2)
-        pipeline = ours.with_sessions({VAE_DECODER: session}, owned=True)
+        pipeline = ours.with_sessions({stage: session}, owned=True)
         (request,) = requests(1)
         difference = np.abs(pipeline.draw(request).images - ours.draw(request).images).max()
         assert difference <= SAME_PICTURE
         pipeline.draw(request)
         assert compiling == expected  # once in all
-        session.compile_ahead({"latents": (1, 8, 7, 7)})
+        other = replace(request, height=96, max_sequence_length=5)
+        pipeline.draw(other)
+        assert [name != "MainThread" for name in compiling[1:]] == [threads > 1 and stage == VAE_DECODER], (
+            "another length of the text is not known before"
+        )
+        plan = pipeline.plan(replace(request, width=96))
         pipeline.close()
-        session.compile_ahead({"latents": (1, 8, 9, 9)})  # nothing to do, and no error
+        pipeline.compile_ahead(plan)  # nothing to do, and no error
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused_before_anything_is_compiled(ours: Pipeline) -> None:
