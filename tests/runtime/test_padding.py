@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import made_once, need_openvino
 from pictures import Reference, assert_same, draw
+from PIL import Image
 
 from ditc.export.build.builder import build_bundle
 from ditc.export.contract import BuildOptions
@@ -120,17 +121,41 @@ def test_the_text_encoder_gets_no_more_tokens_than_it_needs(
     assert seen == [(1, instruction + 64), (1, 32)]
 
 
-def test_embeddings_may_be_shorter_than_the_negative_prompt(pipeline: Pipeline) -> None:
-    rng = np.random.default_rng(0)
+def short_and_padded(pipeline: Pipeline, **arguments: Any) -> list[np.ndarray]:
+    """Pictures from embeddings of 7 tokens, alone and followed by 4 that the mask hides."""
     width = pipeline.conditioning.conditioner.spec.input("text_embeds").shape[2]
-    short = rng.standard_normal((1, 7, width)).astype(np.float32)
-    padded = np.concatenate([short, np.ones((1, 43, width), np.float32)], axis=1)
-    mask = (np.arange(50) < 7).astype(np.int64)[None]
-    pictures = [
-        pipeline.draw(Request(prompt_embeds=embeds, prompt_attention_mask=mask[:, : embeds.shape[1]], **CALL))
+    short = np.random.default_rng(0).standard_normal((1, 7, width)).astype(np.float32)
+    padded = np.concatenate([short, np.ones((1, 4, width), np.float32)], axis=1)
+    mask = (np.arange(11) < 7).astype(np.int64)[None]
+    return [
+        pipeline.draw(
+            Request(
+                prompt_embeds=embeds,
+                prompt_attention_mask=mask[:, : embeds.shape[1]],
+                **CALL,
+                **arguments,
+            )
+        ).images
         for embeds in (short, padded)
     ]
-    assert np.abs(pictures[0].images - pictures[1].images).max() <= SAME_PICTURE
+
+
+def test_embeddings_may_be_shorter_than_the_negative_prompt(pipeline: Pipeline) -> None:
+    short, padded = short_and_padded(pipeline)
+    assert np.abs(short - padded).max() <= SAME_PICTURE
+
+
+def test_a_controlnet_gets_rows_of_the_same_length(control_bundle: Path) -> None:
+    with Pipeline.load(control_bundle, threads=1) as pipeline:
+        assert set(pipeline.conditioning.padding) == {"cross_kv", "text_bias", "control_kv"}
+        short, padded = short_and_padded(pipeline, control_image=Image.new("RGB", (64, 64), "red"))
+        assert np.abs(short - padded).max() <= SAME_PICTURE
+
+
+def test_videos_have_rows_of_different_lengths_too(video_bundle: Path) -> None:
+    with Pipeline.load(video_bundle, threads=1) as pipeline:
+        short, padded = short_and_padded(pipeline, frames=5)
+        assert np.abs(short - padded).max() <= SAME_PICTURE
 
 
 def test_texts_of_different_lengths_share_a_run(pipeline: Pipeline) -> None:
