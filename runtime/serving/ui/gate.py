@@ -7,6 +7,7 @@ come in at all, and from which sites, was decided before (`access.py`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from urllib.parse import parse_qs
@@ -16,10 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditc.runtime.serving.http.errors import answer
-from ditc.runtime.serving.ui.visitors import Visitors
+from ditc.runtime.serving.refusals import Invalid, Overloaded
+from ditc.runtime.serving.ui.visitors import SECONDS_TO_OPEN_A_STREAM, Visitors
 
 PAGE = "/"
 EVENTS = "/gradio_api/queue/data"
+JOIN = "/gradio_api/queue/join"
+# Gradio keeps the names of sessions, which browsers choose: a dozen letters and digits.
+SESSION = re.compile(r"[a-zA-Z0-9]{1,64}")
 OPEN = re.compile(
     r"GET (/|/theme\.css|/favicon\.ico|/(assets|static)(/[\w-][\w.-]*)+|/gradio_api/(queue/data))"
     r"|POST /gradio_api/queue/join"
@@ -57,8 +62,35 @@ class Gate:
             with self._visitors.streaming(visit_of(scope, session)):
                 await self._app(scope, receive, guarded(send))
         else:
+            if path == JOIN:
+                receive = await self._asked(scope, receive)
             # Gradio's page restores saved states and runs other modes by its query.
             await self._app({**scope, "query_string": b""}, receive, guarded(send))
+
+    async def _asked(self, scope: Scope, receive: Receive) -> Receive:
+        """Gives the same body again, which asks for pictures or other settings.
+
+        Raises:
+            Invalid: its session has no name as browsers choose them.
+            Overloaded: the visit does not read what it asks for.
+        """
+        first = await receive()  # the whole body, see `Incoming`
+        try:
+            session = json.loads(first.get("body", b""))["session_hash"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            session = None
+        if not (isinstance(session, str) and SESSION.fullmatch(session)):
+            raise Invalid("the page's session has no name", hint="load the page again", param="session_hash")
+        if not self._visitors.may_ask(visit_of(scope, session)):
+            raise Overloaded(
+                "the page reads no answers", hint="load it again", retry_after=SECONDS_TO_OPEN_A_STREAM
+            )
+        given = [first]
+
+        async def again() -> Message:
+            return given.pop() if given else await receive()
+
+        return again
 
 
 def visit_of(scope: Scope, session: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
+from gradio.utils import LRUCache
 from starlette.routing import Mount
 
 from ditc.runtime.bundle.manifest import load_manifest
@@ -22,14 +23,15 @@ from ditc.runtime.serving.ui import html
 from ditc.runtime.serving.ui.draw import views
 from ditc.runtime.serving.ui.form import Form, form_of
 from ditc.runtime.serving.ui.gate import Gate, visit_of
-from ditc.runtime.serving.ui.visitors import Visitors
+from ditc.runtime.serving.ui.visitors import MOST_VISITS, Visitors
 from ditc.runtime.spec import Range
 
 PATH = "/ui"
 # Requests that the page draws at one time, and requests that may wait for their turn in it. The scheduler and its
 # bounds come after that.
 AT_ONCE, WAITING = 16, 32
-# Gradio remembers the state of so many visits, of 80 kB each. The page has no state, so any number would do.
+# Gradio remembers the state of so many visits, of 80 kB each. The page has no state, so any number would do. Of so many
+# events it makes statistics after every further one, which nobody sees.
 REMEMBERED = 128
 HERE = Path(__file__).parent
 HEADING = '<div class="ditc-title"><h1>ditc</h1><span>pictures from text</span></div>'
@@ -167,7 +169,12 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
         cancel.click(cancels, None, None, **QUICK)
         model.change(lambda name: _updates(forms[name], limits), model, fields, **QUICK)
     blocks.state_session_capacity = REMEMBERED
-    return blocks.queue(max_size=WAITING, api_open=False)
+    blocks.queue(max_size=WAITING, api_open=False)
+    blocks._queue.ANALYTICS_MAX_EVENTS = REMEMBERED
+    blocks._queue.pending_event_ids_session = LRUCache(
+        MOST_VISITS
+    )  # a dict grows with every visit (Gradio 6.31)
+    return blocks
 
 
 # Events that take no time.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # A page opens its stream of events right after it has asked for pictures.
 SECONDS_TO_OPEN_A_STREAM = 10.0
+# What a visit may ask for while it reads no events. Gradio keeps the answers until it does, some kilobytes each.
+MOST_UNREAD = 8
+# Of so many visits Gradio keeps answers; the longest unheard-of go first.
+MOST_VISITS = 2000
 
 
 class Visitors:
@@ -16,14 +20,26 @@ class Visitors:
 
     def __init__(self) -> None:
         self._streams: Counter[str] = Counter()
+        self._unread = OrderedDict[str, int]()
         self._work: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)
         self._changed = threading.Condition()
+
+    def may_ask(self, visit: str) -> bool:
+        """Note that a visit asks for something. False if it has asked too often without reading the answers."""
+        with self._changed:
+            if self._streams[visit]:
+                return True
+            unread = self._unread[visit] = self._unread.pop(visit, 0) + 1
+            if len(self._unread) > MOST_VISITS:
+                self._unread.popitem(last=False)
+            return unread <= MOST_UNREAD
 
     @contextmanager
     def streaming(self, visit: str) -> Iterator[None]:
         """A page reads events inside the block. Its work is cancelled when the last stream of the visit ends."""
         with self._changed:
             self._streams[visit] += 1
+            self._unread.pop(visit, None)
             self._changed.notify_all()
         try:
             yield

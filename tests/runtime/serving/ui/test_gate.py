@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
+from ditc.runtime.serving.refusals import Invalid
 from ditc.runtime.serving.ui.gate import POLICY, Gate
 from ditc.runtime.serving.ui.visitors import Visitors
 
@@ -52,15 +54,17 @@ class Inner:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.body = b""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen.append(scope)
+        self.body = (await receive()).get("body", b"")
         headers = [(b"access-control-allow-origin", b"https://evil.example"), (b"content-type", b"text/html")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"inner"})
 
 
-def ask(line: str, **headers: str) -> tuple[int, dict[str, str], Inner]:
+def ask(line: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], Inner]:
     """Status, headers and the application behind the gate."""
     method, _, target = line.partition(" ")
     path, _, query = target.partition("?")
@@ -75,8 +79,10 @@ def ask(line: str, **headers: str) -> tuple[int, dict[str, str], Inner]:
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
     }
 
-    async def receive() -> dict[str, str]:
-        return {"type": "http.disconnect"}
+    bodies = [body]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bodies.pop()} if bodies else {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -100,3 +106,16 @@ def test_answers_forbid_what_other_sites_could_do_with_them() -> None:
 def test_the_query_of_the_page_does_not_reach_gradio() -> None:
     _, _, inner = ask("GET /?deep_link=x&view=api")
     assert inner.seen[0]["query_string"] == b""
+
+
+def test_gradio_gets_the_names_of_sessions_that_browsers_choose_and_no_others() -> None:
+    """It keeps them, so a client could fill the memory with names of a megabyte."""
+    body = json.dumps({"session_hash": "0a1b2c3d4e", "data": []}).encode()
+    status, _, inner = ask("POST /gradio_api/queue/join", body)
+    assert status == 200 and inner.body == body
+    for name in ("a" * 65, "", "a b", 7, None, ["a"]):
+        with pytest.raises(Invalid, match="session has no name"):
+            ask("POST /gradio_api/queue/join", json.dumps({"session_hash": name}).encode())
+    for broken in (b"", b"[]", b"{", b'{"session_hash"', b"[" * 100_000, b"\xff"):
+        with pytest.raises(Invalid):
+            ask("POST /gradio_api/queue/join", broken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ditc.runtime.serving.ui.visitors import Visitors
+from ditc.runtime.serving.ui.visitors import MOST_UNREAD, MOST_VISITS, Visitors
 
 
 def counter() -> tuple[list[str], Callable[[], None]]:
@@ -48,3 +48,15 @@ def test_a_visit_that_reads_nothing_is_known_to() -> None:
     with visitors.streaming("a"):
         assert visitors.is_streaming("a", wait=0.0)
     assert visitors._streams == {} and visitors._work == {}
+
+
+def test_a_visit_may_ask_only_so_often_without_reading_the_answers() -> None:
+    visitors = Visitors()
+    assert all(visitors.may_ask("a") for _ in range(MOST_UNREAD))
+    assert not visitors.may_ask("a") and visitors.may_ask("b")
+    with visitors.streaming("a"):
+        assert all(visitors.may_ask("a") for _ in range(2 * MOST_UNREAD))
+    assert visitors.may_ask("a")
+    for number in range(MOST_VISITS + 10):
+        visitors.may_ask(f"other {number}")
+    assert len(visitors._unread) == MOST_VISITS
