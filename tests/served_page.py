@@ -60,6 +60,12 @@ class Site:
             self.scheduler = model.scheduler
             self.denoiser = Pace(model.pipeline.sessions[DENOISER])
 
+    def break_connections(self) -> None:
+        """Cut off all browsers, as a network does."""
+        loop = self._server.servers[0].get_loop()
+        for connection in list(self._server.server_state.connections):
+            loop.call_soon_threadsafe(connection.transport.abort)
+
     def close(self) -> None:
         self.denoiser.allowed.release(10_000)
         self.models.close()

@@ -26,7 +26,7 @@ JOIN = "/gradio_api/queue/join"
 # Gradio keeps the names of sessions, which browsers choose: a dozen letters and digits.
 SESSION = re.compile(r"[a-zA-Z0-9]{1,64}")
 OPEN = re.compile(
-    r"GET (/|/theme\.css|/favicon\.ico|/(assets|static)(/[\w-][\w.-]*)+|/gradio_api/(queue/data))"
+    r"GET (/|/theme\.css|/favicon\.ico|/(assets|static)(/[\w-][\w.-]*)+|/gradio_api/(queue/data|app_id))"
     r"|POST /gradio_api/queue/join"
 )
 # The browser itself refuses what the page would load from elsewhere. Gradio's scripts compile handlers with eval.

@@ -25,7 +25,8 @@ class Shown:
 
 def progress(text: str, done: int = 0, total: int = 0) -> str:
     """A line of text, and a bar that moves once the number of steps is known."""
-    bar = f'<progress max="{total}" value="{done}"></progress>' if total else "<progress></progress>"
+    value = f' max="{total}" value="{done}"' if total else ""
+    bar = f'<progress aria-label="Progress"{value}></progress>'
     return f'<div class="ditc-status" role="status">{bar}<span>{escape(text)}</span></div>'
 
 
@@ -47,12 +48,12 @@ def pictures(shown: list[Shown]) -> str:
 
 def _figure(one: Shown) -> str:
     source = f"data:image/png;base64,{base64.b64encode(one.png).decode()}"
-    kind, link = "ditc-preview", ""
+    kind, link, key = "ditc-preview", "", ""
     if one.name:
-        kind = "ditc-picture"
+        kind, key = "ditc-picture", ' role="button" tabindex="0"'  # page.js enlarges it
         link = f'<a href="#" role="button" data-name="{escape(one.name)}">Download PNG</a>'
     caption = f"<figcaption><span>{escape(one.caption)}</span>{link}</figcaption>"
-    return f'<figure class="{kind}"><img src="{source}" alt="{escape(one.caption)}">{caption}</figure>'
+    return f'<figure class="{kind}"><img src="{source}" alt="{escape(one.caption)}"{key}>{caption}</figure>'
 
 
 def _sentence(text: str) -> str:

@@ -22,9 +22,20 @@ function ditcDownload(link) {
 function ditcEnlarge(image) {
   const large = document.createElement("div");
   large.className = "ditc-large";
-  large.append(image.cloneNode());
-  large.addEventListener("click", () => large.remove());
+  large.tabIndex = -1;
+  large.setAttribute("role", "dialog");
+  large.setAttribute("aria-modal", "true");
+  large.setAttribute("aria-label", image.alt);
+  const picture = document.createElement("img");
+  picture.src = image.src;
+  picture.alt = image.alt;
+  large.append(picture);
+  large.addEventListener("click", () => {
+    large.remove();
+    image.focus();
+  });
   document.body.append(large);
+  large.focus();
 }
 
 document.addEventListener("click", (event) => {
@@ -36,5 +47,11 @@ document.addEventListener("click", (event) => {
   } else if (image) ditcEnlarge(image);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") document.querySelector(".ditc-large")?.remove();
+  const large = document.querySelector(".ditc-large");
+  const presses = event.key === "Enter" || event.key === " ";
+  const pressed = presses && event.target.closest(".ditc-pictures a, .ditc-picture img");
+  if (large && (presses || event.key === "Escape")) large.click();
+  else if (pressed) pressed.click();
+  else if (!large || event.key !== "Tab") return;
+  event.preventDefault();
 });

@@ -26,6 +26,7 @@ NEEDED = {
     "GET /",
     "GET /assets/{path:path}",
     "GET /favicon.ico",
+    "GET /gradio_api/app_id",
     "GET /gradio_api/queue/data",
     "GET /static/{path:path}",
     "GET /theme.css",

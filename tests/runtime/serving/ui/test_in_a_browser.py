@@ -12,7 +12,7 @@ from served_page import Site, until
 
 from ditc.runtime.pipeline import Pipeline
 
-CONTROL, TAB = "\ue009", "\ue004"  # keys, as WebDriver writes them
+CONTROL, TAB, ENTER, ESCAPE = "\ue009", "\ue004", "\ue007", "\ue00c"  # keys, as WebDriver writes them
 
 
 def find(browser: Any, selector: str) -> Any:
@@ -22,7 +22,7 @@ def find(browser: Any, selector: str) -> Any:
 
 def text(browser: Any) -> str:
     """What the page says about the request."""
-    script = "return document.querySelector('#ditc-result').innerText"
+    script = "return document.querySelector('#ditc-result')?.innerText ?? ''"
     return str(browser.execute_script(script))
 
 
@@ -92,6 +92,23 @@ def test_a_refused_request_says_why_and_the_next_one_is_drawn(site: Site, page: 
     until(lambda: find(page, "#ditc-result .ditc-picture"))
 
 
+def test_a_picture_is_enlarged_and_saved_with_the_keyboard(site: Site, page: Any, downloads: Path) -> None:
+    site.denoiser.allowed.release(100)
+    ask(page, "red cat")
+    until(lambda: find(page, "#ditc-result .ditc-picture"))
+    focused = "return document.activeElement === document.querySelector(arguments[0])"
+    find(page, "#ditc-result .ditc-picture img").send_keys(ENTER)
+    assert page.execute_script(focused, ".ditc-large[role=dialog]")
+    find(page, ".ditc-large").send_keys(TAB)
+    assert page.execute_script(focused, ".ditc-large")
+    find(page, ".ditc-large").send_keys(ESCAPE)
+    assert not find(page, ".ditc-large")
+    assert page.execute_script(focused, "#ditc-result .ditc-picture img")
+    before = len(list(downloads.glob("*.png")))
+    find(page, "#ditc-result .ditc-picture a").send_keys(" ")
+    until(lambda: len(list(downloads.glob("*.png"))) == before + 1)
+
+
 def test_nothing_is_drawn_for_a_tab_that_was_closed(site: Site, page: Any) -> None:
     until(lambda: site.scheduler.idle)
     while site.denoiser.allowed.acquire(blocking=False):  # what earlier tests have left
@@ -101,6 +118,20 @@ def test_nothing_is_drawn_for_a_tab_that_was_closed(site: Site, page: Any) -> No
     page.get("about:blank")
     site.denoiser.allowed.release(1)
     until(lambda: site.scheduler.idle)
+
+
+def test_a_page_whose_connection_was_lost_draws_again(site: Site, page: Any) -> None:
+    """It could not ask whether the server is there again, and did nothing any more."""
+    while site.denoiser.allowed.acquire(blocking=False):
+        pass
+    ask(page, "red cat")
+    until(lambda: "Waiting for its turn" in text(page))
+    site.break_connections()
+    site.denoiser.allowed.release(100)
+    until(lambda: site.scheduler.idle)
+    until(lambda: find(page, "#ditc-draw") and "Waiting" not in text(page))  # it loads itself again
+    ask(page, "green tree")
+    until(lambda: find(page, "#ditc-result .ditc-picture"))
 
 
 def test_a_visitor_with_a_key_may_draw_and_one_without_sees_nothing(
