@@ -61,7 +61,7 @@ class Front:
         gpus = self._options.gpus or 0.0
         cluster = RayCluster(here.namespace, self._options, gpus=gpus, address=here.address)
         cluster.check_room(patience=NODE_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0)
-        self._socket = here.socket
+        self._socket, self._supervisor = here.socket, here.supervisor
         self._pool = Pool(cluster, self._options)
         self.opener = ReplicaOpener(
             self._pool,
@@ -73,7 +73,7 @@ class Front:
         )
 
     def __enter__(self) -> Self:
-        threading.Thread(target=_end_without_supervisor, daemon=True).start()
+        threading.Thread(target=_end_without_supervisor, args=(self._supervisor,), daemon=True).start()
         self._pool.start()
         return self
 
@@ -93,8 +93,7 @@ class Front:
         return None if whole is None else int(whole * share)
 
 
-def _end_without_supervisor() -> None:
-    parent = os.getppid()
-    while os.getppid() == parent:
+def _end_without_supervisor(supervisor: int) -> None:
+    while os.getppid() == supervisor:
         sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)

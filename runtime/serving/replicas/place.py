@@ -18,12 +18,14 @@ class Place:
         namespace: of the server's replicas.
         socket: the descriptor of the socket that it listens on.
         again: whether an earlier front has ended.
+        supervisor: the process without which the front ends.
     """
 
     address: str
     namespace: str
     socket: int
     again: bool
+    supervisor: int
 
     def environment(self) -> dict[str, str]:
         """The environment of this process, with the place."""

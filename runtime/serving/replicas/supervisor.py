@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -89,7 +90,13 @@ class _Supervisor:
 
     def _run_once(self, *, again: bool) -> int:
         number, self._front = self._listener.fileno(), None
-        place = Place(address=self._address, namespace=self._namespace, socket=number, again=again)
+        place = Place(
+            address=self._address,
+            namespace=self._namespace,
+            socket=number,
+            again=again,
+            supervisor=os.getpid(),
+        )
         self._front = subprocess.Popen(
             [sys.executable, "-m", "ditc.runtime.cli", *sys.argv[1:]],
             env=place.environment(),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ditc.runtime.serving.replicas import supervisor
+from ditc.runtime.serving.replicas import front, supervisor
 
 
 class Front:
@@ -109,3 +111,13 @@ def test_nobody_waits_for_an_answer_while_ray_ends(monkeypatch: pytest.MonkeyPat
         host="127.0.0.1", port=0, warm_up_seconds=0.0, drain_seconds=1.0, api_keys=None, ui=False
     )
     assert supervisor.supervise(arguments) == 0 and refused
+
+
+def test_a_front_ends_whose_supervisor_ended_while_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took whoever had inherited it for its supervisor, and kept the port."""
+    sent = list[tuple[int, int]]()
+    monkeypatch.setattr(front.os, "kill", lambda *of: sent.append(of))
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    front._end_without_supervisor(ended.pid)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
