@@ -1,6 +1,6 @@
 """How far is an INT8 denoiser step on this CPU from its floor, the time of its INT8 GEMMs alone?
 
-    python -m benchmarks.step_floor [--layers 4] [--pixels 512] [--rounds 15] [--cache DIR] [--no-compile]
+    python -m benchmarks.step_floor [--layers 4] [--pixels 512] [--tokens 64] [--rounds 15] [--cache DIR] [--no-compile]
 
 The network has Sana-0.6B's width (1152) and random weights, and runs a guided step (2 rows). The step is what `ditc
 build --backend openvino --precision int8` makes: INT8 GEMMs in a bf16 graph with fp32 islands. The floor is one
@@ -54,6 +54,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=512)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=TEXT,
+        help="tokens of a text in ditc, which leaves padding out; diffusers computes 300 (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ditc-step-floor")
@@ -73,7 +79,7 @@ def main() -> None:
         "relative_l2_to_fp32": fidelity(folder, outputs),
         "profile_ms": profile(),
         "load_average_before": load_before,
-        "settings": {"layers": arguments.layers, "pixels": arguments.pixels, "threads": arguments.threads},
+        "settings": {name: getattr(arguments, name) for name in ("layers", "pixels", "tokens", "threads")},
     }
     print(json.dumps(results, indent=1))
     if not arguments.only_openvino:
@@ -82,13 +88,13 @@ def main() -> None:
 
 def built(arguments: argparse.Namespace) -> Path:
     """The folder with the graphs, their IR files, one set of inputs and the fp32 outputs. Built if it is not there."""
-    key = f"{arguments.layers}-{arguments.pixels}-{graph_source()[:12]}-{engine_source()[:12]}"
+    key = f"{arguments.layers}-{arguments.pixels}-{arguments.tokens}-{graph_source()[:12]}-{engine_source()[:12]}"
     folder = Path(arguments.cache) / key
     if (folder / "done").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     cells = arguments.pixels // 32
-    sizes = {"batch": 1, "rows": 2, "height": cells, "width": cells, "text_length": TEXT}
+    sizes = {"batch": 1, "rows": 2, "height": cells, "width": cells, "text_length": arguments.tokens}
     plan = None
     for precision, name in ((Precision.FP32, "fp32"), (Precision.BF16, "bf16")):
         stage = make_stage(arguments.layers, cells, precision)
