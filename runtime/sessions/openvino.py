@@ -192,8 +192,8 @@ class OpenvinoSession:
     def _to_compile(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
         """The shapes to compile for. On a CPU, sizes that differ from text to text stay open.
 
-        Only what depends on them is then slower: a step by 1 % with 64 tokens, and by 4 % with all 300 (1152 channels, 4
-        layers, 512 px, INT8; 2 cores of an AMD EPYC, OpenVINO 2026.4.1).
+        Only what depends on them is then slower: a step by 1 % with 64 tokens, and by 4 % with all 300 (1152 channels,
+        4 layers, 512 px, INT8; 2 cores of an AMD EPYC, OpenVINO 2026.4.1).
         """
         open_sizes = {name for name, r in self.spec.profile.items() if r.varies and self._name == CPU}
         return tuple(
