@@ -103,7 +103,8 @@ class Dispatcher:
     async def _draw(self, seat: Seat, task: Task) -> None:
         job = task.job
         try:
-            if await self._listen(seat, task):
+            # It may have been cancelled between being handed out and now.
+            if job.end is not None or await self._listen(seat, task):
                 return
             raise ReplicaLost("it has sent no end")
         except (ReplicaLost, asyncio.CancelledError) as e:  # cancelled by the pool, when the replica is lost

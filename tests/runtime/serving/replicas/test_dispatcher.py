@@ -108,6 +108,20 @@ def test_a_request_whose_replica_is_lost_goes_to_another_one_even_before_it_has_
     run(test)
 
 
+def test_a_request_that_is_cancelled_before_its_replica_is_asked_never_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        made = Dispatched(monkeypatch)
+        made.dispatcher.cancel(made.task.job)
+        await asyncio.sleep(0.01)
+        assert made.handle.begun == [] and made.task.job.began is None
+        assert [type(end) for end in made.scheduler.ends] == [Cancelled]
+        assert not made.seats[0].tasks and not made.dispatcher.waiting
+
+    run(test)
+
+
 def test_a_request_that_is_cancelled_when_its_replica_is_lost_goes_to_no_other_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
