@@ -346,6 +346,7 @@ def _first_state(
 ) -> DenoiseState:
     """The state of B pictures, from one row of conditioning per picture and the noise of each run."""
     batch, contract, table = latents.shape[0], drawable.contract, plan.table
+    padding = drawable.conditioning.padding
     rows = [*negative, *positive, *(positive if plan.gated else [])]  # the order of diffusers
     guidance = plan.guidance_feeds(contract, batch)
     held = {HELD: np.zeros((batch, latents.shape[2]), np.float32)} if contract.holds_frames else {}
@@ -366,9 +367,9 @@ def _first_state(
         ),
         rows=Rows(
             row_of=np.tile(np.arange(batch, dtype=np.int64), len(rows) // batch),
-            conditioning=stack_texts(rows, drawable.conditioning.padding),
+            conditioning=stack_texts(rows, padding),
             conditional=len(negative),
-            padding=drawable.conditioning.padding,
+            padding=padding,
         ),
         decodes_x0=table.decodes_x0,
     )

@@ -32,6 +32,7 @@ from ditc.runtime.spec import (
     DENOISER,
     VAE_DECODER,
     VAE_DECODER_NEXT,
+    DType,
     Range,
     StageSpec,
     TensorSpec,
@@ -50,6 +51,7 @@ from ditc.runtime.step_contract import (
     LATENTS,
     NEXT_KEPT,
     ROW_OF,
+    TEXT_LENGTH,
     TIMESTEP,
     VIDEO_AXES,
     VIDEO_FRAMES,
@@ -270,6 +272,7 @@ def _check_links(manifest: Manifest) -> None:
         _check_known(spec, spec.inputs, encoded)
         merged |= {tensor.name for tensor in spec.outputs}
     residuals = _check_control(manifest, encoded, merged)
+    _check_padding(manifest)
     for spec in _specs(manifest, DENOISER):
         _check_step(spec, manifest, merged | residuals)
     if manifest.latents.has_frames:
@@ -283,6 +286,26 @@ def _check_links(manifest: Manifest) -> None:
             f"$.stages.{spec.name}",
             f"it does not turn latents of {manifest.latents.channels} channels into pictures of 3",
         )
+
+
+def _check_padding(manifest: Manifest) -> None:
+    """Check that `padding` has a value for every tensor of a text's conditioning that grows with the text."""
+    stages = [name for name in (CONDITIONER, CONTROL_CONDITIONER) if name in manifest.stages]
+    outputs = [tensor for stage in stages for spec in _specs(manifest, stage) for tensor in spec.outputs]
+    grows = {tensor.name for tensor in outputs if TEXT_LENGTH in tensor.shape}
+    for i, text in enumerate(manifest.text):
+        if text.padding is None:
+            continue
+        path, values = f"$.text[{i}].padding", dict(text.padding)
+        _require(len(manifest.text) == 1, path, "there are several text encoders")
+        _require(
+            values.keys() == grows,
+            path,
+            f"it is for {', '.join(values)}, but {', '.join(sorted(grows))} grow with the text",
+        )
+        wide = {tensor.name for tensor in outputs if tensor.dtype is DType.FLOAT32}
+        for name, value in values.items():  # 16-bit values are arrays of their bits
+            _require(value == 0 or name in wide, path, f"{name} is not float32, so its value must be 0")
 
 
 def _check_video_decoder(manifest: Manifest) -> None:

@@ -29,9 +29,8 @@ async def begun(http: Request, jobs: Jobs[J], asked: Asked, body: BaseModel, fil
     """
     owner = owner_of(http)
     # Nobody leaves: a job is drawn to its end, or to its DELETE.
-    ongoing, first = await api_of(http).shared(http, asked, body, files).join()
-    known = None if first else jobs.known(owner, jobs.id_of(ongoing))
-    return known or jobs.add(owner, ongoing)
+    ongoing, _ = await api_of(http).shared(http, asked, body, files).join()
+    return jobs.known(owner, jobs.id_of(ongoing)) or jobs.add(owner, ongoing)
 
 
 def page_of(http: Request, jobs: Jobs[J], after: str | None, limit: int, order: Order) -> dict[str, Any]:

@@ -171,9 +171,8 @@ def layout(models: Models, limits: RequestLimits, visitors: Visitors) -> gr.Bloc
     blocks.state_session_capacity = REMEMBERED
     blocks.queue(max_size=WAITING, api_open=False)
     blocks._queue.ANALYTICS_MAX_EVENTS = REMEMBERED
-    blocks._queue.pending_event_ids_session = LRUCache(
-        MOST_VISITS
-    )  # a dict grows with every visit (Gradio 6.31)
+    # In Gradio 6.31 this is a dict, which grows with every visit.
+    blocks._queue.pending_event_ids_session = LRUCache(MOST_VISITS)
     return blocks
 
 

@@ -75,6 +75,12 @@ def sealed_with(bundle: Path, out: Path, keys: Keys, change: Any) -> Path:
         (("text", 0, "pad_token_id"), -1, "pad_token_id: -1 is not between"),
         (("text", 0, "prefix"), "x" * 100_000, "prefix: 100000 is not between"),
         (("text", 0, "mask"), None, "conditioner: nothing gives it 'text_mask'"),
+        (
+            ("text", 0, "padding"),
+            [["nope", 0.0]],
+            r"text\[0\].padding: it is for nope, but cross_kv, text_bias grow",
+        ),
+        (("text", 0, "padding"), lambda old: old[:1], "it is for cross_kv, but cross_kv, text_bias grow"),
         (("files", 0, "size_bytes"), -1, "cannot have -1 bytes"),
         (("files", 0, "sha256"), "x", "no SHA-256"),
         (("scheduler", "sigma_max"), float("inf"), "sigma_max: inf is not a finite number"),
